@@ -1,0 +1,92 @@
+//! Why a request ended badly: one vocabulary for the wire, the connector API, the logs and the metrics.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+/// What went wrong, as somebody who has to act on it would sort it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum FailureKind {
+    /// The message was well formed but asks for something that makes no sense.
+    BadRequest,
+    /// No request, slot or lease of that name belongs to whoever asked.
+    Unknown,
+    /// A configured or built-in limit was exceeded.
+    Limit,
+    /// The request needs more slots than the buffer has.
+    TooLarge,
+    /// No slots became free before the deadline.
+    NoSlots,
+    /// A deadline other than the one for slots passed.
+    Deadline,
+    /// Somebody cancelled it.
+    Cancelled,
+    /// Nobody fetched it within the retention time.
+    Expired,
+    /// The peer could not be reached.
+    PeerUnreachable,
+    /// The peer was there and is gone.
+    PeerLost,
+    /// The peer refused to talk to us, or we to it.
+    HandshakeRefused,
+    /// The two sides do not mean the same thing by a chunk.
+    LayoutMismatch,
+    /// The engine could not move the bytes.
+    TransferFailed,
+    /// This daemon is going down.
+    ShuttingDown,
+    /// Our own mistake.
+    Internal,
+    /// A kind that a newer peer knows and we do not.
+    #[serde(other)]
+    Other,
+}
+
+impl FailureKind {
+    /// The name on the wire, in logs and in metrics.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::BadRequest => "bad_request",
+            Self::Unknown => "unknown",
+            Self::Limit => "limit",
+            Self::TooLarge => "too_large",
+            Self::NoSlots => "no_slots",
+            Self::Deadline => "deadline",
+            Self::Cancelled => "cancelled",
+            Self::Expired => "expired",
+            Self::PeerUnreachable => "peer_unreachable",
+            Self::PeerLost => "peer_lost",
+            Self::HandshakeRefused => "handshake_refused",
+            Self::LayoutMismatch => "layout_mismatch",
+            Self::TransferFailed => "transfer_failed",
+            Self::ShuttingDown => "shutting_down",
+            Self::Internal => "internal",
+            Self::Other => "other",
+        }
+    }
+}
+
+impl fmt::Display for FailureKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// How a request failed: what kind, and what was seen, expected and can be done about it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[error("{kind}: {text}")]
+pub struct Failure {
+    /// For programs.
+    pub kind: FailureKind,
+    /// For people.
+    pub text: String,
+}
+
+impl Failure {
+    /// A failure of this kind.
+    pub fn new(kind: FailureKind, text: impl Into<String>) -> Self {
+        Self { kind, text: text.into() }
+    }
+}

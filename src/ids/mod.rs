@@ -1,0 +1,72 @@
+//! The names of things: small types that keep an index from being taken for a count or a length.
+
+mod clip;
+mod copy;
+mod engine;
+mod failure;
+mod name;
+mod peer;
+
+pub use clip::clip;
+pub use copy::ByteCopy;
+pub use engine::EngineKind;
+pub use failure::{Failure, FailureKind};
+pub use name::{CHUNK_KEY_LEN_BYTES_MAX, ChunkKey, NameError, REQUEST_ID_LEN_BYTES_MAX, RequestId};
+pub use peer::PeerAddress;
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+macro_rules! number {
+    ($(#[$doc:meta])* $name:ident($inner:ty)) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
+        #[serde(transparent)]
+        pub struct $name(pub $inner);
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                self.0.fmt(f)
+            }
+        }
+    };
+}
+
+number! {
+    /// A chunk slot of one pd_buffer: slot `i` starts `i * chunk_bytes` after the buffer's start.
+    /// LMCache's wire calls it a page index.
+    SlotIndex(u32)
+}
+number! {
+    /// How often a slot has been handed out: tells a late message about an earlier tenant from a current one.
+    Generation(u64)
+}
+number! {
+    /// What a receiver granted to one request: the right to write some of its slots. Never reused by one process.
+    GrantId(u64)
+}
+number! {
+    /// One set of copies posted to an engine. Never reused by one process.
+    TransferId(u64)
+}
+number! {
+    /// A peer that an engine has been introduced to. Never reused by one process.
+    ConnectionId(u64)
+}
+number! {
+    /// A process attached to the connector API. Never reused by one process.
+    ClientId(u64)
+}
+number! {
+    /// What a reader holds while it copies chunks out of a receiver's buffer. Never reused by one process.
+    LeaseId(u64)
+}
+number! {
+    /// Pairs a reply with its message, chosen by whoever asks.
+    Seq(u64)
+}
+number! {
+    /// A receiver that a sender talks to, from one handshake to its loss. Never reused by one process.
+    PeerId(u64)
+}

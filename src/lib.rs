@@ -1,0 +1,31 @@
+//! Prefill/decode KV-cache transport for disaggregated LLM serving: the library behind `pd-sender`, `pd-receiver` and
+//! `pd-bench`.
+//!
+//! A prefill worker fills slots of its pd-sender's buffer; the transfer engine writes them, one-sided, into the buffer
+//! of a pd-receiver; a decode worker reads them there. ZeroMQ carries handshakes, allocations and commits.
+//!
+//! Modules, and who may name whom (left may name right, never back; `tests/layers.rs` enforces it):
+//!
+//! ```text
+//! bin -> cli -> runtime, bench
+//!
+//!        runtime -> protocol     -> slot -> address
+//!              |                 '-> wire -> ids
+//!              |-> connector    -> side_channel -> wire
+//!              |-> transfer     -> buffer -> address
+//!              '-> config       -> kv_layout
+//!        bench   -> connector, side_channel, buffer, config
+//! ```
+//!
+//! Where to begin reading:
+//!
+//! - what a request goes through: [`protocol`], two state machines that never wait and never look at a clock;
+//! - what happens in which order in a daemon: `runtime::driver`, then `runtime::sender` and `runtime::receiver`;
+//! - what travels: [`wire::message`] between daemons, [`connector::message`] between an engine and its daemon;
+//! - how bytes move: [`transfer::TransferEngine`] and its two engines;
+//! - which chunk is where: [`slot::SlotTable`];
+//! - what a daemon can be told: [`config::Config`].
+//!
+//! One request, end to end, is `python/tests/test_end_to_end.py`; the same in Rust is [`mod@bench`].
+
+pub mod ids;
