@@ -28,4 +28,6 @@
 //!
 //! One request, end to end, is `python/tests/test_end_to_end.py`; the same in Rust is [`mod@bench`].
 
+pub mod address;
 pub mod ids;
+pub mod slot;

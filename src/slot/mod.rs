@@ -1,0 +1,10 @@
+//! Which chunk is where, in which state and whose. No memory, no clock, no peers.
+//!
+//! [`SlotPool`] hands out whole slots of a pd_buffer and counts their generations; a sender needs no more.
+//! [`SlotTable`] adds what a receiver must know of each slot: who may write it, and what can be read from it.
+
+mod pool;
+mod table;
+
+pub use pool::{NotEnoughSlots, SlotPool};
+pub use table::{SlotCounts, SlotState, SlotTable, Tenant};
