@@ -1,0 +1,172 @@
+//! What a daemon was told: the YAML, the command line and the model, checked into a [`Config`] that cannot be wrong.
+//!
+//! `load` is the only part that reads files and `options` the only one that knows the command line; the rest takes
+//! text and values and gives a [`Config`] or a [`ConfigError`], so that every refusal can be tested without either.
+
+mod error;
+mod keys;
+mod load;
+mod options;
+mod raw;
+mod resolve;
+mod show;
+mod size;
+mod values;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+pub use crate::ids::EngineKind;
+use crate::kv_layout::KvLayout;
+
+pub use error::ConfigError;
+pub use load::Loaded;
+pub use options::Options;
+pub use size::{exact_size, parse_size};
+
+/// Which of the two daemons.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// Beside a prefill worker.
+    Sender,
+    /// Beside a decode worker.
+    Receiver,
+}
+
+impl Role {
+    /// `sender` or `receiver`.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Sender => "sender",
+            Self::Receiver => "receiver",
+        }
+    }
+}
+
+/// Where the pd_buffer is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BufferDevice {
+    /// Host memory.
+    Cpu,
+    /// Memory of this GPU.
+    Cuda(u32),
+}
+
+impl std::fmt::Display for BufferDevice {
+    /// The value of `pd_buffer_device`.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Cpu => f.write_str("cpu"),
+            Self::Cuda(device) => write!(f, "cuda:{device}"),
+        }
+    }
+}
+
+/// The longest that any of [`Deadlines`] may be, in seconds: a day.
+pub const DEADLINE_SEC_MAX: u64 = 86_400;
+
+/// Most slots of a pd_buffer.
+pub const SLOT_COUNT_MAX: u32 = 1 << 24;
+
+/// A checked configuration: every number in range, every size whole, every name known.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Config {
+    /// Which daemon this is.
+    pub role: Role,
+    /// Tensor-parallel rank of the worker beside it.
+    pub rank: u32,
+    /// What a chunk is.
+    pub layout: KvLayout,
+    /// The pd_buffer.
+    pub buffer: BufferConfig,
+    /// The transfer engine.
+    pub engine: EngineConfig,
+    /// Address that the side-channel ports are bound to; `pd_peer_host` of a receiver, unused by a sender.
+    pub bind_host: String,
+    /// Receiver: port of the handshake; 0 asks for a free one.
+    pub init_port: u16,
+    /// Receiver: port of allocations; 0 asks for a free one.
+    pub alloc_port: u16,
+    /// Receiver: port of cache queries; none: not served.
+    pub query_port: Option<u16>,
+    /// Sender: the proxy that is told when a request is ready; none: nobody is told.
+    pub proxy: Option<ProxyConfig>,
+    /// Endpoint of the connector API; none: a name of its own, in the ready line.
+    pub connector_endpoint: Option<String>,
+    /// How long everything may take.
+    pub deadlines: Deadlines,
+    /// How much of everything there may be.
+    pub limits: Limits,
+}
+
+/// The pd_buffer, in whole chunks.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BufferConfig {
+    /// Host or GPU.
+    pub device: BufferDevice,
+    /// `pd_buffer_size` as configured, in bytes: the ceiling.
+    pub asked_bytes: u64,
+    /// Slots under that ceiling, at least one.
+    pub slot_count: u32,
+}
+
+/// The transfer engine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EngineConfig {
+    /// `transfer_channel`; none: nixl where its library is found, local elsewhere.
+    pub kind: Option<EngineKind>,
+    /// NIXL backends, in order of preference.
+    pub nixl_backends: Vec<String>,
+    /// Where libnixl_capi.so is looked for first.
+    pub nixl_lib_dir: Option<PathBuf>,
+    /// Delay of NIXL's progress thread, in microseconds: 0 burns a core.
+    pub nixl_progress_delay_us: u64,
+}
+
+/// The proxy that a sender tells.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ProxyConfig {
+    /// Host name or address.
+    pub host: String,
+    /// Port of its PULL socket.
+    pub port: u16,
+}
+
+/// How long everything may take. None is infinite: the longest is [`DEADLINE_SEC_MAX`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Deadlines {
+    /// Waiting for slots, at either side (`pd_allocation_timeout_sec`).
+    pub allocation: Duration,
+    /// Connecting to a peer and shaking hands with it.
+    pub handshake: Duration,
+    /// From a grant to its commit: how long a granted slot may be written to.
+    pub write: Duration,
+    /// A commit's acknowledgement.
+    pub commit: Duration,
+    /// Receiver: `wait` without a time of its own.
+    pub wait: Duration,
+    /// Ready chunks that nobody fetches.
+    pub retention: Duration,
+    /// Draining after SIGTERM (`pd_shutdown_timeout_sec`).
+    pub shutdown: Duration,
+}
+
+/// How much of everything there may be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Limits {
+    /// Requests that have not ended, per daemon.
+    pub requests_max: u32,
+    /// Chunks of one request.
+    pub request_chunks_max: u32,
+    /// Peers shaken hands with.
+    pub peers_max: u32,
+    /// Attached clients.
+    pub clients_max: u32,
+}
+
+impl Config {
+    /// Bytes in the pd_buffer.
+    pub fn buffer_len_bytes(&self) -> u64 {
+        u64::from(self.buffer.slot_count) * self.layout.chunk_bytes()
+    }
+}

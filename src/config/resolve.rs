@@ -1,0 +1,371 @@
+//! What was written, the options and the model, made into a [`Config`]: the one place where it is decided what counts.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use super::error::ConfigError;
+use super::keys::{self, Key};
+use super::raw::{Entry, RawConfig};
+use super::size::exact_size;
+use super::{
+    BufferConfig, BufferDevice, Config, Deadlines, EngineConfig, EngineKind, Limits, ProxyConfig, Role, SLOT_COUNT_MAX,
+};
+use crate::kv_layout::{
+    CHUNK_TOKENS_MAX, GivenDefaults, KvLayout, MODEL_LEN_BYTES_MAX, ModelOptions, from_layout_json, from_model_config,
+    parse_dtype,
+};
+
+/// LMCache's default of `chunk_size`.
+const CHUNK_TOKENS_DEFAULT: u32 = 256;
+/// A path in a Unix socket's address has 107 bytes; some are left for what ZeroMQ's peers add.
+const ENDPOINT_PATH_LEN_BYTES_MAX: usize = 100;
+const NIXL_PROGRESS_DELAY_US_DEFAULT: u32 = 10_000;
+
+/// Where the layout comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum LayoutSource<'a> {
+    /// Text of a model hub's config.json.
+    Model { file: &'a str, text: &'a str },
+    /// Text of a layout.
+    Given { file: &'a str, text: &'a str },
+}
+
+/// What the command line says beside the configuration.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Worker<'a> {
+    pub rank: u32,
+    pub tp_size: Option<u32>,
+    pub model_name: Option<&'a str>,
+}
+
+/// The checked configuration, and what to log about how it came to be.
+pub(super) fn resolve(
+    role: Role,
+    raw: &RawConfig,
+    source: Option<LayoutSource<'_>>,
+    worker: Worker<'_>,
+) -> Result<(Config, Vec<String>), ConfigError> {
+    let mut notes = Vec::new();
+    check_mode(role, raw)?;
+    let layout = layout(raw, source, worker)?;
+    let rank = layout.tp_rank;
+    let buffer = buffer(raw, &layout, rank, &mut notes)?;
+    let peers = peer_ports(role, raw, rank)?;
+    let config = Config {
+        role,
+        rank,
+        engine: engine(raw)?,
+        bind_host: bind_host(role, raw, &mut notes)?,
+        init_port: peers.init,
+        alloc_port: peers.alloc,
+        query_port: peers.query,
+        proxy: proxy(role, raw)?,
+        connector_endpoint: connector_endpoint(role, raw, &layout)?,
+        deadlines: deadlines(raw, &mut notes)?,
+        limits: limits(raw)?,
+        buffer,
+        layout,
+    };
+    note_what_has_no_effect(raw, &mut notes)?;
+    Ok((config, notes))
+}
+
+/// The keys that say what kind of LMCache instance the file is for.
+fn check_mode(role: Role, raw: &RawConfig) -> Result<(), ConfigError> {
+    let refuse = |key: &Key, reason: &str, advice: &str| match raw.entry(key) {
+        Some(entry) => Err(entry.refused(reason, advice)),
+        None => Ok(()),
+    };
+    if raw.boolean(&keys::ENABLE_PD)? == Some(false) {
+        refuse(&keys::ENABLE_PD, "this daemon does nothing but PD", "write true, or leave it out")?;
+    }
+    let roles = [("sender", Some(Role::Sender)), ("receiver", Some(Role::Receiver)), ("both", None)];
+    if let Some(Some(written)) = raw.choice(&keys::PD_ROLE, &roles)?
+        && written != role
+    {
+        let reason = format!("this is pd-{}", role.as_str());
+        let advice = format!("start pd-{}, or write {}, or both", written.as_str(), role.as_str());
+        refuse(&keys::PD_ROLE, &reason, &advice)?;
+    }
+    if raw.boolean(&keys::PD_BIDIRECTIONAL)? == Some(true) {
+        refuse(
+            &keys::PD_BIDIRECTIONAL,
+            "a daemon moves KV one way, from a pd-sender to a pd-receiver",
+            "write false, and start a pd-sender and a pd-receiver at each end",
+        )?;
+    }
+    Ok(())
+}
+
+fn layout(raw: &RawConfig, source: Option<LayoutSource<'_>>, worker: Worker<'_>) -> Result<KvLayout, ConfigError> {
+    let model_name = match worker.model_name {
+        Some(name) => Some(name.to_owned()),
+        None => raw.text(&keys::MODEL_NAME, MODEL_LEN_BYTES_MAX)?,
+    };
+    let chunk_tokens = raw.whole(&keys::CHUNK_SIZE, 1, CHUNK_TOKENS_MAX)?;
+    let kv_dtype = raw.text(&keys::KV_CACHE_DTYPE, 64)?.filter(|dtype| dtype != "auto");
+    if let (Some(dtype), Some(entry)) = (&kv_dtype, raw.entry(&keys::KV_CACHE_DTYPE))
+        && parse_dtype(dtype).is_none()
+    {
+        return Err(entry.bad(&keys::KV_CACHE_DTYPE));
+    }
+    let given = matches!(source, Some(LayoutSource::Given { .. }));
+    let (file, layout) = match source.ok_or(ConfigError::NoLayout)? {
+        LayoutSource::Model { file, text } => {
+            let options = ModelOptions {
+                model_name,
+                kv_dtype: kv_dtype.clone(),
+                chunk_tokens: chunk_tokens.unwrap_or(CHUNK_TOKENS_DEFAULT),
+                tp_rank: worker.rank,
+                tp_size: worker.tp_size.unwrap_or(1),
+            };
+            (file, from_model_config(text, &options))
+        }
+        LayoutSource::Given { file, text } => {
+            let defaults = GivenDefaults {
+                model_name,
+                chunk_tokens,
+                chunk_tokens_default: CHUNK_TOKENS_DEFAULT,
+                tp_rank: worker.rank,
+                tp_size: worker.tp_size,
+            };
+            (file, from_layout_json(text, &defaults))
+        }
+    };
+    let layout = layout.map_err(|source| ConfigError::Layout { file: file.to_owned(), source })?;
+    // A model's dtype is overridden by this key; a layout that the connector gave is not.
+    if let (true, Some(dtype), Some(entry)) = (given, kv_dtype, raw.entry(&keys::KV_CACHE_DTYPE))
+        && parse_dtype(&dtype).is_some_and(|(name, _)| name != layout.dtype)
+    {
+        return Err(
+            entry.refused(format!("{file} says {}", layout.dtype), "leave it out where the connector gives the layout")
+        );
+    }
+    Ok(layout)
+}
+
+fn required<'a>(raw: &'a RawConfig, key: &'static Key) -> Result<&'a Entry, ConfigError> {
+    raw.entry(key).ok_or(ConfigError::Missing { key: key.name, accepted: key.accepted, example: key.example })
+}
+
+fn buffer(raw: &RawConfig, layout: &KvLayout, rank: u32, notes: &mut Vec<String>) -> Result<BufferConfig, ConfigError> {
+    let key = &keys::PD_BUFFER_SIZE;
+    let entry = required(raw, key)?;
+    let asked_bytes = raw.size(key)?.unwrap_or_default();
+    let chunk_bytes = layout.chunk_bytes();
+    let chunk = format!("chunk of {chunk_bytes} bytes ({} tokens of {})", layout.chunk_tokens, layout.model);
+    let slots = asked_bytes / chunk_bytes;
+    if slots == 0 {
+        return Err(entry.refused(
+            format!("smaller than one {chunk}"),
+            format!("raise it to at least {}", exact_size(chunk_bytes)),
+        ));
+    }
+    let slot_count = u32::try_from(slots).ok().filter(|count| *count <= SLOT_COUNT_MAX).ok_or_else(|| {
+        let most_bytes = chunk_bytes.saturating_mul(SLOT_COUNT_MAX.into());
+        entry.refused(
+            format!("that is {slots} slots of one {chunk}, and a buffer has at most {SLOT_COUNT_MAX}"),
+            format!("lower it to at most {}, or raise chunk_size", exact_size(most_bytes)),
+        )
+    })?;
+    let used_bytes = slots * chunk_bytes;
+    notes.push(format!(
+        "pd_buffer: {asked_bytes} bytes asked, {used_bytes} used: {slot_count} slots of one {chunk}, {} bytes left over",
+        asked_bytes - used_bytes
+    ));
+    let capacity_tokens = u64::from(slot_count) * u64::from(layout.chunk_tokens);
+    if let Some(tokens) = raw.whole(&keys::PD_MAX_PREFILL_LEN, 0, u32::MAX)?
+        && u64::from(tokens) > capacity_tokens
+    {
+        let chunks = u64::from(tokens).div_ceil(layout.chunk_tokens.into());
+        let needed = exact_size(chunks.saturating_mul(chunk_bytes));
+        return Err(required(raw, &keys::PD_MAX_PREFILL_LEN)?.refused(
+            format!("the pd_buffer holds {capacity_tokens} tokens"),
+            format!("raise pd_buffer_size to at least {needed}, or lower it"),
+        ));
+    }
+    Ok(BufferConfig { device: buffer_device(raw, rank)?, asked_bytes, slot_count })
+}
+
+fn buffer_device(raw: &RawConfig, rank: u32) -> Result<BufferDevice, ConfigError> {
+    const DEVICE_MAX: u32 = 1023;
+    const TEXT_LEN_BYTES_MAX: usize = 16;
+    let key = &keys::PD_BUFFER_DEVICE;
+    let Some(text) = raw.text(key, TEXT_LEN_BYTES_MAX)? else {
+        return Ok(BufferDevice::Cpu);
+    };
+    let number = |digits: &str| {
+        let all_digits = digits.bytes().all(|b| b.is_ascii_digit());
+        digits.parse().ok().filter(|device| all_digits && *device <= DEVICE_MAX)
+    };
+    let device = match text.as_str() {
+        "cpu" => Some(BufferDevice::Cpu),
+        "cuda" => Some(BufferDevice::Cuda(rank)),
+        other => other.strip_prefix("cuda:").and_then(number).map(BufferDevice::Cuda),
+    };
+    match (device, raw.entry(key)) {
+        (None, Some(entry)) => Err(entry.bad(key)),
+        (device, _) => Ok(device.unwrap_or(BufferDevice::Cpu)),
+    }
+}
+
+fn engine(raw: &RawConfig) -> Result<EngineConfig, ConfigError> {
+    const BACKENDS_MAX: usize = 16;
+    let kinds = [("nixl", EngineKind::Nixl), ("local", EngineKind::Local)];
+    let delay_us = raw.whole(&keys::PD_NIXL_PROGRESS_DELAY_US, 0, 1_000_000)?;
+    Ok(EngineConfig {
+        kind: raw.choice(&keys::TRANSFER_CHANNEL, &kinds)?,
+        nixl_backends: raw.names(&keys::NIXL_BACKENDS, BACKENDS_MAX)?.unwrap_or_else(|| vec!["UCX".to_owned()]),
+        nixl_lib_dir: raw.text(&keys::PD_NIXL_LIB_DIR, 4096)?.map(PathBuf::from),
+        nixl_progress_delay_us: delay_us.unwrap_or(NIXL_PROGRESS_DELAY_US_DEFAULT).into(),
+    })
+}
+
+fn bind_host(role: Role, raw: &RawConfig, notes: &mut Vec<String>) -> Result<String, ConfigError> {
+    let host = raw.host(&keys::PD_PEER_HOST)?.unwrap_or_else(|| "127.0.0.1".to_owned());
+    let local = host == "localhost" || host.starts_with("127.") || host == "::1";
+    if role == Role::Receiver && !local {
+        notes.push(format!(
+            "pd_peer_host = {host}: whoever reaches these ports can fill the pd_buffer; keep them inside a trusted network"
+        ));
+    }
+    Ok(host)
+}
+
+struct PeerPorts {
+    init: u16,
+    alloc: u16,
+    query: Option<u16>,
+}
+
+/// A receiver's ports. A sender may have them in its file, and does not use them.
+fn peer_ports(role: Role, raw: &RawConfig, rank: u32) -> Result<PeerPorts, ConfigError> {
+    let of_rank = |key: &'static Key| -> Result<Option<u16>, ConfigError> {
+        let ports = raw.ports(key)?;
+        match (role, ports.as_deref()) {
+            (Role::Sender, _) | (_, None) => Ok(None),
+            // Port 0 is another port in every process.
+            (Role::Receiver, Some([0])) => Ok(Some(0)),
+            (Role::Receiver, Some(ports)) => match usize::try_from(rank).ok().and_then(|index| ports.get(index)) {
+                Some(port) => Ok(Some(*port)),
+                None => Err(required(raw, key)?.refused(
+                    format!(
+                        "this is rank {rank}, and there are ports for {} rank{}",
+                        ports.len(),
+                        if ports.len() == 1 { "" } else { "s" }
+                    ),
+                    "write a list with one port per rank, or 0 for a free port",
+                )),
+            },
+        }
+    };
+    let (init, alloc, query) =
+        (of_rank(&keys::PD_PEER_INIT_PORT)?, of_rank(&keys::PD_PEER_ALLOC_PORT)?, of_rank(&keys::PD_PEER_QUERY_PORT)?);
+    if role == Role::Receiver {
+        required(raw, &keys::PD_PEER_INIT_PORT)?;
+        required(raw, &keys::PD_PEER_ALLOC_PORT)?;
+    }
+    let taken =
+        [(&keys::PD_PEER_INIT_PORT, init), (&keys::PD_PEER_ALLOC_PORT, alloc), (&keys::PD_PEER_QUERY_PORT, query)];
+    for (index, (key, port)) in taken.iter().enumerate() {
+        let same = taken.iter().take(index).find(|(_, earlier)| port.is_some_and(|p| p != 0) && earlier == port);
+        if let Some((earlier, Some(port))) = same {
+            return Err(required(raw, key)?.refused(
+                format!("{} of rank {rank} is {port} as well", earlier.name),
+                "give each its own port, or 0 for a free port",
+            ));
+        }
+    }
+    Ok(PeerPorts { init: init.unwrap_or(0), alloc: alloc.unwrap_or(0), query })
+}
+
+fn proxy(role: Role, raw: &RawConfig) -> Result<Option<ProxyConfig>, ConfigError> {
+    let skip = raw.boolean(&keys::PD_SKIP_PROXY_NOTIFICATION)?.unwrap_or(false);
+    let host = raw.host(&keys::PD_PROXY_HOST)?;
+    let port = match raw.ports(&keys::PD_PROXY_PORT)?.as_deref() {
+        None => None,
+        Some([port]) if *port != 0 => Some(*port),
+        Some(_) => return Err(required(raw, &keys::PD_PROXY_PORT)?.bad(&keys::PD_PROXY_PORT)),
+    };
+    if role == Role::Receiver || skip {
+        return Ok(None);
+    }
+    let alone = |present: &'static Key, absent: &Key| -> Result<Option<ProxyConfig>, ConfigError> {
+        Err(required(raw, present)?.refused(
+            format!("`{}` is missing", absent.name),
+            "give both, or neither, or pd_skip_proxy_notification: true",
+        ))
+    };
+    match (host, port) {
+        (Some(host), Some(port)) => Ok(Some(ProxyConfig { host, port })),
+        (None, None) => Ok(None),
+        (Some(_), None) => alone(&keys::PD_PROXY_HOST, &keys::PD_PROXY_PORT),
+        (None, Some(_)) => alone(&keys::PD_PROXY_PORT, &keys::PD_PROXY_HOST),
+    }
+}
+
+fn connector_endpoint(role: Role, raw: &RawConfig, layout: &KvLayout) -> Result<Option<String>, ConfigError> {
+    let key = &keys::PD_CONNECTOR_ENDPOINT;
+    let Some(written) = raw.text(key, 4096)? else {
+        return Ok(None);
+    };
+    let entry = required(raw, key)?;
+    if layout.tp_size > 1 && !written.contains("{rank}") {
+        return Err(entry.refused(
+            format!("the daemons of {} ranks cannot share one endpoint", layout.tp_size),
+            "put {rank} into it, or leave it out",
+        ));
+    }
+    let endpoint = written.replace("{role}", role.as_str()).replace("{rank}", &layout.tp_rank.to_string());
+    match endpoint.strip_prefix("ipc://") {
+        Some(path) if path.starts_with('/') && path.len() <= ENDPOINT_PATH_LEN_BYTES_MAX => Ok(Some(endpoint)),
+        _ => Err(entry.bad(key)),
+    }
+}
+
+fn deadlines(raw: &RawConfig, notes: &mut Vec<String>) -> Result<Deadlines, ConfigError> {
+    const NONE: Duration = Duration::ZERO;
+    const LEAST: Duration = Duration::from_millis(1);
+    let mut seconds = |key, min, default_sec| raw.seconds(key, min, Duration::from_secs(default_sec), notes);
+    Ok(Deadlines {
+        allocation: seconds(&keys::PD_ALLOCATION_TIMEOUT_SEC, NONE, 30)?,
+        handshake: seconds(&keys::PD_HANDSHAKE_TIMEOUT_SEC, LEAST, 10)?,
+        write: seconds(&keys::PD_WRITE_TIMEOUT_SEC, LEAST, 120)?,
+        commit: seconds(&keys::PD_COMMIT_TIMEOUT_SEC, LEAST, 10)?,
+        wait: seconds(&keys::PD_WAIT_TIMEOUT_SEC, NONE, 120)?,
+        retention: seconds(&keys::PD_RETENTION_SEC, LEAST, 300)?,
+        shutdown: seconds(&keys::PD_SHUTDOWN_TIMEOUT_SEC, NONE, 5)?,
+    })
+}
+
+fn limits(raw: &RawConfig) -> Result<Limits, ConfigError> {
+    let limit = |key, max, default| raw.whole(key, 1, max).map(|limit| limit.unwrap_or(default));
+    Ok(Limits {
+        requests_max: limit(&keys::PD_MAX_REQUESTS, 1 << 20, 1024)?,
+        request_chunks_max: limit(&keys::PD_MAX_REQUEST_CHUNKS, 65_536, 4096)?,
+        peers_max: limit(&keys::PD_MAX_PEERS, 65_536, 1024)?,
+        clients_max: limit(&keys::PD_MAX_CLIENTS, 1024, 16)?,
+    })
+}
+
+/// Keys of LMCache's that change nothing here: still checked, so that a file that LMCache refuses is refused here.
+fn note_what_has_no_effect(raw: &RawConfig, notes: &mut Vec<String>) -> Result<(), ConfigError> {
+    raw.choice(&keys::PD_BACKEND_MODE, &[("sync", ()), ("async", ())])?;
+    raw.seconds(&keys::PD_CONDITION_POLL_INTERVAL_SEC, Duration::ZERO, Duration::ZERO, &mut Vec::new())?;
+    let why = [
+        (&keys::PD_BACKEND_MODE, "both kinds of peer are served"),
+        (&keys::PD_CONDITION_POLL_INTERVAL_SEC, "nothing here waits by polling a condition"),
+    ];
+    for (key, reason) in why {
+        if raw.entry(key).is_some() {
+            notes.push(format!("{} has no effect here: {reason}", key.name));
+        }
+    }
+    if !raw.older_names.is_empty() {
+        notes.push(format!("older names of keys, understood: {}", raw.older_names.join(", ")));
+    }
+    if !raw.lmcache_keys.is_empty() {
+        notes.push(format!("LMCache's keys that do not concern this daemon: {}", raw.lmcache_keys.join(", ")));
+    }
+    Ok(())
+}

@@ -1,0 +1,375 @@
+//! The chunk as the connector gives it, which knows its engine's tensors: `--kv-layout layout.json`.
+//!
+//! Either the fields of a layout,
+//! `{"model": "m", "dtype": "bfloat16", "layers": 32, "kv_heads": 8, "head_size": 128, "kv_planes": 2,
+//! "chunk_tokens": 256, "tp_rank": 0, "tp_size": 1}`, with the KV heads of this rank; or, where only the connector
+//! knows what the bytes mean, `{"model": "m", "chunk_bytes": 33554432, "chunk_tokens": 256}`.
+
+use serde_json::{Map, Value};
+
+use super::dtype::parse_dtype;
+use super::model::{parse_object, shown};
+use super::{DTYPES_ACCEPTED, KvLayout, LayoutError, OPAQUE_DTYPE};
+
+/// What a layout that leaves it out gets, and what one that does not must agree with.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GivenDefaults {
+    /// The model's name, where the configuration gives one.
+    pub model_name: Option<String>,
+    /// Tokens in a whole chunk, where the configuration gives them.
+    pub chunk_tokens: Option<u32>,
+    /// Tokens in a whole chunk where neither gives them.
+    pub chunk_tokens_default: u32,
+    /// Tensor-parallel rank.
+    pub tp_rank: u32,
+    /// Number of ranks; none where the command line did not say.
+    pub tp_size: Option<u32>,
+}
+
+const FIELDS: &[&str] = &[
+    "model",
+    "dtype",
+    "dtype_bytes",
+    "layers",
+    "kv_heads",
+    "head_size",
+    "kv_planes",
+    "chunk_tokens",
+    "tp_rank",
+    "tp_size",
+    "chunk_bytes",
+];
+/// Fields that an opaque layout cannot have besides `chunk_bytes`.
+const SHAPE_FIELDS: &[&str] = &["dtype_bytes", "layers", "kv_heads", "head_size", "kv_planes"];
+
+/// The layout that a connector wrote.
+///
+/// # Errors
+/// [`LayoutError`] naming the field that is missing, unknown, out of range, or contradicts another or the options.
+pub fn from_layout_json(json: &str, defaults: &GivenDefaults) -> Result<KvLayout, LayoutError> {
+    let fields = parse_object(
+        json,
+        "expected a layout, for example {\"model\": \"m\", \"chunk_bytes\": 33554432, \"chunk_tokens\": 256}",
+    )?;
+    if let Some(unknown) = fields.keys().find(|name| !FIELDS.contains(&name.as_str())) {
+        return Err(LayoutError::UnknownField {
+            field: unknown.clone(),
+            nearest: nearest(unknown),
+            known: FIELDS.join(", "),
+        });
+    }
+    let given = Given { fields: &fields };
+    let model = agree("model", given.text("model")?, "--model-name or model_name", defaults.model_name.clone())?
+        .ok_or(LayoutError::Missing {
+            field: "model",
+            accepted: "the model's name, the same at both ends; --model-name gives it as well",
+        })?;
+    let chunk_tokens = agree("chunk_tokens", given.count("chunk_tokens")?, "chunk_size", defaults.chunk_tokens)?
+        .unwrap_or(defaults.chunk_tokens_default);
+    // A rank of 0 is also what --rank is when it was not given.
+    let rank_option = (defaults.tp_rank != 0).then_some(defaults.tp_rank);
+    let tp_rank = agree("tp_rank", given.number("tp_rank")?, "--rank", rank_option)?.unwrap_or(0);
+    let tp_size = agree("tp_size", given.count("tp_size")?, "--tp-size", defaults.tp_size)?.unwrap_or(1);
+
+    let shape = match given.bytes("chunk_bytes")? {
+        Some(chunk_bytes) if !given.has_shape() => Shape::opaque(chunk_bytes, chunk_tokens)?,
+        _ => Shape::of_fields(&given)?,
+    };
+    let layout = KvLayout {
+        model,
+        dtype: shape.dtype,
+        dtype_bytes: shape.dtype_bytes,
+        layers: shape.layers,
+        kv_heads: shape.kv_heads,
+        head_size: shape.head_size,
+        kv_planes: shape.kv_planes,
+        chunk_tokens,
+        tp_rank,
+        tp_size,
+    };
+    layout.check()?;
+    agree("chunk_bytes", given.bytes("chunk_bytes")?, "the other fields", Some(layout.chunk_bytes()))?;
+    Ok(layout)
+}
+
+struct Shape {
+    dtype: String,
+    dtype_bytes: u32,
+    layers: u32,
+    kv_heads: u32,
+    head_size: u32,
+    kv_planes: u32,
+}
+
+impl Shape {
+    fn opaque(chunk_bytes: u64, chunk_tokens: u32) -> Result<Self, LayoutError> {
+        let token_bytes = chunk_bytes / u64::from(chunk_tokens);
+        let whole = chunk_bytes.is_multiple_of(u64::from(chunk_tokens));
+        match u32::try_from(token_bytes) {
+            Ok(head_size) if whole => Ok(Self {
+                dtype: OPAQUE_DTYPE.to_owned(),
+                dtype_bytes: 1,
+                layers: 1,
+                kv_heads: 1,
+                head_size,
+                kv_planes: 1,
+            }),
+            _ => Err(LayoutError::Conflict {
+                first: format!("chunk_bytes = {chunk_bytes}"),
+                second: format!("chunk_tokens = {chunk_tokens}"),
+                advice: "every token has the same number of bytes, below 4 GiB, so the second must divide the first",
+            }),
+        }
+    }
+
+    fn of_fields(given: &Given<'_>) -> Result<Self, LayoutError> {
+        let required = |field| {
+            given.count(field)?.ok_or(LayoutError::Missing {
+                field,
+                accepted: "a whole number from 1 up (or give chunk_bytes alone, where only the connector knows what the bytes mean)",
+            })
+        };
+        let dtype = given.text("dtype")?.ok_or(LayoutError::Missing { field: "dtype", accepted: DTYPES_ACCEPTED })?;
+        let (dtype, dtype_bytes) = match (parse_dtype(&dtype), given.count("dtype_bytes")?) {
+            (Some((name, known_bytes)), given_bytes) => {
+                agree("dtype_bytes", given_bytes, name, Some(known_bytes))?;
+                (name.to_owned(), known_bytes)
+            }
+            (None, Some(bytes)) if dtype != OPAQUE_DTYPE => (dtype, bytes),
+            (None, _) => {
+                return Err(LayoutError::BadField {
+                    field: "dtype".to_owned(),
+                    seen: format!("{dtype:?}"),
+                    accepted: format!("{DTYPES_ACCEPTED}; or another with its dtype_bytes"),
+                });
+            }
+        };
+        Ok(Self {
+            dtype,
+            dtype_bytes,
+            layers: required("layers")?,
+            kv_heads: required("kv_heads")?,
+            head_size: required("head_size")?,
+            kv_planes: required("kv_planes")?,
+        })
+    }
+}
+
+/// Fields of the layout with their types checked; null counts as absent.
+struct Given<'a> {
+    fields: &'a Map<String, Value>,
+}
+
+impl Given<'_> {
+    fn value(&self, field: &str) -> Option<&Value> {
+        self.fields.get(field).filter(|value| !value.is_null())
+    }
+
+    fn has_shape(&self) -> bool {
+        SHAPE_FIELDS.iter().any(|field| self.value(field).is_some())
+    }
+
+    fn text(&self, field: &str) -> Result<Option<String>, LayoutError> {
+        self.read(field, "text that is not empty", |value| {
+            value.as_str().filter(|text| !text.is_empty()).map(str::to_owned)
+        })
+    }
+
+    fn bytes(&self, field: &str) -> Result<Option<u64>, LayoutError> {
+        self.read(field, "a whole number of bytes from 1 up", |value| value.as_u64().filter(|bytes| *bytes > 0))
+    }
+
+    fn number(&self, field: &str) -> Result<Option<u32>, LayoutError> {
+        self.read(field, "a whole number from 0 to 4294967295", |value| {
+            value.as_u64().and_then(|number| u32::try_from(number).ok())
+        })
+    }
+
+    fn count(&self, field: &str) -> Result<Option<u32>, LayoutError> {
+        self.read(field, "a whole number from 1 to 4294967295", |value| {
+            value.as_u64().and_then(|number| u32::try_from(number).ok()).filter(|number| *number > 0)
+        })
+    }
+
+    fn read<T>(
+        &self,
+        field: &str,
+        accepted: &str,
+        read: impl FnOnce(&Value) -> Option<T>,
+    ) -> Result<Option<T>, LayoutError> {
+        self.value(field)
+            .map(|value| {
+                read(value).ok_or_else(|| LayoutError::BadField {
+                    field: field.to_owned(),
+                    seen: shown(value),
+                    accepted: accepted.to_owned(),
+                })
+            })
+            .transpose()
+    }
+}
+
+/// The value that one or both of two sources give.
+fn agree<T: PartialEq + std::fmt::Display>(
+    field: &str,
+    in_layout: Option<T>,
+    source: &str,
+    elsewhere: Option<T>,
+) -> Result<Option<T>, LayoutError> {
+    match (in_layout, elsewhere) {
+        (Some(ours), Some(theirs)) if ours != theirs => Err(LayoutError::Conflict {
+            first: format!("{field} = {ours}"),
+            second: format!("{theirs} from {source}"),
+            advice: "leave one of them out, or make them equal",
+        }),
+        (ours, theirs) => Ok(ours.or(theirs)),
+    }
+}
+
+fn nearest(unknown: &str) -> Option<String> {
+    FIELDS
+        .iter()
+        .map(|field| (strsim::normalized_damerau_levenshtein(field, unknown), *field))
+        .filter(|(likeness, _)| *likeness >= 0.5)
+        .max_by(|a, b| a.0.total_cmp(&b.0))
+        .map(|(_, field)| field.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::super::tests::llama3_8b;
+    use super::*;
+
+    fn defaults() -> GivenDefaults {
+        GivenDefaults { model_name: None, chunk_tokens: None, chunk_tokens_default: 256, tp_rank: 0, tp_size: None }
+    }
+
+    fn layout(json: &Value) -> Result<KvLayout, LayoutError> {
+        from_layout_json(&json.to_string(), &defaults())
+    }
+
+    fn fields() -> Value {
+        json!({
+            "model": "meta-llama/Meta-Llama-3-8B", "dtype": "torch.bfloat16", "layers": 32, "kv_heads": 8,
+            "head_size": 128, "kv_planes": 2
+        })
+    }
+
+    #[test]
+    fn the_fields_of_a_layout_are_a_layout() {
+        // Broken in production: an engine whose tensors are read directly gets another layout than its config.json.
+        assert_eq!(layout(&fields()).unwrap(), llama3_8b());
+        let mut ranked = fields();
+        ranked["tp_rank"] = json!(3);
+        ranked["tp_size"] = json!(4);
+        ranked["chunk_tokens"] = json!(16);
+        ranked["chunk_bytes"] = json!(16 * 131_072);
+        let ranked = layout(&ranked).unwrap();
+        assert_eq!((ranked.tp_rank, ranked.tp_size, ranked.chunk_tokens), (3, 4, 16));
+    }
+
+    #[test]
+    fn opaque_bytes_keep_every_size_exact() {
+        // Broken in production: a connector with a layout of its own gets slots of another length than it asked for.
+        let layout = layout(&json!({"model": "m", "chunk_bytes": 1_000_192, "chunk_tokens": 64})).unwrap();
+        assert!(layout.is_opaque());
+        assert_eq!(layout.chunk_bytes(), 1_000_192);
+        assert_eq!(layout.partial_bytes(3), 3 * 15_628);
+        assert_eq!(layout.wire_dtype(), "uint8");
+        assert_eq!(layout.wire_shape(), [1, 1, 64, 15_628]);
+        assert!(layout.fingerprint().contains(&("format".to_owned(), "opaque".to_owned())));
+    }
+
+    #[test]
+    fn options_fill_in_what_the_layout_leaves_out_and_must_agree_with_the_rest() {
+        // Broken in production: rank 2's daemon announces itself as rank 0, and its peers refuse it or pair wrongly.
+        let options = GivenDefaults {
+            model_name: Some("named".to_owned()),
+            chunk_tokens: Some(128),
+            tp_rank: 2,
+            tp_size: Some(4),
+            ..defaults()
+        };
+        let unnamed = json!({"chunk_bytes": 1280});
+        let layout = from_layout_json(&unnamed.to_string(), &options).unwrap();
+        assert_eq!((layout.model.as_str(), layout.chunk_tokens, layout.tp_rank, layout.tp_size), ("named", 128, 2, 4));
+        for (field, value, text) in [
+            (
+                "model",
+                json!("x"),
+                "model = x contradicts named from --model-name or model_name; leave one of them out, or make them equal",
+            ),
+            (
+                "chunk_tokens",
+                json!(256),
+                "chunk_tokens = 256 contradicts 128 from chunk_size; leave one of them out, or make them equal",
+            ),
+            ("tp_rank", json!(1), "tp_rank = 1 contradicts 2 from --rank; leave one of them out, or make them equal"),
+            (
+                "tp_size",
+                json!(8),
+                "tp_size = 8 contradicts 4 from --tp-size; leave one of them out, or make them equal",
+            ),
+        ] {
+            let mut json = unnamed.clone();
+            json[field] = value;
+            assert_eq!(from_layout_json(&json.to_string(), &options).unwrap_err().to_string(), text);
+        }
+    }
+
+    #[test]
+    fn bad_layouts_are_refused_by_naming_the_field() {
+        // Broken in production: a mistyped field is ignored and the daemon cuts its buffer wrongly.
+        let with = |field: &str, value: Value| {
+            let mut json = fields();
+            json[field] = value;
+            json
+        };
+        let cases = [
+            (
+                with("head_sise", json!(1)),
+                "field `head_sise` is not a field of a layout; did you mean `head_size`?; the fields are model, dtype, dtype_bytes, layers, kv_heads, head_size, kv_planes, chunk_tokens, tp_rank, tp_size, chunk_bytes",
+            ),
+            (
+                json!({"model": "m"}),
+                "field `dtype` is missing; expected bfloat16, float16, float32, float8_e4m3fn, float8_e5m2, uint8 or int8",
+            ),
+            (
+                json!({"model": "m", "dtype": "int8"}),
+                "field `layers` is missing; expected a whole number from 1 up (or give chunk_bytes alone, where only the connector knows what the bytes mean)",
+            ),
+            (
+                json!({"chunk_bytes": 256}),
+                "field `model` is missing; expected the model's name, the same at both ends; --model-name gives it as well",
+            ),
+            (
+                json!({"model": "m", "chunk_bytes": 257}),
+                "chunk_bytes = 257 contradicts chunk_tokens = 256; every token has the same number of bytes, below 4 GiB, so the second must divide the first",
+            ),
+            (
+                json!({"model": "m", "chunk_bytes": 0}),
+                "field `chunk_bytes` = 0; expected a whole number of bytes from 1 up",
+            ),
+            (
+                with("chunk_bytes", json!(33_554_433)),
+                "chunk_bytes = 33554433 contradicts 33554432 from the other fields; leave one of them out, or make them equal",
+            ),
+            (
+                with("dtype_bytes", json!(4)),
+                "dtype_bytes = 4 contradicts 2 from bfloat16; leave one of them out, or make them equal",
+            ),
+            (
+                with("dtype", json!("opaque")),
+                "field `dtype` = \"opaque\"; expected bfloat16, float16, float32, float8_e4m3fn, float8_e5m2, uint8 or int8; or another with its dtype_bytes",
+            ),
+            (with("layers", json!(1.5)), "field `layers` = 1.5; expected a whole number from 1 to 4294967295"),
+            (with("tp_rank", json!(1)), "rank 1 of 1; expected 0 to 0; give --tp-size as well as --rank"),
+            (with("chunk_tokens", json!(u32::MAX)), "chunk_tokens = 4294967295; expected 1 to 1048576"),
+        ];
+        for (json, text) in cases {
+            assert_eq!(layout(&json).unwrap_err().to_string(), text);
+        }
+    }
+}

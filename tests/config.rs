@@ -1,0 +1,480 @@
+//! The shipped configurations with every shipped model, and a table of configurations that must be refused.
+
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use pd_backend::config::{BufferDevice, Config, ConfigError, EngineKind, Loaded, Options, ProxyConfig, Role};
+use proptest::prelude::*;
+
+/// Shipped models with the bytes of their chunk of 256 tokens on one rank.
+const MODELS: &[(&str, u64)] = &[
+    ("llama-3-8b", 33_554_432),
+    ("llama-3-70b", 83_886_080),
+    ("qwen2.5-7b", 14_680_064),
+    ("qwen3-8b", 37_748_736),
+    ("mistral-7b", 33_554_432),
+    ("deepseek-v3", 17_989_632),
+];
+const ROLES: [Role; 2] = [Role::Sender, Role::Receiver];
+
+fn shipped(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("configs").join(path)
+}
+
+fn model(name: &str) -> PathBuf {
+    shipped(&format!("models/{name}.json"))
+}
+
+/// Loads this text as `f.yaml` for Llama-3-8B; errors name the file without its folder.
+fn load_text(role: Role, text: &str, change: impl FnOnce(&mut Options)) -> Result<Loaded, String> {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("f.yaml");
+    fs::write(&file, text).unwrap();
+    let mut options = Options { config: Some(file), model: Some(model("llama-3-8b")), ..Options::default() };
+    change(&mut options);
+    Config::load(role, &options).map_err(|error| {
+        let text = error.to_string();
+        text.replace(&format!("{}/", folder.path().display()), "")
+            .replace(&format!("{}/", shipped("models").display()), "")
+    })
+}
+
+fn load(role: Role, text: &str) -> Result<Loaded, String> {
+    load_text(role, text, |_| {})
+}
+
+/// Enough for a receiver, for tests of other keys.
+const MINIMAL: &str = "pd_buffer_size: 1GiB\npd_peer_init_port: 0\npd_peer_alloc_port: 0\n";
+
+#[test]
+fn every_shipped_file_serves_every_model() {
+    // Broken in production: a user starts a shipped file with another model and is refused, or gets wrong slots.
+    for file in ["sender.yaml", "receiver.yaml", "loopback.yaml"] {
+        for role in ROLES {
+            for (name, chunk_bytes) in MODELS {
+                let options = Options { config: Some(shipped(file)), model: Some(model(name)), ..Options::default() };
+                let loaded = Config::load(role, &options);
+                let other_role =
+                    matches!((file, role), ("sender.yaml", Role::Receiver) | ("receiver.yaml", Role::Sender));
+                if other_role {
+                    assert!(loaded.unwrap_err().to_string().contains("pd_role"), "{file} {role:?}");
+                    continue;
+                }
+                let config = loaded.unwrap().config;
+                assert_eq!(config.layout.chunk_bytes(), *chunk_bytes, "{name}");
+                assert!(config.buffer.slot_count >= 8, "{file} {name}");
+                assert!(config.buffer_len_bytes() <= config.buffer.asked_bytes);
+            }
+        }
+    }
+}
+
+#[test]
+fn the_defaults_that_the_files_state_are_the_defaults() {
+    // Broken in production: the documentation of a key states a default that it does not have.
+    for (file, role) in [
+        ("sender.yaml", Role::Sender),
+        ("receiver.yaml", Role::Receiver),
+        ("loopback.yaml", Role::Sender),
+        ("loopback.yaml", Role::Receiver),
+    ] {
+        let text = fs::read_to_string(shipped(file)).unwrap();
+        let defaults: Vec<String> = text
+            .lines()
+            .map(|line| match line.strip_prefix('#') {
+                Some(rest) if rest.starts_with(|c: char| c.is_ascii_lowercase()) => rest.to_owned(),
+                _ => line.to_owned(),
+            })
+            .collect();
+        assert!(defaults.iter().filter(|line| !line.is_empty() && !line.starts_with('#')).count() > 20, "{file}");
+        assert_eq!(load(role, &text).unwrap().config, load(role, &defaults.join("\n")).unwrap().config, "{file}");
+    }
+}
+
+#[test]
+fn the_examples_in_the_files_are_accepted() {
+    // Broken in production: a user takes the # from an example and is refused.
+    for (file, role) in [("sender.yaml", Role::Sender), ("receiver.yaml", Role::Receiver)] {
+        let text = fs::read_to_string(shipped(file)).unwrap().replace("#? ", "");
+        let config = load(role, &text).unwrap().config;
+        assert_eq!(config.engine.kind, Some(EngineKind::Nixl));
+        assert_eq!(config.connector_endpoint, Some(format!("ipc:///tmp/pd-{}-0.sock", role.as_str())));
+        let proxy = ProxyConfig { host: "127.0.0.1".to_owned(), port: 7500 };
+        assert_eq!(config.proxy, (role == Role::Sender).then_some(proxy));
+        assert_eq!(config.query_port, (role == Role::Receiver).then_some(7600));
+    }
+}
+
+#[test]
+fn what_check_prints_means_the_same() {
+    // Broken in production: --check shows an operator another configuration than the one that runs.
+    let rich = "pd_buffer_size: 1000000007\npd_buffer_device: cuda:3\npd_peer_init_port: 7300\npd_peer_alloc_port: 7400\n\
+        pd_peer_query_port: 7600\npd_proxy_host: proxy-0.example\npd_proxy_port: 7500\nkv_cache_dtype: fp8\nchunk_size: 16\n\
+        model_name: \"a: odd #name\"\npd_retention_sec: 0.25\ntransfer_channel: local\nnixl_backends: [UCX, POSIX]\n\
+        pd_nixl_lib_dir: /opt/x y\npd_connector_endpoint: ipc:///tmp/{role}.sock\n";
+    for role in ROLES {
+        for text in [rich, MINIMAL] {
+            let config = load(role, text).unwrap().config;
+            let printed = config.to_yaml();
+            let read_back = load(role, &printed).unwrap();
+            assert_eq!(read_back.config, config, "{printed}");
+            assert!(!config.to_line().contains('\n'));
+        }
+    }
+    let printed = load(Role::Receiver, MINIMAL).unwrap().config.to_yaml();
+    assert!(printed.starts_with(
+        "# pd-receiver, rank 0 of 1\n# one chunk: 256 tokens of 131072 bytes, 33554432 bytes in all (32MiB)\n"
+    ));
+    assert!(printed.contains("\npd_allocation_timeout_sec: 30  # seconds\n"), "{printed}");
+}
+
+#[test]
+fn an_older_lmcache_file_is_understood_and_says_so_once() {
+    // Broken in production: users of LMCache must keep two files in step.
+    let text = "local_cpu: false\nmax_local_cpu_size: 0\nremote_serde: NULL\nenable_nixl: true\nenable_xpyd: true\n\
+        nixl_role: \"receiver\"\nnixl_peer_host: \"localhost\"\nnixl_peer_init_port: 7300\nnixl_peer_alloc_port: 7400\n\
+        nixl_buffer_size: 4294967296\nnixl_buffer_device: \"cuda\"\npd_backend_mode: sync\nextra_config: {a: 1}\n";
+    let loaded = load(Role::Receiver, text).unwrap();
+    assert_eq!(loaded.config.bind_host, "localhost");
+    assert_eq!((loaded.config.init_port, loaded.config.alloc_port, loaded.config.query_port), (7300, 7400, None));
+    assert_eq!(loaded.config.buffer.device, BufferDevice::Cuda(0));
+    assert_eq!(
+        loaded.notes,
+        [
+            "pd_buffer: 4294967296 bytes asked, 4294967296 used: 128 slots of one chunk of 33554432 bytes (256 tokens of meta-llama/Meta-Llama-3-8B), 0 bytes left over",
+            "pd_backend_mode has no effect here: both kinds of peer are served",
+            "older names of keys, understood: enable_xpyd (now enable_pd), nixl_buffer_device (now pd_buffer_device), nixl_buffer_size (now pd_buffer_size), nixl_peer_alloc_port (now pd_peer_alloc_port), nixl_peer_host (now pd_peer_host), nixl_peer_init_port (now pd_peer_init_port), nixl_role (now pd_role)",
+            "LMCache's keys that do not concern this daemon: local_cpu, max_local_cpu_size, remote_serde, enable_nixl, extra_config",
+        ]
+    );
+}
+
+#[test]
+fn ranks_take_their_own_ports_and_devices() {
+    // Broken in production: the second worker of a host binds the first one's ports or allocates on its GPU.
+    let text = "pd_buffer_size: 1GiB\npd_buffer_device: cuda\npd_peer_init_port: [7300, 7301]\npd_peer_alloc_port: 7400,7401\n\
+        pd_peer_query_port: 0\npd_connector_endpoint: ipc:///tmp/{role}-{rank}\n";
+    let rank_one = |options: &mut Options| {
+        options.rank = 1;
+        options.tp_size = Some(2);
+    };
+    let config = load_text(Role::Receiver, text, rank_one).unwrap().config;
+    assert_eq!((config.init_port, config.alloc_port, config.query_port), (7301, 7401, Some(0)));
+    assert_eq!(config.buffer.device, BufferDevice::Cuda(1));
+    assert_eq!((config.layout.tp_rank, config.layout.tp_size, config.layout.kv_heads), (1, 2, 4));
+    assert_eq!(config.connector_endpoint.as_deref(), Some("ipc:///tmp/receiver-1"));
+}
+
+#[test]
+fn infinite_waits_are_capped_and_noted() {
+    // Broken in production: LMCache's own default, written out, is refused, or a request waits for ever.
+    for value in [".inf", "inf", "\"inf\""] {
+        let loaded = load(Role::Receiver, &format!("{MINIMAL}pd_allocation_timeout_sec: {value}\n")).unwrap();
+        assert_eq!(loaded.config.deadlines.allocation, Duration::from_secs(86_400));
+        assert!(loaded.notes.iter().any(|note| note.contains("is taken as 86400 seconds")), "{:?}", loaded.notes);
+    }
+}
+
+#[test]
+fn a_port_that_anyone_reaches_is_noted() {
+    // Broken in production: nobody is warned that unauthenticated peers can write into the buffer.
+    let open = load(Role::Receiver, &format!("{MINIMAL}pd_peer_host: 0.0.0.0\n")).unwrap();
+    assert!(open.notes.iter().any(|note| note.starts_with("pd_peer_host = 0.0.0.0: ")), "{:?}", open.notes);
+    for local in ["localhost", "127.0.0.1", "\"::1\""] {
+        let closed = load(Role::Receiver, &format!("{MINIMAL}pd_peer_host: {local}\n")).unwrap();
+        assert_eq!(closed.notes.len(), 1, "{:?}", closed.notes);
+    }
+}
+
+#[test]
+fn the_connector_may_give_the_layout() {
+    // Broken in production: an engine whose layout no config.json describes cannot be served.
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("layout.json");
+    fs::write(&path, r#"{"model": "m", "chunk_bytes": 65536, "chunk_tokens": 16}"#).unwrap();
+    let given = |options: &mut Options| {
+        options.model = None;
+        options.kv_layout = Some(path.clone());
+    };
+    let config = load_text(Role::Sender, "pd_buffer_size: 1MiB\n", given).unwrap().config;
+    assert_eq!((config.buffer.slot_count, config.layout.chunk_bytes()), (16, 65_536));
+    let error = load_text(Role::Sender, "pd_buffer_size: 1MiB\nchunk_size: 256\n", given).unwrap_err();
+    assert!(
+        error.ends_with(
+            "layout.json: chunk_tokens = 16 contradicts 256 from chunk_size; leave one of them out, or make them equal"
+        ),
+        "{error}"
+    );
+    let error = load_text(Role::Sender, "pd_buffer_size: 1MiB\nkv_cache_dtype: fp8\n", given).unwrap_err();
+    assert!(error.contains("layout.json says opaque; leave it out where the connector gives the layout"), "{error}");
+}
+
+#[test]
+fn a_model_may_be_named_by_its_folder() {
+    // Broken in production: the path that every engine takes is refused here.
+    let folder = tempfile::tempdir().unwrap();
+    fs::copy(model("qwen3-8b"), folder.path().join("config.json")).unwrap();
+    let named = |options: &mut Options| options.model = Some(folder.path().to_owned());
+    assert_eq!(load_text(Role::Receiver, MINIMAL, named).unwrap().config.layout.layers, 36);
+}
+
+#[test]
+fn files_that_cannot_be_read_are_named() {
+    // Broken in production: "no such file" without a name.
+    let error = load_text(Role::Sender, MINIMAL, |options| options.config = Some("no/such.yaml".into())).unwrap_err();
+    assert_eq!(error, "cannot read the configuration no/such.yaml: No such file or directory (os error 2)");
+    let error = load_text(Role::Sender, MINIMAL, |options| options.model = Some("no/such.json".into())).unwrap_err();
+    assert_eq!(error, "cannot read the model no/such.json: No such file or directory (os error 2)");
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("huge.json");
+    fs::write(&path, vec![b' '; (4 << 20) + 1]).unwrap();
+    let error = load_text(Role::Sender, MINIMAL, |options| options.model = Some(path.clone())).unwrap_err();
+    assert!(error.ends_with("huge.json: it has more than 4194304 bytes"), "{error}");
+    fs::write(&path, [0xff, 0xfe]).unwrap();
+    let error = load_text(Role::Sender, MINIMAL, |options| options.model = Some(path)).unwrap_err();
+    assert!(error.contains("UTF-8"), "{error}");
+    let options = Options { set: vec!["pd_buffer_size=1GiB".to_owned()], ..Options::default() };
+    assert!(matches!(Config::load(Role::Sender, &options), Err(ConfigError::NoLayout)));
+}
+
+/// A line after the minimal ones, and the whole text of the refusal. Lines that set one of the minimal keys replace it.
+const REFUSED: &[(&str, &str)] = &[
+    (
+        "pd_bufer_size: 1",
+        "f.yaml:4: `pd_bufer_size` is not a known key; did you mean `pd_buffer_size`?; configs/sender.yaml and configs/receiver.yaml list all keys",
+    ),
+    ("enable_pd: false", "f.yaml:4: enable_pd = false: this daemon does nothing but PD; write true, or leave it out"),
+    ("enable_pd: 1", "f.yaml:4: enable_pd = 1; expected true or false; write for example `enable_pd: true`"),
+    (
+        "pd_role: sender",
+        "f.yaml:4: pd_role = \"sender\": this is pd-receiver; start pd-sender, or write receiver, or both",
+    ),
+    (
+        "nixl_role: sender",
+        "f.yaml:4: nixl_role = \"sender\": this is pd-receiver; start pd-sender, or write receiver, or both",
+    ),
+    (
+        "pd_role: decoder",
+        "f.yaml:4: pd_role = \"decoder\"; expected sender, receiver or both; write for example `pd_role: both`",
+    ),
+    (
+        "pd_bidirectional: true",
+        "f.yaml:4: pd_bidirectional = true: a daemon moves KV one way, from a pd-sender to a pd-receiver; write false, and start a pd-sender and a pd-receiver at each end",
+    ),
+    (
+        "pd_buffer_size: 1000",
+        "f.yaml:1: pd_buffer_size = 1000: smaller than one chunk of 33554432 bytes (256 tokens of meta-llama/Meta-Llama-3-8B); raise it to at least 32MiB",
+    ),
+    (
+        "pd_buffer_size: 33554431",
+        "f.yaml:1: pd_buffer_size = 33554431: smaller than one chunk of 33554432 bytes (256 tokens of meta-llama/Meta-Llama-3-8B); raise it to at least 32MiB",
+    ),
+    (
+        "pd_buffer_size: 0",
+        "f.yaml:1: pd_buffer_size = 0: smaller than one chunk of 33554432 bytes (256 tokens of meta-llama/Meta-Llama-3-8B); raise it to at least 32MiB",
+    ),
+    (
+        "pd_buffer_size: -1",
+        "f.yaml:1: pd_buffer_size = -1; expected a whole number of bytes, or a number with one of B, KiB, MiB, GiB, TiB (1024) or kB, MB, GB, TB (1000); write for example `pd_buffer_size: 4GiB`",
+    ),
+    (
+        "pd_buffer_size: 4G",
+        "f.yaml:1: pd_buffer_size = \"4G\"; expected a whole number of bytes, or a number with one of B, KiB, MiB, GiB, TiB (1024) or kB, MB, GB, TB (1000); write for example `pd_buffer_size: 4GiB`",
+    ),
+    (
+        "pd_buffer_size: 18446744073709551615",
+        "f.yaml:1: pd_buffer_size = 18446744073709551615: that is 549755813887 slots of one chunk of 33554432 bytes (256 tokens of meta-llama/Meta-Llama-3-8B), and a buffer has at most 16777216; lower it to at most 512TiB, or raise chunk_size",
+    ),
+    (
+        "pd_buffer_size:",
+        "`pd_buffer_size` is missing; expected a whole number of bytes, or a number with one of B, KiB, MiB, GiB, TiB (1024) or kB, MB, GB, TB (1000); write for example `pd_buffer_size: 4GiB`",
+    ),
+    (
+        "pd_max_prefill_len: 10000",
+        "f.yaml:4: pd_max_prefill_len = 10000: the pd_buffer holds 8192 tokens; raise pd_buffer_size to at least 1280MiB, or lower it",
+    ),
+    (
+        "pd_buffer_device: gpu",
+        "f.yaml:4: pd_buffer_device = \"gpu\"; expected cpu, cuda or cuda:N (N from 0 to 1023); write for example `pd_buffer_device: cpu`",
+    ),
+    (
+        "pd_buffer_device: cuda:+1",
+        "f.yaml:4: pd_buffer_device = \"cuda:+1\"; expected cpu, cuda or cuda:N (N from 0 to 1023); write for example `pd_buffer_device: cpu`",
+    ),
+    (
+        "chunk_size: 0",
+        "f.yaml:4: chunk_size = 0; expected a number of tokens from 1 to 1048576; write for example `chunk_size: 256`",
+    ),
+    (
+        "kv_cache_dtype: fp4",
+        "f.yaml:4: kv_cache_dtype = \"fp4\"; expected auto, bfloat16, float16, float32, float8_e4m3fn, float8_e5m2, uint8 or int8; write for example `kv_cache_dtype: auto`",
+    ),
+    (
+        "pd_peer_init_port:",
+        "`pd_peer_init_port` is missing; expected a port from 0 to 65535, or a list of one such port per rank; write for example `pd_peer_init_port: 7300`",
+    ),
+    (
+        "pd_peer_init_port: 65536",
+        "f.yaml:2: pd_peer_init_port = 65536; expected a port from 0 to 65535, or a list of one such port per rank; write for example `pd_peer_init_port: 7300`",
+    ),
+    (
+        "pd_peer_init_port: [7300, x]",
+        "f.yaml:2: pd_peer_init_port = [7300, \"x\"]; expected a port from 0 to 65535, or a list of one such port per rank; write for example `pd_peer_init_port: 7300`",
+    ),
+    (
+        "pd_peer_init_port: []",
+        "f.yaml:2: pd_peer_init_port = []; expected a port from 0 to 65535, or a list of one such port per rank; write for example `pd_peer_init_port: 7300`",
+    ),
+    (
+        "pd_peer_host: tcp://127.0.0.1",
+        "f.yaml:4: pd_peer_host = \"tcp://127.0.0.1\"; expected a host name or an address, without scheme and port; write for example `pd_peer_host: 127.0.0.1`",
+    ),
+    (
+        "pd_proxy_port: 0",
+        "f.yaml:4: pd_proxy_port = 0; expected a port from 1 to 65535; write for example `pd_proxy_port: 7500`",
+    ),
+    (
+        "pd_allocation_timeout_sec: -1",
+        "f.yaml:4: pd_allocation_timeout_sec = -1; expected a number of seconds from 0 to 86400; write for example `pd_allocation_timeout_sec: 30`",
+    ),
+    (
+        "pd_allocation_timeout_sec: 5s",
+        "f.yaml:4: pd_allocation_timeout_sec = \"5s\"; expected a number of seconds from 0 to 86400; write for example `pd_allocation_timeout_sec: 30`",
+    ),
+    (
+        "pd_handshake_timeout_sec: 0",
+        "f.yaml:4: pd_handshake_timeout_sec = 0; expected a number of seconds from 0.001 to 86400; write for example `pd_handshake_timeout_sec: 10`",
+    ),
+    (
+        "pd_retention_sec: .nan",
+        "f.yaml:4: pd_retention_sec = NaN; expected a number of seconds from 0.001 to 86400; write for example `pd_retention_sec: 300`",
+    ),
+    (
+        "pd_shutdown_timeout_sec: 1e300",
+        "f.yaml:4: pd_shutdown_timeout_sec = 1e300; expected a number of seconds from 0 to 86400; write for example `pd_shutdown_timeout_sec: 5`",
+    ),
+    (
+        "pd_backend_mode: threads",
+        "f.yaml:4: pd_backend_mode = \"threads\"; expected sync or async; write for example `pd_backend_mode: async`",
+    ),
+    (
+        "transfer_channel: ucx",
+        "f.yaml:4: transfer_channel = \"ucx\"; expected nixl or local; left out: nixl where its library is found, else local; write for example `transfer_channel: nixl`",
+    ),
+    (
+        "nixl_backends: []",
+        "f.yaml:4: nixl_backends = []; expected a list of 1 to 16 names of NIXL plugins; write for example `nixl_backends: [UCX]`",
+    ),
+    (
+        "pd_connector_endpoint: tcp://127.0.0.1:1",
+        "f.yaml:4: pd_connector_endpoint = \"tcp://127.0.0.1:1\"; expected ipc:// and an absolute path of at most 100 bytes, in which {role} and {rank} are filled in; write for example `pd_connector_endpoint: ipc:///run/user/1000/pd-{role}-{rank}.sock`",
+    ),
+    (
+        "pd_max_requests: 0",
+        "f.yaml:4: pd_max_requests = 0; expected a number from 1 to 1048576; write for example `pd_max_requests: 1024`",
+    ),
+    (
+        "model_name: [a]",
+        "f.yaml:4: model_name = [\"a\"]; expected text of 1 to 256 bytes; write for example `model_name: meta-llama/Meta-Llama-3-8B`",
+    ),
+    (
+        "pd_max_peers: {a: 1}",
+        "f.yaml:4: pd_max_peers = a map; expected a number from 1 to 65536; write for example `pd_max_peers: 1024`",
+    ),
+    (
+        "pd_peer_query_port: 7400\npd_peer_init_port: 7400",
+        "f.yaml:4: pd_peer_query_port = 7400: pd_peer_init_port of rank 0 is 7400 as well; give each its own port, or 0 for a free port",
+    ),
+];
+
+#[test]
+fn bad_configurations_are_refused_with_the_whole_story() {
+    // Broken in production: an operator cannot tell from the message what was seen, what is accepted, what to write.
+    for (lines, expected) in REFUSED {
+        let mut text = MINIMAL.to_owned();
+        for line in lines.lines() {
+            let key = line.split(':').next().unwrap();
+            match text.lines().find(|minimal| minimal.split(':').next() == Some(key)) {
+                Some(minimal) => text = text.replace(minimal, line),
+                None => text.push_str(&format!("{line}\n")),
+            }
+        }
+        assert_eq!(load(Role::Receiver, &text).unwrap_err(), *expected, "{text}");
+    }
+}
+
+#[test]
+fn refusals_that_depend_on_role_rank_and_model() {
+    // Broken in production: a worker of a larger tensor-parallel group starts with another's resources.
+    let sender = |line: &str| load(Role::Sender, &format!("pd_buffer_size: 1GiB\n{line}\n")).unwrap_err();
+    assert_eq!(
+        sender("pd_proxy_host: 127.0.0.1"),
+        "f.yaml:2: pd_proxy_host = \"127.0.0.1\": `pd_proxy_port` is missing; give both, or neither, or pd_skip_proxy_notification: true"
+    );
+    assert_eq!(
+        sender("pd_proxy_port: 7500"),
+        "f.yaml:2: pd_proxy_port = 7500: `pd_proxy_host` is missing; give both, or neither, or pd_skip_proxy_notification: true"
+    );
+    let skip = "pd_buffer_size: 1GiB\npd_proxy_port: 7500\npd_skip_proxy_notification: true\n";
+    assert_eq!(load(Role::Sender, skip).unwrap().config.proxy, None);
+
+    let rank = |line: &str, rank: u32, tp_size: Option<u32>| {
+        load_text(Role::Receiver, &format!("{MINIMAL}{line}\n"), |options| {
+            options.rank = rank;
+            options.tp_size = tp_size;
+        })
+        .unwrap_err()
+    };
+    assert_eq!(
+        rank("pd_peer_query_port: [7600]", 1, Some(2)),
+        "f.yaml:4: pd_peer_query_port = [7600]: this is rank 1, and there are ports for 1 rank; write a list with one port per rank, or 0 for a free port"
+    );
+    assert_eq!(
+        rank("pd_connector_endpoint: ipc:///tmp/x", 1, Some(2)),
+        "f.yaml:4: pd_connector_endpoint = \"ipc:///tmp/x\": the daemons of 2 ranks cannot share one endpoint; put {rank} into it, or leave it out"
+    );
+    assert_eq!(rank("", 1, None), "llama-3-8b.json: rank 1 of 1; expected 0 to 0; give --tp-size as well as --rank");
+    assert_eq!(
+        rank("", 0, Some(3)),
+        "llama-3-8b.json: 8 KV heads cannot be split over 3 tensor-parallel ranks; expected --tp-size to divide 8, or to be a multiple of it"
+    );
+}
+
+proptest! {
+    #[test]
+    fn the_buffer_is_the_largest_whole_number_of_chunks_under_its_ceiling(
+        asked_bytes in 1_u64..1 << 44,
+        (name, chunk_bytes) in prop::sample::select(MODELS),
+    ) {
+        // Broken in production: a buffer larger than allowed, or memory that is paid for and never used.
+        let options = Options {
+            set: vec![format!("pd_buffer_size={asked_bytes}")],
+            model: Some(model(name)),
+            ..Options::default()
+        };
+        match Config::load(Role::Sender, &options) {
+            Ok(Loaded { config, .. }) => {
+                let slot_count = u64::from(config.buffer.slot_count);
+                prop_assert_eq!(config.buffer.asked_bytes, asked_bytes);
+                prop_assert!(slot_count >= 1);
+                prop_assert!(slot_count * chunk_bytes <= asked_bytes);
+                prop_assert!(asked_bytes < (slot_count + 1) * chunk_bytes);
+            }
+            Err(error) => prop_assert!(asked_bytes < chunk_bytes, "{error}"),
+        }
+    }
+
+    #[test]
+    fn any_text_is_a_configuration_or_a_refusal(text: String, key in "[a-z_]{0,12}", value: String) {
+        // Broken in production: a damaged file ends the daemon with a panic instead of exit code 2.
+        for set in [format!("{key}={value}"), format!("pd_buffer_size={value}"), format!("pd_peer_init_port={value}"), text] {
+            let options = Options { set: vec![set], model: Some(model("llama-3-8b")), ..Options::default() };
+            if let Err(error) = Config::load(Role::Receiver, &options) {
+                prop_assert!(!error.to_string().is_empty());
+            }
+        }
+    }
+}
