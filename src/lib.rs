@@ -33,3 +33,4 @@ pub mod config;
 pub mod ids;
 pub mod kv_layout;
 pub mod slot;
+pub mod wire;

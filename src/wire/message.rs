@@ -1,0 +1,363 @@
+//! LMCache's PD messages, and ours.
+//!
+//! A payload is a msgpack map; the key `type` carries the name, then come the fields. LMCache's messages keep its
+//! names, fields and types (observed on LMCache 0.5.6). What its wire lacks travels in one optional field, `pd`, which
+//! stock peers ignore. The messages named `Pd...` are ours and go only to peers whose [`Hello`] announced them.
+
+use serde::{Deserialize, Serialize};
+
+use crate::ids::{ChunkKey, Failure, GrantId, RequestId, Seq};
+
+/// The protocol version that this build speaks, and the oldest that it still understands.
+pub const PROTOCOL_VERSION: u16 = 1;
+/// See [`PROTOCOL_VERSION`].
+pub const PROTOCOL_VERSION_MIN: u16 = 1;
+
+/// Capability: commits chunks with [`Commit`] and understands [`Revoke`].
+pub const CAPABILITY_COMMIT: &str = "commit";
+
+/// Everything that can arrive on a side-channel port.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "type")]
+pub enum Message {
+    /// init port, sender to receiver: who I am.
+    NixlInitRequest(InitRequest),
+    /// init port, the answer.
+    NixlInitResponse(InitResponse),
+    /// init port, sender to receiver, second step: where my memory is.
+    NixlMemRegRequest(MemRegRequest),
+    /// init port, the answer: where the receiver's memory is.
+    NixlMemRegResponse(MemRegResponse),
+    /// alloc port, sender to receiver: room for these chunks.
+    AllocRequest(AllocRequest),
+    /// alloc port, the answer; also the answer to a cancel.
+    AllocResponse(AllocResponse),
+    /// alloc port, sender to receiver: never mind.
+    CancelNotif(CancelNotif),
+    /// query port: which of these do you hold?
+    CacheQueryRequest(CacheQueryRequest),
+    /// query port, the answer.
+    CacheQueryResponse(CacheQueryResponse),
+    /// proxy port: this request can be decoded now.
+    ProxyNotif(ProxyNotif),
+    /// alloc port, sender to receiver: every granted chunk is written.
+    PdCommit(Commit),
+    /// alloc port, the answer.
+    PdCommitAck(CommitAck),
+    /// alloc port, receiver to sender, unasked: the grant is withdrawn, say when you have stopped writing.
+    PdRevoke(Revoke),
+}
+
+impl Message {
+    /// The name on the wire.
+    pub const fn type_name(&self) -> &'static str {
+        match self {
+            Self::NixlInitRequest(_) => "NixlInitRequest",
+            Self::NixlInitResponse(_) => "NixlInitResponse",
+            Self::NixlMemRegRequest(_) => "NixlMemRegRequest",
+            Self::NixlMemRegResponse(_) => "NixlMemRegResponse",
+            Self::AllocRequest(_) => "AllocRequest",
+            Self::AllocResponse(_) => "AllocResponse",
+            Self::CancelNotif(_) => "CancelNotif",
+            Self::CacheQueryRequest(_) => "CacheQueryRequest",
+            Self::CacheQueryResponse(_) => "CacheQueryResponse",
+            Self::ProxyNotif(_) => "ProxyNotif",
+            Self::PdCommit(_) => "PdCommit",
+            Self::PdCommitAck(_) => "PdCommitAck",
+            Self::PdRevoke(_) => "PdRevoke",
+        }
+    }
+}
+
+/// What one of our daemons says of itself in the handshake.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hello {
+    /// Oldest protocol version understood.
+    pub version_min: u16,
+    /// Newest protocol version understood.
+    pub version_max: u16,
+    /// Name of this process, new at every start.
+    pub instance: String,
+    /// Transfer engine: `nixl` or `local`.
+    pub engine: String,
+    /// What a chunk is, field by field, so that a mismatch can be named.
+    pub layout: Vec<(String, String)>,
+    /// Messages beyond LMCache's that this side understands.
+    pub capabilities: Vec<String>,
+    /// The process itself, so that a peer on the same host can see it end.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub process: Option<ProcessIdentity>,
+}
+
+/// A process, told apart from another with the same pid on another host, in another container, or later.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProcessIdentity {
+    /// Boot id of the host's kernel.
+    pub boot_id: String,
+    /// Inode of the pid namespace.
+    pub pid_namespace: u64,
+    /// The pid in that namespace.
+    pub pid: u32,
+    /// When it started, in clock ticks since boot.
+    pub start_ticks: u64,
+}
+
+/// `NixlInitRequest`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct InitRequest {
+    /// The sender's engine metadata.
+    #[serde(with = "serde_bytes")]
+    pub local_meta_bytes: Vec<u8>,
+    /// Ours.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pd: Option<InitExtension>,
+}
+
+/// Our part of [`InitRequest`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct InitExtension {
+    /// Echoed in the answer.
+    pub seq: Seq,
+    /// Who asks.
+    pub hello: Hello,
+    /// Name of the sender's agent.
+    pub agent_name: String,
+    /// [`Hello::instance`] of every receiver that the sender is connected to or still writes to. A receiver that finds
+    /// itself in here is known to the sender under another address.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub connected: Vec<String>,
+}
+
+/// `NixlInitResponse`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct InitResponse {
+    /// The name of the *asking* agent, as bytes, as LMCache returns it. Empty in a refusal.
+    #[serde(with = "serde_bytes")]
+    pub remote_agent_name: Vec<u8>,
+    /// The receiver's engine metadata. Empty in a refusal.
+    #[serde(with = "serde_bytes")]
+    pub remote_meta_bytes: Vec<u8>,
+    /// Ours.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pd: Option<InitReplyExtension>,
+}
+
+/// Our part of [`InitResponse`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct InitReplyExtension {
+    /// From the request.
+    pub seq: Seq,
+    /// Who answers.
+    pub hello: Hello,
+    /// Name of the receiver's agent. Empty in a refusal.
+    pub agent_name: String,
+    /// Why the receiver will not talk.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refusal: Option<Failure>,
+}
+
+/// `NixlMemRegRequest`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct MemRegRequest {
+    /// The name of the sender's agent, as bytes.
+    #[serde(with = "serde_bytes")]
+    pub remote_agent_name: Vec<u8>,
+    /// What the sender calls itself; empty from LMCache's synchronous backend.
+    pub local_id: String,
+    /// The sender's pages as the Python binding pickles them; empty from us.
+    #[serde(with = "serde_bytes")]
+    pub local_xfer_dlist_bytes: Vec<u8>,
+    /// Ours.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pd: Option<MemRegExtension>,
+}
+
+/// Our part of [`MemRegRequest`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct MemRegExtension {
+    /// Echoed in the answer.
+    pub seq: Seq,
+    /// [`Hello::instance`] of the sender.
+    pub instance: String,
+}
+
+/// `NixlMemRegResponse`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct MemRegResponse {
+    /// The receiver's pages as the Python binding pickles them; empty between our own peers.
+    #[serde(with = "serde_bytes")]
+    pub remote_xfer_dlist_bytes: Vec<u8>,
+    /// Ours.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pd: Option<MemRegReplyExtension>,
+}
+
+/// Our part of [`MemRegResponse`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct MemRegReplyExtension {
+    /// From the request.
+    pub seq: Seq,
+    /// The receiver's engine descriptors. Empty in a refusal.
+    #[serde(with = "serde_bytes")]
+    pub descriptors: Vec<u8>,
+    /// Number of slots in the receiver's buffer.
+    pub slot_count: u32,
+    /// Why the receiver will not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refusal: Option<Failure>,
+}
+
+/// `AllocRequest`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct AllocRequest {
+    /// The chunks' keys, in the order of the prompt.
+    pub keys: Vec<ChunkKey>,
+    /// LMCache's memory format: 1 is KV_2LTD.
+    pub fmt: i64,
+    /// Shape of a whole chunk; for KV_2LTD `[2, layers, tokens, kv_heads * head_size]`.
+    pub shape: Vec<u64>,
+    /// Element type as torch calls it, without the `torch.`: `bfloat16`.
+    pub dtype: String,
+    /// Tokens in the last chunk of `keys`.
+    pub last_chunk_toks: u64,
+    /// Absent from LMCache's synchronous backend.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub req_id: Option<RequestId>,
+    /// Whether no more batches follow for this request. Absent from the synchronous backend.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub is_last_batch: Option<bool>,
+    /// Chunks in all batches of this request. Absent from the synchronous backend.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub total_chunks: Option<u32>,
+    /// Ours.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pd: Option<AllocExtension>,
+}
+
+/// Our part of [`AllocRequest`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct AllocExtension {
+    /// Echoed in the answer.
+    pub seq: Seq,
+    /// [`Hello::instance`] of the sender.
+    pub instance: String,
+    /// How long the sender will wait for slots, in milliseconds.
+    pub wait_ms: u64,
+}
+
+/// `AllocResponse`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct AllocResponse {
+    /// Positions in `keys` of the chunks that need not be sent.
+    pub already_sent_indexes: Vec<u32>,
+    /// One page index for every other chunk, in order. `-1` in LMCache's errors.
+    pub remote_indexes: Vec<i64>,
+    /// Ours.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pd: Option<AllocReplyExtension>,
+}
+
+/// Our part of [`AllocResponse`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct AllocReplyExtension {
+    /// From the request.
+    pub seq: Seq,
+    /// Names what was granted, for the commit. Absent in a refusal and in the answer to a cancel.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub grant: Option<GrantId>,
+    /// How long the granted slots may be written to, in milliseconds from now.
+    #[serde(default)]
+    pub write_within_ms: u64,
+    /// Why nothing was granted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refusal: Option<Failure>,
+}
+
+/// `CancelNotif`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct CancelNotif {
+    /// Which request.
+    pub req_id: RequestId,
+    /// Its keys.
+    pub keys: Vec<ChunkKey>,
+    /// Ours.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pd: Option<CancelExtension>,
+}
+
+/// Our part of [`CancelNotif`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct CancelExtension {
+    /// Echoed in the answer.
+    pub seq: Seq,
+    /// [`Hello::instance`] of the sender.
+    pub instance: String,
+    /// What was granted, if the sender knows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub grant: Option<GrantId>,
+    /// `seq` of the AllocRequest that this takes back, for a sender that does not know its grant. A name alone would
+    /// not do: an earlier attempt of the same request may still be written.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub alloc_seq: Option<Seq>,
+    /// The sender's word that nothing of it is or will be written: only then are the slots free again.
+    pub writer_stopped: bool,
+}
+
+/// `CacheQueryRequest`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct CacheQueryRequest {
+    /// Which chunks.
+    pub keys: Vec<ChunkKey>,
+}
+
+/// `CacheQueryResponse`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct CacheQueryResponse {
+    /// Those that are held.
+    pub cached_keys: Vec<ChunkKey>,
+    /// Their positions in the request's `keys`.
+    pub cached_indexes: Vec<u32>,
+}
+
+/// `ProxyNotif`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ProxyNotif {
+    /// Which request.
+    pub req_id: RequestId,
+}
+
+/// `PdCommit`: every chunk of the grant is written and complete.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Commit {
+    /// Echoed in the answer.
+    pub seq: Seq,
+    /// [`Hello::instance`] of the sender.
+    pub instance: String,
+    /// Which request.
+    pub req_id: RequestId,
+    /// What was granted to it.
+    pub grant: GrantId,
+}
+
+/// `PdCommitAck`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct CommitAck {
+    /// From the commit.
+    pub seq: Seq,
+    /// Which request.
+    pub req_id: RequestId,
+    /// Why the chunks are not ready after all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refusal: Option<Failure>,
+}
+
+/// `PdRevoke`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Revoke {
+    /// Which request.
+    pub req_id: RequestId,
+    /// What was granted to it.
+    pub grant: GrantId,
+    /// Why.
+    pub reason: Failure,
+}

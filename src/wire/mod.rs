@@ -1,0 +1,10 @@
+//! What travels between a pd-sender, a pd-receiver, a proxy and LMCache's peers: messages, their msgpack encoding,
+//! and the limits that hold before anything is allocated. No sockets.
+
+pub mod codec;
+pub mod limits;
+pub mod message;
+mod scan;
+
+pub use codec::{DecodeError, decode, encode, type_name, unsigned_field};
+pub use message::Message;
