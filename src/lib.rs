@@ -32,5 +32,6 @@ pub mod address;
 pub mod config;
 pub mod ids;
 pub mod kv_layout;
+pub mod protocol;
 pub mod slot;
 pub mod wire;

@@ -1,0 +1,212 @@
+//! What a receiver session asks of the world around it.
+
+use std::time::Duration;
+
+use crate::ids::{ChunkKey, ClientId, ConnectionId, Failure, LeaseId, RequestId, Seq, SlotIndex};
+use crate::protocol::Port;
+use crate::slot::SlotCounts;
+use crate::wire::Message;
+use crate::wire::message::ProcessIdentity;
+
+/// One thing to do.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Output<R> {
+    /// Answer, or tell, a peer.
+    Send {
+        /// Whom.
+        to: R,
+        /// From which of our ports.
+        port: Port,
+        /// What.
+        message: Message,
+    },
+    /// Let the engine meet a peer; `handle_peer_loaded` wants the result.
+    LoadPeer {
+        /// [`Hello::instance`](crate::wire::message::Hello::instance) of the peer.
+        instance: String,
+        /// Name of its agent.
+        agent_name: String,
+        /// Its engine's metadata.
+        metadata: Vec<u8>,
+    },
+    /// Let the engine forget a peer.
+    ForgetPeer(ConnectionId),
+    /// Watch a peer's process, if it is on this host; `handle_process_ended` wants to know.
+    WatchProcess {
+        /// Whose.
+        instance: String,
+        /// Which.
+        process: ProcessIdentity,
+    },
+    /// Answer a client of the connector API.
+    Answer {
+        /// Whom.
+        client: ClientId,
+        /// Which of its requests.
+        id: Seq,
+        /// What.
+        answer: Answer,
+    },
+    /// Something for the log.
+    Note(Note),
+}
+
+/// An answer to a reader.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Answer {
+    /// To `wait`.
+    Ready {
+        /// Which request.
+        request: RequestId,
+        /// To release.
+        lease: LeaseId,
+        /// All its chunks, in the order of the prompt.
+        chunks: Vec<ReadyChunk>,
+    },
+    /// To `lookup`.
+    Found {
+        /// To release; none when nothing was found.
+        lease: Option<LeaseId>,
+        /// One for each key.
+        chunks: Vec<Option<ReadyChunk>>,
+    },
+    /// To `release`.
+    Released,
+    /// To `cancel`.
+    Cancelled {
+        /// Which request.
+        request: RequestId,
+    },
+    /// To any of them.
+    Failed {
+        /// Why.
+        failure: Failure,
+        /// The peer concerned.
+        peer: Option<String>,
+    },
+}
+
+/// A chunk that can be read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ReadyChunk {
+    /// Its key.
+    pub key: ChunkKey,
+    /// The slot.
+    pub slot: SlotIndex,
+    /// Where it starts in the buffer, in bytes.
+    pub offset_bytes: u64,
+    /// Its length.
+    pub len_bytes: u64,
+}
+
+/// What happened, for the log.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Note {
+    /// A peer shook hands.
+    PeerMet {
+        /// Which.
+        instance: String,
+    },
+    /// A peer was refused.
+    PeerRefused {
+        /// Which.
+        instance: String,
+        /// Why.
+        failure: Failure,
+    },
+    /// A peer is gone.
+    PeerLost {
+        /// Which.
+        instance: String,
+        /// How we know.
+        reason: &'static str,
+    },
+    /// A request got its slots.
+    Granted {
+        /// Which request.
+        request: RequestId,
+        /// Whose.
+        instance: String,
+        /// Chunks in it.
+        chunks: usize,
+        /// Of those, chunks that were ready already.
+        already_sent: usize,
+        /// How long it waited for slots.
+        waited: Duration,
+    },
+    /// A request was refused.
+    Refused {
+        /// Which request, if it had a name.
+        request: Option<RequestId>,
+        /// Whose.
+        instance: String,
+        /// Why.
+        failure: Failure,
+    },
+    /// A request is ready.
+    Committed {
+        /// Which request.
+        request: RequestId,
+        /// Whose.
+        instance: String,
+        /// Chunks in it.
+        chunks: usize,
+        /// Bytes written for it.
+        bytes: u64,
+        /// From the grant to the commit.
+        took: Duration,
+    },
+    /// A granted or ready request ended without being fetched.
+    Failed {
+        /// Which request.
+        request: RequestId,
+        /// Whose.
+        instance: String,
+        /// Why.
+        failure: Failure,
+        /// Slots whose writer is not known to have stopped.
+        quarantined: usize,
+    },
+    /// A reader has fetched a request.
+    Fetched {
+        /// Which request.
+        request: RequestId,
+        /// From the commit to here.
+        after: Duration,
+    },
+    /// Quarantined slots are free again.
+    Unquarantined {
+        /// Whose they were.
+        instance: String,
+        /// How many.
+        slots: usize,
+    },
+    /// A message that this port does not take.
+    Unexpected {
+        /// Which port.
+        port: Port,
+        /// Its type.
+        message: &'static str,
+    },
+}
+
+/// What a receiver counts.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ReceiverCounts {
+    /// Slots by state.
+    pub slots: SlotCounts,
+    /// Requests that have not ended.
+    pub requests_active: usize,
+    /// Requests made ready.
+    pub requests_ready: u64,
+    /// Requests that ended otherwise.
+    pub requests_failed: u64,
+    /// Bytes committed.
+    pub bytes: u64,
+    /// Chunks freed because nobody fetched or used them in time.
+    pub chunks_expired: u64,
+    /// Peers shaken hands with.
+    pub peers: usize,
+    /// Leases not released.
+    pub leases: usize,
+}

@@ -1,0 +1,249 @@
+//! The receiver's session: shakes hands, grants slots, takes commits, hands ready chunks to readers.
+
+mod admission;
+mod io;
+mod peers;
+mod readers;
+mod requests;
+
+use std::collections::{BTreeMap, VecDeque};
+use std::time::{Duration, Instant};
+
+pub use io::{Answer, Note, Output, ReadyChunk, ReceiverCounts};
+
+use self::peers::Peer;
+use self::readers::{Lease, Waiter};
+use self::requests::{Closing, Ended, Request};
+use super::timers::Timers;
+use super::{ChunkShape, Port};
+use crate::ids::{ClientId, ConnectionId, Failure, FailureKind, GrantId, LeaseId, RequestId, Seq};
+use crate::slot::SlotTable;
+use crate::wire::Message;
+use crate::wire::message::{CacheQueryResponse, Hello};
+
+/// What a receiver session is told at start.
+#[derive(Debug, Clone)]
+pub struct ReceiverSettings {
+    /// Who this daemon is.
+    pub hello: Hello,
+    /// Name of its engine's agent.
+    pub agent_name: String,
+    /// Its engine's metadata.
+    pub metadata: Vec<u8>,
+    /// Its engine's descriptors.
+    pub descriptors: Vec<u8>,
+    /// What a chunk is.
+    pub chunk: ChunkShape,
+    /// Slots in the buffer.
+    pub slot_count: u32,
+    /// Longest that a request waits for slots.
+    pub allocation_timeout: Duration,
+    /// How long granted slots may be written to.
+    pub write_timeout: Duration,
+    /// How long `wait` waits unless it says.
+    pub wait_timeout: Duration,
+    /// How long ready chunks are kept that nobody fetches or holds.
+    pub retention: Duration,
+    /// Most requests that have not ended.
+    pub requests_max: usize,
+    /// Most chunks of one request.
+    pub request_chunks_max: usize,
+    /// Most peers.
+    pub peers_max: usize,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+enum Timer {
+    /// A request has waited long enough for slots.
+    Allocation(RequestId),
+    /// A grant has not been committed in time.
+    Write(RequestId),
+    /// A ready request has not been fetched in time.
+    Retention(RequestId),
+    /// A reader has waited long enough.
+    Wait(ClientId, Seq),
+}
+
+/// The receiver as a value. `R` is how a message's sender is answered: opaque, and compared for equality alone.
+#[derive(Debug)]
+pub struct ReceiverSession<R> {
+    settings: ReceiverSettings,
+    slots: SlotTable,
+    /// By [`Hello::instance`].
+    peers: BTreeMap<String, Peer<R>>,
+    requests: BTreeMap<RequestId, Request<R>>,
+    /// Requests that wait for slots, in the order of their arrival.
+    waiting: VecDeque<RequestId>,
+    /// Grants that were given up while a write may be in flight: their slots are quarantined.
+    closing: BTreeMap<GrantId, Closing>,
+    /// How requests ended lately, for readers that ask after them.
+    ended: Ended,
+    waiters: BTreeMap<(ClientId, Seq), Waiter>,
+    leases: BTreeMap<LeaseId, Lease>,
+    timers: Timers<Timer>,
+    outputs: VecDeque<Output<R>>,
+    counts: ReceiverCounts,
+    next_grant: u64,
+    next_lease: u64,
+    draining: bool,
+}
+
+impl<R: Clone + PartialEq> ReceiverSession<R> {
+    /// A session with an empty buffer.
+    pub fn new(settings: ReceiverSettings) -> Self {
+        let slots = SlotTable::new(settings.slot_count, settings.chunk.chunk_bytes);
+        Self {
+            settings,
+            slots,
+            peers: BTreeMap::new(),
+            requests: BTreeMap::new(),
+            waiting: VecDeque::new(),
+            closing: BTreeMap::new(),
+            ended: Ended::default(),
+            waiters: BTreeMap::new(),
+            leases: BTreeMap::new(),
+            timers: Timers::new(),
+            outputs: VecDeque::new(),
+            counts: ReceiverCounts::default(),
+            next_grant: 1,
+            next_lease: 1,
+            draining: false,
+        }
+    }
+
+    /// A message arrived at one of our ports.
+    pub fn handle_message(&mut self, now: Instant, port: Port, from: R, message: Message) {
+        match (port, message) {
+            (Port::Init, Message::NixlInitRequest(request)) => self.on_init(now, from, request),
+            (Port::Init, Message::NixlMemRegRequest(request)) => self.on_mem_reg(now, from, request),
+            (Port::Alloc, Message::AllocRequest(request)) => self.on_alloc(now, from, request),
+            (Port::Alloc, Message::PdCommit(commit)) => self.on_commit(now, from, commit),
+            (Port::Alloc, Message::CancelNotif(cancel)) => self.on_cancel(now, from, cancel),
+            (Port::Query, Message::CacheQueryRequest(query)) => {
+                let held = |(_, key): &(u32, _)| self.slots.find(key).is_some();
+                let found = (0u32..).zip(query.keys).filter(held);
+                let (cached_indexes, cached_keys) = found.unzip();
+                let answer = CacheQueryResponse { cached_keys, cached_indexes };
+                self.send(from, Port::Query, Message::CacheQueryResponse(answer));
+            }
+            (port, message) => {
+                self.note(Note::Unexpected { port, message: message.type_name() });
+            }
+        }
+    }
+
+    /// The connection that messages from `route` came through is gone.
+    pub fn handle_route_gone(&mut self, now: Instant, route: &R) {
+        let lost = self.peers.iter().find(|(_, peer)| peer.alloc_route.as_ref() == Some(route));
+        if let Some(instance) = lost.map(|(instance, _)| instance.clone()) {
+            self.lose_peer(now, &instance, "closed its connection");
+        }
+    }
+
+    /// The engine has met the peer `instance`, or could not.
+    pub fn handle_peer_loaded(&mut self, now: Instant, instance: &str, result: Result<ConnectionId, String>) {
+        self.on_peer_loaded(now, instance, result);
+    }
+
+    /// The process behind `instance` has ended: whatever it was writing, it writes no more.
+    pub fn handle_process_ended(&mut self, now: Instant, instance: &str) {
+        self.lose_peer(now, instance, "ended");
+        self.free_closing_of(now, instance);
+    }
+
+    /// Deadlines may have passed.
+    pub fn handle_timeout(&mut self, now: Instant) {
+        while let Some(timer) = self.timers.pop_due(now) {
+            match timer {
+                Timer::Allocation(id) => self.allocation_timed_out(now, &id),
+                Timer::Write(id) => {
+                    let timeout_ms = self.settings.write_timeout.as_millis();
+                    let text = format!("not committed within {timeout_ms} ms of the grant (pd_write_timeout_sec)");
+                    self.fail(now, &id, Failure::new(FailureKind::Deadline, text));
+                }
+                Timer::Retention(id) => self.retention_passed(now, &id),
+                Timer::Wait(client, seq) => self.wait_timed_out(client, seq),
+            }
+        }
+        if let Some(before) = now.checked_sub(self.settings.retention) {
+            let expired = self.slots.expire_idle(before);
+            self.counts.chunks_expired += u64::from(expired);
+        }
+        self.admit(now);
+    }
+
+    /// Takes no new requests from now on; what has begun goes on.
+    pub fn handle_shutdown(&mut self, now: Instant) {
+        self.draining = true;
+        let failure = Failure::new(FailureKind::ShuttingDown, "this receiver is shutting down; use another");
+        for id in self.waiting.clone() {
+            self.fail(now, &id, failure.clone());
+        }
+    }
+
+    /// Ends everything that has not ended.
+    pub fn handle_abort(&mut self, now: Instant) {
+        self.draining = true;
+        let open: Vec<RequestId> = self.requests.keys().cloned().collect();
+        for id in open {
+            self.fail(now, &id, Failure::new(FailureKind::ShuttingDown, "this receiver is shutting down"));
+        }
+    }
+
+    /// Whether everything that had begun has ended.
+    pub fn is_drained(&self) -> bool {
+        self.requests.is_empty() && self.leases.is_empty()
+    }
+
+    /// The next thing to do.
+    pub fn poll_output(&mut self) -> Option<Output<R>> {
+        self.outputs.pop_front()
+    }
+
+    /// When to call [`handle_timeout`](Self::handle_timeout).
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        let idle = self.slots.oldest_idle().map(|since| since + self.settings.retention);
+        [self.timers.next(), idle].into_iter().flatten().min()
+    }
+
+    /// Counters and slots, all of one moment.
+    pub fn counts(&self) -> ReceiverCounts {
+        ReceiverCounts {
+            slots: self.slots.counts(),
+            requests_active: self.requests.len(),
+            peers: self.peers.len(),
+            leases: self.leases.len(),
+            ..self.counts
+        }
+    }
+
+    /// Checks that slots, requests, leases and grants agree.
+    ///
+    /// # Errors
+    /// What does not.
+    pub fn check_invariants(&self) -> Result<(), String> {
+        self.slots.check_invariants()?;
+        let counts = self.slots.counts();
+        let granted: usize = self.requests.values().map(Request::written_slots).sum();
+        let closing: usize = self.closing.values().map(|closing| closing.slots.len()).sum();
+        if (granted, closing) != (counts.reserved as usize, counts.quarantined as usize) {
+            return Err(format!("{granted} slots are granted and {closing} closing, the table says {counts:?}"));
+        }
+        if self.waiting.len() > self.requests.len() {
+            return Err(format!("{} of {} requests wait", self.waiting.len(), self.requests.len()));
+        }
+        Ok(())
+    }
+
+    fn send(&mut self, to: R, port: Port, message: Message) {
+        self.outputs.push_back(Output::Send { to, port, message });
+    }
+
+    fn answer(&mut self, client: ClientId, id: Seq, answer: Answer) {
+        self.outputs.push_back(Output::Answer { client, id, answer });
+    }
+
+    fn note(&mut self, note: Note) {
+        self.outputs.push_back(Output::Note(note));
+    }
+}

@@ -1,0 +1,243 @@
+//! Shaking hands with senders, and losing them.
+
+use std::time::Instant;
+
+use super::{Note, Output, Port, ReceiverSession};
+use crate::ids::{ConnectionId, Failure, FailureKind, RequestId, Seq, clip};
+use crate::protocol::handshake;
+use crate::wire::Message;
+use crate::wire::message::{
+    InitReplyExtension, InitRequest, InitResponse, MemRegReplyExtension, MemRegRequest, MemRegResponse, ProcessIdentity,
+};
+
+/// A sender that has shaken hands, or is about to.
+#[derive(Debug)]
+pub(super) struct Peer<R> {
+    agent_name: String,
+    process: Option<ProcessIdentity>,
+    state: PeerState<R>,
+    /// Where its allocations come from: the connection that tells us when it is gone.
+    pub(super) alloc_route: Option<R>,
+    last_seen: Instant,
+}
+
+#[derive(Debug)]
+enum PeerState<R> {
+    /// The engine reads its metadata; then it is answered.
+    Loading { reply_to: R, seq: Seq },
+    /// Both sides know each other.
+    Met(ConnectionId),
+}
+
+impl<R: Clone + PartialEq> ReceiverSession<R> {
+    pub(super) fn on_init(&mut self, now: Instant, from: R, request: InitRequest) {
+        let Some(extension) = request.pd else {
+            let failure = Failure::new(
+                FailureKind::HandshakeRefused,
+                "the handshake carries no `pd` field: this receiver serves pd-sender alone; start one beside that engine",
+            );
+            self.note(Note::PeerRefused { instance: "a peer of another make".into(), failure });
+            let refusal = InitResponse { remote_agent_name: Vec::new(), remote_meta_bytes: Vec::new(), pd: None };
+            self.send(from, Port::Init, Message::NixlInitResponse(refusal));
+            return;
+        };
+        let instance = extension.hello.instance.clone();
+        if self.draining {
+            let failure = Failure::new(FailureKind::ShuttingDown, "this receiver is shutting down; use another");
+            return self.refuse_peer(from, extension.seq, instance, failure);
+        }
+        let checked = handshake::check(&self.settings.hello, &extension.hello).and_then(|()| {
+            let fits = handshake::name_fits(&extension.agent_name);
+            let text = format!("an agent's name has more than {} bytes", handshake::NAME_LEN_BYTES_MAX);
+            fits.then_some(()).ok_or_else(|| Failure::new(FailureKind::Limit, text))
+        });
+        if let Err(failure) = checked {
+            return self.refuse_peer(from, extension.seq, clip(&instance), failure);
+        }
+        // The sender knows us under another address, and may be writing: nothing of it is freed, and it is told.
+        if extension.connected.contains(&self.settings.hello.instance) {
+            let text = format!(
+                "{} is this receiver's second address for a sender that is connected to it; use one host name for it",
+                self.settings.hello.instance
+            );
+            return self.refuse_peer(from, extension.seq, instance, Failure::new(FailureKind::BadRequest, text));
+        }
+        // One handshake at a time: the second is told, rather than that neither hears anything.
+        if self.peers.get(&instance).is_some_and(|peer| matches!(peer.state, PeerState::Loading { .. })) {
+            let text = "another handshake of this sender is under way; try again";
+            return self.refuse_peer(from, extension.seq, instance, Failure::new(FailureKind::BadRequest, text));
+        }
+        // Otherwise a sender shakes hands anew only when nothing of it is in flight any more: see the sender's session.
+        if self.peers.contains_key(&instance) {
+            self.lose_peer(now, &instance, "shakes hands anew");
+        }
+        self.free_closing_of(now, &instance);
+        if self.peers.len() >= self.settings.peers_max && !self.evict_peer() {
+            let text = format!(
+                "{} peers are connected and busy, the limit; raise pd_max_peers or use another receiver",
+                self.peers.len()
+            );
+            return self.refuse_peer(from, extension.seq, instance, Failure::new(FailureKind::Limit, text));
+        }
+        let peer = Peer {
+            agent_name: extension.agent_name.clone(),
+            process: extension.hello.process,
+            state: PeerState::Loading { reply_to: from, seq: extension.seq },
+            alloc_route: None,
+            last_seen: now,
+        };
+        self.peers.insert(instance.clone(), peer);
+        self.outputs.push_back(Output::LoadPeer {
+            instance,
+            agent_name: extension.agent_name,
+            metadata: request.local_meta_bytes,
+        });
+    }
+
+    pub(super) fn on_peer_loaded(&mut self, now: Instant, instance: &str, result: Result<ConnectionId, String>) {
+        let Some(peer) = self.peers.get_mut(instance) else {
+            if let Ok(connection) = result {
+                self.outputs.push_back(Output::ForgetPeer(connection));
+            }
+            return;
+        };
+        let PeerState::Loading { reply_to, seq } = &peer.state else {
+            // Two handshakes ran into each other: the engine knows the peer by its latest connection.
+            if let (PeerState::Met(old), Ok(new)) = (&mut peer.state, result) {
+                let old = std::mem::replace(old, new);
+                self.outputs.push_back(Output::ForgetPeer(old));
+            }
+            return;
+        };
+        let (to, seq) = (reply_to.clone(), *seq);
+        let connection = match result {
+            Ok(connection) => connection,
+            Err(text) => {
+                self.peers.remove(instance);
+                let failure = Failure::new(FailureKind::HandshakeRefused, text);
+                return self.refuse_peer(to, seq, instance.to_owned(), failure);
+            }
+        };
+        peer.state = PeerState::Met(connection);
+        peer.last_seen = now;
+        let response = InitResponse {
+            remote_agent_name: peer.agent_name.clone().into_bytes(),
+            remote_meta_bytes: self.settings.metadata.clone(),
+            pd: Some(InitReplyExtension {
+                seq,
+                hello: self.settings.hello.clone(),
+                agent_name: self.settings.agent_name.clone(),
+                refusal: None,
+            }),
+        };
+        if let Some(process) = peer.process.clone() {
+            self.outputs.push_back(Output::WatchProcess { instance: instance.to_owned(), process });
+        }
+        self.send(to, Port::Init, Message::NixlInitResponse(response));
+        self.note(Note::PeerMet { instance: instance.to_owned() });
+    }
+
+    pub(super) fn on_mem_reg(&mut self, now: Instant, from: R, request: MemRegRequest) {
+        let Some(extension) = request.pd else {
+            return self.note(Note::Unexpected { port: Port::Init, message: "NixlMemRegRequest without `pd`" });
+        };
+        let met = self.touch_peer(now, &extension.instance);
+        let refusal = (!met).then(|| unknown_peer(&extension.instance));
+        let response = MemRegResponse {
+            remote_xfer_dlist_bytes: Vec::new(),
+            pd: Some(MemRegReplyExtension {
+                seq: extension.seq,
+                descriptors: if met { self.settings.descriptors.clone() } else { Vec::new() },
+                slot_count: self.settings.slot_count,
+                refusal,
+            }),
+        };
+        self.send(from, Port::Init, Message::NixlMemRegResponse(response));
+    }
+
+    /// Whether this peer has shaken hands; notes that it was heard of.
+    pub(super) fn touch_peer(&mut self, now: Instant, instance: &str) -> bool {
+        match self.peers.get_mut(instance) {
+            Some(peer) if matches!(peer.state, PeerState::Met(_)) => {
+                peer.last_seen = now;
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// Remembers where a peer's allocations come from.
+    pub(super) fn set_alloc_route(&mut self, instance: &str, route: &R) {
+        if let Some(peer) = self.peers.get_mut(instance)
+            && peer.alloc_route.as_ref() != Some(route)
+        {
+            peer.alloc_route = Some(route.clone());
+        }
+    }
+
+    /// Fails everything that a peer had begun, and forgets it.
+    pub(super) fn lose_peer(&mut self, now: Instant, instance: &str, reason: &'static str) {
+        let Some(peer) = self.peers.remove(instance) else { return };
+        if let PeerState::Met(connection) = peer.state {
+            self.outputs.push_back(Output::ForgetPeer(connection));
+        }
+        self.note(Note::PeerLost { instance: instance.to_owned(), reason });
+        let unfinished: Vec<RequestId> = self
+            .requests
+            .iter()
+            .filter(|(_, request)| request.instance == instance && !request.is_ready())
+            .map(|(id, _)| id.clone())
+            .collect();
+        for id in unfinished {
+            let text = format!("sender {instance} {reason} before it had committed {id}");
+            self.fail(now, &id, Failure::new(FailureKind::PeerLost, text));
+        }
+        self.admit(now);
+    }
+
+    fn refuse_peer(&mut self, to: R, seq: Seq, instance: String, failure: Failure) {
+        let response = InitResponse {
+            remote_agent_name: Vec::new(),
+            remote_meta_bytes: Vec::new(),
+            pd: Some(InitReplyExtension {
+                seq,
+                hello: self.settings.hello.clone(),
+                agent_name: String::new(),
+                refusal: Some(failure.clone()),
+            }),
+        };
+        self.send(to, Port::Init, Message::NixlInitResponse(response));
+        self.note(Note::PeerRefused { instance, failure });
+    }
+
+    /// Forgets the peer that was silent longest, of those with nothing under way.
+    fn evict_peer(&mut self) -> bool {
+        let busy = |instance: &str| {
+            self.requests.values().any(|request| request.instance == instance)
+                || self.closing.values().any(|closing| closing.instance == instance)
+        };
+        let idle = self
+            .peers
+            .iter()
+            .filter(|(instance, peer)| matches!(peer.state, PeerState::Met(_)) && !busy(instance.as_str()));
+        let Some(oldest) = idle.min_by_key(|(_, peer)| peer.last_seen).map(|(instance, _)| instance.clone()) else {
+            return false;
+        };
+        if let Some(Peer { state: PeerState::Met(connection), .. }) = self.peers.remove(&oldest) {
+            self.outputs.push_back(Output::ForgetPeer(connection));
+        }
+        self.note(Note::PeerLost { instance: oldest, reason: "was silent longest and made room for another" });
+        true
+    }
+}
+
+/// The refusal that makes a sender shake hands anew.
+pub(super) fn unknown_peer(instance: &str) -> Failure {
+    Failure::new(
+        FailureKind::HandshakeRefused,
+        format!(
+            "{} has not shaken hands with this receiver, or it was restarted since; shake hands anew",
+            clip(instance)
+        ),
+    )
+}

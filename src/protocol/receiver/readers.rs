@@ -1,0 +1,176 @@
+//! The decode worker's side: waiting for requests, leases on chunks, giving them back.
+
+use std::time::{Duration, Instant};
+
+use super::requests::Stage;
+use super::{Answer, Note, ReadyChunk, ReceiverSession, Timer};
+use crate::ids::{ChunkKey, ClientId, Failure, FailureKind, LeaseId, RequestId, Seq, SlotIndex};
+use crate::slot::SlotState;
+
+/// Most waits that one client may have open.
+const WAITS_PER_CLIENT_MAX: usize = 65_536;
+
+/// A reader that waits for a request.
+#[derive(Debug)]
+pub(super) struct Waiter {
+    request: RequestId,
+    wait: Duration,
+}
+
+/// Chunks that a reader copies.
+#[derive(Debug)]
+pub(super) struct Lease {
+    client: ClientId,
+    slots: Vec<SlotIndex>,
+}
+
+impl<R: Clone + PartialEq> ReceiverSession<R> {
+    /// A reader wants to know when `request` is ready, which no sender need have announced yet.
+    pub fn handle_wait(&mut self, now: Instant, client: ClientId, id: Seq, request: RequestId, wait: Option<Duration>) {
+        if let Some((failure, instance)) = self.ended.find(&request) {
+            let answer = Answer::Failed { failure: failure.clone(), peer: Some(instance.clone()) };
+            return self.answer(client, id, answer);
+        }
+        let open = self.waiters.range((client, Seq(0))..=(client, Seq(u64::MAX)));
+        if open.take(WAITS_PER_CLIENT_MAX).count() == WAITS_PER_CLIENT_MAX || self.waiters.contains_key(&(client, id)) {
+            let text = format!("id {id} waits already, or {WAITS_PER_CLIENT_MAX} waits are open, the limit");
+            let failure = Failure::new(FailureKind::Limit, text);
+            return self.answer(client, id, Answer::Failed { failure, peer: None });
+        }
+        let wait = wait.unwrap_or(self.settings.wait_timeout);
+        self.timers.set(Timer::Wait(client, id), now + wait);
+        self.waiters.insert((client, id), Waiter { request: request.clone(), wait });
+        self.serve_waiters(now, &request);
+    }
+
+    /// A reader wants those of `keys` that are ready.
+    pub fn handle_lookup(&mut self, client: ClientId, id: Seq, keys: &[ChunkKey]) {
+        let slots: Vec<Option<SlotIndex>> = keys.iter().map(|key| self.slots.find(key)).collect();
+        let held: Vec<SlotIndex> = slots.iter().copied().flatten().collect();
+        for &slot in &held {
+            self.slots.hold(slot);
+        }
+        let chunks = slots.into_iter().map(|slot| slot.and_then(|slot| self.ready_chunk(slot))).collect();
+        let lease = (!held.is_empty()).then(|| self.open_lease(client, held));
+        self.answer(client, id, Answer::Found { lease, chunks });
+    }
+
+    /// A reader has copied what it leased.
+    pub fn handle_release(&mut self, now: Instant, client: ClientId, id: Seq, lease: LeaseId) {
+        if self.leases.get(&lease).is_none_or(|held| held.client != client) {
+            let text = format!("lease {lease} is not yours, or was released before");
+            let failure = Failure::new(FailureKind::Unknown, text);
+            return self.answer(client, id, Answer::Failed { failure, peer: None });
+        }
+        self.end_lease(now, lease);
+        self.answer(client, id, Answer::Released);
+        self.admit(now);
+    }
+
+    /// A reader gives a request up. Slots that its sender may still write stay quarantined until that has stopped.
+    pub fn handle_cancel(&mut self, now: Instant, client: ClientId, id: Seq, request: &RequestId) {
+        if self.requests.contains_key(request) {
+            self.fail(now, request, Failure::new(FailureKind::Cancelled, "the decode worker cancelled it"));
+        } else {
+            // Whoever waits for it has no use for it any more, and a sender that announces it later is served as any.
+            let failure = Failure::new(FailureKind::Cancelled, "the decode worker cancelled it");
+            self.fail_waiters(request, &failure, "");
+        }
+        self.answer(client, id, Answer::Cancelled { request: request.clone() });
+        self.admit(now);
+    }
+
+    /// A client is gone: its leases end, its waits too.
+    pub fn handle_client_gone(&mut self, now: Instant, client: ClientId) {
+        let leases: Vec<LeaseId> =
+            self.leases.iter().filter(|(_, lease)| lease.client == client).map(|(&lease, _)| lease).collect();
+        for lease in leases {
+            self.end_lease(now, lease);
+        }
+        let waits: Vec<_> =
+            self.waiters.range((client, Seq(0))..=(client, Seq(u64::MAX))).map(|(key, _)| *key).collect();
+        for (client, id) in waits {
+            self.waiters.remove(&(client, id));
+            self.timers.cancel(&Timer::Wait(client, id));
+        }
+        self.admit(now);
+    }
+
+    pub(super) fn wait_timed_out(&mut self, client: ClientId, id: Seq) {
+        let Some(waiter) = self.waiters.remove(&(client, id)) else { return };
+        let (state, peer) = match self.requests.get(&waiter.request) {
+            None => ("no sender has announced it", None),
+            Some(request) => match request.stage {
+                Stage::Waiting { .. } => ("it waits for slots", Some(request.instance.clone())),
+                _ => ("its sender has not committed it", Some(request.instance.clone())),
+            },
+        };
+        let text = format!("{} is not ready after {} ms: {state}", waiter.request, waiter.wait.as_millis());
+        let failure = Failure::new(FailureKind::Deadline, text);
+        self.answer(client, id, Answer::Failed { failure, peer });
+    }
+
+    /// Gives a ready request to the first reader that waits for it; the request has ended then.
+    pub(super) fn serve_waiters(&mut self, now: Instant, id: &RequestId) {
+        let Some(request) = self.requests.get(id) else { return };
+        let Stage::Ready { slots, .. } = &request.stage else { return };
+        let Some(&(client, seq)) = self.waiters.iter().find(|(_, waiter)| waiter.request == *id).map(|(key, _)| key)
+        else {
+            return;
+        };
+        let slots = slots.clone();
+        let after = now.saturating_duration_since(request.since);
+        let instance = request.instance.clone();
+        for &slot in &slots {
+            self.slots.hold(slot);
+        }
+        self.waiters.remove(&(client, seq));
+        self.timers.cancel(&Timer::Wait(client, seq));
+        self.drop_ready(now, id);
+        let chunks = slots.iter().filter_map(|&slot| self.ready_chunk(slot)).collect();
+        let lease = self.open_lease(client, slots);
+        self.answer(client, seq, Answer::Ready { request: id.clone(), lease, chunks });
+        self.note(Note::Fetched { request: id.clone(), after });
+        let failure =
+            Failure::new(FailureKind::Unknown, format!("{id} was fetched already; look its chunks up by key"));
+        self.fail_waiters(id, &failure, &instance);
+        self.ended.remember(id.clone(), failure, instance);
+    }
+
+    pub(super) fn fail_waiters(&mut self, id: &RequestId, failure: &Failure, instance: &str) {
+        let waiting: Vec<_> =
+            self.waiters.iter().filter(|(_, waiter)| waiter.request == *id).map(|(key, _)| *key).collect();
+        for (client, seq) in waiting {
+            self.waiters.remove(&(client, seq));
+            self.timers.cancel(&Timer::Wait(client, seq));
+            let peer = (!instance.is_empty()).then(|| instance.to_owned());
+            self.answer(client, seq, Answer::Failed { failure: failure.clone(), peer });
+        }
+    }
+
+    fn ready_chunk(&self, slot: SlotIndex) -> Option<ReadyChunk> {
+        match self.slots.state(slot) {
+            Some(SlotState::Ready { key, len_bytes, .. }) => Some(ReadyChunk {
+                key: key.clone(),
+                slot,
+                offset_bytes: self.slots.offset_bytes(slot),
+                len_bytes: *len_bytes,
+            }),
+            _ => None,
+        }
+    }
+
+    fn open_lease(&mut self, client: ClientId, slots: Vec<SlotIndex>) -> LeaseId {
+        let lease = LeaseId(self.next_lease);
+        self.next_lease += 1;
+        self.leases.insert(lease, Lease { client, slots });
+        lease
+    }
+
+    fn end_lease(&mut self, now: Instant, lease: LeaseId) {
+        let Some(lease) = self.leases.remove(&lease) else { return };
+        for slot in lease.slots {
+            self.slots.unhold(now, slot);
+        }
+    }
+}

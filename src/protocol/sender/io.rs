@@ -1,0 +1,278 @@
+//! What a sender session takes in and asks of the world around it.
+
+use std::time::Duration;
+
+use crate::ids::{
+    ByteCopy, ChunkKey, ClientId, ConnectionId, Failure, PeerAddress, PeerId, RequestId, Seq, SlotIndex, TransferId,
+};
+use crate::protocol::Port;
+use crate::wire::Message;
+
+/// A request as its connector opens it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OpenRequest {
+    /// What the router calls it.
+    pub id: RequestId,
+    /// Its chunks, in the order of the prompt.
+    pub keys: Vec<ChunkKey>,
+    /// Tokens in the last chunk.
+    pub last_chunk_tokens: u32,
+    /// Where to.
+    pub receiver: PeerAddress,
+    /// How long to wait for slots, if not as configured.
+    pub wait: Option<Duration>,
+}
+
+/// A part of a staged slot that is final.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Part {
+    /// The slot.
+    pub slot: SlotIndex,
+    /// Where the part starts, in bytes from the start of the slot.
+    pub offset_bytes: u64,
+    /// Its length; to the end of the chunk if none.
+    pub len_bytes: Option<u64>,
+}
+
+/// One thing to do.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Output {
+    /// Connect to a receiver; `handle_peer_opened` or `handle_peer_closed` wants to know.
+    OpenPeer {
+        /// Its name from now on.
+        peer: PeerId,
+        /// Where it listens.
+        address: PeerAddress,
+    },
+    /// Close the connections to a receiver; no `handle_peer_closed` is expected.
+    ClosePeer(PeerId),
+    /// Send to a receiver.
+    Send {
+        /// Which.
+        peer: PeerId,
+        /// To which of its ports.
+        port: Port,
+        /// What.
+        message: Message,
+    },
+    /// Let the engine meet a receiver; `handle_peer_loaded` wants the result.
+    LoadPeer {
+        /// Which.
+        peer: PeerId,
+        /// Name of its agent.
+        agent_name: String,
+        /// Its engine's metadata.
+        metadata: Vec<u8>,
+    },
+    /// Let the engine connect to a receiver's memory; `handle_peer_connected` wants the result.
+    ConnectPeer {
+        /// Which.
+        peer: PeerId,
+        /// From `handle_peer_loaded`.
+        connection: ConnectionId,
+        /// Its engine's descriptors.
+        descriptors: Vec<u8>,
+    },
+    /// Let the engine forget a receiver.
+    ForgetPeer(ConnectionId),
+    /// Let the engine write; `handle_transfer_done` wants to know.
+    Post {
+        /// Its name.
+        transfer: TransferId,
+        /// To whom.
+        connection: ConnectionId,
+        /// What.
+        copies: Vec<ByteCopy>,
+    },
+    /// Tell the proxy that a request is ready.
+    NotifyProxy {
+        /// Which.
+        request: RequestId,
+    },
+    /// Answer a client of the connector API.
+    Answer {
+        /// Whom.
+        client: ClientId,
+        /// Which of its requests.
+        id: Seq,
+        /// What.
+        answer: Answer,
+    },
+    /// Tell a client how an opened request ended.
+    Event {
+        /// Whom.
+        client: ClientId,
+        /// What.
+        event: Event,
+    },
+    /// Something for the log.
+    Note(Note),
+}
+
+/// An answer to a connector.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Answer {
+    /// To `open`.
+    Opened {
+        /// Which request.
+        request: RequestId,
+        /// Positions of the chunks that the receiver holds already.
+        already_sent: Vec<u32>,
+    },
+    /// To `stage`.
+    Staged {
+        /// One for each chunk asked for.
+        slots: Vec<StagedSlot>,
+    },
+    /// To `send`.
+    Accepted,
+    /// To `cancel`.
+    Cancelled {
+        /// Which request.
+        request: RequestId,
+    },
+    /// To any of them.
+    Failed {
+        /// Why.
+        failure: Failure,
+        /// The receiver concerned.
+        peer: Option<String>,
+    },
+}
+
+/// How an opened request ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Event {
+    /// Every chunk is committed at the receiver.
+    Sent {
+        /// Which request.
+        request: RequestId,
+        /// Chunks written.
+        chunks: u32,
+        /// Bytes written.
+        bytes: u64,
+        /// How long each phase took.
+        phases: Phases,
+    },
+    /// It was not sent.
+    Failed {
+        /// Which request.
+        request: RequestId,
+        /// Why.
+        failure: Failure,
+        /// The receiver.
+        peer: String,
+    },
+}
+
+/// How long each phase of a request took.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Phases {
+    /// From `open` to the grant.
+    pub alloc: Duration,
+    /// From the last `send` to the engine's last byte.
+    pub transfer: Duration,
+    /// From then to the acknowledged commit.
+    pub commit: Duration,
+}
+
+/// A local slot to fill.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StagedSlot {
+    /// Position of its chunk.
+    pub chunk: u32,
+    /// The slot.
+    pub slot: SlotIndex,
+    /// Where it starts in the buffer, in bytes.
+    pub offset_bytes: u64,
+    /// Length of the chunk.
+    pub len_bytes: u64,
+}
+
+/// What happened, for the log.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Note {
+    /// A receiver has shaken hands and can be written to.
+    PeerUp {
+        /// Where.
+        address: PeerAddress,
+        /// Its name for itself.
+        instance: String,
+        /// Slots in its buffer.
+        slot_count: u32,
+        /// How long it took.
+        took: Duration,
+    },
+    /// A receiver is gone, or was never there.
+    PeerDown {
+        /// Where.
+        address: PeerAddress,
+        /// Why.
+        failure: Failure,
+    },
+    /// A request has slots at its receiver.
+    Opened {
+        /// Which.
+        request: RequestId,
+        /// Where.
+        address: PeerAddress,
+        /// Its chunks.
+        chunks: usize,
+        /// Of those, chunks that the receiver held already.
+        already_sent: usize,
+        /// How long it took.
+        took: Duration,
+    },
+    /// A request is sent.
+    Sent {
+        /// Which.
+        request: RequestId,
+        /// Where.
+        address: PeerAddress,
+        /// Chunks written.
+        chunks: u32,
+        /// Bytes written.
+        bytes: u64,
+        /// How long each phase took.
+        phases: Phases,
+    },
+    /// A request ended otherwise.
+    Failed {
+        /// Which.
+        request: RequestId,
+        /// Where.
+        address: PeerAddress,
+        /// Why.
+        failure: Failure,
+        /// Transfers of it that the engine has not finished yet.
+        in_flight: usize,
+    },
+    /// A message that a receiver should not have sent.
+    Unexpected {
+        /// From where.
+        address: PeerAddress,
+        /// Its type.
+        message: &'static str,
+    },
+}
+
+/// What a sender counts.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct SenderCounts {
+    /// Slots that can be staged.
+    pub slots_free: u32,
+    /// Slots staged, or being sent.
+    pub slots_staged: u32,
+    /// Requests that have not ended.
+    pub requests_active: usize,
+    /// Requests sent.
+    pub requests_sent: u64,
+    /// Requests that ended otherwise.
+    pub requests_failed: u64,
+    /// Bytes written.
+    pub bytes: u64,
+    /// Receivers shaken hands with.
+    pub peers: usize,
+    /// Transfers that the engine has not finished.
+    pub transfers_in_flight: usize,
+}

@@ -1,0 +1,509 @@
+//! A request from `open` to its one end.
+
+use std::collections::BTreeMap;
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
+
+use super::coverage::Coverage;
+use super::{Answer, Event, Note, OpenRequest, Output, Phases, Port, SenderSession, Timer};
+use crate::ids::{
+    ChunkKey, ClientId, Failure, FailureKind, GrantId, PeerAddress, PeerId, RequestId, Seq, SlotIndex, clip,
+};
+use crate::wire::Message;
+use crate::wire::message::{
+    AllocExtension, AllocRequest, AllocResponse, CancelExtension, CancelNotif, Commit, CommitAck, Revoke,
+};
+
+/// What a request is told that was not sent in time.
+pub(super) const WRITE_DEADLINE_PASSED: &str =
+    "the receiver's grant ended before everything was sent (its pd_write_timeout_sec)";
+
+/// Longest that a grant is taken to last, whatever its receiver says.
+const WRITE_TIME_MAX: Duration = Duration::from_secs(86_400);
+
+/// A request's name inside the session: a client may use the same [`RequestId`] again while the transfers of its
+/// predecessor are still ending.
+pub(super) type Uid = u64;
+
+/// A request that has not ended, or whose transfers have not.
+#[derive(Debug)]
+pub(super) struct Request {
+    pub(super) id: RequestId,
+    /// Who opened it, as long as somebody cares.
+    pub(super) client: Option<ClientId>,
+    pub(super) peer: PeerId,
+    pub(super) address: PeerAddress,
+    pub(super) keys: Vec<ChunkKey>,
+    pub(super) last_chunk_tokens: u32,
+    pub(super) chunks: Vec<Chunk>,
+    /// Local slots by what they hold.
+    pub(super) staged: BTreeMap<SlotIndex, u32>,
+    /// Whether its client learns of its end by an event, at a moment when it may be filling slots.
+    pub(super) told_by_event: bool,
+    /// Transfers that the engine has not finished.
+    pub(super) in_flight: usize,
+    pub(super) bytes: u64,
+    pub(super) opened_at: Instant,
+    /// When the current phase began.
+    pub(super) since: Instant,
+    pub(super) phases: Phases,
+    pub(super) stage: Stage,
+}
+
+/// One chunk of a request.
+#[derive(Debug)]
+pub(super) struct Chunk {
+    pub(super) len_bytes: u64,
+    /// Where it goes; none when the receiver has it already.
+    pub(super) remote: Option<SlotIndex>,
+    /// Its local slot, while it is staged.
+    pub(super) local: Option<SlotIndex>,
+    /// What was given to the engine.
+    pub(super) queued: Coverage,
+    /// How much of that is written.
+    pub(super) done_bytes: u64,
+}
+
+#[derive(Debug)]
+pub(super) enum Stage {
+    /// The receiver has not shaken hands yet.
+    Peer { open_id: Seq, wait: Duration },
+    /// The receiver was asked for slots.
+    Allocating { open_id: Seq, seq: Seq },
+    /// Chunks can be staged and sent.
+    Open { grant: GrantId, write_until: Instant, last: bool },
+    /// Everything is written; the receiver was told.
+    Committing { grant: GrantId },
+    /// It has failed, and transfers of it have not ended. Then the receiver is told that nothing writes any more.
+    Closing { grant: Option<GrantId>, alloc_seq: Option<Seq>, cancel: Option<(ClientId, Seq)> },
+}
+
+impl Request {
+    pub(super) fn staged_slots(&self) -> usize {
+        self.staged.len()
+    }
+}
+
+impl SenderSession {
+    /// A client announces a request.
+    pub fn handle_open(&mut self, now: Instant, client: ClientId, id: Seq, open: OpenRequest) {
+        let checked = self.check_open(&open).and_then(|()| self.peer_for(now, &open.receiver));
+        let peer = match checked {
+            Ok(peer) => peer,
+            Err(failure) => return self.refuse(client, id, failure, Some(open.receiver.to_string())),
+        };
+        let count = open.keys.len();
+        let chunk = |index| Chunk {
+            len_bytes: self.settings.chunk.len_bytes(index, count, open.last_chunk_tokens),
+            remote: None,
+            local: None,
+            queued: Coverage::default(),
+            done_bytes: 0,
+        };
+        let request = Request {
+            client: Some(client),
+            peer,
+            address: open.receiver,
+            chunks: (0..count).map(chunk).collect(),
+            keys: open.keys,
+            last_chunk_tokens: open.last_chunk_tokens,
+            staged: BTreeMap::new(),
+            told_by_event: false,
+            in_flight: 0,
+            bytes: 0,
+            opened_at: now,
+            since: now,
+            phases: Phases::default(),
+            stage: Stage::Peer { open_id: id, wait: open.wait.unwrap_or(self.settings.allocation_timeout) },
+            id: open.id.clone(),
+        };
+        let uid = self.fresh();
+        self.requests.insert(uid, request);
+        self.request_by_name.insert(open.id, uid);
+        if self.connection_of(peer).is_some() {
+            self.allocate(now, uid);
+        }
+    }
+
+    /// A client gives a request up. Answered when nothing of it is written any more.
+    pub fn handle_cancel(&mut self, now: Instant, client: ClientId, id: Seq, request: &RequestId) {
+        // The acknowledgement of an earlier attempt's failure is not a cancel of the next attempt.
+        if self.acknowledge_failure(client, request) {
+            return self.answer(client, id, Answer::Cancelled { request: request.clone() });
+        }
+        let uid = match self.find_request(client, request) {
+            Ok(uid) => uid,
+            Err(failure) => return self.refuse(client, id, failure, None),
+        };
+        let failure = Failure::new(FailureKind::Cancelled, format!("{request} was cancelled by its connector"));
+        self.end(uid, failure, Some((client, id)));
+        if self.requests.contains_key(&uid) {
+            self.timers.set(Timer::Cancel(uid), now + self.settings.commit_timeout);
+        }
+    }
+
+    /// The request that this client opened under this name, if it has not ended.
+    pub(super) fn find_request(&self, client: ClientId, name: &RequestId) -> Result<Uid, Failure> {
+        let uid = self.request_by_name.get(name).copied();
+        uid.filter(|uid| self.requests.get(uid).is_some_and(|request| request.client == Some(client))).ok_or_else(
+            || {
+                let text = format!("no request {name} of yours is open: it was never opened here, or it has ended");
+                Failure::new(FailureKind::Unknown, text)
+            },
+        )
+    }
+
+    /// Asks the receiver for slots.
+    pub(super) fn allocate(&mut self, now: Instant, uid: Uid) {
+        let seq = Seq(self.fresh());
+        let Some(request) = self.requests.get_mut(&uid) else { return };
+        let Stage::Peer { open_id, wait } = request.stage else { return };
+        request.stage = Stage::Allocating { open_id, seq };
+        let chunk = &self.settings.chunk;
+        let message = AllocRequest {
+            keys: request.keys.clone(),
+            fmt: chunk.wire_format,
+            shape: chunk.wire_shape.clone(),
+            dtype: chunk.dtype.clone(),
+            last_chunk_toks: u64::from(request.last_chunk_tokens),
+            req_id: Some(request.id.clone()),
+            is_last_batch: Some(true),
+            total_chunks: Some(request.keys.len() as u32),
+            pd: Some(AllocExtension {
+                seq,
+                instance: self.settings.hello.instance.clone(),
+                wait_ms: wait.as_millis() as u64,
+            }),
+        };
+        let peer = request.peer;
+        self.awaited.insert(seq, uid);
+        // The receiver's own answer says more than our clock: give it the time of an acknowledgement beyond the wait.
+        self.timers.set(Timer::Allocation(uid), now + wait + self.settings.commit_timeout);
+        self.send(peer, Port::Alloc, Message::AllocRequest(message));
+    }
+
+    pub(super) fn allocation_timed_out(&mut self, uid: Uid) {
+        let text = format!(
+            "the receiver did not answer the allocation in time; it was given {} ms to find slots and {} ms to say so",
+            self.settings.allocation_timeout.as_millis(),
+            self.settings.commit_timeout.as_millis()
+        );
+        self.fail(uid, Failure::new(FailureKind::Deadline, text));
+    }
+
+    pub(super) fn on_alloc_response(&mut self, now: Instant, peer: PeerId, response: AllocResponse) {
+        let Some(extension) = response.pd else {
+            return self.note_unexpected(peer, "AllocResponse without `pd`");
+        };
+        // Also the answer to a cancel, and to a request that has ended since: nothing to do then.
+        let Some(&uid) = self.awaited.get(&extension.seq) else { return };
+        let slot_count = self.peers.get(&peer).map_or(0, |peer| peer.slot_count);
+        let Some(request) = self.requests.get_mut(&uid).filter(|request| request.peer == peer) else { return };
+        let Stage::Allocating { open_id, seq } = request.stage else { return };
+        if seq != extension.seq {
+            return;
+        }
+        self.awaited.remove(&seq);
+        self.timers.cancel(&Timer::Allocation(uid));
+        let Some(grant) = extension.grant.filter(|_| extension.refusal.is_none()) else {
+            let failure = extension.refusal.map(clipped).unwrap_or_else(|| {
+                Failure::new(FailureKind::Other, "the receiver granted nothing and did not say why")
+            });
+            // It does not know us: it was restarted behind the same connection. The next request shakes hands anew.
+            if failure.kind == FailureKind::HandshakeRefused {
+                return self.peer_failed(peer, failure);
+            }
+            return self.fail(uid, failure);
+        };
+        // The receiver's word, but not for ever: what it says may be any number.
+        let write_until = now + Duration::from_millis(extension.write_within_ms).min(WRITE_TIME_MAX);
+        let placed = place_chunks(request, &response.already_sent_indexes, &response.remote_indexes, slot_count);
+        let Some(already_sent) = placed else {
+            let text = format!(
+                "the receiver answered {} chunks with {} slots and {} already sent; expected distinct slots below {slot_count}, \
+                 one for each chunk that is not already sent",
+                request.chunks.len(),
+                response.remote_indexes.len(),
+                response.already_sent_indexes.len()
+            );
+            return self.fail(uid, Failure::new(FailureKind::Other, text));
+        };
+        request.stage = Stage::Open { grant, write_until, last: false };
+        request.phases.alloc = now.saturating_duration_since(request.opened_at);
+        request.since = now;
+        let note = Note::Opened {
+            request: request.id.clone(),
+            address: request.address.clone(),
+            chunks: request.chunks.len(),
+            already_sent: already_sent.len(),
+            took: request.phases.alloc,
+        };
+        let answer = Answer::Opened { request: request.id.clone(), already_sent };
+        let client = request.client;
+        self.timers.set(Timer::Write(uid), write_until);
+        self.note(note);
+        if let Some(client) = client {
+            self.answer(client, open_id, answer);
+        }
+    }
+
+    /// Everything is written: tells the receiver.
+    pub(super) fn commit(&mut self, now: Instant, uid: Uid) {
+        let seq = Seq(self.fresh());
+        let Some(request) = self.requests.get_mut(&uid) else { return };
+        let Stage::Open { grant, last: true, .. } = request.stage else { return };
+        request.phases.transfer = now.saturating_duration_since(request.since);
+        request.since = now;
+        request.stage = Stage::Committing { grant };
+        let commit = Commit { seq, instance: self.settings.hello.instance.clone(), req_id: request.id.clone(), grant };
+        let peer = request.peer;
+        self.awaited.insert(seq, uid);
+        self.timers.cancel(&Timer::Write(uid));
+        self.timers.set(Timer::Commit(uid), now + self.settings.commit_timeout);
+        self.send(peer, Port::Alloc, Message::PdCommit(commit));
+    }
+
+    pub(super) fn on_commit_ack(&mut self, now: Instant, peer: PeerId, ack: CommitAck) {
+        let Some(uid) = self.awaited.remove(&ack.seq) else { return };
+        let Some(request) = self.requests.get(&uid).filter(|request| request.peer == peer) else { return };
+        if !matches!(request.stage, Stage::Committing { .. }) {
+            return;
+        }
+        if let Some(refusal) = ack.refusal {
+            return self.fail(uid, clipped(refusal));
+        }
+        let Some(mut request) = self.remove(uid) else { return };
+        request.phases.commit = now.saturating_duration_since(request.since);
+        let chunks = request.chunks.iter().filter(|chunk| chunk.remote.is_some()).count() as u32;
+        self.counts.requests_sent += 1;
+        self.counts.bytes += request.bytes;
+        // The proxy is told after the commit is acknowledged, once, and never for a request that failed.
+        if self.settings.notify_proxy {
+            self.outputs.push_back(Output::NotifyProxy { request: request.id.clone() });
+        }
+        let (bytes, phases) = (request.bytes, request.phases);
+        if let Some(client) = request.client {
+            let event = Event::Sent { request: request.id.clone(), chunks, bytes, phases };
+            self.outputs.push_back(Output::Event { client, event });
+        }
+        self.note(Note::Sent { request: request.id, address: request.address, chunks, bytes, phases });
+    }
+
+    pub(super) fn on_revoke(&mut self, peer: PeerId, revoke: Revoke) {
+        let of_grant = |request: &Request| match &request.stage {
+            Stage::Open { grant, .. } | Stage::Committing { grant } => request.peer == peer && *grant == revoke.grant,
+            Stage::Closing { grant, .. } => request.peer == peer && *grant == Some(revoke.grant),
+            _ => false,
+        };
+        match self.requests.iter().find(|(_, request)| of_grant(request)).map(|(&uid, request)| (uid, &request.stage)) {
+            // It says when it has stopped, by itself.
+            Some((_, Stage::Closing { .. })) => {}
+            Some((uid, _)) => self.fail(uid, clipped(revoke.reason)),
+            None => self.say_stopped(peer, revoke.req_id, Some(revoke.grant), None, true),
+        }
+    }
+
+    /// Ends a request badly.
+    pub(super) fn fail(&mut self, uid: Uid, failure: Failure) {
+        self.end(uid, failure, None);
+    }
+
+    /// A transfer of a closing request has ended: the last one lets it go.
+    pub(super) fn finish_closing(&mut self, uid: Uid) {
+        let Some(request) = self.requests.get(&uid) else { return };
+        let Stage::Closing { grant, alloc_seq, cancel } = request.stage else { return };
+        if request.in_flight > 0 {
+            return;
+        }
+        let peer = request.peer;
+        self.timers.cancel(&Timer::Cancel(uid));
+        let Some(request) = self.remove(uid) else { return };
+        if self.peers.contains_key(&peer) {
+            self.say_stopped(peer, request.id.clone(), grant, alloc_seq, true);
+        }
+        if let Some((client, id)) = cancel {
+            self.answer(client, id, Answer::Cancelled { request: request.id });
+        }
+        self.serve_staging();
+    }
+
+    /// The engine has not finished a cancelled request's transfers in time: its client is told, its slots stay taken.
+    pub(super) fn cancel_timed_out(&mut self, uid: Uid) {
+        let Some(request) = self.requests.get_mut(&uid) else { return };
+        let Stage::Closing { cancel, .. } = &mut request.stage else { return };
+        let Some((client, id)) = cancel.take() else { return };
+        let text = format!(
+            "{} has ended, but {} transfers of it are still being written; its slots stay taken until they are not",
+            request.id, request.in_flight
+        );
+        let peer = request.address.to_string();
+        self.refuse(client, id, Failure::new(FailureKind::Deadline, text), Some(peer));
+    }
+
+    /// The one place where a request ends without having been sent.
+    fn end(&mut self, uid: Uid, failure: Failure, cancel: Option<(ClientId, Seq)>) {
+        let Some(request) = self.requests.get_mut(&uid) else { return };
+        let mut alloc_seq = None;
+        let (open_id, grant, asked) = match request.stage {
+            Stage::Peer { open_id, .. } => (Some(open_id), None, false),
+            Stage::Allocating { open_id, seq } => {
+                alloc_seq = Some(seq);
+                (Some(open_id), None, true)
+            }
+            Stage::Open { grant, .. } | Stage::Committing { grant } => (None, Some(grant), true),
+            Stage::Closing { .. } => return,
+        };
+        request.stage = Stage::Closing { grant, alloc_seq, cancel };
+        let (id, address, client, in_flight, request_peer) =
+            (request.id.clone(), request.address.clone(), request.client, request.in_flight, request.peer);
+        for timer in [Timer::Allocation(uid), Timer::Write(uid), Timer::Commit(uid)] {
+            self.timers.cancel(&timer);
+        }
+        self.request_by_name.remove(&id);
+        self.awaited.retain(|_, other| *other != uid);
+        self.staging_request_ended(uid, &failure);
+        self.counts.requests_failed += 1;
+        let peer = address.to_string();
+        let mut told_by_event = false;
+        match (client, open_id) {
+            (Some(client), Some(open_id)) => self.refuse(client, open_id, failure.clone(), Some(peer)),
+            (Some(client), None) if cancel.is_none() => {
+                told_by_event = true;
+                let event = Event::Failed { request: id.clone(), failure: failure.clone(), peer };
+                self.outputs.push_back(Output::Event { client, event });
+            }
+            _ => {}
+        }
+        if let Some(request) = self.requests.get_mut(&uid) {
+            request.told_by_event = told_by_event;
+        }
+        self.note(Note::Failed { request: id.clone(), address, failure, in_flight });
+        if asked {
+            if in_flight > 0 && self.peers.contains_key(&request_peer) {
+                // The decode worker need not wait for the transfer to learn of it; the slots do.
+                self.say_stopped(request_peer, id, grant, alloc_seq, false);
+            }
+            self.finish_closing(uid);
+        } else {
+            // The receiver has never heard of it.
+            let request = self.remove(uid);
+            if let (Some((client, id)), Some(request)) = (cancel, request) {
+                self.answer(client, id, Answer::Cancelled { request: request.id });
+            }
+        }
+        self.serve_staging();
+    }
+
+    /// Takes a request out of every table and frees its local slots.
+    fn remove(&mut self, uid: Uid) -> Option<Request> {
+        let request = self.requests.remove(&uid)?;
+        if self.request_by_name.get(&request.id) == Some(&uid) {
+            self.request_by_name.remove(&request.id);
+        }
+        for timer in [Timer::Allocation(uid), Timer::Write(uid), Timer::Commit(uid)] {
+            self.timers.cancel(&timer);
+        }
+        for (&slot, &chunk) in &request.staged {
+            let chunk = &request.chunks[chunk as usize];
+            let filling = request.told_by_event && chunk.queued.len_bytes() < chunk.len_bytes;
+            match request.client {
+                Some(client) if filling => {
+                    self.unacknowledged.entry((client, request.id.clone())).or_default().push(slot);
+                }
+                _ => self.slots.give_back(slot),
+            }
+        }
+        Some(request)
+    }
+
+    /// A client knows that its request has failed: what it may have been filling until then can be staged again.
+    fn acknowledge_failure(&mut self, client: ClientId, request: &RequestId) -> bool {
+        let Some(slots) = self.unacknowledged.remove(&(client, request.clone())) else { return false };
+        slots.into_iter().for_each(|slot| self.slots.give_back(slot));
+        self.serve_staging();
+        true
+    }
+
+    /// A client that is gone fills nothing any more.
+    pub(super) fn acknowledge_all(&mut self, client: ClientId) {
+        let of_client = self.unacknowledged.keys().filter(|(other, _)| *other == client);
+        let requests: Vec<RequestId> = of_client.map(|(_, request)| request.clone()).collect();
+        for request in requests {
+            self.acknowledge_failure(client, &request);
+        }
+    }
+
+    /// Gives a grant back; `writer_stopped` is our word that nothing of it is or will be written.
+    fn say_stopped(
+        &mut self,
+        peer: PeerId,
+        request: RequestId,
+        grant: Option<GrantId>,
+        alloc_seq: Option<Seq>,
+        writer_stopped: bool,
+    ) {
+        let seq = Seq(self.fresh());
+        let instance = self.settings.hello.instance.clone();
+        let pd = Some(CancelExtension { seq, instance, grant, alloc_seq, writer_stopped });
+        let cancel = CancelNotif { req_id: request, keys: Vec::new(), pd };
+        self.send(peer, Port::Alloc, Message::CancelNotif(cancel));
+    }
+
+    fn check_open(&self, open: &OpenRequest) -> Result<(), Failure> {
+        let bad = |text: String| Err(Failure::new(FailureKind::BadRequest, text));
+        let (id, count, tokens) = (&open.id, open.keys.len(), self.settings.chunk.chunk_tokens);
+        if self.draining {
+            return Err(Failure::new(FailureKind::ShuttingDown, "this sender is shutting down; use another"));
+        }
+        if self.request_by_name.contains_key(id) {
+            return bad(format!("{id} is open already; cancel it first, or wait for its end"));
+        }
+        if count == 0 || open.last_chunk_tokens == 0 || open.last_chunk_tokens > tokens {
+            return bad(format!(
+                "{id} has {count} chunks, {} tokens in the last; expected at least 1 chunk and 1 to {tokens} tokens",
+                open.last_chunk_tokens
+            ));
+        }
+        if open.keys.iter().collect::<BTreeSet<_>>().len() != count {
+            return bad(format!("{id} names a chunk twice; keys must be distinct"));
+        }
+        if open.receiver.host.is_empty() || open.receiver.init_port == 0 || open.receiver.alloc_port == 0 {
+            return bad(format!("{id} goes to {}; give a host and two ports that are not 0", open.receiver));
+        }
+        if count > self.settings.request_chunks_max {
+            let text = format!(
+                "{id} has {count} chunks, the limit is {} (pd_max_request_chunks)",
+                self.settings.request_chunks_max
+            );
+            return Err(Failure::new(FailureKind::Limit, text));
+        }
+        if self.requests.len() >= self.settings.requests_max {
+            let text = format!("{} requests are open, the limit (pd_max_requests)", self.requests.len());
+            return Err(Failure::new(FailureKind::Limit, text));
+        }
+        Ok(())
+    }
+}
+
+/// A peer's words, made fit for an answer and a log line.
+pub(super) fn clipped(failure: Failure) -> Failure {
+    Failure::new(failure.kind, clip(&failure.text))
+}
+
+/// Notes where each chunk goes. Returns the positions that need not be sent; none when the answer does not add up.
+fn place_chunks(request: &mut Request, already_sent: &[u32], remote: &[i64], slot_count: u32) -> Option<Vec<u32>> {
+    let skip: BTreeSet<u32> = already_sent.iter().copied().collect();
+    let in_range = skip.last().is_none_or(|&last| (last as usize) < request.chunks.len());
+    let distinct: BTreeSet<u32> = remote.iter().filter_map(|&slot| u32::try_from(slot).ok()).collect();
+    let slots_fit = distinct.len() == remote.len() && distinct.last().is_none_or(|&last| last < slot_count);
+    if !in_range || !slots_fit || skip.len() + remote.len() != request.chunks.len() {
+        return None;
+    }
+    let mut slots = remote.iter();
+    for (index, chunk) in (0u32..).zip(&mut request.chunks) {
+        if !skip.contains(&index) {
+            chunk.remote = Some(SlotIndex(u32::try_from(*slots.next()?).ok()?));
+        }
+    }
+    Some(skip.into_iter().collect())
+}

@@ -1,0 +1,195 @@
+//! Sending: parts of staged slots become copies, copies become written chunks.
+
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+use super::coverage::Coverage;
+use super::requests::{Stage, Uid, WRITE_DEADLINE_PASSED};
+use super::{Answer, Output, Part, SenderSession};
+use crate::ids::{ByteCopy, ClientId, Failure, FailureKind, PeerAddress, PeerId, RequestId, Seq, TransferId};
+
+/// Copies that the engine has not finished.
+#[derive(Debug)]
+pub(super) struct Transfer {
+    pub(super) uid: Uid,
+    pub(super) peer: PeerId,
+    pub(super) address: PeerAddress,
+    /// The receiver's name for itself.
+    pub(super) instance: String,
+    /// Chunk and bytes of it.
+    parts: Vec<(u32, u64)>,
+}
+
+/// A part that was checked.
+struct Checked {
+    chunk: u32,
+    copy: ByteCopy,
+}
+
+impl SenderSession {
+    /// A client says that these parts of its staged slots are final, and perhaps that they are the last.
+    pub fn handle_send(
+        &mut self,
+        now: Instant,
+        client: ClientId,
+        id: Seq,
+        request: &RequestId,
+        parts: &[Part],
+        last: bool,
+    ) {
+        let checked = self.find_request(client, request).and_then(|uid| {
+            let (copies, coverage) = self.check_send(uid, request, parts, last)?;
+            Ok((uid, copies, coverage))
+        });
+        let (uid, checked, coverage) = match checked {
+            Ok(checked) => checked,
+            Err(failure) => return self.refuse(client, id, failure, None),
+        };
+        let transfer = TransferId(self.fresh());
+        let Some(record) = self.requests.get_mut(&uid) else { return };
+        // A process that was paused may learn of its deadline here first: nothing is posted after it.
+        if matches!(record.stage, Stage::Open { write_until, .. } if now >= write_until) {
+            let failure = Failure::new(FailureKind::Deadline, WRITE_DEADLINE_PASSED);
+            let peer = record.address.to_string();
+            self.refuse(client, id, failure.clone(), Some(peer));
+            return self.fail(uid, failure);
+        }
+        let (peer, address) = (record.peer, record.address.clone());
+        for (chunk, queued) in coverage {
+            record.chunks[chunk as usize].queued = queued;
+        }
+        if last {
+            record.since = now;
+            if let Stage::Open { last, .. } = &mut record.stage {
+                *last = true;
+            }
+        }
+        if checked.is_empty() {
+            self.answer(client, id, Answer::Accepted);
+            return self.commit_if_written(now, uid);
+        }
+        let Some(connection) = self.connection_of(peer) else {
+            // A request whose peer is gone has ended, so this cannot be; if it is, it must not hang.
+            let failure =
+                Failure::new(FailureKind::Internal, format!("{request} is open to {address}, which is not connected"));
+            self.refuse(client, id, failure.clone(), None);
+            return self.fail(uid, failure);
+        };
+        if let Some(record) = self.requests.get_mut(&uid) {
+            record.in_flight += 1;
+        }
+        let parts = checked.iter().map(|part| (part.chunk, part.copy.len_bytes)).collect();
+        let instance = self.peers.get(&peer).map(|peer| peer.instance.clone()).unwrap_or_default();
+        self.transfers.insert(transfer, Transfer { uid, peer, address, instance, parts });
+        let copies = checked.into_iter().map(|part| part.copy).collect();
+        self.outputs.push_back(Output::Post { transfer, connection, copies });
+        // After the post, so that the engine is at work before the client wakes up.
+        self.answer(client, id, Answer::Accepted);
+    }
+
+    /// The engine has written a transfer, or has given it up.
+    pub fn handle_transfer_done(&mut self, now: Instant, transfer: TransferId, result: Result<(), String>) {
+        let Some(Transfer { uid, address, parts, .. }) = self.transfers.remove(&transfer) else { return };
+        if let Some(request) = self.requests.get_mut(&uid) {
+            request.in_flight -= 1;
+            let closing = matches!(request.stage, Stage::Closing { .. });
+            match result {
+                Ok(()) if !closing => {
+                    for (index, len_bytes) in parts {
+                        let chunk = &mut request.chunks[index as usize];
+                        chunk.done_bytes += len_bytes;
+                        request.bytes += len_bytes;
+                        if chunk.done_bytes == chunk.len_bytes
+                            && let Some(slot) = chunk.local.take()
+                        {
+                            request.staged.remove(&slot);
+                            self.slots.give_back(slot);
+                        }
+                    }
+                    self.commit_if_written(now, uid);
+                }
+                Ok(()) => {}
+                Err(text) => self.fail(uid, Failure::new(FailureKind::TransferFailed, text)),
+            }
+        }
+        self.finish_closing(uid);
+        self.unpark_at(&address);
+        self.serve_staging();
+    }
+
+    fn commit_if_written(&mut self, now: Instant, uid: Uid) {
+        let written = self
+            .requests
+            .get(&uid)
+            .is_some_and(|request| request.in_flight == 0 && matches!(request.stage, Stage::Open { last: true, .. }));
+        if written {
+            self.commit(now, uid);
+        }
+    }
+
+    /// Checks everything before anything changes: the copies to post, and what they leave covered.
+    fn check_send(
+        &self,
+        uid: Uid,
+        name: &RequestId,
+        parts: &[Part],
+        last: bool,
+    ) -> Result<(Vec<Checked>, BTreeMap<u32, Coverage>), Failure> {
+        let bad = |text: String| Err(Failure::new(FailureKind::BadRequest, text));
+        let Some(request) = self.requests.get(&uid) else {
+            return bad(format!("{name} has ended"));
+        };
+        if !matches!(request.stage, Stage::Open { last: false, .. }) {
+            return bad(format!("{name} takes no more sends: it is not opened yet, or its last send was given"));
+        }
+        if parts.is_empty() && !last {
+            return bad(format!("a send for {name} has no parts and is not the last"));
+        }
+        let mut checked = Vec::with_capacity(parts.len());
+        let mut coverage: BTreeMap<u32, Coverage> = BTreeMap::new();
+        for part in parts {
+            let Some(&chunk) = request.staged.get(&part.slot) else {
+                let text = format!("slot {} is not staged for {name}; send slots from its own `staged`", part.slot);
+                return Err(Failure::new(FailureKind::Unknown, text));
+            };
+            let record = &request.chunks[chunk as usize];
+            let Some(remote) = record.remote else {
+                return bad(format!("chunk {chunk} of {name} is at the receiver already"));
+            };
+            let len_bytes = part.len_bytes.unwrap_or(record.len_bytes.saturating_sub(part.offset_bytes));
+            let end = part.offset_bytes.checked_add(len_bytes);
+            if len_bytes == 0 || end.is_none_or(|end| end > record.len_bytes) {
+                return bad(format!(
+                    "{len_bytes} bytes at {} of chunk {chunk} of {name}; the chunk has {} bytes",
+                    part.offset_bytes, record.len_bytes
+                ));
+            }
+            let queued = coverage.entry(chunk).or_insert_with(|| record.queued.clone());
+            if !queued.insert(part.offset_bytes, len_bytes) {
+                return bad(format!(
+                    "{len_bytes} bytes at {} of chunk {chunk} of {name} overlap what was sent before",
+                    part.offset_bytes
+                ));
+            }
+            let copy = ByteCopy {
+                local_offset: self.slots.offset_bytes(part.slot) + part.offset_bytes,
+                remote_offset: self.slots.slot_bytes() * u64::from(remote.0) + part.offset_bytes,
+                len_bytes,
+            };
+            checked.push(Checked { chunk, copy });
+        }
+        if last {
+            for (index, record) in (0u32..).zip(&request.chunks) {
+                let sent = coverage.get(&index).unwrap_or(&record.queued).len_bytes();
+                if record.remote.is_some() && sent != record.len_bytes {
+                    return bad(format!(
+                        "the last send for {name} leaves {} of {} bytes of chunk {index} unsent",
+                        record.len_bytes - sent,
+                        record.len_bytes
+                    ));
+                }
+            }
+        }
+        Ok((checked, coverage))
+    }
+}
