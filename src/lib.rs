@@ -29,9 +29,11 @@
 //! One request, end to end, is `python/tests/test_end_to_end.py`; the same in Rust is [`mod@bench`].
 
 pub mod address;
+pub mod buffer;
 pub mod config;
 pub mod ids;
 pub mod kv_layout;
 pub mod protocol;
 pub mod slot;
+pub mod transfer;
 pub mod wire;

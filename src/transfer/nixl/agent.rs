@@ -1,0 +1,276 @@
+//! The NIXL agent and everything that must not outlive it.
+#![allow(unsafe_code)]
+
+use std::sync::Arc;
+
+use nixl_sys::{
+    Agent, AgentConfig, Backend, MemType, MemoryRegion, NixlDescriptor, NixlError, OptArgs, RegistrationHandle,
+    ThreadSync, XferDescList, XferDlistHandle, XferOp, XferRequest,
+};
+
+use super::descriptors::{BufferDescriptor, MEMORY_TYPE_HOST, SCRATCH_LEN_BYTES};
+use super::{NIXL_ENGINE_NAME, NixlOptions, load_library};
+use crate::buffer::{HostMemory, Memory};
+use crate::transfer::{ByteCopy, TransferError};
+
+/// An agent, its backends, and the memory registered with it. It belongs to one thread at a time.
+///
+/// The fields are dropped in this order: what NIXL holds of the memory, then the agent, which stops its threads and
+/// closes its connections, then the memory that those could have read or written.
+pub(super) struct OwnedAgent {
+    buffer: Option<Registered>,
+    /// Where peers write to warm their connections, and what we write to warm ours.
+    scratch: Option<Registered>,
+    backends: Vec<Backend>,
+    agent: Agent,
+    memories: Vec<Arc<Memory>>,
+}
+
+/// A registration. `RegistrationHandle` keeps a bare address: `OwnedAgent::memories` keeps it good.
+struct Registered {
+    /// Before the registration it describes; keeps a raw pointer to the agent, which `OwnedAgent` drops later.
+    units: Option<XferDlistHandle>,
+    _registration: RegistrationHandle,
+    descriptor: BufferDescriptor,
+}
+
+// SAFETY: `XferDlistHandle` has raw pointers to NIXL's prepared list and to the agent. Neither is tied to the thread
+// that made it, both stay alive as long as `self`, and `&mut self` keeps two threads from using them at once. The
+// other fields are `Send` already.
+unsafe impl Send for OwnedAgent {}
+
+/// What NIXL is told about our memory.
+#[derive(Debug)]
+struct Region<'a>(&'a BufferDescriptor);
+
+impl MemoryRegion for Region<'_> {
+    unsafe fn as_ptr(&self) -> *const u8 {
+        self.0.address as *const u8
+    }
+
+    fn size(&self) -> usize {
+        self.0.len_bytes as usize
+    }
+}
+
+impl NixlDescriptor for Region<'_> {
+    fn mem_type(&self) -> MemType {
+        mem_type(self.0)
+    }
+
+    fn device_id(&self) -> u64 {
+        self.0.device
+    }
+}
+
+const fn mem_type(descriptor: &BufferDescriptor) -> MemType {
+    match descriptor.memory_type {
+        MEMORY_TYPE_HOST => MemType::Dram,
+        _ => MemType::Vram,
+    }
+}
+
+/// Whose descriptors a list has.
+pub(super) enum Side<'a> {
+    Ours,
+    Of(&'a str),
+}
+
+impl OwnedAgent {
+    pub(super) fn start(options: &NixlOptions) -> Result<Self, TransferError> {
+        let library = load_library(&options.lib_dirs)?;
+        tracing::debug!(library = %library.display(), "NIXL is loaded");
+        let unavailable = |reason: String| TransferError::Unavailable { engine: NIXL_ENGINE_NAME, reason };
+        let config = AgentConfig {
+            enable_prog_thread: true,
+            // One thread owns the agent; the backend guards itself against its own progress thread.
+            thread_sync: ThreadSync::None,
+            pthr_delay_us: options.progress_delay_us,
+            ..AgentConfig::default()
+        };
+        let agent = Agent::new_configured(&options.agent_name, &config)
+            .map_err(|error| unavailable(format!("creating agent {:?}: {error}", options.agent_name)))?;
+        if options.backends.is_empty() {
+            return Err(unavailable("no backend is configured; name at least UCX".to_owned()));
+        }
+        let mut backends = Vec::with_capacity(options.backends.len());
+        for name in &options.backends {
+            let created = agent.get_plugin_params(name).and_then(|(_, params)| agent.create_backend(name, &params));
+            backends.push(created.map_err(|error| {
+                unavailable(format!(
+                    "creating backend {name:?}: {error}; {} has {}",
+                    library.display(),
+                    plugins(&agent)
+                ))
+            })?);
+        }
+        let mut owned = Self { buffer: None, scratch: None, backends, agent, memories: Vec::new() };
+        let scratch = HostMemory::allocate(SCRATCH_LEN_BYTES).map_err(|error| unavailable(error.to_string()))?;
+        owned.scratch = Some(owned.registered(Arc::new(Memory::Host(scratch)), 0)?);
+        Ok(owned)
+    }
+
+    /// Registers the pd_buffer and prepares its units.
+    pub(super) fn register(&mut self, memory: Arc<Memory>, unit_bytes: u64) -> Result<(), TransferError> {
+        if let Some(before) = &self.buffer {
+            let reason = format!("{} bytes are registered already", before.descriptor.len_bytes);
+            return Err(cannot_register(&memory, reason));
+        }
+        self.buffer = Some(self.registered(memory, unit_bytes)?);
+        Ok(())
+    }
+
+    fn registered(&mut self, memory: Arc<Memory>, unit_bytes: u64) -> Result<Registered, TransferError> {
+        let Memory::Host(host) = &*memory;
+        let descriptor = BufferDescriptor {
+            address: host.address(),
+            len_bytes: host.len_bytes(),
+            device: 0,
+            memory_type: MEMORY_TYPE_HOST,
+            unit_bytes,
+            // The scratch memory itself is registered first.
+            scratch_address: self.scratch.as_ref().map_or(host.address(), |scratch| scratch.descriptor.address),
+        };
+        let failed = |operation: &str, error: NixlError| {
+            cannot_register(&memory, format!("{operation} with {} backends: {error}", self.backends.len()))
+        };
+        let registration =
+            self.agent.register_memory(&Region(&descriptor), None).map_err(|error| failed("register_memory", error))?;
+        let units = self.prepare_units(Side::Ours, &descriptor).map_err(|error| failed("prepare_xfer_dlist", error))?;
+        self.memories.push(Arc::clone(&memory));
+        Ok(Registered { units, _registration: registration, descriptor })
+    }
+
+    /// The registered pd_buffer.
+    pub(super) fn buffer(&self) -> Result<&BufferDescriptor, TransferError> {
+        self.buffer
+            .as_ref()
+            .map(|registered| &registered.descriptor)
+            .ok_or(TransferError::NotRegistered { engine: NIXL_ENGINE_NAME })
+    }
+
+    pub(super) fn metadata(&self) -> Result<Vec<u8>, NixlError> {
+        self.agent.get_local_md()
+    }
+
+    pub(super) fn load_remote(&self, metadata: &[u8]) -> Result<String, NixlError> {
+        self.agent.load_remote_md(metadata)
+    }
+
+    /// Forgets a peer. No request to it may be in progress: NIXL frees such a request when it is looked at next, and
+    /// again when it is released.
+    pub(super) fn forget_remote(&self, agent_name: &str) -> Result<(), NixlError> {
+        self.agent.invalidate_remote_md(agent_name)
+    }
+
+    pub(super) fn make_connection(&self, agent_name: &str) -> Result<(), NixlError> {
+        self.agent.make_connection(agent_name, None)
+    }
+
+    /// Whether the peer's metadata covers the memory that its descriptors name.
+    pub(super) fn knows_remote(&self, agent_name: &str, descriptor: &BufferDescriptor) -> Result<bool, NixlError> {
+        let mut buffer = XferDescList::new(mem_type(descriptor))?;
+        buffer.add_desc(descriptor.address as usize, descriptor.len_bytes as usize, descriptor.device);
+        let mut scratch = XferDescList::new(MemType::Dram)?;
+        scratch.add_desc(descriptor.scratch_address as usize, SCRATCH_LEN_BYTES as usize, 0);
+        Ok(self.agent.check_remote_metadata(agent_name, Some(&buffer))
+            && self.agent.check_remote_metadata(agent_name, Some(&scratch)))
+    }
+
+    /// Whole units, to be named by index later. The result must be dropped before the agent.
+    pub(super) fn prepare_units(
+        &self,
+        side: Side<'_>,
+        descriptor: &BufferDescriptor,
+    ) -> Result<Option<XferDlistHandle>, NixlError> {
+        let count = descriptor.prepared_unit_count();
+        if count == 0 {
+            return Ok(None);
+        }
+        let mut list = XferDescList::new(mem_type(descriptor))?;
+        for unit in 0..count {
+            let address = descriptor.address + unit * descriptor.unit_bytes;
+            list.add_desc(address as usize, descriptor.unit_bytes as usize, descriptor.device);
+        }
+        let agent_name = match side {
+            Side::Ours => "",
+            Side::Of(agent_name) => agent_name,
+        };
+        self.agent.prepare_xfer_dlist(agent_name, &list, None).map(Some)
+    }
+
+    /// A request to write units that were prepared on both sides.
+    pub(super) fn request_units(
+        &self,
+        remote_units: &XferDlistHandle,
+        local: &[i32],
+        remote: &[i32],
+    ) -> Result<Option<XferRequest>, NixlError> {
+        let Some(local_units) = self.buffer.as_ref().and_then(|buffer| buffer.units.as_ref()) else {
+            return Ok(None);
+        };
+        let mut options = OptArgs::new()?;
+        // They are joined already.
+        options.set_skip_descriptor_merge(true)?;
+        self.agent.make_xfer_req(XferOp::Write, local_units, local, remote_units, remote, Some(&options)).map(Some)
+    }
+
+    /// A request to write any ranges, which are inside both buffers.
+    pub(super) fn request_ranges(
+        &self,
+        agent_name: &str,
+        local: &BufferDescriptor,
+        remote: &BufferDescriptor,
+        copies: &[ByteCopy],
+    ) -> Result<XferRequest, NixlError> {
+        let mut local_list = XferDescList::new(mem_type(local))?;
+        let mut remote_list = XferDescList::new(mem_type(remote))?;
+        for copy in copies {
+            let len = copy.len_bytes as usize;
+            local_list.add_desc((local.address + copy.local_offset) as usize, len, local.device);
+            remote_list.add_desc((remote.address + copy.remote_offset) as usize, len, remote.device);
+        }
+        self.agent.create_xfer_req(XferOp::Write, &local_list, &remote_list, agent_name, None)
+    }
+
+    /// A request to write our scratch memory into a peer's.
+    pub(super) fn request_warm_up(
+        &self,
+        agent_name: &str,
+        remote: &BufferDescriptor,
+    ) -> Result<XferRequest, NixlError> {
+        let scratch = self.scratch.as_ref().map(|registered| &registered.descriptor).ok_or(NixlError::NotFound)?;
+        let mut local_list = XferDescList::new(MemType::Dram)?;
+        local_list.add_desc(scratch.address as usize, SCRATCH_LEN_BYTES as usize, 0);
+        let mut remote_list = XferDescList::new(MemType::Dram)?;
+        remote_list.add_desc(remote.scratch_address as usize, SCRATCH_LEN_BYTES as usize, 0);
+        self.agent.create_xfer_req(XferOp::Write, &local_list, &remote_list, agent_name, None)
+    }
+
+    /// Whether it is still in progress. Copies in the calling thread where the transport does.
+    pub(super) fn post(&self, request: &XferRequest) -> Result<bool, NixlError> {
+        self.agent.post_xfer_req(request, None)
+    }
+
+    /// Whether it is still in progress.
+    pub(super) fn in_progress(&self, request: &XferRequest) -> Result<bool, NixlError> {
+        self.agent.get_xfer_status(request).map(|status| !status.is_success())
+    }
+}
+
+impl std::fmt::Debug for OwnedAgent {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("OwnedAgent").field("agent", &self.agent.name()).finish_non_exhaustive()
+    }
+}
+
+fn cannot_register(memory: &Memory, reason: String) -> TransferError {
+    TransferError::Memory { engine: NIXL_ENGINE_NAME, kind: memory.kind(), len_bytes: memory.len_bytes(), reason }
+}
+
+fn plugins(agent: &Agent) -> String {
+    match agent.get_available_plugins() {
+        Ok(list) => list.iter().filter_map(Result::ok).collect::<Vec<_>>().join(", "),
+        Err(error) => format!("no list of plugins ({error})"),
+    }
+}

@@ -1,0 +1,72 @@
+//! The peers that NIXL knows.
+
+use std::collections::BTreeMap;
+
+use nixl_sys::XferDlistHandle;
+
+use super::descriptors::BufferDescriptor;
+use crate::ids::ConnectionId;
+
+/// An agent whose metadata is loaded.
+pub(super) struct Peer {
+    pub(super) agent_name: String,
+    /// From step two on.
+    pub(super) buffer: Option<RemoteBuffer>,
+    /// Requests to it that NIXL has not ended.
+    pub(super) requests_in_progress: usize,
+    /// To be forgotten when the last of those has ended.
+    pub(super) leaving: bool,
+}
+
+/// Where a peer's memory is.
+pub(super) struct RemoteBuffer {
+    /// Its units, if they are as long as ours. Dropped before the agent, as all of [`Peers`] is.
+    pub(super) units: Option<XferDlistHandle>,
+    pub(super) descriptor: BufferDescriptor,
+}
+
+/// All of them.
+#[derive(Default)]
+pub(super) struct Peers {
+    known: BTreeMap<ConnectionId, Peer>,
+    connections_made: u64,
+}
+
+// SAFETY: as for `OwnedAgent`: the raw pointers in `XferDlistHandle` are not tied to a thread, what they point to
+// outlives it, and they are used through the engine alone, which one thread has at a time.
+#[allow(unsafe_code)]
+unsafe impl Send for Peers {}
+
+impl Peers {
+    pub(super) fn insert(&mut self, agent_name: String) -> ConnectionId {
+        self.connections_made += 1;
+        let connection = ConnectionId(self.connections_made);
+        self.known.insert(connection, Peer { agent_name, buffer: None, requests_in_progress: 0, leaving: false });
+        connection
+    }
+
+    /// A peer that is not leaving.
+    pub(super) fn present(&self, connection: ConnectionId) -> Option<&Peer> {
+        self.known.get(&connection).filter(|peer| !peer.leaving)
+    }
+
+    /// Any peer, leaving or not.
+    pub(super) fn any_mut(&mut self, connection: ConnectionId) -> Option<&mut Peer> {
+        self.known.get_mut(&connection)
+    }
+
+    pub(super) fn remove(&mut self, connection: ConnectionId) -> Option<Peer> {
+        self.known.remove(&connection)
+    }
+
+    /// The connection of an agent, leaving or not.
+    pub(super) fn of_agent(&self, agent_name: &str) -> Option<(ConnectionId, &Peer)> {
+        self.known.iter().find(|(_, peer)| peer.agent_name == agent_name).map(|(&connection, peer)| (connection, peer))
+    }
+}
+
+impl std::fmt::Debug for Peers {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_set().entries(self.known.values().map(|peer| &peer.agent_name)).finish()
+    }
+}
