@@ -31,9 +31,11 @@
 pub mod address;
 pub mod buffer;
 pub mod config;
+pub mod connector;
 pub mod ids;
 pub mod kv_layout;
 pub mod protocol;
+pub mod side_channel;
 pub mod slot;
 pub mod transfer;
 pub mod wire;

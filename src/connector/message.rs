@@ -1,0 +1,368 @@
+//! The messages of the connector API, msgpack maps with a `type`. docs/connector-api.md shows each of them.
+//!
+//! A client speaks first and chooses `id`; every request gets exactly one reply with that `id`. Events have no `id`.
+
+use serde::{Deserialize, Serialize};
+
+use crate::ids::{ChunkKey, FailureKind, LeaseId, PeerAddress, RequestId, Seq, SlotIndex};
+
+/// The version of this API.
+pub const CONNECTOR_API_VERSION: u16 = 1;
+
+/// From the engine's process to the daemon.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum Request {
+    /// First message of every client.
+    Attach {
+        /// Pairs the reply.
+        id: Seq,
+        /// [`CONNECTOR_API_VERSION`] of the client.
+        version: u16,
+        /// What to call it in logs.
+        client: String,
+    },
+    /// Last message: gives back leases, cancels requests.
+    Detach {
+        /// Pairs the reply.
+        id: Seq,
+    },
+    /// Counters of the daemon.
+    Status {
+        /// Pairs the reply.
+        id: Seq,
+    },
+    /// Sender: a request will send these chunks to that receiver. Answered by `opened` once the receiver has granted
+    /// slots for all of them.
+    Open {
+        /// Pairs the reply.
+        id: Seq,
+        /// What the router calls the request.
+        req_id: RequestId,
+        /// The chunks' keys, in the order of the prompt.
+        keys: Vec<ChunkKey>,
+        /// Tokens in the last chunk, 1 to chunk_tokens.
+        last_chunk_tokens: u32,
+        /// Where to.
+        receiver: PeerAddress,
+        /// How long to wait for slots, in milliseconds; the configured time when left out.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        wait_ms: Option<u64>,
+    },
+    /// Sender: local slots to fill, one for each of these chunks. Answered by `staged`, all at once.
+    Stage {
+        /// Pairs the reply.
+        id: Seq,
+        /// An opened request.
+        req_id: RequestId,
+        /// Positions in `keys`.
+        chunks: Vec<u32>,
+        /// How long to wait for slots, in milliseconds; the configured time when left out.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        wait_ms: Option<u64>,
+    },
+    /// Sender: these staged bytes are final, write them. A slot belongs to the daemon again once all bytes of its
+    /// chunk are sent.
+    Send {
+        /// Pairs the reply.
+        id: Seq,
+        /// An opened request.
+        req_id: RequestId,
+        /// What to write; may be empty when `last`.
+        parts: Vec<SendPart>,
+        /// Whether this completes the request: every byte of every chunk that the receiver lacked is then sent.
+        last: bool,
+    },
+    /// Either: give the request up. Answered when nothing is written for it any more.
+    Cancel {
+        /// Pairs the reply.
+        id: Seq,
+        /// Which.
+        req_id: RequestId,
+    },
+    /// Receiver: which of these chunks are ready? Takes a lease on those.
+    Lookup {
+        /// Pairs the reply.
+        id: Seq,
+        /// Which chunks.
+        keys: Vec<ChunkKey>,
+    },
+    /// Receiver: answered by `ready` with a lease on all chunks of the request, or by `error`.
+    Wait {
+        /// Pairs the reply.
+        id: Seq,
+        /// Which; it need not have been announced by a sender yet.
+        req_id: RequestId,
+        /// How long, in milliseconds; the configured time when left out.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        wait_ms: Option<u64>,
+    },
+    /// Receiver: the chunks of this lease have been copied.
+    Release {
+        /// Pairs the reply.
+        id: Seq,
+        /// From `found` or `ready`.
+        lease: LeaseId,
+    },
+}
+
+impl Request {
+    /// The `id` that the reply carries.
+    pub const fn id(&self) -> Seq {
+        match self {
+            Self::Attach { id, .. }
+            | Self::Detach { id }
+            | Self::Status { id }
+            | Self::Open { id, .. }
+            | Self::Stage { id, .. }
+            | Self::Send { id, .. }
+            | Self::Cancel { id, .. }
+            | Self::Lookup { id, .. }
+            | Self::Wait { id, .. }
+            | Self::Release { id, .. } => *id,
+        }
+    }
+}
+
+/// Part of a staged slot; the whole of its chunk when `len_bytes` is left out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SendPart {
+    /// A slot from `staged`.
+    pub slot: SlotIndex,
+    /// Where the part starts, in bytes from the start of the slot.
+    #[serde(default)]
+    pub offset_bytes: u64,
+    /// How long it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub len_bytes: Option<u64>,
+}
+
+/// From the daemon to the engine's process: replies carry the request's `id`, events none.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum Reply {
+    /// To `attach`.
+    Attached {
+        /// From the request.
+        id: Seq,
+        /// [`CONNECTOR_API_VERSION`] of the daemon.
+        version: u16,
+        /// `sender` or `receiver`.
+        role: String,
+        /// How to map the pd_buffer.
+        buffer: BufferHandle,
+        /// Bytes from one slot to the next, and of a whole chunk.
+        chunk_bytes: u64,
+        /// Number of slots.
+        slot_count: u32,
+        /// Tokens in a whole chunk.
+        chunk_tokens: u32,
+        /// What a chunk is, as the handshake compares it.
+        layout: Vec<(String, String)>,
+    },
+    /// To `detach`.
+    Detached {
+        /// From the request.
+        id: Seq,
+    },
+    /// To `status`.
+    Status {
+        /// From the request.
+        id: Seq,
+        /// What is counted.
+        status: Status,
+    },
+    /// To `open`: the receiver has room.
+    Opened {
+        /// From the request.
+        id: Seq,
+        /// Which request.
+        req_id: RequestId,
+        /// Positions in `keys` of chunks that the receiver holds already: neither staged nor sent.
+        already_sent: Vec<u32>,
+    },
+    /// To `stage`.
+    Staged {
+        /// From the request.
+        id: Seq,
+        /// One for each chunk asked for, in that order.
+        slots: Vec<StagedSlot>,
+    },
+    /// To `send`: the parts are queued. `sent` or `failed` follows once for the whole request.
+    Accepted {
+        /// From the request.
+        id: Seq,
+    },
+    /// To `cancel`.
+    Cancelled {
+        /// From the request.
+        id: Seq,
+        /// Which request.
+        req_id: RequestId,
+    },
+    /// To `lookup`.
+    Found {
+        /// From the request.
+        id: Seq,
+        /// To release; absent when nothing was found.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        lease: Option<LeaseId>,
+        /// One for each key asked for, in that order; nil where there is no ready chunk.
+        chunks: Vec<Option<ReadyChunk>>,
+    },
+    /// To `wait`.
+    Ready {
+        /// From the request.
+        id: Seq,
+        /// Which request.
+        req_id: RequestId,
+        /// To release.
+        lease: LeaseId,
+        /// All chunks of the request, in the order of the prompt.
+        chunks: Vec<ReadyChunk>,
+    },
+    /// To `release`.
+    Released {
+        /// From the request.
+        id: Seq,
+    },
+    /// To any request that was refused or failed.
+    Error {
+        /// From the request.
+        id: Seq,
+        /// For programs.
+        kind: FailureKind,
+        /// For people: what was seen, what was expected, what to do.
+        text: String,
+        /// The peer concerned, if any.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        peer: Option<String>,
+    },
+    /// Event: the receiver has committed every chunk.
+    Sent {
+        /// Which request.
+        req_id: RequestId,
+        /// Chunks written, those already there not counted.
+        chunks: u32,
+        /// Bytes written.
+        bytes: u64,
+        /// How long each phase took.
+        timings: Timings,
+    },
+    /// Event: the request has ended without being sent.
+    Failed {
+        /// Which request.
+        req_id: RequestId,
+        /// For programs.
+        kind: FailureKind,
+        /// For people.
+        text: String,
+        /// The peer concerned.
+        peer: String,
+    },
+}
+
+impl Reply {
+    /// The `id` of the request that this answers; none for an event.
+    pub const fn id(&self) -> Option<Seq> {
+        match self {
+            Self::Attached { id, .. }
+            | Self::Detached { id }
+            | Self::Status { id, .. }
+            | Self::Opened { id, .. }
+            | Self::Staged { id, .. }
+            | Self::Accepted { id }
+            | Self::Cancelled { id, .. }
+            | Self::Found { id, .. }
+            | Self::Ready { id, .. }
+            | Self::Released { id }
+            | Self::Error { id, .. } => Some(*id),
+            Self::Sent { .. } | Self::Failed { .. } => None,
+        }
+    }
+}
+
+/// Phases of a sent request, in microseconds.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Timings {
+    /// From `open` until the receiver had granted, the handshake with a new peer included.
+    pub alloc_us: u64,
+    /// From the last `send` until the engine had written everything.
+    pub transfer_us: u64,
+    /// From then until the receiver had acknowledged the commit.
+    pub commit_us: u64,
+}
+
+/// How another process of the same user maps a pd_buffer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum BufferHandle {
+    /// Host memory: a memfd of the daemon.
+    Host {
+        /// The daemon's process.
+        pid: u32,
+        /// Its descriptor: map `/proc/<pid>/fd/<fd>`.
+        fd: i32,
+        /// Length of the mapping.
+        len_bytes: u64,
+        /// Inode of the memfd, to tell it from another file behind a reused pid.
+        inode: u64,
+    },
+}
+
+/// A local slot to fill.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StagedSlot {
+    /// Position in `keys`.
+    pub chunk: u32,
+    /// The slot.
+    pub slot: SlotIndex,
+    /// Where it starts in the buffer, in bytes.
+    pub offset_bytes: u64,
+    /// Length of the chunk: that of a whole one but for a short last chunk.
+    pub len_bytes: u64,
+}
+
+/// A chunk that can be read.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReadyChunk {
+    /// Its key.
+    pub key: ChunkKey,
+    /// The slot.
+    pub slot: SlotIndex,
+    /// Where it starts in the buffer, in bytes.
+    pub offset_bytes: u64,
+    /// Its length.
+    pub len_bytes: u64,
+}
+
+/// What a daemon counts. Counters start at 0 with the process.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// `sender` or `receiver`.
+    pub role: String,
+    /// Transfer engine.
+    pub engine: String,
+    /// Slots in the buffer.
+    pub slot_count: u32,
+    /// Slots that can be handed out at once.
+    pub slots_free: u32,
+    /// Slots being filled or written.
+    pub slots_reserved: u32,
+    /// Receiver: slots that hold a committed chunk.
+    pub slots_ready: u32,
+    /// Receiver: slots whose writer may still be writing.
+    pub slots_quarantined: u32,
+    /// Requests that have not ended.
+    pub requests_active: u32,
+    /// Requests that ended well: sent, or made ready.
+    pub requests_done: u64,
+    /// Requests that ended otherwise.
+    pub requests_failed: u64,
+    /// Bytes written to peers, or committed by them.
+    pub bytes: u64,
+    /// Peers shaken hands with.
+    pub peers: u32,
+    /// Attached clients.
+    pub clients: u32,
+}

@@ -1,0 +1,8 @@
+//! The connector API: what an engine's process says to the daemon beside it, over ipc.
+
+pub mod client;
+pub mod message;
+pub mod server;
+
+pub use client::{Client, ClientError};
+pub use server::{ConnectorEvent, ConnectorServer};

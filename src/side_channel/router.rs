@@ -1,0 +1,210 @@
+//! A ROUTER: bound, many peers, each answered by the way it came.
+
+use std::fmt;
+
+use bytes::Bytes;
+use futures::StreamExt;
+use futures::channel::mpsc;
+use zeromq::util::PeerIdentity;
+use zeromq::{RouterRecvHalf, RouterSendHalf, Socket, SocketEvent, SocketOptions, SocketRecv, ZmqMessage};
+
+use super::bind::{self, BoundPath, IpcName};
+use super::{SideChannelError, options, send_error};
+
+/// One connection of a ROUTER, for as long as it lasts.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PeerTag(Bytes);
+
+impl fmt::Display for PeerTag {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("peer ")?;
+        // Longer ones are chosen by the peer; the start is enough for a log line.
+        self.0.iter().take(16).try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+impl fmt::Debug for PeerTag {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// The way back to whoever sent a message: the connection, and whether its messages have an empty frame in front, as
+/// those of REQ sockets do.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Route {
+    peer: PeerTag,
+    delimited: bool,
+}
+
+impl Route {
+    /// The connection.
+    pub fn peer(&self) -> &PeerTag {
+        &self.peer
+    }
+}
+
+/// What a ROUTER hears.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum RouterEvent {
+    /// Somebody said something.
+    Message {
+        /// The way back.
+        peer: Route,
+        /// What was said.
+        payload: Bytes,
+    },
+    /// A connection has ended. Nothing comes from it any more.
+    Gone {
+        /// Which.
+        peer: PeerTag,
+    },
+}
+
+/// A bound ROUTER, in its two halves.
+#[derive(Debug)]
+pub struct RouterSocket {
+    /// Answers.
+    pub sender: RouterSender,
+    /// Listens. Dropping both halves closes the socket.
+    pub receiver: RouterReceiver,
+    /// Where it listens: `tcp://host:port`, `ipc://@name` or `ipc:///path`, as a peer would connect to it.
+    pub endpoint: String,
+    /// The TCP port; 0 for ipc.
+    pub port: u16,
+}
+
+impl RouterSocket {
+    /// Listens on a TCP port; 0 takes a free one. A host name is looked up, and its first address that can be bound
+    /// is taken.
+    ///
+    /// # Errors
+    /// [`SideChannelError::AddressInUse`], [`SideChannelError::InvalidAddress`] or [`SideChannelError::Bind`].
+    pub async fn bind_tcp(host: &str, port: u16) -> Result<Self, SideChannelError> {
+        let (listener, port) = bind::tcp(host, port).await?;
+        let endpoint = bind::tcp_address(host, port);
+        Self::listen(options(), listener, endpoint, port, None).await
+    }
+
+    /// Listens on an ipc name, for processes of this user alone (and of root).
+    ///
+    /// # Errors
+    /// [`SideChannelError::AddressInUse`], [`SideChannelError::InvalidAddress`] or [`SideChannelError::Bind`].
+    pub async fn bind_ipc(name: &IpcName) -> Result<Self, SideChannelError> {
+        let (listener, path) = bind::ipc(name).await?;
+        let mut options = options();
+        options.ipc_peer_uid(rustix::process::geteuid().as_raw());
+        Self::listen(options, listener, name.endpoint(), 0, path).await
+    }
+
+    async fn listen(
+        options: SocketOptions,
+        listener: impl Into<zeromq::Listener> + Send,
+        endpoint: String,
+        port: u16,
+        path: Option<BoundPath>,
+    ) -> Result<Self, SideChannelError> {
+        let mut socket = zeromq::RouterSocket::with_options(options);
+        let monitor = socket.monitor();
+        socket.bind_listener(listener).await.map_err(|error| SideChannelError::Bind {
+            address: endpoint.clone(),
+            source: std::io::Error::other(error.to_string()),
+        })?;
+        let (send_half, receive_half) = socket.split();
+        Ok(Self {
+            sender: RouterSender { half: send_half },
+            receiver: RouterReceiver { half: receive_half, monitor, malformed_count: 0, _path: path },
+            endpoint,
+            port,
+        })
+    }
+}
+
+/// The answering half of a ROUTER.
+#[derive(Clone)]
+pub struct RouterSender {
+    half: RouterSendHalf,
+}
+
+impl RouterSender {
+    /// Queues a message for a peer; never waits.
+    ///
+    /// # Errors
+    /// [`SideChannelError::PeerGone`], or [`SideChannelError::QueueFull`] when the peer does not read. The message is
+    /// dropped then, and nobody else is held up.
+    pub fn try_send(&self, route: &Route, payload: Bytes) -> Result<(), SideChannelError> {
+        let mut message = ZmqMessage::from(payload);
+        if route.delimited {
+            message.push_front(Bytes::new());
+        }
+        message.push_front(route.peer.0.clone());
+        self.half.try_send(message).map_err(|error| send_error(&route.peer, error))
+    }
+}
+
+impl fmt::Debug for RouterSender {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RouterSender").finish_non_exhaustive()
+    }
+}
+
+/// The listening half of a ROUTER.
+pub struct RouterReceiver {
+    half: RouterRecvHalf,
+    monitor: mpsc::Receiver<SocketEvent>,
+    malformed_count: u64,
+    _path: Option<BoundPath>,
+}
+
+impl RouterReceiver {
+    /// The next message, or the news that a peer is gone. Messages without a payload or with frames that no REQ or
+    /// DEALER of ours or LMCache's sends are dropped and counted. `None`: the socket is closed.
+    ///
+    /// Nothing is lost when the future is dropped before it is ready. It should be called again soon: the library
+    /// keeps the news of the last thousand connections and no more.
+    pub async fn recv(&mut self) -> Option<RouterEvent> {
+        loop {
+            // News of a connection that ended comes first: its identity may belong to another one by now.
+            let message = tokio::select! {
+                biased;
+                event = self.monitor.next() => match event? {
+                    SocketEvent::Disconnected(peer) => return Some(RouterEvent::Gone { peer: PeerTag(peer.into()) }),
+                    SocketEvent::AcceptFailed(error) => {
+                        tracing::debug!(%error, "a connection was not accepted");
+                        continue;
+                    }
+                    _ => continue,
+                },
+                message = self.half.recv() => message.ok()?,
+            };
+            match parse(message) {
+                Some(event) => return Some(event),
+                None => self.malformed_count += 1,
+            }
+        }
+    }
+
+    /// Messages dropped for their frames since the socket was bound.
+    pub fn malformed_count(&self) -> u64 {
+        self.malformed_count
+    }
+}
+
+impl fmt::Debug for RouterReceiver {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RouterReceiver").field("malformed_count", &self.malformed_count).finish_non_exhaustive()
+    }
+}
+
+/// `[identity][payload]` or `[identity][][payload]`.
+fn parse(message: ZmqMessage) -> Option<RouterEvent> {
+    let mut frames = message.into_vecdeque();
+    let peer = PeerTag(frames.pop_front()?);
+    debug_assert!(peer.0.len() <= PeerIdentity::MAX_LENGTH, "the library bounds identities");
+    let delimited = frames.len() == 2 && frames.front().is_some_and(Bytes::is_empty);
+    if delimited {
+        frames.pop_front();
+    }
+    let payload = frames.pop_front().filter(|payload| frames.is_empty() && !payload.is_empty())?;
+    Some(RouterEvent::Message { peer: Route { peer, delimited }, payload })
+}

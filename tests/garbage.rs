@@ -1,0 +1,329 @@
+//! What strangers can do to a bound socket: everything short of a valid message, thrown at a process of its own. After
+//! each kind a well-behaved peer is answered, and the process has not grown.
+
+#![allow(clippy::unwrap_used)]
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::time::Duration;
+
+use bytes::Bytes;
+use pd_backend::side_channel::{Dealer, RouterEvent, RouterSocket};
+use pd_backend::wire::{self, Message, limits::MESSAGE_LEN_BYTES_MAX};
+use rand::rngs::StdRng;
+use rand::{Rng, RngExt, SeedableRng};
+use rustix::process::{Resource, Rlimit, setrlimit};
+
+const SOON: Duration = Duration::from_secs(20);
+const CHILD_FILES_MAX: &str = "PD_TEST_GARBAGE_FILES_MAX";
+
+/// What one process may need at its most, in KiB: itself, and a few of the largest messages under way at a time.
+const MEMORY_KIB_MAX: u64 = 256 * 1024;
+
+/// Not a test by itself: the process under attack. It answers every message with what it made of it.
+#[test]
+fn child_router() {
+    let Ok(files_max) = std::env::var(CHILD_FILES_MAX) else {
+        return;
+    };
+    let limit = Some(files_max.parse().unwrap());
+    setrlimit(Resource::Nofile, Rlimit { current: limit, maximum: limit }).unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let serving = runtime.spawn(async {
+        let mut router = RouterSocket::bind_tcp("127.0.0.1", 0).await.unwrap();
+        println!("\nport={}", router.port);
+        while let Some(event) = router.receiver.recv().await {
+            if let RouterEvent::Message { peer, payload } = event {
+                let answer = match wire::decode::<Message>(&payload) {
+                    Ok(message) => message.type_name().to_owned(),
+                    Err(error) => error.to_string(),
+                };
+                // A peer that does not read loses its answers, which is its own business.
+                let _ = router.sender.try_send(&peer, Bytes::from(answer));
+            }
+        }
+    });
+    // The parent closes stdin, or dies.
+    std::thread::spawn(|| {
+        let _ = std::io::stdin().read_to_end(&mut Vec::new());
+        std::process::exit(0);
+    });
+    runtime.block_on(serving).unwrap();
+}
+
+struct Target {
+    child: Child,
+    _stdin: ChildStdin,
+    port: u16,
+}
+
+impl Target {
+    fn start(files_max: u64) -> Self {
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["child_router", "--exact", "--nocapture", "--test-threads=1"])
+            .env(CHILD_FILES_MAX, files_max.to_string())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let port = BufReader::new(child.stdout.take().unwrap())
+            .lines()
+            .find_map(|line| line.unwrap().strip_prefix("port=").map(|port| port.parse().unwrap()))
+            .expect("the child binds a port");
+        Self { _stdin: child.stdin.take().unwrap(), child, port }
+    }
+
+    fn connect(&self) -> TcpStream {
+        let stream = TcpStream::connect(("127.0.0.1", self.port)).unwrap();
+        stream.set_read_timeout(Some(SOON)).unwrap();
+        stream.set_write_timeout(Some(SOON)).unwrap();
+        stream
+    }
+
+    /// Sends these bytes on a connection of their own and returns it. That the other end closes meanwhile is fine.
+    fn throw(&self, bytes: &[u8]) -> TcpStream {
+        let mut stream = self.connect();
+        let _ = stream.write_all(bytes);
+        stream
+    }
+
+    /// As `throw`, and expects to be hung up on.
+    #[track_caller]
+    fn throw_and_be_closed(&self, bytes: &[u8]) {
+        let mut stream = self.throw(bytes);
+        if let Err(error) = stream.read_to_end(&mut Vec::new()) {
+            assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset, "closed, not left open");
+        }
+    }
+
+    /// A well-behaved peer is answered, and memory has not grown out of bounds, ever.
+    #[track_caller]
+    fn assert_well(&mut self, after: &str) {
+        assert!(self.child.try_wait().unwrap().is_none(), "after {after} the process is gone");
+        let endpoint = format!("tcp://127.0.0.1:{}", self.port);
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let answer = runtime.block_on(async {
+            tokio::time::timeout(SOON, async {
+                let (sender, mut receiver) = Dealer::connect(&endpoint, SOON).await.unwrap();
+                sender.try_send(Bytes::from_static(b"\x82\xa4type\xaaProxyNotif\xa6req_id\xa1r")).unwrap();
+                receiver.recv().await.unwrap()
+            })
+            .await
+        });
+        assert_eq!(answer.unwrap_or_else(|_| panic!("after {after} nobody answers")), "ProxyNotif", "after {after}");
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
+        let peak_kib: u64 = status
+            .lines()
+            .find_map(|line| line.strip_prefix("VmHWM:"))
+            .and_then(|line| line.trim().strip_suffix(" kB"))
+            .unwrap()
+            .parse()
+            .unwrap();
+        assert!(peak_kib <= MEMORY_KIB_MAX, "after {after} the process has needed {peak_kib} KiB");
+        println!("{peak_kib:>8} KiB at most, after {after}");
+    }
+}
+
+impl Drop for Target {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn greeting() -> Vec<u8> {
+    let mut greeting = vec![0; 64];
+    greeting[0] = 0xff;
+    greeting[9] = 0x7f;
+    greeting[10] = 3;
+    greeting[12..16].copy_from_slice(b"NULL");
+    greeting
+}
+
+fn property(name: &[u8], value: &[u8]) -> Vec<u8> {
+    [&[name.len() as u8][..], name, &(value.len() as u32).to_be_bytes(), value].concat()
+}
+
+fn long_frame(flags: u8, len_bytes: u64, content: &[u8]) -> Vec<u8> {
+    [&[flags | 2][..], &len_bytes.to_be_bytes(), content].concat()
+}
+
+/// A greeting and a READY with these properties.
+fn hello(properties: &[Vec<u8>]) -> Vec<u8> {
+    let ready = [b"\x05READY".to_vec(), properties.concat()].concat();
+    [greeting(), long_frame(4, ready.len() as u64, &ready)].concat()
+}
+
+fn dealer() -> Vec<u8> {
+    hello(&[property(b"Socket-Type", b"DEALER")])
+}
+
+/// A DEALER that sends this payload.
+fn message(payload: &[u8]) -> Vec<u8> {
+    [dealer(), vec![1, 0], long_frame(0, payload.len() as u64, payload)].concat()
+}
+
+#[test]
+fn frames_that_lie_about_their_length_are_hung_up_on() {
+    // Broken in production: nine bytes from anybody who can reach a port end the daemon.
+    let mut target = Target::start(1024);
+    for len_bytes in [MESSAGE_LEN_BYTES_MAX as u64 + 4096, 1 << 36, 1 << 62, (1 << 63) - 1, u64::MAX] {
+        for flags in [0, 1, 4, 5] {
+            target.throw_and_be_closed(&[greeting(), long_frame(flags, len_bytes, b"x")].concat());
+            target.throw_and_be_closed(&[dealer(), long_frame(flags, len_bytes, b"x")].concat());
+            // Behind a first frame, so that only the sum is too much.
+            target.throw_and_be_closed(&[dealer(), vec![1, 0], long_frame(flags, len_bytes, b"x")].concat());
+        }
+        target.assert_well(&format!("a frame of {len_bytes} bytes"));
+    }
+}
+
+#[test]
+fn messages_without_end_are_hung_up_on() {
+    // Broken in production: one peer fills the memory of a daemon with a message that never ends.
+    let mut target = Target::start(1024);
+    for (what, frame) in [
+        ("empty frames", vec![1, 0]),
+        ("frames of a byte", vec![1, 1, 7]),
+        ("frames of 255 bytes", [&[1, 255][..], &[7; 255]].concat()),
+        ("frames of 1 MiB", long_frame(1, 1 << 20, &[7; 1 << 20])),
+    ] {
+        let frames = frame.repeat((1 << 20) / frame.len() + 1);
+        let mut stream = target.throw(&dealer());
+        let mut sent_count = 0;
+        while stream.write_all(&frames).is_ok() {
+            sent_count += 1;
+            assert!(sent_count < 128, "{what}: 128 MiB of one message are still welcome");
+        }
+        target.assert_well(&format!("{what} without end"));
+    }
+}
+
+#[test]
+fn noise_is_hung_up_on() {
+    // Broken in production: a port scanner or an HTTP client ends the daemon.
+    let mut target = Target::start(1024);
+    let mut random = StdRng::seed_from_u64(7);
+    for round in 0..300 {
+        let mut noise = vec![0; random.random_range(1..4096)];
+        random.fill_bytes(&mut noise);
+        let prefix = match round % 3 {
+            0 => Vec::new(),
+            1 => greeting(),
+            _ => dealer(),
+        };
+        drop(target.throw(&[prefix, noise].concat()));
+    }
+    target.assert_well("random bytes");
+    target.throw_and_be_closed(&[&b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n"[..], &[b' '; 64]].concat());
+    target.assert_well("an HTTP request");
+}
+
+#[test]
+fn handshakes_that_go_wrong_are_hung_up_on() {
+    // Broken in production: a peer of another kind or version, or a hostile one, stops the daemon.
+    let mut target = Target::start(1024);
+    let mut old = greeting();
+    old[10] = 1;
+    let mut plain = greeting();
+    plain[12..17].copy_from_slice(b"PLAIN");
+    let mut unknown = greeting();
+    unknown[12..16].copy_from_slice(b"NUKE");
+    target.throw_and_be_closed(&old);
+    target.throw_and_be_closed(&unknown);
+    target.throw_and_be_closed(&[plain, b"\x04\x08\x05HELLO\x00\x00".to_vec()].concat());
+    for socket_type in [&b"PUB"[..], b"SUB", b"ROUTE", b"PUSH", b"PULL", b"STREAM", b"PAIR", b"REP", b"", b"\xff"] {
+        target.throw_and_be_closed(&hello(&[property(b"Socket-Type", socket_type)]));
+    }
+    target.throw_and_be_closed(&hello(&[]));
+    target.throw_and_be_closed(&hello(&[property(b"\xff\xfe", b"")]));
+    target.throw_and_be_closed(&hello(&[property(b"Socket-Type", b"DEALER"), property(b"Identity", &[7; 256])]));
+    target.throw_and_be_closed(&[greeting(), b"\x00\x05hello".to_vec()].concat());
+    target.throw_and_be_closed(&[greeting(), b"\x04\x00".to_vec()].concat());
+    target.throw_and_be_closed(&[greeting(), b"\x04\x01\x05".to_vec()].concat());
+    target.throw_and_be_closed(&[greeting(), b"\x04\x07\x05READY\xff".to_vec()].concat());
+    target.throw_and_be_closed(&[greeting(), b"\x04\x0b\x05READY\x00\xff\xff\xff\xff".to_vec()].concat());
+    target.assert_well("failed handshakes");
+
+    // Each property is a few bytes here and many times that in the table that it is read into.
+    let properties: Vec<_> = (0..1_000_000u32).map(|number| property(&number.to_be_bytes()[1..], b"")).collect();
+    target.throw_and_be_closed(&hello(&properties));
+    target.assert_well("a READY of a million properties");
+
+    for len in 0..dealer().len() {
+        drop(target.throw(&dealer()[..len]));
+    }
+    target.assert_well("handshakes cut off everywhere");
+}
+
+#[test]
+fn silence_and_half_messages_hold_up_nobody() {
+    // Broken in production: a few stuck peers, or a scan, and nobody else is served.
+    let mut target = Target::start(1024);
+    let silent: Vec<_> = (0..200).map(|number| target.throw(&dealer()[..number % dealer().len()])).collect();
+    target.assert_well("200 connections that say nothing more");
+    let big = long_frame(0, MESSAGE_LEN_BYTES_MAX as u64, &[7; 1 << 20]);
+    let halves: Vec<_> = (0..32).map(|_| target.throw(&[dealer(), vec![1, 0], big.clone()].concat())).collect();
+    target.assert_well("32 messages of the largest size, a twentieth of each sent");
+    drop((silent, halves));
+    for _ in 0..2_000 {
+        drop(target.throw(&dealer()));
+    }
+    target.assert_well("2000 connections that come and go");
+}
+
+#[test]
+fn a_peer_that_asks_and_never_reads_holds_up_nobody() {
+    // Broken in production: the answers to one hostile peer fill the daemon's memory, or its queue stops everybody.
+    let mut target = Target::start(1024);
+    let mut stream = target.throw(&dealer());
+    let payload = b"\x81\xa4type\xd9\x40".iter().copied().chain([b'x'; 64]).collect::<Vec<_>>();
+    let ask = [vec![1, 0, 0, payload.len() as u8], payload].concat().repeat(1_000);
+    for _ in 0..400 {
+        // The daemon goes on reading: its answers are dropped, not its ears.
+        stream.write_all(&ask).unwrap();
+    }
+    target.assert_well("400,000 messages whose answers nobody reads");
+}
+
+#[test]
+fn garbage_in_good_frames_is_answered_as_garbage() {
+    // Broken in production: one malformed message, and the socket is dead for every peer, as LMCache's is.
+    let mut target = Target::start(1024);
+    let mut random = StdRng::seed_from_u64(8);
+    for _ in 0..200 {
+        let mut garbage = vec![0; random.random_range(1..512)];
+        random.fill_bytes(&mut garbage);
+        drop(target.throw(&message(&garbage)));
+    }
+    for payload in [
+        b"\xdf\xff\xff\xff\xff".to_vec(),
+        b"\x81\xa4type\xdd\xff\xff\xff\xff".to_vec(),
+        b"\x81\xa4type\xc6\xff\xff\xff\xff".to_vec(),
+        vec![0x91; MESSAGE_LEN_BYTES_MAX],
+        vec![0x81; MESSAGE_LEN_BYTES_MAX],
+        [
+            b"\x82\xa4type\xb1CacheQueryRequest\xa4keys\xdc\x40\x00".to_vec(),
+            b"\x9e\x80\x80\x80\x80\x80\x80\x80\x80\x80\x80\x80\x80\x80\x80".repeat(16_384),
+        ]
+        .concat(),
+    ] {
+        let mut stream = target.throw(&message(&payload));
+        let mut answer = vec![0; 64 + 2];
+        stream.read_exact(&mut answer).unwrap();
+        assert!(stream.read(&mut answer).unwrap() > 0, "it hears why");
+        target.assert_well("garbage in good frames");
+    }
+}
+
+#[test]
+fn running_out_of_descriptors_is_survived() {
+    // Broken in production: a connection storm turns the daemon into a busy loop, or ends it, for good.
+    let mut target = Target::start(64);
+    let crowd: Vec<_> = (0..150).map(|_| target.connect()).collect();
+    // Some of them are accepted before descriptors run out; the others wait in the kernel, which has room for 128.
+    std::thread::sleep(Duration::from_millis(300));
+    drop(crowd);
+    target.assert_well("more connections than descriptors");
+}
