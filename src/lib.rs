@@ -29,6 +29,7 @@
 //! One request, end to end, is `python/tests/test_end_to_end.py`; the same in Rust is [`mod@bench`].
 
 pub mod address;
+pub mod bench;
 pub mod buffer;
 pub mod config;
 pub mod connector;

@@ -1,0 +1,140 @@
+//! Both ends of a transfer as an engine sees them: attached, buffers mapped.
+
+use std::time::Duration;
+
+use crate::buffer::{HostHandle, HostMapping};
+use crate::config::Role;
+use crate::connector::message::{BufferHandle, Reply, Request, Status};
+use crate::ids::PeerAddress;
+
+use super::daemon::Daemons;
+use super::error::BenchError;
+use super::link::Link;
+
+/// The daemons listen here: `configs/loopback.yaml`.
+const HOST: &str = "127.0.0.1";
+
+/// One daemon, attached.
+#[derive(Debug)]
+pub(super) struct End {
+    /// Its connector API.
+    pub link: Link,
+    /// Its buffer.
+    pub mapping: HostMapping,
+    /// Its process.
+    pub pid: u32,
+    /// Slots in its buffer.
+    pub slot_count: u32,
+}
+
+/// Both daemons, attached.
+#[derive(Debug)]
+pub(super) struct Pair {
+    /// Where the chunks come from.
+    pub sender: End,
+    /// Where they go.
+    pub receiver: End,
+    /// Where the receiver listens.
+    pub address: PeerAddress,
+    /// Bytes of a whole chunk.
+    pub chunk_bytes: u64,
+    /// Tokens of a whole chunk.
+    pub chunk_tokens: u32,
+    /// The model's name in the layout, or nothing.
+    pub model: String,
+    /// The engine's name, as the sender's status gives it.
+    pub engine: String,
+}
+
+impl Pair {
+    /// Attaches to both and maps their buffers; no single answer may take longer than `patience`.
+    ///
+    /// # Errors
+    /// When a daemon does not answer, or its buffer cannot be mapped.
+    pub(super) async fn attach(daemons: &DaemonsReady, patience: Duration) -> Result<Self, BenchError> {
+        let (receiver, _) = End::attach(Role::Receiver, &daemons.receiver, patience).await?;
+        let (mut sender, facts) = End::attach(Role::Sender, &daemons.sender, patience).await?;
+        let engine = sender.status().await?.engine;
+        let Facts { chunk_bytes, chunk_tokens, model } = facts;
+        Ok(Self { sender, receiver, address: daemons.address.clone(), chunk_bytes, chunk_tokens, model, engine })
+    }
+
+    /// Detaches from both.
+    ///
+    /// # Errors
+    /// When a daemon does not answer.
+    pub(super) async fn detach(&mut self) -> Result<(), BenchError> {
+        for end in [&mut self.sender, &mut self.receiver] {
+            end.link.request(|id| Request::Detach { id }).await?;
+        }
+        Ok(())
+    }
+}
+
+/// What [`Pair::attach`] needs of the daemons, apart from them: they are watched at the same time.
+#[derive(Debug, Clone)]
+pub(super) struct DaemonsReady {
+    sender: String,
+    receiver: String,
+    address: PeerAddress,
+}
+
+impl DaemonsReady {
+    /// # Errors
+    /// When the receiver did not say where it listens.
+    pub(super) fn new(daemons: &Daemons) -> Result<Self, BenchError> {
+        let ready = &daemons.receiver_ready;
+        let (Some(init_port), Some(alloc_port)) = (ready.init_port, ready.alloc_port) else {
+            let reason = format!("its ready line has no init_port or no alloc_port: {ready:?}");
+            return Err(BenchError::NotReady { role: Role::Receiver.as_str(), reason });
+        };
+        Ok(Self {
+            sender: daemons.sender_ready.connector.clone(),
+            receiver: ready.connector.clone(),
+            address: PeerAddress { host: HOST.to_owned(), init_port, alloc_port },
+        })
+    }
+}
+
+struct Facts {
+    chunk_bytes: u64,
+    chunk_tokens: u32,
+    model: String,
+}
+
+impl End {
+    async fn attach(role: Role, endpoint: &str, patience: Duration) -> Result<(Self, Facts), BenchError> {
+        let (link, attached) = Link::attach(role, endpoint, patience).await?;
+        let Reply::Attached { buffer, chunk_bytes, slot_count, chunk_tokens, layout, .. } = attached else {
+            return Err(link.unexpected("attached", &attached));
+        };
+        let BufferHandle::Host { pid, fd, len_bytes, inode } = buffer;
+        let mapping = HostMapping::open(&HostHandle { pid, fd, len_bytes, inode })
+            .map_err(|source| BenchError::Buffer { role: role.as_str(), source })?;
+        let model = layout.into_iter().find(|(name, _)| name == "model").map(|(_, value)| value).unwrap_or_default();
+        Ok((Self { link, mapping, pid, slot_count }, Facts { chunk_bytes, chunk_tokens, model }))
+    }
+
+    /// # Errors
+    /// When the daemon does not answer.
+    pub(super) async fn status(&mut self) -> Result<Status, BenchError> {
+        match self.link.request(|id| Request::Status { id }).await? {
+            Reply::Status { status, .. } => Ok(status),
+            other => Err(self.link.unexpected("status", &other)),
+        }
+    }
+
+    /// # Errors
+    /// When the range is outside of the buffer.
+    pub(super) fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), BenchError> {
+        let role = self.link.role().as_str();
+        self.mapping.write(offset, bytes).map_err(|source| BenchError::Buffer { role, source })
+    }
+
+    /// # Errors
+    /// When the range is outside of the buffer.
+    pub(super) fn read(&self, offset: u64, bytes: &mut [u8]) -> Result<(), BenchError> {
+        let role = self.link.role().as_str();
+        self.mapping.read(offset, bytes).map_err(|source| BenchError::Buffer { role, source })
+    }
+}
