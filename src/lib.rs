@@ -31,11 +31,13 @@
 pub mod address;
 pub mod bench;
 pub mod buffer;
+pub mod cli;
 pub mod config;
 pub mod connector;
 pub mod ids;
 pub mod kv_layout;
 pub mod protocol;
+pub mod runtime;
 pub mod side_channel;
 pub mod slot;
 pub mod transfer;

@@ -1,0 +1,84 @@
+//! From a command line to an exit code.
+
+use std::io::IsTerminal;
+use std::process::ExitCode;
+
+use clap::{Args, Command, FromArgMatches};
+use tracing_appender::non_blocking::{NonBlockingBuilder, WorkerGuard};
+use tracing_subscriber::EnvFilter;
+
+use crate::config::{Config, Options, Role};
+use crate::runtime::{self, RunOptions};
+use crate::transfer::nixl;
+
+/// Exit code for a configuration that cannot be used.
+const EXIT_CONFIGURATION: u8 = 2;
+
+/// The whole of `pd-sender` and `pd-receiver`.
+pub fn daemon_main(role: Role) -> ExitCode {
+    let (name, about) = match role {
+        Role::Sender => (
+            "pd-sender",
+            "Sends the KV chunks of a prefill worker to decode workers. Run one beside each prefill worker.",
+        ),
+        Role::Receiver => ("pd-receiver", "Receives KV chunks for a decode worker. Run one beside each decode worker."),
+    };
+    let command = Options::augment_args(Command::new(name)).version(env!("CARGO_PKG_VERSION")).about(about).after_help(
+        "Prints one JSON line on stdout when it is ready; logs go to stderr (PD_LOG=debug for more).\n\
+             SIGTERM drains and stops, a second one stops at once.\n\
+             Exit codes: 0 fine, 2 configuration, 3 the machine (no NIXL, no GPU, port taken), 1 the rest.",
+    );
+    // clap exits by itself: 0 after --help, 2 after a wrong argument, which is our code for configuration too.
+    let options = match Options::from_arg_matches(&command.get_matches()) {
+        Ok(options) => options,
+        Err(error) => error.exit(),
+    };
+    // Before any thread exists, since it sets the environment that NIXL's libraries read when they are loaded.
+    let prepared = nixl::prepare_environment();
+    let _log = start_logging();
+    if let Err(error) = prepared {
+        tracing::warn!("{error}");
+    }
+    let loaded = match Config::load(role, &options) {
+        Ok(loaded) => loaded,
+        Err(error) => {
+            tracing::error!("{error}");
+            return ExitCode::from(EXIT_CONFIGURATION);
+        }
+    };
+    for note in &loaded.notes {
+        tracing::info!("{note}");
+    }
+    if options.check {
+        print!("{}", loaded.config.to_yaml());
+        return ExitCode::SUCCESS;
+    }
+    tracing::info!("configuration: {}", loaded.config.to_line());
+    match runtime::run(loaded.config, RunOptions { exit_with_parent: options.exit_with_parent }) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{error}");
+            ExitCode::from(error.exit_code())
+        }
+    }
+}
+
+/// Lines that may wait for a stderr that nobody reads; more are dropped, because a daemon must not wait for its log.
+const LOG_LINES_QUEUED_MAX: usize = 8192;
+
+/// Logs to stderr; stdout is for the ready line. The log is written while the guard lives.
+fn start_logging() -> WorkerGuard {
+    let filter = EnvFilter::try_from_env("PD_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let (writer, guard) = NonBlockingBuilder::default()
+        .lossy(true)
+        .buffered_lines_limit(LOG_LINES_QUEUED_MAX)
+        .thread_name("log")
+        .finish(std::io::stderr());
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(writer)
+        .with_target(false)
+        .with_ansi(std::io::stderr().is_terminal())
+        .init();
+    guard
+}

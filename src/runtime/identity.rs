@@ -1,0 +1,37 @@
+//! How a daemon introduces itself.
+
+use uuid::Uuid;
+
+use super::process;
+use crate::config::Config;
+use crate::protocol::ChunkShape;
+use crate::wire::message::{CAPABILITY_COMMIT, Hello, PROTOCOL_VERSION, PROTOCOL_VERSION_MIN};
+
+/// A name for this process that no other has had: a restarted daemon is a new peer.
+pub(super) fn instance_name(config: &Config) -> String {
+    format!("{}-{}-{}", config.role.as_str(), std::process::id(), Uuid::new_v4().simple())
+}
+
+pub(super) fn hello(config: &Config, instance: &str, engine: &str) -> Hello {
+    Hello {
+        version_min: PROTOCOL_VERSION_MIN,
+        version_max: PROTOCOL_VERSION,
+        instance: instance.to_owned(),
+        engine: engine.to_owned(),
+        layout: config.layout.fingerprint(),
+        capabilities: vec![CAPABILITY_COMMIT.to_owned()],
+        process: process::own_identity(),
+    }
+}
+
+pub(super) fn chunk_shape(config: &Config) -> ChunkShape {
+    let layout = &config.layout;
+    ChunkShape {
+        chunk_bytes: layout.chunk_bytes(),
+        token_bytes: layout.token_bytes(),
+        chunk_tokens: layout.chunk_tokens,
+        wire_format: layout.wire_format(),
+        wire_shape: layout.wire_shape(),
+        dtype: layout.wire_dtype().to_owned(),
+    }
+}

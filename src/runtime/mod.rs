@@ -1,0 +1,77 @@
+//! The daemons: the only place with tasks, threads, a clock and signals.
+//!
+//! One driver task per daemon owns the session and everything that must be done in order. Around it: one task for
+//! each socket, one thread for the transfer engine, one watcher for each signal, parent and peer process. They talk to
+//! the driver through two queues, a bounded one for sockets and one for everything else, so the session sees one event
+//! after the other.
+//!
+//! | file | what is in it |
+//! |---|---|
+//! | `driver` | the loop around a session: events, deadlines, draining |
+//! | `sender`, `receiver` | the two daemons: which event goes where, which output does what |
+//! | `setup`, `identity`, `ready` | before the loop: memory, engine, who we are, the ready line |
+//! | `engine_thread` | the thread that owns the transfer engine |
+//! | `ports`, `peer_links`, `proxy` | a receiver's ports, a sender's connections, the way to the router |
+//! | `clients`, `translate` | the connector API: who is attached, and its words for the sessions' words |
+//! | `lifecycle`, `process` | signals, the parent, the ends of peers' processes |
+//! | `notes`, `error` | log lines, and why a daemon could not go on |
+
+mod clients;
+mod driver;
+mod engine_thread;
+mod error;
+mod identity;
+mod lifecycle;
+mod notes;
+mod peer_links;
+mod ports;
+mod process;
+mod proxy;
+mod ready;
+mod receiver;
+mod sender;
+mod setup;
+mod translate;
+
+pub use error::RuntimeError;
+
+/// Lets every source of events speak to a driver in its own type.
+macro_rules! event_sources {
+    ($event:ident: $($variant:ident($source:ty)),+ $(,)?) => {
+        $(impl From<$source> for $event {
+            fn from(source: $source) -> Self {
+                Self::$variant(source)
+            }
+        })+
+    };
+}
+use event_sources;
+
+use crate::config::{Config, Role};
+
+/// What a daemon is told besides its configuration.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct RunOptions {
+    /// End when the process that started us ends.
+    pub exit_with_parent: bool,
+}
+
+/// Runs a daemon until it is told to stop. Blocks.
+///
+/// # Errors
+/// [`RuntimeError`], whose [`exit_code`](RuntimeError::exit_code) is the process's.
+pub fn run(config: Config, options: RunOptions) -> Result<(), RuntimeError> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|source| RuntimeError::Machine(format!("the async runtime cannot start: {source}")))?;
+    let result = runtime.block_on(async {
+        match config.role {
+            Role::Sender => sender::run(config, options).await,
+            Role::Receiver => receiver::run(config, options).await,
+        }
+    });
+    // Socket tasks may still be flushing: they are not waited for without end.
+    runtime.shutdown_timeout(std::time::Duration::from_millis(200));
+    result
+}

@@ -1,0 +1,74 @@
+//! What the sessions note, as log lines: which peer, which request, how many chunks and bytes, how long each phase.
+
+use std::time::Duration;
+
+use tracing::{debug, info, warn};
+
+use crate::ids::FailureKind;
+use crate::protocol::{receiver, sender};
+
+/// Milliseconds, to the microsecond.
+fn ms(time: Duration) -> f64 {
+    time.as_micros() as f64 / 1e3
+}
+
+pub(super) fn log_receiver(note: receiver::Note) {
+    use receiver::Note;
+    match note {
+        Note::PeerMet { instance } => info!(sender = %instance, "shook hands"),
+        Note::PeerRefused { instance, failure } => {
+            warn!(sender = %instance, kind = %failure.kind, "refused: {}", failure.text);
+        }
+        Note::PeerLost { instance, reason } => info!(sender = %instance, "sender {reason}"),
+        Note::Granted { request, instance, chunks, already_sent, waited } => debug!(
+            %request, sender = %instance, chunks, already_sent, waited_ms = ms(waited), "granted"
+        ),
+        Note::Refused { request, instance, failure } => {
+            let request = request.map_or_else(|| "-".to_owned(), |id| id.to_string());
+            warn!(%request, sender = %instance, kind = %failure.kind, "refused: {}", failure.text);
+        }
+        Note::Committed { request, instance, chunks, bytes, took } => info!(
+            %request, sender = %instance, chunks, bytes, write_ms = ms(took), "ready"
+        ),
+        // Somebody wanted it so.
+        Note::Failed { request, instance, failure, quarantined } if failure.kind == FailureKind::Cancelled => {
+            info!(%request, sender = %instance, quarantined, "cancelled: {}", failure.text);
+        }
+        Note::Failed { request, instance, failure, quarantined } => warn!(
+            %request, sender = %instance, kind = %failure.kind, quarantined, "failed: {}", failure.text
+        ),
+        Note::Fetched { request, after } => debug!(%request, after_ms = ms(after), "fetched"),
+        Note::Unquarantined { instance, slots } => {
+            debug!(sender = %instance, slots, "writer has stopped, slots are free again");
+        }
+        Note::Unexpected { port, message } => warn!(?port, message, "a message that this port does not take, ignored"),
+    }
+}
+
+pub(super) fn log_sender(note: sender::Note) {
+    use sender::Note;
+    match note {
+        Note::PeerUp { address, instance, slot_count, took } => info!(
+            receiver = %address, instance, slot_count, took_ms = ms(took), "shook hands"
+        ),
+        Note::PeerDown { address, failure } => {
+            warn!(receiver = %address, kind = %failure.kind, "receiver given up: {}", failure.text);
+        }
+        Note::Opened { request, address, chunks, already_sent, took } => debug!(
+            %request, receiver = %address, chunks, already_sent, alloc_ms = ms(took), "opened"
+        ),
+        Note::Sent { request, address, chunks, bytes, phases } => info!(
+            %request, receiver = %address, chunks, bytes,
+            alloc_ms = ms(phases.alloc), transfer_ms = ms(phases.transfer), commit_ms = ms(phases.commit), "sent"
+        ),
+        Note::Failed { request, address, failure, in_flight } if failure.kind == FailureKind::Cancelled => {
+            info!(%request, receiver = %address, in_flight, "cancelled: {}", failure.text);
+        }
+        Note::Failed { request, address, failure, in_flight } => warn!(
+            %request, receiver = %address, kind = %failure.kind, in_flight, "failed: {}", failure.text
+        ),
+        Note::Unexpected { address, message } => {
+            warn!(receiver = %address, message, "an unexpected message, ignored");
+        }
+    }
+}

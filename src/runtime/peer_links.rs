@@ -1,0 +1,123 @@
+//! A sender's connections: two sockets for each receiver, and the tasks that read them.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use tokio::sync::mpsc::Sender;
+use tokio::task::JoinHandle;
+
+use crate::ids::{Failure, FailureKind, PeerAddress, PeerId};
+use crate::protocol::Port;
+use crate::side_channel::{Dealer, DealerReceiver, DealerSender, tcp_address};
+use crate::wire::{Message, decode, encode};
+
+/// What the links tell the driver.
+#[derive(Debug)]
+pub(super) enum LinkEvent {
+    /// Both sockets are connected.
+    Opened { peer: PeerId, links: Box<Links> },
+    /// A message arrived.
+    Message { peer: PeerId, port: Port, message: Box<Message> },
+    /// The connections could not be made, or are gone.
+    Closed { peer: PeerId, failure: Failure },
+}
+
+/// The sending halves of the two sockets to one receiver.
+#[derive(Debug)]
+pub(super) struct Links {
+    init: DealerSender,
+    alloc: DealerSender,
+}
+
+/// All receivers that are connected or being connected.
+#[derive(Debug)]
+pub(super) struct PeerLinks<E> {
+    links: BTreeMap<PeerId, Links>,
+    tasks: BTreeMap<PeerId, JoinHandle<()>>,
+    events: Sender<E>,
+    timeout: Duration,
+}
+
+impl<E: From<LinkEvent> + Send + 'static> PeerLinks<E> {
+    pub(super) fn new(events: Sender<E>, timeout: Duration) -> Self {
+        Self { links: BTreeMap::new(), tasks: BTreeMap::new(), events, timeout }
+    }
+
+    /// Begins to connect; [`LinkEvent::Opened`] or [`LinkEvent::Closed`] follows.
+    pub(super) fn open(&mut self, peer: PeerId, address: PeerAddress) {
+        let task = tokio::spawn(run_links(peer, address, self.timeout, self.events.clone()));
+        self.tasks.insert(peer, task);
+    }
+
+    /// Keeps the sockets that were opened, unless the peer was closed meanwhile.
+    pub(super) fn keep(&mut self, peer: PeerId, links: Links) -> bool {
+        let wanted = self.tasks.contains_key(&peer);
+        if wanted {
+            self.links.insert(peer, links);
+        }
+        wanted
+    }
+
+    /// Sends, or says why the link is as good as gone.
+    pub(super) fn send(&mut self, peer: PeerId, port: Port, message: &Message) -> Result<(), Failure> {
+        let Some(links) = self.links.get_mut(&peer) else {
+            return Err(Failure::new(FailureKind::PeerLost, "the connection to the receiver is gone"));
+        };
+        let socket = if port == Port::Init { &mut links.init } else { &mut links.alloc };
+        socket.try_send(encode(message).into()).map_err(|error| Failure::new(FailureKind::PeerLost, error.to_string()))
+    }
+
+    /// Closes both sockets. What was sent before still leaves.
+    pub(super) fn close(&mut self, peer: PeerId) {
+        self.links.remove(&peer);
+        if let Some(task) = self.tasks.remove(&peer) {
+            task.abort();
+        }
+    }
+}
+
+/// Connects, then reads both sockets until one of them ends.
+async fn run_links<E: From<LinkEvent>>(peer: PeerId, address: PeerAddress, timeout: Duration, events: Sender<E>) {
+    let failure = match connect(&address, timeout).await {
+        Ok((links, init, alloc)) => {
+            if events.send(LinkEvent::Opened { peer, links: Box::new(links) }.into()).await.is_err() {
+                return;
+            }
+            // Reading is cancel-safe here: whichever ends, the other is dropped with its connection.
+            tokio::select! {
+                failure = read(peer, Port::Init, init, &events) => failure,
+                failure = read(peer, Port::Alloc, alloc, &events) => failure,
+            }
+        }
+        Err(failure) => failure,
+    };
+    let failure = Failure::new(failure.kind, format!("receiver {address}: {}", failure.text));
+    // A driver that has gone does not care.
+    drop(events.send(LinkEvent::Closed { peer, failure }.into()).await);
+}
+
+async fn connect(address: &PeerAddress, timeout: Duration) -> Result<(Links, DealerReceiver, DealerReceiver), Failure> {
+    let unreachable =
+        |error: crate::side_channel::SideChannelError| Failure::new(FailureKind::PeerUnreachable, error.to_string());
+    let endpoint = |port| tcp_address(&address.host, port);
+    let (init, init_inbox) = Dealer::connect(&endpoint(address.init_port), timeout).await.map_err(unreachable)?;
+    let (alloc, alloc_inbox) = Dealer::connect(&endpoint(address.alloc_port), timeout).await.map_err(unreachable)?;
+    Ok((Links { init, alloc }, init_inbox, alloc_inbox))
+}
+
+async fn read<E: From<LinkEvent>>(peer: PeerId, port: Port, mut socket: DealerReceiver, events: &Sender<E>) -> Failure {
+    loop {
+        let payload = match socket.recv().await {
+            Ok(payload) => payload,
+            Err(error) => return Failure::new(FailureKind::PeerLost, error.to_string()),
+        };
+        match decode::<Message>(&payload) {
+            Ok(message) => {
+                if events.send(LinkEvent::Message { peer, port, message: Box::new(message) }.into()).await.is_err() {
+                    return Failure::new(FailureKind::ShuttingDown, "this sender is shutting down");
+                }
+            }
+            Err(error) => tracing::warn!(%peer, ?port, %error, "a message that cannot be read, ignored"),
+        }
+    }
+}

@@ -1,0 +1,145 @@
+//! A receiver's ports and the tasks that read them.
+
+use std::time::{Duration, Instant};
+
+use tokio::sync::mpsc::Sender;
+
+use super::error::RuntimeError;
+use crate::config::Config;
+use crate::ids::clip;
+use crate::protocol::Port;
+use crate::side_channel::{PeerTag, Route, RouterEvent, RouterReceiver, RouterSender, RouterSocket};
+use crate::wire::{Message, decode, encode};
+
+/// How a message's sender is answered. Two are equal when they name the same connection.
+#[derive(Debug, Clone)]
+pub(super) struct RouteKey {
+    port: Port,
+    tag: PeerTag,
+    /// None in news about the connection itself.
+    route: Option<Route>,
+}
+
+impl PartialEq for RouteKey {
+    fn eq(&self, other: &Self) -> bool {
+        (self.port, &self.tag) == (other.port, &other.tag)
+    }
+}
+
+/// What the ports tell the driver.
+#[derive(Debug)]
+pub(super) enum PortEvent {
+    /// A message arrived.
+    Message { port: Port, from: RouteKey, message: Box<Message> },
+    /// A connection is gone.
+    Gone { route: RouteKey },
+}
+
+/// One bound port.
+#[derive(Debug)]
+struct Bound {
+    sender: RouterSender,
+    number: u16,
+}
+
+/// The bound ports.
+#[derive(Debug)]
+pub(super) struct Ports {
+    init: Bound,
+    alloc: Bound,
+    query: Option<Bound>,
+}
+
+impl Ports {
+    /// Binds what the configuration says and starts to read.
+    pub(super) async fn bind<E: From<PortEvent> + Send + 'static>(
+        config: &Config,
+        events: &Sender<E>,
+    ) -> Result<Self, RuntimeError> {
+        let host = &config.bind_host;
+        let init = bind_one(host, config.init_port, Port::Init, events).await?;
+        let alloc = bind_one(host, config.alloc_port, Port::Alloc, events).await?;
+        let query = match config.query_port {
+            Some(port) => Some(bind_one(host, port, Port::Query, events).await?),
+            None => None,
+        };
+        Ok(Self { init, alloc, query })
+    }
+
+    /// Answers a peer. One that is gone, or does not read, misses it.
+    pub(super) fn send(&self, port: Port, to: &RouteKey, message: &Message) {
+        let bound = match port {
+            Port::Init => Some(&self.init),
+            Port::Alloc => Some(&self.alloc),
+            Port::Query => self.query.as_ref(),
+        };
+        let (Some(bound), Some(route)) = (bound, &to.route) else { return };
+        if let Err(error) = bound.sender.try_send(route, encode(message).into()) {
+            tracing::warn!(?port, message = message.type_name(), %error, "an answer could not be sent");
+        }
+    }
+
+    pub(super) fn init_port(&self) -> u16 {
+        self.init.number
+    }
+
+    pub(super) fn alloc_port(&self) -> u16 {
+        self.alloc.number
+    }
+
+    pub(super) fn query_port(&self) -> Option<u16> {
+        self.query.as_ref().map(|bound| bound.number)
+    }
+}
+
+async fn bind_one<E: From<PortEvent> + Send + 'static>(
+    host: &str,
+    number: u16,
+    port: Port,
+    events: &Sender<E>,
+) -> Result<Bound, RuntimeError> {
+    let RouterSocket { sender, receiver, port: number, .. } = RouterSocket::bind_tcp(host, number).await?;
+    tokio::spawn(read(port, receiver, events.clone()));
+    Ok(Bound { sender, number })
+}
+
+async fn read<E: From<PortEvent>>(port: Port, mut receiver: RouterReceiver, events: Sender<E>) {
+    let mut unreadable = Unreadable::default();
+    while let Some(event) = receiver.recv().await {
+        let event = match event {
+            RouterEvent::Message { peer: route, payload } => match decode::<Message>(&payload) {
+                Ok(message) => {
+                    let from = RouteKey { port, tag: route.peer().clone(), route: Some(route) };
+                    PortEvent::Message { port, from, message: Box::new(message) }
+                }
+                Err(error) => {
+                    unreadable.warn(port, &error.to_string());
+                    continue;
+                }
+            },
+            RouterEvent::Gone { peer } => PortEvent::Gone { route: RouteKey { port, tag: peer, route: None } },
+        };
+        if events.send(event.into()).await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Complaints about messages that cannot be read: one a second, so that nobody fills the disk with them.
+#[derive(Default)]
+struct Unreadable {
+    said_at: Option<Instant>,
+    unsaid: u64,
+}
+
+impl Unreadable {
+    fn warn(&mut self, port: Port, error: &str) {
+        if self.said_at.is_some_and(|at| at.elapsed() < Duration::from_secs(1)) {
+            self.unsaid += 1;
+            return;
+        }
+        let unsaid = std::mem::take(&mut self.unsaid);
+        self.said_at = Some(Instant::now());
+        tracing::warn!(?port, unsaid, "a message that cannot be read, ignored: {}", clip(error));
+    }
+}

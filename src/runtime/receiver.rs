@@ -1,0 +1,250 @@
+//! The pd-receiver: a [`ReceiverSession`] with its engine, its ports and its readers.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Instant;
+
+use tokio::sync::mpsc::UnboundedSender;
+
+use super::clients::Clients;
+use super::driver::{self, Daemon, OUTPUTS_AT_ONCE};
+use super::engine_thread::{Command, EngineEvent, EngineThread};
+use super::lifecycle::{self, Stop};
+use super::ports::{PortEvent, Ports, RouteKey};
+use super::ready::ReadyLine;
+use super::setup::Foundation;
+use super::{RunOptions, RuntimeError, identity, notes, process, setup, translate};
+use crate::buffer::Memory;
+use crate::config::Config;
+use crate::connector::message::{Reply, Request, Status};
+use crate::connector::server::ConnectorEvent;
+use crate::ids::ClientId;
+use crate::protocol::ReceiverSession;
+use crate::protocol::receiver::{Note, Output, ReceiverSettings};
+
+/// The process behind a peer has ended.
+struct ProcessEnded {
+    instance: String,
+}
+
+/// What can happen to a receiver.
+enum Event {
+    Port(PortEvent),
+    Engine(EngineEvent<String>),
+    Process(ProcessEnded),
+    Connector(ConnectorEvent),
+    Stop(Stop),
+}
+
+super::event_sources!(
+    Event: Port(PortEvent), Engine(EngineEvent<String>), Process(ProcessEnded), Connector(ConnectorEvent), Stop(Stop)
+);
+
+struct ReceiverDaemon {
+    config: Config,
+    memory: Arc<Memory>,
+    engine_name: &'static str,
+    session: ReceiverSession<RouteKey>,
+    engine: EngineThread<String>,
+    ports: Ports,
+    clients: Clients,
+    notes: Vec<Note>,
+    /// Peers whose processes are watched.
+    watched: BTreeSet<String>,
+    news: UnboundedSender<Event>,
+}
+
+/// Runs a receiver until it is told to stop.
+pub(super) async fn run(config: Config, options: RunOptions) -> Result<(), RuntimeError> {
+    let (mailbox, mut inbox) = driver::mailbox::<Event>();
+    lifecycle::watch(&mailbox.news, options.exit_with_parent)?;
+    let instance = identity::instance_name(&config);
+    // Ports first: a port that is taken is found before gigabytes are allocated.
+    let ports = Ports::bind(&config, &mailbox.messages).await?;
+    let foundation = setup::lay_foundation(&config, &instance, &mailbox.news, &mut inbox).await?;
+    let Some(Foundation { memory, engine, started }) = foundation else {
+        tracing::info!("told to stop before it was ready");
+        return Ok(());
+    };
+    let clients = Clients::bind(&config).await?;
+    let session = ReceiverSession::new(ReceiverSettings {
+        hello: identity::hello(&config, &instance, started.engine),
+        agent_name: started.export.agent_name,
+        metadata: started.export.metadata,
+        descriptors: started.export.descriptors,
+        chunk: identity::chunk_shape(&config),
+        slot_count: config.buffer.slot_count,
+        allocation_timeout: config.deadlines.allocation,
+        write_timeout: config.deadlines.write,
+        wait_timeout: config.deadlines.wait,
+        retention: config.deadlines.retention,
+        requests_max: config.limits.requests_max as usize,
+        request_chunks_max: config.limits.request_chunks_max as usize,
+        peers_max: config.limits.peers_max as usize,
+    });
+    let ready = ReadyLine {
+        event: "ready",
+        role: config.role.as_str(),
+        pid: std::process::id(),
+        connector: clients.endpoint().to_owned(),
+        init_port: Some(ports.init_port()),
+        alloc_port: Some(ports.alloc_port()),
+        query_port: ports.query_port(),
+        metrics: None,
+        engine: started.engine,
+        chunk_bytes: config.layout.chunk_bytes(),
+        slot_count: config.buffer.slot_count,
+    };
+    let drain = config.deadlines.shutdown;
+    let mut daemon = ReceiverDaemon {
+        config,
+        memory,
+        engine_name: started.engine,
+        session,
+        engine,
+        ports,
+        clients,
+        notes: Vec::new(),
+        watched: BTreeSet::new(),
+        news: mailbox.news.clone(),
+    };
+    tracing::info!(
+        %instance, engine = started.engine, connector = %ready.connector,
+        init_port = ready.init_port, alloc_port = ready.alloc_port, "ready"
+    );
+    ready.print()?;
+    driver::drive(&mut daemon, inbox, drain).await
+}
+
+impl Daemon for ReceiverDaemon {
+    type Event = Event;
+
+    async fn listen(&mut self) -> Event {
+        Event::Connector(self.clients.listen().await)
+    }
+
+    fn handle(&mut self, now: Instant, event: Event) -> Option<Stop> {
+        match event {
+            Event::Port(PortEvent::Message { port, from, message }) => {
+                self.session.handle_message(now, port, from, *message);
+            }
+            Event::Port(PortEvent::Gone { route }) => self.session.handle_route_gone(now, &route),
+            Event::Engine(EngineEvent::PeerLoaded { peer, result }) => {
+                self.session.handle_peer_loaded(now, &peer, result);
+            }
+            // A receiver neither connects nor posts.
+            Event::Engine(EngineEvent::Connected { .. } | EngineEvent::Done { .. }) => {}
+            Event::Process(ProcessEnded { instance }) => {
+                self.watched.remove(&instance);
+                self.session.handle_process_ended(now, &instance);
+            }
+            Event::Connector(ConnectorEvent::Request { client, request }) => self.on_request(now, client, request),
+            Event::Connector(ConnectorEvent::Gone { client }) => {
+                self.session.handle_client_gone(now, client);
+            }
+            // Said by whoever refused it.
+            Event::Connector(ConnectorEvent::Refused { .. }) => {}
+            Event::Stop(stop) => return Some(stop),
+        }
+        None
+    }
+
+    fn handle_timeout(&mut self, now: Instant) {
+        self.session.handle_timeout(now);
+    }
+
+    fn next_timeout(&self) -> Option<Instant> {
+        self.session.poll_timeout()
+    }
+
+    fn perform(&mut self) -> Result<bool, RuntimeError> {
+        for _ in 0..OUTPUTS_AT_ONCE {
+            let Some(output) = self.session.poll_output() else { return Ok(false) };
+            match output {
+                Output::Send { to, port, message } => self.ports.send(port, &to, &message),
+                Output::LoadPeer { instance, agent_name, metadata } => {
+                    self.engine.send(Command::LoadPeer { peer: instance, agent_name, metadata })?;
+                }
+                Output::ForgetPeer(connection) => self.engine.send(Command::Forget(connection))?,
+                // A peer that shakes hands again is watched already.
+                Output::WatchProcess { instance, .. } if !self.watched.insert(instance.clone()) => {}
+                Output::WatchProcess { instance, process } => {
+                    let news = self.news.clone();
+                    tokio::spawn(async move {
+                        process::ended(process).await;
+                        drop(news.send(ProcessEnded { instance }.into()));
+                    });
+                }
+                Output::Answer { client, id, answer } => {
+                    self.clients.reply(client, &translate::receiver_answer(id, answer));
+                }
+                Output::Note(note) => self.notes.push(note),
+            }
+        }
+        Ok(true)
+    }
+
+    fn log_notes(&mut self) {
+        self.notes.drain(..).for_each(notes::log_receiver);
+    }
+
+    fn begin_shutdown(&mut self, now: Instant) {
+        self.session.handle_shutdown(now);
+    }
+
+    fn is_drained(&self) -> bool {
+        self.session.is_drained()
+    }
+
+    fn abort(&mut self) {
+        self.session.handle_abort(Instant::now());
+    }
+}
+
+impl ReceiverDaemon {
+    fn on_request(&mut self, now: Instant, client: ClientId, request: Request) {
+        match request {
+            Request::Attach { id, client: name, .. } => {
+                self.clients.attach(client, id, &name, &self.config, &self.memory);
+            }
+            Request::Detach { id } => {
+                self.session.handle_client_gone(now, client);
+                self.clients.reply(client, &Reply::Detached { id });
+            }
+            Request::Status { id } => {
+                let status = self.status();
+                self.clients.reply(client, &Reply::Status { id, status });
+            }
+            Request::Lookup { id, keys } => self.session.handle_lookup(client, id, &keys),
+            Request::Wait { id, req_id, wait_ms } => {
+                let wait = translate::wait(wait_ms).map(|wait| wait.min(self.config.deadlines.wait));
+                self.session.handle_wait(now, client, id, req_id, wait);
+            }
+            Request::Release { id, lease } => self.session.handle_release(now, client, id, lease),
+            Request::Cancel { id, req_id } => self.session.handle_cancel(now, client, id, &req_id),
+            Request::Open { id, .. } | Request::Stage { id, .. } | Request::Send { id, .. } => {
+                self.clients.reply(client, &translate::wrong_daemon(id, "receiver"));
+            }
+        }
+    }
+
+    fn status(&self) -> Status {
+        let counts = self.session.counts();
+        let slots = counts.slots;
+        Status {
+            role: "receiver".into(),
+            engine: self.engine_name.into(),
+            slot_count: self.config.buffer.slot_count,
+            slots_free: slots.free + slots.ready_idle,
+            slots_reserved: slots.reserved,
+            slots_ready: slots.ready_held + slots.ready_idle,
+            slots_quarantined: slots.quarantined,
+            requests_active: counts.requests_active as u32,
+            requests_done: counts.requests_ready,
+            requests_failed: counts.requests_failed,
+            bytes: counts.bytes,
+            peers: counts.peers as u32,
+            clients: self.clients.count(),
+        }
+    }
+}

@@ -1,0 +1,254 @@
+//! The pd-sender: a [`SenderSession`] with its engine, its receivers and its connectors.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::clients::Clients;
+use super::driver::{self, Daemon, OUTPUTS_AT_ONCE};
+use super::engine_thread::{Command, EngineEvent, EngineThread};
+use super::lifecycle::{self, Stop};
+use super::peer_links::{LinkEvent, PeerLinks};
+use super::proxy::Proxy;
+use super::ready::ReadyLine;
+use super::setup::Foundation;
+use super::{RunOptions, RuntimeError, identity, notes, setup, translate};
+use crate::buffer::Memory;
+use crate::config::Config;
+use crate::connector::message::{Reply, Request, Status};
+use crate::connector::server::ConnectorEvent;
+use crate::ids::{ClientId, PeerId};
+use crate::protocol::SenderSession;
+use crate::protocol::sender::{Note, OpenRequest, Output, SenderSettings};
+
+/// What can happen to a sender.
+enum Event {
+    Link(LinkEvent),
+    Engine(EngineEvent<PeerId>),
+    Connector(ConnectorEvent),
+    Stop(Stop),
+}
+
+super::event_sources!(Event: Link(LinkEvent), Engine(EngineEvent<PeerId>), Connector(ConnectorEvent), Stop(Stop));
+
+struct SenderDaemon {
+    config: Config,
+    memory: Arc<Memory>,
+    engine_name: &'static str,
+    session: SenderSession,
+    engine: EngineThread<PeerId>,
+    links: PeerLinks<Event>,
+    clients: Clients,
+    notes: Vec<Note>,
+    proxy: Option<Proxy>,
+}
+
+/// Runs a sender until it is told to stop.
+pub(super) async fn run(config: Config, options: RunOptions) -> Result<(), RuntimeError> {
+    let (mailbox, mut inbox) = driver::mailbox::<Event>();
+    lifecycle::watch(&mailbox.news, options.exit_with_parent)?;
+    let instance = identity::instance_name(&config);
+    let foundation = setup::lay_foundation(&config, &instance, &mailbox.news, &mut inbox).await?;
+    let Some(Foundation { memory, engine, started }) = foundation else {
+        tracing::info!("told to stop before it was ready");
+        return Ok(());
+    };
+    let clients = Clients::bind(&config).await?;
+    let session = SenderSession::new(SenderSettings {
+        hello: identity::hello(&config, &instance, started.engine),
+        agent_name: started.export.agent_name,
+        metadata: started.export.metadata,
+        chunk: identity::chunk_shape(&config),
+        slot_count: config.buffer.slot_count,
+        allocation_timeout: config.deadlines.allocation,
+        handshake_timeout: config.deadlines.handshake,
+        commit_timeout: config.deadlines.commit,
+        requests_max: config.limits.requests_max as usize,
+        request_chunks_max: config.limits.request_chunks_max as usize,
+        peers_max: config.limits.peers_max as usize,
+        notify_proxy: config.proxy.is_some(),
+    });
+    let proxy = config.proxy.clone().map(|proxy| Proxy::start(proxy, config.deadlines.handshake));
+    let ready = ReadyLine {
+        event: "ready",
+        role: config.role.as_str(),
+        pid: std::process::id(),
+        connector: clients.endpoint().to_owned(),
+        init_port: None,
+        alloc_port: None,
+        query_port: None,
+        metrics: None,
+        engine: started.engine,
+        chunk_bytes: config.layout.chunk_bytes(),
+        slot_count: config.buffer.slot_count,
+    };
+    let drain = config.deadlines.shutdown;
+    let links = PeerLinks::new(mailbox.messages.clone(), config.deadlines.handshake);
+    let mut daemon = SenderDaemon {
+        config,
+        memory,
+        engine_name: started.engine,
+        session,
+        engine,
+        links,
+        clients,
+        notes: Vec::new(),
+        proxy,
+    };
+    tracing::info!(%instance, engine = started.engine, connector = %ready.connector, "ready");
+    ready.print()?;
+    driver::drive(&mut daemon, inbox, drain).await
+}
+
+impl Daemon for SenderDaemon {
+    type Event = Event;
+
+    async fn listen(&mut self) -> Event {
+        Event::Connector(self.clients.listen().await)
+    }
+
+    fn handle(&mut self, now: Instant, event: Event) -> Option<Stop> {
+        match event {
+            Event::Link(LinkEvent::Opened { peer, links }) => {
+                if self.links.keep(peer, *links) {
+                    self.session.handle_peer_opened(peer);
+                }
+            }
+            Event::Link(LinkEvent::Message { peer, port, message }) => {
+                self.session.handle_message(now, peer, port, *message);
+            }
+            Event::Link(LinkEvent::Closed { peer, failure }) => {
+                self.links.close(peer);
+                self.session.handle_peer_closed(peer, failure);
+            }
+            Event::Engine(EngineEvent::PeerLoaded { peer, result }) => self.session.handle_peer_loaded(peer, result),
+            Event::Engine(EngineEvent::Connected { peer, result }) => {
+                self.session.handle_peer_connected(now, peer, result);
+            }
+            Event::Engine(EngineEvent::Done { transfer, result }) => {
+                self.session.handle_transfer_done(now, transfer, result);
+            }
+            Event::Connector(ConnectorEvent::Request { client, request }) => self.on_request(now, client, request),
+            Event::Connector(ConnectorEvent::Gone { client }) => {
+                self.session.handle_client_gone(client);
+            }
+            // Said by whoever refused it.
+            Event::Connector(ConnectorEvent::Refused { .. }) => {}
+            Event::Stop(stop) => return Some(stop),
+        }
+        None
+    }
+
+    fn handle_timeout(&mut self, now: Instant) {
+        self.session.handle_timeout(now);
+    }
+
+    fn next_timeout(&self) -> Option<Instant> {
+        self.session.poll_timeout()
+    }
+
+    fn perform(&mut self) -> Result<bool, RuntimeError> {
+        for _ in 0..OUTPUTS_AT_ONCE {
+            let Some(output) = self.session.poll_output() else { return Ok(false) };
+            match output {
+                Output::OpenPeer { peer, address } => self.links.open(peer, address),
+                Output::ClosePeer(peer) => self.links.close(peer),
+                Output::Send { peer, port, message } => {
+                    if let Err(failure) = self.links.send(peer, port, &message) {
+                        self.links.close(peer);
+                        self.session.handle_peer_closed(peer, failure);
+                    }
+                }
+                Output::LoadPeer { peer, agent_name, metadata } => {
+                    self.engine.send(Command::LoadPeer { peer, agent_name, metadata })?;
+                }
+                Output::ConnectPeer { peer, connection, descriptors } => {
+                    self.engine.send(Command::Connect { peer, connection, descriptors })?;
+                }
+                Output::ForgetPeer(connection) => self.engine.send(Command::Forget(connection))?,
+                Output::Post { transfer, connection, copies } => {
+                    self.engine.send(Command::Post { transfer, connection, copies })?;
+                }
+                Output::NotifyProxy { request } => {
+                    if let Some(proxy) = &self.proxy {
+                        proxy.notify(request);
+                    }
+                }
+                Output::Answer { client, id, answer } => {
+                    self.clients.reply(client, &translate::sender_answer(id, answer));
+                }
+                Output::Event { client, event } => self.clients.reply(client, &translate::sender_event(event)),
+                Output::Note(note) => self.notes.push(note),
+            }
+        }
+        Ok(true)
+    }
+
+    fn log_notes(&mut self) {
+        self.notes.drain(..).for_each(notes::log_sender);
+    }
+
+    fn begin_shutdown(&mut self, _now: Instant) {
+        self.session.handle_shutdown();
+    }
+
+    fn is_drained(&self) -> bool {
+        self.session.is_drained()
+    }
+
+    fn abort(&mut self) {
+        self.session.handle_abort();
+    }
+}
+
+impl SenderDaemon {
+    fn on_request(&mut self, now: Instant, client: ClientId, request: Request) {
+        match request {
+            Request::Attach { id, client: name, .. } => {
+                self.clients.attach(client, id, &name, &self.config, &self.memory);
+            }
+            Request::Detach { id } => {
+                self.session.handle_client_gone(client);
+                self.clients.reply(client, &Reply::Detached { id });
+            }
+            Request::Status { id } => {
+                let status = self.status();
+                self.clients.reply(client, &Reply::Status { id, status });
+            }
+            Request::Open { id, req_id, keys, last_chunk_tokens, receiver, wait_ms } => {
+                let wait = translate::wait(wait_ms).map(|wait| wait.min(self.config.deadlines.allocation));
+                let open = OpenRequest { id: req_id, keys, last_chunk_tokens, receiver, wait };
+                self.session.handle_open(now, client, id, open);
+            }
+            Request::Stage { id, req_id, chunks, wait_ms } => {
+                let wait = translate::wait(wait_ms).map(|wait| wait.min(self.config.deadlines.allocation));
+                self.session.handle_stage(now, client, id, &req_id, chunks, wait);
+            }
+            Request::Send { id, req_id, parts, last } => {
+                self.session.handle_send(now, client, id, &req_id, &translate::parts(parts), last);
+            }
+            Request::Cancel { id, req_id } => self.session.handle_cancel(now, client, id, &req_id),
+            Request::Lookup { id, .. } | Request::Wait { id, .. } | Request::Release { id, .. } => {
+                self.clients.reply(client, &translate::wrong_daemon(id, "sender"));
+            }
+        }
+    }
+
+    fn status(&self) -> Status {
+        let counts = self.session.counts();
+        Status {
+            role: "sender".into(),
+            engine: self.engine_name.into(),
+            slot_count: self.config.buffer.slot_count,
+            slots_free: counts.slots_free,
+            slots_reserved: counts.slots_staged,
+            slots_ready: 0,
+            slots_quarantined: 0,
+            requests_active: counts.requests_active as u32,
+            requests_done: counts.requests_sent,
+            requests_failed: counts.requests_failed,
+            bytes: counts.bytes,
+            peers: counts.peers as u32,
+            clients: self.clients.count(),
+        }
+    }
+}

@@ -1,0 +1,101 @@
+//! Between the sessions' words and the connector API's.
+
+use std::time::Duration;
+
+use crate::buffer::Memory;
+use crate::config::Config;
+use crate::connector::message::CONNECTOR_API_VERSION;
+use crate::connector::message::{BufferHandle, ReadyChunk, Reply, SendPart, StagedSlot, Timings};
+use crate::ids::{Failure, FailureKind, Seq};
+use crate::protocol::{receiver, sender};
+
+pub(super) fn error(id: Seq, failure: Failure, peer: Option<String>) -> Reply {
+    Reply::Error { id, kind: failure.kind, text: failure.text, peer }
+}
+
+/// The reply to a request that the other daemon would understand.
+pub(super) fn wrong_daemon(id: Seq, role: &str) -> Reply {
+    let text = format!("a {role} does not take this message; see docs/connector-api.md for which daemon takes which");
+    error(id, Failure::new(FailureKind::BadRequest, text), None)
+}
+
+pub(super) fn attached(id: Seq, config: &Config, memory: &Memory) -> Reply {
+    let Memory::Host(host) = memory;
+    let handle = host.handle();
+    Reply::Attached {
+        id,
+        version: CONNECTOR_API_VERSION,
+        role: config.role.as_str().to_owned(),
+        buffer: BufferHandle::Host { pid: handle.pid, fd: handle.fd, len_bytes: handle.len_bytes, inode: handle.inode },
+        chunk_bytes: config.layout.chunk_bytes(),
+        slot_count: config.buffer.slot_count,
+        chunk_tokens: config.layout.chunk_tokens,
+        layout: config.layout.fingerprint(),
+    }
+}
+
+pub(super) fn wait(wait_ms: Option<u64>) -> Option<Duration> {
+    wait_ms.map(Duration::from_millis)
+}
+
+pub(super) fn parts(parts: Vec<SendPart>) -> Vec<sender::Part> {
+    let part =
+        |part: SendPart| sender::Part { slot: part.slot, offset_bytes: part.offset_bytes, len_bytes: part.len_bytes };
+    parts.into_iter().map(part).collect()
+}
+
+pub(super) fn sender_answer(id: Seq, answer: sender::Answer) -> Reply {
+    match answer {
+        sender::Answer::Opened { request, already_sent } => Reply::Opened { id, req_id: request, already_sent },
+        sender::Answer::Staged { slots } => {
+            let slot = |slot: sender::StagedSlot| StagedSlot {
+                chunk: slot.chunk,
+                slot: slot.slot,
+                offset_bytes: slot.offset_bytes,
+                len_bytes: slot.len_bytes,
+            };
+            Reply::Staged { id, slots: slots.into_iter().map(slot).collect() }
+        }
+        sender::Answer::Accepted => Reply::Accepted { id },
+        sender::Answer::Cancelled { request } => Reply::Cancelled { id, req_id: request },
+        sender::Answer::Failed { failure, peer } => error(id, failure, peer),
+    }
+}
+
+pub(super) fn sender_event(event: sender::Event) -> Reply {
+    match event {
+        sender::Event::Sent { request, chunks, bytes, phases } => Reply::Sent {
+            req_id: request,
+            chunks,
+            bytes,
+            timings: Timings {
+                alloc_us: phases.alloc.as_micros() as u64,
+                transfer_us: phases.transfer.as_micros() as u64,
+                commit_us: phases.commit.as_micros() as u64,
+            },
+        },
+        sender::Event::Failed { request, failure, peer } => {
+            Reply::Failed { req_id: request, kind: failure.kind, text: failure.text, peer }
+        }
+    }
+}
+
+pub(super) fn receiver_answer(id: Seq, answer: receiver::Answer) -> Reply {
+    let chunk = |chunk: receiver::ReadyChunk| ReadyChunk {
+        key: chunk.key,
+        slot: chunk.slot,
+        offset_bytes: chunk.offset_bytes,
+        len_bytes: chunk.len_bytes,
+    };
+    match answer {
+        receiver::Answer::Ready { request, lease, chunks } => {
+            Reply::Ready { id, req_id: request, lease, chunks: chunks.into_iter().map(chunk).collect() }
+        }
+        receiver::Answer::Found { lease, chunks } => {
+            Reply::Found { id, lease, chunks: chunks.into_iter().map(|found| found.map(chunk)).collect() }
+        }
+        receiver::Answer::Released => Reply::Released { id },
+        receiver::Answer::Cancelled { request } => Reply::Cancelled { id, req_id: request },
+        receiver::Answer::Failed { failure, peer } => error(id, failure, peer),
+    }
+}
