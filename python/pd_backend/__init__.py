@@ -1,0 +1,65 @@
+"""Client of the connector API of pd-sender and pd-receiver: see docs/connector-api.md."""
+
+from .buffer import PdBuffer
+from .client import Client, Lease, Pending, ReceiverClient, SenderClient
+from .daemon import Daemon, ReadyLine, find_binary
+from .errors import (
+    ClientClosed,
+    ClientMisuse,
+    DaemonGone,
+    DaemonStartError,
+    Kind,
+    MappingError,
+    PdError,
+    ProtocolError,
+    ReplyTimeout,
+    RequestFailed,
+    RequestRefused,
+)
+from .messages import (
+    CONNECTOR_API_VERSION,
+    Attached,
+    Failed,
+    Opened,
+    PeerAddress,
+    ReadyChunk,
+    SendPart,
+    Sent,
+    StagedSlot,
+    Status,
+    Timings,
+)
+
+__all__ = [
+    "CONNECTOR_API_VERSION",
+    "Attached",
+    "Client",
+    "ClientClosed",
+    "ClientMisuse",
+    "Daemon",
+    "DaemonGone",
+    "DaemonStartError",
+    "Failed",
+    "Kind",
+    "Lease",
+    "MappingError",
+    "Opened",
+    "PdBuffer",
+    "PdError",
+    "PeerAddress",
+    "Pending",
+    "ProtocolError",
+    "ReadyChunk",
+    "ReadyLine",
+    "ReceiverClient",
+    "ReplyTimeout",
+    "RequestFailed",
+    "RequestRefused",
+    "SendPart",
+    "SenderClient",
+    "Sent",
+    "StagedSlot",
+    "Status",
+    "Timings",
+    "find_binary",
+]

@@ -1,0 +1,94 @@
+"""The daemon's pd_buffer in this process, as numpy arrays that share its memory."""
+
+from __future__ import annotations
+
+import mmap
+import os
+
+import numpy as np
+
+from .errors import MappingError
+from .messages import Attached, HostBuffer, ReadyChunk, StagedSlot
+
+
+class PdBuffer:
+    """A mapping of a daemon's buffer. Views are one-dimensional uint8 arrays; nothing is copied.
+
+    The memory behind a view lives as long as the view, even after `close` and after the daemon's death; what it holds
+    then means nothing. A view of a slot is the caller's to write from `staged` until its bytes are sent, and to read
+    while the lease is held: the mapping cannot enforce that.
+    """
+
+    def __init__(self, handle: HostBuffer, chunk_bytes: int, slot_count: int, *, writable: bool) -> None:
+        """Maps `/proc/<pid>/fd/<fd>` after checking that it still is the file that the daemon meant.
+
+        Raises `MappingError` when it cannot be opened, is another file, or is shorter than announced.
+        """
+        if chunk_bytes * slot_count > handle.len_bytes:
+            raise MappingError(
+                f"{slot_count} slots of {chunk_bytes} bytes do not fit into the announced {handle.len_bytes} bytes"
+            )
+        self.chunk_bytes = chunk_bytes
+        self.slot_count = slot_count
+        self.len_bytes = handle.len_bytes
+        self.writable = writable
+        self._bytes: np.ndarray | None = _map(handle, writable)
+
+    @classmethod
+    def attached(cls, attached: Attached) -> PdBuffer:
+        """The buffer of the daemon that answered so: writable for a sender, read-only for a receiver."""
+        return cls(attached.buffer, attached.chunk_bytes, attached.slot_count, writable=attached.role == "sender")
+
+    def view(self, chunk: StagedSlot | ReadyChunk) -> np.ndarray:
+        """The bytes of a staged slot or a ready chunk, without copying.
+
+        Raises `MappingError` when it lies outside of the buffer.
+        """
+        return self.range(chunk.offset_bytes, chunk.len_bytes)
+
+    def slot(self, index: int) -> np.ndarray:
+        """The whole of a slot, without copying. Raises `MappingError` for an index past the last slot."""
+        if not 0 <= index < self.slot_count:
+            raise MappingError(f"slot {index} does not exist: the buffer has {self.slot_count} slots")
+        return self.range(index * self.chunk_bytes, self.chunk_bytes)
+
+    def range(self, offset_bytes: int, len_bytes: int) -> np.ndarray:
+        """Bytes of the buffer, without copying. Raises `MappingError` when they lie outside of it, or after `close`."""
+        if self._bytes is None:
+            raise MappingError("the buffer was closed")
+        if offset_bytes < 0 or len_bytes < 0 or offset_bytes + len_bytes > self.len_bytes:
+            raise MappingError(
+                f"{len_bytes} bytes at {offset_bytes} lie outside of the buffer of {self.len_bytes} bytes"
+            )
+        return self._bytes[offset_bytes : offset_bytes + len_bytes]
+
+    def close(self) -> None:
+        """Gives the mapping up; the memory goes when the last view of it does. Closing twice does nothing."""
+        self._bytes = None
+
+
+def _map(handle: HostBuffer, writable: bool) -> np.ndarray:
+    path = f"/proc/{handle.pid}/fd/{handle.fd}"
+    try:
+        fd = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
+    except OSError as error:
+        raise MappingError(
+            f"cannot open {path}: {error.strerror}; the daemon must run on this host, in the same pid namespace, "
+            "as the same user"
+        ) from error
+    try:
+        seen = os.fstat(fd)
+        if seen.st_ino != handle.inode:
+            raise MappingError(f"{path} has inode {seen.st_ino}, expected {handle.inode}: the daemon has gone")
+        if seen.st_size < handle.len_bytes:
+            raise MappingError(f"{path} has {seen.st_size} bytes, expected {handle.len_bytes}")
+        access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+        # Every page now, so that the first copy of each slot takes no page faults.
+        flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
+        try:
+            mapping = mmap.mmap(fd, handle.len_bytes, flags, access)
+        except (OSError, ValueError) as error:
+            raise MappingError(f"cannot map {handle.len_bytes} bytes of {path}: {error}") from error
+    finally:
+        os.close(fd)
+    return np.frombuffer(mapping, dtype=np.uint8)

@@ -1,0 +1,436 @@
+"""The two clients: `SenderClient` beside a prefill worker, `ReceiverClient` beside a decode worker."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import numpy as np
+
+from . import messages as m
+from ._channel import Channel
+from .buffer import PdBuffer
+from .errors import (
+    ClientMisuse,
+    DaemonGone,
+    MappingError,
+    PdError,
+    ProtocolError,
+    ReplyTimeout,
+    RequestFailed,
+    RequestRefused,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # typing.Self is newer than Python 3.10
+
+T = TypeVar("T")
+
+
+class Pending(Generic[T]):
+    """A reply that has not come yet. Ask `done()` between an engine's steps, or wait for it with `result()`."""
+
+    def __init__(self, client: Client, request: m.Request, expected: type, convert: Callable[[Any], T], wait_s: float):
+        self._client = client
+        self._request = request
+        self._expected = expected
+        self._convert = convert
+        self._wait_s = wait_s
+        self._reply: m.Answer | None = None
+        self._abandoned = False
+
+    def done(self) -> bool:
+        """Whether `result()` would return, or raise, at once. Never waits.
+
+        Raises `DaemonGone` when no reply can come any more.
+        """
+        if self._reply is None:
+            self._client._pump(0.0)
+        return self._reply is not None
+
+    def result(self, timeout_s: float | None = None) -> T:
+        """The reply; waits for it, by default a little longer than the daemon itself would.
+
+        Raises `RequestRefused` for an `error`, `ReplyTimeout` when nothing came in time (the reply is then abandoned:
+        what it brings late is given back), `DaemonGone` when the daemon has ended.
+        """
+        deadline = time.monotonic() + (self._wait_s if timeout_s is None else timeout_s)
+        while self._reply is None:
+            left_s = deadline - time.monotonic()
+            self._client._pump(max(0.0, left_s))
+            if self._reply is None and left_s <= 0:
+                self.abandon()
+                raise ReplyTimeout(
+                    f"no reply to {type(self._request).__name__.lower()} from {self._client.endpoint} in time"
+                )
+        if isinstance(self._reply, m.Error):
+            raise RequestRefused(self._reply.kind, self._reply.text, self._reply.peer)
+        if not isinstance(self._reply, self._expected):
+            raise ProtocolError(
+                f"{self._client.endpoint} answered {type(self._request).__name__} with {type(self._reply).__name__}"
+            )
+        return self._convert(self._reply)
+
+    def abandon(self) -> None:
+        """Nobody will ask for the result. A late grant is cancelled and a late lease released when it comes in."""
+        self._abandoned = True
+        if self._reply is not None:
+            self._client._give_back(self._reply)
+
+    def _resolve(self, reply: m.Answer) -> None:
+        self._reply = reply
+        if self._abandoned:
+            self._client._give_back(reply)
+
+
+class Client:
+    """What both roles share: attach, status, events, detach. A context manager; `close` is its end.
+
+    For one thread at a time, and for the process that made it: see the package's README.
+    """
+
+    #: Which daemon this client is for.
+    role: str
+
+    def __init__(
+        self,
+        endpoint: str,
+        *,
+        name: str = "pd_backend (Python)",
+        map_buffer: bool = True,
+        reply_timeout_s: float = 10.0,
+        wait_timeout_s: float = 120.0,
+    ) -> None:
+        """Attaches to the daemon at `endpoint`, the `connector` of its ready line, and maps its buffer.
+
+        `reply_timeout_s` bounds every answer that the daemon gives at once, and is what it gets beyond a wait of its
+        own. `wait_timeout_s` bounds waits whose length is left to the daemon's configuration. `map_buffer=False` is
+        for a process that only talks (an engine's scheduler).
+
+        Raises `ReplyTimeout` when nobody answers, `ProtocolError` for another version, `ClientMisuse` for the other
+        role, `MappingError` when the buffer cannot be mapped.
+        """
+        self.endpoint = endpoint
+        self._reply_timeout_s = reply_timeout_s
+        self._wait_timeout_s = wait_timeout_s
+        self._next_id = 1
+        self._pending: dict[int, Pending[Any]] = {}
+        self._events: deque[m.Event] = deque()
+        self._buffer: PdBuffer | None = None
+        self._channel = Channel(endpoint, reply_timeout_s)
+        try:
+            #: The daemon's answer to `attach`: chunk and slot sizes, layout.
+            self.attached: m.Attached = self._attach(name)
+            self._channel.watch(self.attached.buffer.pid)
+            if map_buffer:
+                self._buffer = PdBuffer.attached(self.attached)
+        except BaseException:
+            self._channel.close()
+            raise
+
+    @property
+    def buffer(self) -> PdBuffer:
+        """The mapped pd_buffer. Raises `MappingError` when it was not asked for."""
+        if self._buffer is None:
+            raise MappingError("this client was made with map_buffer=False, or closed")
+        return self._buffer
+
+    def view(self, chunk: m.StagedSlot | m.ReadyChunk) -> np.ndarray:
+        """The bytes of a staged slot or a ready chunk as a uint8 array, without copying."""
+        return self.buffer.view(chunk)
+
+    def status(self) -> m.Status:
+        """The daemon's counters."""
+        return self._start(lambda id: m.StatusQuery(id=id), m.StatusReply, lambda reply: reply.status).result()
+
+    def cancel(self, req_id: str) -> None:
+        """Gives a request up; returns when nothing is written for it any more. No event follows.
+
+        Raises `RequestRefused` of kind `unknown` when there is no such request, or it has ended already.
+        """
+        self.start_cancel(req_id).result()
+
+    def start_cancel(self, req_id: str) -> Pending[None]:
+        """As `cancel`, without waiting."""
+        return self._start(lambda id: m.Cancel(id=id, req_id=req_id), m.Cancelled, _nothing, self._wait_timeout_s)
+
+    def poll_events(self) -> list[m.Event]:
+        """The events that have arrived since the last call, oldest first. Never waits.
+
+        Raises `DaemonGone` when there are none and the daemon has ended.
+        """
+        try:
+            self._pump(0.0)
+        except DaemonGone:
+            if not self._events:
+                raise
+        events = list(self._events)
+        self._events.clear()
+        for event in events:
+            self._acknowledge(event)
+        return events
+
+    def close(self) -> None:
+        """Detaches, so that the daemon takes everything back now, and closes. Closing twice does nothing."""
+        if self._channel.usable:
+            try:
+                self._start(lambda id: m.Detach(id=id), m.Detached, _nothing).result()
+            except PdError:
+                pass  # The daemon notices that the connection ended, and takes everything back all the same.
+        self._channel.close()
+        if self._buffer is not None:
+            self._buffer.close()
+            self._buffer = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        self.close()
+
+    def _attach(self, name: str) -> m.Attached:
+        attach: Pending[m.Attached] = self._start(
+            lambda id: m.Attach(id=id, version=m.CONNECTOR_API_VERSION, client=name), m.Attached, _itself
+        )
+        try:
+            attached = attach.result()
+        except ReplyTimeout:
+            raise ReplyTimeout(
+                f"no daemon answered at {self.endpoint} within {self._reply_timeout_s} s; is it running, and is this "
+                "the connector of its ready line?"
+            ) from None
+        if attached.version != m.CONNECTOR_API_VERSION:
+            raise ProtocolError(
+                f"{self.endpoint} speaks connector API version {attached.version}, this client "
+                f"{m.CONNECTOR_API_VERSION}; install the client that came with the daemon"
+            )
+        if attached.role != self.role:
+            raise ClientMisuse(f"{self.endpoint} is a pd-{attached.role}, expected a pd-{self.role}")
+        return attached
+
+    def _start(
+        self, request: Callable[[int], m.Request], expected: type, convert: Callable[[Any], T], wait_s: float = 0.0
+    ) -> Pending[T]:
+        message = request(self._next_id)
+        pending = Pending(self, message, expected, convert, wait_s + self._reply_timeout_s)
+        self._channel.send(message)
+        self._pending[self._next_id] = pending
+        self._next_id += 1
+        return pending
+
+    def _wait_of(self, wait_s: float | None) -> float:
+        return self._wait_timeout_s if wait_s is None else wait_s
+
+    def _pump(self, timeout_s: float) -> None:
+        """Takes in what has arrived, waiting up to `timeout_s` for the first of it."""
+        for reply in self._channel.receive(timeout_s):
+            if isinstance(reply, (m.Sent, m.Failed)):
+                self._events.append(reply)
+                continue
+            pending = self._pending.pop(reply.id, None)
+            if pending is not None:
+                pending._resolve(reply)
+
+    def _acknowledge(self, event: m.Event) -> None:
+        """Tells the daemon that this client knows of a failure: it fills none of the request's slots any more."""
+        if isinstance(event, m.Failed) and self._channel.usable:
+            req_id = event.req_id
+            self._start(lambda id: m.Cancel(id=id, req_id=req_id), m.Cancelled, _nothing).abandon()
+
+    def _give_back(self, reply: m.Answer) -> None:
+        """Returns what a reply that nobody waits for has brought."""
+        if isinstance(reply, (m.Ready, m.Found)) and reply.lease is not None:
+            lease = reply.lease
+            self._start(lambda id: m.Release(id=id, lease=lease), m.Released, _nothing)
+        elif isinstance(reply, m.Opened):
+            req_id = reply.req_id
+            self._start(lambda id: m.Cancel(id=id, req_id=req_id), m.Cancelled, _nothing)
+
+
+class SenderClient(Client):
+    """Beside a prefill worker: open a request, stage slots, fill them, send them."""
+
+    role = "sender"
+
+    def open(
+        self,
+        req_id: str,
+        keys: Sequence[str],
+        *,
+        last_chunk_tokens: int,
+        receiver: m.PeerAddress,
+        wait_s: float | None = None,
+    ) -> m.Opened:
+        """Asks the receiver for room for all these chunks; returns once it is granted.
+
+        `already_sent` of the result lists positions in `keys` that are neither staged nor sent. `wait_s` bounds the
+        wait for slots; the daemon's configuration does when it is left out. Raises `RequestRefused`.
+        """
+        return self.start_open(
+            req_id, keys, last_chunk_tokens=last_chunk_tokens, receiver=receiver, wait_s=wait_s
+        ).result()
+
+    def start_open(
+        self,
+        req_id: str,
+        keys: Sequence[str],
+        *,
+        last_chunk_tokens: int,
+        receiver: m.PeerAddress,
+        wait_s: float | None = None,
+    ) -> Pending[m.Opened]:
+        """As `open`, without waiting."""
+        return self._start(
+            lambda id: m.Open(
+                id=id,
+                req_id=req_id,
+                keys=list(keys),
+                last_chunk_tokens=last_chunk_tokens,
+                receiver=receiver,
+                wait_ms=_milliseconds(wait_s),
+            ),
+            m.Opened,
+            _itself,
+            self._wait_of(wait_s),
+        )
+
+    def stage(self, req_id: str, chunks: Iterable[int], *, wait_s: float | None = None) -> list[m.StagedSlot]:
+        """Local slots for these positions in the request's keys, all at once; waits while there are too few.
+
+        Raises `RequestRefused`: of kind `no_slots` when the wait was in vain.
+        """
+        return self.start_stage(req_id, chunks, wait_s=wait_s).result()
+
+    def start_stage(
+        self, req_id: str, chunks: Iterable[int], *, wait_s: float | None = None
+    ) -> Pending[list[m.StagedSlot]]:
+        """As `stage`, without waiting."""
+        positions = list(chunks)
+        return self._start(
+            lambda id: m.Stage(id=id, req_id=req_id, chunks=positions, wait_ms=_milliseconds(wait_s)),
+            m.Staged,
+            lambda reply: reply.slots,
+            self._wait_of(wait_s),
+        )
+
+    def send(self, req_id: str, parts: Iterable[m.SendPart | m.StagedSlot], *, last: bool) -> None:
+        """Says that these bytes are final. A staged slot stands for the whole of its chunk.
+
+        The event `sent` or `failed` follows once for the whole request, after the call with `last`. Raises
+        `RequestRefused`; nothing of a refused call is written.
+        """
+        self.start_send(req_id, parts, last=last).result()
+
+    def start_send(self, req_id: str, parts: Iterable[m.SendPart | m.StagedSlot], *, last: bool) -> Pending[None]:
+        """As `send`, without waiting for the daemon's acceptance."""
+        ranges = [m.SendPart(slot=part.slot) if isinstance(part, m.StagedSlot) else part for part in parts]
+        return self._start(lambda id: m.Send(id=id, req_id=req_id, parts=ranges, last=last), m.Accepted, _nothing)
+
+    def wait_sent(self, req_id: str, timeout_s: float | None = None) -> m.Sent:
+        """The event `sent` of this request; those of other requests stay for `poll_events`.
+
+        Raises `RequestFailed` for the event `failed`, and `ReplyTimeout`.
+        """
+        limit_s = self._wait_timeout_s if timeout_s is None else timeout_s
+        deadline = time.monotonic() + limit_s
+        while True:
+            event = self._take_event(req_id)
+            if isinstance(event, m.Failed):
+                raise RequestFailed(event.req_id, event.kind, event.text, event.peer)
+            if event is not None:
+                return event
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                raise ReplyTimeout(f"request {req_id} was neither sent nor failed within {limit_s} s")
+            self._pump(left_s)
+
+    def _take_event(self, req_id: str) -> m.Event | None:
+        for index, event in enumerate(self._events):
+            if event.req_id == req_id:
+                del self._events[index]
+                self._acknowledge(event)
+                return event
+        return None
+
+
+class Lease:
+    """Ready chunks that stay where they are until `release`, or the end of the `with` block."""
+
+    def __init__(self, client: ReceiverClient, lease: int | None, chunks: Sequence[m.ReadyChunk | None]) -> None:
+        self._client = client
+        self._lease = lease
+        #: One for each chunk of the request, or each key looked up; None where there is no ready chunk.
+        self.chunks = tuple(chunks)
+
+    def view(self, index: int) -> np.ndarray:
+        """The bytes of a chunk, read-only, without copying: to be used before the release.
+
+        Raises `KeyError` when that chunk is not ready, `MappingError` after the release.
+        """
+        chunk = self.chunks[index]
+        if chunk is None:
+            raise KeyError(f"chunk {index} is not ready")
+        if self._lease is None:
+            raise MappingError("the lease was released: its slots may hold other chunks by now")
+        return self._client.view(chunk)
+
+    def release(self) -> None:
+        """Says that the chunks have been copied. Releasing twice does nothing. Raises `RequestRefused`."""
+        lease, self._lease = self._lease, None
+        if lease is not None:
+            self._client._start(lambda id: m.Release(id=id, lease=lease), m.Released, _nothing).result()
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        try:
+            self.release()
+        except PdError:
+            if error is None:
+                raise
+
+
+class ReceiverClient(Client):
+    """Beside a decode worker: wait for a request's chunks, read them, release them."""
+
+    role = "receiver"
+
+    def wait(self, req_id: str, *, wait_s: float | None = None) -> Lease:
+        """Every chunk of the request, in the order of the prompt; it need not have been announced yet.
+
+        Raises `RequestRefused` when it failed, or was not ready in time.
+        """
+        return self.start_wait(req_id, wait_s=wait_s).result()
+
+    def start_wait(self, req_id: str, *, wait_s: float | None = None) -> Pending[Lease]:
+        """As `wait`, without waiting."""
+        return self._start(
+            lambda id: m.Wait(id=id, req_id=req_id, wait_ms=_milliseconds(wait_s)),
+            m.Ready,
+            lambda reply: Lease(self, reply.lease, reply.chunks),
+            self._wait_of(wait_s),
+        )
+
+    def lookup(self, keys: Sequence[str]) -> Lease:
+        """Which of these chunks are ready, with a lease on those."""
+        return self._start(
+            lambda id: m.Lookup(id=id, keys=list(keys)),
+            m.Found,
+            lambda reply: Lease(self, reply.lease, reply.chunks),
+        ).result()
+
+
+def _itself(reply: Any) -> Any:
+    return reply
+
+
+def _nothing(_reply: Any) -> None:
+    return None
+
+
+def _milliseconds(seconds: float | None) -> int | None:
+    return None if seconds is None else max(0, int(seconds * 1000))

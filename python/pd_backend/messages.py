@@ -1,0 +1,316 @@
+"""The messages of the connector API, one struct each: docs/connector-api.md says what they mean.
+
+Field names, order and the tag `type` are those of src/connector/message.rs. A field that is left out and one that is nil
+mean the same. Unknown fields from a newer daemon are ignored.
+"""
+
+from __future__ import annotations
+
+from typing import Union
+
+import msgspec
+
+#: The version of the connector API that this client speaks.
+CONNECTOR_API_VERSION = 1
+
+
+def _snake(name: str) -> str:
+    return "".join("_" + c.lower() if c.isupper() and i else c.lower() for i, c in enumerate(name))
+
+
+class _Message(msgspec.Struct, frozen=True, omit_defaults=True, tag_field="type", tag=_snake):
+    pass
+
+
+class _Value(msgspec.Struct, frozen=True, omit_defaults=True):
+    pass
+
+
+# ---- values inside messages ------------------------------------------------------------------------------------------
+
+
+class PeerAddress(_Value, frozen=True):
+    """Where a receiver listens: the two ports of `disagg_spec`."""
+
+    host: str
+    init_port: int
+    alloc_port: int
+
+
+class SendPart(_Value, frozen=True):
+    """Part of a staged slot, in bytes from the slot's start; the whole of its chunk without `len_bytes`."""
+
+    slot: int
+    offset_bytes: int = 0
+    len_bytes: int | None = None
+
+
+class StagedSlot(_Value, frozen=True):
+    """A local slot to fill: `len_bytes` bytes at `offset_bytes` of the buffer, for position `chunk` of the keys."""
+
+    chunk: int
+    slot: int
+    offset_bytes: int
+    len_bytes: int
+
+
+class ReadyChunk(_Value, frozen=True):
+    """A chunk that can be read: `len_bytes` bytes at `offset_bytes` of the buffer."""
+
+    key: str
+    slot: int
+    offset_bytes: int
+    len_bytes: int
+
+
+class Timings(_Value, frozen=True):
+    """Phases of a sent request, in microseconds."""
+
+    alloc_us: int
+    transfer_us: int
+    commit_us: int
+
+
+class HostBuffer(_Value, frozen=True, tag_field="kind", tag="host"):
+    """A pd_buffer in host memory: the file behind `/proc/<pid>/fd/<fd>`."""
+
+    pid: int
+    fd: int
+    len_bytes: int
+    inode: int
+
+
+class Status(_Value, frozen=True):
+    """What a daemon counts; counters start at 0 with its process."""
+
+    role: str
+    engine: str
+    slot_count: int
+    slots_free: int
+    slots_reserved: int
+    slots_ready: int
+    slots_quarantined: int
+    requests_active: int
+    requests_done: int
+    requests_failed: int
+    bytes: int
+    peers: int
+    clients: int
+
+
+# ---- from the client -------------------------------------------------------------------------------------------------
+
+
+class Attach(_Message, frozen=True):
+    """First message of every client. Answered by `Attached`."""
+
+    id: int
+    version: int
+    client: str
+
+
+class Detach(_Message, frozen=True):
+    """Last message: gives back leases, cancels requests. Answered by `Detached`."""
+
+    id: int
+
+
+class StatusQuery(_Message, frozen=True, tag="status"):
+    """Answered by `StatusReply`."""
+
+    id: int
+
+
+class Open(_Message, frozen=True):
+    """Sender: a request for a receiver. Answered by `Opened` once slots are granted for all of it."""
+
+    id: int
+    req_id: str
+    keys: list[str]
+    last_chunk_tokens: int
+    receiver: PeerAddress
+    wait_ms: int | None = None
+
+
+class Stage(_Message, frozen=True):
+    """Sender: local slots for these positions in the keys. Answered by `Staged`."""
+
+    id: int
+    req_id: str
+    chunks: list[int]
+    wait_ms: int | None = None
+
+
+class Send(_Message, frozen=True):
+    """Sender: these staged bytes are final. Answered by `Accepted`."""
+
+    id: int
+    req_id: str
+    parts: list[SendPart]
+    last: bool
+
+
+class Cancel(_Message, frozen=True):
+    """Either: give the request up. Answered by `Cancelled`."""
+
+    id: int
+    req_id: str
+
+
+class Lookup(_Message, frozen=True):
+    """Receiver: which of these are ready? Answered by `Found`."""
+
+    id: int
+    keys: list[str]
+
+
+class Wait(_Message, frozen=True):
+    """Receiver: answered by `Ready` when every chunk of the request is."""
+
+    id: int
+    req_id: str
+    wait_ms: int | None = None
+
+
+class Release(_Message, frozen=True):
+    """Receiver: the chunks of this lease have been copied. Answered by `Released`."""
+
+    id: int
+    lease: int
+
+
+# ---- from the daemon -------------------------------------------------------------------------------------------------
+
+
+class Attached(_Message, frozen=True):
+    """How to use this daemon."""
+
+    id: int
+    version: int
+    role: str
+    buffer: HostBuffer
+    chunk_bytes: int
+    slot_count: int
+    chunk_tokens: int
+    layout: list[tuple[str, str]]
+
+
+class Detached(_Message, frozen=True):
+    """To `Detach`."""
+
+    id: int
+
+
+class StatusReply(_Message, frozen=True, tag="status"):
+    """To `StatusQuery`."""
+
+    id: int
+    status: Status
+
+
+class Opened(_Message, frozen=True):
+    """To `Open`: positions in `already_sent` need neither be staged nor sent."""
+
+    id: int
+    req_id: str
+    already_sent: list[int]
+
+
+class Staged(_Message, frozen=True):
+    """To `Stage`: one slot for each chunk asked for, in that order."""
+
+    id: int
+    slots: list[StagedSlot]
+
+
+class Accepted(_Message, frozen=True):
+    """To `Send`: the parts are queued."""
+
+    id: int
+
+
+class Cancelled(_Message, frozen=True):
+    """To `Cancel`: nothing is written for the request any more."""
+
+    id: int
+    req_id: str
+
+
+class Found(_Message, frozen=True, kw_only=True):
+    """To `Lookup`: one entry for each key asked for, in that order."""
+
+    id: int
+    lease: int | None = None
+    chunks: list[ReadyChunk | None]
+
+
+class Ready(_Message, frozen=True):
+    """To `Wait`: all chunks of the request, in the order of the prompt."""
+
+    id: int
+    req_id: str
+    lease: int
+    chunks: list[ReadyChunk]
+
+
+class Released(_Message, frozen=True):
+    """To `Release`."""
+
+    id: int
+
+
+class Error(_Message, frozen=True):
+    """To any request that was refused or failed."""
+
+    id: int
+    kind: str
+    text: str
+    peer: str | None = None
+
+
+class Sent(_Message, frozen=True):
+    """Event: the receiver has committed every chunk."""
+
+    req_id: str
+    chunks: int
+    bytes: int
+    timings: Timings
+
+
+class Failed(_Message, frozen=True):
+    """Event: the request has ended without being sent."""
+
+    req_id: str
+    kind: str
+    text: str
+    peer: str
+
+
+Request = Union[Attach, Detach, StatusQuery, Open, Stage, Send, Cancel, Lookup, Wait, Release]
+Answer = Union[
+    Attached, Detached, StatusReply, Opened, Staged, Accepted, Cancelled, Found, Ready, Released, Error
+]
+Event = Union[Sent, Failed]
+Reply = Union[Answer, Event]
+
+_encoder = msgspec.msgpack.Encoder()
+_reply_decoder = msgspec.msgpack.Decoder(Reply)
+_request_decoder = msgspec.msgpack.Decoder(Request)
+
+
+def encode(message: Request | Reply) -> bytes:
+    """The payload frame of a message."""
+    return _encoder.encode(message)
+
+
+def decode_reply(payload: bytes) -> Reply:
+    """What a daemon says.
+
+    Raises `msgspec.DecodeError` (a `ValidationError` for a well-formed map that is no message of this version).
+    """
+    return _reply_decoder.decode(payload)
+
+
+def decode_request(payload: bytes) -> Request:
+    """What a client says: for test doubles of a daemon. Raises as `decode_reply` does."""
+    return _request_decoder.decode(payload)

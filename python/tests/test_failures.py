@@ -1,0 +1,112 @@
+"""What goes wrong between two daemons is said on the side that can act on it, and disturbs nothing else."""
+
+import time
+
+import msgspec
+import pytest
+import zmq
+
+from conftest import nixl_found
+from pd_backend import PeerAddress, RequestFailed, RequestRefused
+from test_end_to_end import ENGINES, check_arrived, content, eventually, fill, open_request, ship
+
+pytestmark = pytest.mark.parametrize("engine", ENGINES)
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"dtype": "float16"}, ["dtype", "float16", "bfloat16"]),
+        ({"model": "another/model"}, ["model", "another/model", "tests/tiny"]),
+        ({"tp_size": 2}, ["tp_size", "2", "1"]),
+    ],
+)
+def test_a_peer_with_another_layout_is_refused_naming_both(start_pair, engine, changed, named):
+    # Broken in production: a decode worker reads bytes that mean something else to it.
+    pair = start_pair(engine, receiver_layout=changed)
+    with pytest.raises(RequestRefused) as caught:
+        open_request(pair, "mismatch", 1)
+    assert caught.value.kind == "layout_mismatch"
+    assert all(word in caught.value.text for word in named), caught.value.text
+    assert pair.receiver.status().peers == 0
+
+
+def test_a_receiver_that_is_not_there_is_said_at_once(start_pair, engine):
+    # Broken in production: a prefill worker waits for ever for a decode worker that is gone.
+    pair = start_pair(engine)
+    with zmq.Context() as context, context.socket(zmq.REP) as socket:
+        free = socket.bind_to_random_port("tcp://127.0.0.1")
+        socket.unbind(f"tcp://127.0.0.1:{free}")
+        nobody = PeerAddress(host="127.0.0.1", init_port=free, alloc_port=free)
+        started = time.monotonic()
+        with pytest.raises(RequestRefused) as caught:
+            pair.sender.open("nobody", ["k"], last_chunk_tokens=1, receiver=nobody)
+        assert caught.value.kind == "peer_unreachable" and str(free) in caught.value.text
+        assert time.monotonic() - started < 20, "it waited although nobody listens"
+    ship(pair, "after", content(1, 2, 7))
+    check_arrived(pair, "after", content(1, 2, 7))
+
+
+def test_a_killed_receiver_fails_its_requests_and_a_new_one_is_served(start_pair, engine):
+    # Broken in production: a sender never recovers from a receiver's restart, and its slots are gone.
+    pair = start_pair(engine)
+    data = content(2, 3, 9)
+    open_request(pair, "lost", 3, 9)
+    fill(pair, "lost", data)
+    pair.decode.kill()
+    with pytest.raises(RequestFailed) as caught:
+        pair.sender.wait_sent("lost", 30)
+    assert caught.value.kind == "peer_lost"
+    assert f"{pair.address.init_port}" in caught.value.peer
+    assert eventually(lambda: pair.sender.status().slots_free == pair.sender.status().slot_count)
+    pair.restart_receiver()
+    ship(pair, "lost", data)
+    check_arrived(pair, "lost", data)
+
+
+def test_a_killed_sender_gives_its_slots_back_and_a_new_one_is_served(start_pair, engine):
+    # Broken in production: every crash of a prefill worker costs the decode worker some of its buffer.
+    pair = start_pair(engine)
+    data = content(3, 3, 9)
+    open_request(pair, "half", 3, 9)
+    fill(pair, "half", data)
+    waiting = pair.receiver.start_wait("half", wait_s=30)
+    pair.prefill.kill()
+    with pytest.raises(RequestRefused) as caught:
+        waiting.result(30)
+    assert caught.value.kind == "peer_lost"
+    assert eventually(lambda: pair.receiver.status().slots_free == pair.receiver.status().slot_count)
+    assert pair.receiver.status().slots_quarantined == 0
+    pair.restart_sender()
+    ship(pair, "half", data)
+    check_arrived(pair, "half", data)
+
+
+def test_the_proxy_is_told_after_the_commit_once_and_never_for_a_failure(start_pair, engine):
+    # Broken in production: a router sends a request to decode before its KV is there.
+    with zmq.Context() as context, context.socket(zmq.PULL) as proxy:
+        port = proxy.bind_to_random_port("tcp://127.0.0.1")
+        pair = start_pair(engine, sender_sets=["pd_proxy_host=127.0.0.1", f"pd_proxy_port={port}"])
+        open_request(pair, "given up", 1)
+        pair.sender.cancel("given up")
+        data = content(4, 2, 3)
+        ship(pair, "told", data)
+        assert proxy.poll(20_000), "the proxy was not told"
+        told = msgspec.msgpack.decode(proxy.recv())
+        assert told == {"type": "ProxyNotif", "req_id": "told"}
+        lookup = pair.receiver.lookup([f"tests/tiny@1@0@told-{index}@bfloat16" for index in range(2)])
+        assert all(lookup.chunks), "told before the chunks were ready"
+        lookup.release()
+        assert not proxy.poll(300), "told twice, or for a request that failed"
+
+
+def test_nixl_and_local_do_not_talk_to_each_other(start_pair, engine):
+    # Broken in production: a pair starts, and every transfer fails in a way that nobody understands.
+    other = "local" if engine == "nixl" else "nixl"
+    if not nixl_found():
+        pytest.skip("no NIXL: run `scripts/setup-deps nixl` or set NIXL_LIB_DIR, then again")
+    pair = start_pair(engine, receiver_engine=other)
+    with pytest.raises(RequestRefused) as caught:
+        open_request(pair, "mixed", 1)
+    assert caught.value.kind == "handshake_refused"
+    assert "transfer_channel" in caught.value.text and "nixl" in caught.value.text and "local" in caught.value.text
