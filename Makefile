@@ -1,0 +1,56 @@
+# make demo   move real chunk layouts between two daemons, every byte checked
+# make test   every test, Rust and Python
+#
+# Each does all its set-up: what it needs beyond Rust, a C++ compiler and Python with pip goes into .deps.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+CARGO := scripts/cargo
+# Found by the daemons and tests; without it, or without .deps/nixl, NIXL is looked for where the system looks.
+NIXL_LIB_DIR ?= $(wildcard $(CURDIR)/.deps/nixl/.nixl_*.mesonpy.libs)
+export NIXL_LIB_DIR PYTHON
+
+.PHONY: help
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+.PHONY: setup
+setup: ## fetch what build, tests and demo need into .deps
+	@scripts/setup-deps all
+
+.PHONY: build
+build: ## the three binaries, optimised, in target/release
+	$(CARGO) build --release --bins
+
+.PHONY: demo
+demo: ## move Llama-3-8B's and other layouts between two daemons, once per engine
+	@scripts/demo
+
+.PHONY: test
+test: setup ## every test: Rust, then Python against the real daemons
+	$(MAKE) --no-print-directory test-rust test-python
+
+.PHONY: test-rust
+test-rust:
+	$(CARGO) test --lib --bins --tests
+
+.PHONY: test-python
+test-python:
+	$(CARGO) build --bins
+	PD_BIN_DIR=$(CURDIR)/target/debug PYTHONPATH=$(CURDIR)/.deps/python:$(CURDIR)/python $(PYTHON) -m pytest -q python/tests
+
+.PHONY: lint
+lint: ## formatting and clippy, as CI has them
+	cargo fmt --check
+	$(CARGO) clippy --all-targets -- -D warnings
+
+.PHONY: bench
+bench: ## the benches: ratios within one run, for docs/benchmarks.md
+	$(CARGO) bench --bench transfer
+	@scripts/bench
+
+.PHONY: clean
+clean: ## what was built and fetched
+	rm -rf target .deps
