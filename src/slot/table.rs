@@ -5,9 +5,10 @@
 //!         Reserved -> Quarantined(tenant) -> Free
 //! ```
 //!
-//! A one-sided write cannot be refused, so a slot whose writer may still be writing is quarantined, and freed by the
-//! writer's word alone. A ready chunk is *held* by the requests and leases that need it; one that nobody holds stays
-//! for the next request with the same key until its room is needed or the retention time has passed.
+//! A one-sided write cannot be refused, so a slot whose writer may still be writing is quarantined, and freed when that
+//! writer is known to have stopped: by its own word, or by its end. A ready chunk is *held* by the requests and leases
+//! that need it; one that nobody holds stays for the next request with the same key until its room is needed or the
+//! retention time has passed.
 
 use std::collections::BTreeMap;
 use std::time::Instant;

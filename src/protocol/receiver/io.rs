@@ -156,7 +156,7 @@ pub enum Note {
         /// From the grant to the commit.
         took: Duration,
     },
-    /// A granted or ready request ended without being fetched.
+    /// A request ended without being fetched.
     Failed {
         /// Which request.
         request: RequestId,

@@ -1,4 +1,12 @@
 //! The receiver's session: shakes hands, grants slots, takes commits, hands ready chunks to readers.
+//!
+//! | file | what is in it |
+//! |---|---|
+//! | `io` | what comes out: outputs, answers, notes |
+//! | `peers` | handshakes with senders, and losing them |
+//! | `admission` | who gets slots, and when |
+//! | `requests` | a request from its grant to its end: commit, cancel, quarantine |
+//! | `readers` | waits, look-ups and leases |
 
 mod admission;
 mod io;

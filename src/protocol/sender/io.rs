@@ -192,7 +192,7 @@ pub struct StagedSlot {
 /// What happened, for the log.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Note {
-    /// A receiver has shaken hands and can be written to.
+    /// A receiver has shaken hands; the engine connects to its memory next.
     PeerUp {
         /// Where.
         address: PeerAddress,

@@ -1,5 +1,13 @@
 //! The sender's session: shakes hands with receivers, opens requests, stages local slots, has chunks written,
 //! commits them.
+//!
+//! | file | what is in it |
+//! |---|---|
+//! | `io` | what goes in and comes out: requests, outputs, answers, notes |
+//! | `peers` | handshakes with receivers, and losing them |
+//! | `requests` | a request from `open` to its one end |
+//! | `staging` | who waits for local slots, and who gets them |
+//! | `transfers`, `coverage` | `send`: parts into copies, and which bytes were given to the engine |
 
 mod coverage;
 mod io;
