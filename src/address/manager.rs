@@ -1,0 +1,225 @@
+//! The address manager: an address space behind one lock.
+
+use super::space::Space;
+use super::sync::{Arc, Mutex, MutexGuard};
+use super::{AddressError, AddressRange, Snapshot, Usage};
+
+/// A virtual address space behind one lock. Clones are handles of the same space.
+///
+/// Every call takes the lock once, so what it answers is of one moment, and a batch costs one lock.
+#[derive(Debug, Clone)]
+pub struct AddressManager {
+    shared: Arc<Mutex<Shared>>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    space: Space,
+    closed: bool,
+}
+
+/// A range that is given back when dropped.
+///
+/// It keeps the bookkeeping of its space alive, so it may be dropped after the last [`AddressManager`] of it.
+#[derive(Debug)]
+#[must_use = "the range is free again as soon as this is dropped"]
+pub struct OwnedRange {
+    range: AddressRange,
+    shared: Arc<Mutex<Shared>>,
+}
+
+impl AddressManager {
+    /// An address space of `len_bytes` (0 is allowed), every range of which starts at a multiple of `alignment` (any
+    /// number), without a favoured length.
+    ///
+    /// # Errors
+    /// [`AddressError::ZeroAlignment`].
+    pub fn new(len_bytes: u64, alignment: u64) -> Result<Self, AddressError> {
+        Ok(Self::of(Space::new(len_bytes, alignment, 0)?))
+    }
+
+    /// The same with `slot_bytes`, a multiple of `alignment`, as the length that most ranges have: those are the
+    /// fastest, and lie at multiples of `slot_bytes` as long as there are such free. Other lengths cost no more room
+    /// than they need. Lengths above `slot_bytes` take time that grows with the number of free stretches: favour the
+    /// longest of the lengths that are frequent.
+    ///
+    /// # Errors
+    /// [`AddressError::ZeroAlignment`], [`AddressError::UnalignedSlots`].
+    pub fn with_slots(len_bytes: u64, alignment: u64, slot_bytes: u64) -> Result<Self, AddressError> {
+        if slot_bytes == 0 && alignment != 0 {
+            return Err(AddressError::UnalignedSlots { slot_bytes, alignment });
+        }
+        Ok(Self::of(Space::new(len_bytes, alignment, slot_bytes)?))
+    }
+
+    fn of(space: Space) -> Self {
+        Self { shared: Arc::new(Mutex::new(Shared { space, closed: false })) }
+    }
+
+    /// Takes a range.
+    ///
+    /// # Errors
+    /// [`AddressError::ZeroSize`], [`AddressError::OutOfMemory`], [`AddressError::Closed`].
+    #[inline]
+    pub fn allocate(&self, len_bytes: u64) -> Result<AddressRange, AddressError> {
+        lock(&self.shared).open()?.allocate(len_bytes)
+    }
+
+    /// Takes a range that is given back when dropped.
+    ///
+    /// # Errors
+    /// As [`allocate`](Self::allocate).
+    pub fn allocate_owned(&self, len_bytes: u64) -> Result<OwnedRange, AddressError> {
+        Ok(OwnedRange { range: self.allocate(len_bytes)?, shared: Arc::clone(&self.shared) })
+    }
+
+    /// Takes `count` ranges of `len_bytes` each, or none. A count of 0 is an empty answer, also when full.
+    ///
+    /// # Errors
+    /// As [`allocate`](Self::allocate).
+    pub fn allocate_batch(&self, len_bytes: u64, count: usize) -> Result<Vec<AddressRange>, AddressError> {
+        let mut ranges = Vec::new();
+        self.allocate_batch_into(len_bytes, count, &mut ranges)?;
+        Ok(ranges)
+    }
+
+    /// As [`allocate_batch`](Self::allocate_batch), appended to `out`, which is as it was after an error.
+    ///
+    /// # Errors
+    /// As [`allocate`](Self::allocate).
+    pub fn allocate_batch_into(
+        &self,
+        len_bytes: u64,
+        count: usize,
+        out: &mut Vec<AddressRange>,
+    ) -> Result<(), AddressError> {
+        lock(&self.shared).open()?.allocate_batch(len_bytes, count, out)
+    }
+
+    /// Takes one range for each length, in that order, or none at all.
+    ///
+    /// # Errors
+    /// As [`allocate`](Self::allocate).
+    pub fn allocate_each(&self, lens_bytes: &[u64]) -> Result<Vec<AddressRange>, AddressError> {
+        let mut ranges = Vec::with_capacity(lens_bytes.len());
+        self.allocate_each_into(lens_bytes, &mut ranges)?;
+        Ok(ranges)
+    }
+
+    /// As [`allocate_each`](Self::allocate_each), appended to `out`, which is as it was after an error.
+    ///
+    /// # Errors
+    /// As [`allocate`](Self::allocate).
+    pub fn allocate_each_into(&self, lens_bytes: &[u64], out: &mut Vec<AddressRange>) -> Result<(), AddressError> {
+        lock(&self.shared).open()?.allocate_each(lens_bytes, out)
+    }
+
+    /// Takes `count` whole slots, the lowest there are, at multiples of `slot_bytes`, that end at or before
+    /// `end_bytes`, or none at all: for peers that address by page index and know the space up to there.
+    ///
+    /// # Errors
+    /// [`AddressError::OutOfMemory`], [`AddressError::Closed`].
+    pub fn allocate_slots_below(&self, count: usize, end_bytes: u64) -> Result<Vec<AddressRange>, AddressError> {
+        let mut ranges = Vec::new();
+        lock(&self.shared).open()?.allocate_slots_below(count, end_bytes, &mut ranges)?;
+        Ok(ranges)
+    }
+
+    /// Gives a range back: exactly one that was handed out. Works after [`close`](Self::close), too.
+    ///
+    /// # Errors
+    /// [`AddressError::NotAllocated`].
+    #[inline]
+    pub fn free(&self, range: AddressRange) -> Result<(), AddressError> {
+        lock(&self.shared).space.free(range)
+    }
+
+    /// Gives ranges back, in any order, or none at all.
+    ///
+    /// # Errors
+    /// [`AddressError::NotAllocated`] naming the first range that was not handed out, or that is listed twice.
+    pub fn free_batch(&self, ranges: &[AddressRange]) -> Result<(), AddressError> {
+        lock(&self.shared).space.free_batch(ranges)
+    }
+
+    /// Adds `grow_bytes` at the end; a free tail becomes longer.
+    ///
+    /// # Errors
+    /// [`AddressError::TooLong`], [`AddressError::Closed`].
+    pub fn grow(&self, grow_bytes: u64) -> Result<(), AddressError> {
+        lock(&self.shared).open()?.grow(grow_bytes)
+    }
+
+    /// Hands nothing out any more. What is out can still be given back.
+    pub fn close(&self) {
+        lock(&self.shared).closed = true;
+    }
+
+    /// What every start is a multiple of, in bytes.
+    pub fn alignment(&self) -> u64 {
+        lock(&self.shared).space.alignment()
+    }
+
+    /// Bytes in the address space.
+    pub fn len_bytes(&self) -> u64 {
+        lock(&self.shared).space.len_bytes()
+    }
+
+    /// Bytes taken, rounding up to the alignment included.
+    pub fn used_bytes(&self) -> u64 {
+        lock(&self.shared).space.used_bytes()
+    }
+
+    /// Bytes free; how they are scattered is in [`usage`](Self::usage), which has to look at every free range.
+    pub fn free_bytes(&self) -> u64 {
+        lock(&self.shared).space.free_bytes()
+    }
+
+    /// The counters, all of one moment. Looks at every free range, under the lock: for status, not for decisions
+    /// about each request.
+    pub fn usage(&self) -> Usage {
+        self.snapshot(&[]).usage
+    }
+
+    /// The counters, and how many more ranges of each of these lengths would fit, all of one moment; costs as much as
+    /// [`usage`](Self::usage). A length of 0 fits 0 times.
+    pub fn snapshot(&self, lens_bytes: &[u64]) -> Snapshot {
+        lock(&self.shared).space.snapshot(lens_bytes)
+    }
+
+    /// Checks that free and taken ranges tile the space, and that every index into them is right. For tests, and for
+    /// an operator who doubts.
+    ///
+    /// # Errors
+    /// What does not agree.
+    pub fn check(&self) -> Result<(), String> {
+        lock(&self.shared).space.check()
+    }
+}
+
+impl Shared {
+    #[inline]
+    fn open(&mut self) -> Result<&mut Space, AddressError> {
+        if self.closed { Err(AddressError::Closed) } else { Ok(&mut self.space) }
+    }
+}
+
+impl OwnedRange {
+    /// The range.
+    pub fn range(&self) -> AddressRange {
+        self.range
+    }
+}
+
+impl Drop for OwnedRange {
+    fn drop(&mut self) {
+        // Refused only when somebody freed the range behind its owner's back; then there is nothing left to free.
+        let _ = lock(&self.shared).space.free(self.range);
+    }
+}
+
+/// No call leaves a space half changed, so a panic elsewhere under the lock does not spoil it.
+#[inline]
+fn lock(shared: &Mutex<Shared>) -> MutexGuard<'_, Shared> {
+    shared.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
