@@ -40,4 +40,63 @@ pub enum BufferError {
         /// What the driver, or the lack of one, said.
         reason: String,
     },
+    /// The shape of a block is none.
+    #[error("a block of {reason} was asked for; ask for at least 1 byte and at most the buffer")]
+    Layout {
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The options of a memory manager contradict each other.
+    #[error("a pd_buffer of {initial_bytes} bytes at first, in steps of {step_bytes} up to {ceiling_bytes}: {reason}")]
+    Options {
+        /// How long it is to be at first.
+        initial_bytes: u64,
+        /// How much is to be added at a time.
+        step_bytes: u64,
+        /// How long it may become.
+        ceiling_bytes: u64,
+        /// What is wrong with that.
+        reason: &'static str,
+    },
+    /// There is no room, and the buffer is, or would be, at its ceiling.
+    #[error(
+        "no room for {count} blocks of {len_bytes} bytes: {free_bytes} of {buffer_len_bytes} bytes are free, the longest free range has {largest_free_bytes}, and the buffer may have {ceiling_bytes}"
+    )]
+    OutOfMemory {
+        /// Blocks asked for.
+        count: usize,
+        /// Length of each.
+        len_bytes: u64,
+        /// Free bytes.
+        free_bytes: u64,
+        /// Longest free range.
+        largest_free_bytes: u64,
+        /// How long the buffer is.
+        buffer_len_bytes: u64,
+        /// How long it may become.
+        ceiling_bytes: u64,
+    },
+    /// The buffer could have grown, and the step failed. Nothing has changed; a later attempt may succeed.
+    #[error(
+        "the pd_buffer of {buffer_len_bytes} bytes cannot grow by {step_bytes} ({free_bytes} bytes of it are free): {reason}"
+    )]
+    Step {
+        /// Length of the step.
+        step_bytes: u64,
+        /// How long the buffer is.
+        buffer_len_bytes: u64,
+        /// Free bytes in it.
+        free_bytes: u64,
+        /// What the machine, or whoever registers, said.
+        reason: String,
+    },
+    /// The buffer is as long as it may become.
+    #[error("the pd_buffer has its {ceiling_bytes} bytes; raise pd_buffer_size for more")]
+    AtCeiling {
+        /// That length.
+        ceiling_bytes: u64,
+    },
+    /// The memory manager has been closed.
+    #[error("the pd_buffer is closed: the daemon is stopping")]
+    Closed,
 }

@@ -1,15 +1,18 @@
 //! Host memory that other processes of the same user can map.
 
+use std::ops::Range;
 use std::os::fd::{AsRawFd, OwnedFd};
 
-use rustix::fs::{MemfdFlags, Mode, SealFlags};
+use rustix::fs::{FallocateFlags, MemfdFlags, Mode, SealFlags};
 use rustix::io::Errno;
+
+use crate::ids::Checksum;
 
 use super::available::available_memory_bytes;
 use super::region::{Content, Region};
 use super::{BufferError, HostHandle, HostMapping};
 
-/// A sealed memfd, mapped and populated.
+/// A sealed memfd, mapped in one piece. Its pages are there from the start, or come in ranges.
 ///
 /// It can neither shrink nor grow, so a mapping of it, here or in another process, is never cut short: whoever maps
 /// it can go on reading and writing even when its owner is gone.
@@ -27,16 +30,23 @@ impl HostMemory {
     /// # Errors
     /// [`BufferError::Allocate`] when the machine, or this process's control group, has less memory free.
     pub fn allocate(len_bytes: u64) -> Result<Self, BufferError> {
+        let memory = Self::reserve(len_bytes)?;
+        memory.populate(0..len_bytes)?;
+        Ok(memory)
+    }
+
+    /// Maps `len_bytes` without a page behind them. Pages come with [`populate`](Self::populate); whoever touches a byte
+    /// before takes a page fault, and what the machine's memory is short of is found out by the kernel then.
+    ///
+    /// # Errors
+    /// [`BufferError::Allocate`] when the length is 0 or passes the process's address space.
+    pub fn reserve(len_bytes: u64) -> Result<Self, BufferError> {
         let refuse = |reason: String| BufferError::Allocate { len_bytes, reason };
         if len_bytes == 0 {
             return Err(refuse("the length is 0".to_owned()));
         }
-        let available = available_memory_bytes();
-        if available.is_some_and(|available| len_bytes > available) {
-            return Err(refuse(describe_free(available)));
-        }
         let failed = |operation: &str, error: &dyn std::fmt::Display| {
-            refuse(format!("{operation}: {error}; {}", describe_free(available)))
+            refuse(format!("{operation}: {error}; {}", describe_free(available_memory_bytes())))
         };
         let fd = create().map_err(|error| failed("memfd_create", &error))?;
         // Other users cannot reach it through /proc anyway; this keeps a descriptor that is passed on from doing more.
@@ -44,9 +54,55 @@ impl HostMemory {
         rustix::fs::ftruncate(&fd, len_bytes).map_err(|error| failed("ftruncate", &error))?;
         rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)
             .map_err(|error| failed("sealing", &error))?;
-        let region = Region::map(&fd, len_bytes, Content::Fresh).map_err(|error| failed("mapping", &error))?;
+        let region = Region::map(&fd, len_bytes).map_err(|error| failed("mapping", &error))?;
         let inode = rustix::fs::fstat(&fd).map_err(|error| failed("fstat", &error))?.st_ino;
         Ok(Self { region, fd, inode })
+    }
+
+    /// Makes every page of `range` present. The range has not been populated before.
+    ///
+    /// # Errors
+    /// [`BufferError::Allocate`] when the machine, or this process's control group, has less memory free: asked first,
+    /// because a kernel that runs out half-way ends a process. [`BufferError::OutOfRange`]. The range has no pages then.
+    pub fn populate(&self, range: Range<u64>) -> Result<(), BufferError> {
+        let len_bytes = self.check(&range)?;
+        let refuse = |reason: String| BufferError::Allocate { len_bytes, reason };
+        let available = available_memory_bytes();
+        if available.is_some_and(|available| len_bytes > available) {
+            return Err(refuse(describe_free(available)));
+        }
+        self.region.populate(range.clone(), Content::Fresh).map_err(|error| {
+            self.release(range);
+            refuse(format!("populating it: {error}; {}", describe_free(available)))
+        })
+    }
+
+    /// Gives the pages of `range` back to the system; its bytes are zero afterwards, and nobody may be using them. A page
+    /// that begins before the range stays. Nothing happens to a range outside the memory.
+    pub fn release(&self, range: Range<u64>) {
+        let Ok(len_bytes) = self.check(&range) else { return };
+        if len_bytes == 0 {
+            return;
+        }
+        let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        if let Err(error) = rustix::fs::fallocate(&self.fd, mode, range.start, len_bytes) {
+            tracing::warn!(?range, %error, "pages of the pd_buffer cannot be given back");
+        }
+    }
+
+    fn check(&self, range: &Range<u64>) -> Result<u64, BufferError> {
+        let buffer_len_bytes = self.region.len_bytes();
+        let len_bytes = range.end.saturating_sub(range.start);
+        if range.start > range.end || range.end > buffer_len_bytes {
+            return Err(BufferError::OutOfRange { offset: range.start, len_bytes, buffer_len_bytes });
+        }
+        Ok(len_bytes)
+    }
+
+    /// Bytes of it that have pages behind them.
+    pub fn present_bytes(&self) -> u64 {
+        // What the system counts, in blocks of 512 bytes.
+        rustix::fs::fstat(&self.fd).map_or(0, |stat| u64::try_from(stat.st_blocks).unwrap_or(0).saturating_mul(512))
     }
 
     /// Its length.
@@ -83,6 +139,14 @@ impl HostMemory {
     /// [`BufferError::OutOfRange`]; nothing is written then.
     pub fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), BufferError> {
         self.region.write(offset, bytes)
+    }
+
+    /// Sums bytes.
+    ///
+    /// # Errors
+    /// [`BufferError::OutOfRange`].
+    pub fn checksum(&self, offset: u64, len_bytes: u64) -> Result<Checksum, BufferError> {
+        self.region.checksum(offset, len_bytes)
     }
 
     /// Copies bytes into another process's memory.
@@ -154,6 +218,32 @@ mod tests {
         assert!(error.contains(&(1_u64 << 60).to_string()), "{error}");
         assert!(error.contains("bytes are free"), "{error}");
         assert!(HostMemory::allocate(0).unwrap_err().to_string().contains("length is 0"));
+    }
+
+    #[test]
+    fn pages_come_and_go_in_ranges_and_the_rest_of_the_bytes_stay() {
+        // Broken in production: a lazy buffer takes its whole ceiling at once, or a step that failed keeps its memory.
+        let page = rustix::param::page_size() as u64;
+        let memory = HostMemory::reserve(64 * page).unwrap();
+        assert_eq!(memory.present_bytes(), 0);
+        // Chunks are no whole pages: the second range begins on the first one's last page.
+        memory.populate(0..3 * page + 100).unwrap();
+        let first = memory.present_bytes();
+        assert_eq!(first, 4 * page);
+        memory.write(0, &vec![7; 3 * page as usize + 100]).unwrap();
+        let second = 3 * page + 100..9 * page + 1;
+        memory.populate(second.clone()).unwrap();
+        assert_eq!(memory.present_bytes(), 10 * page);
+        memory.release(second.start..10 * page);
+        assert_eq!(memory.present_bytes(), first);
+        let mut seen = vec![0; 3 * page as usize + 101];
+        memory.read(0, &mut seen).unwrap();
+        assert!(seen[..3 * page as usize + 100].iter().all(|&byte| byte == 7));
+        assert_eq!(seen.last(), Some(&0));
+        for bad in [0..64 * page + 1, u64::MAX - 1..u64::MAX, Range { start: 2, end: 1 }] {
+            assert!(matches!(memory.populate(bad.clone()), Err(BufferError::OutOfRange { .. })));
+            memory.release(bad);
+        }
     }
 
     #[test]

@@ -1,8 +1,9 @@
 //! Another process's host memory, mapped here.
 
+use std::ops::Range;
 use std::os::fd::{AsRawFd, OwnedFd};
 
-use rustix::fs::{FileType, Mode, OFlags, SealFlags};
+use rustix::fs::{FileType, Mode, OFlags, SealFlags, SeekFrom};
 
 use super::region::{Content, Region};
 use super::{BufferError, HostHandle};
@@ -16,7 +17,8 @@ pub struct HostMapping {
 }
 
 impl HostMapping {
-    /// Maps it for reading and writing, with every page present.
+    /// Maps it for reading and writing. The pages that its owner has populated, from the start on, are mapped at once;
+    /// the owner of a lazy buffer populates more later, and says so.
     ///
     /// # Errors
     /// [`BufferError::Map`] when the process or its descriptor is gone, belongs to another user, or is not the sealed
@@ -25,9 +27,29 @@ impl HostMapping {
         let refuse =
             |reason: String| BufferError::Map { pid: handle.pid, fd: handle.fd, len_bytes: handle.len_bytes, reason };
         let fd = open_file(handle).map_err(refuse)?;
-        let region = Region::map(&fd, handle.len_bytes, Content::Shared)
-            .map_err(|error| refuse(format!("mapping it: {error}")))?;
+        let region = Region::map(&fd, handle.len_bytes).map_err(|error| refuse(format!("mapping it: {error}")))?;
+        // Not beyond: populating takes memory for what is not there yet. A system that cannot tell is left to fault.
+        let present_end = rustix::fs::seek(&fd, SeekFrom::Hole(0)).unwrap_or(0);
+        region
+            .populate(0..present_end.min(handle.len_bytes), Content::Shared)
+            .map_err(|error| refuse(format!("populating it: {error}")))?;
         Ok(Self { region, handle: *handle })
+    }
+
+    /// Maps the pages of a range that its owner has populated since.
+    ///
+    /// # Errors
+    /// [`BufferError::OutOfRange`], or [`BufferError::Map`] when the system refuses.
+    pub fn populate(&self, range: Range<u64>) -> Result<(), BufferError> {
+        let buffer_len_bytes = self.len_bytes();
+        let len_bytes = range.end.saturating_sub(range.start);
+        if range.start > range.end || range.end > buffer_len_bytes {
+            return Err(BufferError::OutOfRange { offset: range.start, len_bytes, buffer_len_bytes });
+        }
+        self.region.populate(range, Content::Shared).map_err(|error| {
+            let HostHandle { pid, fd, .. } = self.handle;
+            BufferError::Map { pid, fd, len_bytes, reason: format!("populating it: {error}") }
+        })
     }
 
     /// What it was opened with.
@@ -118,6 +140,24 @@ mod tests {
         mapping.read(7, &mut seen).unwrap();
         assert_eq!(&seen, b"from outside");
         assert!(mapping.write(LEN_BYTES - 1, b"xx").is_err());
+    }
+
+    #[test]
+    fn mapping_a_lazy_buffer_takes_no_memory_for_what_is_not_there() {
+        // Broken in production: the first connector or peer that maps a lazy buffer makes it as large as its ceiling.
+        let page = rustix::param::page_size() as u64;
+        let memory = HostMemory::reserve(64 * page).unwrap();
+        memory.populate(0..3 * page).unwrap();
+        let mapping = HostMapping::open(&memory.handle()).unwrap();
+        assert_eq!(memory.present_bytes(), 3 * page);
+        memory.populate(3 * page..5 * page).unwrap();
+        mapping.populate(3 * page..5 * page).unwrap();
+        assert_eq!(memory.present_bytes(), 5 * page);
+        mapping.write(4 * page, b"late").unwrap();
+        let mut seen = [0; 4];
+        memory.read(4 * page, &mut seen).unwrap();
+        assert_eq!(&seen, b"late");
+        assert!(matches!(mapping.populate(63 * page..65 * page), Err(BufferError::OutOfRange { .. })));
     }
 
     #[test]

@@ -1,14 +1,19 @@
 //! A shared mapping of a sealed memfd: the one place that touches the bytes of a pd_buffer.
 #![allow(unsafe_code)]
 
+use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd};
 
 use memmap2::{Advice, MmapOptions, MmapRaw};
 
 use super::BufferError;
+use crate::ids::{Checksum, Summing};
 
 /// Below this length huge pages would waste more than they save.
 const HUGE_PAGE_LEN_BYTES: u64 = 2 * 1024 * 1024;
+
+/// Bytes that are copied out before they are summed.
+const PIECE_LEN_BYTES: usize = 64 * 1024;
 
 /// A mapping that other processes (and transfer engines) read and write as well.
 ///
@@ -31,10 +36,11 @@ pub(super) enum Content {
 }
 
 impl Region {
-    /// Maps `len_bytes` of `file` for reading and writing, and populates it, so that no transfer takes page faults.
+    /// Maps `len_bytes` of `file` for reading and writing. Pages come with [`populate`](Self::populate), or when they
+    /// are first touched.
     ///
     /// The caller has made sure that `file` is `len_bytes` long and sealed against shrinking.
-    pub(super) fn map(file: impl AsFd, len_bytes: u64, content: Content) -> std::io::Result<Self> {
+    pub(super) fn map(file: impl AsFd, len_bytes: u64) -> std::io::Result<Self> {
         let len = usize::try_from(len_bytes).map_err(std::io::Error::other)?;
         let map = MmapOptions::new().len(len).map_raw(file.as_fd().as_raw_fd())?;
         let region = Self { map, len_bytes };
@@ -42,19 +48,33 @@ impl Region {
             // Only a hint: systems without huge pages for shared memory refuse or ignore it.
             let _ = region.map.advise(Advice::HugePage);
         }
-        match region.map.advise(Advice::PopulateWrite) {
-            Ok(()) => {}
-            // Linux before 5.14 does not know it.
-            Err(error) if error.raw_os_error() == Some(rustix::io::Errno::INVAL.raw_os_error()) => {
-                region.touch(content);
-            }
-            Err(error) => return Err(error),
-        }
         Ok(region)
     }
 
-    fn touch(&self, content: Content) {
-        for offset in (0..self.map.len()).step_by(rustix::param::page_size()) {
+    /// Makes every page of `range` present, so that no transfer takes page faults. The range is inside the mapping; an
+    /// empty one needs nothing. After an error some of the pages may be present.
+    pub(super) fn populate(&self, range: Range<u64>, content: Content) -> std::io::Result<()> {
+        if range.is_empty() {
+            return Ok(());
+        }
+        let start = usize::try_from(range.start).map_err(std::io::Error::other)?;
+        let end = usize::try_from(range.end.min(self.len_bytes)).map_err(std::io::Error::other)?;
+        match self.map.advise_range(Advice::PopulateWrite, start, end - start) {
+            // Linux before 5.14 does not know it.
+            Err(error) if error.raw_os_error() == Some(rustix::io::Errno::INVAL.raw_os_error()) => {
+                self.touch(start, end, content);
+                Ok(())
+            }
+            result => result,
+        }
+    }
+
+    fn touch(&self, start: usize, end: usize, content: Content) {
+        let page_len = rustix::param::page_size();
+        // From the start of its page, or the last bytes of the range could be on a page that no step lands on.
+        for offset in (start - start % page_len..end).step_by(page_len) {
+            // The first page may begin with bytes of an earlier range, which are in use.
+            let offset = offset.max(start);
             let byte = self.map.as_mut_ptr().wrapping_add(offset);
             match content {
                 // SAFETY: `offset` is below the mapping's length, and the mapping lives as long as `self`.
@@ -101,6 +121,22 @@ impl Region {
         // exists.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), target, bytes.len()) };
         Ok(())
+    }
+
+    /// Sums bytes, in pieces that stay in a core's cache.
+    pub(super) fn checksum(&self, offset: u64, len_bytes: u64) -> Result<Checksum, BufferError> {
+        self.check(offset, len_bytes)?;
+        let mut piece = vec![0; PIECE_LEN_BYTES.min(len_bytes as usize)];
+        let mut sum = Summing::default();
+        let mut at = offset;
+        let end = offset + len_bytes;
+        while at < end {
+            let len = (end - at).min(PIECE_LEN_BYTES as u64) as usize;
+            self.read(at, &mut piece[..len])?;
+            sum.add(&piece[..len]);
+            at += len as u64;
+        }
+        Ok(sum.finish())
     }
 
     /// Copies between two mappings, or inside one.
