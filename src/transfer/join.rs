@@ -1,6 +1,9 @@
-//! Checking and joining copies before an engine sees them.
+//! Checking and joining copies, and checking pieces of memory, before an engine sees them.
+
+use std::ops::Range;
 
 use super::{ByteCopy, TransferError};
+use crate::buffer::Memory;
 
 /// Refuses copies that leave either buffer.
 ///
@@ -19,6 +22,29 @@ fn check_range(side: &'static str, offset: u64, len_bytes: u64, buffer_len_bytes
         Some(end) if end <= buffer_len_bytes => Ok(()),
         _ => Err(TransferError::OutOfRange { side, offset, len_bytes, buffer_len_bytes }),
     }
+}
+
+/// Refuses a piece of `memory` that does not begin where the registered part ends, or that leaves the memory.
+pub(super) fn check_next_piece(
+    engine: &'static str,
+    memory: &Memory,
+    registered_bytes: u64,
+    piece: &Range<u64>,
+) -> Result<(), TransferError> {
+    if piece.start == registered_bytes && piece.start < piece.end && piece.end <= memory.len_bytes() {
+        return Ok(());
+    }
+    Err(TransferError::Memory {
+        engine,
+        kind: memory.kind(),
+        len_bytes: piece.end.saturating_sub(piece.start),
+        reason: format!(
+            "bytes {}..{} are not the next piece: {registered_bytes} of {} bytes are registered already",
+            piece.start,
+            piece.end,
+            memory.len_bytes()
+        ),
+    })
 }
 
 /// The same bytes in as few copies as possible: sorted by destination, those joined that touch on both sides, empty

@@ -10,6 +10,7 @@
 //!           load_peer()  <-------- metadata ------------------- export()   register(memory)
 //!                               ------- descriptors -----------> connect()   (warms the connection)
 //!                                                                post() .. poll()
+//!           extend()            -- metadata and descriptors --> update_peer()   (when the buffer grows)
 //! ```
 //!
 //! Metadata and descriptors go in two steps: NIXL can leave the first transfer in progress for good when a
@@ -17,15 +18,19 @@
 
 mod backoff;
 mod blob;
+mod cut;
 mod join;
 pub mod local;
 pub mod nixl;
 mod start;
 
 pub use backoff::{Backoff, Wait};
+pub use cut::cut;
+use join::check_next_piece;
 pub use join::{check_ranges, join};
 pub use start::{EngineOptions, StartedEngine, start_engine};
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use crate::buffer::Memory;
@@ -54,6 +59,42 @@ pub struct Completion {
     pub result: Result<(), TransferError>,
 }
 
+/// A connection that has been warmed, or cannot be.
+#[derive(Debug)]
+pub struct Connected {
+    /// Which.
+    pub connection: ConnectionId,
+    /// Whether transfers can be posted to it.
+    pub result: Result<(), TransferError>,
+}
+
+/// What has ended since the last look.
+#[derive(Debug, Default)]
+pub struct Ended {
+    /// Connections that were being warmed.
+    pub connections: Vec<Connected>,
+    /// Transfers, those of one peer in the order in which they ended.
+    pub transfers: Vec<Completion>,
+}
+
+impl Ended {
+    /// How many of either.
+    pub fn len(&self) -> usize {
+        self.connections.len() + self.transfers.len()
+    }
+
+    /// Whether there is nothing.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Takes everything out of `other`.
+    pub fn append(&mut self, other: &mut Self) {
+        self.connections.append(&mut other.connections);
+        self.transfers.append(&mut other.transfers);
+    }
+}
+
 /// Moves bytes out of one registered pd_buffer into those of peers.
 ///
 /// After an error other than [`TransferError::Unavailable`] the engine goes on serving its other connections.
@@ -61,12 +102,21 @@ pub trait TransferEngine: Send {
     /// The name in configuration and on the wire: engines of the same name can talk to each other.
     fn name(&self) -> &'static str;
 
-    /// Makes `memory` readable by `post` and writable by peers. The engine keeps the memory alive for as long as
-    /// it is registered. `unit_bytes` is the length that most copies have (a chunk), for prepared descriptors.
+    /// Makes the first `len_bytes` of `memory` readable by `post` and writable by peers. The engine keeps the memory
+    /// alive for as long as it is registered. `unit_bytes` is the length that most copies have (a chunk), for prepared
+    /// descriptors.
     ///
     /// # Errors
     /// When the engine cannot register that kind or amount of memory.
-    fn register(&mut self, memory: Arc<Memory>, unit_bytes: u64) -> Result<(), TransferError>;
+    fn register(&mut self, memory: Arc<Memory>, unit_bytes: u64, len_bytes: u64) -> Result<(), TransferError>;
+
+    /// Registers one more piece of that memory, which begins where the registered part ends. What to tell peers from now
+    /// on: those that are connected need not be told before somebody is to write there.
+    ///
+    /// # Errors
+    /// When nothing is registered, the range is not the next one, or the engine cannot register it. Everything is as it
+    /// was then.
+    fn extend(&mut self, range: Range<u64>) -> Result<Export, TransferError>;
 
     /// What peers need to write into the registered memory.
     ///
@@ -80,18 +130,32 @@ pub trait TransferEngine: Send {
     /// [`TransferError::BadExport`] when the bytes are not what this engine writes.
     fn load_peer(&mut self, agent_name: &str, metadata: &[u8]) -> Result<ConnectionId, TransferError>;
 
-    /// Step two: learns where the peer's memory is, and warms the connection, so that the first transfer costs
-    /// what the others cost. May block for as long as that takes.
+    /// Step two: learns where the peer's memory is, and begins to warm the connection, so that the first transfer costs
+    /// what the others cost. It comes back from [`poll`](Self::poll) exactly once unless this returns an error; a peer
+    /// that does not answer holds nobody up, and is reported after some seconds. Until then nothing can be posted to it.
     ///
     /// # Errors
     /// [`TransferError::BadExport`], or [`TransferError::Peer`] when the peer cannot be reached.
     fn connect(&mut self, connection: ConnectionId, descriptors: &[u8]) -> Result<(), TransferError>;
 
-    /// Starts the copies; `transfer` comes back from [`poll`](Self::poll) exactly once unless this returns an
-    /// error. May block for as long as the copies take. Neighbours are joined, whatever their order.
+    /// Learns, on a live connection, that the peer's buffer has grown. Transfers in flight go on.
     ///
     /// # Errors
-    /// When a range is outside either buffer, the connection is unknown, or the engine refuses. Nothing has been
+    /// [`TransferError::BadExport`] when the bytes are not a longer version of what the peer said before: the connection
+    /// is as it was then, unless the text says that it was given up. [`TransferError::NotConnected`].
+    fn update_peer(
+        &mut self,
+        connection: ConnectionId,
+        metadata: &[u8],
+        descriptors: &[u8],
+    ) -> Result<(), TransferError>;
+
+    /// Starts the copies; `transfer` comes back from [`poll`](Self::poll) exactly once unless this returns an
+    /// error. May block for as long as the copies take. Copies have any offset and length; neighbours are joined,
+    /// whatever their order.
+    ///
+    /// # Errors
+    /// When a range is outside what is registered here, or outside what the peer told of, the connection is unknown, or the engine refuses. Nothing has been
     /// or will be written then.
     fn post(
         &mut self,
@@ -101,18 +165,19 @@ pub trait TransferEngine: Send {
     ) -> Result<(), TransferError>;
 
     /// Makes progress and appends what has ended. Never waits.
-    fn poll(&mut self, completions: &mut Vec<Completion>);
+    fn poll(&mut self, ended: &mut Ended);
 
     /// Whether the next `poll` will move bytes itself, so that waiting before it would only slow them down.
     fn has_work(&self) -> bool {
         false
     }
 
-    /// How many posted transfers `poll` has not reported yet.
+    /// How many transfers and connections `poll` has yet to find the end of, those among them that were given up and are
+    /// still in the library's hands. While it is not 0, somebody must poll.
     fn in_flight(&self) -> usize;
 
     /// Forgets a peer. Its transfers in flight end with an error from a later `poll`, the next one unless the library
-    /// still writes for them; once they have, this side writes nothing more to it.
+    /// still writes for them; its connecting ends with the next. Once they have, this side writes nothing more to it.
     fn disconnect(&mut self, connection: ConnectionId);
 }
 

@@ -22,11 +22,14 @@ pub fn serve_if_asked() -> bool {
         return false;
     };
     let lengths = std::env::var(LENGTHS_VARIABLE).expect("both variables are set together");
-    let (len_bytes, unit_bytes) = lengths.split_once(' ').expect("two numbers");
-    let memory = HostMemory::allocate(len_bytes.parse().expect("a number")).expect("the test's buffer fits");
+    let lengths: Vec<u64> = lengths.split(' ').map(|length| length.parse().expect("a number")).collect();
+    let [ceiling_bytes, mut len_bytes, unit_bytes] = lengths[..] else { panic!("three numbers") };
+    let memory = HostMemory::reserve(ceiling_bytes).expect("the test's buffer fits");
+    memory.populate(0..len_bytes).expect("the test's buffer fits");
     let handle = memory.handle();
     let mut engine = engine(kind_named(&name), "receiver");
-    engine.register(Arc::new(Memory::Host(memory)), unit_bytes.parse().expect("a number")).expect("it registers");
+    let memory = Arc::new(Memory::Host(memory));
+    engine.register(Arc::clone(&memory), unit_bytes, len_bytes).expect("it registers");
     let export = engine.export().expect("it exports");
     println!(
         "\n{MARK} {} {} {} {} {} {} {}",
@@ -40,6 +43,15 @@ pub fn serve_if_asked() -> bool {
     );
     for line in std::io::stdin().lock().lines() {
         let line = line.expect("the sender writes text");
+        if let Some(end) = line.strip_prefix("grow ") {
+            let step = len_bytes..end.parse().expect("a number");
+            let Memory::Host(host) = &*memory;
+            host.populate(step.clone()).expect("the step fits");
+            len_bytes = step.end;
+            let Export { metadata, descriptors, .. } = engine.extend(step).expect("it extends");
+            println!("\n{MARK} {} {}", hex::encode(&metadata), hex::encode(&descriptors));
+            continue;
+        }
         let (agent_name, metadata) = line.split_once(' ').expect("a name and metadata");
         match engine.load_peer(agent_name, &hex::decode(metadata)) {
             Ok(_) => println!("\n{MARK} ok"),
@@ -65,11 +77,22 @@ pub struct Receiver {
 impl Receiver {
     /// Starts this executable again with `arguments`, which must lead to [`serve_if_asked`].
     pub fn start(arguments: &[&str], kind: EngineKind, len_bytes: u64, unit_bytes: u64) -> Self {
+        Self::start_lazy(arguments, kind, len_bytes, len_bytes, unit_bytes)
+    }
+
+    /// The same with a buffer that may grow.
+    pub fn start_lazy(
+        arguments: &[&str],
+        kind: EngineKind,
+        ceiling_bytes: u64,
+        len_bytes: u64,
+        unit_bytes: u64,
+    ) -> Self {
         let mut child = Command::new(std::env::current_exe().expect("this executable has a path"))
             .args(arguments)
             .envs(ENVIRONMENT)
             .env(ENGINE_VARIABLE, kind.as_str())
-            .env(LENGTHS_VARIABLE, format!("{len_bytes} {unit_bytes}"))
+            .env(LENGTHS_VARIABLE, format!("{ceiling_bytes} {len_bytes} {unit_bytes}"))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -107,9 +130,43 @@ impl Receiver {
         assert_eq!(answer, "ok");
     }
 
+    /// Its buffer grows up to `end`; `export` is what it says from then on.
+    pub fn grow(&mut self, end: u64) {
+        let stdin = self.stdin.as_mut().expect("stdin is piped");
+        writeln!(stdin, "grow {end}").expect("the receiver listens");
+        let answer = self.lines.recv_timeout(ANSWER_MAX).expect("the receiver answers");
+        let (metadata, descriptors) = answer.split_once(' ').expect("two words");
+        self.export.metadata = hex::decode(metadata);
+        self.export.descriptors = hex::decode(descriptors);
+    }
+
     /// Its process.
     pub fn pid(&self) -> u32 {
         self.child.id()
+    }
+
+    /// SIGSTOP: it is there, and does nothing. Waits until its last thread has stopped.
+    pub fn stop(&self) {
+        self.signal(rustix::process::Signal::STOP);
+        let is_stopped = |task: std::fs::DirEntry| {
+            let stat = std::fs::read_to_string(task.path().join("stat")).unwrap_or_default();
+            // The state is the word behind the name, which is in parentheses.
+            stat.rsplit(") ").next().is_some_and(|rest| rest.starts_with('T'))
+        };
+        let tasks = || std::fs::read_dir(format!("/proc/{}/task", self.pid())).expect("it lives");
+        while !tasks().all(|task| task.is_ok_and(is_stopped)) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// SIGCONT.
+    pub fn go_on(&self) {
+        self.signal(rustix::process::Signal::CONT);
+    }
+
+    fn signal(&self, signal: rustix::process::Signal) {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, signal).expect("it is ours to signal");
     }
 
     /// SIGKILL, and waits until it is gone.

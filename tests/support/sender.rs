@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use pd_backend::buffer::{HostMemory, Memory};
 use pd_backend::ids::{ConnectionId, TransferId};
-use pd_backend::transfer::{Backoff, ByteCopy, Completion, EngineKind, TransferEngine, TransferError, Wait};
+use pd_backend::transfer::{Backoff, ByteCopy, Completion, Ended, EngineKind, TransferEngine, TransferError, Wait};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
@@ -28,12 +28,17 @@ pub struct Sender {
 impl Sender {
     /// With `len_bytes` of memory.
     pub fn start(kind: EngineKind, len_bytes: u64, unit_bytes: u64) -> Self {
+        Self::start_lazy(kind, len_bytes, len_bytes, unit_bytes)
+    }
+
+    /// The same, with only the first `registered_bytes` known to the engine.
+    pub fn start_lazy(kind: EngineKind, len_bytes: u64, registered_bytes: u64, unit_bytes: u64) -> Self {
         let memory = HostMemory::allocate(len_bytes).expect("the test's buffer fits");
         let source = random_bytes(len_bytes, 1);
         memory.write(0, &source).expect("all of it");
         let mut engine = engine(kind, "sender");
         let memory = Arc::new(Memory::Host(memory));
-        engine.register(Arc::clone(&memory), unit_bytes).expect("it registers");
+        engine.register(Arc::clone(&memory), unit_bytes, registered_bytes).expect("it registers");
         Self { engine, memory, source, transfers: 0 }
     }
 
@@ -43,8 +48,23 @@ impl Sender {
         receiver.load_peer(&ours);
         let theirs = &receiver.export;
         let connection = self.engine.load_peer(&theirs.agent_name, &theirs.metadata).expect("it loads");
-        self.engine.connect(connection, &theirs.descriptors).expect("it connects");
+        self.finish_connecting(connection, &theirs.descriptors).expect("it connects");
         connection
+    }
+
+    /// Step two, to its end.
+    pub fn finish_connecting(&mut self, connection: ConnectionId, descriptors: &[u8]) -> Result<(), TransferError> {
+        self.engine.connect(connection, descriptors)?;
+        let mut ended = self.poll_until(|ended| !ended.connections.is_empty());
+        assert!(ended.transfers.is_empty(), "{ended:?}");
+        let connected = ended.connections.remove(0);
+        assert_eq!((connected.connection, ended.connections.len()), (connection, 0));
+        connected.result
+    }
+
+    /// Hears of what the receiver said last.
+    pub fn update(&mut self, connection: ConnectionId, receiver: &Receiver) -> Result<(), TransferError> {
+        self.engine.update_peer(connection, &receiver.export.metadata, &receiver.export.descriptors)
     }
 
     /// A name that was not used before.
@@ -55,20 +75,27 @@ impl Sender {
 
     /// Polls, politely, until `count` transfers have ended.
     pub fn completions(&mut self, count: usize) -> Vec<Completion> {
+        let ended = self.poll_until(|ended| ended.transfers.len() >= count);
+        assert!(ended.connections.is_empty(), "{ended:?}");
+        ended.transfers
+    }
+
+    /// Polls, politely, until what has ended since is enough.
+    pub fn poll_until(&mut self, is_enough: impl Fn(&Ended) -> bool) -> Ended {
         let started = Instant::now();
         let mut backoff = Backoff::new();
-        let mut completions = Vec::new();
-        while completions.len() < count {
-            assert!(started.elapsed() < COMPLETION_MAX, "{} of {count} transfers ended", completions.len());
-            let before = completions.len();
-            self.engine.poll(&mut completions);
-            match backoff.next(completions.len() > before || self.engine.has_work()) {
+        let mut ended = Ended::default();
+        while !is_enough(&ended) {
+            assert!(started.elapsed() < COMPLETION_MAX, "no more than {ended:?} has ended");
+            let before = ended.len();
+            self.engine.poll(&mut ended);
+            match backoff.next(ended.len() > before || self.engine.has_work()) {
                 Wait::Spin => std::hint::spin_loop(),
                 Wait::Yield => std::thread::yield_now(),
                 Wait::Sleep(time) => std::thread::sleep(time),
             }
         }
-        completions
+        ended
     }
 
     /// Posts the copies and waits for their end.

@@ -1,15 +1,18 @@
 //! The engine itself: its peers, and the queue of copies.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::LOCAL_ENGINE_NAME;
 use super::cursor::Cursor;
 use super::identity::Identity;
-use super::peer::{Peer, PeerError, encode_descriptors};
+use super::peer::{BufferDescriptor, Peer, PeerError};
 use crate::buffer::Memory;
 use crate::ids::{ConnectionId, TransferId};
-use crate::transfer::{ByteCopy, Completion, Export, TransferEngine, TransferError, check_ranges, join};
+use crate::transfer::{
+    ByteCopy, Completion, Connected, Ended, Export, TransferEngine, TransferError, check_next_piece, check_ranges, join,
+};
 
 /// What one `poll` copies at most: a fraction of a millisecond, so that transfers take turns and a disconnect is not
 /// waited for. From 2 to 64 MiB it makes no difference to the speed; 1 MiB costs some percent.
@@ -19,13 +22,20 @@ const POLL_LEN_BYTES_MAX: u64 = 4 * 1024 * 1024;
 #[derive(Debug)]
 pub struct LocalEngine {
     identity: Identity,
-    memory: Option<Arc<Memory>>,
+    registered: Option<Registered>,
     connections: BTreeMap<ConnectionId, Connection>,
     connections_made: u64,
     /// Transfers that have bytes left to copy or to report, in turn.
     queue: VecDeque<Queued>,
     /// Ended, but not by copying.
-    ended: Vec<Completion>,
+    ended: Ended,
+}
+
+/// Our memory, and how much of it peers may write.
+#[derive(Debug)]
+struct Registered {
+    memory: Arc<Memory>,
+    len_bytes: u64,
 }
 
 #[derive(Debug)]
@@ -51,22 +61,24 @@ impl LocalEngine {
     pub fn start(agent_name: impl Into<String>) -> Result<Self, TransferError> {
         Ok(Self {
             identity: Identity::of_this_process(agent_name.into())?,
-            memory: None,
+            registered: None,
             connections: BTreeMap::new(),
             connections_made: 0,
             queue: VecDeque::new(),
-            ended: Vec::new(),
+            ended: Ended::default(),
         })
     }
 
-    fn memory(&self) -> Result<&Arc<Memory>, TransferError> {
-        self.memory.as_ref().ok_or(TransferError::NotRegistered { engine: LOCAL_ENGINE_NAME })
+    fn registered(&self) -> Result<&Registered, TransferError> {
+        self.registered.as_ref().ok_or(TransferError::NotRegistered { engine: LOCAL_ENGINE_NAME })
     }
 
     /// Copies up to `budget` bytes of one transfer.
     fn advance(&self, queued: &mut Queued, budget: &mut u64) -> Result<(), TransferError> {
         let connected = self.connections.get(&queued.connection);
-        let (Some(Connection { agent_name, peer: Some(peer), .. }), Some(memory)) = (connected, &self.memory) else {
+        let (Some(Connection { agent_name, peer: Some(peer), .. }), Some(Registered { memory, .. })) =
+            (connected, &self.registered)
+        else {
             return Err(TransferError::NotConnected { engine: LOCAL_ENGINE_NAME, connection: queued.connection });
         };
         let descriptor_count = queued.cursor.copy_count();
@@ -96,25 +108,29 @@ impl TransferEngine for LocalEngine {
         LOCAL_ENGINE_NAME
     }
 
-    fn register(&mut self, memory: Arc<Memory>, _unit_bytes: u64) -> Result<(), TransferError> {
-        if let Some(before) = &self.memory {
-            return Err(TransferError::Memory {
-                engine: LOCAL_ENGINE_NAME,
-                kind: memory.kind(),
-                len_bytes: memory.len_bytes(),
-                reason: format!("{} bytes are registered already", before.len_bytes()),
-            });
-        }
-        self.memory = Some(memory);
+    fn register(&mut self, memory: Arc<Memory>, _unit_bytes: u64, len_bytes: u64) -> Result<(), TransferError> {
+        let registered_bytes = self.registered.as_ref().map_or(0, |registered| registered.len_bytes);
+        check_next_piece(LOCAL_ENGINE_NAME, &memory, registered_bytes, &(0..len_bytes))?;
+        self.registered = Some(Registered { memory, len_bytes });
         Ok(())
     }
 
+    fn extend(&mut self, range: Range<u64>) -> Result<Export, TransferError> {
+        let Some(Registered { memory, len_bytes }) = &mut self.registered else {
+            return Err(TransferError::NotRegistered { engine: LOCAL_ENGINE_NAME });
+        };
+        check_next_piece(LOCAL_ENGINE_NAME, memory, *len_bytes, &range)?;
+        *len_bytes = range.end;
+        self.export()
+    }
+
     fn export(&mut self) -> Result<Export, TransferError> {
-        let Memory::Host(memory) = &**self.memory()?;
+        let Registered { memory, len_bytes } = self.registered()?;
+        let Memory::Host(host) = &**memory;
         Ok(Export {
             agent_name: self.identity.agent_name.clone(),
             metadata: self.identity.encode(),
-            descriptors: encode_descriptors(&memory.handle()),
+            descriptors: BufferDescriptor { handle: host.handle(), len_bytes: *len_bytes }.encode(),
         })
     }
 
@@ -146,23 +162,33 @@ impl TransferEngine for LocalEngine {
             .connections
             .get_mut(&connection)
             .ok_or(TransferError::NotConnected { engine: LOCAL_ENGINE_NAME, connection })?;
-        let peer = Peer::open(known.pid, descriptors).map_err(|error| match error {
-            PeerError::Descriptors(reason) => TransferError::BadExport {
-                engine: LOCAL_ENGINE_NAME,
-                what: "descriptors",
-                agent: known.agent_name.clone(),
-                reason,
-            },
-            PeerError::Gone(reason) => TransferError::Peer {
-                engine: LOCAL_ENGINE_NAME,
-                operation: "mapping memory",
-                agent: known.agent_name.clone(),
-                descriptor_count: 1,
-                reason,
-            },
-        })?;
-        known.peer = Some(peer);
+        let opened = Peer::open(known.pid, descriptors);
+        known.peer = Some(opened.map_err(|error| peer_error(&known.agent_name, error))?);
+        // Mapping is all there is to it.
+        self.ended.connections.push(Connected { connection, result: Ok(()) });
         Ok(())
+    }
+
+    fn update_peer(
+        &mut self,
+        connection: ConnectionId,
+        metadata: &[u8],
+        descriptors: &[u8],
+    ) -> Result<(), TransferError> {
+        let Some(Connection { agent_name, pid, peer: Some(peer) }) = self.connections.get_mut(&connection) else {
+            return Err(TransferError::NotConnected { engine: LOCAL_ENGINE_NAME, connection });
+        };
+        let refuse = |reason: String| TransferError::BadExport {
+            engine: LOCAL_ENGINE_NAME,
+            what: "metadata",
+            agent: agent_name.clone(),
+            reason,
+        };
+        let identity = Identity::decode(metadata).map_err(refuse)?;
+        if identity.agent_name != *agent_name || identity.pid != *pid {
+            return Err(refuse(format!("it is that of {} in process {}", identity.agent_name, identity.pid)));
+        }
+        peer.update(descriptors).map_err(|error| peer_error(agent_name, error))
     }
 
     fn post(
@@ -171,11 +197,11 @@ impl TransferEngine for LocalEngine {
         connection: ConnectionId,
         copies: &[ByteCopy],
     ) -> Result<(), TransferError> {
-        let local_len_bytes = self.memory()?.len_bytes();
+        let local_len_bytes = self.registered()?.len_bytes;
         let Some(Connection { agent_name, peer: Some(peer), .. }) = self.connections.get(&connection) else {
             return Err(TransferError::NotConnected { engine: LOCAL_ENGINE_NAME, connection });
         };
-        check_ranges(copies, local_len_bytes, peer.mapping().len_bytes())?;
+        check_ranges(copies, local_len_bytes, peer.len_bytes())?;
         peer.check_alive().map_err(|reason| TransferError::Peer {
             engine: LOCAL_ENGINE_NAME,
             operation: "post",
@@ -187,15 +213,15 @@ impl TransferEngine for LocalEngine {
         Ok(())
     }
 
-    fn poll(&mut self, completions: &mut Vec<Completion>) {
-        completions.append(&mut self.ended);
+    fn poll(&mut self, ended: &mut Ended) {
+        ended.append(&mut self.ended);
         let mut budget = POLL_LEN_BYTES_MAX;
         while budget > 0
             && let Some(mut queued) = self.queue.pop_front()
         {
             match self.advance(&mut queued, &mut budget) {
                 Ok(()) if !queued.cursor.is_done() => self.queue.push_back(queued),
-                result => completions.push(Completion { transfer: queued.transfer, result }),
+                result => ended.transfers.push(Completion { transfer: queued.transfer, result }),
             }
         }
     }
@@ -216,7 +242,7 @@ impl TransferEngine for LocalEngine {
         let (gone, left): (Vec<Queued>, Vec<Queued>) =
             self.queue.drain(..).partition(|queued| queued.connection == connection);
         self.queue.extend(left);
-        self.ended.extend(gone.into_iter().map(|queued| Completion {
+        self.ended.transfers.extend(gone.into_iter().map(|queued| Completion {
             transfer: queued.transfer,
             result: Err(TransferError::Peer {
                 engine: LOCAL_ENGINE_NAME,
@@ -226,5 +252,23 @@ impl TransferEngine for LocalEngine {
                 reason: "we disconnected".to_owned(),
             }),
         }));
+    }
+}
+
+fn peer_error(agent_name: &str, error: PeerError) -> TransferError {
+    match error {
+        PeerError::Descriptors(reason) => TransferError::BadExport {
+            engine: LOCAL_ENGINE_NAME,
+            what: "descriptors",
+            agent: agent_name.to_owned(),
+            reason,
+        },
+        PeerError::Gone(reason) => TransferError::Peer {
+            engine: LOCAL_ENGINE_NAME,
+            operation: "mapping memory",
+            agent: agent_name.to_owned(),
+            descriptor_count: 1,
+            reason,
+        },
     }
 }

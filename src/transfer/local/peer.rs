@@ -4,15 +4,34 @@ use std::os::fd::OwnedFd;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::process::{Pid, PidfdFlags};
+use serde::{Deserialize, Serialize};
 
 use crate::buffer::{HostHandle, HostMapping};
 use crate::transfer::blob::BlobKind;
 
-const DESCRIPTORS: BlobKind = BlobKind { magic: b"pdlocaldesc", version: 1 };
+const DESCRIPTORS: BlobKind = BlobKind { magic: b"pdlocaldesc", version: 2 };
 
-/// What is said in step two.
-pub(super) fn encode_descriptors(handle: &HostHandle) -> Vec<u8> {
-    DESCRIPTORS.encode(handle)
+/// What is said in step two: the memory, at its ceiling's length, and how much of it may be written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct BufferDescriptor {
+    pub(super) handle: HostHandle,
+    /// Grows; the memory behind the rest of the handle's length is not there yet.
+    pub(super) len_bytes: u64,
+}
+
+impl BufferDescriptor {
+    pub(super) fn encode(&self) -> Vec<u8> {
+        DESCRIPTORS.encode(self)
+    }
+
+    fn decode(bytes: &[u8]) -> Result<Self, String> {
+        let descriptor: Self = DESCRIPTORS.decode(bytes)?;
+        let Self { handle, len_bytes } = descriptor;
+        if len_bytes == 0 || len_bytes > handle.len_bytes {
+            return Err(format!("{len_bytes} bytes of a buffer of {}", handle.len_bytes));
+        }
+        Ok(descriptor)
+    }
 }
 
 /// A process whose memory is mapped. The mapping stays valid when the process is gone; only then nobody reads it any
@@ -20,6 +39,8 @@ pub(super) fn encode_descriptors(handle: &HostHandle) -> Vec<u8> {
 #[derive(Debug)]
 pub(super) struct Peer {
     mapping: HostMapping,
+    /// How much of the mapping the peer told of.
+    len_bytes: u64,
     process: OwnedFd,
     pid: u32,
 }
@@ -27,7 +48,8 @@ pub(super) struct Peer {
 impl Peer {
     /// Maps what `descriptors` name, which must belong to process `pid`.
     pub(super) fn open(pid: u32, descriptors: &[u8]) -> Result<Self, PeerError> {
-        let handle: HostHandle = DESCRIPTORS.decode(descriptors).map_err(PeerError::Descriptors)?;
+        let BufferDescriptor { handle, len_bytes } =
+            BufferDescriptor::decode(descriptors).map_err(PeerError::Descriptors)?;
         if handle.pid != pid {
             return Err(PeerError::Descriptors(format!("they name process {}, its metadata {pid}", handle.pid)));
         }
@@ -38,7 +60,29 @@ impl Peer {
         let process = rustix::process::pidfd_open(raw_pid, PidfdFlags::empty())
             .map_err(|error| PeerError::Gone(format!("process {pid}: {error}")))?;
         let mapping = HostMapping::open(&handle).map_err(|error| PeerError::Gone(error.to_string()))?;
-        Ok(Self { mapping, process, pid })
+        Ok(Self { mapping, len_bytes, process, pid })
+    }
+
+    /// The peer's buffer has grown.
+    pub(super) fn update(&mut self, descriptors: &[u8]) -> Result<(), PeerError> {
+        let BufferDescriptor { handle, len_bytes } =
+            BufferDescriptor::decode(descriptors).map_err(PeerError::Descriptors)?;
+        let before = self.mapping.handle();
+        if handle != *before {
+            return Err(PeerError::Descriptors(format!("they name {handle}, before it was {before}")));
+        }
+        if len_bytes < self.len_bytes {
+            return Err(PeerError::Descriptors(format!("{len_bytes} bytes, before it was {}", self.len_bytes)));
+        }
+        // The mapping covers the ceiling: only its pages are new.
+        self.mapping.populate(self.len_bytes..len_bytes).map_err(|error| PeerError::Gone(error.to_string()))?;
+        self.len_bytes = len_bytes;
+        Ok(())
+    }
+
+    /// How much of it may be written.
+    pub(super) const fn len_bytes(&self) -> u64 {
+        self.len_bytes
     }
 
     pub(super) const fn mapping(&self) -> &HostMapping {

@@ -1,6 +1,7 @@
 //! The NIXL agent and everything that must not outlive it.
 #![allow(unsafe_code)]
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use nixl_sys::{
@@ -11,27 +12,35 @@ use nixl_sys::{
 use super::descriptors::{BufferDescriptor, MEMORY_TYPE_HOST, SCRATCH_LEN_BYTES};
 use super::{NIXL_ENGINE_NAME, NixlOptions, load_library};
 use crate::buffer::{HostMemory, Memory};
-use crate::transfer::{ByteCopy, TransferError};
+use crate::ids::BUFFER_PIECES_MAX;
+use crate::transfer::{ByteCopy, TransferError, check_next_piece};
 
 /// An agent, its backends, and the memory registered with it. It belongs to one thread at a time.
 ///
 /// The fields are dropped in this order: what NIXL holds of the memory, then the agent, which stops its threads and
 /// closes its connections, then the memory that those could have read or written.
 pub(super) struct OwnedAgent {
-    buffer: Option<Registered>,
-    /// Where peers write to warm their connections, and what we write to warm ours.
-    scratch: Option<Registered>,
+    buffer: Option<Buffer>,
+    scratch: Option<Scratch>,
     backends: Vec<Backend>,
     agent: Agent,
     memories: Vec<Arc<Memory>>,
 }
 
-/// A registration. `RegistrationHandle` keeps a bare address: `OwnedAgent::memories` keeps it good.
-struct Registered {
-    /// Before the registration it describes; keeps a raw pointer to the agent, which `OwnedAgent` drops later.
+/// Our buffer: one registration for each piece. `RegistrationHandle` keeps a bare address: `OwnedAgent::memories` keeps
+/// it good.
+struct Buffer {
+    /// Before the registrations that it describes; keeps a raw pointer to the agent, which `OwnedAgent` drops later.
     units: Option<XferDlistHandle>,
-    _registration: RegistrationHandle,
+    registrations: Vec<RegistrationHandle>,
     descriptor: BufferDescriptor,
+    memory: Arc<Memory>,
+}
+
+/// Where peers write to warm their connections, and what we write to warm ours.
+struct Scratch {
+    _registration: RegistrationHandle,
+    address: u64,
 }
 
 // SAFETY: `XferDlistHandle` has raw pointers to NIXL's prepared list and to the agent. Neither is tied to the thread
@@ -39,27 +48,32 @@ struct Registered {
 // other fields are `Send` already.
 unsafe impl Send for OwnedAgent {}
 
-/// What NIXL is told about our memory.
+/// What NIXL is told about a piece of our memory.
 #[derive(Debug)]
-struct Region<'a>(&'a BufferDescriptor);
+struct Region {
+    address: u64,
+    len_bytes: u64,
+    mem_type: MemType,
+    device: u64,
+}
 
-impl MemoryRegion for Region<'_> {
+impl MemoryRegion for Region {
     unsafe fn as_ptr(&self) -> *const u8 {
-        self.0.address as *const u8
+        self.address as *const u8
     }
 
     fn size(&self) -> usize {
-        self.0.len_bytes as usize
+        self.len_bytes as usize
     }
 }
 
-impl NixlDescriptor for Region<'_> {
+impl NixlDescriptor for Region {
     fn mem_type(&self) -> MemType {
-        mem_type(self.0)
+        self.mem_type
     }
 
     fn device_id(&self) -> u64 {
-        self.0.device
+        self.device
     }
 }
 
@@ -106,46 +120,94 @@ impl OwnedAgent {
         }
         let mut owned = Self { buffer: None, scratch: None, backends, agent, memories: Vec::new() };
         let scratch = HostMemory::allocate(SCRATCH_LEN_BYTES).map_err(|error| unavailable(error.to_string()))?;
-        owned.scratch = Some(owned.registered(Arc::new(Memory::Host(scratch)), 0)?);
+        let address = scratch.address();
+        let scratch = Arc::new(Memory::Host(scratch));
+        let registration = owned.register_region(&scratch, 0..SCRATCH_LEN_BYTES)?;
+        owned.scratch = Some(Scratch { _registration: registration, address });
+        owned.memories.push(scratch);
         Ok(owned)
     }
 
-    /// Registers the pd_buffer and prepares its units.
-    pub(super) fn register(&mut self, memory: Arc<Memory>, unit_bytes: u64) -> Result<(), TransferError> {
-        if let Some(before) = &self.buffer {
-            let reason = format!("{} bytes are registered already", before.descriptor.len_bytes);
-            return Err(cannot_register(&memory, reason));
-        }
-        self.buffer = Some(self.registered(memory, unit_bytes)?);
-        Ok(())
-    }
-
-    fn registered(&mut self, memory: Arc<Memory>, unit_bytes: u64) -> Result<Registered, TransferError> {
-        let Memory::Host(host) = &*memory;
+    /// Registers the first piece of the pd_buffer and prepares its units.
+    pub(super) fn register(
+        &mut self,
+        memory: Arc<Memory>,
+        unit_bytes: u64,
+        len_bytes: u64,
+    ) -> Result<(), TransferError> {
+        let registered_bytes = self.buffer.as_ref().map_or(0, |buffer| buffer.descriptor.len_bytes());
+        check_next_piece(NIXL_ENGINE_NAME, &memory, registered_bytes, &(0..len_bytes))?;
+        let registration = self.register_region(&memory, 0..len_bytes)?;
+        // From here on NIXL may know of it, whatever else fails.
+        self.memories.push(Arc::clone(&memory));
         let descriptor = BufferDescriptor {
-            address: host.address(),
-            len_bytes: host.len_bytes(),
+            address: memory.address(),
+            piece_ends: vec![len_bytes],
             device: 0,
             memory_type: MEMORY_TYPE_HOST,
             unit_bytes,
-            // The scratch memory itself is registered first.
-            scratch_address: self.scratch.as_ref().map_or(host.address(), |scratch| scratch.descriptor.address),
+            scratch_address: self.scratch.as_ref().map_or(0, |scratch| scratch.address),
         };
-        let failed = |operation: &str, error: NixlError| {
-            cannot_register(&memory, format!("{operation} with {} backends: {error}", self.backends.len()))
+        let units = self.prepare_our_units(&memory, &descriptor)?;
+        self.buffer = Some(Buffer { units, registrations: vec![registration], descriptor, memory });
+        Ok(())
+    }
+
+    /// Registers the next piece and prepares the units anew, those of the new piece among them. What to tell peers.
+    ///
+    /// Requests that are in progress have their own copies of what was prepared.
+    pub(super) fn extend(&mut self, range: Range<u64>) -> Result<Vec<u8>, TransferError> {
+        let buffer = self.buffer.as_ref().ok_or(TransferError::NotRegistered { engine: NIXL_ENGINE_NAME })?;
+        let memory = Arc::clone(&buffer.memory);
+        check_next_piece(NIXL_ENGINE_NAME, &memory, buffer.descriptor.len_bytes(), &range)?;
+        if buffer.descriptor.piece_ends.len() == BUFFER_PIECES_MAX {
+            let reason = format!("it has {BUFFER_PIECES_MAX} pieces already; raise pd_buffer_growth_step");
+            return Err(cannot_register(&memory, &range, reason));
+        }
+        let mut descriptor = buffer.descriptor.clone();
+        descriptor.piece_ends.push(range.end);
+        let registration = self.register_region(&memory, range.clone())?;
+        // An error from here on drops the registration: everything is as it was.
+        let units = self.prepare_our_units(&memory, &descriptor)?;
+        let metadata =
+            self.metadata().map_err(|error| cannot_register(&memory, &range, format!("get_local_md: {error}")))?;
+        if let Some(buffer) = &mut self.buffer {
+            buffer.units = units;
+            buffer.registrations.push(registration);
+            buffer.descriptor = descriptor;
+        }
+        Ok(metadata)
+    }
+
+    /// The caller keeps the memory for as long as the registration.
+    fn register_region(&self, memory: &Memory, range: Range<u64>) -> Result<RegistrationHandle, TransferError> {
+        let region = Region {
+            address: memory.address() + range.start,
+            len_bytes: range.end - range.start,
+            mem_type: MemType::Dram,
+            device: 0,
         };
-        let registration =
-            self.agent.register_memory(&Region(&descriptor), None).map_err(|error| failed("register_memory", error))?;
-        let units = self.prepare_units(Side::Ours, &descriptor).map_err(|error| failed("prepare_xfer_dlist", error))?;
-        self.memories.push(Arc::clone(&memory));
-        Ok(Registered { units, _registration: registration, descriptor })
+        self.agent.register_memory(&region, None).map_err(|error| {
+            let reason = format!("register_memory with {} backends: {error}", self.backends.len());
+            cannot_register(memory, &range, reason)
+        })
+    }
+
+    fn prepare_our_units(
+        &self,
+        memory: &Memory,
+        descriptor: &BufferDescriptor,
+    ) -> Result<Option<XferDlistHandle>, TransferError> {
+        self.prepare_units(Side::Ours, descriptor).map_err(|error| {
+            cannot_register(memory, &(0..descriptor.len_bytes()), format!("prepare_xfer_dlist: {error}"))
+        })
     }
 
     /// The registered pd_buffer.
     pub(super) fn buffer(&self) -> Result<&BufferDescriptor, TransferError> {
         self.buffer
             .as_ref()
-            .map(|registered| &registered.descriptor)
+            .map(|buffer| &buffer.descriptor)
             .ok_or(TransferError::NotRegistered { engine: NIXL_ENGINE_NAME })
     }
 
@@ -153,6 +215,10 @@ impl OwnedAgent {
         self.agent.get_local_md()
     }
 
+    /// Gets to know an agent, or more of one that is known already: NIXL 1.5.1 was seen to take the whole metadata of a
+    /// known agent again and to add the ranges that are new (no partial metadata needed), while writes to it were in
+    /// progress. It takes that only where everything that it knew is repeated unchanged, and forgets the agent as a whole
+    /// otherwise: [`Metadata::check_grown_from`](super::metadata::Metadata::check_grown_from) comes first.
     pub(super) fn load_remote(&self, metadata: &[u8]) -> Result<String, NixlError> {
         self.agent.load_remote_md(metadata)
     }
@@ -170,7 +236,9 @@ impl OwnedAgent {
     /// Whether the peer's metadata covers the memory that its descriptors name.
     pub(super) fn knows_remote(&self, agent_name: &str, descriptor: &BufferDescriptor) -> Result<bool, NixlError> {
         let mut buffer = XferDescList::new(mem_type(descriptor))?;
-        buffer.add_desc(descriptor.address as usize, descriptor.len_bytes as usize, descriptor.device);
+        for (address, len_bytes) in descriptor.pieces() {
+            buffer.add_desc(address as usize, len_bytes as usize, descriptor.device);
+        }
         let mut scratch = XferDescList::new(MemType::Dram)?;
         scratch.add_desc(descriptor.scratch_address as usize, SCRATCH_LEN_BYTES as usize, 0);
         Ok(self.agent.check_remote_metadata(agent_name, Some(&buffer))
@@ -215,7 +283,7 @@ impl OwnedAgent {
         self.agent.make_xfer_req(XferOp::Write, local_units, local, remote_units, remote, Some(&options)).map(Some)
     }
 
-    /// A request to write any ranges, which are inside both buffers.
+    /// A request to write any ranges, each of which is inside one piece of either buffer.
     pub(super) fn request_ranges(
         &self,
         agent_name: &str,
@@ -239,7 +307,7 @@ impl OwnedAgent {
         agent_name: &str,
         remote: &BufferDescriptor,
     ) -> Result<XferRequest, NixlError> {
-        let scratch = self.scratch.as_ref().map(|registered| &registered.descriptor).ok_or(NixlError::NotFound)?;
+        let scratch = self.scratch.as_ref().ok_or(NixlError::NotFound)?;
         let mut local_list = XferDescList::new(MemType::Dram)?;
         local_list.add_desc(scratch.address as usize, SCRATCH_LEN_BYTES as usize, 0);
         let mut remote_list = XferDescList::new(MemType::Dram)?;
@@ -264,8 +332,9 @@ impl std::fmt::Debug for OwnedAgent {
     }
 }
 
-fn cannot_register(memory: &Memory, reason: String) -> TransferError {
-    TransferError::Memory { engine: NIXL_ENGINE_NAME, kind: memory.kind(), len_bytes: memory.len_bytes(), reason }
+fn cannot_register(memory: &Memory, range: &Range<u64>, reason: String) -> TransferError {
+    let len_bytes = range.end - range.start;
+    TransferError::Memory { engine: NIXL_ENGINE_NAME, kind: memory.kind(), len_bytes, reason }
 }
 
 fn plugins(agent: &Agent) -> String {

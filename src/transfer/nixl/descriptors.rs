@@ -2,10 +2,11 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::ids::BUFFER_PIECES_MAX;
 use crate::transfer::ByteCopy;
 use crate::transfer::blob::BlobKind;
 
-const DESCRIPTORS: BlobKind = BlobKind { magic: b"pdnixldesc", version: 1 };
+const DESCRIPTORS: BlobKind = BlobKind { magic: b"pdnixldesc", version: 2 };
 
 /// Host memory, in NIXL's numbering (`DRAM_SEG`).
 pub(super) const MEMORY_TYPE_HOST: u32 = 0;
@@ -16,12 +17,13 @@ const PREPARED_UNITS_MAX: u64 = 1 << 16;
 /// How long the scratch memory is that every agent registers beside its buffer.
 pub(super) const SCRATCH_LEN_BYTES: u64 = 4096;
 
-/// One registered buffer, cut into units, and the scratch memory beside it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+/// One buffer, registered in pieces and cut into units, and the scratch memory beside it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct BufferDescriptor {
     /// Where it starts in the owner's address space.
     pub(super) address: u64,
-    pub(super) len_bytes: u64,
+    /// Where each registered piece ends, from the start of the buffer, in ascending order. The pieces lie side by side.
+    pub(super) piece_ends: Vec<u64>,
     /// 0 for host memory.
     pub(super) device: u64,
     pub(super) memory_type: u32,
@@ -41,7 +43,18 @@ impl BufferDescriptor {
         if descriptor.memory_type != MEMORY_TYPE_HOST {
             return Err(format!("memory type {}, expected {MEMORY_TYPE_HOST} (host)", descriptor.memory_type));
         }
-        let ranges = [(descriptor.address, descriptor.len_bytes), (descriptor.scratch_address, SCRATCH_LEN_BYTES)];
+        let piece_count = descriptor.piece_ends.len();
+        if piece_count > BUFFER_PIECES_MAX || !descriptor.piece_ends.is_sorted_by(|end, next| end < next) {
+            return Err(format!(
+                "{piece_count} pieces, expected at most {BUFFER_PIECES_MAX}, each behind the one before"
+            ));
+        }
+        let first_end = descriptor.piece_ends.first().copied().unwrap_or(0);
+        let ranges = [
+            (descriptor.address, first_end),
+            (descriptor.address, descriptor.len_bytes()),
+            (descriptor.scratch_address, SCRATCH_LEN_BYTES),
+        ];
         for (address, len_bytes) in ranges {
             if len_bytes == 0 || address.checked_add(len_bytes).is_none() {
                 return Err(format!("{len_bytes} bytes at address {address:#x}"));
@@ -50,10 +63,45 @@ impl BufferDescriptor {
         Ok(descriptor)
     }
 
-    /// How many whole units to prepare; 0 when that is not worth it.
+    /// Says so unless this is `before` with more pieces behind it, or the same.
+    pub(super) fn check_grown_from(&self, before: &Self) -> Result<(), String> {
+        let first = self.piece_ends.get(..before.piece_ends.len());
+        if first != Some(&before.piece_ends)
+            || *self != (Self { piece_ends: self.piece_ends.clone(), ..before.clone() })
+        {
+            return Err(format!(
+                "{} bytes at {:#x} in {} pieces do not go on where {} bytes at {:#x} in {} pieces ended",
+                self.len_bytes(),
+                self.address,
+                self.piece_ends.len(),
+                before.len_bytes(),
+                before.address,
+                before.piece_ends.len()
+            ));
+        }
+        Ok(())
+    }
+
+    /// How long it is, all pieces together.
+    pub(super) fn len_bytes(&self) -> u64 {
+        self.piece_ends.last().copied().unwrap_or(0)
+    }
+
+    /// Address and length of each piece.
+    pub(super) fn pieces(&self) -> impl Iterator<Item = (u64, u64)> {
+        let starts = std::iter::once(0).chain(self.piece_ends.iter().copied());
+        starts.zip(&self.piece_ends).map(|(start, end)| (self.address + start, end - start))
+    }
+
+    /// How many whole units to prepare; 0 when that is not worth it, or a unit would lie across two pieces.
     pub(super) fn prepared_unit_count(&self) -> u64 {
-        match self.len_bytes.checked_div(self.unit_bytes) {
-            Some(count) if count <= PREPARED_UNITS_MAX => count,
+        let inner_ends = self.piece_ends.split_last().map_or(&[][..], |(_, inner)| inner);
+        match self.len_bytes().checked_div(self.unit_bytes) {
+            Some(count)
+                if count <= PREPARED_UNITS_MAX && inner_ends.iter().all(|end| end.is_multiple_of(self.unit_bytes)) =>
+            {
+                count
+            }
             _ => 0,
         }
     }
@@ -83,7 +131,7 @@ mod tests {
     fn descriptor() -> BufferDescriptor {
         BufferDescriptor {
             address: 0x7000,
-            len_bytes: 1000,
+            piece_ends: vec![1000],
             device: 0,
             memory_type: 0,
             unit_bytes: 300,
@@ -95,17 +143,43 @@ mod tests {
     fn only_a_buffer_that_can_exist_is_accepted() {
         // Broken in production: bytes from the network become addresses that are written to.
         let good = descriptor();
-        assert_eq!(BufferDescriptor::decode(&good.encode()), Ok(good));
+        assert_eq!(BufferDescriptor::decode(&good.encode()).as_ref(), Ok(&good));
         let refused = |bad: BufferDescriptor| BufferDescriptor::decode(&bad.encode()).unwrap_err();
-        assert!(refused(BufferDescriptor { memory_type: 1, ..good }).contains("memory type 1"));
-        assert!(refused(BufferDescriptor { len_bytes: 0, ..good }).contains("0 bytes"));
-        assert!(refused(BufferDescriptor { len_bytes: u64::MAX, ..good }).contains("at address"));
-        assert!(refused(BufferDescriptor { scratch_address: u64::MAX, ..good }).contains("4096 bytes at address"));
+        assert!(refused(BufferDescriptor { memory_type: 1, ..good.clone() }).contains("memory type 1"));
+        let of_pieces = |piece_ends: &[u64]| BufferDescriptor { piece_ends: piece_ends.to_vec(), ..descriptor() };
+        assert!(refused(of_pieces(&[])).contains("0 bytes"));
+        assert!(refused(of_pieces(&[0, 5])).contains("0 bytes"));
+        assert!(refused(of_pieces(&[u64::MAX])).contains("at address"));
+        assert!(refused(of_pieces(&[500, 500])).contains("each behind the one before"));
+        assert!(refused(of_pieces(&[500, 499, 600])).contains("each behind the one before"));
+        let many: Vec<u64> = (1..=BUFFER_PIECES_MAX as u64 + 1).map(|piece| piece << 50).collect();
+        assert!(refused(of_pieces(&many)).contains("257 pieces"));
+        assert!(BufferDescriptor::decode(&of_pieces(&many[..BUFFER_PIECES_MAX]).encode()).is_ok(), "it fits a blob");
+        let elsewhere = BufferDescriptor { scratch_address: u64::MAX, ..good.clone() };
+        assert!(refused(elsewhere).contains("4096 bytes at address"));
         assert!(BufferDescriptor::decode(b"pdlocaldesc").is_err());
         assert_eq!(good.prepared_unit_count(), 3);
         assert_eq!(BufferDescriptor { unit_bytes: 0, ..good }.prepared_unit_count(), 0);
-        let huge = BufferDescriptor { len_bytes: 1 << 40, unit_bytes: 1, ..good };
+        let huge = BufferDescriptor { unit_bytes: 1, ..of_pieces(&[1 << 40]) };
         assert_eq!(huge.prepared_unit_count(), 0);
+    }
+
+    #[test]
+    fn a_grown_buffer_is_the_same_one_with_more_behind_it() {
+        // Broken in production: after a peer has grown, writes go to where its memory never was.
+        let of_pieces = |piece_ends: &[u64]| BufferDescriptor { piece_ends: piece_ends.to_vec(), ..descriptor() };
+        let before = of_pieces(&[600, 900]);
+        assert_eq!(before.pieces().collect::<Vec<_>>(), [(0x7000, 600), (0x7000 + 600, 300)]);
+        assert_eq!(of_pieces(&[600, 900, 1000]).check_grown_from(&before), Ok(()));
+        assert_eq!(before.check_grown_from(&before), Ok(()));
+        for piece_ends in [&[600][..], &[600, 901], &[900], &[300, 600, 900], &[1000, 1200, 1500]] {
+            assert!(of_pieces(piece_ends).check_grown_from(&before).is_err(), "{piece_ends:?}");
+        }
+        let moved = BufferDescriptor { address: 0x8000, ..of_pieces(&[600, 900, 1000]) };
+        assert!(moved.check_grown_from(&before).unwrap_err().contains("0x8000"));
+        assert!(BufferDescriptor { unit_bytes: 1, ..before.clone() }.check_grown_from(&before).is_err());
+        assert_eq!(of_pieces(&[600, 900, 1000]).prepared_unit_count(), 3);
+        assert_eq!(of_pieces(&[500, 900]).prepared_unit_count(), 0, "a unit would lie across two pieces");
     }
 
     #[test]

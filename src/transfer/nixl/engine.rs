@@ -1,21 +1,25 @@
 //! The engine itself: requests to NIXL and what becomes of them.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use nixl_sys::{NixlError, XferRequest};
+use nixl_sys::{NixlError, XferDlistHandle, XferRequest};
 
 use super::agent::{OwnedAgent, Side};
 use super::descriptors::{BufferDescriptor, unit_indices};
 use super::metadata::check_metadata;
-use super::peers::{Peers, RemoteBuffer};
+use super::peers::{Peer, Peers, RemoteBuffer};
 use super::{NIXL_ENGINE_NAME, NixlOptions};
 use crate::buffer::Memory;
 use crate::ids::{ConnectionId, TransferId};
-use crate::transfer::{Backoff, ByteCopy, Completion, Export, TransferEngine, TransferError, Wait, check_ranges, join};
+use crate::transfer::{
+    ByteCopy, Completion, Connected, Ended, Export, TransferEngine, TransferError, check_ranges, cut, join,
+};
 
-/// How long the first write of a connection may take; it takes some milliseconds between idle processes.
-const WARM_UP_MAX: Duration = Duration::from_secs(2);
+/// How long the first write of a connection may take; it takes some milliseconds between idle processes, and nobody else
+/// waits for it.
+const WARM_UP_MAX: Duration = Duration::from_secs(5);
 
 /// Copies through NIXL.
 ///
@@ -26,23 +30,34 @@ pub struct NixlEngine {
     peers: Peers,
     agent: OwnedAgent,
     agent_name: String,
-    /// Ended inside `post`.
-    ended: Vec<Completion>,
+    /// Ended inside another call.
+    ended: Ended,
 }
 
 /// A request that NIXL has not ended.
 struct Flight {
-    /// `None` for a warm-up that took too long.
-    transfer: Option<TransferId>,
+    purpose: Purpose,
     connection: ConnectionId,
     request: XferRequest,
     descriptor_count: usize,
 }
 
+/// What a request is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Purpose {
+    Transfer(TransferId),
+    WarmUp {
+        posted: Instant,
+    },
+    /// A warm-up that has been reported: it took too long, or nobody wants it any more. It may still end, and the peer
+    /// cannot be forgotten before.
+    GivenUp,
+}
+
 impl std::fmt::Debug for Flight {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Flight")
-            .field("transfer", &self.transfer)
+            .field("purpose", &self.purpose)
             .field("connection", &self.connection)
             .finish_non_exhaustive()
     }
@@ -60,7 +75,7 @@ impl NixlEngine {
             peers: Peers::default(),
             agent,
             agent_name: options.agent_name,
-            ended: Vec::new(),
+            ended: Ended::default(),
         })
     }
 
@@ -81,42 +96,90 @@ impl NixlEngine {
         }
     }
 
+    /// Says so unless the peer's metadata covers the memory that its descriptors name.
+    fn check_covered(&self, agent_name: &str, descriptor: &BufferDescriptor) -> Result<(), TransferError> {
+        let reason = match self.agent.knows_remote(agent_name, descriptor) {
+            Ok(true) => return Ok(()),
+            Ok(false) => {
+                format!("{} bytes at {:#x} are not in its metadata", descriptor.len_bytes(), descriptor.address)
+            }
+            Err(error) => format!("check_remote_md: {error}"),
+        };
+        Err(bad_descriptors(agent_name, reason))
+    }
+
+    /// The peer's units, if they are as long as ours.
+    fn prepare_remote_units(
+        &self,
+        agent_name: &str,
+        descriptor: &BufferDescriptor,
+        unit_bytes: u64,
+    ) -> Result<Option<XferDlistHandle>, TransferError> {
+        if descriptor.unit_bytes != unit_bytes {
+            return Ok(None);
+        }
+        let prepared = self.agent.prepare_units(Side::Of(agent_name), descriptor);
+        prepared.map_err(|error| bad_descriptors(agent_name, format!("prepare_xfer_dlist: {error}")))
+    }
+
     /// Writes into the peer's scratch memory, which otherwise the first transfer would pay for: UCX wires an endpoint
     /// up, and chooses how to write, when it is first written to. `make_connection` and a notification do not do that;
-    /// a read does half of it.
+    /// a read does half of it. True while it is in progress, as the last flight.
     fn warm_up(
         &mut self,
         connection: ConnectionId,
         agent_name: &str,
         remote: &BufferDescriptor,
-    ) -> Result<(), TransferError> {
+    ) -> Result<bool, TransferError> {
         let failed = |operation: &'static str, reason: String| peer_error(operation, agent_name, 1, reason);
         self.agent.make_connection(agent_name).map_err(|error| failed("make_connection", explain(&error)))?;
         let request = self
             .agent
             .request_warm_up(agent_name, remote)
             .map_err(|error| failed("create_xfer_req", explain(&error)))?;
-        let mut in_progress =
-            self.agent.post(&request).map_err(|error| failed("first post_xfer_req", explain(&error)))?;
-        let started = Instant::now();
-        let mut backoff = Backoff::new();
-        while in_progress {
-            if started.elapsed() > WARM_UP_MAX {
-                // It may still end: the peer cannot be forgotten before.
-                if let Some(peer) = self.peers.any_mut(connection) {
-                    peer.requests_in_progress += 1;
-                }
-                self.flights.push(Flight { transfer: None, connection, request, descriptor_count: 1 });
-                return Err(failed("first write", format!("no answer within {} ms", WARM_UP_MAX.as_millis())));
-            }
-            match backoff.next(false) {
-                Wait::Spin => std::hint::spin_loop(),
-                Wait::Yield => std::thread::yield_now(),
-                Wait::Sleep(time) => std::thread::sleep(time),
-            }
-            in_progress = self.agent.in_progress(&request).map_err(|error| failed("first write", explain(&error)))?;
+        let in_progress = self.agent.post(&request).map_err(|error| failed("first post_xfer_req", explain(&error)))?;
+        if in_progress {
+            let purpose = Purpose::WarmUp { posted: Instant::now() };
+            self.take_off(Flight { purpose, connection, request, descriptor_count: 1 });
+        }
+        Ok(in_progress)
+    }
+
+    fn take_off(&mut self, flight: Flight) {
+        if let Some(peer) = self.peers.any_mut(flight.connection) {
+            peer.requests_in_progress += 1;
+        }
+        self.flights.push(flight);
+    }
+
+    /// The connection is warm: from here on it can be posted to.
+    fn finish_connecting(&mut self, connection: ConnectionId) -> Result<(), TransferError> {
+        let not_connected = TransferError::NotConnected { engine: NIXL_ENGINE_NAME, connection };
+        let unit_bytes = self.agent.buffer()?.unit_bytes;
+        let Some(peer) = self.peers.any_mut(connection) else {
+            return Err(not_connected);
+        };
+        let Some(descriptor) = peer.connecting.take() else {
+            return Err(not_connected);
+        };
+        let agent_name = peer.agent_name.clone();
+        let units = self.prepare_remote_units(&agent_name, &descriptor, unit_bytes)?;
+        if let Some(peer) = self.peers.any_mut(connection) {
+            peer.buffer = Some(RemoteBuffer { units, descriptor });
         }
         Ok(())
+    }
+
+    /// Reports a connection that is still being warmed as failed; its request stays until NIXL has ended it.
+    fn give_up_connecting(&mut self, flight_index: usize, reason: String) {
+        let Some(flight) = self.flights.get_mut(flight_index) else { return };
+        flight.purpose = Purpose::GivenUp;
+        let connection = flight.connection;
+        if let Some(peer) = self.peers.any_mut(connection) {
+            peer.connecting = None;
+            let result = Err(peer_error("first write", &peer.agent_name, 1, reason));
+            self.ended.connections.push(Connected { connection, result });
+        }
     }
 }
 
@@ -125,8 +188,14 @@ impl TransferEngine for NixlEngine {
         NIXL_ENGINE_NAME
     }
 
-    fn register(&mut self, memory: Arc<Memory>, unit_bytes: u64) -> Result<(), TransferError> {
-        self.agent.register(memory, unit_bytes)
+    fn register(&mut self, memory: Arc<Memory>, unit_bytes: u64, len_bytes: u64) -> Result<(), TransferError> {
+        self.agent.register(memory, unit_bytes, len_bytes)
+    }
+
+    fn extend(&mut self, range: Range<u64>) -> Result<Export, TransferError> {
+        let metadata = self.agent.extend(range)?;
+        let descriptors = self.agent.buffer()?.encode();
+        Ok(Export { agent_name: self.agent_name.clone(), metadata, descriptors })
     }
 
     fn export(&mut self) -> Result<Export, TransferError> {
@@ -145,7 +214,7 @@ impl TransferEngine for NixlEngine {
             agent: agent_name.to_owned(),
             reason,
         };
-        let named = check_metadata(metadata).map_err(refuse)?;
+        let named = check_metadata(metadata).map_err(refuse)?.agent_name;
         if named != agent_name {
             return Err(refuse(format!("it is that of {named}")));
         }
@@ -161,37 +230,77 @@ impl TransferEngine for NixlEngine {
             self.forget_if_idle(earlier);
         }
         let loaded = self.agent.load_remote(metadata).map_err(|error| refuse(format!("load_remote_md: {error}")))?;
-        Ok(self.peers.insert(loaded))
+        Ok(self.peers.insert(loaded, metadata.to_vec()))
     }
 
     fn connect(&mut self, connection: ConnectionId, descriptors: &[u8]) -> Result<(), TransferError> {
-        let unit_bytes = self.agent.buffer()?.unit_bytes;
-        let not_connected = TransferError::NotConnected { engine: NIXL_ENGINE_NAME, connection };
+        // Without memory of our own nothing could be posted.
+        self.agent.buffer()?;
         let Some(peer) = self.peers.present(connection) else {
-            return Err(not_connected);
+            return Err(TransferError::NotConnected { engine: NIXL_ENGINE_NAME, connection });
         };
         let agent_name = peer.agent_name.clone();
-        let refuse = |reason: String| TransferError::BadExport {
+        if peer.connecting.is_some() {
+            return Err(peer_error("connect", &agent_name, 1, "it is being connected already".to_owned()));
+        }
+        let descriptor =
+            BufferDescriptor::decode(descriptors).map_err(|reason| bad_descriptors(&agent_name, reason))?;
+        self.check_covered(&agent_name, &descriptor)?;
+        let in_progress = self.warm_up(connection, &agent_name, &descriptor)?;
+        if let Some(peer) = self.peers.any_mut(connection) {
+            peer.connecting = Some(descriptor);
+        }
+        if !in_progress {
+            self.finish_connecting(connection)?;
+            self.ended.connections.push(Connected { connection, result: Ok(()) });
+        }
+        Ok(())
+    }
+
+    fn update_peer(
+        &mut self,
+        connection: ConnectionId,
+        metadata: &[u8],
+        descriptors: &[u8],
+    ) -> Result<(), TransferError> {
+        let unit_bytes = self.agent.buffer()?.unit_bytes;
+        let not_connected = TransferError::NotConnected { engine: NIXL_ENGINE_NAME, connection };
+        let Some(Peer { agent_name, metadata: metadata_before, buffer, connecting, .. }) =
+            self.peers.present(connection)
+        else {
+            return Err(not_connected);
+        };
+        let Some(before) = buffer.as_ref().map(|remote| &remote.descriptor).or(connecting.as_ref()) else {
+            return Err(not_connected);
+        };
+        let agent_name = agent_name.clone();
+        let refuse = |what: &'static str, reason: String| TransferError::BadExport {
             engine: NIXL_ENGINE_NAME,
-            what: "descriptors",
+            what,
             agent: agent_name.clone(),
             reason,
         };
-        let descriptor = BufferDescriptor::decode(descriptors).map_err(refuse)?;
-        let known = self.agent.knows_remote(&agent_name, &descriptor);
-        if !known.map_err(|error| refuse(format!("check_remote_md: {error}")))? {
-            return Err(refuse(format!(
-                "{} bytes at {:#x} are not in its metadata",
-                descriptor.len_bytes, descriptor.address
-            )));
+        let grown =
+            check_metadata(metadata).and_then(|after| after.check_grown_from(&check_metadata(metadata_before)?));
+        grown.map_err(|reason| refuse("metadata", reason))?;
+        let descriptor = BufferDescriptor::decode(descriptors)
+            .and_then(|after| after.check_grown_from(before).map(|()| after))
+            .map_err(|reason| refuse("descriptors", reason))?;
+        if let Err(error) = self.agent.load_remote(metadata) {
+            // NIXL has forgotten it as a whole: what was prepared for it must not be used again.
+            self.disconnect(connection);
+            return Err(refuse("metadata", format!("load_remote_md: {error}; the connection is given up")));
         }
-        self.warm_up(connection, &agent_name, &descriptor)?;
-        let units = if descriptor.unit_bytes == unit_bytes {
-            let prepared = self.agent.prepare_units(Side::Of(&agent_name), &descriptor);
-            prepared.map_err(|error| refuse(format!("prepare_xfer_dlist: {error}")))?
-        } else {
-            None
-        };
+        if let Some(peer) = self.peers.any_mut(connection) {
+            peer.metadata = metadata.to_vec();
+        }
+        self.check_covered(&agent_name, &descriptor)?;
+        if let Some(connecting) = self.peers.any_mut(connection).and_then(|peer| peer.connecting.as_mut()) {
+            *connecting = descriptor;
+            return Ok(());
+        }
+        // Requests in progress have their own copies of what was prepared before.
+        let units = self.prepare_remote_units(&agent_name, &descriptor, unit_bytes)?;
         match self.peers.any_mut(connection) {
             Some(peer) => {
                 peer.buffer = Some(RemoteBuffer { units, descriptor });
@@ -215,10 +324,14 @@ impl TransferEngine for NixlEngine {
         let Some(remote) = &peer.buffer else {
             return Err(not_connected);
         };
-        check_ranges(copies, local.len_bytes, remote.descriptor.len_bytes)?;
-        let joined = join(copies);
+        check_ranges(copies, local.len_bytes(), remote.descriptor.len_bytes())?;
+        let mut joined = join(copies);
+        let (local_ends, remote_ends) = (&local.piece_ends, &remote.descriptor.piece_ends);
+        if local_ends.len() > 1 || remote_ends.len() > 1 {
+            joined = cut(&joined, local_ends, remote_ends);
+        }
         if joined.is_empty() {
-            self.ended.push(Completion { transfer, result: Ok(()) });
+            self.ended.transfers.push(Completion { transfer, result: Ok(()) });
             return Ok(());
         }
         let failed = |operation: &'static str, error: &NixlError| {
@@ -241,70 +354,90 @@ impl TransferEngine for NixlEngine {
                 .map_err(|error| failed("create_xfer_req", &error))?,
         };
         match self.agent.post(&request) {
-            Ok(false) => self.ended.push(Completion { transfer, result: Ok(()) }),
+            Ok(false) => self.ended.transfers.push(Completion { transfer, result: Ok(()) }),
             // Some of the bytes may be written, so it has been posted, and has ended.
             Err(error) => {
                 let result = Err(failed("post_xfer_req", &error));
-                self.ended.push(Completion { transfer, result });
+                self.ended.transfers.push(Completion { transfer, result });
             }
             Ok(true) => {
-                self.flights.push(Flight {
-                    transfer: Some(transfer),
-                    connection,
-                    request,
-                    descriptor_count: joined.len(),
-                });
-                if let Some(peer) = self.peers.any_mut(connection) {
-                    peer.requests_in_progress += 1;
-                }
+                let descriptor_count = joined.len();
+                let purpose = Purpose::Transfer(transfer);
+                self.take_off(Flight { purpose, connection, request, descriptor_count });
             }
         }
         Ok(())
     }
 
-    fn poll(&mut self, completions: &mut Vec<Completion>) {
-        completions.append(&mut self.ended);
+    fn poll(&mut self, ended: &mut Ended) {
         let mut index = 0;
         while let Some(flight) = self.flights.get(index) {
             let status = self.agent.in_progress(&flight.request);
             if matches!(status, Ok(true)) {
+                if let Purpose::WarmUp { posted } = flight.purpose
+                    && posted.elapsed() > WARM_UP_MAX
+                {
+                    self.give_up_connecting(index, format!("no answer within {} ms", WARM_UP_MAX.as_millis()));
+                }
                 index += 1;
                 continue;
             }
             // `remove`, not `swap_remove`: transfers of one peer are reported in the order in which they end.
-            let Flight { transfer, connection, request, descriptor_count } = self.flights.remove(index);
+            let Flight { purpose, connection, request, descriptor_count } = self.flights.remove(index);
             drop(request);
             let Some(peer) = self.peers.any_mut(connection) else {
                 continue;
             };
             peer.requests_in_progress = peer.requests_in_progress.saturating_sub(1);
-            let failed = |reason: String| peer_error("transfer", &peer.agent_name, descriptor_count, reason);
-            let result = match status {
+            let leaving = peer.leaving;
+            let operation = if matches!(purpose, Purpose::Transfer(_)) { "transfer" } else { "first write" };
+            let failed = |reason: String| peer_error(operation, &peer.agent_name, descriptor_count, reason);
+            let mut result = match status {
                 Err(error) => Err(failed(explain(&error))),
-                Ok(_) if peer.leaving => Err(failed("we disconnected".to_owned())),
+                Ok(_) if leaving => Err(failed("we disconnected".to_owned())),
                 Ok(_) => Ok(()),
             };
-            if let Some(transfer) = transfer {
-                completions.push(Completion { transfer, result });
+            match purpose {
+                Purpose::Transfer(transfer) => self.ended.transfers.push(Completion { transfer, result }),
+                Purpose::WarmUp { .. } => {
+                    if result.is_ok() {
+                        result = self.finish_connecting(connection);
+                    } else {
+                        peer.connecting = None;
+                    }
+                    self.ended.connections.push(Connected { connection, result });
+                }
+                Purpose::GivenUp => {}
             }
-            if peer.leaving {
+            if leaving {
                 self.forget_if_idle(connection);
             }
         }
+        ended.append(&mut self.ended);
     }
 
     fn in_flight(&self) -> usize {
-        self.ended.len() + self.flights.iter().filter(|flight| flight.transfer.is_some()).count()
+        self.ended.len() + self.flights.len()
     }
 
     /// A request in progress cannot be called back: releasing it leaves UCX writing. So the peer is forgotten when the
-    /// last one has ended by itself, and until then `poll` does not report them.
+    /// last one has ended by itself, and until then `poll` does not report them. A connection that is being warmed moves
+    /// no bytes that count: it is reported at once.
     fn disconnect(&mut self, connection: ConnectionId) {
+        let warming_up =
+            |flight: &Flight| flight.connection == connection && matches!(flight.purpose, Purpose::WarmUp { .. });
+        if let Some(index) = self.flights.iter().position(warming_up) {
+            self.give_up_connecting(index, "we disconnected".to_owned());
+        }
         if let Some(peer) = self.peers.any_mut(connection) {
             peer.leaving = true;
             self.forget_if_idle(connection);
         }
     }
+}
+
+fn bad_descriptors(agent: &str, reason: String) -> TransferError {
+    TransferError::BadExport { engine: NIXL_ENGINE_NAME, what: "descriptors", agent: agent.to_owned(), reason }
 }
 
 fn peer_error(operation: &'static str, agent: &str, descriptor_count: usize, reason: String) -> TransferError {

@@ -10,7 +10,11 @@ use crate::ids::ConnectionId;
 /// An agent whose metadata is loaded.
 pub(super) struct Peer {
     pub(super) agent_name: String,
-    /// From step two on.
+    /// What NIXL was told of it.
+    pub(super) metadata: Vec<u8>,
+    /// Where its memory is, while the connection is being warmed.
+    pub(super) connecting: Option<BufferDescriptor>,
+    /// From then on.
     pub(super) buffer: Option<RemoteBuffer>,
     /// Requests to it that NIXL has not ended.
     pub(super) requests_in_progress: usize,
@@ -38,10 +42,12 @@ pub(super) struct Peers {
 unsafe impl Send for Peers {}
 
 impl Peers {
-    pub(super) fn insert(&mut self, agent_name: String) -> ConnectionId {
+    pub(super) fn insert(&mut self, agent_name: String, metadata: Vec<u8>) -> ConnectionId {
         self.connections_made += 1;
         let connection = ConnectionId(self.connections_made);
-        self.known.insert(connection, Peer { agent_name, buffer: None, requests_in_progress: 0, leaving: false });
+        let peer =
+            Peer { agent_name, metadata, connecting: None, buffer: None, requests_in_progress: 0, leaving: false };
+        self.known.insert(connection, peer);
         connection
     }
 
