@@ -5,28 +5,26 @@ use std::fmt;
 use super::KvLayout;
 
 impl KvLayout {
-    /// The fields that the handshake compares, by name. What explains a difference best comes first.
+    /// The fields that the handshake compares, by name. What explains a difference best comes first. The fields of a
+    /// group carry its name where there are several: `sliding.layers`.
     pub fn fingerprint(&self) -> Vec<(String, String)> {
-        let format = match (self.is_opaque(), self.kv_planes) {
-            (true, _) => "opaque",
-            (false, 1) => "KV_MLA_FMT",
-            (false, _) => "KV_2LTD",
-        };
-        [
-            ("model", self.model.clone()),
-            ("dtype", self.dtype.clone()),
-            ("layers", self.layers.to_string()),
-            ("kv_heads", self.kv_heads.to_string()),
-            ("head_size", self.head_size.to_string()),
-            ("planes", self.kv_planes.to_string()),
+        let mut fields = vec![("model".to_owned(), self.model.clone())];
+        if self.groups.len() > 1 {
+            let names: Vec<&str> = self.groups.iter().map(|group| group.name.as_str()).collect();
+            fields.push(("groups".to_owned(), names.join(",")));
+        }
+        for group in &self.groups {
+            let prefix = if self.groups.len() > 1 { format!("{}.", group.name) } else { String::new() };
+            fields.extend(group.fingerprint().map(|(name, value)| (format!("{prefix}{name}"), value)));
+        }
+        let whole = [
             ("chunk_tokens", self.chunk_tokens.to_string()),
-            ("format", format.to_owned()),
             ("tp_rank", self.tp_rank.to_string()),
             ("tp_size", self.tp_size.to_string()),
             ("chunk_bytes", self.chunk_bytes().to_string()),
-        ]
-        .map(|(name, value)| (name.to_owned(), value))
-        .to_vec()
+        ];
+        fields.extend(whole.map(|(name, value)| (name.to_owned(), value)));
+        fields
     }
 }
 
@@ -98,15 +96,15 @@ mod tests {
         let ours = llama3_8b();
         for (change, field) in [
             ((|l| l.model = "other".to_owned()) as fn(&mut KvLayout), "model"),
-            (|l| l.dtype = "float16".to_owned(), "dtype"),
-            (|l| l.layers = 33, "layers"),
-            (|l| l.kv_heads = 4, "kv_heads"),
-            (|l| l.head_size = 64, "head_size"),
-            (|l| l.kv_planes = 1, "planes"),
+            (|l| l.groups[0].dtype = "float16".to_owned(), "dtype"),
+            (|l| l.groups[0].layers = 33, "layers"),
+            (|l| l.groups[0].kv_heads = 4, "kv_heads"),
+            (|l| l.groups[0].head_size = 64, "head_size"),
+            (|l| l.groups[0].kv_planes = 1, "planes"),
             (|l| l.chunk_tokens = 128, "chunk_tokens"),
             (|l| l.tp_rank = 1, "tp_rank"),
             (|l| l.tp_size = 2, "tp_size"),
-            (|l| l.dtype_bytes = 4, "chunk_bytes"),
+            (|l| l.groups[0].dtype_bytes = 4, "chunk_bytes"),
         ] {
             let mut theirs = ours.clone();
             change(&mut theirs);
@@ -119,7 +117,8 @@ mod tests {
     fn a_difference_names_the_field_and_both_values() {
         // Broken in production: an operator is told "layout mismatch" and has to guess which.
         let ours = llama3_8b();
-        let theirs = KvLayout { layers: 80, ..llama3_8b() };
+        let mut theirs = llama3_8b();
+        theirs.groups[0].layers = 80;
         let difference = first_difference(&ours.fingerprint(), &theirs.fingerprint()).unwrap();
         assert_eq!(
             difference.to_string(),

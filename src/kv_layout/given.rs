@@ -4,12 +4,17 @@
 //! `{"model": "m", "dtype": "bfloat16", "layers": 32, "kv_heads": 8, "head_size": 128, "kv_planes": 2,
 //! "chunk_tokens": 256, "tp_rank": 0, "tp_size": 1}`, with the KV heads of this rank; or, where only the connector
 //! knows what the bytes mean, `{"model": "m", "chunk_bytes": 33554432, "chunk_tokens": 256}`.
+//!
+//! A hybrid model has `groups`: a list of objects with a `name` and the fields of that group's layers (or its
+//! `chunk_bytes`); what a group leaves out is taken from the top.
+//! `{"model": "m", "dtype": "bfloat16", "kv_heads": 8, "head_size": 128, "kv_planes": 2, "chunk_tokens": 256, "groups":
+//! [{"name": "full", "layers": 8}, {"name": "sliding", "layers": 24}]}`.
 
 use serde_json::{Map, Value};
 
 use super::dtype::parse_dtype;
 use super::model::{parse_object, shown};
-use super::{DTYPES_ACCEPTED, KvLayout, LayoutError, OPAQUE_DTYPE};
+use super::{DTYPES_ACCEPTED, KvGroup, KvLayout, LayoutError, OPAQUE_DTYPE};
 
 /// What a layout that leaves it out gets, and what one that does not must agree with.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -38,7 +43,11 @@ const FIELDS: &[&str] = &[
     "tp_rank",
     "tp_size",
     "chunk_bytes",
+    "groups",
 ];
+/// Fields that a group has, besides its name and what it takes from the top.
+const GROUP_FIELDS: &[&str] =
+    &["name", "dtype", "dtype_bytes", "layers", "kv_heads", "head_size", "kv_planes", "chunk_bytes"];
 /// Fields that an opaque layout cannot have besides `chunk_bytes`.
 const SHAPE_FIELDS: &[&str] = &["dtype_bytes", "layers", "kv_heads", "head_size", "kv_planes"];
 
@@ -51,13 +60,7 @@ pub fn from_layout_json(json: &str, defaults: &GivenDefaults) -> Result<KvLayout
         json,
         "expected a layout, for example {\"model\": \"m\", \"chunk_bytes\": 33554432, \"chunk_tokens\": 256}",
     )?;
-    if let Some(unknown) = fields.keys().find(|name| !FIELDS.contains(&name.as_str())) {
-        return Err(LayoutError::UnknownField {
-            field: unknown.clone(),
-            nearest: nearest(unknown),
-            known: FIELDS.join(", "),
-        });
-    }
+    refuse_unknown(&fields, FIELDS)?;
     let given = Given { fields: &fields };
     let model = agree("model", given.text("model")?, "--model-name or model_name", defaults.model_name.clone())?
         .ok_or(LayoutError::Missing {
@@ -71,88 +74,126 @@ pub fn from_layout_json(json: &str, defaults: &GivenDefaults) -> Result<KvLayout
     let tp_rank = agree("tp_rank", given.number("tp_rank")?, "--rank", rank_option)?.unwrap_or(0);
     let tp_size = agree("tp_size", given.count("tp_size")?, "--tp-size", defaults.tp_size)?.unwrap_or(1);
 
-    let shape = match given.bytes("chunk_bytes")? {
-        Some(chunk_bytes) if !given.has_shape() => Shape::opaque(chunk_bytes, chunk_tokens)?,
-        _ => Shape::of_fields(&given)?,
+    let groups = match given.value("groups") {
+        None => vec![group(String::new(), &given, chunk_tokens)?],
+        Some(groups) => named_groups(groups, &fields, chunk_tokens)?,
     };
-    let layout = KvLayout {
-        model,
-        dtype: shape.dtype,
-        dtype_bytes: shape.dtype_bytes,
-        layers: shape.layers,
-        kv_heads: shape.kv_heads,
-        head_size: shape.head_size,
-        kv_planes: shape.kv_planes,
-        chunk_tokens,
-        tp_rank,
-        tp_size,
-    };
+    let layout = KvLayout { model, chunk_tokens, tp_rank, tp_size, groups };
     layout.check()?;
     agree("chunk_bytes", given.bytes("chunk_bytes")?, "the other fields", Some(layout.chunk_bytes()))?;
     Ok(layout)
 }
 
-struct Shape {
-    dtype: String,
-    dtype_bytes: u32,
-    layers: u32,
-    kv_heads: u32,
-    head_size: u32,
-    kv_planes: u32,
+/// The groups of a hybrid model, each over the fields at the top.
+fn named_groups(groups: &Value, top: &Map<String, Value>, chunk_tokens: u32) -> Result<Vec<KvGroup>, LayoutError> {
+    let bad = |field: String, seen: &Value, accepted: &str| LayoutError::BadField {
+        field,
+        seen: shown(seen),
+        accepted: accepted.to_owned(),
+    };
+    let list = groups.as_array().filter(|list| !list.is_empty()).ok_or_else(|| {
+        bad("groups".to_owned(), groups, "a list of objects, one for each group of layers, each with a `name`")
+    })?;
+    let mut named: Vec<KvGroup> = Vec::with_capacity(list.len());
+    for (index, item) in list.iter().enumerate() {
+        let own = item
+            .as_object()
+            .ok_or_else(|| bad(format!("groups[{index}]"), item, "an object with a `name` and a group's fields"))?;
+        refuse_unknown(own, GROUP_FIELDS)?;
+        let name = Given { fields: own }
+            .text("name")?
+            // The name goes into the fields' names and into a list with commas.
+            .filter(|name| name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_' || c == '-'))
+            .filter(|name| named.iter().all(|group| group.name != *name))
+            .ok_or_else(|| {
+                let accepted = "a name of letters, digits, _ and - that no other group has";
+                bad(format!("groups[{index}].name"), own.get("name").unwrap_or(&Value::Null), accepted)
+            })?;
+        // What describes the whole layout is no default for a group.
+        let mut fields: Map<String, Value> =
+            top.iter().filter(|(field, _)| *field != "chunk_bytes").map(|(k, v)| (k.clone(), v.clone())).collect();
+        if own.contains_key("chunk_bytes") && !(Given { fields: own }).has_shape() {
+            fields.retain(|field, _| !SHAPE_FIELDS.contains(&field.as_str()));
+        }
+        fields.extend(own.iter().map(|(k, v)| (k.clone(), v.clone())));
+        named.push(group(name, &Given { fields: &fields }, chunk_tokens)?);
+    }
+    Ok(named)
 }
 
-impl Shape {
-    fn opaque(chunk_bytes: u64, chunk_tokens: u32) -> Result<Self, LayoutError> {
-        let token_bytes = chunk_bytes / u64::from(chunk_tokens);
-        let whole = chunk_bytes.is_multiple_of(u64::from(chunk_tokens));
-        match u32::try_from(token_bytes) {
-            Ok(head_size) if whole => Ok(Self {
-                dtype: OPAQUE_DTYPE.to_owned(),
-                dtype_bytes: 1,
-                layers: 1,
-                kv_heads: 1,
-                head_size,
-                kv_planes: 1,
-            }),
-            _ => Err(LayoutError::Conflict {
-                first: format!("chunk_bytes = {chunk_bytes}"),
-                second: format!("chunk_tokens = {chunk_tokens}"),
-                advice: "every token has the same number of bytes, below 4 GiB, so the second must divide the first",
-            }),
-        }
-    }
+fn group(name: String, given: &Given<'_>, chunk_tokens: u32) -> Result<KvGroup, LayoutError> {
+    let chunk_bytes = given.bytes("chunk_bytes")?;
+    let group = match chunk_bytes {
+        Some(chunk_bytes) if !given.has_shape() => opaque_group(name, chunk_bytes, chunk_tokens)?,
+        _ => group_of_fields(name, given)?,
+    };
+    agree("chunk_bytes", chunk_bytes, "the other fields", Some(group.partial_bytes(chunk_tokens)))?;
+    Ok(group)
+}
 
-    fn of_fields(given: &Given<'_>) -> Result<Self, LayoutError> {
-        let required = |field| {
-            given.count(field)?.ok_or(LayoutError::Missing {
+fn refuse_unknown(fields: &Map<String, Value>, known: &'static [&'static str]) -> Result<(), LayoutError> {
+    match fields.keys().find(|name| !known.contains(&name.as_str())) {
+        None => Ok(()),
+        Some(unknown) => Err(LayoutError::UnknownField {
+            field: unknown.clone(),
+            nearest: nearest(unknown, known),
+            known: known.join(", "),
+        }),
+    }
+}
+
+fn opaque_group(name: String, chunk_bytes: u64, chunk_tokens: u32) -> Result<KvGroup, LayoutError> {
+    let token_bytes = chunk_bytes.checked_div(u64::from(chunk_tokens)).unwrap_or(0);
+    let whole = chunk_tokens != 0 && chunk_bytes.is_multiple_of(u64::from(chunk_tokens));
+    match u32::try_from(token_bytes) {
+        Ok(head_size) if whole => Ok(KvGroup {
+            name,
+            dtype: OPAQUE_DTYPE.to_owned(),
+            dtype_bytes: 1,
+            layers: 1,
+            kv_heads: 1,
+            head_size,
+            kv_planes: 1,
+        }),
+        _ => Err(LayoutError::Conflict {
+            first: format!("chunk_bytes = {chunk_bytes}"),
+            second: format!("chunk_tokens = {chunk_tokens}"),
+            advice: "every token has the same number of bytes, below 4 GiB, so the second must divide the first",
+        }),
+    }
+}
+
+fn group_of_fields(name: String, given: &Given<'_>) -> Result<KvGroup, LayoutError> {
+    let required = |field| {
+        given.count(field)?.ok_or(LayoutError::Missing {
                 field,
                 accepted: "a whole number from 1 up (or give chunk_bytes alone, where only the connector knows what the bytes mean)",
             })
-        };
-        let dtype = given.text("dtype")?.ok_or(LayoutError::Missing { field: "dtype", accepted: DTYPES_ACCEPTED })?;
-        let (dtype, dtype_bytes) = match (parse_dtype(&dtype), given.count("dtype_bytes")?) {
-            (Some((name, known_bytes)), given_bytes) => {
-                agree("dtype_bytes", given_bytes, name, Some(known_bytes))?;
-                (name.to_owned(), known_bytes)
-            }
-            (None, Some(bytes)) if dtype != OPAQUE_DTYPE => (dtype, bytes),
-            (None, _) => {
-                return Err(LayoutError::BadField {
-                    field: "dtype".to_owned(),
-                    seen: format!("{dtype:?}"),
-                    accepted: format!("{DTYPES_ACCEPTED}; or another with its dtype_bytes"),
-                });
-            }
-        };
-        Ok(Self {
-            dtype,
-            dtype_bytes,
-            layers: required("layers")?,
-            kv_heads: required("kv_heads")?,
-            head_size: required("head_size")?,
-            kv_planes: required("kv_planes")?,
-        })
-    }
+    };
+    let dtype = given.text("dtype")?.ok_or(LayoutError::Missing { field: "dtype", accepted: DTYPES_ACCEPTED })?;
+    let (dtype, dtype_bytes) = match (parse_dtype(&dtype), given.count("dtype_bytes")?) {
+        (Some((name, known_bytes)), given_bytes) => {
+            agree("dtype_bytes", given_bytes, name, Some(known_bytes))?;
+            (name.to_owned(), known_bytes)
+        }
+        (None, Some(bytes)) if dtype != OPAQUE_DTYPE => (dtype, bytes),
+        (None, _) => {
+            return Err(LayoutError::BadField {
+                field: "dtype".to_owned(),
+                seen: format!("{dtype:?}"),
+                accepted: format!("{DTYPES_ACCEPTED}; or another with its dtype_bytes"),
+            });
+        }
+    };
+    Ok(KvGroup {
+        name,
+        dtype,
+        dtype_bytes,
+        layers: required("layers")?,
+        kv_heads: required("kv_heads")?,
+        head_size: required("head_size")?,
+        kv_planes: required("kv_planes")?,
+    })
 }
 
 /// Fields of the layout with their types checked; null counts as absent.
@@ -226,13 +267,13 @@ fn agree<T: PartialEq + std::fmt::Display>(
     }
 }
 
-fn nearest(unknown: &str) -> Option<String> {
-    FIELDS
+fn nearest(unknown: &str, known: &[&str]) -> Option<String> {
+    known
         .iter()
         .map(|field| (strsim::normalized_damerau_levenshtein(field, unknown), *field))
         .filter(|(likeness, _)| *likeness >= 0.5)
         .max_by(|a, b| a.0.total_cmp(&b.0))
-        .map(|(_, field)| field.to_owned())
+        .map(|(_, field)| (*field).to_owned())
 }
 
 #[cfg(test)]
@@ -274,12 +315,54 @@ mod tests {
     fn opaque_bytes_keep_every_size_exact() {
         // Broken in production: a connector with a layout of its own gets slots of another length than it asked for.
         let layout = layout(&json!({"model": "m", "chunk_bytes": 1_000_192, "chunk_tokens": 64})).unwrap();
-        assert!(layout.is_opaque());
+        assert!(layout.first_group().is_opaque());
         assert_eq!(layout.chunk_bytes(), 1_000_192);
-        assert_eq!(layout.partial_bytes(3), 3 * 15_628);
-        assert_eq!(layout.wire_dtype(), "uint8");
-        assert_eq!(layout.wire_shape(), [1, 1, 64, 15_628]);
+        assert_eq!(layout.first_group().partial_bytes(3), 3 * 15_628);
+        assert_eq!(layout.first_group().wire_dtype(), "uint8");
+        assert_eq!(layout.first_group().wire_shape(64), [1, 1, 64, 15_628]);
         assert!(layout.fingerprint().contains(&("format".to_owned(), "opaque".to_owned())));
+    }
+
+    #[test]
+    fn groups_take_from_the_top_what_they_leave_out() {
+        // Broken in production: a hybrid model's sliding-window layers are sent with the full layers' length.
+        let mut json = fields();
+        json["groups"] = json!([
+            {"name": "full", "layers": 8},
+            {"name": "sliding", "layers": 24, "kv_heads": 2, "dtype": "float8_e4m3fn"},
+            {"name": "draft", "chunk_bytes": 256 * 100},
+        ]);
+        json.as_object_mut().unwrap().remove("layers");
+        let hybrid = layout(&json).unwrap();
+        let token_bytes: Vec<u64> = hybrid.groups.iter().map(KvGroup::token_bytes).collect();
+        assert_eq!(token_bytes, [2 * 8 * 8 * 128 * 2, 2 * 24 * 2 * 128, 100]);
+        assert_eq!(hybrid.chunk_bytes(), token_bytes[0] * 256);
+        let fingerprint = hybrid.fingerprint();
+        for field in [("groups", "full,sliding,draft"), ("sliding.layers", "24"), ("draft.format", "opaque")] {
+            assert!(fingerprint.contains(&(field.0.to_owned(), field.1.to_owned())), "{field:?} in {fingerprint:?}");
+        }
+        for (groups, text) in [
+            (
+                json!([]),
+                "field `groups` = []; expected a list of objects, one for each group of layers, each with a `name`",
+            ),
+            (json!([7]), "field `groups[0]` = 7; expected an object with a `name` and a group's fields"),
+            (
+                json!([{"name": "a", "layers": 1}, {"name": "a", "layers": 2}]),
+                "field `groups[1].name` = \"a\"; expected a name of letters, digits, _ and - that no other group has",
+            ),
+            (
+                json!([{"name": "a", "layer": 1}]),
+                "field `layer` is not a field of a layout; did you mean `layers`?; the fields are name, dtype, dtype_bytes, layers, kv_heads, head_size, kv_planes, chunk_bytes",
+            ),
+            (
+                json!([{"name": "a", "layers": 1, "chunk_bytes": 5}]),
+                "chunk_bytes = 5 contradicts 1048576 from the other fields; leave one of them out, or make them equal",
+            ),
+        ] {
+            json["groups"] = groups;
+            assert_eq!(layout(&json).unwrap_err().to_string(), text);
+        }
     }
 
     #[test]
@@ -330,7 +413,7 @@ mod tests {
         let cases = [
             (
                 with("head_sise", json!(1)),
-                "field `head_sise` is not a field of a layout; did you mean `head_size`?; the fields are model, dtype, dtype_bytes, layers, kv_heads, head_size, kv_planes, chunk_tokens, tp_rank, tp_size, chunk_bytes",
+                "field `head_sise` is not a field of a layout; did you mean `head_size`?; the fields are model, dtype, dtype_bytes, layers, kv_heads, head_size, kv_planes, chunk_tokens, tp_rank, tp_size, chunk_bytes, groups",
             ),
             (
                 json!({"model": "m"}),

@@ -7,7 +7,7 @@
 
 use serde_json::{Map, Value};
 
-use super::{DTYPES_ACCEPTED, KvLayout, LayoutError, parse_dtype};
+use super::{DTYPES_ACCEPTED, KvGroup, KvLayout, LayoutError, parse_dtype};
 
 /// What a model's `config.json` does not say.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -70,15 +70,18 @@ pub fn from_model_config(json: &str, options: &ModelOptions) -> Result<KvLayout,
     };
     let layout = KvLayout {
         model: model.name(options.model_name.as_deref())?,
-        dtype: dtype.to_owned(),
-        dtype_bytes,
-        layers,
-        kv_heads,
-        head_size,
-        kv_planes,
         chunk_tokens: options.chunk_tokens,
         tp_rank: options.tp_rank,
         tp_size: options.tp_size,
+        groups: vec![KvGroup {
+            name: String::new(),
+            dtype: dtype.to_owned(),
+            dtype_bytes,
+            layers,
+            kv_heads,
+            head_size,
+            kv_planes,
+        }],
     };
     layout.check()?;
     Ok(layout)
@@ -296,25 +299,30 @@ mod tests {
         // Broken in production: the chunk of the commonest models has the wrong size.
         let llama_layout = layout(&llama(), &options()).unwrap();
         assert_eq!(
-            (llama_layout.layers, llama_layout.kv_heads, llama_layout.head_size, llama_layout.kv_planes),
+            (
+                llama_layout.first_group().layers,
+                llama_layout.first_group().kv_heads,
+                llama_layout.first_group().head_size,
+                llama_layout.first_group().kv_planes
+            ),
             (32, 8, 128, 2)
         );
         assert_eq!(llama_layout.chunk_bytes(), 33_554_432);
         assert_eq!(llama_layout.model, "llama");
         let gemma = layout(&with(llama(), "head_dim", json!(256)), &options()).unwrap();
-        assert_eq!(gemma.head_size, 256);
+        assert_eq!(gemma.first_group().head_size, 256);
         // null is how an absent head_dim is often written.
         let null = layout(&with(llama(), "head_dim", Value::Null), &options()).unwrap();
-        assert_eq!(null.head_size, 128);
+        assert_eq!(null.first_group().head_size, 128);
     }
 
     #[test]
     fn no_kv_heads_means_as_many_as_attention_heads() {
         // Broken in production: multi-head attention models get an eighth of their cache.
         let config = without(llama(), "num_key_value_heads");
-        assert_eq!(layout(&config, &options()).unwrap().kv_heads, 32);
+        assert_eq!(layout(&config, &options()).unwrap().first_group().kv_heads, 32);
         let gpt2 = json!({"model_type": "gpt2", "n_layer": 12, "n_head": 12, "n_embd": 768, "dtype": "float32"});
-        assert_eq!(layout(&gpt2, &options()).unwrap().token_bytes(), 2 * 12 * 768 * 4);
+        assert_eq!(layout(&gpt2, &options()).unwrap().first_group().token_bytes(), 2 * 12 * 768 * 4);
     }
 
     #[test]
@@ -327,10 +335,13 @@ mod tests {
         });
         for tp_size in [1, 8, 3] {
             let layout = layout(&deepseek, &ModelOptions { tp_size, ..options() }).unwrap();
-            assert_eq!((layout.kv_planes, layout.kv_heads, layout.head_size), (1, 1, 576));
+            assert_eq!(
+                (layout.first_group().kv_planes, layout.first_group().kv_heads, layout.first_group().head_size),
+                (1, 1, 576)
+            );
             assert_eq!(layout.chunk_bytes(), 61 * 576 * 2 * 256);
-            assert_eq!(layout.wire_shape(), [1, 61, 256, 576]);
-            assert_eq!(layout.wire_format(), 6);
+            assert_eq!(layout.first_group().wire_shape(256), [1, 61, 256, 576]);
+            assert_eq!(layout.first_group().wire_format(), 6);
         }
         let error = layout(&without(deepseek, "qk_rope_head_dim"), &options()).unwrap_err();
         assert!(error.to_string().starts_with("field `qk_rope_head_dim` is missing; expected"), "{error}");
@@ -345,13 +356,17 @@ mod tests {
                 "hidden_size": 2560, "head_dim": 256}
         });
         let layout = layout(&nested, &options()).unwrap();
-        assert_eq!((layout.layers, layout.kv_heads, layout.head_size), (34, 4, 256));
+        assert_eq!(
+            (layout.first_group().layers, layout.first_group().kv_heads, layout.first_group().head_size),
+            (34, 4, 256)
+        );
     }
 
     #[test]
     fn heads_are_divided_replicated_or_refused() {
         // Broken in production: a rank's slot is cut for heads that it does not have.
-        let heads = |tp_size| layout(&llama(), &ModelOptions { tp_size, ..options() }).map(|l| l.kv_heads);
+        let heads =
+            |tp_size| layout(&llama(), &ModelOptions { tp_size, ..options() }).map(|l| l.first_group().kv_heads);
         assert_eq!(heads(1), Ok(8));
         assert_eq!(heads(4), Ok(2));
         assert_eq!(heads(8), Ok(1));
@@ -367,10 +382,13 @@ mod tests {
     fn the_dtype_is_found_under_both_names_and_can_be_overridden() {
         // Broken in production: files of newer transformers are refused, or an fp8 cache gets slots twice its size.
         let newer = with(without(llama(), "torch_dtype"), "dtype", json!("float16"));
-        assert_eq!(layout(&newer, &options()).unwrap().dtype, "float16");
+        assert_eq!(layout(&newer, &options()).unwrap().first_group().dtype, "float16");
         let fp8 = ModelOptions { kv_dtype: Some("fp8".to_owned()), ..options() };
         let fp8 = layout(&llama(), &fp8).unwrap();
-        assert_eq!((fp8.dtype.as_str(), fp8.dtype_bytes, fp8.wire_dtype()), ("float8_e4m3fn", 1, "uint8"));
+        assert_eq!(
+            (fp8.first_group().dtype.as_str(), fp8.first_group().dtype_bytes, fp8.first_group().wire_dtype()),
+            ("float8_e4m3fn", 1, "uint8")
+        );
     }
 
     #[test]
