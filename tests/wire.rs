@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use pd_backend::ids::{ChunkKey, Failure, FailureKind, GrantId, RequestId, Seq};
+use pd_backend::ids::{Checksum, ChunkKey, Failure, FailureKind, GrantId, GroupIndex, RequestId, Seq};
 use pd_backend::wire::limits::{DEPTH_MAX, FIELDS_MAX, KEYS_MAX, MESSAGE_LEN_BYTES_MAX, VALUES_MAX};
 use pd_backend::wire::message::*;
 use pd_backend::wire::{DecodeError, decode, encode, type_name, unsigned_field};
@@ -143,8 +143,8 @@ fn lmcache_handshakes_carry_their_bytes_unchanged() {
 
 fn hello() -> Hello {
     Hello {
-        version_min: 1,
-        version_max: 1,
+        version_min: 2,
+        version_max: 2,
         instance: "i1".into(),
         engine: "nixl".into(),
         layout: vec![("dtype".into(), "bfloat16".into())],
@@ -156,8 +156,8 @@ fn hello() -> Hello {
 /// `hello()`, on the wire.
 const HELLO: &[&[u8]] = &[
     b"\xa5hello\x86",                  // map of 6
-    b"\xabversion_min\x01",            //   1
-    b"\xabversion_max\x01",            //   1
+    b"\xabversion_min\x02",            //   2
+    b"\xabversion_max\x02",            //   2
     b"\xa8instance\xa2i1",             //   "i1"
     b"\xa6engine\xa4nixl",             //   "nixl"
     b"\xa6layout\x91\x92\xa5dtype",    //   array of 1: array of 2: "dtype",
@@ -245,7 +245,7 @@ fn our_handshake_has_these_bytes() {
             pd: Some(MemRegReplyExtension {
                 seq: Seq(8),
                 descriptors: vec![0xde, 0xad],
-                slot_count: 300,
+                len_bytes: 300,
                 refusal: None,
             }),
         }),
@@ -255,7 +255,7 @@ fn our_handshake_has_these_bytes() {
             b"\xa2pd\x83",                          // map of 3
             b"\xa3seq\x08",                         //   8
             b"\xabdescriptors\xc4\x02\xde\xad",     //   bytes, 2 of them
-            b"\xaaslot_count\xcd\x01\x2c",          //   300
+            b"\xa9len_bytes\xcd\x01\x2c",           //   300
         ]],
     );
 }
@@ -273,7 +273,13 @@ fn our_allocation_and_cancel_have_these_bytes() {
             req_id: Some(req("r")),
             is_last_batch: Some(true),
             total_chunks: Some(2),
-            pd: Some(AllocExtension { seq: Seq(9), instance: "i1".into(), wait_ms: 5_000 }),
+            pd: Some(AllocExtension {
+                seq: Seq(9),
+                instance: "i1".into(),
+                wait_ms: 5_000,
+                groups: vec![GroupIndex(0), GroupIndex(1)],
+                known_len_bytes: 300,
+            }),
         }),
         &[&[
             b"\x8a\xa4type\xacAllocRequest", // map of 10
@@ -286,38 +292,48 @@ fn our_allocation_and_cancel_have_these_bytes() {
             b"\xa6req_id\xa1r",              // "r"
             b"\xadis_last_batch\xc3",        // true
             b"\xactotal_chunks\x02",         // 2
-            b"\xa2pd\x83",                   // map of 3
+            b"\xa2pd\x85",                   // map of 5
             b"\xa3seq\x09",                  //   9
             b"\xa8instance\xa2i1",           //   "i1"
             b"\xa7wait_ms\xcd\x13\x88",      //   5000
+            b"\xa6groups\x92\x00\x01",       //   array of 2: 0, 1
+            b"\xafknown_len_bytes",          //
+            b"\xcd\x01\x2c",                 //   300
         ]],
     );
     assert_golden(
         Message::AllocResponse(AllocResponse {
             already_sent_indexes: vec![1],
-            remote_indexes: vec![5],
+            remote_indexes: vec![],
             pd: Some(AllocReplyExtension {
                 seq: Seq(9),
                 grant: Some(GrantId(3)),
+                offsets: vec![5],
                 write_within_ms: 60_000,
+                memory: Some(MemoryUpdate { len_bytes: 300, metadata: vec![0xde], descriptors: vec![0xad] }),
                 refusal: None,
             }),
         }),
         &[&[
             b"\x84\xa4type\xadAllocResponse",    // map of 4
             b"\xb4already_sent_indexes\x91\x01", // array of 1: 1
-            b"\xaeremote_indexes\x91\x05",       // array of 1: 5
-            b"\xa2pd\x83",                       // map of 3
+            b"\xaeremote_indexes\x90",           // array of 0
+            b"\xa2pd\x85",                       // map of 5
             b"\xa3seq\x09",                      //   9
             b"\xa5grant\x03",                    //   3
+            b"\xa7offsets\x91\x05",              //   array of 1: 5
             b"\xafwrite_within_ms\xcd\xea\x60",  //   60000
+            b"\xa6memory\x83",                   //   map of 3
+            b"\xa9len_bytes\xcd\x01\x2c",        //     300
+            b"\xa8metadata\xc4\x01\xde",         //     bytes, 1 of them
+            b"\xabdescriptors\xc4\x01\xad",      //     bytes, 1 of them
         ]],
     );
     assert_golden(
         Message::AllocResponse(AllocResponse {
             already_sent_indexes: vec![],
             remote_indexes: vec![-1],
-            pd: Some(AllocReplyExtension { seq: Seq(9), grant: None, write_within_ms: 0, refusal: Some(no_slots()) }),
+            pd: Some(AllocReplyExtension { refusal: Some(no_slots()), ..AllocReplyExtension::empty(Seq(9)) }),
         }),
         &[
             &[
@@ -361,7 +377,31 @@ fn our_allocation_and_cancel_have_these_bytes() {
 fn our_own_messages_have_these_bytes() {
     // Broken in production: two releases that claim the same version do not understand each other's commits.
     assert_golden(
-        Message::PdCommit(Commit { seq: Seq(11), instance: "i1".into(), req_id: req("r"), grant: GrantId(3) }),
+        Message::PdCommit(Commit {
+            seq: Seq(11),
+            instance: "i1".into(),
+            req_id: req("r"),
+            grant: GrantId(3),
+            checksums: vec![Some(Checksum(0xae8b_1486_0a79_9888)), None],
+        }),
+        &[&[
+            b"\x86\xa4type\xa8PdCommit",                 // map of 6
+            b"\xa3seq\x0b",                              // 11
+            b"\xa8instance\xa2i1",                       // "i1"
+            b"\xa6req_id\xa1r",                          // "r"
+            b"\xa5grant\x03",                            // 3
+            b"\xa9checksums\x92",                        // array of 2
+            b"\xcf\xae\x8b\x14\x86\x0a\x79\x98\x88\xc0", //   0xae8b14860a799888, nil
+        ]],
+    );
+    assert_golden(
+        Message::PdCommit(Commit {
+            seq: Seq(11),
+            instance: "i1".into(),
+            req_id: req("r"),
+            grant: GrantId(3),
+            checksums: Vec::new(),
+        }),
         &[&[
             b"\x85\xa4type\xa8PdCommit", // map of 5
             b"\xa3seq\x0b",              // 11
@@ -379,16 +419,34 @@ fn our_own_messages_have_these_bytes() {
         ]],
     );
     assert_golden(
-        Message::PdRevoke(Revoke { req_id: req("r"), grant: GrantId(3), reason: no_slots() }),
+        Message::PdRevoke(Revoke { req_id: req("r"), grant: GrantId(3), reason: no_slots(), alloc_seq: Some(Seq(9)) }),
         &[
             &[
-                b"\x84\xa4type\xa8PdRevoke", // map of 4
+                b"\x85\xa4type\xa8PdRevoke", // map of 5
                 b"\xa6req_id\xa1r",          // "r"
                 b"\xa5grant\x03",            // 3
                 b"\xa6reason",
             ],
             NO_SLOTS,
+            &[
+                b"\xa9alloc_seq\x09", // 9
+            ],
         ],
+    );
+    assert_golden(
+        Message::PdPing(Ping { seq: Seq(12), instance: "i1".into() }),
+        &[&[
+            b"\x83\xa4type\xa6PdPing", // map of 3
+            b"\xa3seq\x0c",            // 12
+            b"\xa8instance\xa2i1",     // "i1"
+        ]],
+    );
+    assert_golden(
+        Message::PdPong(Pong { seq: Seq(12), refusal: None }),
+        &[&[
+            b"\x82\xa4type\xa6PdPong", // map of 2
+            b"\xa3seq\x0c",            // 12
+        ]],
     );
 }
 
@@ -397,8 +455,8 @@ fn what_a_newer_peer_adds_is_ignored_and_what_it_says_anew_is_named() {
     // Broken in production: an upgrade of one side stops the other.
     let newer = b"\x83\xa6req_id\xa1r\xa7shading\x92\xc0\x81\x01\xcb\0\0\0\0\0\0\0\0\xa4type\xaaProxyNotif";
     assert_eq!(decode::<Message>(newer).unwrap(), Message::ProxyNotif(ProxyNotif { req_id: req("r") }));
-    let unknown = decode::<Message>(b"\x82\xa4type\xa6PdPing\xa3seq\x05").unwrap_err();
-    assert_eq!(unknown, DecodeError::UnknownType { type_name: "PdPing".into() });
+    let unknown = decode::<Message>(b"\x82\xa4type\xa7PdNovel\xa3seq\x05").unwrap_err();
+    assert_eq!(unknown, DecodeError::UnknownType { type_name: "PdNovel".into() });
     let failure = b"\x84\xa4type\xa8PdRevoke\xa6req_id\xa1r\xa5grant\x03\xa6reason\x82\xa4kind\xa5novel\xa4text\xa1t";
     let Message::PdRevoke(revoke) = decode(failure).unwrap() else { panic!() };
     assert_eq!(revoke.reason.kind, FailureKind::Other);

@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used)]
 
-use pd_backend::ids::{ChunkKey, Failure, FailureKind, GrantId, RequestId, Seq};
+use pd_backend::ids::{Checksum, ChunkKey, Failure, FailureKind, GrantId, GroupIndex, RequestId, Seq};
 use pd_backend::wire::limits::{KEYS_MAX, VALUES_MAX};
 use pd_backend::wire::message::*;
 use pd_backend::wire::{decode, encode, type_name};
@@ -71,8 +71,8 @@ fn handshakes() -> impl Strategy<Value = Message> {
         .prop_map(|(seq, hello, agent_name, refusal)| InitReplyExtension { seq, hello, agent_name, refusal });
     let register = (seq(), text()).prop_map(|(seq, instance)| MemRegExtension { seq, instance });
     let registered =
-        (seq(), bytes(), any::<u32>(), maybe_failure()).prop_map(|(seq, descriptors, slot_count, refusal)| {
-            MemRegReplyExtension { seq, descriptors, slot_count, refusal }
+        (seq(), bytes(), any::<u64>(), maybe_failure()).prop_map(|(seq, descriptors, len_bytes, refusal)| {
+            MemRegReplyExtension { seq, descriptors, len_bytes, refusal }
         });
     prop_oneof![
         (bytes(), proptest::option::of(init))
@@ -94,8 +94,16 @@ fn handshakes() -> impl Strategy<Value = Message> {
 fn requests() -> impl Strategy<Value = Message> {
     let seq = || any::<u64>().prop_map(Seq);
     let grant = || any::<u64>().prop_map(GrantId);
-    let alloc_pd =
-        (seq(), text(), any::<u64>()).prop_map(|(seq, instance, wait_ms)| AllocExtension { seq, instance, wait_ms });
+    let groups = proptest::collection::vec(any::<u8>().prop_map(GroupIndex), 0..5);
+    let alloc_pd = (seq(), text(), any::<u64>(), groups, any::<u64>()).prop_map(
+        |(seq, instance, wait_ms, groups, known_len_bytes)| AllocExtension {
+            seq,
+            instance,
+            wait_ms,
+            groups,
+            known_len_bytes,
+        },
+    );
     let batch = (
         proptest::option::of(request_id()),
         proptest::option::of(any::<bool>()),
@@ -103,9 +111,28 @@ fn requests() -> impl Strategy<Value = Message> {
         proptest::option::of(alloc_pd),
     );
     let shape = proptest::collection::vec(any::<u64>(), 0..6);
-    let reply_pd = (seq(), proptest::option::of(grant()), any::<u64>(), proptest::option::of(failure())).prop_map(
-        |(seq, grant, write_within_ms, refusal)| AllocReplyExtension { seq, grant, write_within_ms, refusal },
-    );
+    let offsets = proptest::collection::vec(any::<u64>(), 0..5);
+    let memory = (any::<u64>(), bytes(), bytes()).prop_map(|(len_bytes, metadata, descriptors)| MemoryUpdate {
+        len_bytes,
+        metadata,
+        descriptors,
+    });
+    let reply_pd = (
+        seq(),
+        proptest::option::of(grant()),
+        offsets,
+        any::<u64>(),
+        proptest::option::of(memory),
+        proptest::option::of(failure()),
+    )
+        .prop_map(|(seq, grant, offsets, write_within_ms, memory, refusal)| AllocReplyExtension {
+            seq,
+            grant,
+            offsets,
+            write_within_ms,
+            memory,
+            refusal,
+        });
     let cancel_pd = (seq(), text(), proptest::option::of(grant()), proptest::option::of(any::<u64>()), any::<bool>())
         .prop_map(|(seq, instance, grant, alloc_seq, writer_stopped)| CancelExtension {
             seq,
@@ -143,15 +170,18 @@ fn requests() -> impl Strategy<Value = Message> {
             Message::CacheQueryResponse(CacheQueryResponse { cached_keys, cached_indexes })
         }),
         request_id().prop_map(|req_id| Message::ProxyNotif(ProxyNotif { req_id })),
-        (seq(), text(), request_id(), grant())
-            .prop_map(|(seq, instance, req_id, grant)| { Message::PdCommit(Commit { seq, instance, req_id, grant }) }),
+        (seq(), text(), request_id(), grant(), proptest::collection::vec(proptest::option::of(any::<u64>()), 0..5))
+            .prop_map(|(seq, instance, req_id, grant, sums)| {
+                let checksums = sums.into_iter().map(|sum| sum.map(Checksum)).collect();
+                Message::PdCommit(Commit { seq, instance, req_id, grant, checksums })
+            }),
         (seq(), request_id(), proptest::option::of(failure()))
             .prop_map(|(seq, req_id, refusal)| Message::PdCommitAck(CommitAck { seq, req_id, refusal })),
-        (request_id(), grant(), failure()).prop_map(|(req_id, grant, reason)| Message::PdRevoke(Revoke {
-            req_id,
-            grant,
-            reason
-        })),
+        (request_id(), grant(), failure(), proptest::option::of(seq())).prop_map(
+            |(req_id, grant, reason, alloc_seq)| { Message::PdRevoke(Revoke { req_id, grant, reason, alloc_seq }) }
+        ),
+        (seq(), text()).prop_map(|(seq, instance)| Message::PdPing(Ping { seq, instance })),
+        (seq(), proptest::option::of(failure())).prop_map(|(seq, refusal)| Message::PdPong(Pong { seq, refusal })),
     ]
 }
 

@@ -35,6 +35,8 @@ pub enum FailureKind {
     LayoutMismatch,
     /// The engine could not move the bytes.
     TransferFailed,
+    /// Bytes that arrived are not those that were sent.
+    Corrupted,
     /// This daemon is going down.
     ShuttingDown,
     /// Our own mistake.
@@ -61,6 +63,7 @@ impl FailureKind {
             Self::HandshakeRefused => "handshake_refused",
             Self::LayoutMismatch => "layout_mismatch",
             Self::TransferFailed => "transfer_failed",
+            Self::Corrupted => "corrupted",
             Self::ShuttingDown => "shutting_down",
             Self::Internal => "internal",
             Self::Other => "other",

@@ -1,18 +1,22 @@
 //! The names of things: small types that keep an index from being taken for a count or a length.
 
+mod checksum;
 mod clip;
 mod copy;
 mod engine;
 mod failure;
 mod name;
 mod peer;
+mod secret;
 
+pub use checksum::{Checksum, ChecksumMode, SAMPLED_ONE_IN, Summing};
 pub use clip::clip;
 pub use copy::ByteCopy;
 pub use engine::EngineKind;
 pub use failure::{Failure, FailureKind};
 pub use name::{CHUNK_KEY_LEN_BYTES_MAX, ChunkKey, NameError, REQUEST_ID_LEN_BYTES_MAX, RequestId};
 pub use peer::PeerAddress;
+pub use secret::{SECRET_LEN_BYTES_MAX, SECRET_LEN_BYTES_MIN, SharedSecret};
 
 use std::fmt;
 
@@ -33,10 +37,18 @@ macro_rules! number {
     };
 }
 
+/// Most pieces that a pd_buffer is registered in: its first length, and the steps that it grows by. Each costs an engine
+/// a registration, and every peer its address and key in the metadata.
+pub const BUFFER_PIECES_MAX: usize = 256;
+
 number! {
-    /// A chunk slot of one pd_buffer: slot `i` starts `i * chunk_bytes` after the buffer's start.
-    /// LMCache's wire calls it a page index.
+    /// A slot of one pd_buffer: the bytes handed out for one chunk. It says which, not where: a short chunk's slot is as
+    /// short as the chunk, and starts wherever there was room.
     SlotIndex(u32)
+}
+number! {
+    /// Layers that keep the same shape of KV cache: the position of their group in the layout.
+    GroupIndex(u8)
 }
 number! {
     /// How often a slot has been handed out: tells a late message about an earlier tenant from a current one.

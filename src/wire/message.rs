@@ -6,15 +6,17 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::ids::{ChunkKey, Failure, GrantId, RequestId, Seq};
+use crate::ids::{Checksum, ChunkKey, Failure, GrantId, GroupIndex, RequestId, Seq};
 
 /// The protocol version that this build speaks, and the oldest that it still understands.
-pub const PROTOCOL_VERSION: u16 = 1;
+pub const PROTOCOL_VERSION: u16 = 2;
 /// See [`PROTOCOL_VERSION`].
-pub const PROTOCOL_VERSION_MIN: u16 = 1;
+pub const PROTOCOL_VERSION_MIN: u16 = 2;
 
 /// Capability: commits chunks with [`Commit`] and understands [`Revoke`].
 pub const CAPABILITY_COMMIT: &str = "commit";
+/// Capability: asks and answers with [`Ping`] and [`Pong`], and takes silence for an end.
+pub const CAPABILITY_HEARTBEAT: &str = "heartbeat";
 
 /// Everything that can arrive on a side-channel port.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -46,6 +48,10 @@ pub enum Message {
     PdCommitAck(CommitAck),
     /// alloc port, receiver to sender, unasked: the grant is withdrawn, say when you have stopped writing.
     PdRevoke(Revoke),
+    /// alloc port, sender to receiver: are you there, and do you know me?
+    PdPing(Ping),
+    /// alloc port, the answer.
+    PdPong(Pong),
 }
 
 impl Message {
@@ -65,6 +71,8 @@ impl Message {
             Self::PdCommit(_) => "PdCommit",
             Self::PdCommitAck(_) => "PdCommitAck",
             Self::PdRevoke(_) => "PdRevoke",
+            Self::PdPing(_) => "PdPing",
+            Self::PdPong(_) => "PdPong",
         }
     }
 }
@@ -200,8 +208,8 @@ pub struct MemRegReplyExtension {
     /// The receiver's engine descriptors. Empty in a refusal.
     #[serde(with = "serde_bytes")]
     pub descriptors: Vec<u8>,
-    /// Number of slots in the receiver's buffer.
-    pub slot_count: u32,
+    /// Length of the receiver's buffer, as far as the descriptors go, in bytes.
+    pub len_bytes: u64,
     /// Why the receiver will not say.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub refusal: Option<Failure>,
@@ -243,6 +251,12 @@ pub struct AllocExtension {
     pub instance: String,
     /// How long the sender will wait for slots, in milliseconds.
     pub wait_ms: u64,
+    /// Of which group of layers each chunk is; empty when all are of the first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub groups: Vec<GroupIndex>,
+    /// How much of the receiver's buffer the sender knows of, in bytes.
+    #[serde(default)]
+    pub known_len_bytes: u64,
 }
 
 /// `AllocResponse`.
@@ -250,7 +264,8 @@ pub struct AllocExtension {
 pub struct AllocResponse {
     /// Positions in `keys` of the chunks that need not be sent.
     pub already_sent_indexes: Vec<u32>,
-    /// One page index for every other chunk, in order. `-1` in LMCache's errors.
+    /// One page index for every other chunk, in order. `-1` in LMCache's errors. Empty between our own peers: see
+    /// [`AllocReplyExtension::offsets`].
     pub remote_indexes: Vec<i64>,
     /// Ours.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -265,12 +280,38 @@ pub struct AllocReplyExtension {
     /// Names what was granted, for the commit. Absent in a refusal and in the answer to a cancel.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub grant: Option<GrantId>,
+    /// Where every chunk that is not already sent goes, in bytes from the start of the receiver's buffer, in order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub offsets: Vec<u64>,
     /// How long the granted slots may be written to, in milliseconds from now.
     #[serde(default)]
     pub write_within_ms: u64,
+    /// What the sender must know before it writes: the buffer has grown beyond its `known_len_bytes`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<MemoryUpdate>,
     /// Why nothing was granted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub refusal: Option<Failure>,
+}
+
+impl AllocReplyExtension {
+    /// An answer that grants nothing and refuses nothing.
+    pub const fn empty(seq: Seq) -> Self {
+        Self { seq, grant: None, offsets: Vec::new(), write_within_ms: 0, memory: None, refusal: None }
+    }
+}
+
+/// A receiver's memory after it has grown.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct MemoryUpdate {
+    /// Length of the buffer now, in bytes.
+    pub len_bytes: u64,
+    /// The receiver's engine metadata now.
+    #[serde(with = "serde_bytes")]
+    pub metadata: Vec<u8>,
+    /// The receiver's engine descriptors now.
+    #[serde(with = "serde_bytes")]
+    pub descriptors: Vec<u8>,
 }
 
 /// `CancelNotif`.
@@ -337,6 +378,9 @@ pub struct Commit {
     pub req_id: RequestId,
     /// What was granted to it.
     pub grant: GrantId,
+    /// One for each granted chunk, in order, nil where it was not summed; empty when none was.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub checksums: Vec<Option<Checksum>>,
 }
 
 /// `PdCommitAck`.
@@ -360,4 +404,26 @@ pub struct Revoke {
     pub grant: GrantId,
     /// Why.
     pub reason: Failure,
+    /// `seq` of the AllocRequest that the grant answered, for a sender that this overtakes the answer to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub alloc_seq: Option<Seq>,
+}
+
+/// `PdPing`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Ping {
+    /// Echoed in the answer.
+    pub seq: Seq,
+    /// [`Hello::instance`] of the sender.
+    pub instance: String,
+}
+
+/// `PdPong`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Pong {
+    /// From the ping.
+    pub seq: Seq,
+    /// The receiver does not know the sender: it has given it up, or was restarted. Shake hands anew.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refusal: Option<Failure>,
 }
