@@ -3,55 +3,59 @@
 use crate::address::{AddressManager, AddressRange};
 use crate::ids::{Generation, SlotIndex};
 
-/// Too few free slots for a request. Nothing was taken.
+/// Too little room for a request. Nothing was taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("{asked} slots are needed, {free} of {slot_count} are free")]
-pub struct NotEnoughSlots {
+#[error(
+    "{slots} slots of {asked_bytes} bytes together are needed, {free_bytes} of {len_bytes} bytes are free, not all in one piece"
+)]
+pub struct NoRoom {
     /// Slots asked for.
-    pub asked: u32,
-    /// Slots free.
-    pub free: u32,
-    /// Slots in the buffer.
-    pub slot_count: u32,
+    pub slots: usize,
+    /// Bytes that they need together.
+    pub asked_bytes: u64,
+    /// Bytes free, in pieces of any length.
+    pub free_bytes: u64,
+    /// Bytes in the buffer.
+    pub len_bytes: u64,
 }
 
-/// The slots of one pd_buffer. Slot `i` is the addresses `i * slot_bytes .. (i + 1) * slot_bytes`.
+/// The slots of one pd_buffer: ranges of its addresses, of the lengths that were asked for.
+///
+/// A slot's index is a name for as long as it is taken. It is reused, with another generation, for other bytes.
 #[derive(Debug)]
 pub struct SlotPool {
     addresses: AddressManager,
-    slot_bytes: u64,
-    generations: Vec<Generation>,
-    free: u32,
+    slots: Vec<Slot>,
+    /// Indexes that name nothing now.
+    vacant: Vec<SlotIndex>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Slot {
+    /// Its bytes while it is taken.
+    range: Option<AddressRange>,
+    generation: Generation,
 }
 
 impl SlotPool {
-    /// `slot_count` free slots of `slot_bytes` each.
-    ///
-    /// # Panics
-    /// When `slot_bytes` is 0 or the buffer passes 2^64 bytes; a checked configuration holds neither.
-    pub fn new(slot_count: u32, slot_bytes: u64) -> Self {
-        let len_bytes = slot_bytes.checked_mul(u64::from(slot_count)).expect("a checked configuration fits in 64 bits");
-        let addresses =
-            AddressManager::new(len_bytes, slot_bytes).expect("a checked configuration has chunks of at least 1 byte");
-        Self { addresses, slot_bytes, generations: vec![Generation(0); slot_count as usize], free: slot_count }
+    /// No slots yet, in the addresses of this manager. It may grow meanwhile, and others may take from it.
+    pub fn new(addresses: AddressManager) -> Self {
+        Self { addresses, slots: Vec::new(), vacant: Vec::new() }
     }
 
-    /// Takes `count` slots, or none. Each gets a new generation.
+    /// Takes a slot of each of these lengths, in that order, or none. Each gets a new generation.
     ///
     /// # Errors
-    /// [`NotEnoughSlots`].
-    pub fn take(&mut self, count: u32) -> Result<Vec<SlotIndex>, NotEnoughSlots> {
-        let short = NotEnoughSlots { asked: count, free: self.free, slot_count: self.slot_count() };
-        let ranges = self.addresses.allocate_batch(self.slot_bytes, count as usize).map_err(|_| short)?;
-        self.free -= count;
-        Ok(ranges
-            .into_iter()
-            .map(|range| {
-                let slot = SlotIndex((range.start / self.slot_bytes) as u32);
-                self.generations[slot.0 as usize].0 += 1;
-                slot
-            })
-            .collect())
+    /// [`NoRoom`].
+    ///
+    /// # Panics
+    /// In debug builds, when a length is 0: a chunk has at least one byte.
+    pub fn take(&mut self, lens_bytes: &[u64]) -> Result<Vec<SlotIndex>, NoRoom> {
+        debug_assert!(!lens_bytes.contains(&0), "a slot of 0 bytes");
+        match self.addresses.allocate_each(lens_bytes) {
+            Ok(ranges) => Ok(ranges.into_iter().map(|range| self.name(range)).collect()),
+            Err(_) => Err(self.no_room(lens_bytes)),
+        }
     }
 
     /// Gives a taken slot back.
@@ -59,48 +63,89 @@ impl SlotPool {
     /// # Panics
     /// In debug builds, when the slot is free already: its owner has lost count.
     pub fn give_back(&mut self, slot: SlotIndex) {
-        let range = AddressRange { start: self.offset_bytes(slot), len_bytes: self.slot_bytes };
-        match self.addresses.free(range) {
-            Ok(()) => self.free += 1,
-            Err(error) => debug_assert!(false, "slot {slot}: {error}"),
-        }
+        let range = self.slots.get_mut(slot.0 as usize).and_then(|slot| slot.range.take());
+        let Some(range) = range else {
+            debug_assert!(false, "slot {slot} is free already");
+            return;
+        };
+        let freed = self.addresses.free(range);
+        debug_assert!(freed.is_ok(), "slot {slot}: {freed:?}");
+        self.vacant.push(slot);
     }
 
-    /// Where a slot starts, in bytes from the start of the buffer.
-    pub fn offset_bytes(&self, slot: SlotIndex) -> u64 {
-        u64::from(slot.0) * self.slot_bytes
+    /// The bytes of a taken slot.
+    pub fn range(&self, slot: SlotIndex) -> Option<AddressRange> {
+        self.slots.get(slot.0 as usize)?.range
+    }
+
+    /// What a taken slot takes, in bytes, rounding up to the alignment included.
+    pub fn taken_bytes(&self, slot: SlotIndex) -> u64 {
+        self.range(slot).map_or(0, |range| self.asked_bytes(&[range.len_bytes]))
     }
 
     /// How often this slot has been taken.
     pub fn generation(&self, slot: SlotIndex) -> Generation {
-        self.generations[slot.0 as usize]
+        self.slots.get(slot.0 as usize).map_or(Generation(0), |slot| slot.generation)
     }
 
-    /// Bytes from one slot to the next.
-    pub fn slot_bytes(&self) -> u64 {
-        self.slot_bytes
+    /// Slots taken.
+    pub fn taken_count(&self) -> usize {
+        self.slots.len() - self.vacant.len()
     }
 
-    /// Slots in the buffer.
-    pub fn slot_count(&self) -> u32 {
-        self.generations.len() as u32
+    /// The addresses underneath.
+    pub fn addresses(&self) -> &AddressManager {
+        &self.addresses
     }
 
-    /// Slots that can be taken.
-    pub fn free_count(&self) -> u32 {
-        self.free
+    /// What did not fit, and how much is free.
+    pub fn no_room(&self, lens_bytes: &[u64]) -> NoRoom {
+        NoRoom {
+            slots: lens_bytes.len(),
+            asked_bytes: self.asked_bytes(lens_bytes),
+            free_bytes: self.addresses.free_bytes(),
+            len_bytes: self.addresses.len_bytes(),
+        }
     }
 
-    /// Checks the addresses underneath and the count above them.
+    /// What slots of these lengths take together, in bytes, rounding up to the alignment included.
+    pub fn asked_bytes(&self, lens_bytes: &[u64]) -> u64 {
+        let alignment = self.addresses.alignment();
+        let taken = |len: &u64| len.checked_next_multiple_of(alignment).unwrap_or(u64::MAX);
+        lens_bytes.iter().map(taken).fold(0, u64::saturating_add)
+    }
+
+    /// Checks the addresses underneath and the names above them.
     ///
     /// # Errors
     /// What does not agree.
     pub fn check(&self) -> Result<(), String> {
         self.addresses.check()?;
-        let free = self.addresses.usage().free_bytes / self.slot_bytes;
-        if free != u64::from(self.free) {
-            return Err(format!("{} slots counted as free, {free} are", self.free));
+        let mut ranges: Vec<AddressRange> = self.slots.iter().filter_map(|slot| slot.range).collect();
+        if ranges.len() != self.taken_count() {
+            return Err(format!("{} slots have bytes, {} are counted as taken", ranges.len(), self.taken_count()));
+        }
+        ranges.sort_unstable();
+        if let Some(pair) = ranges.windows(2).find(|pair| pair[0].end() > pair[1].start) {
+            return Err(format!("two slots share bytes: {pair:?}"));
+        }
+        let taken: u64 = ranges.iter().map(|range| range.len_bytes).sum();
+        let used = self.addresses.len_bytes() - self.addresses.free_bytes();
+        if taken > used {
+            return Err(format!("slots have {taken} bytes, of which the addresses count {used} as used"));
         }
         Ok(())
+    }
+
+    fn name(&mut self, range: AddressRange) -> SlotIndex {
+        let slot = self.vacant.pop().unwrap_or_else(|| {
+            let index = u32::try_from(self.slots.len()).expect("fewer than 2^32 chunks fit any buffer");
+            self.slots.push(Slot { range: None, generation: Generation(0) });
+            SlotIndex(index)
+        });
+        let record = &mut self.slots[slot.0 as usize];
+        record.range = Some(range);
+        record.generation.0 += 1;
+        slot
     }
 }

@@ -13,8 +13,9 @@
 use std::collections::BTreeMap;
 use std::time::Instant;
 
-use super::pool::{NotEnoughSlots, SlotPool};
-use crate::ids::{ChunkKey, Generation, GrantId, SlotIndex};
+use super::pool::{NoRoom, SlotPool};
+use crate::address::{AddressManager, AddressRange};
+use crate::ids::{ChunkKey, Generation, GrantId, GroupIndex, SlotIndex};
 
 /// Who may write a slot: this grant, in this generation of the slot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,8 +37,8 @@ pub enum SlotState {
     Ready {
         /// Its name.
         key: ChunkKey,
-        /// Its length in bytes: that of a whole chunk, or of a short last one.
-        len_bytes: u64,
+        /// Whose layers it is of.
+        group: GroupIndex,
         /// Requests and leases that need it.
         holds: u32,
     },
@@ -48,8 +49,6 @@ pub enum SlotState {
 /// Slots by state, all of one moment.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct SlotCounts {
-    /// Nothing in them.
-    pub free: u32,
     /// Being written.
     pub reserved: u32,
     /// Committed and held.
@@ -70,46 +69,55 @@ pub struct SlotTable {
     /// Ready chunks that nobody holds, least recently used first.
     idle: BTreeMap<u64, (SlotIndex, Instant)>,
     idle_order: Vec<u64>,
+    idle_bytes: u64,
     next_order: u64,
     counts: SlotCounts,
 }
 
 impl SlotTable {
-    /// `slot_count` free slots of `slot_bytes` each.
-    pub fn new(slot_count: u32, slot_bytes: u64) -> Self {
+    /// No slots yet, in the addresses of this manager.
+    pub fn new(addresses: AddressManager) -> Self {
         Self {
-            pool: SlotPool::new(slot_count, slot_bytes),
-            states: vec![SlotState::Free; slot_count as usize],
+            pool: SlotPool::new(addresses),
+            states: Vec::new(),
             by_key: BTreeMap::new(),
             idle: BTreeMap::new(),
-            idle_order: vec![0; slot_count as usize],
+            idle_order: Vec::new(),
+            idle_bytes: 0,
             next_order: 1,
-            counts: SlotCounts { free: slot_count, ..SlotCounts::default() },
+            counts: SlotCounts::default(),
         }
     }
 
-    /// Reserves `count` slots for a grant, or none; idle ready chunks make room, the least recently used first.
+    /// Reserves a slot of each of these lengths for a grant, in that order, or none; idle ready chunks make room, the
+    /// least recently used first.
     ///
     /// # Errors
-    /// [`NotEnoughSlots`], counting idle ready chunks as free. Nothing has changed then.
-    pub fn reserve(&mut self, grant: GrantId, count: u32) -> Result<Vec<SlotIndex>, NotEnoughSlots> {
-        let available = self.available();
-        if count > available {
-            return Err(NotEnoughSlots { asked: count, free: available, slot_count: self.pool.slot_count() });
+    /// [`NoRoom`]. Idle chunks are let go only when all of them together could make enough room; that may still not be
+    /// one piece.
+    pub fn reserve(&mut self, grant: GrantId, lens_bytes: &[u64]) -> Result<Vec<SlotIndex>, NoRoom> {
+        let asked_bytes = self.pool.asked_bytes(lens_bytes);
+        if asked_bytes > self.available_bytes() {
+            return Err(self.pool.no_room(lens_bytes));
         }
-        while self.pool.free_count() < count {
-            let (_, (slot, _)) = self.idle.pop_first().expect("available slots are free or idle");
-            self.idle_order[slot.0 as usize] = 0;
-            self.counts.ready_idle -= 1;
-            self.vacate(slot);
-        }
-        let slots = self.pool.take(count)?;
+        while self.pool.addresses().free_bytes() < asked_bytes && self.evict_oldest() {}
+        let slots = loop {
+            match self.pool.take(lens_bytes) {
+                Ok(slots) => break slots,
+                // Enough bytes, in pieces that are too short: the next idle chunk may join two of them.
+                Err(_) if self.evict_oldest() => {}
+                Err(no_room) => return Err(no_room),
+            }
+        };
         for &slot in &slots {
-            let tenant = Tenant { grant, generation: self.pool.generation(slot) };
-            self.states[slot.0 as usize] = SlotState::Reserved(tenant);
+            let at = slot.0 as usize;
+            if at >= self.states.len() {
+                self.states.resize(at + 1, SlotState::Free);
+                self.idle_order.resize(at + 1, 0);
+            }
+            self.states[at] = SlotState::Reserved(Tenant { grant, generation: self.pool.generation(slot) });
         }
-        self.counts.free -= count;
-        self.counts.reserved += count;
+        self.counts.reserved += slots.len() as u32;
         Ok(slots)
     }
 
@@ -117,12 +125,12 @@ impl SlotTable {
     ///
     /// Returns false, and changes nothing, unless `grant` has the slot reserved.
     #[must_use = "false means that the commit is about an earlier tenant"]
-    pub fn commit(&mut self, slot: SlotIndex, grant: GrantId, key: ChunkKey, len_bytes: u64) -> bool {
+    pub fn commit(&mut self, slot: SlotIndex, grant: GrantId, key: ChunkKey, group: GroupIndex) -> bool {
         if !matches!(self.state(slot), Some(SlotState::Reserved(tenant)) if tenant.grant == grant) {
             return false;
         }
         self.by_key.entry(key.clone()).or_insert(slot);
-        self.states[slot.0 as usize] = SlotState::Ready { key, len_bytes, holds: 1 };
+        self.states[slot.0 as usize] = SlotState::Ready { key, group, holds: 1 };
         self.counts.reserved -= 1;
         self.counts.ready_held += 1;
         true
@@ -166,6 +174,7 @@ impl SlotTable {
             self.idle.remove(&order);
             self.counts.ready_idle -= 1;
             self.counts.ready_held += 1;
+            self.idle_bytes -= self.pool.taken_bytes(slot);
         }
     }
 
@@ -186,22 +195,30 @@ impl SlotTable {
             self.next_order += 1;
             self.idle.insert(order, (slot, now));
             self.idle_order[slot.0 as usize] = order;
+            self.idle_bytes += self.pool.taken_bytes(slot);
             self.counts.ready_idle += 1;
         } else {
             self.vacate(slot);
         }
     }
 
+    /// Frees a ready chunk that nobody holds. False: it is none.
+    pub fn free_idle(&mut self, slot: SlotIndex) -> bool {
+        if !matches!(self.state(slot), Some(SlotState::Ready { holds: 0, .. })) {
+            return false;
+        }
+        let order = std::mem::take(&mut self.idle_order[slot.0 as usize]);
+        self.idle.remove(&order);
+        self.counts.ready_idle -= 1;
+        self.idle_bytes -= self.pool.taken_bytes(slot);
+        self.vacate(slot);
+        true
+    }
+
     /// Frees the idle chunks that were last held before `before`. Returns how many.
     pub fn expire_idle(&mut self, before: Instant) -> u32 {
         let mut expired = 0;
-        while let Some(entry) = self.idle.first_entry()
-            && entry.get().1 <= before
-        {
-            let (slot, _) = entry.remove();
-            self.idle_order[slot.0 as usize] = 0;
-            self.counts.ready_idle -= 1;
-            self.vacate(slot);
+        while self.oldest_idle().is_some_and(|since| since <= before) && self.evict_oldest() {
             expired += 1;
         }
         expired
@@ -217,19 +234,24 @@ impl SlotTable {
         self.states.get(slot.0 as usize)
     }
 
-    /// Where a slot starts, in bytes from the start of the buffer.
-    pub fn offset_bytes(&self, slot: SlotIndex) -> u64 {
-        self.pool.offset_bytes(slot)
+    /// The bytes of a slot that is not free.
+    pub fn range(&self, slot: SlotIndex) -> Option<AddressRange> {
+        self.pool.range(slot)
     }
 
-    /// Slots in the buffer.
-    pub fn slot_count(&self) -> u32 {
-        self.pool.slot_count()
+    /// The addresses underneath.
+    pub fn addresses(&self) -> &AddressManager {
+        self.pool.addresses()
     }
 
-    /// Slots that can be reserved at once: free, or ready and idle.
-    pub fn available(&self) -> u32 {
-        self.pool.free_count() + self.counts.ready_idle
+    /// Bytes that are free, or hold an idle chunk.
+    pub fn available_bytes(&self) -> u64 {
+        self.pool.addresses().free_bytes() + self.idle_bytes
+    }
+
+    /// What slots of these lengths take together, in bytes.
+    pub fn asked_bytes(&self, lens_bytes: &[u64]) -> u64 {
+        self.pool.asked_bytes(lens_bytes)
     }
 
     /// Slots by state.
@@ -244,10 +266,14 @@ impl SlotTable {
     pub fn check_invariants(&self) -> Result<(), String> {
         self.pool.check()?;
         let mut counts = SlotCounts::default();
+        let mut idle_bytes = 0;
         for (index, state) in self.states.iter().enumerate() {
             let slot = SlotIndex(index as u32);
+            if (*state == SlotState::Free) != self.pool.range(slot).is_none() {
+                return Err(format!("slot {slot} is {state:?} and its bytes are {:?}", self.pool.range(slot)));
+            }
             match state {
-                SlotState::Free => counts.free += 1,
+                SlotState::Free => {}
                 SlotState::Reserved(tenant) | SlotState::Quarantined(tenant) => {
                     if tenant.generation != self.pool.generation(slot) {
                         return Err(format!("slot {slot} is written by an earlier generation: {tenant:?}"));
@@ -259,6 +285,7 @@ impl SlotTable {
                 }
                 SlotState::Ready { holds: 0, key, .. } => {
                     counts.ready_idle += 1;
+                    idle_bytes += self.pool.taken_bytes(slot);
                     let order = self.idle_order[index];
                     if self.idle.get(&order).map(|&(slot, _)| slot) != Some(slot) {
                         return Err(format!("slot {slot} is idle and not in the order of idle slots"));
@@ -270,9 +297,11 @@ impl SlotTable {
                 SlotState::Ready { .. } => counts.ready_held += 1,
             }
         }
-        if counts != self.counts || counts.free != self.pool.free_count() || self.idle.len() as u32 != counts.ready_idle
-        {
+        if counts != self.counts || self.idle.len() as u32 != counts.ready_idle {
             return Err(format!("counted {:?}, found {counts:?}", self.counts));
+        }
+        if idle_bytes != self.idle_bytes {
+            return Err(format!("{} idle bytes counted, {idle_bytes} found", self.idle_bytes));
         }
         for (key, slot) in &self.by_key {
             if !matches!(self.state(*slot), Some(SlotState::Ready { key: held, .. }) if held == key) {
@@ -291,7 +320,16 @@ impl SlotTable {
             self.by_key.remove(&key);
         }
         self.pool.give_back(slot);
-        self.counts.free += 1;
+    }
+
+    /// Lets the chunk go that has been idle longest. False: there is none.
+    fn evict_oldest(&mut self) -> bool {
+        let Some((_, (slot, _))) = self.idle.pop_first() else { return false };
+        self.idle_order[slot.0 as usize] = 0;
+        self.counts.ready_idle -= 1;
+        self.idle_bytes -= self.pool.taken_bytes(slot);
+        self.vacate(slot);
+        true
     }
 }
 
@@ -305,19 +343,25 @@ mod tests {
         ChunkKey::new(format!("k{n}")).unwrap()
     }
 
+    const GROUP: GroupIndex = GroupIndex(0);
+
+    fn table(len_bytes: u64) -> SlotTable {
+        SlotTable::new(AddressManager::with_slots(len_bytes, 1, 8).unwrap())
+    }
+
     #[test]
     fn a_quarantined_slot_is_never_handed_out_until_its_writer_has_stopped() {
         // Broken in production: a paused sender wakes up and overwrites another request's chunk.
-        let mut table = SlotTable::new(2, 8);
-        let slots = table.reserve(GrantId(1), 2).unwrap();
+        let mut table = table(16);
+        let slots = table.reserve(GrantId(1), &[8, 8]).unwrap();
         table.quarantine(slots[0], GrantId(1));
         table.quarantine(slots[1], GrantId(1));
-        assert_eq!(table.reserve(GrantId(2), 1).unwrap_err().free, 0);
-        assert!(!table.commit(slots[0], GrantId(1), key(0), 8), "given up means given up");
+        assert_eq!(table.reserve(GrantId(2), &[8]).unwrap_err().free_bytes, 0);
+        assert!(!table.commit(slots[0], GrantId(1), key(0), GROUP), "given up means given up");
         table.writer_stopped(slots[0], GrantId(9));
-        assert_eq!(table.available(), 0, "another grant has no say");
+        assert_eq!(table.available_bytes(), 0, "another grant has no say");
         table.writer_stopped(slots[0], GrantId(1));
-        assert_eq!(table.reserve(GrantId(2), 1).unwrap(), vec![slots[0]]);
+        assert_eq!(table.reserve(GrantId(2), &[8]).unwrap(), vec![slots[0]]);
         table.writer_stopped(slots[0], GrantId(1));
         assert_eq!(table.counts().reserved, 1, "a late word about the former tenant changes nothing");
     }
@@ -325,20 +369,20 @@ mod tests {
     #[test]
     fn idle_chunks_make_room_oldest_first_and_held_ones_never() {
         // Broken in production: a chunk is overwritten while a decode worker copies it.
-        let mut table = SlotTable::new(2, 8);
+        let mut table = table(16);
         let now = Instant::now();
-        let slots = table.reserve(GrantId(1), 2).unwrap();
-        assert!(table.commit(slots[0], GrantId(1), key(0), 8));
-        assert!(table.commit(slots[1], GrantId(1), key(1), 8));
+        let slots = table.reserve(GrantId(1), &[8, 8]).unwrap();
+        assert!(table.commit(slots[0], GrantId(1), key(0), GROUP));
+        assert!(table.commit(slots[1], GrantId(1), key(1), GROUP));
         table.unhold(now, slots[1]);
-        assert!(table.reserve(GrantId(2), 2).is_err());
-        assert_eq!(table.reserve(GrantId(2), 1).unwrap(), vec![slots[1]]);
+        assert!(table.reserve(GrantId(2), &[8, 8]).is_err());
+        assert_eq!(table.reserve(GrantId(2), &[8]).unwrap(), vec![slots[1]]);
         assert_eq!((table.find(&key(0)), table.find(&key(1))), (Some(slots[0]), None));
     }
 
     #[derive(Debug, Clone)]
     enum Op {
-        Reserve(u32),
+        Reserve(Vec<u64>),
         Commit(usize, u8),
         Quarantine(usize),
         Stopped(usize),
@@ -349,7 +393,7 @@ mod tests {
 
     fn op() -> impl Strategy<Value = Op> {
         prop_oneof![
-            3 => (0u32..4).prop_map(Op::Reserve),
+            3 => prop::collection::vec(1u64..9, 0..4).prop_map(Op::Reserve),
             3 => (any::<usize>(), 0u8..6).prop_map(|(pick, key)| Op::Commit(pick, key)),
             1 => any::<usize>().prop_map(Op::Quarantine),
             1 => any::<usize>().prop_map(Op::Stopped),
@@ -364,19 +408,20 @@ mod tests {
         fn agrees_with_a_naive_model(ops in prop::collection::vec(op(), 0..120)) {
             // Broken in production: slots leak, or one slot has two owners.
             let start = Instant::now();
-            let mut table = SlotTable::new(5, 8);
+            let mut table = table(40);
             let mut written: Vec<(SlotIndex, GrantId)> = Vec::new();
             let mut held: Vec<SlotIndex> = Vec::new();
             let mut next_grant = 0;
             for (step, op) in ops.into_iter().enumerate() {
                 let now = start + Duration::from_millis(step as u64);
                 match op {
-                    Op::Reserve(count) => {
+                    Op::Reserve(lens) => {
                         next_grant += 1;
                         let grant = GrantId(next_grant);
-                        if let Ok(slots) = table.reserve(grant, count) {
-                            prop_assert_eq!(slots.len() as u32, count);
-                            for slot in slots {
+                        if let Ok(slots) = table.reserve(grant, &lens) {
+                            prop_assert_eq!(slots.len(), lens.len());
+                            for (slot, len_bytes) in slots.into_iter().zip(lens) {
+                                prop_assert_eq!(table.range(slot).unwrap().len_bytes, len_bytes);
                                 prop_assert!(!held.contains(&slot), "a held slot was handed out");
                                 prop_assert!(!written.iter().any(|(other, _)| *other == slot), "a slot has two writers");
                                 written.push((slot, grant));
@@ -385,7 +430,7 @@ mod tests {
                     }
                     Op::Commit(pick, name) if !written.is_empty() => {
                         let (slot, grant) = written[pick % written.len()];
-                        if table.commit(slot, grant, key(name), 8) {
+                        if table.commit(slot, grant, key(name), GROUP) {
                             written.retain(|entry| *entry != (slot, grant));
                             held.push(slot);
                         }
@@ -425,7 +470,7 @@ mod tests {
             for slot in held {
                 table.unhold(start, slot);
             }
-            prop_assert_eq!(table.available(), 5);
+            prop_assert_eq!(table.available_bytes(), 40);
         }
     }
 }
