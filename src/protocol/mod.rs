@@ -17,13 +17,26 @@
 //!   <-- sent -----------|<---------------------- PdCommitAck-|-- ready ------------->
 //!                       |-- ProxyNotif --> proxy             |<-- release -----------
 //! ```
+//!
+//! Messages may be lost, repeated, reordered and late: a message counts for what it names (an instance, a grant, the
+//! number of an allocation), a repeated one is answered like the first, and what must arrive (a commit, the word that
+//! a writer has stopped) is said again until it is answered. A connected sender pings; whoever hears nothing for long
+//! enough gives the other up.
 
+mod chunks;
+mod growth;
 mod handshake;
 pub mod receiver;
+mod safeguards;
+mod seen;
 pub mod sender;
 mod timers;
 
+pub use chunks::ChunkShape;
+pub use growth::Grown;
 pub use receiver::ReceiverSession;
+#[doc(hidden)]
+pub use safeguards::Safeguards;
 pub use sender::SenderSession;
 
 /// Which of a receiver's ports a message belongs to.
@@ -35,28 +48,4 @@ pub enum Port {
     Alloc,
     /// Cache queries.
     Query,
-}
-
-/// What a chunk is, as far as the sessions need to know.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ChunkShape {
-    /// Bytes of a whole chunk, and from one slot to the next.
-    pub chunk_bytes: u64,
-    /// Bytes of one token.
-    pub token_bytes: u64,
-    /// Tokens in a whole chunk.
-    pub chunk_tokens: u32,
-    /// LMCache's number of the memory format.
-    pub wire_format: i64,
-    /// Shape of a whole chunk on LMCache's wire.
-    pub wire_shape: Vec<u64>,
-    /// Element type as torch calls it.
-    pub dtype: String,
-}
-
-impl ChunkShape {
-    /// Bytes of chunk `index` of `count`, the last of which has `last_tokens` tokens.
-    fn len_bytes(&self, index: usize, count: usize, last_tokens: u32) -> u64 {
-        if index + 1 == count { self.token_bytes * u64::from(last_tokens) } else { self.chunk_bytes }
-    }
 }

@@ -32,14 +32,14 @@ impl<K: Ord + Clone> Timers<K> {
         self.by_time.first().map(|(at, _)| *at)
     }
 
-    /// Takes one deadline that has passed, the earliest first.
-    pub(super) fn pop_due(&mut self, now: Instant) -> Option<K> {
+    /// Takes one deadline that has passed, the earliest first, and when that was.
+    pub(super) fn pop_due(&mut self, now: Instant) -> Option<(Instant, K)> {
         if self.next()? > now {
             return None;
         }
-        let (_, key) = self.by_time.pop_first()?;
+        let (at, key) = self.by_time.pop_first()?;
         self.by_key.remove(&key);
-        Some(key)
+        Some((at, key))
     }
 }
 
@@ -61,8 +61,8 @@ mod tests {
         timers.cancel(&"c");
         assert_eq!(timers.next(), Some(at(20)));
         assert_eq!(timers.pop_due(at(19)), None);
-        assert_eq!(timers.pop_due(at(40)), Some("b"));
-        assert_eq!(timers.pop_due(at(40)), Some("a"));
+        assert_eq!(timers.pop_due(at(40)), Some((at(20), "b")));
+        assert_eq!(timers.pop_due(at(40)), Some((at(30), "a")));
         assert_eq!((timers.pop_due(at(40)), timers.next()), (None, None));
     }
 }

@@ -5,10 +5,12 @@ use std::time::{Duration, Instant};
 
 use super::peers::unknown_peer;
 use super::requests::{Request, Stage};
-use super::{Note, Port, ReceiverSession, Timer};
-use crate::ids::{Failure, FailureKind, GrantId, RequestId, SlotIndex, clip};
+use super::{Note, Output, Port, ReceiverSession, Timer};
+use crate::ids::{Failure, FailureKind, GrantId, RequestId, Seq, SlotIndex, clip};
+use crate::protocol::chunks::ChunkSize;
+use crate::slot::SlotState;
 use crate::wire::Message;
-use crate::wire::message::{AllocExtension, AllocReplyExtension, AllocRequest, AllocResponse};
+use crate::wire::message::{AllocExtension, AllocReplyExtension, AllocRequest, AllocResponse, MemoryUpdate};
 
 /// How often the request at the head of the queue may be overtaken by a smaller one.
 const OVERTAKEN_MAX: u32 = 8;
@@ -29,26 +31,30 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             let instance = "a peer of another make".into();
             return self.note(Note::Refused { request: request.req_id, instance, failure });
         };
-        if !self.touch_peer(now, &extension.instance) {
+        if !self.touch_peer(now, &extension.instance, extension.seq) {
             let failure = unknown_peer(&extension.instance);
-            return self.refuse_alloc(from, &extension, request.req_id, failure);
+            return self.refuse_alloc(from, extension.seq, &extension.instance, request.req_id, failure);
         }
-        self.set_alloc_route(&extension.instance, &from);
-        let id = match self.check_alloc(&request) {
-            Ok(id) => id,
+        self.use_peer(now, &extension.instance, &from);
+        // What the network delivers twice is asked once: its answer is on its way, or was taken back meanwhile.
+        let seen = self.peers.get_mut(&extension.instance).is_some_and(|peer| !peer.allocs.insert(extension.seq));
+        if seen {
+            return self.note(Note::Unexpected { port: Port::Alloc, message: "AllocRequest, twice" });
+        }
+        let checked = self.check_alloc(&request, &extension);
+        let checked = checked.and_then(|checked| self.check_share(&extension.instance).map(|()| checked));
+        let (id, sizes) = match checked {
+            Ok(checked) => checked,
             Err(failure) => {
                 // Whoever waits for it at this end need not wait longer.
                 if let Some(id) = request.req_id.clone().filter(|id| !self.requests.contains_key(id)) {
                     let instance = clip(&extension.instance);
                     self.fail_waiters(&id, &failure, &instance);
-                    self.ended.remember(id, failure.clone(), instance);
+                    self.remember_ended(now, id, failure.clone(), instance);
                 }
-                return self.refuse_alloc(from, &extension, request.req_id, failure);
+                return self.refuse_alloc(from, extension.seq, &extension.instance, request.req_id, failure);
             }
         };
-        let count = request.keys.len();
-        let last_tokens = request.last_chunk_toks as u32;
-        let last_len_bytes = self.settings.chunk.len_bytes(count - 1, count, last_tokens);
         // A name that is ready but not fetched is sent again: the newer request takes its place.
         if self.requests.get(&id).is_some_and(Request::is_ready) {
             self.drop_ready(now, &id);
@@ -61,10 +67,12 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             route: from,
             seq: extension.seq,
             keys: request.keys,
-            last_len_bytes,
+            sizes,
+            known_len_bytes: extension.known_len_bytes,
             since: now,
             overtaken: 0,
-            stage: Stage::Waiting { wait },
+            verifying: None,
+            stage: Stage::Waiting { wait, held: None },
         };
         self.requests.insert(id.clone(), request);
         self.waiting.push_back(id);
@@ -73,6 +81,9 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
 
     /// Grants slots to whoever may have them now.
     pub(super) fn admit(&mut self, now: Instant) {
+        if !self.settings.safeguards.whole_requests {
+            return self.admit_piecemeal(now);
+        }
         let mut at = 0;
         while at < self.waiting.len().min(LOOKAHEAD_MAX) {
             // Nobody passes a request that has been passed often enough.
@@ -83,6 +94,9 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             }
             let id = self.waiting[at].clone();
             if !self.try_grant(now, &id) {
+                if self.growth.try_begin(self.slots.addresses().len_bytes()) {
+                    self.outputs.push_back(Output::GrowBuffer);
+                }
                 at += 1;
                 continue;
             }
@@ -97,40 +111,69 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
 
     pub(super) fn allocation_timed_out(&mut self, now: Instant, id: &RequestId) {
         let Some(request) = self.requests.get(id) else { return };
-        let Stage::Waiting { wait } = &request.stage else { return };
+        let Stage::Waiting { wait, .. } = &request.stage else { return };
+        let slot_bytes = self.settings.chunk.slot_bytes;
+        let available_bytes = self.slots.available_bytes();
         let text = format!(
-            "receiver has {} of {} slots free, {id} needs up to {}; waited {} ms (pd_allocation_timeout_sec)",
-            self.slots.available(),
-            self.slots.slot_count(),
+            "receiver has {} of {} slots free ({available_bytes} bytes), {id} needs up to {} ({} bytes); waited {} ms (pd_allocation_timeout_sec){}",
+            available_bytes / slot_bytes,
+            self.slots.addresses().len_bytes() / slot_bytes,
             request.keys.len(),
-            wait.as_millis()
+            self.slots.asked_bytes(&lens_bytes(&request.sizes)),
+            wait.as_millis(),
+            self.growth.failure_note(),
         );
         self.fail(now, id, Failure::new(FailureKind::NoSlots, text));
+    }
+
+    /// A step of the buffer's growth has failed: requests that are larger than the buffer is now cannot be served.
+    pub(super) fn fail_those_that_need_growth(&mut self, now: Instant) {
+        let len_bytes = self.slots.addresses().len_bytes();
+        for id in self.waiting.clone() {
+            let Some(request) = self.requests.get(&id) else { continue };
+            let asked_bytes = self.slots.asked_bytes(&lens_bytes(&request.sizes));
+            if asked_bytes > len_bytes {
+                let note = self.growth.failure_note();
+                let text = format!("{id} needs {asked_bytes} bytes, the receiver's buffer has {len_bytes}{note}");
+                self.fail(now, &id, Failure::new(FailureKind::NoSlots, text));
+            }
+        }
     }
 
     pub(super) fn refuse_alloc(
         &mut self,
         to: R,
-        extension: &AllocExtension,
+        seq: Seq,
+        instance: &str,
         request: Option<RequestId>,
         failure: Failure,
     ) {
         let response = AllocResponse {
             already_sent_indexes: Vec::new(),
             remote_indexes: Vec::new(),
-            pd: Some(AllocReplyExtension {
-                seq: extension.seq,
-                grant: None,
-                write_within_ms: 0,
-                refusal: Some(failure.clone()),
-            }),
+            pd: Some(AllocReplyExtension { refusal: Some(failure.clone()), ..AllocReplyExtension::empty(seq) }),
         };
         self.send(to, Port::Alloc, Message::AllocResponse(response));
-        self.note(Note::Refused { request, instance: clip(&extension.instance), failure });
+        self.note(Note::Refused { request, instance: clip(instance), failure });
+    }
+
+    /// Whether a sender may have one more request: none may take all places from the others.
+    fn check_share(&self, instance: &str) -> Result<(), Failure> {
+        let open = |request: &&Request<R>| request.instance == instance && !request.is_ready();
+        let open_count = self.requests.values().filter(open).count();
+        if open_count < self.settings.peer_requests_max {
+            return Ok(());
+        }
+        let text = format!("{open_count} requests of this sender are open, the limit (pd_max_peer_requests)");
+        Err(Failure::new(FailureKind::Limit, text))
     }
 
     /// Everything about an allocation that can be wrong whoever sent it.
-    fn check_alloc(&self, request: &AllocRequest) -> Result<RequestId, Failure> {
+    fn check_alloc(
+        &self,
+        request: &AllocRequest,
+        extension: &AllocExtension,
+    ) -> Result<(RequestId, Vec<ChunkSize>), Failure> {
         let bad = |text: String| Err(Failure::new(FailureKind::BadRequest, text));
         let chunk = &self.settings.chunk;
         let count = request.keys.len();
@@ -140,9 +183,6 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         if self.draining {
             return Err(Failure::new(FailureKind::ShuttingDown, "this receiver is shutting down; use another"));
         }
-        if count == 0 {
-            return bad(format!("{id} has no chunks; send at least one key"));
-        }
         if (&request.fmt, &request.shape, &request.dtype) != (&chunk.wire_format, &chunk.wire_shape, &chunk.dtype) {
             let text = format!(
                 "{id} has chunks of format {} shape {:?} dtype {}, this receiver's are format {} shape {:?} dtype {}",
@@ -150,22 +190,19 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             );
             return Err(Failure::new(FailureKind::LayoutMismatch, text));
         }
-        if request.last_chunk_toks == 0 || request.last_chunk_toks > u64::from(chunk.chunk_tokens) {
-            return bad(format!(
-                "{id} has {} tokens in its last chunk; expected 1 to {}",
-                request.last_chunk_toks, chunk.chunk_tokens
-            ));
-        }
+        let sizes = chunk.sizes(&id, count, &extension.groups, request.last_chunk_toks)?;
         if request.is_last_batch == Some(false) || request.total_chunks.is_some_and(|total| total as usize != count) {
             return bad(format!("{id} comes in several batches; declare all its chunks in one AllocRequest"));
         }
         if request.keys.iter().collect::<BTreeSet<_>>().len() != count {
             return bad(format!("{id} names a chunk twice; keys must be distinct"));
         }
-        if count > self.slots.slot_count() as usize {
+        let asked_bytes = self.slots.asked_bytes(&lens_bytes(&sizes));
+        if asked_bytes > self.growth.len_max_bytes() {
             let text = format!(
-                "{id} has {count} chunks, the receiver's buffer has {} slots; raise its pd_buffer_size or split the request",
-                self.slots.slot_count()
+                "{id} has {count} chunks, {asked_bytes} bytes; the receiver's buffer has {} slots, {} bytes; raise its pd_buffer_size or split the request",
+                self.growth.len_max_bytes() / chunk.slot_bytes,
+                self.growth.len_max_bytes(),
             );
             return Err(Failure::new(FailureKind::TooLarge, text));
         }
@@ -182,7 +219,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
                 FailureKind::Limit,
                 format!("{} requests are open, the limit (pd_max_requests)", self.requests.len()),
             )),
-            _ => Ok(id),
+            _ => Ok((id, sizes)),
         }
     }
 
@@ -192,15 +229,25 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         if !matches!(request.stage, Stage::Waiting { .. }) {
             return true;
         }
-        let count = request.keys.len();
-        let len_bytes =
-            |index: usize| if index + 1 == count { request.last_len_bytes } else { self.settings.chunk.chunk_bytes };
-        // A ready chunk of another length under the same key is not this chunk: it is written again.
-        let same_len = |slot: &SlotIndex, index: usize| matches!(self.slots.state(*slot), Some(crate::slot::SlotState::Ready { len_bytes: held, .. }) if *held == len_bytes(index));
+        // What is shared stays where it is, perhaps in the middle of the room that the rest needs: then, if the buffer
+        // cannot grow around it, it is written again.
+        let can_grow = self.growth.can_grow(self.slots.addresses().len_bytes());
+        self.try_reserve(now, id, true) || (!can_grow && self.try_reserve(now, id, false))
+    }
+
+    /// Grants a waiting request all its slots, sharing ready chunks with others or not.
+    fn try_reserve(&mut self, now: Instant, id: &RequestId, share: bool) -> bool {
+        let Some(request) = self.requests.get(id) else { return true };
+        // A ready chunk of another length or group under the same key is not this chunk: it is written again.
+        let same = |slot: &SlotIndex, index: usize| {
+            let ChunkSize { group, len_bytes } = request.sizes[index];
+            matches!(self.slots.state(*slot), Some(SlotState::Ready { group: held, .. }) if *held == group)
+                && self.slots.range(*slot).is_some_and(|range| range.len_bytes == len_bytes)
+        };
         let mut shared: Vec<(u32, SlotIndex)> = Vec::new();
         let mut missing: Vec<u32> = Vec::new();
         for (index, key) in request.keys.iter().enumerate() {
-            match self.slots.find(key).filter(|slot| same_len(slot, index)) {
+            match self.slots.find(key).filter(|slot| share && same(slot, index)) {
                 Some(slot) => shared.push((index as u32, slot)),
                 None => missing.push(index as u32),
             }
@@ -210,22 +257,53 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             self.slots.hold(slot);
         }
         let grant = GrantId(self.next_grant);
-        let Ok(reserved) = self.slots.reserve(grant, missing.len() as u32) else {
+        let lens: Vec<u64> = missing.iter().map(|&index| request.sizes[index as usize].len_bytes).collect();
+        let Ok(reserved) = self.slots.reserve(grant, &lens) else {
             for &(_, slot) in &shared {
                 self.slots.unhold(now, slot);
             }
             return false;
         };
+        // The buffer has just grown, and the session has not heard of it yet: it will, and then this is tried again.
+        if reserved
+            .iter()
+            .filter_map(|&slot| self.slots.range(slot))
+            .any(|range| range.end() > self.described_len_bytes)
+        {
+            for &slot in &reserved {
+                self.slots.writer_stopped(slot, grant);
+            }
+            for &(_, slot) in &shared {
+                self.slots.unhold(now, slot);
+            }
+            return false;
+        }
         self.next_grant += 1;
         let own: Vec<(u32, SlotIndex)> = missing.into_iter().zip(reserved).collect();
+        self.grant(now, id, grant, own, shared);
+        true
+    }
+
+    /// Tells a sender that it may write `own`; `shared` is held for it.
+    pub(super) fn grant(
+        &mut self,
+        now: Instant,
+        id: &RequestId,
+        grant: GrantId,
+        own: Vec<(u32, SlotIndex)>,
+        shared: Vec<(u32, SlotIndex)>,
+    ) {
+        let Some(request) = self.requests.get(id) else { return };
+        let count = request.keys.len();
         let response = AllocResponse {
             already_sent_indexes: shared.iter().map(|&(index, _)| index).collect(),
-            remote_indexes: own.iter().map(|&(_, slot)| i64::from(slot.0)).collect(),
+            remote_indexes: Vec::new(),
             pd: Some(AllocReplyExtension {
-                seq: request.seq,
                 grant: Some(grant),
+                offsets: own.iter().filter_map(|&(_, slot)| self.slots.range(slot)).map(|range| range.start).collect(),
                 write_within_ms: self.settings.write_timeout.as_millis() as u64,
-                refusal: None,
+                memory: self.news_of_memory(request.known_len_bytes),
+                ..AllocReplyExtension::empty(request.seq)
             }),
         };
         let (to, instance) = (request.route.clone(), request.instance.clone());
@@ -238,6 +316,19 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         self.timers.cancel(&Timer::Allocation(id.clone()));
         self.timers.set(Timer::Write(id.clone()), now + self.settings.write_timeout);
         self.send(to, Port::Alloc, Message::AllocResponse(response));
-        true
     }
+
+    /// What a sender must learn that knows only so much of the buffer.
+    fn news_of_memory(&self, known_len_bytes: u64) -> Option<MemoryUpdate> {
+        let len_bytes = self.described_len_bytes;
+        (known_len_bytes < len_bytes).then(|| MemoryUpdate {
+            len_bytes,
+            metadata: self.settings.metadata.clone(),
+            descriptors: self.settings.descriptors.clone(),
+        })
+    }
+}
+
+fn lens_bytes(sizes: &[ChunkSize]) -> Vec<u64> {
+    sizes.iter().map(|size| size.len_bytes).collect()
 }

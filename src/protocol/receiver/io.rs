@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use crate::ids::{ChunkKey, ClientId, ConnectionId, Failure, LeaseId, RequestId, Seq, SlotIndex};
+use crate::ids::{
+    Checksum, ChunkKey, ClientId, ConnectionId, Failure, GrantId, GroupIndex, LeaseId, RequestId, Seq, SlotIndex,
+};
 use crate::protocol::Port;
 use crate::slot::SlotCounts;
 use crate::wire::Message;
@@ -37,6 +39,18 @@ pub enum Output<R> {
         instance: String,
         /// Which.
         process: ProcessIdentity,
+    },
+    /// Add the next step to the buffer; `handle_grown` wants the result.
+    GrowBuffer,
+    /// Sum these chunks as they are in the buffer now; `handle_verified` wants to know which of them are not as they
+    /// were sent.
+    Verify {
+        /// Whose.
+        request: RequestId,
+        /// Which attempt of it.
+        grant: GrantId,
+        /// What to sum, and what it must be.
+        chunks: Vec<ExpectedChunk>,
     },
     /// Answer a client of the connector API.
     Answer {
@@ -86,11 +100,26 @@ pub enum Answer {
     },
 }
 
+/// A chunk as its sender has summed it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ExpectedChunk {
+    /// Its position in the request.
+    pub index: u32,
+    /// Where it starts in the buffer, in bytes.
+    pub offset_bytes: u64,
+    /// Its length.
+    pub len_bytes: u64,
+    /// Its checksum when it was read.
+    pub checksum: Checksum,
+}
+
 /// A chunk that can be read.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ReadyChunk {
     /// Its key.
     pub key: ChunkKey,
+    /// Whose layers it is of.
+    pub group: GroupIndex,
     /// The slot.
     pub slot: SlotIndex,
     /// Where it starts in the buffer, in bytes.
@@ -102,6 +131,11 @@ pub struct ReadyChunk {
 /// What happened, for the log.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Note {
+    /// The buffer has another step, or could not get it.
+    Grown {
+        /// Its length now, in bytes, or why it did not grow.
+        result: Result<u64, String>,
+    },
     /// A peer shook hands.
     PeerMet {
         /// Which.
@@ -119,7 +153,16 @@ pub enum Note {
         /// Which.
         instance: String,
         /// How we know.
-        reason: &'static str,
+        reason: String,
+    },
+    /// Chunks arrived otherwise than they were sent.
+    Corrupted {
+        /// Which request.
+        request: RequestId,
+        /// Whose.
+        instance: String,
+        /// How many of its chunks.
+        chunks: usize,
     },
     /// A request got its slots.
     Granted {
@@ -195,14 +238,22 @@ pub enum Note {
 pub struct ReceiverCounts {
     /// Slots by state.
     pub slots: SlotCounts,
+    /// Bytes that are free, or hold a chunk that nobody needs.
+    pub available_bytes: u64,
     /// Requests that have not ended.
     pub requests_active: usize,
+    /// Of those, requests that wait for slots.
+    pub requests_waiting: usize,
+    /// Readers' waits for requests.
+    pub readers_waiting: usize,
     /// Requests made ready.
     pub requests_ready: u64,
     /// Requests that ended otherwise.
     pub requests_failed: u64,
     /// Bytes committed.
     pub bytes: u64,
+    /// Chunks that arrived otherwise than they were sent.
+    pub chunks_corrupted: u64,
     /// Chunks freed because nobody fetched or used them in time.
     pub chunks_expired: u64,
     /// Peers shaken hands with.

@@ -3,28 +3,35 @@
 //! | file | what is in it |
 //! |---|---|
 //! | `io` | what comes out: outputs, answers, notes |
-//! | `peers` | handshakes with senders, and losing them |
-//! | `admission` | who gets slots, and when |
+//! | `peers`, `lost` | handshakes with senders, and losing them |
+//! | `admission` | who gets slots, and when (`piecemeal`: how it must not be done) |
 //! | `requests` | a request from its grant to its end: commit, cancel, quarantine |
+//! | `verification` | commits whose chunks are summed before they are taken |
 //! | `readers` | waits, look-ups and leases |
 
 mod admission;
 mod io;
+mod lost;
 mod peers;
+mod piecemeal;
 mod readers;
 mod requests;
+mod verification;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 
-pub use io::{Answer, Note, Output, ReadyChunk, ReceiverCounts};
+pub use io::{Answer, ExpectedChunk, Note, Output, ReadyChunk, ReceiverCounts};
 
+use self::lost::LostPeers;
 use self::peers::Peer;
 use self::readers::{Lease, Waiter};
 use self::requests::{Closing, Ended, Request};
+use super::growth::{GROW_AGAIN_AFTER, Growth};
 use super::timers::Timers;
-use super::{ChunkShape, Port};
-use crate::ids::{ClientId, ConnectionId, Failure, FailureKind, GrantId, LeaseId, RequestId, Seq};
+use super::{ChunkShape, Grown, Port, Safeguards};
+use crate::address::AddressManager;
+use crate::ids::{ChecksumMode, ClientId, ConnectionId, Failure, FailureKind, GrantId, LeaseId, RequestId, Seq};
 use crate::slot::SlotTable;
 use crate::wire::Message;
 use crate::wire::message::{CacheQueryResponse, Hello};
@@ -42,8 +49,10 @@ pub struct ReceiverSettings {
     pub descriptors: Vec<u8>,
     /// What a chunk is.
     pub chunk: ChunkShape,
-    /// Slots in the buffer.
-    pub slot_count: u32,
+    /// The buffer's addresses. Whoever grows the buffer adds to them.
+    pub addresses: AddressManager,
+    /// How long the buffer can become, in bytes.
+    pub len_max_bytes: u64,
     /// Longest that a request waits for slots.
     pub allocation_timeout: Duration,
     /// How long granted slots may be written to.
@@ -52,12 +61,22 @@ pub struct ReceiverSettings {
     pub wait_timeout: Duration,
     /// How long ready chunks are kept that nobody fetches or holds.
     pub retention: Duration,
+    /// Whether every chunk must come with a checksum (`full`). Those that do are checked in any case.
+    pub checksum: ChecksumMode,
     /// Most requests that have not ended.
     pub requests_max: usize,
+    /// Most requests of one sender that have not ended.
+    pub peer_requests_max: usize,
     /// Most chunks of one request.
     pub request_chunks_max: usize,
     /// Most peers.
     pub peers_max: usize,
+    /// How far pings are apart.
+    pub heartbeat_interval: Duration,
+    /// How long a peer may be silent.
+    pub peer_timeout: Duration,
+    #[doc(hidden)]
+    pub safeguards: Safeguards,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -70,6 +89,12 @@ enum Timer {
     Retention(RequestId),
     /// A reader has waited long enough.
     Wait(ClientId, Seq),
+    /// The buffer may grow again after a step that failed.
+    Grow,
+    /// A peer may have been silent for too long.
+    Silence(String),
+    /// A writer has not said yet that it has stopped: it is asked again.
+    Revoke(GrantId),
 }
 
 /// The receiver as a value. `R` is how a message's sender is answered: opaque, and compared for equality alone.
@@ -77,17 +102,25 @@ enum Timer {
 pub struct ReceiverSession<R> {
     settings: ReceiverSettings,
     slots: SlotTable,
+    growth: Growth,
+    /// How much of the buffer senders can be told of, in bytes. The addresses may be ahead of it for a moment.
+    described_len_bytes: u64,
     /// By [`Hello::instance`].
     peers: BTreeMap<String, Peer<R>>,
+    lost: LostPeers,
     requests: BTreeMap<RequestId, Request<R>>,
     /// Requests that wait for slots, in the order of their arrival.
     waiting: VecDeque<RequestId>,
     /// Grants that were given up while a write may be in flight: their slots are quarantined.
     closing: BTreeMap<GrantId, Closing>,
+    /// The latest grants that were committed, and whose they were: what is said twice is answered alike.
+    committed: BTreeMap<GrantId, (String, RequestId)>,
     /// How requests ended lately, for readers that ask after them.
     ended: Ended,
     waiters: BTreeMap<(ClientId, Seq), Waiter>,
-    leases: BTreeMap<LeaseId, Lease>,
+    leases: BTreeMap<(ClientId, LeaseId), Lease>,
+    /// How many leases each client has.
+    lease_counts: BTreeMap<ClientId, usize>,
     timers: Timers<Timer>,
     outputs: VecDeque<Output<R>>,
     counts: ReceiverCounts,
@@ -99,17 +132,23 @@ pub struct ReceiverSession<R> {
 impl<R: Clone + PartialEq> ReceiverSession<R> {
     /// A session with an empty buffer.
     pub fn new(settings: ReceiverSettings) -> Self {
-        let slots = SlotTable::new(settings.slot_count, settings.chunk.chunk_bytes);
+        let slots = SlotTable::new(settings.addresses.clone());
+        let growth = Growth::new(settings.len_max_bytes);
         Self {
+            described_len_bytes: settings.addresses.len_bytes(),
             settings,
             slots,
+            growth,
             peers: BTreeMap::new(),
+            lost: LostPeers::default(),
             requests: BTreeMap::new(),
             waiting: VecDeque::new(),
             closing: BTreeMap::new(),
+            committed: BTreeMap::new(),
             ended: Ended::default(),
             waiters: BTreeMap::new(),
             leases: BTreeMap::new(),
+            lease_counts: BTreeMap::new(),
             timers: Timers::new(),
             outputs: VecDeque::new(),
             counts: ReceiverCounts::default(),
@@ -127,6 +166,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             (Port::Alloc, Message::AllocRequest(request)) => self.on_alloc(now, from, request),
             (Port::Alloc, Message::PdCommit(commit)) => self.on_commit(now, from, commit),
             (Port::Alloc, Message::CancelNotif(cancel)) => self.on_cancel(now, from, cancel),
+            (Port::Alloc, Message::PdPing(ping)) => self.on_ping(now, from, ping),
             (Port::Query, Message::CacheQueryRequest(query)) => {
                 let held = |(_, key): &(u32, _)| self.slots.find(key).is_some();
                 let found = (0u32..).zip(query.keys).filter(held);
@@ -156,12 +196,12 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
     /// The process behind `instance` has ended: whatever it was writing, it writes no more.
     pub fn handle_process_ended(&mut self, now: Instant, instance: &str) {
         self.lose_peer(now, instance, "ended");
-        self.free_closing_of(now, instance);
+        self.free_closing_of(now, instance, Seq(u64::MAX));
     }
 
     /// Deadlines may have passed.
     pub fn handle_timeout(&mut self, now: Instant) {
-        while let Some(timer) = self.timers.pop_due(now) {
+        while let Some((due, timer)) = self.timers.pop_due(now) {
             match timer {
                 Timer::Allocation(id) => self.allocation_timed_out(now, &id),
                 Timer::Write(id) => {
@@ -171,11 +211,41 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
                 }
                 Timer::Retention(id) => self.retention_passed(now, &id),
                 Timer::Wait(client, seq) => self.wait_timed_out(client, seq),
+                Timer::Grow => {
+                    self.growth.end_pause();
+                    if !self.waiting.is_empty() && self.growth.try_begin(self.slots.addresses().len_bytes()) {
+                        self.outputs.push_back(Output::GrowBuffer);
+                    }
+                }
+                Timer::Silence(instance) => self.check_silence(now, due, &instance),
+                Timer::Revoke(grant) => self.revoke_again(now, grant),
             }
         }
         if let Some(before) = now.checked_sub(self.settings.retention) {
             let expired = self.slots.expire_idle(before);
             self.counts.chunks_expired += u64::from(expired);
+        }
+        self.admit(now);
+    }
+
+    /// The buffer has another step, which its addresses know already; or it could not get it.
+    ///
+    /// A step that failed ends only the requests that cannot do without it. Others go on waiting for slots that come
+    /// back, and are told of it if none do.
+    pub fn handle_grown(&mut self, now: Instant, result: Result<Grown, String>) {
+        self.note(Note::Grown { result: result.as_ref().map(|grown| grown.len_bytes).map_err(Clone::clone) });
+        match result {
+            Ok(grown) => {
+                self.growth.end(None);
+                self.described_len_bytes = grown.len_bytes;
+                self.settings.metadata = grown.metadata;
+                self.settings.descriptors = grown.descriptors;
+            }
+            Err(text) => {
+                self.growth.end(Some(text));
+                self.timers.set(Timer::Grow, now + GROW_AGAIN_AFTER);
+                self.fail_those_that_need_growth(now);
+            }
         }
         self.admit(now);
     }
@@ -187,6 +257,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         for id in self.waiting.clone() {
             self.fail(now, &id, failure.clone());
         }
+        self.fail_waiters_for_nothing(&failure);
     }
 
     /// Ends everything that has not ended.
@@ -196,6 +267,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         for id in open {
             self.fail(now, &id, Failure::new(FailureKind::ShuttingDown, "this receiver is shutting down"));
         }
+        self.fail_waiters_for_nothing(&Failure::new(FailureKind::ShuttingDown, "this receiver is shutting down"));
     }
 
     /// Whether everything that had begun has ended.
@@ -218,7 +290,10 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
     pub fn counts(&self) -> ReceiverCounts {
         ReceiverCounts {
             slots: self.slots.counts(),
+            available_bytes: self.slots.available_bytes(),
             requests_active: self.requests.len(),
+            requests_waiting: self.waiting.len(),
+            readers_waiting: self.waiters.len(),
             peers: self.peers.len(),
             leases: self.leases.len(),
             ..self.counts
@@ -239,6 +314,10 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         }
         if self.waiting.len() > self.requests.len() {
             return Err(format!("{} of {} requests wait", self.waiting.len(), self.requests.len()));
+        }
+        let leases: usize = self.lease_counts.values().sum();
+        if leases != self.leases.len() {
+            return Err(format!("{leases} leases are counted, there are {}", self.leases.len()));
         }
         Ok(())
     }

@@ -2,12 +2,14 @@
 
 use std::time::Instant;
 
-use super::{Note, Output, Port, ReceiverSession};
+use super::{Note, Output, Port, ReceiverSession, Timer};
 use crate::ids::{ConnectionId, Failure, FailureKind, RequestId, Seq, clip};
 use crate::protocol::handshake;
+use crate::protocol::seen::SeenSeqs;
 use crate::wire::Message;
 use crate::wire::message::{
-    InitReplyExtension, InitRequest, InitResponse, MemRegReplyExtension, MemRegRequest, MemRegResponse, ProcessIdentity,
+    CAPABILITY_HEARTBEAT, InitReplyExtension, InitRequest, InitResponse, MemRegReplyExtension, MemRegRequest,
+    MemRegResponse, Ping, Pong, ProcessIdentity,
 };
 
 /// A sender that has shaken hands, or is about to.
@@ -18,7 +20,18 @@ pub(super) struct Peer<R> {
     state: PeerState<R>,
     /// Where its allocations come from: the connection that tells us when it is gone.
     pub(super) alloc_route: Option<R>,
+    /// Whether it pings.
+    heartbeat: bool,
+    /// Of its handshake: a message with a lower number was sent before it.
+    init_seq: Seq,
+    /// The highest number seen from it.
+    last_seq: Seq,
+    /// Its allocations, so that none counts twice.
+    pub(super) allocs: SeenSeqs,
+    /// When it was last heard of.
     last_seen: Instant,
+    /// When it last wanted something.
+    last_used: Instant,
 }
 
 #[derive(Debug)]
@@ -62,16 +75,30 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             );
             return self.refuse_peer(from, extension.seq, instance, Failure::new(FailureKind::BadRequest, text));
         }
-        // One handshake at a time: the second is told, rather than that neither hears anything.
-        if self.peers.get(&instance).is_some_and(|peer| matches!(peer.state, PeerState::Loading { .. })) {
-            let text = "another handshake of this sender is under way; try again";
-            return self.refuse_peer(from, extension.seq, instance, Failure::new(FailureKind::BadRequest, text));
+        let seq = extension.seq;
+        if self.peers.get(&instance).is_some_and(|peer| peer.init_seq == seq) {
+            return self.note(Note::Unexpected { port: Port::Init, message: "NixlInitRequest, twice" });
         }
-        // Otherwise a sender shakes hands anew only when nothing of it is in flight any more: see the sender's session.
+        // A handshake says that nothing is in flight of what was granted before it was sent. One that arrives after
+        // later words of the same sender is late, or comes from a second connection: it says nothing.
+        let last_seq = self.peers.get(&instance).map(|peer| peer.last_seq).or_else(|| self.lost.last_seq(&instance));
+        if last_seq.is_some_and(|last_seq| last_seq >= seq) {
+            let text = "this handshake was overtaken by later messages of the same sender; try again";
+            return self.refuse_peer(from, seq, instance, Failure::new(FailureKind::BadRequest, text));
+        }
+        if let Some(peer) = self.peers.get_mut(&instance)
+            && matches!(peer.state, PeerState::Loading { .. })
+        {
+            // The sender has given the earlier handshake up. What the engine reads serves this one as well.
+            peer.state = PeerState::Loading { reply_to: from, seq };
+            (peer.init_seq, peer.last_seq, peer.last_seen) = (seq, seq, now);
+            peer.allocs = SeenSeqs::above(seq);
+            return self.free_closing_of(now, &instance, seq);
+        }
         if self.peers.contains_key(&instance) {
             self.lose_peer(now, &instance, "shakes hands anew");
         }
-        self.free_closing_of(now, &instance);
+        self.free_closing_of(now, &instance, seq);
         if self.peers.len() >= self.settings.peers_max && !self.evict_peer() {
             let text = format!(
                 "{} peers are connected and busy, the limit; raise pd_max_peers or use another receiver",
@@ -82,9 +109,14 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         let peer = Peer {
             agent_name: extension.agent_name.clone(),
             process: extension.hello.process,
-            state: PeerState::Loading { reply_to: from, seq: extension.seq },
+            state: PeerState::Loading { reply_to: from, seq },
             alloc_route: None,
+            heartbeat: extension.hello.capabilities.iter().any(|name| name == CAPABILITY_HEARTBEAT),
+            init_seq: seq,
+            last_seq: seq,
+            allocs: SeenSeqs::above(seq),
             last_seen: now,
+            last_used: now,
         };
         self.peers.insert(instance.clone(), peer);
         self.outputs.push_back(Output::LoadPeer {
@@ -120,6 +152,9 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         };
         peer.state = PeerState::Met(connection);
         peer.last_seen = now;
+        if peer.heartbeat {
+            self.timers.set(Timer::Silence(instance.to_owned()), now + self.settings.peer_timeout);
+        }
         let response = InitResponse {
             remote_agent_name: peer.agent_name.clone().into_bytes(),
             remote_meta_bytes: self.settings.metadata.clone(),
@@ -141,47 +176,78 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         let Some(extension) = request.pd else {
             return self.note(Note::Unexpected { port: Port::Init, message: "NixlMemRegRequest without `pd`" });
         };
-        let met = self.touch_peer(now, &extension.instance);
+        let met = self.touch_peer(now, &extension.instance, extension.seq);
         let refusal = (!met).then(|| unknown_peer(&extension.instance));
         let response = MemRegResponse {
             remote_xfer_dlist_bytes: Vec::new(),
             pd: Some(MemRegReplyExtension {
                 seq: extension.seq,
                 descriptors: if met { self.settings.descriptors.clone() } else { Vec::new() },
-                slot_count: self.settings.slot_count,
+                len_bytes: self.described_len_bytes,
                 refusal,
             }),
         };
         self.send(from, Port::Init, Message::NixlMemRegResponse(response));
     }
 
-    /// Whether this peer has shaken hands; notes that it was heard of.
-    pub(super) fn touch_peer(&mut self, now: Instant, instance: &str) -> bool {
+    /// Whether this peer has shaken hands, and did so before it sent message `seq`; notes that it was heard of.
+    pub(super) fn touch_peer(&mut self, now: Instant, instance: &str, seq: Seq) -> bool {
         match self.peers.get_mut(instance) {
-            Some(peer) if matches!(peer.state, PeerState::Met(_)) => {
+            Some(peer) if matches!(peer.state, PeerState::Met(_)) && seq > peer.init_seq => {
                 peer.last_seen = now;
+                peer.last_seq = peer.last_seq.max(seq);
                 true
             }
             _ => false,
         }
     }
 
-    /// Remembers where a peer's allocations come from.
-    pub(super) fn set_alloc_route(&mut self, instance: &str, route: &R) {
-        if let Some(peer) = self.peers.get_mut(instance)
-            && peer.alloc_route.as_ref() != Some(route)
-        {
-            peer.alloc_route = Some(route.clone());
+    /// Notes where a peer's allocations come from, and that it wants something.
+    pub(super) fn use_peer(&mut self, now: Instant, instance: &str, route: &R) {
+        if let Some(peer) = self.peers.get_mut(instance) {
+            peer.last_used = now;
+            if peer.alloc_route.as_ref() != Some(route) {
+                peer.alloc_route = Some(route.clone());
+            }
         }
     }
 
+    pub(super) fn on_ping(&mut self, now: Instant, from: R, ping: Ping) {
+        let known = self.touch_peer(now, &ping.instance, ping.seq);
+        // So that the end of its connection is noticed before it has asked for anything.
+        if let Some(peer) = self.peers.get_mut(&ping.instance).filter(|peer| known && peer.alloc_route.is_none()) {
+            peer.alloc_route = Some(from.clone());
+        }
+        let refusal = (!known).then(|| unknown_peer(&ping.instance));
+        self.send(from, Port::Alloc, Message::PdPong(Pong { seq: ping.seq, refusal }));
+    }
+
+    /// Gives a peer up that has been silent for too long.
+    pub(super) fn check_silence(&mut self, now: Instant, due: Instant, instance: &str) {
+        let (interval, timeout) = (self.settings.heartbeat_interval, self.settings.peer_timeout);
+        let Some(peer) = self.peers.get_mut(instance) else { return };
+        // Whoever has slept has not listened: what the peer said meanwhile is still to be read.
+        if now.saturating_duration_since(due) >= interval {
+            peer.last_seen = now;
+        }
+        let silent = now.saturating_duration_since(peer.last_seen);
+        if silent < timeout {
+            let at = peer.last_seen + timeout;
+            return self.timers.set(Timer::Silence(instance.to_owned()), at);
+        }
+        let reason = format!("said nothing for {} ms (pd_peer_timeout_sec)", silent.as_millis());
+        self.lose_peer(now, instance, &reason);
+    }
+
     /// Fails everything that a peer had begun, and forgets it.
-    pub(super) fn lose_peer(&mut self, now: Instant, instance: &str, reason: &'static str) {
+    pub(super) fn lose_peer(&mut self, now: Instant, instance: &str, reason: &str) {
         let Some(peer) = self.peers.remove(instance) else { return };
+        self.timers.cancel(&Timer::Silence(instance.to_owned()));
+        self.lost.remember(instance, peer.last_seq);
         if let PeerState::Met(connection) = peer.state {
             self.outputs.push_back(Output::ForgetPeer(connection));
         }
-        self.note(Note::PeerLost { instance: instance.to_owned(), reason });
+        self.note(Note::PeerLost { instance: instance.to_owned(), reason: reason.to_owned() });
         let unfinished: Vec<RequestId> = self
             .requests
             .iter()
@@ -210,7 +276,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         self.note(Note::PeerRefused { instance, failure });
     }
 
-    /// Forgets the peer that was silent longest, of those with nothing under way.
+    /// Forgets the peer that has wanted nothing for longest, of those with nothing under way.
     fn evict_peer(&mut self) -> bool {
         let busy = |instance: &str| {
             self.requests.values().any(|request| request.instance == instance)
@@ -220,13 +286,16 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             .peers
             .iter()
             .filter(|(instance, peer)| matches!(peer.state, PeerState::Met(_)) && !busy(instance.as_str()));
-        let Some(oldest) = idle.min_by_key(|(_, peer)| peer.last_seen).map(|(instance, _)| instance.clone()) else {
+        let Some(oldest) = idle.min_by_key(|(_, peer)| peer.last_used).map(|(instance, _)| instance.clone()) else {
             return false;
         };
-        if let Some(Peer { state: PeerState::Met(connection), .. }) = self.peers.remove(&oldest) {
+        if let Some(Peer { state: PeerState::Met(connection), last_seq, .. }) = self.peers.remove(&oldest) {
+            self.timers.cancel(&Timer::Silence(oldest.clone()));
+            self.lost.remember(&oldest, last_seq);
             self.outputs.push_back(Output::ForgetPeer(connection));
         }
-        self.note(Note::PeerLost { instance: oldest, reason: "was silent longest and made room for another" });
+        let reason = "was idle longest and made room for another".to_owned();
+        self.note(Note::PeerLost { instance: oldest, reason });
         true
     }
 }

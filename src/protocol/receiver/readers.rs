@@ -1,5 +1,6 @@
 //! The decode worker's side: waiting for requests, leases on chunks, giving them back.
 
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use super::requests::Stage;
@@ -9,6 +10,8 @@ use crate::slot::SlotState;
 
 /// Most waits that one client may have open.
 const WAITS_PER_CLIENT_MAX: usize = 65_536;
+/// Most leases that one client may hold.
+const LEASES_PER_CLIENT_MAX: usize = 65_536;
 
 /// A reader that waits for a request.
 #[derive(Debug)]
@@ -20,16 +23,19 @@ pub(super) struct Waiter {
 /// Chunks that a reader copies.
 #[derive(Debug)]
 pub(super) struct Lease {
-    client: ClientId,
     slots: Vec<SlotIndex>,
 }
 
 impl<R: Clone + PartialEq> ReceiverSession<R> {
     /// A reader wants to know when `request` is ready, which no sender need have announced yet.
     pub fn handle_wait(&mut self, now: Instant, client: ClientId, id: Seq, request: RequestId, wait: Option<Duration>) {
-        if let Some((failure, instance)) = self.ended.find(&request) {
+        if let Some((failure, instance)) = self.ended.find(&request, now.checked_sub(self.settings.retention)) {
             let answer = Answer::Failed { failure: failure.clone(), peer: Some(instance.clone()) };
             return self.answer(client, id, answer);
+        }
+        if self.draining && !self.requests.contains_key(&request) {
+            let failure = Failure::new(FailureKind::ShuttingDown, "this receiver is shutting down; use another");
+            return self.answer(client, id, Answer::Failed { failure, peer: None });
         }
         let open = self.waiters.range((client, Seq(0))..=(client, Seq(u64::MAX)));
         if open.take(WAITS_PER_CLIENT_MAX).count() == WAITS_PER_CLIENT_MAX || self.waiters.contains_key(&(client, id)) {
@@ -37,7 +43,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             let failure = Failure::new(FailureKind::Limit, text);
             return self.answer(client, id, Answer::Failed { failure, peer: None });
         }
-        let wait = wait.unwrap_or(self.settings.wait_timeout);
+        let wait = wait.map_or(self.settings.wait_timeout, |wait| wait.min(self.settings.wait_timeout));
         self.timers.set(Timer::Wait(client, id), now + wait);
         self.waiters.insert((client, id), Waiter { request: request.clone(), wait });
         self.serve_waiters(now, &request);
@@ -45,6 +51,9 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
 
     /// A reader wants those of `keys` that are ready.
     pub fn handle_lookup(&mut self, client: ClientId, id: Seq, keys: &[ChunkKey]) {
+        if let Err(failure) = self.check_leases(client) {
+            return self.answer(client, id, Answer::Failed { failure, peer: None });
+        }
         let slots: Vec<Option<SlotIndex>> = keys.iter().map(|key| self.slots.find(key)).collect();
         let held: Vec<SlotIndex> = slots.iter().copied().flatten().collect();
         for &slot in &held {
@@ -57,12 +66,11 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
 
     /// A reader has copied what it leased.
     pub fn handle_release(&mut self, now: Instant, client: ClientId, id: Seq, lease: LeaseId) {
-        if self.leases.get(&lease).is_none_or(|held| held.client != client) {
+        if !self.end_lease(now, client, lease) {
             let text = format!("lease {lease} is not yours, or was released before");
             let failure = Failure::new(FailureKind::Unknown, text);
             return self.answer(client, id, Answer::Failed { failure, peer: None });
         }
-        self.end_lease(now, lease);
         self.answer(client, id, Answer::Released);
         self.admit(now);
     }
@@ -82,10 +90,10 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
 
     /// A client is gone: its leases end, its waits too.
     pub fn handle_client_gone(&mut self, now: Instant, client: ClientId) {
-        let leases: Vec<LeaseId> =
-            self.leases.iter().filter(|(_, lease)| lease.client == client).map(|(&lease, _)| lease).collect();
+        let of_client = self.leases.range((client, LeaseId(0))..=(client, LeaseId(u64::MAX)));
+        let leases: Vec<LeaseId> = of_client.map(|(&(_, lease), _)| lease).collect();
         for lease in leases {
-            self.end_lease(now, lease);
+            self.end_lease(now, client, lease);
         }
         let waits: Vec<_> =
             self.waiters.range((client, Seq(0))..=(client, Seq(u64::MAX))).map(|(key, _)| *key).collect();
@@ -118,6 +126,13 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         else {
             return;
         };
+        if let Err(failure) = self.check_leases(client) {
+            // It stays ready, for a reader that gives leases back.
+            self.waiters.remove(&(client, seq));
+            self.timers.cancel(&Timer::Wait(client, seq));
+            self.answer(client, seq, Answer::Failed { failure, peer: None });
+            return self.serve_waiters(now, id);
+        }
         let slots = slots.clone();
         let after = now.saturating_duration_since(request.since);
         let instance = request.instance.clone();
@@ -134,7 +149,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         let failure =
             Failure::new(FailureKind::Unknown, format!("{id} was fetched already; look its chunks up by key"));
         self.fail_waiters(id, &failure, &instance);
-        self.ended.remember(id.clone(), failure, instance);
+        self.remember_ended(now, id.clone(), failure, instance);
     }
 
     pub(super) fn fail_waiters(&mut self, id: &RequestId, failure: &Failure, instance: &str) {
@@ -148,14 +163,31 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         }
     }
 
+    /// Waits that nothing will end: for requests that no sender has announced, when no sender can announce one any more.
+    pub(super) fn fail_waiters_for_nothing(&mut self, failure: &Failure) {
+        let unannounced = self.waiters.values().filter(|waiter| !self.requests.contains_key(&waiter.request));
+        let ids: BTreeSet<RequestId> = unannounced.map(|waiter| waiter.request.clone()).collect();
+        for id in ids {
+            self.fail_waiters(&id, failure, "");
+        }
+    }
+
+    fn check_leases(&self, client: ClientId) -> Result<(), Failure> {
+        if self.lease_counts.get(&client).is_none_or(|&count| count < LEASES_PER_CLIENT_MAX) {
+            return Ok(());
+        }
+        let text =
+            format!("{LEASES_PER_CLIENT_MAX} leases are open, the limit; release those whose chunks were copied");
+        Err(Failure::new(FailureKind::Limit, text))
+    }
+
     fn ready_chunk(&self, slot: SlotIndex) -> Option<ReadyChunk> {
         match self.slots.state(slot) {
-            Some(SlotState::Ready { key, len_bytes, .. }) => Some(ReadyChunk {
-                key: key.clone(),
-                slot,
-                offset_bytes: self.slots.offset_bytes(slot),
-                len_bytes: *len_bytes,
-            }),
+            Some(SlotState::Ready { key, group, .. }) => {
+                let range = self.slots.range(slot)?;
+                let (offset_bytes, len_bytes) = (range.start, range.len_bytes);
+                Some(ReadyChunk { key: key.clone(), group: *group, slot, offset_bytes, len_bytes })
+            }
             _ => None,
         }
     }
@@ -163,14 +195,23 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
     fn open_lease(&mut self, client: ClientId, slots: Vec<SlotIndex>) -> LeaseId {
         let lease = LeaseId(self.next_lease);
         self.next_lease += 1;
-        self.leases.insert(lease, Lease { client, slots });
+        self.leases.insert((client, lease), Lease { slots });
+        *self.lease_counts.entry(client).or_default() += 1;
         lease
     }
 
-    fn end_lease(&mut self, now: Instant, lease: LeaseId) {
-        let Some(lease) = self.leases.remove(&lease) else { return };
+    /// False: this client has no such lease.
+    fn end_lease(&mut self, now: Instant, client: ClientId, lease: LeaseId) -> bool {
+        let Some(lease) = self.leases.remove(&(client, lease)) else { return false };
+        if let Some(count) = self.lease_counts.get_mut(&client) {
+            *count -= 1;
+            if *count == 0 {
+                self.lease_counts.remove(&client);
+            }
+        }
         for slot in lease.slots {
             self.slots.unhold(now, slot);
         }
+        true
     }
 }

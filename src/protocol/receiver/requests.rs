@@ -3,15 +3,17 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Instant;
 
+use super::piecemeal::Held;
 use super::{Note, Port, ReceiverSession, Timer};
 use crate::ids::{ChunkKey, Failure, FailureKind, GrantId, RequestId, Seq, SlotIndex};
+use crate::protocol::chunks::ChunkSize;
 use crate::wire::Message;
-use crate::wire::message::{
-    AllocExtension, AllocReplyExtension, AllocResponse, CancelNotif, Commit, CommitAck, Revoke,
-};
+use crate::wire::message::{AllocReplyExtension, AllocResponse, CancelNotif, Commit, CommitAck, Revoke};
 
 /// How many ended requests are remembered for readers that ask after them.
 const ENDED_MAX: usize = 4096;
+/// How many committed grants are remembered, for commits that are said again.
+const COMMITTED_MAX: usize = 4096;
 
 /// A request that has not ended.
 #[derive(Debug)]
@@ -23,19 +25,23 @@ pub(super) struct Request<R> {
     /// Of its AllocRequest.
     pub(super) seq: Seq,
     pub(super) keys: Vec<ChunkKey>,
-    /// Length of the last chunk.
-    pub(super) last_len_bytes: u64,
+    /// What each chunk is.
+    pub(super) sizes: Vec<ChunkSize>,
+    /// How much of our buffer its sender knows of, in bytes.
+    pub(super) known_len_bytes: u64,
     /// When it entered its stage.
     pub(super) since: Instant,
     /// How many later requests got slots before it.
     pub(super) overtaken: u32,
+    /// Whom to answer, and which commit, once its chunks are summed.
+    pub(super) verifying: Option<(R, Seq)>,
     pub(super) stage: Stage,
 }
 
 #[derive(Debug)]
 pub(super) enum Stage {
     /// In the queue for slots.
-    Waiting { wait: std::time::Duration },
+    Waiting { wait: std::time::Duration, held: Option<Held> },
     /// Its sender writes `own`; `shared` were ready before and are held for it. Positions in `keys` come first.
     Granted { grant: GrantId, own: Vec<(u32, SlotIndex)>, shared: Vec<(u32, SlotIndex)> },
     /// Every chunk is ready and held for it, in the order of `keys`.
@@ -49,31 +55,38 @@ pub(super) struct Closing {
     /// Of its AllocRequest.
     pub(super) seq: Seq,
     pub(super) slots: Vec<SlotIndex>,
+    /// To ask its writer again whether it has stopped.
+    request: RequestId,
+    reason: Failure,
 }
 
 /// How the latest requests ended.
 #[derive(Debug, Default)]
 pub(super) struct Ended {
-    failures: BTreeMap<RequestId, (Failure, String)>,
-    order: VecDeque<RequestId>,
+    failures: BTreeMap<RequestId, (Failure, String, Instant)>,
+    order: VecDeque<(RequestId, Instant)>,
 }
 
 impl Ended {
-    pub(super) fn find(&self, id: &RequestId) -> Option<&(Failure, String)> {
-        self.failures.get(id)
+    /// How a request ended, and whose it was, unless that was before `after`.
+    pub(super) fn find(&self, id: &RequestId, after: Option<Instant>) -> Option<(&Failure, &String)> {
+        let (failure, instance, at) = self.failures.get(id)?;
+        after.is_none_or(|after| *at >= after).then_some((failure, instance))
     }
 
     pub(super) fn forget(&mut self, id: &RequestId) {
         self.failures.remove(id);
     }
 
-    pub(super) fn remember(&mut self, id: RequestId, failure: Failure, instance: String) {
-        if self.failures.insert(id.clone(), (failure, instance)).is_none() {
-            self.order.push_back(id);
-        }
-        // The order may still hold names that were forgotten since: they go first.
-        while self.order.len() > ENDED_MAX {
-            if let Some(oldest) = self.order.pop_front() {
+    /// Remembers an end of this moment, and forgets those before `after`.
+    fn remember(&mut self, now: Instant, after: Option<Instant>, id: RequestId, failure: Failure, instance: String) {
+        self.failures.insert(id.clone(), (failure, instance, now));
+        self.order.push_back((id, now));
+        let too_old = |at: &Instant| after.is_some_and(|after| *at < after);
+        while self.order.len() > ENDED_MAX || self.order.front().is_some_and(|(_, at)| too_old(at)) {
+            let Some((oldest, at)) = self.order.pop_front() else { break };
+            // The name may have been forgotten, or have ended again, since.
+            if self.failures.get(&oldest).is_some_and(|(_, _, latest)| *latest == at) {
                 self.failures.remove(&oldest);
             }
         }
@@ -89,6 +102,13 @@ impl Stage {
     }
 }
 
+impl Closing {
+    fn revoke(&self, grant: GrantId) -> Message {
+        let (req_id, reason) = (self.request.clone(), self.reason.clone());
+        Message::PdRevoke(Revoke { req_id, grant, reason, alloc_seq: Some(self.seq) })
+    }
+}
+
 impl<R> Request<R> {
     pub(super) fn is_ready(&self) -> bool {
         matches!(self.stage, Stage::Ready { .. })
@@ -98,6 +118,7 @@ impl<R> Request<R> {
     pub(super) fn written_slots(&self) -> usize {
         match &self.stage {
             Stage::Granted { own, .. } => own.len(),
+            Stage::Waiting { held: Some(held), .. } => held.slots.len(),
             _ => 0,
         }
     }
@@ -105,12 +126,22 @@ impl<R> Request<R> {
 
 impl<R: Clone + PartialEq> ReceiverSession<R> {
     pub(super) fn on_commit(&mut self, now: Instant, from: R, commit: Commit) {
-        let known = self.touch_peer(now, &commit.instance);
+        let known = self.touch_peer(now, &commit.instance, commit.seq);
+        let any_grant = !self.settings.safeguards.grant_check;
         let refusal = match self.requests.get(&commit.req_id) {
             Some(request) if known && request.instance == commit.instance => match &request.stage {
-                Stage::Granted { grant, .. } if *grant == commit.grant => {
-                    self.make_ready(now, &commit.req_id);
-                    None
+                Stage::Granted { grant, .. } if *grant == commit.grant || any_grant => {
+                    match self.begin_verification(&from, commit.seq, &commit.req_id, &commit.checksums) {
+                        Ok(true) => return,
+                        Ok(false) => {
+                            self.make_ready(now, &commit.req_id);
+                            None
+                        }
+                        Err(failure) => {
+                            self.end(now, &commit.req_id, failure.clone(), false);
+                            Some(failure)
+                        }
+                    }
                 }
                 // Said twice, it is as true as said once.
                 Stage::Ready { grant, .. } if *grant == commit.grant => None,
@@ -118,6 +149,12 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             },
             _ => Some(stale(&commit)),
         };
+        // Its chunks may have been fetched, or its name taken by another request, since it was first said.
+        let said_before = self
+            .committed
+            .get(&commit.grant)
+            .is_some_and(|(instance, request)| (instance, request) == (&commit.instance, &commit.req_id));
+        let refusal = refusal.filter(|_| !said_before);
         let ack = CommitAck { seq: commit.seq, req_id: commit.req_id, refusal };
         self.send(from, Port::Alloc, Message::PdCommitAck(ack));
         // A request that waits for slots may have been waiting for these very chunks.
@@ -129,8 +166,15 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             let response = AllocResponse { already_sent_indexes: Vec::new(), remote_indexes: Vec::new(), pd: None };
             return self.send(from, Port::Alloc, Message::AllocResponse(response));
         };
+        self.touch_peer(now, &extension.instance, extension.seq);
+        // The allocation that is taken back here may yet arrive.
+        if let (Some(seq), Some(peer)) = (extension.alloc_seq, self.peers.get_mut(&extension.instance)) {
+            peer.allocs.insert(seq);
+        }
+        let any_grant = !self.settings.safeguards.grant_check;
         // A grant names one attempt; so does the number of its allocation, for a sender that never learnt the grant.
         let names = |grant: Option<GrantId>, seq: Seq| match extension.grant {
+            _ if any_grant => true,
             Some(named) => grant == Some(named),
             None => extension.alloc_seq == Some(seq),
         };
@@ -142,10 +186,12 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             self.end(now, &cancel.req_id, Failure::new(FailureKind::Cancelled, text), false);
         }
         if extension.writer_stopped {
-            let closed = self
-                .closing
-                .iter()
-                .find(|(grant, closing)| closing.instance == extension.instance && names(Some(**grant), closing.seq));
+            // By instance and not by route: the writer is the process, whichever connection it says so on.
+            let closed = self.closing.iter().find(|(grant, closing)| {
+                closing.instance == extension.instance
+                    && closing.request == cancel.req_id
+                    && names(Some(**grant), closing.seq)
+            });
             if let Some(grant) = closed.map(|(&grant, _)| grant) {
                 self.free_closing(now, grant);
             }
@@ -153,7 +199,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         let response = AllocResponse {
             already_sent_indexes: Vec::new(),
             remote_indexes: Vec::new(),
-            pd: Some(AllocReplyExtension { seq: extension.seq, grant: None, write_within_ms: 0, refusal: None }),
+            pd: Some(AllocReplyExtension::empty(extension.seq)),
         };
         self.send(from, Port::Alloc, Message::AllocResponse(response));
         self.admit(now);
@@ -164,15 +210,33 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         self.end(now, id, failure, true);
     }
 
-    /// A ready request that nobody has fetched: its chunks are free again, but for those that others hold.
+    /// A ready request that nobody has fetched: its chunks make room from now on, but for those that others hold.
     pub(super) fn retention_passed(&mut self, now: Instant, id: &RequestId) {
         let text = format!(
             "nobody fetched it within {} ms of its commit (pd_retention_sec)",
             self.settings.retention.as_millis()
         );
-        let expired = self.requests.get(id).map_or(0, |request| request.keys.len());
+        let slots = match self.requests.get(id).map(|request| &request.stage) {
+            Some(Stage::Ready { slots, .. }) => slots.clone(),
+            _ => Vec::new(),
+        };
         self.end(now, id, Failure::new(FailureKind::Expired, text), false);
-        self.counts.chunks_expired += expired as u64;
+        let freed = slots.into_iter().filter(|&slot| self.slots.free_idle(slot)).count();
+        self.counts.chunks_expired += freed as u64;
+    }
+
+    /// Asks a writer again whether it has stopped: the first time, or its answer, may have been lost.
+    pub(super) fn revoke_again(&mut self, now: Instant, grant: GrantId) {
+        let Some(closing) = self.closing.get(&grant) else { return };
+        // One that is not connected says so by shaking hands anew.
+        let Some(to) = self.peers.get(&closing.instance).and_then(|peer| peer.alloc_route.clone()) else { return };
+        let message = closing.revoke(grant);
+        self.send(to, Port::Alloc, message);
+        self.timers.set(Timer::Revoke(grant), now + self.settings.peer_timeout);
+    }
+
+    pub(super) fn remember_ended(&mut self, now: Instant, id: RequestId, failure: Failure, instance: String) {
+        self.ended.remember(now, now.checked_sub(self.settings.retention), id, failure, instance);
     }
 
     /// Lets go of a ready request that was sent again, or fetched.
@@ -188,6 +252,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
     /// Frees the slots of a grant whose writer has stopped.
     pub(super) fn free_closing(&mut self, now: Instant, grant: GrantId) {
         let Some(closing) = self.closing.remove(&grant) else { return };
+        self.timers.cancel(&Timer::Revoke(grant));
         for &slot in &closing.slots {
             self.slots.writer_stopped(slot, grant);
         }
@@ -195,16 +260,16 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         self.admit(now);
     }
 
-    /// Frees everything that this peer may have been writing.
-    pub(super) fn free_closing_of(&mut self, now: Instant, instance: &str) {
-        let of_peer = self.closing.iter().filter(|(_, closing)| closing.instance == instance);
+    /// Frees everything that this peer may have been writing, of what it asked for before message `before`.
+    pub(super) fn free_closing_of(&mut self, now: Instant, instance: &str, before: Seq) {
+        let of_peer = self.closing.iter().filter(|(_, closing)| closing.instance == instance && closing.seq < before);
         let grants: Vec<GrantId> = of_peer.map(|(&grant, _)| grant).collect();
         for grant in grants {
             self.free_closing(now, grant);
         }
     }
 
-    fn make_ready(&mut self, now: Instant, id: &RequestId) {
+    pub(super) fn make_ready(&mut self, now: Instant, id: &RequestId) {
         let Some(request) = self.requests.get_mut(id) else { return };
         let Stage::Granted { grant, own, shared } = &request.stage else { return };
         let (grant, count) = (*grant, request.keys.len());
@@ -215,8 +280,8 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         }
         for &(index, slot) in own {
             let index = index as usize;
-            let len_bytes = if index + 1 == count { request.last_len_bytes } else { self.settings.chunk.chunk_bytes };
-            let committed = self.slots.commit(slot, grant, request.keys[index].clone(), len_bytes);
+            let ChunkSize { group, len_bytes } = request.sizes[index];
+            let committed = self.slots.commit(slot, grant, request.keys[index].clone(), group);
             debug_assert!(committed, "slot {slot} was granted with {grant} and is not reserved");
             slots[index] = slot;
             bytes += len_bytes;
@@ -225,6 +290,10 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         request.since = now;
         request.stage = Stage::Ready { grant, slots };
         let instance = request.instance.clone();
+        self.committed.insert(grant, (instance.clone(), id.clone()));
+        if self.committed.len() > COMMITTED_MAX {
+            self.committed.pop_first();
+        }
         self.timers.cancel(&Timer::Write(id.clone()));
         self.timers.set(Timer::Retention(id.clone()), now + self.settings.retention);
         self.counts.requests_ready += 1;
@@ -234,19 +303,19 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
     }
 
     /// The one place where a request ends without having been fetched.
-    fn end(&mut self, now: Instant, id: &RequestId, failure: Failure, tell_sender: bool) {
+    pub(super) fn end(&mut self, now: Instant, id: &RequestId, failure: Failure, tell_sender: bool) {
         let Some(request) = self.requests.remove(id) else { return };
         for timer in [Timer::Allocation(id.clone()), Timer::Write(id.clone()), Timer::Retention(id.clone())] {
             self.timers.cancel(&timer);
         }
         let mut quarantined = 0;
         match request.stage {
-            Stage::Waiting { .. } => {
+            Stage::Waiting { held, .. } => {
+                self.let_go(held);
                 self.waiting.retain(|other| other != id);
                 if tell_sender {
                     let instance = request.instance.clone();
-                    let extension = AllocExtension { seq: request.seq, instance, wait_ms: 0 };
-                    self.refuse_alloc(request.route, &extension, Some(id.clone()), failure.clone());
+                    self.refuse_alloc(request.route, request.seq, &instance, Some(id.clone()), failure.clone());
                 }
             }
             Stage::Granted { grant, own, shared } => {
@@ -254,18 +323,25 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
                     self.slots.unhold(now, slot);
                 }
                 let slots: Vec<SlotIndex> = own.into_iter().map(|(_, slot)| slot).collect();
+                let quarantine = self.settings.safeguards.quarantine;
                 for &slot in &slots {
-                    self.slots.quarantine(slot, grant);
+                    if quarantine {
+                        self.slots.quarantine(slot, grant);
+                    } else {
+                        self.slots.writer_stopped(slot, grant);
+                    }
                 }
-                quarantined = slots.len();
-                // A request that wrote nothing of its own leaves nothing to wait for.
-                if !slots.is_empty() {
-                    let closing = Closing { instance: request.instance.clone(), seq: request.seq, slots };
-                    self.closing.insert(grant, closing);
-                }
+                let (instance, seq) = (request.instance.clone(), request.seq);
+                let closing = Closing { instance, seq, slots, request: id.clone(), reason: failure.clone() };
                 if tell_sender {
-                    let revoke = Revoke { req_id: id.clone(), grant, reason: failure.clone() };
-                    self.send(request.route, Port::Alloc, Message::PdRevoke(revoke));
+                    let revoke = closing.revoke(grant);
+                    self.send(request.route, Port::Alloc, revoke);
+                }
+                // A request that wrote nothing of its own leaves nothing to wait for.
+                if !closing.slots.is_empty() && quarantine {
+                    quarantined = closing.slots.len();
+                    self.closing.insert(grant, closing);
+                    self.timers.set(Timer::Revoke(grant), now + self.settings.peer_timeout);
                 }
             }
             Stage::Ready { slots, .. } => {
@@ -276,7 +352,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         }
         self.counts.requests_failed += 1;
         let instance = request.instance;
-        self.ended.remember(id.clone(), failure.clone(), instance.clone());
+        self.remember_ended(now, id.clone(), failure.clone(), instance.clone());
         self.fail_waiters(id, &failure, &instance);
         self.note(Note::Failed { request: id.clone(), instance, failure, quarantined });
     }

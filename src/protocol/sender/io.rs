@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use crate::ids::{
-    ByteCopy, ChunkKey, ClientId, ConnectionId, Failure, PeerAddress, PeerId, RequestId, Seq, SlotIndex, TransferId,
+    ByteCopy, ChunkKey, ClientId, ConnectionId, Failure, GroupIndex, PeerAddress, PeerId, RequestId, Seq, SlotIndex,
+    TransferId,
 };
 use crate::protocol::Port;
 use crate::wire::Message;
@@ -15,7 +16,9 @@ pub struct OpenRequest {
     pub id: RequestId,
     /// Its chunks, in the order of the prompt.
     pub keys: Vec<ChunkKey>,
-    /// Tokens in the last chunk.
+    /// Of which group of layers each chunk is; empty when all are of the first.
+    pub groups: Vec<GroupIndex>,
+    /// Tokens in the last chunk of each group.
     pub last_chunk_tokens: u32,
     /// Where to.
     pub receiver: PeerAddress,
@@ -73,9 +76,23 @@ pub enum Output {
         /// Its engine's descriptors.
         descriptors: Vec<u8>,
     },
+    /// A receiver's buffer has grown: let the engine learn what it writes to, before the next `Post` to it;
+    /// `handle_peer_updated` wants the result.
+    UpdatePeer {
+        /// Which.
+        peer: PeerId,
+        /// From `handle_peer_loaded`.
+        connection: ConnectionId,
+        /// Its engine's metadata now.
+        metadata: Vec<u8>,
+        /// Its engine's descriptors now.
+        descriptors: Vec<u8>,
+    },
+    /// Add the next step to our own buffer; `handle_grown` wants the result.
+    GrowBuffer,
     /// Let the engine forget a receiver.
     ForgetPeer(ConnectionId),
-    /// Let the engine write; `handle_transfer_done` wants to know.
+    /// Let the engine write; `handle_transfer_done` wants to know, and the checksums asked for.
     Post {
         /// Its name.
         transfer: TransferId,
@@ -83,6 +100,8 @@ pub enum Output {
         connection: ConnectionId,
         /// What.
         copies: Vec<ByteCopy>,
+        /// Which of them to sum while their bytes are read, by position.
+        summed: Vec<u32>,
     },
     /// Tell the proxy that a request is ready.
     NotifyProxy {
@@ -192,14 +211,19 @@ pub struct StagedSlot {
 /// What happened, for the log.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Note {
+    /// Our buffer has another step, or could not get it.
+    Grown {
+        /// Its length now, in bytes, or why it did not grow.
+        result: Result<u64, String>,
+    },
     /// A receiver has shaken hands; the engine connects to its memory next.
     PeerUp {
         /// Where.
         address: PeerAddress,
         /// Its name for itself.
         instance: String,
-        /// Slots in its buffer.
-        slot_count: u32,
+        /// Length of its buffer, in bytes.
+        len_bytes: u64,
         /// How long it took.
         took: Duration,
     },
@@ -259,12 +283,16 @@ pub enum Note {
 /// What a sender counts.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct SenderCounts {
-    /// Slots that can be staged.
-    pub slots_free: u32,
+    /// Bytes that can be staged.
+    pub available_bytes: u64,
     /// Slots staged, or being sent.
     pub slots_staged: u32,
     /// Requests that have not ended.
     pub requests_active: usize,
+    /// Of those, requests that wait for a handshake or for slots of their receiver.
+    pub requests_waiting: usize,
+    /// Clients' waits for local slots.
+    pub stages_waiting: usize,
     /// Requests sent.
     pub requests_sent: u64,
     /// Requests that ended otherwise.

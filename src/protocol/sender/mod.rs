@@ -5,11 +5,13 @@
 //! |---|---|
 //! | `io` | what goes in and comes out: requests, outputs, answers, notes |
 //! | `peers` | handshakes with receivers, and losing them |
+//! | `debts` | what receivers must still be told: that nothing writes any more |
 //! | `requests` | a request from `open` to its one end |
 //! | `staging` | who waits for local slots, and who gets them |
 //! | `transfers`, `coverage` | `send`: parts into copies, and which bytes were given to the engine |
 
 mod coverage;
+mod debts;
 mod io;
 mod peers;
 mod requests;
@@ -21,18 +23,22 @@ use std::time::{Duration, Instant};
 
 pub use io::{Answer, Event, Note, OpenRequest, Output, Part, Phases, SenderCounts, StagedSlot};
 
+use self::debts::Word;
 use self::peers::Peer;
 use self::requests::{Request, Uid, WRITE_DEADLINE_PASSED};
 use self::staging::Staging;
 use self::transfers::Transfer;
+use super::growth::{GROW_AGAIN_AFTER, Growth};
 use super::timers::Timers;
-use super::{ChunkShape, Port};
+use super::{ChunkShape, Grown, Port, Safeguards};
+use crate::address::AddressManager;
 use crate::ids::{
-    ClientId, ConnectionId, Failure, FailureKind, PeerAddress, PeerId, RequestId, Seq, SlotIndex, TransferId,
+    ChecksumMode, ClientId, ConnectionId, Failure, FailureKind, GrantId, PeerAddress, PeerId, RequestId, Seq,
+    SlotIndex, TransferId,
 };
 use crate::slot::SlotPool;
 use crate::wire::Message;
-use crate::wire::message::Hello;
+use crate::wire::message::{Commit, Hello};
 
 /// What a sender session is told at start.
 #[derive(Debug, Clone)]
@@ -45,14 +51,18 @@ pub struct SenderSettings {
     pub metadata: Vec<u8>,
     /// What a chunk is.
     pub chunk: ChunkShape,
-    /// Slots in the buffer.
-    pub slot_count: u32,
+    /// The buffer's addresses. Whoever grows the buffer adds to them.
+    pub addresses: AddressManager,
+    /// How long the buffer can become, in bytes.
+    pub len_max_bytes: u64,
     /// How long a request waits for slots, here and at its receiver, unless it says.
     pub allocation_timeout: Duration,
     /// How long connecting to a receiver and shaking hands may take.
     pub handshake_timeout: Duration,
     /// How long a receiver may take to answer beyond what it was told to wait.
     pub commit_timeout: Duration,
+    /// Which chunks are summed for their receiver to check.
+    pub checksum: ChecksumMode,
     /// Most requests that have not ended.
     pub requests_max: usize,
     /// Most chunks of one request.
@@ -61,6 +71,12 @@ pub struct SenderSettings {
     pub peers_max: usize,
     /// Whether a proxy wants to know.
     pub notify_proxy: bool,
+    /// How far pings to a receiver are apart.
+    pub heartbeat_interval: Duration,
+    /// How long a receiver may be silent; above `heartbeat_interval`.
+    pub peer_timeout: Duration,
+    #[doc(hidden)]
+    pub safeguards: Safeguards,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -77,6 +93,16 @@ enum Timer {
     Cancel(Uid),
     /// A client has waited long enough for local slots.
     Stage(ClientId, Seq),
+    /// The buffer may grow again after a step that failed.
+    Grow,
+    /// A receiver is pinged, or has been silent for too long.
+    Ping(PeerId),
+    /// A commit is said again.
+    Recommit(Uid),
+    /// A receiver is told again that a grant is not written any more.
+    Word(Seq),
+    /// A receiver that was lost is sought, because it must be told that nothing writes any more.
+    Seek(PeerAddress),
 }
 
 /// The sender as a value.
@@ -84,6 +110,7 @@ enum Timer {
 pub struct SenderSession {
     settings: SenderSettings,
     slots: SlotPool,
+    growth: Growth,
     peers: BTreeMap<PeerId, Peer>,
     peer_by_address: BTreeMap<PeerAddress, PeerId>,
     requests: BTreeMap<Uid, Request>,
@@ -91,6 +118,14 @@ pub struct SenderSession {
     request_by_name: BTreeMap<RequestId, Uid>,
     /// Which request a receiver's answer is about.
     awaited: BTreeMap<Seq, Uid>,
+    /// The latest allocations asked for, and what was taken of what they were granted.
+    asked: BTreeMap<Seq, (RequestId, Option<GrantId>)>,
+    /// Commits that were not answered yet.
+    commits: BTreeMap<Uid, Commit>,
+    /// What receivers were told and have not answered yet.
+    words: BTreeMap<Seq, Word>,
+    /// Lost receivers that hold grants of ours, and how often they were sought in vain.
+    debts: BTreeMap<PeerAddress, u32>,
     transfers: BTreeMap<TransferId, Transfer>,
     /// Slots of failed requests that their clients may be filling, until these say that they know.
     unacknowledged: BTreeMap<(ClientId, RequestId), Vec<SlotIndex>>,
@@ -101,20 +136,28 @@ pub struct SenderSession {
     counts: SenderCounts,
     next_id: u64,
     draining: bool,
+    /// The latest time that was heard of.
+    now: Instant,
 }
 
 impl SenderSession {
     /// A session that knows nobody.
-    pub fn new(settings: SenderSettings) -> Self {
-        let slots = SlotPool::new(settings.slot_count, settings.chunk.chunk_bytes);
+    pub fn new(now: Instant, settings: SenderSettings) -> Self {
+        let slots = SlotPool::new(settings.addresses.clone());
+        let growth = Growth::new(settings.len_max_bytes);
         Self {
             settings,
             slots,
+            growth,
             peers: BTreeMap::new(),
             peer_by_address: BTreeMap::new(),
             requests: BTreeMap::new(),
             request_by_name: BTreeMap::new(),
             awaited: BTreeMap::new(),
+            asked: BTreeMap::new(),
+            commits: BTreeMap::new(),
+            words: BTreeMap::new(),
+            debts: BTreeMap::new(),
             transfers: BTreeMap::new(),
             unacknowledged: BTreeMap::new(),
             staging: VecDeque::new(),
@@ -123,32 +166,31 @@ impl SenderSession {
             counts: SenderCounts::default(),
             next_id: 1,
             draining: false,
+            now,
         }
     }
 
     /// A message arrived from a receiver.
     pub fn handle_message(&mut self, now: Instant, peer: PeerId, port: Port, message: Message) {
+        self.now = now;
+        self.hear_of(now, peer);
         match (port, message) {
             (Port::Init, Message::NixlInitResponse(response)) => self.on_init_response(peer, response),
             (Port::Init, Message::NixlMemRegResponse(response)) => self.on_mem_reg_response(now, peer, response),
             (Port::Alloc, Message::AllocResponse(response)) => self.on_alloc_response(now, peer, response),
             (Port::Alloc, Message::PdCommitAck(ack)) => self.on_commit_ack(now, peer, ack),
             (Port::Alloc, Message::PdRevoke(revoke)) => self.on_revoke(peer, revoke),
+            (Port::Alloc, Message::PdPong(pong)) => self.on_pong(now, peer, pong),
             (_, message) => self.note_unexpected(peer, message.type_name()),
         }
     }
 
     /// Deadlines may have passed.
     pub fn handle_timeout(&mut self, now: Instant) {
-        while let Some(timer) = self.timers.pop_due(now) {
+        self.now = now;
+        while let Some((due, timer)) = self.timers.pop_due(now) {
             match timer {
-                Timer::Handshake(peer) => {
-                    let text = format!(
-                        "no handshake within {} ms (pd_handshake_timeout_sec)",
-                        self.settings.handshake_timeout.as_millis()
-                    );
-                    self.peer_failed(peer, Failure::new(FailureKind::PeerUnreachable, text));
-                }
+                Timer::Handshake(peer) => self.handshake_timed_out(peer),
                 Timer::Allocation(uid) => self.allocation_timed_out(uid),
                 Timer::Write(uid) => {
                     self.fail(uid, Failure::new(FailureKind::Deadline, WRITE_DEADLINE_PASSED));
@@ -162,12 +204,23 @@ impl SenderSession {
                 }
                 Timer::Cancel(uid) => self.cancel_timed_out(uid),
                 Timer::Stage(client, id) => self.staging_timed_out(client, id),
+                Timer::Grow => {
+                    self.growth.end_pause();
+                    if !self.staging.is_empty() && self.growth.try_begin(self.slots.addresses().len_bytes()) {
+                        self.outputs.push_back(Output::GrowBuffer);
+                    }
+                }
+                Timer::Ping(peer) => self.ping(now, due, peer),
+                Timer::Recommit(uid) => self.commit_again(now, uid),
+                Timer::Word(seq) => self.say_again(now, seq),
+                Timer::Seek(address) => self.seek(now, &address),
             }
         }
     }
 
     /// A client is gone: its requests end.
-    pub fn handle_client_gone(&mut self, client: ClientId) {
+    pub fn handle_client_gone(&mut self, now: Instant, client: ClientId) {
+        self.now = now;
         self.staging_client_gone(client);
         let gone: Vec<Uid> =
             self.requests.iter().filter(|(_, request)| request.client == Some(client)).map(|(&uid, _)| uid).collect();
@@ -180,13 +233,35 @@ impl SenderSession {
         self.acknowledge_all(client);
     }
 
+    /// Our buffer has another step, which its addresses know already; or it could not get it.
+    ///
+    /// A step that failed is the answer to those who want more than the buffer has now. Others go on waiting for slots
+    /// that come back.
+    pub fn handle_grown(&mut self, now: Instant, result: Result<Grown, String>) {
+        self.now = now;
+        self.note(Note::Grown { result: result.as_ref().map(|grown| grown.len_bytes).map_err(Clone::clone) });
+        match result {
+            Ok(grown) => {
+                self.growth.end(None);
+                self.settings.metadata = grown.metadata;
+            }
+            Err(text) => {
+                self.growth.end(Some(text));
+                self.timers.set(Timer::Grow, now + GROW_AGAIN_AFTER);
+                self.refuse_staging_that_needs_growth();
+            }
+        }
+        self.serve_staging();
+    }
+
     /// Takes no new requests from now on; what has begun goes on.
     pub fn handle_shutdown(&mut self) {
         self.draining = true;
     }
 
     /// Ends everything that has not ended.
-    pub fn handle_abort(&mut self) {
+    pub fn handle_abort(&mut self, now: Instant) {
+        self.now = now;
         self.draining = true;
         let open: Vec<Uid> = self.request_by_name.values().copied().collect();
         for uid in open {
@@ -212,9 +287,11 @@ impl SenderSession {
     /// Counters and slots, all of one moment.
     pub fn counts(&self) -> SenderCounts {
         SenderCounts {
-            slots_free: self.slots.free_count(),
-            slots_staged: self.slots.slot_count() - self.slots.free_count(),
+            available_bytes: self.slots.addresses().free_bytes(),
+            slots_staged: self.slots.taken_count() as u32,
             requests_active: self.requests.len(),
+            requests_waiting: self.requests.values().filter(|request| request.waits()).count(),
+            stages_waiting: self.staging.len(),
             peers: self.peers.values().filter(|peer| peer.connection().is_some()).count(),
             transfers_in_flight: self.transfers.len(),
             ..self.counts
@@ -229,8 +306,8 @@ impl SenderSession {
         self.slots.check()?;
         let unacknowledged: usize = self.unacknowledged.values().map(Vec::len).sum();
         let staged = unacknowledged + self.requests.values().map(Request::staged_slots).sum::<usize>();
-        let taken = self.slots.slot_count() - self.slots.free_count();
-        if staged != taken as usize {
+        let taken = self.slots.taken_count();
+        if staged != taken {
             return Err(format!("{taken} slots are taken, requests hold {staged}"));
         }
         for (transfer, record) in &self.transfers {
@@ -242,6 +319,18 @@ impl SenderSession {
             if self.requests.get(uid).is_none_or(|request| request.id != *name) {
                 return Err(format!("{name} names a request that is not there"));
             }
+        }
+        if let Some(seq) = self.words.iter().find(|(_, word)| !self.peers.contains_key(&word.peer)).map(|(seq, _)| seq)
+        {
+            return Err(format!("word {seq} goes to a peer that is not there"));
+        }
+        if let Some(uid) = self.commits.keys().find(|uid| !self.requests.contains_key(uid)) {
+            return Err(format!("a commit is kept for request {uid}, which is not there"));
+        }
+        let most = self.requests.len();
+        if self.awaited.len() > most || self.request_by_name.len() > most {
+            let (awaited, names) = (self.awaited.len(), self.request_by_name.len());
+            return Err(format!("{awaited} answers are awaited and {names} names kept for {most} requests"));
         }
         Ok(())
     }

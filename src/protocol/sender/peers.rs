@@ -1,14 +1,17 @@
 //! Shaking hands with receivers, and losing them.
 
 use std::collections::BTreeSet;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::requests::{Stage, Uid, clipped};
 use super::{Note, Output, Port, SenderSession, Timer};
-use crate::ids::{ConnectionId, Failure, FailureKind, PeerAddress, PeerId, Seq};
+use crate::ids::{ConnectionId, Failure, FailureKind, PeerAddress, PeerId, Seq, clip};
 use crate::protocol::handshake;
 use crate::wire::Message;
-use crate::wire::message::{InitExtension, InitRequest, InitResponse, MemRegExtension, MemRegRequest, MemRegResponse};
+use crate::wire::message::{
+    CAPABILITY_HEARTBEAT, InitExtension, InitRequest, InitResponse, MemRegExtension, MemRegRequest, MemRegResponse,
+    MemoryUpdate, Ping, Pong,
+};
 
 /// A receiver, from the first request to it until it is lost.
 #[derive(Debug)]
@@ -18,9 +21,13 @@ pub(super) struct Peer {
     since: Instant,
     /// Its name for itself, once it has said.
     pub(super) instance: String,
-    /// Slots in its buffer, once it has said.
-    pub(super) slot_count: u32,
+    /// How much of its buffer the engine knows, in bytes.
+    pub(super) len_bytes: u64,
     last_used: Instant,
+    /// Whether it answers pings.
+    heartbeat: bool,
+    /// When anything was last heard of it.
+    last_heard: Instant,
 }
 
 #[derive(Debug)]
@@ -70,8 +77,10 @@ impl SenderSession {
             state: PeerState::Parked,
             since: now,
             instance: String::new(),
-            slot_count: 0,
+            len_bytes: 0,
             last_used: now,
+            heartbeat: false,
+            last_heard: now,
         };
         self.peers.insert(peer, record);
         self.peer_by_address.insert(address.clone(), peer);
@@ -101,7 +110,8 @@ impl SenderSession {
     }
 
     /// The sockets to a receiver are connected.
-    pub fn handle_peer_opened(&mut self, peer: PeerId) {
+    pub fn handle_peer_opened(&mut self, now: Instant, peer: PeerId) {
+        self.now = now;
         let seq = Seq(self.fresh());
         let Some(record) = self.peers.get_mut(&peer) else { return };
         if !matches!(record.state, PeerState::Connecting) {
@@ -147,14 +157,19 @@ impl SenderSession {
         if let Err(failure) = handshake::check(&self.settings.hello, &extension.hello) {
             return self.peer_failed(peer, failure);
         }
+        record.heartbeat = extension.hello.capabilities.iter().any(|name| name == CAPABILITY_HEARTBEAT);
         record.instance = extension.hello.instance;
         record.state = PeerState::Loading;
         let metadata = response.remote_meta_bytes;
+        // It has taken our handshake as the word that nothing of ours is in flight.
+        let address = record.address.clone();
+        self.forget_debt(&address);
         self.outputs.push_back(Output::LoadPeer { peer, agent_name: extension.agent_name, metadata });
     }
 
     /// The engine has met a receiver, or could not.
-    pub fn handle_peer_loaded(&mut self, peer: PeerId, result: Result<ConnectionId, String>) {
+    pub fn handle_peer_loaded(&mut self, now: Instant, peer: PeerId, result: Result<ConnectionId, String>) {
+        self.now = now;
         let seq = Seq(self.fresh());
         let loading = self.peers.get_mut(&peer).filter(|record| matches!(record.state, PeerState::Loading));
         match (loading, result) {
@@ -189,22 +204,56 @@ impl SenderSession {
             return self.peer_failed(peer, clipped(refusal));
         }
         let connection = *connection;
-        record.slot_count = extension.slot_count;
+        record.len_bytes = extension.len_bytes;
         record.state = PeerState::Warming(connection);
         let descriptors = extension.descriptors;
         self.outputs.push_back(Output::ConnectPeer { peer, connection, descriptors });
         let (address, instance) = (record.address.clone(), record.instance.clone());
         let took = now.saturating_duration_since(record.since);
-        self.note(Note::PeerUp { address, instance, slot_count: extension.slot_count, took });
+        self.note(Note::PeerUp { address, instance, len_bytes: extension.len_bytes, took });
+    }
+
+    /// A receiver's buffer has grown. Nothing is granted beyond what the sender was told of, so it is told with a grant.
+    pub(super) fn on_memory_update(&mut self, peer: PeerId, update: MemoryUpdate) {
+        let Some(record) = self.peers.get_mut(&peer) else { return };
+        // Two grants may carry the same news.
+        if let PeerState::Up(connection) = record.state
+            && update.len_bytes > record.len_bytes
+        {
+            record.len_bytes = update.len_bytes;
+            let MemoryUpdate { metadata, descriptors, .. } = update;
+            self.outputs.push_back(Output::UpdatePeer { peer, connection, metadata, descriptors });
+        }
+    }
+
+    /// The engine knows a receiver's buffer as it is now, or could not learn it: then it is met anew.
+    pub fn handle_peer_updated(
+        &mut self,
+        now: Instant,
+        peer: PeerId,
+        connection: ConnectionId,
+        result: Result<(), String>,
+    ) {
+        self.now = now;
+        if let Err(text) = result
+            && self.connection_of(peer) == Some(connection)
+        {
+            self.peer_failed(peer, Failure::new(FailureKind::PeerLost, text));
+        }
     }
 
     /// The engine is connected to a receiver's memory, or could not.
     pub fn handle_peer_connected(&mut self, now: Instant, peer: PeerId, result: Result<(), String>) {
+        self.now = now;
         let Some(record) = self.peers.get_mut(&peer) else { return };
         let PeerState::Warming(connection) = record.state else { return };
         match result {
             Ok(()) => {
                 record.state = PeerState::Up(connection);
+                record.last_heard = now;
+                if record.heartbeat {
+                    self.timers.set(Timer::Ping(peer), now + self.settings.heartbeat_interval);
+                }
                 self.timers.cancel(&Timer::Handshake(peer));
                 for uid in self.requests_of(peer) {
                     self.allocate(now, uid);
@@ -215,7 +264,8 @@ impl SenderSession {
     }
 
     /// The connections to a receiver are gone, or could not be made.
-    pub fn handle_peer_closed(&mut self, peer: PeerId, failure: Failure) {
+    pub fn handle_peer_closed(&mut self, now: Instant, peer: PeerId, failure: Failure) {
+        self.now = now;
         self.drop_peer(peer, failure);
     }
 
@@ -237,11 +287,14 @@ impl SenderSession {
             }
             _ => None,
         };
+        self.note_debt(peer);
         self.note(Note::PeerDown { address: address.clone(), failure: failure.clone() });
         for uid in self.requests_of(peer) {
             self.fail(uid, failure.clone());
         }
         self.timers.cancel(&Timer::Handshake(peer));
+        self.timers.cancel(&Timer::Ping(peer));
+        self.forget_words(peer);
         self.peers.remove(&peer);
         self.peer_by_address.remove(&address);
         if let Some(connection) = connection {
@@ -249,7 +302,87 @@ impl SenderSession {
         }
     }
 
-    fn requests_of(&self, peer: PeerId) -> Vec<Uid> {
+    pub(super) fn handshake_timed_out(&mut self, peer: PeerId) {
+        let limit_ms = self.settings.handshake_timeout.as_millis();
+        let parked = self.peers.get(&peer).is_some_and(|record| matches!(record.state, PeerState::Parked));
+        let why = if parked { ": transfers to it from before have not ended yet" } else { "" };
+        let text = format!("no handshake within {limit_ms} ms (pd_handshake_timeout_sec){why}");
+        self.peer_failed(peer, Failure::new(FailureKind::PeerUnreachable, text));
+    }
+
+    /// Something arrived from a receiver.
+    pub(super) fn hear_of(&mut self, now: Instant, peer: PeerId) {
+        if let Some(record) = self.peers.get_mut(&peer) {
+            record.last_heard = now;
+        }
+    }
+
+    /// Asks a receiver whether it is there; gives it up when it has been silent for too long.
+    pub(super) fn ping(&mut self, now: Instant, due: Instant, peer: PeerId) {
+        let (interval, timeout) = (self.settings.heartbeat_interval, self.settings.peer_timeout);
+        let seq = Seq(self.fresh());
+        let Some(record) = self.peers.get_mut(&peer) else { return };
+        // Whoever has slept has not listened: what the receiver said meanwhile is still to be read.
+        if now.saturating_duration_since(due) >= interval {
+            record.last_heard = now;
+        }
+        let silent: Duration = now.saturating_duration_since(record.last_heard);
+        if silent >= timeout {
+            let text = format!(
+                "receiver {} ({}) said nothing for {} ms (pd_peer_timeout_sec)",
+                record.address,
+                clip(&record.instance),
+                silent.as_millis()
+            );
+            return self.peer_failed(peer, Failure::new(FailureKind::PeerLost, text));
+        }
+        let instance = self.settings.hello.instance.clone();
+        self.timers.set(Timer::Ping(peer), now + interval);
+        self.send(peer, Port::Alloc, Message::PdPing(Ping { seq, instance }));
+    }
+
+    pub(super) fn on_pong(&mut self, now: Instant, peer: PeerId, pong: Pong) {
+        if let Some(refusal) = pong.refusal {
+            self.meet_anew(now, peer, clipped(refusal));
+        }
+    }
+
+    /// The receiver does not know us: it has given us up, has forgotten us in favour of another, or was restarted
+    /// behind the same connection. Requests without slots are asked for anew, once; the others have lost theirs.
+    pub(super) fn meet_anew(&mut self, now: Instant, peer: PeerId, refusal: Failure) {
+        let Some(record) = self.peers.get(&peer) else { return };
+        let address = record.address.clone();
+        let mut again = Vec::new();
+        for uid in self.requests_of(peer) {
+            let Some(request) = self.requests.get_mut(&uid) else { continue };
+            let Stage::Allocating { open_id, seq, wait } = request.stage else { continue };
+            if std::mem::replace(&mut request.met_anew, true) {
+                continue;
+            }
+            // What it has waited so far counts.
+            let wait = wait.saturating_sub(now.saturating_duration_since(request.opened_at));
+            request.stage = Stage::Peer { open_id, wait };
+            // Nobody's for a moment, so that the end of the old peer is not its end.
+            request.peer = PeerId(0);
+            self.awaited.remove(&seq);
+            self.timers.cancel(&Timer::Allocation(uid));
+            again.push(uid);
+        }
+        let text = format!("receiver {address} has forgotten this sender: {}", refusal.text);
+        self.peer_failed(peer, Failure::new(FailureKind::PeerLost, text));
+        for uid in again {
+            match self.peer_for(now, &address) {
+                Ok(peer) => {
+                    if let Some(request) = self.requests.get_mut(&uid) {
+                        request.peer = peer;
+                    }
+                }
+                Err(failure) => self.fail(uid, failure),
+            }
+        }
+    }
+
+    pub(super) fn requests_of(&self, peer: PeerId) -> Vec<Uid> {
         let of_peer = self
             .requests
             .iter()
@@ -260,10 +393,13 @@ impl SenderSession {
     /// Forgets the receiver that was used longest ago, of those with nothing under way.
     fn evict_peer(&mut self) -> bool {
         let idle = self.peers.iter().filter(|(peer, record)| {
-            record.connection().is_some() && !self.requests.values().any(|request| request.peer == **peer)
+            record.connection().is_some()
+                && !self.requests.values().any(|request| request.peer == **peer)
+                && !self.words.values().any(|word| word.peer == **peer)
         });
         let Some((&peer, record)) = idle.min_by_key(|(_, record)| record.last_used) else { return false };
         let (address, connection) = (record.address.clone(), record.connection());
+        self.timers.cancel(&Timer::Ping(peer));
         self.peers.remove(&peer);
         self.peer_by_address.remove(&address);
         self.outputs.push_back(Output::ClosePeer(peer));

@@ -7,16 +7,22 @@ use std::time::{Duration, Instant};
 use super::coverage::Coverage;
 use super::{Answer, Event, Note, OpenRequest, Output, Phases, Port, SenderSession, Timer};
 use crate::ids::{
-    ChunkKey, ClientId, Failure, FailureKind, GrantId, PeerAddress, PeerId, RequestId, Seq, SlotIndex, clip,
+    Checksum, ChunkKey, ClientId, Failure, FailureKind, GrantId, GroupIndex, PeerAddress, PeerId, RequestId, Seq,
+    SlotIndex, clip,
 };
+use crate::protocol::chunks::ChunkSize;
 use crate::wire::Message;
-use crate::wire::message::{
-    AllocExtension, AllocRequest, AllocResponse, CancelExtension, CancelNotif, Commit, CommitAck, Revoke,
-};
+use crate::wire::message::{AllocExtension, AllocRequest, AllocResponse, Commit, CommitAck, Revoke};
 
 /// What a request is told that was not sent in time.
 pub(super) const WRITE_DEADLINE_PASSED: &str =
     "the receiver's grant ended before everything was sent (its pd_write_timeout_sec)";
+
+/// How many allocations are remembered, for answers that come late or twice.
+const ASKED_MAX: usize = 4096;
+
+/// Longest name of a host, in bytes, as DNS has it (RFC 1035, 2.3.4).
+const HOST_LEN_BYTES_MAX: usize = 255;
 
 /// Longest that a grant is taken to last, whatever its receiver says.
 const WRITE_TIME_MAX: Duration = Duration::from_secs(86_400);
@@ -34,6 +40,7 @@ pub(super) struct Request {
     pub(super) peer: PeerId,
     pub(super) address: PeerAddress,
     pub(super) keys: Vec<ChunkKey>,
+    pub(super) groups: Vec<GroupIndex>,
     pub(super) last_chunk_tokens: u32,
     pub(super) chunks: Vec<Chunk>,
     /// Local slots by what they hold.
@@ -47,6 +54,8 @@ pub(super) struct Request {
     /// When the current phase began.
     pub(super) since: Instant,
     pub(super) phases: Phases,
+    /// Whether its receiver had forgotten us once and was met anew.
+    pub(super) met_anew: bool,
     pub(super) stage: Stage,
 }
 
@@ -54,14 +63,16 @@ pub(super) struct Request {
 #[derive(Debug)]
 pub(super) struct Chunk {
     pub(super) len_bytes: u64,
-    /// Where it goes; none when the receiver has it already.
-    pub(super) remote: Option<SlotIndex>,
+    /// Where it goes in the receiver's buffer, in bytes from its start; none when the receiver has it already.
+    pub(super) remote: Option<u64>,
     /// Its local slot, while it is staged.
     pub(super) local: Option<SlotIndex>,
     /// What was given to the engine.
     pub(super) queued: Coverage,
     /// How much of that is written.
     pub(super) done_bytes: u64,
+    /// Checksums of its written parts: start -> (length, checksum).
+    pub(super) sums: BTreeMap<u64, (u64, Checksum)>,
 }
 
 #[derive(Debug)]
@@ -69,7 +80,7 @@ pub(super) enum Stage {
     /// The receiver has not shaken hands yet.
     Peer { open_id: Seq, wait: Duration },
     /// The receiver was asked for slots.
-    Allocating { open_id: Seq, seq: Seq },
+    Allocating { open_id: Seq, seq: Seq, wait: Duration },
     /// Chunks can be staged and sent.
     Open { grant: GrantId, write_until: Instant, last: bool },
     /// Everything is written; the receiver was told.
@@ -78,34 +89,67 @@ pub(super) enum Stage {
     Closing { grant: Option<GrantId>, alloc_seq: Option<Seq>, cancel: Option<(ClientId, Seq)> },
 }
 
+impl Chunk {
+    /// Of all its bytes, if every part of it was summed.
+    fn checksum(&self) -> Option<Checksum> {
+        let summed: u64 = self.sums.values().map(|(len_bytes, _)| len_bytes).sum();
+        let mut parts = self.sums.values();
+        let &(_, first) = parts.next()?;
+        let whole = parts.fold(first, |sum, &(len_bytes, next)| sum.followed_by(next, len_bytes));
+        (summed == self.len_bytes).then_some(whole)
+    }
+
+    /// Whether its client may still be filling it, if it is staged.
+    fn is_filling(&self) -> bool {
+        self.queued.len_bytes() < self.len_bytes
+    }
+}
+
 impl Request {
+    /// Whether its receiver may hold slots for it.
+    pub(super) fn may_have_grant(&self) -> bool {
+        !matches!(self.stage, Stage::Peer { .. })
+    }
+
+    /// Whether its client has slots of it that it may not have filled yet.
+    fn is_filling(&self) -> bool {
+        self.staged.values().any(|&chunk| self.chunks[chunk as usize].is_filling())
+    }
+
     pub(super) fn staged_slots(&self) -> usize {
         self.staged.len()
+    }
+
+    /// Whether it has no slots at its receiver yet.
+    pub(super) const fn waits(&self) -> bool {
+        matches!(self.stage, Stage::Peer { .. } | Stage::Allocating { .. })
     }
 }
 
 impl SenderSession {
     /// A client announces a request.
     pub fn handle_open(&mut self, now: Instant, client: ClientId, id: Seq, open: OpenRequest) {
-        let checked = self.check_open(&open).and_then(|()| self.peer_for(now, &open.receiver));
-        let peer = match checked {
-            Ok(peer) => peer,
-            Err(failure) => return self.refuse(client, id, failure, Some(open.receiver.to_string())),
+        self.now = now;
+        let checked = self.check_open(&open).and_then(|sizes| Ok((self.peer_for(now, &open.receiver)?, sizes)));
+        let (peer, sizes) = match checked {
+            Ok(checked) => checked,
+            Err(failure) => return self.refuse(client, id, failure, Some(clip(&open.receiver.to_string()))),
         };
-        let count = open.keys.len();
-        let chunk = |index| Chunk {
-            len_bytes: self.settings.chunk.len_bytes(index, count, open.last_chunk_tokens),
+        let chunk = |size: ChunkSize| Chunk {
+            len_bytes: size.len_bytes,
             remote: None,
             local: None,
             queued: Coverage::default(),
             done_bytes: 0,
+            sums: BTreeMap::new(),
         };
         let request = Request {
             client: Some(client),
             peer,
             address: open.receiver,
-            chunks: (0..count).map(chunk).collect(),
+            chunks: sizes.into_iter().map(chunk).collect(),
             keys: open.keys,
+            groups: open.groups,
             last_chunk_tokens: open.last_chunk_tokens,
             staged: BTreeMap::new(),
             told_by_event: false,
@@ -114,7 +158,8 @@ impl SenderSession {
             opened_at: now,
             since: now,
             phases: Phases::default(),
-            stage: Stage::Peer { open_id: id, wait: open.wait.unwrap_or(self.settings.allocation_timeout) },
+            met_anew: false,
+            stage: Stage::Peer { open_id: id, wait: self.allocation_wait(open.wait) },
             id: open.id.clone(),
         };
         let uid = self.fresh();
@@ -127,6 +172,7 @@ impl SenderSession {
 
     /// A client gives a request up. Answered when nothing of it is written any more.
     pub fn handle_cancel(&mut self, now: Instant, client: ClientId, id: Seq, request: &RequestId) {
+        self.now = now;
         // The acknowledgement of an earlier attempt's failure is not a cancel of the next attempt.
         if self.acknowledge_failure(client, request) {
             return self.answer(client, id, Answer::Cancelled { request: request.clone() });
@@ -158,7 +204,11 @@ impl SenderSession {
         let seq = Seq(self.fresh());
         let Some(request) = self.requests.get_mut(&uid) else { return };
         let Stage::Peer { open_id, wait } = request.stage else { return };
-        request.stage = Stage::Allocating { open_id, seq };
+        request.stage = Stage::Allocating { open_id, seq, wait };
+        self.asked.insert(seq, (request.id.clone(), None));
+        if self.asked.len() > ASKED_MAX {
+            self.asked.pop_first();
+        }
         let chunk = &self.settings.chunk;
         let message = AllocRequest {
             keys: request.keys.clone(),
@@ -173,6 +223,8 @@ impl SenderSession {
                 seq,
                 instance: self.settings.hello.instance.clone(),
                 wait_ms: wait.as_millis() as u64,
+                groups: request.groups.clone(),
+                known_len_bytes: self.peers.get(&request.peer).map_or(0, |peer| peer.len_bytes),
             }),
         };
         let peer = request.peer;
@@ -183,9 +235,10 @@ impl SenderSession {
     }
 
     pub(super) fn allocation_timed_out(&mut self, uid: Uid) {
+        let Some(Request { stage: Stage::Allocating { wait, .. }, .. }) = self.requests.get(&uid) else { return };
         let text = format!(
             "the receiver did not answer the allocation in time; it was given {} ms to find slots and {} ms to say so",
-            self.settings.allocation_timeout.as_millis(),
+            wait.as_millis(),
             self.settings.commit_timeout.as_millis()
         );
         self.fail(uid, Failure::new(FailureKind::Deadline, text));
@@ -195,11 +248,18 @@ impl SenderSession {
         let Some(extension) = response.pd else {
             return self.note_unexpected(peer, "AllocResponse without `pd`");
         };
-        // Also the answer to a cancel, and to a request that has ended since: nothing to do then.
-        let Some(&uid) = self.awaited.get(&extension.seq) else { return };
-        let slot_count = self.peers.get(&peer).map_or(0, |peer| peer.slot_count);
+        if self.word_answered(peer, extension.seq) {
+            return;
+        }
+        let Some(&uid) = self.awaited.get(&extension.seq) else {
+            return self.on_unawaited_grant(peer, extension.seq, extension.grant);
+        };
+        if let Some(update) = extension.memory {
+            self.on_memory_update(peer, update);
+        }
+        let len_bytes = self.peers.get(&peer).map_or(0, |peer| peer.len_bytes);
         let Some(request) = self.requests.get_mut(&uid).filter(|request| request.peer == peer) else { return };
-        let Stage::Allocating { open_id, seq } = request.stage else { return };
+        let Stage::Allocating { open_id, seq, .. } = request.stage else { return };
         if seq != extension.seq {
             return;
         }
@@ -209,21 +269,24 @@ impl SenderSession {
             let failure = extension.refusal.map(clipped).unwrap_or_else(|| {
                 Failure::new(FailureKind::Other, "the receiver granted nothing and did not say why")
             });
-            // It does not know us: it was restarted behind the same connection. The next request shakes hands anew.
             if failure.kind == FailureKind::HandshakeRefused {
-                return self.peer_failed(peer, failure);
+                self.awaited.insert(seq, uid);
+                return self.meet_anew(now, peer, failure);
             }
             return self.fail(uid, failure);
         };
+        if let Some((_, taken)) = self.asked.get_mut(&seq) {
+            *taken = Some(grant);
+        }
         // The receiver's word, but not for ever: what it says may be any number.
         let write_until = now + Duration::from_millis(extension.write_within_ms).min(WRITE_TIME_MAX);
-        let placed = place_chunks(request, &response.already_sent_indexes, &response.remote_indexes, slot_count);
+        let placed = place_chunks(request, &response.already_sent_indexes, &extension.offsets, len_bytes);
         let Some(already_sent) = placed else {
             let text = format!(
-                "the receiver answered {} chunks with {} slots and {} already sent; expected distinct slots below {slot_count}, \
+                "the receiver answered {} chunks with {} places and {} already sent; expected places that share no byte within {len_bytes}, \
                  one for each chunk that is not already sent",
                 request.chunks.len(),
-                response.remote_indexes.len(),
+                extension.offsets.len(),
                 response.already_sent_indexes.len()
             );
             return self.fail(uid, Failure::new(FailureKind::Other, text));
@@ -255,12 +318,33 @@ impl SenderSession {
         request.phases.transfer = now.saturating_duration_since(request.since);
         request.since = now;
         request.stage = Stage::Committing { grant };
-        let commit = Commit { seq, instance: self.settings.hello.instance.clone(), req_id: request.id.clone(), grant };
+        let granted = request.chunks.iter().filter(|chunk| chunk.remote.is_some());
+        let mut checksums: Vec<Option<Checksum>> = granted.map(Chunk::checksum).collect();
+        if checksums.iter().all(Option::is_none) {
+            checksums.clear();
+        }
+        let instance = self.settings.hello.instance.clone();
+        let commit = Commit { seq, instance, req_id: request.id.clone(), grant, checksums };
         let peer = request.peer;
+        if self.settings.notify_proxy && !self.settings.safeguards.commit_before_notify {
+            self.outputs.push_back(Output::NotifyProxy { request: commit.req_id.clone() });
+        }
         self.awaited.insert(seq, uid);
+        self.commits.insert(uid, commit.clone());
         self.timers.cancel(&Timer::Write(uid));
         self.timers.set(Timer::Commit(uid), now + self.settings.commit_timeout);
+        self.timers.set(Timer::Recommit(uid), now + self.repeat_after());
         self.send(peer, Port::Alloc, Message::PdCommit(commit));
+    }
+
+    /// Says a commit again that was not answered: it, or its answer, may have been lost.
+    pub(super) fn commit_again(&mut self, now: Instant, uid: Uid) {
+        let Some(commit) = self.commits.get(&uid).cloned() else { return };
+        let Some(request) = self.requests.get(&uid) else { return };
+        if matches!(request.stage, Stage::Committing { .. }) {
+            self.send(request.peer, Port::Alloc, Message::PdCommit(commit));
+            self.timers.set(Timer::Recommit(uid), now + self.repeat_after());
+        }
     }
 
     pub(super) fn on_commit_ack(&mut self, now: Instant, peer: PeerId, ack: CommitAck) {
@@ -278,7 +362,7 @@ impl SenderSession {
         self.counts.requests_sent += 1;
         self.counts.bytes += request.bytes;
         // The proxy is told after the commit is acknowledged, once, and never for a request that failed.
-        if self.settings.notify_proxy {
+        if self.settings.notify_proxy && self.settings.safeguards.commit_before_notify {
             self.outputs.push_back(Output::NotifyProxy { request: request.id.clone() });
         }
         let (bytes, phases) = (request.bytes, request.phases);
@@ -299,7 +383,20 @@ impl SenderSession {
             // It says when it has stopped, by itself.
             Some((_, Stage::Closing { .. })) => {}
             Some((uid, _)) => self.fail(uid, clipped(revoke.reason)),
-            None => self.say_stopped(peer, revoke.req_id, Some(revoke.grant), None, true),
+            None => {
+                // It may have overtaken the grant itself, which nobody may take then.
+                let asks = |request: &Request| match request.stage {
+                    Stage::Allocating { seq, .. } => {
+                        request.peer == peer
+                            && revoke.alloc_seq.map_or(request.id == revoke.req_id, |asked| asked == seq)
+                    }
+                    _ => false,
+                };
+                if let Some(uid) = self.requests.iter().find(|(_, request)| asks(request)).map(|(&uid, _)| uid) {
+                    self.fail(uid, clipped(revoke.reason));
+                }
+                self.say_stopped(peer, revoke.req_id, Some(revoke.grant), None, true);
+            }
         }
     }
 
@@ -346,7 +443,7 @@ impl SenderSession {
         let mut alloc_seq = None;
         let (open_id, grant, asked) = match request.stage {
             Stage::Peer { open_id, .. } => (Some(open_id), None, false),
-            Stage::Allocating { open_id, seq } => {
+            Stage::Allocating { open_id, seq, .. } => {
                 alloc_seq = Some(seq);
                 (Some(open_id), None, true)
             }
@@ -356,9 +453,7 @@ impl SenderSession {
         request.stage = Stage::Closing { grant, alloc_seq, cancel };
         let (id, address, client, in_flight, request_peer) =
             (request.id.clone(), request.address.clone(), request.client, request.in_flight, request.peer);
-        for timer in [Timer::Allocation(uid), Timer::Write(uid), Timer::Commit(uid)] {
-            self.timers.cancel(&timer);
-        }
+        self.cancel_timers(uid);
         self.request_by_name.remove(&id);
         self.awaited.retain(|_, other| *other != uid);
         self.staging_request_ended(uid, &failure);
@@ -400,12 +495,9 @@ impl SenderSession {
         if self.request_by_name.get(&request.id) == Some(&uid) {
             self.request_by_name.remove(&request.id);
         }
-        for timer in [Timer::Allocation(uid), Timer::Write(uid), Timer::Commit(uid)] {
-            self.timers.cancel(&timer);
-        }
+        self.cancel_timers(uid);
         for (&slot, &chunk) in &request.staged {
-            let chunk = &request.chunks[chunk as usize];
-            let filling = request.told_by_event && chunk.queued.len_bytes() < chunk.len_bytes;
+            let filling = request.told_by_event && request.chunks[chunk as usize].is_filling();
             match request.client {
                 Some(client) if filling => {
                     self.unacknowledged.entry((client, request.id.clone())).or_default().push(slot);
@@ -416,8 +508,29 @@ impl SenderSession {
         Some(request)
     }
 
+    fn cancel_timers(&mut self, uid: Uid) {
+        for timer in [Timer::Allocation(uid), Timer::Write(uid), Timer::Commit(uid), Timer::Recommit(uid)] {
+            self.timers.cancel(&timer);
+        }
+        self.commits.remove(&uid);
+    }
+
+    /// How long to wait for slots that somebody wants to wait for so long.
+    pub(super) fn allocation_wait(&self, wanted: Option<Duration>) -> Duration {
+        let most = self.settings.allocation_timeout;
+        wanted.map_or(most, |wanted| wanted.min(most))
+    }
+
     /// A client knows that its request has failed: what it may have been filling until then can be staged again.
     fn acknowledge_failure(&mut self, client: ClientId, request: &RequestId) -> bool {
+        // Its transfers may not have ended yet: then nothing is kept back for it when they do.
+        let closing = self.requests.values_mut().find(|closing| {
+            closing.client == Some(client) && closing.id == *request && closing.told_by_event && closing.is_filling()
+        });
+        if let Some(closing) = closing {
+            closing.told_by_event = false;
+            return true;
+        }
         let Some(slots) = self.unacknowledged.remove(&(client, request.clone())) else { return false };
         slots.into_iter().for_each(|slot| self.slots.give_back(slot));
         self.serve_staging();
@@ -433,39 +546,22 @@ impl SenderSession {
         }
     }
 
-    /// Gives a grant back; `writer_stopped` is our word that nothing of it is or will be written.
-    fn say_stopped(
-        &mut self,
-        peer: PeerId,
-        request: RequestId,
-        grant: Option<GrantId>,
-        alloc_seq: Option<Seq>,
-        writer_stopped: bool,
-    ) {
-        let seq = Seq(self.fresh());
-        let instance = self.settings.hello.instance.clone();
-        let pd = Some(CancelExtension { seq, instance, grant, alloc_seq, writer_stopped });
-        let cancel = CancelNotif { req_id: request, keys: Vec::new(), pd };
-        self.send(peer, Port::Alloc, Message::CancelNotif(cancel));
-    }
-
-    fn check_open(&self, open: &OpenRequest) -> Result<(), Failure> {
+    fn check_open(&self, open: &OpenRequest) -> Result<Vec<ChunkSize>, Failure> {
         let bad = |text: String| Err(Failure::new(FailureKind::BadRequest, text));
-        let (id, count, tokens) = (&open.id, open.keys.len(), self.settings.chunk.chunk_tokens);
+        let (id, count) = (&open.id, open.keys.len());
         if self.draining {
             return Err(Failure::new(FailureKind::ShuttingDown, "this sender is shutting down; use another"));
         }
         if self.request_by_name.contains_key(id) {
             return bad(format!("{id} is open already; cancel it first, or wait for its end"));
         }
-        if count == 0 || open.last_chunk_tokens == 0 || open.last_chunk_tokens > tokens {
-            return bad(format!(
-                "{id} has {count} chunks, {} tokens in the last; expected at least 1 chunk and 1 to {tokens} tokens",
-                open.last_chunk_tokens
-            ));
-        }
+        let sizes = self.settings.chunk.sizes(id, count, &open.groups, u64::from(open.last_chunk_tokens))?;
         if open.keys.iter().collect::<BTreeSet<_>>().len() != count {
             return bad(format!("{id} names a chunk twice; keys must be distinct"));
+        }
+        if open.receiver.host.len() > HOST_LEN_BYTES_MAX {
+            let len_bytes = open.receiver.host.len();
+            return bad(format!("{id} goes to a host whose name has {len_bytes} bytes; at most {HOST_LEN_BYTES_MAX}"));
         }
         if open.receiver.host.is_empty() || open.receiver.init_port == 0 || open.receiver.alloc_port == 0 {
             return bad(format!("{id} goes to {}; give a host and two ports that are not 0", open.receiver));
@@ -481,7 +577,7 @@ impl SenderSession {
             let text = format!("{} requests are open, the limit (pd_max_requests)", self.requests.len());
             return Err(Failure::new(FailureKind::Limit, text));
         }
-        Ok(())
+        Ok(sizes)
     }
 }
 
@@ -491,19 +587,19 @@ pub(super) fn clipped(failure: Failure) -> Failure {
 }
 
 /// Notes where each chunk goes. Returns the positions that need not be sent; none when the answer does not add up.
-fn place_chunks(request: &mut Request, already_sent: &[u32], remote: &[i64], slot_count: u32) -> Option<Vec<u32>> {
+fn place_chunks(request: &mut Request, already_sent: &[u32], offsets: &[u64], len_bytes: u64) -> Option<Vec<u32>> {
     let skip: BTreeSet<u32> = already_sent.iter().copied().collect();
     let in_range = skip.last().is_none_or(|&last| (last as usize) < request.chunks.len());
-    let distinct: BTreeSet<u32> = remote.iter().filter_map(|&slot| u32::try_from(slot).ok()).collect();
-    let slots_fit = distinct.len() == remote.len() && distinct.last().is_none_or(|&last| last < slot_count);
-    if !in_range || !slots_fit || skip.len() + remote.len() != request.chunks.len() {
+    if !in_range || skip.len() + offsets.len() != request.chunks.len() {
         return None;
     }
-    let mut slots = remote.iter();
-    for (index, chunk) in (0u32..).zip(&mut request.chunks) {
-        if !skip.contains(&index) {
-            chunk.remote = Some(SlotIndex(u32::try_from(*slots.next()?).ok()?));
-        }
+    let sent = (0u32..).zip(&mut request.chunks).filter(|(index, _)| !skip.contains(index)).map(|(_, chunk)| chunk);
+    let mut places: Vec<(u64, u64)> = Vec::with_capacity(offsets.len());
+    for (chunk, &offset) in sent.zip(offsets) {
+        places.push((offset, offset.checked_add(chunk.len_bytes).filter(|&end| end <= len_bytes)?));
+        chunk.remote = Some(offset);
     }
-    Some(skip.into_iter().collect())
+    places.sort_unstable();
+    let apart = places.windows(2).all(|pair| pair[0].1 <= pair[1].0);
+    apart.then(|| skip.into_iter().collect())
 }

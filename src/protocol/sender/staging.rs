@@ -1,9 +1,10 @@
 //! Local slots for connectors to fill: all or nothing, in the order of asking, with a deadline.
 
+use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use super::requests::{Stage, Uid};
-use super::{Answer, SenderSession, StagedSlot, Timer};
+use super::{Answer, Output, SenderSession, StagedSlot, Timer};
 use crate::ids::{ClientId, Failure, FailureKind, RequestId, Seq};
 
 /// A client that waits for local slots.
@@ -13,6 +14,8 @@ pub(super) struct Staging {
     id: Seq,
     uid: Uid,
     chunks: Vec<u32>,
+    /// Length of each chunk.
+    lens_bytes: Vec<u64>,
     wait: Duration,
 }
 
@@ -27,29 +30,36 @@ impl SenderSession {
         chunks: Vec<u32>,
         wait: Option<Duration>,
     ) {
+        self.now = now;
         let checked =
-            self.find_request(client, request).and_then(|uid| self.check_stage(uid, request, &chunks).map(|()| uid));
-        let uid = match checked {
-            Ok(uid) => uid,
+            self.find_request(client, request).and_then(|uid| Ok((uid, self.check_stage(uid, request, &chunks)?)));
+        let (uid, lens_bytes) = match checked {
+            Ok(checked) => checked,
             Err(failure) => return self.refuse(client, id, failure, None),
         };
         if self.staging.iter().any(|staging| (staging.client, staging.id) == (client, id)) {
             let failure = Failure::new(FailureKind::BadRequest, format!("id {id} waits already; use each id once"));
             return self.refuse(client, id, failure, None);
         }
-        let wait = wait.unwrap_or(self.settings.allocation_timeout);
+        let wait = self.allocation_wait(wait);
         self.timers.set(Timer::Stage(client, id), now + wait);
-        self.staging.push_back(Staging { client, id, uid, chunks, wait });
+        self.staging.push_back(Staging { client, id, uid, chunks, lens_bytes, wait });
         self.serve_staging();
     }
 
     /// Gives slots to whoever waits for them, the first first.
     pub(super) fn serve_staging(&mut self) {
         while let Some(first) = self.staging.front() {
-            let Ok(slots) = self.slots.take(first.chunks.len() as u32) else { return };
+            let Ok(slots) = self.slots.take(&first.lens_bytes) else {
+                if self.growth.try_begin(self.slots.addresses().len_bytes()) {
+                    self.outputs.push_back(Output::GrowBuffer);
+                }
+                return;
+            };
             let Some(staging) = self.staging.pop_front() else { return };
             self.timers.cancel(&Timer::Stage(staging.client, staging.id));
-            let offsets: Vec<u64> = slots.iter().map(|&slot| self.slots.offset_bytes(slot)).collect();
+            let offsets: Vec<u64> =
+                slots.iter().filter_map(|&slot| self.slots.range(slot)).map(|range| range.start).collect();
             let Some(request) = self.requests.get_mut(&staging.uid) else {
                 slots.into_iter().for_each(|slot| self.slots.give_back(slot));
                 continue;
@@ -70,15 +80,33 @@ impl SenderSession {
             return;
         };
         let Some(staging) = self.staging.remove(at) else { return };
+        let slot_bytes = self.settings.chunk.slot_bytes;
+        let free_bytes = self.slots.addresses().free_bytes();
         let text = format!(
-            "sender has {} of {} slots free, {} are wanted; waited {} ms (pd_allocation_timeout_sec)",
-            self.slots.free_count(),
-            self.slots.slot_count(),
+            "sender has {} of {} slots free ({free_bytes} bytes), {} are wanted ({} bytes); waited {} ms (pd_allocation_timeout_sec){}",
+            free_bytes / slot_bytes,
+            self.slots.addresses().len_bytes() / slot_bytes,
             staging.chunks.len(),
-            staging.wait.as_millis()
+            self.slots.asked_bytes(&staging.lens_bytes),
+            staging.wait.as_millis(),
+            self.growth.failure_note(),
         );
         self.refuse(client, id, Failure::new(FailureKind::NoSlots, text), None);
         self.serve_staging();
+    }
+
+    /// A step of the buffer's growth has failed: those who want more than there is now are told why.
+    pub(super) fn refuse_staging_that_needs_growth(&mut self) {
+        let len_bytes = self.slots.addresses().len_bytes();
+        let (refused, kept): (VecDeque<Staging>, _) =
+            self.staging.drain(..).partition(|staging| self.slots.asked_bytes(&staging.lens_bytes) > len_bytes);
+        self.staging = kept;
+        for Staging { client, id, lens_bytes, .. } in refused {
+            self.timers.cancel(&Timer::Stage(client, id));
+            let (asked_bytes, note) = (self.slots.asked_bytes(&lens_bytes), self.growth.failure_note());
+            let text = format!("{asked_bytes} bytes are wanted, the sender's buffer has {len_bytes}{note}");
+            self.refuse(client, id, Failure::new(FailureKind::NoSlots, text), None);
+        }
     }
 
     pub(super) fn staging_client_gone(&mut self, client: ClientId) {
@@ -107,7 +135,8 @@ impl SenderSession {
         }
     }
 
-    fn check_stage(&self, uid: Uid, name: &RequestId, chunks: &[u32]) -> Result<(), Failure> {
+    /// The lengths of the chunks to stage.
+    fn check_stage(&self, uid: Uid, name: &RequestId, chunks: &[u32]) -> Result<Vec<u64>, Failure> {
         let bad = |text: String| Err(Failure::new(FailureKind::BadRequest, text));
         let Some(request) = self.requests.get(&uid) else {
             return bad(format!("{name} has ended"));
@@ -118,15 +147,8 @@ impl SenderSession {
         if chunks.is_empty() {
             return bad(format!("no chunks of {name} are named; name at least one"));
         }
-        if chunks.len() > self.slots.slot_count() as usize {
-            let text = format!(
-                "{} slots are wanted at once, the sender's buffer has {}; stage and send in parts, or raise pd_buffer_size",
-                chunks.len(),
-                self.slots.slot_count()
-            );
-            return Err(Failure::new(FailureKind::TooLarge, text));
-        }
         let mut seen = std::collections::BTreeSet::new();
+        let mut lens_bytes = Vec::with_capacity(chunks.len());
         for &chunk in chunks {
             let Some(record) = request.chunks.get(chunk as usize) else {
                 return bad(format!("{name} has no chunk {chunk}; it has {}", request.chunks.len()));
@@ -140,7 +162,17 @@ impl SenderSession {
             if record.local.is_some() || record.queued.len_bytes() > 0 || waits || !seen.insert(chunk) {
                 return bad(format!("chunk {chunk} of {name} is staged already, or was sent"));
             }
+            lens_bytes.push(record.len_bytes);
         }
-        Ok(())
+        let (asked_bytes, len_max_bytes) = (self.slots.asked_bytes(&lens_bytes), self.growth.len_max_bytes());
+        if asked_bytes > len_max_bytes {
+            let text = format!(
+                "{} slots are wanted at once, {asked_bytes} bytes; the sender's buffer has {} slots, {len_max_bytes} bytes; stage and send in parts, or raise pd_buffer_size",
+                chunks.len(),
+                len_max_bytes / self.settings.chunk.slot_bytes,
+            );
+            return Err(Failure::new(FailureKind::TooLarge, text));
+        }
+        Ok(lens_bytes)
     }
 }

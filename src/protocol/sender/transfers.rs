@@ -6,7 +6,7 @@ use std::time::Instant;
 use super::coverage::Coverage;
 use super::requests::{Stage, Uid, WRITE_DEADLINE_PASSED};
 use super::{Answer, Output, Part, SenderSession};
-use crate::ids::{ByteCopy, ClientId, Failure, FailureKind, PeerAddress, PeerId, RequestId, Seq, TransferId};
+use crate::ids::{ByteCopy, Checksum, ClientId, Failure, FailureKind, PeerAddress, PeerId, RequestId, Seq, TransferId};
 
 /// Copies that the engine has not finished.
 #[derive(Debug)]
@@ -16,13 +16,23 @@ pub(super) struct Transfer {
     pub(super) address: PeerAddress,
     /// The receiver's name for itself.
     pub(super) instance: String,
-    /// Chunk and bytes of it.
-    parts: Vec<(u32, u64)>,
+    parts: Vec<PostedPart>,
+}
+
+/// What an engine writes of a chunk.
+#[derive(Debug, Clone, Copy)]
+struct PostedPart {
+    chunk: u32,
+    /// From the start of the chunk.
+    offset_bytes: u64,
+    len_bytes: u64,
+    summed: bool,
 }
 
 /// A part that was checked.
 struct Checked {
     chunk: u32,
+    offset_bytes: u64,
     copy: ByteCopy,
 }
 
@@ -37,6 +47,7 @@ impl SenderSession {
         parts: &[Part],
         last: bool,
     ) {
+        self.now = now;
         let checked = self.find_request(client, request).and_then(|uid| {
             let (copies, coverage) = self.check_send(uid, request, parts, last)?;
             Ok((uid, copies, coverage))
@@ -78,25 +89,38 @@ impl SenderSession {
         if let Some(record) = self.requests.get_mut(&uid) {
             record.in_flight += 1;
         }
-        let parts = checked.iter().map(|part| (part.chunk, part.copy.len_bytes)).collect();
+        let checksum = self.settings.checksum;
+        let posted = |part: &Checked| PostedPart {
+            chunk: part.chunk,
+            offset_bytes: part.offset_bytes,
+            len_bytes: part.copy.len_bytes,
+            summed: checksum.covers(uid, part.chunk),
+        };
+        let parts: Vec<PostedPart> = checked.iter().map(posted).collect();
+        let summed = (0u32..).zip(&parts).filter(|(_, part)| part.summed).map(|(at, _)| at).collect();
         let instance = self.peers.get(&peer).map(|peer| peer.instance.clone()).unwrap_or_default();
         self.transfers.insert(transfer, Transfer { uid, peer, address, instance, parts });
         let copies = checked.into_iter().map(|part| part.copy).collect();
-        self.outputs.push_back(Output::Post { transfer, connection, copies });
+        self.outputs.push_back(Output::Post { transfer, connection, copies, summed });
         // After the post, so that the engine is at work before the client wakes up.
         self.answer(client, id, Answer::Accepted);
     }
 
-    /// The engine has written a transfer, or has given it up.
-    pub fn handle_transfer_done(&mut self, now: Instant, transfer: TransferId, result: Result<(), String>) {
+    /// The engine has written a transfer, or has given it up. The checksums are those that were asked for, in that order.
+    pub fn handle_transfer_done(&mut self, now: Instant, transfer: TransferId, result: Result<Vec<Checksum>, String>) {
+        self.now = now;
         let Some(Transfer { uid, address, parts, .. }) = self.transfers.remove(&transfer) else { return };
         if let Some(request) = self.requests.get_mut(&uid) {
             request.in_flight -= 1;
             let closing = matches!(request.stage, Stage::Closing { .. });
             match result {
-                Ok(()) if !closing => {
-                    for (index, len_bytes) in parts {
+                Ok(sums) if !closing => {
+                    let mut sums = sums.into_iter();
+                    for PostedPart { chunk: index, offset_bytes, len_bytes, summed } in parts {
                         let chunk = &mut request.chunks[index as usize];
+                        if summed && let Some(sum) = sums.next() {
+                            chunk.sums.insert(offset_bytes, (len_bytes, sum));
+                        }
                         chunk.done_bytes += len_bytes;
                         request.bytes += len_bytes;
                         if chunk.done_bytes == chunk.len_bytes
@@ -108,7 +132,7 @@ impl SenderSession {
                     }
                     self.commit_if_written(now, uid);
                 }
-                Ok(()) => {}
+                Ok(_) => {}
                 Err(text) => self.fail(uid, Failure::new(FailureKind::TransferFailed, text)),
             }
         }
@@ -171,12 +195,15 @@ impl SenderSession {
                     part.offset_bytes
                 ));
             }
+            let Some(local) = self.slots.range(part.slot) else {
+                return bad(format!("slot {} is free", part.slot));
+            };
             let copy = ByteCopy {
-                local_offset: self.slots.offset_bytes(part.slot) + part.offset_bytes,
-                remote_offset: self.slots.slot_bytes() * u64::from(remote.0) + part.offset_bytes,
+                local_offset: local.start + part.offset_bytes,
+                remote_offset: remote + part.offset_bytes,
                 len_bytes,
             };
-            checked.push(Checked { chunk, copy });
+            checked.push(Checked { chunk, offset_bytes: part.offset_bytes, copy });
         }
         if last {
             for (index, record) in (0u32..).zip(&request.chunks) {

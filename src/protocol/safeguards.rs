@@ -1,0 +1,21 @@
+//! What keeps bytes whole, switchable.
+
+/// Each of these is always on. The simulation switches them off one by one, to show that it would notice their absence.
+#[doc(hidden)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Safeguards {
+    /// Slots whose writer may still be writing are not granted again.
+    pub quarantine: bool,
+    /// A commit or a cancel counts for the grant that it names, and not for its request's name.
+    pub grant_check: bool,
+    /// A request holds no slot before it has all of them.
+    pub whole_requests: bool,
+    /// The proxy is told after the commit was acknowledged.
+    pub commit_before_notify: bool,
+}
+
+impl Default for Safeguards {
+    fn default() -> Self {
+        Self { quarantine: true, grant_check: true, whole_requests: true, commit_before_notify: true }
+    }
+}

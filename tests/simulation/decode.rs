@@ -1,0 +1,120 @@
+//! The decode workers' connectors: they wait, look up, copy, release, cancel, and vanish with leases.
+
+use std::ops::Range;
+use std::time::{Duration, Instant};
+
+use pd_backend::ids::{ChunkKey, ClientId, LeaseId, RequestId, Seq};
+use pd_backend::protocol::receiver::{Answer, ReadyChunk};
+use rand::RngExt;
+
+use crate::news::{News, Proc};
+use crate::plan;
+use crate::prefill::SLACK;
+use crate::process::receiver_name;
+use crate::truth::Leased;
+use crate::world::World;
+
+/// A question to a receiver that has not been answered.
+#[derive(Debug)]
+pub struct Reading {
+    request: Option<RequestId>,
+    due: Instant,
+    paused_before: Duration,
+}
+
+fn ranges(chunks: &[ReadyChunk]) -> Vec<(Range<u64>, ChunkKey)> {
+    chunks.iter().map(|chunk| (chunk.offset_bytes..chunk.offset_bytes + chunk.len_bytes, chunk.key.clone())).collect()
+}
+
+impl World {
+    fn reading(&mut self, at: Proc, request: Option<RequestId>, within: Duration) -> (ClientId, Seq) {
+        let client = ClientId(self.rng.random_range(1..=2));
+        let id = Seq(self.fresh_id());
+        let paused_before = self.receivers[at.index].process.paused_for;
+        let due = self.now + within + SLACK;
+        self.readings.insert((at, client, id), Reading { request, due, paused_before });
+        (client, id)
+    }
+
+    pub fn wait(&mut self, at: Proc, request: RequestId) {
+        let (client, id) = self.reading(at, Some(request.clone()), plan::WAIT);
+        self.receivers[at.index].session.handle_wait(self.now, client, id, request, None);
+    }
+
+    pub fn lookup(&mut self, at: Proc) {
+        let keys: Vec<ChunkKey> =
+            (0..self.plan.keys.min(20)).map(|n| ChunkKey::new(format!("k{n}")).unwrap()).collect();
+        let (client, id) = self.reading(at, None, Duration::ZERO);
+        self.receivers[at.index].session.handle_lookup(client, id, &keys);
+    }
+
+    pub fn reader_cancels(&mut self, at: Proc, request: &RequestId) {
+        let (client, id) = self.reading(at, None, Duration::ZERO);
+        self.receivers[at.index].session.handle_cancel(self.now, client, id, request);
+    }
+
+    /// The reader is done: what it copied must still be what it was given.
+    pub fn release(&mut self, at: Proc, client: ClientId, lease: LeaseId) {
+        let Some(leased) = self.receivers[at.index].truth.leases.remove(&lease) else { return };
+        let checked = self.receivers[at.index].truth.verify(&leased.chunks);
+        self.check(checked.map_err(|text| format!("under a lease: {text}")));
+        let id = Seq(self.fresh_id());
+        let paused_before = self.receivers[at.index].process.paused_for;
+        self.readings.insert((at, client, id), Reading { request: None, due: self.now + SLACK, paused_before });
+        self.receivers[at.index].session.handle_release(self.now, client, id, lease);
+    }
+
+    pub fn reader_gone(&mut self, at: Proc, client: ClientId) {
+        self.receivers[at.index].truth.leases.retain(|_, leased| leased.client != client.0);
+        self.readings.retain(|(owner, other, _), _| (*owner, *other) != (at, client));
+        self.receivers[at.index].session.handle_client_gone(self.now, client);
+    }
+
+    pub fn readings_die(&mut self, at: Proc) {
+        self.readings.retain(|(owner, ..), _| *owner != at);
+    }
+
+    pub fn on_reader_answer(&mut self, at: Proc, client: ClientId, id: Seq, answer: Answer) {
+        let Some(reading) = self.readings.remove(&(at, client, id)) else {
+            return self.wrong(format!("{} answers {id} of reader {client} twice: {answer:?}", receiver_name(at)));
+        };
+        let paused = self.receivers[at.index].process.paused_for.saturating_sub(reading.paused_before);
+        if self.now > reading.due + paused {
+            self.wrong(format!("{reading:?} was answered too late: {answer:?}"));
+        }
+        match answer {
+            Answer::Ready { request, lease, chunks } => {
+                if reading.request.as_ref() != Some(&request) {
+                    self.wrong(format!("{:?} was waited for, and {request} is given", reading.request));
+                }
+                let keys: Vec<&ChunkKey> = chunks.iter().map(|chunk| &chunk.key).collect();
+                let asked = self.jobs.iter().any(|job| job.name == request && job.keys.iter().eq(keys.iter().copied()));
+                if !asked {
+                    self.wrong(format!("{request} is ready with chunks that nobody sent under that name: {keys:?}"));
+                }
+                self.tally.fetched += 1;
+                self.fresh_fetched.insert(request);
+                self.lease(at, client, lease, &chunks);
+            }
+            Answer::Found { lease, chunks } => {
+                let found: Vec<ReadyChunk> = chunks.into_iter().flatten().collect();
+                if let Some(lease) = lease {
+                    self.lease(at, client, lease, &found);
+                }
+            }
+            Answer::Released | Answer::Cancelled { .. } | Answer::Failed { .. } => {}
+        }
+    }
+
+    fn lease(&mut self, at: Proc, client: ClientId, lease: LeaseId, chunks: &[ReadyChunk]) {
+        let chunks = ranges(chunks);
+        let checked = self.receivers[at.index].truth.verify(&chunks);
+        self.check(checked.map_err(|text| format!("a reader was given wrong bytes: {text}")));
+        let vanishes = self.plan.reader_vanishes;
+        let vanishes = self.fault(vanishes);
+        self.receivers[at.index].truth.leases.insert(lease, Leased { client: client.0, chunks });
+        let after = self.ms(0, if self.settling { 10 } else { 80 });
+        let news = if vanishes { News::ReaderGone(at, client) } else { News::Release(at, client, lease) };
+        self.schedule(after, news);
+    }
+}

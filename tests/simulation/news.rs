@@ -1,0 +1,104 @@
+//! What can happen, and whom to.
+
+use pd_backend::ids::{ClientId, ConnectionId, LeaseId, PeerId, RequestId, TransferId};
+use pd_backend::protocol::sender::StagedSlot;
+use pd_backend::wire::Message;
+
+use crate::network::Route;
+
+/// One life of one process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Proc {
+    pub index: usize,
+    pub life: u32,
+}
+
+/// Whom something happens to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Target {
+    Sender(Proc),
+    Receiver(Proc),
+    World,
+}
+
+/// Something that happens.
+#[derive(Debug, Clone)]
+pub enum News {
+    // To a sender.
+    Opened(Proc, PeerId),
+    Closed(Proc, PeerId),
+    ToSender(Route, Box<Message>),
+    Met(Proc, PeerId),
+    Warm(Proc, PeerId),
+    Updated(Proc, PeerId, ConnectionId),
+    SenderGrows(Proc),
+    Done(Proc, TransferId, bool),
+    SenderTimer(Proc),
+    Open(Proc, usize),
+    Fill(Proc, usize, Vec<StagedSlot>),
+    Cancel(Proc, usize),
+    Acknowledge(Proc, usize),
+    ConnectorGone(Proc, ClientId),
+    // To a receiver.
+    ToReceiver(Route, Box<Message>),
+    RouteGone(Route),
+    ReceiverLoads(Proc, String),
+    ReceiverGrows(Proc),
+    ProcessEnded(Proc, String),
+    ReceiverTimer(Proc),
+    Wait(Proc, RequestId),
+    Lookup(Proc),
+    ReaderCancels(Proc, RequestId),
+    Release(Proc, ClientId, LeaseId),
+    ReaderGone(Proc, ClientId),
+    // To everything else.
+    Start(usize),
+    Land(u64, usize),
+    Crash(bool, usize),
+    Restart(bool, usize),
+    Pause(bool, usize, u64),
+    Resume(Target),
+    Part(usize, usize, bool),
+    Settle,
+    Fresh,
+}
+
+impl News {
+    pub fn target(&self) -> Target {
+        match self {
+            Self::Opened(at, _)
+            | Self::Closed(at, _)
+            | Self::Met(at, _)
+            | Self::Warm(at, _)
+            | Self::Updated(at, ..)
+            | Self::SenderGrows(at)
+            | Self::Done(at, ..)
+            | Self::SenderTimer(at)
+            | Self::Open(at, _)
+            | Self::Fill(at, ..)
+            | Self::Cancel(at, _)
+            | Self::Acknowledge(at, _)
+            | Self::ConnectorGone(at, _) => Target::Sender(*at),
+            Self::ToSender(route, _) => Target::Sender(route.sender),
+            Self::ToReceiver(route, _) | Self::RouteGone(route) => Target::Receiver(route.receiver),
+            Self::ReceiverLoads(at, _)
+            | Self::ReceiverGrows(at)
+            | Self::ProcessEnded(at, _)
+            | Self::ReceiverTimer(at)
+            | Self::Wait(at, _)
+            | Self::Lookup(at)
+            | Self::ReaderCancels(at, _)
+            | Self::Release(at, ..)
+            | Self::ReaderGone(at, _) => Target::Receiver(*at),
+            Self::Start(_)
+            | Self::Land(..)
+            | Self::Crash(..)
+            | Self::Restart(..)
+            | Self::Pause(..)
+            | Self::Resume(_)
+            | Self::Part(..)
+            | Self::Settle
+            | Self::Fresh => Target::World,
+        }
+    }
+}

@@ -1,0 +1,194 @@
+//! How unkind a world is. A seed draws its own mixture: many worlds with a few faults each find more than one with all.
+
+use std::time::Duration;
+
+use pd_backend::protocol::Safeguards;
+use rand::RngExt;
+use rand::rngs::StdRng;
+
+pub const ALLOCATION: Duration = Duration::from_millis(1000);
+pub const HANDSHAKE: Duration = Duration::from_millis(200);
+pub const COMMIT: Duration = Duration::from_millis(200);
+pub const WRITE: Duration = Duration::from_millis(500);
+pub const WAIT: Duration = Duration::from_millis(1500);
+pub const RETENTION: Duration = Duration::from_millis(600);
+pub const HEARTBEAT: Duration = Duration::from_millis(100);
+pub const PEER: Duration = Duration::from_millis(350);
+
+/// Numbers without a unit are percentages of the occasions.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    pub senders: usize,
+    pub receivers: usize,
+    pub sender_slots: u64,
+    pub receiver_slots: u64,
+    /// Buffers begin with so many slots, and grow by one at a time.
+    pub initial_slots: u64,
+    pub jobs: usize,
+    /// For how long jobs begin and faults happen.
+    pub rough_ms: u64,
+    /// How long the world then has to settle.
+    pub settle_ms: u64,
+    /// Whether a daemon may know one peer fewer than there are.
+    pub crowded: bool,
+    /// Keys are drawn from so many.
+    pub keys: u32,
+    /// Jobs that take the name of an earlier one.
+    pub reuse_name: u32,
+    /// Failed requests that are opened again.
+    pub retry: u32,
+    /// Whether messages between two ports keep their order.
+    pub ordered: bool,
+    pub lose: u32,
+    pub repeat: u32,
+    /// Messages that arrive long after the others.
+    pub late: u32,
+    /// Sends that break their connection.
+    pub cut: u32,
+    /// Connections whose end one side does not hear of.
+    pub silent: u32,
+    /// How many partitions.
+    pub partitions: u32,
+    pub transfer_fails: u32,
+    pub transfer_slow: u32,
+    /// Writes that go on although their connection was forgotten.
+    pub forgotten_lands: u32,
+    pub engine_refuses: u32,
+    pub growth_fails: u32,
+    pub cancel: u32,
+    pub reader_cancels: u32,
+    /// Requests whose connector vanishes.
+    pub vanish: u32,
+    /// Ready requests whose reader vanishes with its lease.
+    pub reader_vanishes: u32,
+    /// How many processes crash, and start again.
+    pub crashes: u32,
+    /// How many processes stand still for a while.
+    pub pauses: u32,
+    /// Whether the end of a sender's process is seen by receivers: they are on one host.
+    pub same_host: bool,
+    /// Whether every chunk is summed and checked.
+    pub checksums: bool,
+    pub safeguards: Safeguards,
+}
+
+impl Plan {
+    /// What a seed draws.
+    pub fn draw(rng: &mut StdRng) -> Self {
+        let mut some = |most: u32| if rng.random_bool(0.5) { rng.random_range(1..=most) } else { 0 };
+        let plan = Self {
+            senders: 2,
+            receivers: 2,
+            sender_slots: 5,
+            receiver_slots: 6,
+            initial_slots: 6,
+            jobs: 16,
+            rough_ms: 900,
+            settle_ms: 5000,
+            crowded: false,
+            keys: 10,
+            reuse_name: some(40),
+            retry: 50,
+            ordered: false,
+            lose: some(10),
+            repeat: some(15),
+            late: some(15),
+            cut: some(3),
+            silent: some(60),
+            partitions: some(2),
+            transfer_fails: some(10),
+            transfer_slow: some(60),
+            forgotten_lands: some(100),
+            engine_refuses: some(5),
+            growth_fails: some(40),
+            cancel: some(25),
+            reader_cancels: some(15),
+            vanish: some(8),
+            reader_vanishes: some(15),
+            crashes: some(3),
+            pauses: some(3),
+            same_host: true,
+            checksums: false,
+            safeguards: Safeguards::default(),
+        };
+        Self {
+            senders: rng.random_range(1..=3),
+            receivers: if rng.random_bool(0.6) { 2 } else { 1 },
+            initial_slots: rng.random_range(2..=5),
+            ordered: rng.random_bool(0.4),
+            same_host: rng.random_bool(0.75),
+            crowded: rng.random_bool(0.2),
+            keys: rng.random_range(4..=14),
+            checksums: rng.random_bool(0.5),
+            ..plan
+        }
+    }
+
+    /// Nothing goes wrong.
+    pub fn calm() -> Self {
+        Self {
+            senders: 2,
+            receivers: 2,
+            sender_slots: 5,
+            receiver_slots: 7,
+            initial_slots: 3,
+            jobs: 14,
+            rough_ms: 600,
+            settle_ms: 3000,
+            crowded: false,
+            keys: 10,
+            reuse_name: 0,
+            retry: 0,
+            ordered: true,
+            lose: 0,
+            repeat: 0,
+            late: 0,
+            cut: 0,
+            silent: 0,
+            partitions: 0,
+            transfer_fails: 0,
+            transfer_slow: 0,
+            forgotten_lands: 0,
+            engine_refuses: 0,
+            growth_fails: 0,
+            cancel: 0,
+            reader_cancels: 0,
+            vanish: 0,
+            reader_vanishes: 0,
+            crashes: 0,
+            pauses: 0,
+            same_host: true,
+            checksums: false,
+            safeguards: Safeguards::default(),
+        }
+    }
+
+    /// Hundreds of processes, each with a few requests, and some of everything.
+    pub fn many() -> Self {
+        Self {
+            senders: 200,
+            receivers: 200,
+            jobs: 1200,
+            rough_ms: 1500,
+            settle_ms: 4000,
+            keys: 400,
+            retry: 30,
+            ordered: false,
+            lose: 1,
+            repeat: 2,
+            late: 2,
+            cut: 1,
+            silent: 20,
+            partitions: 20,
+            transfer_fails: 3,
+            transfer_slow: 10,
+            forgotten_lands: 50,
+            cancel: 5,
+            vanish: 2,
+            reader_vanishes: 3,
+            crashes: 20,
+            pauses: 20,
+            ..Self::calm()
+        }
+    }
+}

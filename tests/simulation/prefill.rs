@@ -1,0 +1,509 @@
+//! The prefill workers' connectors: they open, stage, fill and send, cancel, try again, and vanish.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+use pd_backend::ids::{ChunkKey, ClientId, FailureKind, GroupIndex, RequestId, Seq};
+use pd_backend::protocol::sender::{Answer, Event, OpenRequest, Part, StagedSlot};
+use rand::RngExt;
+
+use crate::news::{News, Proc};
+use crate::plan;
+use crate::process::{TOKENS, sender_name};
+use crate::sender_io::address;
+use crate::truth::content;
+use crate::world::World;
+
+/// How much later than its deadline something may happen: what came before it in the same inbox.
+pub const SLACK: Duration = Duration::from_millis(60);
+/// How long one pair has for its requests where not all can be connected at once.
+pub const TURN_MS: u64 = 400;
+/// Longest that a connector takes to fill slots.
+const THINK_MS: u64 = 30;
+
+/// A request that a router has in mind, tried once or several times.
+#[derive(Debug, Clone)]
+pub struct Job {
+    pub sender: usize,
+    pub receiver: usize,
+    pub name: RequestId,
+    pub keys: Vec<ChunkKey>,
+    pub groups: Vec<GroupIndex>,
+    pub last_tokens: u32,
+    pub client: ClientId,
+    pub tries_left: u32,
+    /// Asked after everything has settled: it must succeed.
+    pub fresh: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum State {
+    Opening,
+    Open,
+    Ended,
+}
+
+/// One attempt at a job.
+#[derive(Debug)]
+pub struct Attempt {
+    pub job: usize,
+    pub at: Proc,
+    pub client: ClientId,
+    pub state: State,
+    to_stage: VecDeque<u32>,
+    /// Its connector has said that it knows of the failure, or was told otherwise: it fills nothing any more.
+    knows: bool,
+    notified: bool,
+    due: Instant,
+    paused_before: Duration,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Open,
+    Stage,
+    Send,
+    Cancel,
+    Acknowledge,
+}
+
+/// A question to a sender that has not been answered.
+#[derive(Debug)]
+pub struct Call {
+    attempt: usize,
+    kind: Kind,
+    due: Instant,
+    paused_before: Duration,
+}
+
+impl World {
+    pub fn draw_jobs(&mut self) {
+        for index in 0..self.plan.jobs {
+            let job = self.draw_job(index);
+            self.jobs.push(job);
+            let at = self.ms(0, self.plan.rough_ms);
+            self.schedule(at, News::Start(index));
+        }
+    }
+
+    fn draw_job(&mut self, index: usize) -> Job {
+        let count = self.rng.random_range(1..=4usize);
+        let first = self.rng.random_range(0..self.plan.keys) as usize;
+        let last_tokens = self.rng.random_range(1..=TOKENS);
+        // Neighbouring requests share prefixes; a short chunk is named after its length, as an engine's hash would.
+        let key = |index: usize| {
+            let short = if index + 1 == count { format!("-{last_tokens}") } else { String::new() };
+            ChunkKey::new(format!("k{}{short}", first + index)).unwrap()
+        };
+        let mut keys: Vec<ChunkKey> = (0..count).map(key).collect();
+        let mut groups = Vec::new();
+        // A hybrid model's request has the same chunks once more, of its other group.
+        if self.rng.random_bool(0.3) {
+            groups = (0..2 * count).map(|index| GroupIndex(u8::from(index >= count))).collect();
+            keys.extend((0..count).map(|index| ChunkKey::new(format!("{}-small", key(index))).unwrap()));
+        }
+        let mut name = RequestId::new(format!("q{index}")).unwrap();
+        let reuse = self.plan.reuse_name;
+        if index > 0 && self.fault(reuse) {
+            name = self.jobs[self.rng.random_range(0..index)].name.clone();
+        }
+        let sender = self.rng.random_range(0..self.plan.senders);
+        let receiver = self.rng.random_range(0..self.plan.receivers);
+        let client = ClientId(1 + index as u64 % 3);
+        Job { sender, receiver, name, keys, groups, last_tokens, client, tries_left: 3, fresh: false }
+    }
+
+    /// Two requests from each sender to each receiver, all at once and each for most of the buffer. A world of hundreds
+    /// asks between neighbours alone.
+    pub fn ask_afresh(&mut self) {
+        let many = self.plan.senders * self.plan.receivers > 100;
+        for sender in 0..self.plan.senders {
+            for receiver in 0..self.plan.receivers {
+                if many && sender != receiver {
+                    continue;
+                }
+                // Where slots are in quarantine for good, there may be no room for anything else.
+                if self.receivers[receiver].session.counts().slots.quarantined > 0 {
+                    continue;
+                }
+                for number in 0..2 {
+                    let name = RequestId::new(format!("fresh-{sender}-{receiver}-{number}")).unwrap();
+                    let keys = (0..4).map(|index| ChunkKey::new(format!("{name}-{index}")).unwrap()).collect();
+                    let job = Job {
+                        sender,
+                        receiver,
+                        name,
+                        keys,
+                        groups: Vec::new(),
+                        last_tokens: TOKENS,
+                        client: ClientId(500),
+                        tries_left: 0,
+                        fresh: true,
+                    };
+                    self.jobs.push(job);
+                    // Where not all can be connected at once, one pair comes after the other.
+                    let turn =
+                        if self.plan.crowded { TURN_MS * (sender * self.plan.receivers + receiver) as u64 } else { 0 };
+                    let after = turn + self.ms(0, 10);
+                    self.schedule(after, News::Start(self.jobs.len() - 1));
+                }
+            }
+        }
+    }
+
+    pub fn start(&mut self, job: usize) {
+        let spec = self.jobs[job].clone();
+        let (at, to) = (self.sender_at(spec.sender), self.receiver_at(spec.receiver));
+        if !self.sender_lives(at) {
+            return;
+        }
+        let attempt = Attempt {
+            job,
+            at,
+            client: spec.client,
+            state: State::Ended,
+            to_stage: VecDeque::new(),
+            knows: false,
+            notified: false,
+            due: self.now,
+            paused_before: Duration::ZERO,
+        };
+        self.attempts.push(attempt);
+        let index = self.attempts.len() - 1;
+        self.schedule(0, News::Open(at, index));
+        let wait_after = self.ms(0, if spec.fresh { 2 } else { 120 });
+        self.schedule(wait_after, News::Wait(to, spec.name.clone()));
+        let (cancel, vanish, reader_cancels) = (self.plan.cancel, self.plan.vanish, self.plan.reader_cancels);
+        if self.fault(cancel) {
+            let after = self.ms(0, 200);
+            self.schedule(after, News::Cancel(at, index));
+        }
+        if self.fault(vanish) {
+            let after = self.ms(0, 200);
+            self.vanish(at, spec.client, after);
+        }
+        if self.fault(reader_cancels) {
+            let after = self.ms(0, 200);
+            self.schedule(after, News::ReaderCancels(to, spec.name));
+        }
+        if self.fault(20) {
+            self.schedule(wait_after, News::Lookup(to));
+        }
+    }
+
+    /// A connector is gone at once; its daemon hears of it after a while.
+    fn vanish(&mut self, at: Proc, client: ClientId, after_ms: u64) {
+        self.tally.vanished += 1;
+        self.schedule(after_ms, News::ConnectorGone(at, client));
+        let successor = ClientId(1000 + self.fresh_id());
+        for job in &mut self.jobs {
+            if job.sender == at.index && job.client == client {
+                job.client = successor;
+            }
+        }
+        for attempt in &mut self.attempts {
+            if attempt.at == at && attempt.client == client {
+                attempt.state = State::Ended;
+                attempt.knows = true;
+            }
+        }
+        self.calls.retain(|(owner, other, _), _| (*owner, *other) != (at, client));
+        let attempts = &self.attempts;
+        self.open.retain(|_, attempt| !(attempts[*attempt].at == at && attempts[*attempt].client == client));
+    }
+
+    pub fn attempts_die(&mut self, at: Proc) {
+        for attempt in self.attempts.iter_mut().filter(|attempt| attempt.at == at) {
+            attempt.state = State::Ended;
+            attempt.knows = true;
+        }
+        self.calls.retain(|(owner, ..), _| *owner != at);
+        self.open.retain(|(owner, _), _| *owner != at);
+    }
+
+    fn call(&mut self, at: Proc, attempt: usize, kind: Kind, within: Duration) -> (ClientId, Seq) {
+        let (client, id) = (self.attempts[attempt].client, Seq(self.fresh_id()));
+        let paused_before = self.senders[at.index].process.paused_for;
+        let due = self.now + within + SLACK;
+        self.calls.insert((at, client, id), Call { attempt, kind, due, paused_before });
+        (client, id)
+    }
+
+    pub fn open(&mut self, at: Proc, attempt: usize) {
+        let spec = self.jobs[self.attempts[attempt].job].clone();
+        if self.attempts[attempt].knows {
+            return;
+        }
+        // A connector does not open a name that it has open itself.
+        let has_open = self.attempts[..attempt].iter().any(|record| {
+            (record.at, record.client) == (at, spec.client)
+                && record.state != State::Ended
+                && self.jobs[record.job].name == spec.name
+        });
+        if has_open {
+            return;
+        }
+        // What it was told of the same name's failure, it acknowledges before it opens the name again.
+        let earlier: Vec<usize> = (0..attempt)
+            .filter(|&earlier| {
+                let record = &self.attempts[earlier];
+                (record.at, record.client, record.state) == (at, spec.client, State::Ended)
+                    && self.jobs[record.job].name == spec.name
+            })
+            .collect();
+        earlier.into_iter().for_each(|earlier| self.acknowledge(at, earlier));
+        self.attempts[attempt].state = State::Opening;
+        let within = 2 * plan::HANDSHAKE + plan::ALLOCATION + 2 * plan::COMMIT;
+        let (client, id) = self.call(at, attempt, Kind::Open, within);
+        let open = OpenRequest {
+            id: spec.name,
+            keys: spec.keys,
+            groups: spec.groups,
+            last_chunk_tokens: spec.last_tokens,
+            receiver: address(spec.receiver),
+            wait: None,
+        };
+        self.senders[at.index].session.handle_open(self.now, client, id, open);
+    }
+
+    pub fn cancel(&mut self, at: Proc, attempt: usize) {
+        if self.attempts[attempt].state == State::Ended {
+            return;
+        }
+        let (client, id) = self.call(at, attempt, Kind::Cancel, plan::COMMIT);
+        let name = self.jobs[self.attempts[attempt].job].name.clone();
+        self.senders[at.index].session.handle_cancel(self.now, client, id, &name);
+    }
+
+    pub fn acknowledge(&mut self, at: Proc, attempt: usize) {
+        if self.attempts[attempt].knows {
+            return;
+        }
+        self.attempts[attempt].knows = true;
+        let (client, id) = self.call(at, attempt, Kind::Acknowledge, Duration::ZERO);
+        let name = self.jobs[self.attempts[attempt].job].name.clone();
+        self.senders[at.index].session.handle_cancel(self.now, client, id, &name);
+    }
+
+    pub fn fill_and_send(&mut self, at: Proc, attempt: usize, slots: &[StagedSlot]) {
+        if self.attempts[attempt].knows {
+            return;
+        }
+        let spec = self.jobs[self.attempts[attempt].job].clone();
+        let mut parts = Vec::new();
+        for slot in slots {
+            let bytes = content(&spec.keys[slot.chunk as usize], slot.len_bytes);
+            let to = slot.offset_bytes as usize;
+            self.senders[at.index].memory[to..to + bytes.len()].copy_from_slice(&bytes);
+            let cut = self.rng.random_range(0..slot.len_bytes);
+            if cut > 0 {
+                parts.push(Part { slot: slot.slot, offset_bytes: cut, len_bytes: None });
+                parts.push(Part { slot: slot.slot, offset_bytes: 0, len_bytes: Some(cut) });
+            } else {
+                parts.push(Part { slot: slot.slot, offset_bytes: 0, len_bytes: None });
+            }
+        }
+        if self.attempts[attempt].state != State::Open {
+            return;
+        }
+        let last = self.attempts[attempt].to_stage.is_empty();
+        let (client, id) = self.call(at, attempt, Kind::Send, Duration::ZERO);
+        self.senders[at.index].session.handle_send(self.now, client, id, &spec.name, &parts, last);
+        if !last {
+            self.stage(at, attempt);
+        }
+    }
+
+    fn stage(&mut self, at: Proc, attempt: usize) {
+        let portion = self.rng.random_range(1..=2);
+        let record = &mut self.attempts[attempt];
+        let chunks: Vec<u32> = (0..portion).filter_map(|_| record.to_stage.pop_front()).collect();
+        let name = self.jobs[record.job].name.clone();
+        if chunks.is_empty() {
+            let (client, id) = self.call(at, attempt, Kind::Send, Duration::ZERO);
+            self.senders[at.index].session.handle_send(self.now, client, id, &name, &[], true);
+        } else {
+            let (client, id) = self.call(at, attempt, Kind::Stage, plan::ALLOCATION);
+            self.senders[at.index].session.handle_stage(self.now, client, id, &name, chunks, None);
+        }
+    }
+
+    pub fn on_prefill_answer(&mut self, at: Proc, client: ClientId, id: Seq, answer: Answer) {
+        let Some(call) = self.calls.remove(&(at, client, id)) else {
+            // Whoever vanished misses its answers.
+            let known =
+                self.attempts.iter().any(|attempt| attempt.at == at && attempt.client == client && !attempt.knows);
+            if known {
+                self.wrong(format!(
+                    "{} answers {id} of client {client} twice, or unasked: {answer:?}",
+                    sender_name(at)
+                ));
+            }
+            return;
+        };
+        let paused = self.senders[at.index].process.paused_for.saturating_sub(call.paused_before);
+        if self.now > call.due + paused {
+            self.wrong(format!(
+                "{:?} of q{} was answered too late: {answer:?}",
+                call.kind, self.attempts[call.attempt].job
+            ));
+        }
+        let attempt = call.attempt;
+        match (call.kind, answer) {
+            (Kind::Open, Answer::Opened { already_sent, .. }) => self.opened(at, attempt, &already_sent),
+            (Kind::Open, Answer::Failed { failure, .. }) => {
+                self.end_attempt(attempt, Some(failure.kind));
+                self.attempts[attempt].knows = true;
+            }
+            (Kind::Stage, Answer::Staged { slots }) => {
+                let most = if self.settling { 3 } else { THINK_MS };
+                let after = self.ms(0, most);
+                self.schedule(after, News::Fill(at, attempt, slots));
+            }
+            // Staging timed out: the connector gives the request up.
+            (Kind::Stage, Answer::Failed { failure, .. }) if failure.kind == FailureKind::NoSlots => {
+                self.schedule(0, News::Cancel(at, attempt));
+            }
+            (Kind::Stage | Kind::Send, Answer::Failed { failure, .. }) => {
+                if self.attempts[attempt].state == State::Open && failure.kind == FailureKind::BadRequest {
+                    self.wrong(format!("a well-behaved connector is told: {failure}"));
+                }
+            }
+            (Kind::Send, Answer::Accepted) => {}
+            (Kind::Cancel, Answer::Cancelled { .. }) => {
+                self.tally.cancelled += 1;
+                if self.attempts[attempt].state != State::Ended {
+                    self.end_attempt(attempt, Some(FailureKind::Cancelled));
+                }
+                self.attempts[attempt].knows = true;
+            }
+            (Kind::Cancel, Answer::Failed { failure, .. }) => match failure.kind {
+                FailureKind::Deadline if self.attempts[attempt].state != State::Ended => {
+                    self.end_attempt(attempt, Some(FailureKind::Cancelled));
+                    self.attempts[attempt].knows = true;
+                }
+                FailureKind::Deadline => {}
+                FailureKind::Unknown if self.attempts[attempt].state == State::Ended => {}
+                _ => self.wrong(format!("a cancel of an open request fails: {failure}")),
+            },
+            (Kind::Acknowledge, Answer::Cancelled { .. } | Answer::Failed { .. }) => {}
+            (kind, answer) => self.wrong(format!("{kind:?} is answered by {answer:?}")),
+        }
+    }
+
+    fn opened(&mut self, at: Proc, attempt: usize, already_sent: &[u32]) {
+        let spec = &self.jobs[self.attempts[attempt].job];
+        let name = spec.name.clone();
+        let count = spec.keys.len() as u32;
+        let paused = self.senders[at.index].process.paused_for;
+        let record = &mut self.attempts[attempt];
+        if record.state != State::Opening {
+            return self.wrong(format!("{name} is opened twice, or after its end"));
+        }
+        record.state = State::Open;
+        record.to_stage = (0..count).filter(|chunk| !already_sent.contains(chunk)).collect();
+        record.due = self.now + plan::WRITE + plan::COMMIT + SLACK;
+        record.paused_before = paused;
+        self.open.insert((at, name), attempt);
+        self.stage(at, attempt);
+    }
+
+    pub fn on_prefill_event(&mut self, at: Proc, client: ClientId, event: Event) {
+        let (request, failed) = match &event {
+            Event::Sent { request, .. } => (request, None),
+            Event::Failed { request, failure, .. } => (request, Some(failure.kind)),
+        };
+        let attempt = self.open.get(&(at, request.clone())).copied();
+        let Some(attempt) = attempt.filter(|&attempt| self.attempts[attempt].client == client) else {
+            let gone =
+                !self.attempts.iter().any(|attempt| attempt.at == at && attempt.client == client && !attempt.knows);
+            if !gone {
+                self.wrong(format!("{} tells {client} of the end of {request}, which is not open", sender_name(at)));
+            }
+            return;
+        };
+        self.end_attempt(attempt, failed);
+        if failed.is_some() {
+            // The connector reads it a while later, and says so; until then it may be filling slots.
+            let after = self.ms(0, 30);
+            self.schedule(after, News::Acknowledge(at, attempt));
+        } else {
+            self.attempts[attempt].knows = true;
+        }
+    }
+
+    /// The one end of an attempt.
+    fn end_attempt(&mut self, attempt: usize, failed: Option<FailureKind>) {
+        let record = &mut self.attempts[attempt];
+        let (job, at, notified) = (record.job, record.at, record.notified);
+        let name = self.jobs[job].name.clone();
+        let was = std::mem::replace(&mut record.state, State::Ended);
+        if was == State::Ended {
+            return self.wrong(format!("{name} ends twice"));
+        }
+        let paused = self.senders[at.index].process.paused_for.saturating_sub(record.paused_before);
+        if was == State::Open && self.now > record.due + paused {
+            self.wrong(format!("{name} ends {failed:?} after its deadline"));
+        }
+        if self.open.get(&(at, name.clone())) == Some(&attempt) {
+            self.open.remove(&(at, name.clone()));
+        }
+        match failed {
+            None => {
+                self.tally.sent += 1;
+                if !notified {
+                    self.wrong(format!("{name} is sent, and the proxy never heard of it"));
+                }
+            }
+            Some(kind) => {
+                self.tally.failed += 1;
+                if notified {
+                    self.wrong(format!("{name} failed ({kind}), and the proxy was told that it is ready"));
+                }
+                if self.jobs[job].fresh {
+                    self.wrong(format!("{name} failed ({kind}) in a world without faults"));
+                }
+                let retry = self.plan.retry;
+                if self.jobs[job].tries_left > 0 && self.fault(retry) {
+                    self.jobs[job].tries_left -= 1;
+                    let after = self.ms(0, 200);
+                    self.schedule(after, News::Start(job));
+                }
+            }
+        }
+    }
+
+    pub fn proxy_hears(&mut self, at: Proc, request: &RequestId) {
+        let announced = self.committed.get_mut(&(sender_name(at), request.clone())).filter(|left| **left > 0);
+        match announced {
+            Some(left) => *left -= 1,
+            None => return self.wrong(format!("the proxy hears of {request} before it is ready at its receiver")),
+        }
+        if let Some(&attempt) = self.open.get(&(at, request.clone()))
+            && std::mem::replace(&mut self.attempts[attempt].notified, true)
+        {
+            self.wrong(format!("the proxy hears of {request} twice"));
+        }
+    }
+
+    pub fn check_calls_ended(&mut self) {
+        if let Some(((at, client, id), call)) = self.calls.first_key_value() {
+            let text = format!("{} never answers {id} of client {client}: {call:?}", sender_name(*at));
+            self.wrong(text);
+        }
+        if let Some(((at, name), _)) = self.open.first_key_value() {
+            let text = format!("{name} of {} never ends", sender_name(*at));
+            self.wrong(text);
+        }
+        if let Some((key, reading)) = self.readings.first_key_value() {
+            let text = format!("{key:?} waits for ever: {reading:?}");
+            self.wrong(text);
+        }
+        let unread: Vec<RequestId> = self.jobs.iter().filter(|job| job.fresh).map(|job| job.name.clone()).collect();
+        for name in unread {
+            if !self.fresh_fetched.contains(&name) {
+                self.wrong(format!("{name} was never fetched"));
+            }
+        }
+    }
+}

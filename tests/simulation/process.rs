@@ -1,0 +1,167 @@
+//! Senders and receivers as processes that live, stand still, die and begin again.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::time::{Duration, Instant};
+
+use pd_backend::address::AddressManager;
+use pd_backend::ids::{Checksum, ChecksumMode, ConnectionId, TransferId};
+use pd_backend::protocol::receiver::ReceiverSettings;
+use pd_backend::protocol::sender::SenderSettings;
+use pd_backend::protocol::{ChunkShape, ReceiverSession, SenderSession};
+use pd_backend::wire::message::{CAPABILITY_COMMIT, CAPABILITY_HEARTBEAT, Hello, ProcessIdentity};
+
+use crate::engine::Connection;
+use crate::network::Route;
+use crate::news::{News, Proc};
+use crate::plan::{self, Plan};
+use crate::truth::Truth;
+
+pub const CHUNK_BYTES: u64 = 16;
+pub const TOKENS: u32 = 4;
+pub const TOKEN_BYTES: [u64; 2] = [CHUNK_BYTES / TOKENS as u64, 3];
+
+/// What senders and receivers have in common as processes.
+#[derive(Debug, Default)]
+pub struct Process {
+    pub life: u32,
+    pub alive: bool,
+    /// News that a paused process has not read.
+    pub paused: Option<VecDeque<News>>,
+    /// How long it has stood still in all.
+    pub paused_for: Duration,
+    pub armed: Option<Instant>,
+}
+
+pub struct Sender {
+    pub process: Process,
+    pub session: SenderSession,
+    pub memory: Vec<u8>,
+    pub addresses: AddressManager,
+    pub connections: BTreeMap<ConnectionId, Connection>,
+    /// Checksums of what is being written.
+    pub sums: BTreeMap<TransferId, Vec<Checksum>>,
+    pub next_connection: u64,
+}
+
+pub struct Receiver {
+    pub process: Process,
+    pub session: ReceiverSession<Route>,
+    pub addresses: AddressManager,
+    pub truth: Truth,
+    pub watched: BTreeSet<String>,
+    pub next_connection: u64,
+}
+
+fn chunk_shape() -> ChunkShape {
+    ChunkShape {
+        slot_bytes: CHUNK_BYTES,
+        token_bytes: TOKEN_BYTES.to_vec(),
+        chunk_tokens: TOKENS,
+        wire_format: 1,
+        wire_shape: vec![2, 1, u64::from(TOKENS), 2],
+        dtype: "uint8".into(),
+    }
+}
+
+fn hello(instance: String, at: Proc, same_host: bool) -> Hello {
+    let process = ProcessIdentity {
+        boot_id: if same_host { "one host".into() } else { format!("host of {instance}") },
+        pid_namespace: 1,
+        pid: at.index as u32,
+        start_ticks: u64::from(at.life),
+    };
+    Hello {
+        version_min: 2,
+        version_max: 2,
+        instance,
+        engine: "test".into(),
+        layout: vec![("chunk_bytes".into(), CHUNK_BYTES.to_string())],
+        capabilities: vec![CAPABILITY_COMMIT.into(), CAPABILITY_HEARTBEAT.into()],
+        process: same_host.then_some(process),
+    }
+}
+
+pub fn sender_name(at: Proc) -> String {
+    format!("s{}.{}", at.index, at.life)
+}
+
+pub fn receiver_name(at: Proc) -> String {
+    format!("r{}.{}", at.index, at.life)
+}
+
+fn addresses(plan: &Plan) -> AddressManager {
+    AddressManager::with_slots(CHUNK_BYTES * plan.initial_slots, 1, CHUNK_BYTES).unwrap()
+}
+
+fn peers_max(plan: &Plan, peers: usize) -> usize {
+    if plan.crowded { (peers - 1).max(1) } else { peers + 2 }
+}
+
+pub fn new_sender(plan: &Plan, at: Proc, now: Instant) -> Sender {
+    let addresses = addresses(plan);
+    let session = SenderSession::new(
+        now,
+        SenderSettings {
+            hello: hello(sender_name(at), at, plan.same_host),
+            agent_name: sender_name(at),
+            metadata: vec![1],
+            chunk: chunk_shape(),
+            addresses: addresses.clone(),
+            len_max_bytes: CHUNK_BYTES * plan.sender_slots,
+            allocation_timeout: plan::ALLOCATION,
+            handshake_timeout: plan::HANDSHAKE,
+            commit_timeout: plan::COMMIT,
+            checksum: if plan.checksums { ChecksumMode::Full } else { ChecksumMode::Off },
+            requests_max: 64,
+            request_chunks_max: 64,
+            peers_max: peers_max(plan, plan.receivers),
+            notify_proxy: true,
+            heartbeat_interval: plan::HEARTBEAT,
+            peer_timeout: plan::PEER,
+            safeguards: plan.safeguards,
+        },
+    );
+    Sender {
+        process: Process { life: at.life, alive: true, ..Process::default() },
+        session,
+        memory: vec![0; (CHUNK_BYTES * plan.sender_slots) as usize],
+        addresses,
+        connections: BTreeMap::new(),
+        sums: BTreeMap::new(),
+        next_connection: 1,
+    }
+}
+
+pub fn new_receiver(plan: &Plan, at: Proc) -> Receiver {
+    let addresses = addresses(plan);
+    let session = ReceiverSession::new(ReceiverSettings {
+        hello: hello(receiver_name(at), at, plan.same_host),
+        agent_name: receiver_name(at),
+        metadata: vec![2],
+        descriptors: addresses.len_bytes().to_le_bytes().to_vec(),
+        chunk: chunk_shape(),
+        addresses: addresses.clone(),
+        len_max_bytes: CHUNK_BYTES * plan.receiver_slots,
+        allocation_timeout: plan::ALLOCATION,
+        write_timeout: plan::WRITE,
+        wait_timeout: plan::WAIT,
+        retention: plan::RETENTION,
+        checksum: if plan.checksums { ChecksumMode::Full } else { ChecksumMode::Off },
+        peer_requests_max: 64,
+        requests_max: 64,
+        request_chunks_max: 64,
+        peers_max: peers_max(plan, plan.senders),
+        heartbeat_interval: plan::HEARTBEAT,
+        peer_timeout: plan::PEER,
+        safeguards: plan.safeguards,
+    });
+    let memory = vec![0; (CHUNK_BYTES * plan.receiver_slots) as usize];
+    Receiver {
+        process: Process { life: at.life, alive: true, ..Process::default() },
+        session,
+        addresses,
+        truth: Truth { memory, ..Truth::default() },
+        watched: BTreeSet::new(),
+        next_connection: 1,
+    }
+}

@@ -1,0 +1,126 @@
+//! A receiver's session and what it asks of the world.
+
+use std::ops::Range;
+
+use pd_backend::ids::{Checksum, ChunkKey};
+use pd_backend::protocol::receiver::{ExpectedChunk, Note, Output};
+use pd_backend::wire::Message;
+use pd_backend::wire::message::AllocResponse;
+
+use crate::network::Route;
+use crate::news::{News, Proc};
+use crate::process::{receiver_name, sender_name};
+use crate::truth::Grant;
+use crate::world::World;
+
+impl World {
+    pub fn on_receiver_news(&mut self, at: Proc, news: News) {
+        let now = self.now;
+        match news {
+            News::Wait(_, request) => return self.wait(at, request),
+            News::Lookup(_) => return self.lookup(at),
+            News::ReaderCancels(_, request) => return self.reader_cancels(at, &request),
+            News::Release(_, client, lease) => return self.release(at, client, lease),
+            News::ReaderGone(_, client) => return self.reader_gone(at, client),
+            News::ReceiverGrows(_) => {
+                let addresses = self.receivers[at.index].addresses.clone();
+                let result = self.grow(&addresses);
+                return self.receivers[at.index].session.handle_grown(now, result);
+            }
+            News::ReceiverLoads(_, instance) => {
+                let refuses = self.plan.engine_refuses;
+                let result = if self.fault(refuses) {
+                    Err("no such agent".to_owned())
+                } else {
+                    Ok(self.fresh_connection(false, at.index))
+                };
+                return self.receivers[at.index].session.handle_peer_loaded(now, &instance, result);
+            }
+            _ => {}
+        }
+        let session = &mut self.receivers[at.index].session;
+        match news {
+            News::ToReceiver(route, message) => session.handle_message(now, route.port, route, *message),
+            News::RouteGone(route) => session.handle_route_gone(now, &route),
+            News::ProcessEnded(_, instance) => {
+                self.receivers[at.index].watched.remove(&instance);
+                self.receivers[at.index].session.handle_process_ended(now, &instance);
+            }
+            _ => {}
+        }
+    }
+
+    pub fn pump_receiver(&mut self, at: Proc) {
+        while let Some(output) = self.receivers[at.index].session.poll_output() {
+            self.say(|| format!("  {}: {output:?}", receiver_name(at)));
+            self.on_receiver_output(at, output);
+        }
+    }
+
+    fn on_receiver_output(&mut self, at: Proc, output: Output<Route>) {
+        match output {
+            Output::Send { to, port, message } => {
+                if let Message::AllocResponse(response) = &message {
+                    self.note_grant(at, to, response);
+                }
+                self.transmit(true, Route { port, ..to }, message);
+            }
+            Output::LoadPeer { instance, .. } => {
+                let soon = self.ms(0, 20);
+                self.schedule(soon, News::ReceiverLoads(at, instance));
+            }
+            Output::ForgetPeer(_) => {}
+            Output::WatchProcess { instance, process } => {
+                if !self.receivers[at.index].watched.insert(instance.clone()) {
+                    return;
+                }
+                let watched = Proc { index: process.pid as usize, life: process.start_ticks as u32 };
+                if !self.sender_lives(watched) {
+                    let after = self.ms(1, 50);
+                    self.schedule(after, News::ProcessEnded(at, instance));
+                }
+            }
+            Output::Verify { request, grant, chunks } => {
+                let (now, receiver) = (self.now, &mut self.receivers[at.index]);
+                let memory = &receiver.truth.memory;
+                let bytes = |start: u64, len_bytes: u64| &memory[start as usize..(start + len_bytes) as usize];
+                let differs =
+                    |chunk: &&ExpectedChunk| Checksum::of(bytes(chunk.offset_bytes, chunk.len_bytes)) != chunk.checksum;
+                let corrupted: Vec<u32> = chunks.iter().filter(differs).map(|chunk| chunk.index).collect();
+                receiver.session.handle_verified(now, &request, grant, &corrupted);
+            }
+            Output::GrowBuffer => {
+                let soon = self.ms(0, 20);
+                self.schedule(soon, News::ReceiverGrows(at));
+            }
+            Output::Answer { client, id, answer } => self.on_reader_answer(at, client, id, answer),
+            Output::Note(Note::Committed { request, instance, .. }) => {
+                let under_way = self.under_way(at);
+                let checked = self.receivers[at.index].truth.commit(&instance, &request, &under_way);
+                self.check(checked);
+                *self.committed.entry((instance, request)).or_default() += 1;
+            }
+            Output::Note(_) => {}
+        }
+    }
+
+    /// The receiver lets somebody write.
+    fn note_grant(&mut self, at: Proc, to: Route, response: &AllocResponse) {
+        let Some(pd) = &response.pd else { return };
+        let Some(grant) = pd.grant else { return };
+        let instance = sender_name(to.sender);
+        let Some(asked) = self.asked.get(&(instance.clone(), pd.seq)).cloned() else {
+            return self.wrong(format!("{grant} answers an allocation that {instance} never made"));
+        };
+        let skip = &response.already_sent_indexes;
+        let own = asked.chunks.iter().enumerate().filter(|(index, _)| !skip.contains(&(*index as u32)));
+        let chunks: Vec<(Range<u64>, ChunkKey)> = own
+            .zip(&pd.offsets)
+            .map(|((_, (key, len_bytes)), &offset)| (offset..offset + len_bytes, key.clone()))
+            .collect();
+        let record = Grant { instance, request: asked.request, chunks, committed: false };
+        let under_way = self.under_way(at);
+        let checked = self.receivers[at.index].truth.grant(grant, record, &under_way);
+        self.check(checked);
+    }
+}

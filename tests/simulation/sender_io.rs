@@ -1,0 +1,150 @@
+//! A sender's session and what it asks of the world.
+
+use pd_backend::ids::{PeerAddress, PeerId};
+use pd_backend::protocol::sender::Output;
+use pd_backend::wire::Message;
+
+use crate::engine::{Asked, Connection};
+use crate::network::Route;
+use crate::news::{News, Proc};
+use crate::process::sender_name;
+use crate::world::World;
+
+fn len_in(descriptors: &[u8]) -> u64 {
+    u64::from_le_bytes(descriptors.try_into().unwrap())
+}
+
+/// Where a receiver listens, whichever life it is in.
+pub fn address(receiver: usize) -> PeerAddress {
+    PeerAddress { host: format!("r{receiver}"), init_port: 1, alloc_port: 2 }
+}
+
+fn receiver_index(address: &PeerAddress) -> usize {
+    address.host[1..].parse().unwrap()
+}
+
+impl World {
+    pub fn on_sender_news(&mut self, at: Proc, news: News) {
+        let now = self.now;
+        match news {
+            News::Open(_, attempt) => return self.open(at, attempt),
+            News::Fill(_, attempt, slots) => return self.fill_and_send(at, attempt, &slots),
+            News::Cancel(_, attempt) => return self.cancel(at, attempt),
+            News::Acknowledge(_, attempt) => return self.acknowledge(at, attempt),
+            News::SenderGrows(_) => {
+                let addresses = self.senders[at.index].addresses.clone();
+                let result = self.grow(&addresses);
+                return self.senders[at.index].session.handle_grown(now, result);
+            }
+            News::Met(_, peer) => return self.meet(at, peer),
+            News::Warm(_, peer) => {
+                let refuses = self.plan.engine_refuses;
+                let result = if self.fault(refuses) { Err("no memory there".to_owned()) } else { Ok(()) };
+                return self.senders[at.index].session.handle_peer_connected(now, peer, result);
+            }
+            News::Updated(_, peer, connection) => {
+                let refuses = self.plan.engine_refuses;
+                let result = if self.fault(refuses) { Err("no such memory".to_owned()) } else { Ok(()) };
+                return self.senders[at.index].session.handle_peer_updated(now, peer, connection, result);
+            }
+            _ => {}
+        }
+        let open = match &news {
+            News::ToSender(route, _) => self.links.get(&(at, route.peer)).is_some_and(|link| link.open),
+            _ => false,
+        };
+        let sender = &mut self.senders[at.index];
+        let sums = match &news {
+            News::Done(_, transfer, _) => sender.sums.remove(transfer),
+            _ => None,
+        };
+        let session = &mut sender.session;
+        match news {
+            News::Opened(_, peer) => session.handle_peer_opened(now, peer),
+            News::Closed(_, peer) => session.handle_peer_closed(now, peer, Self::link_failure()),
+            News::ToSender(route, message) if open => session.handle_message(now, route.peer, route.port, *message),
+            News::Done(_, transfer, good) => {
+                let sums = sums.unwrap_or_default();
+                let result = if good { Ok(sums) } else { Err("the engine broke".to_owned()) };
+                session.handle_transfer_done(now, transfer, result);
+            }
+            News::ConnectorGone(_, client) => session.handle_client_gone(now, client),
+            _ => {}
+        }
+    }
+
+    fn meet(&mut self, at: Proc, peer: PeerId) {
+        let receiver = self.links[&(at, peer)].receiver;
+        let refuses = self.plan.engine_refuses;
+        let result = if self.fault(refuses) {
+            Err("no such agent".to_owned())
+        } else {
+            let connection = self.fresh_connection(true, at.index);
+            let known = Connection { receiver, told_len_bytes: 0, forgotten: false };
+            self.senders[at.index].connections.insert(connection, known);
+            Ok(connection)
+        };
+        self.senders[at.index].session.handle_peer_loaded(self.now, peer, result);
+    }
+
+    pub fn pump_sender(&mut self, at: Proc) {
+        while let Some(output) = self.senders[at.index].session.poll_output() {
+            self.say(|| format!("  {}: {output:?}", sender_name(at)));
+            self.on_sender_output(at, output);
+        }
+    }
+
+    fn on_sender_output(&mut self, at: Proc, output: Output) {
+        match output {
+            Output::OpenPeer { peer, address } => self.connect(at, peer, receiver_index(&address)),
+            Output::ClosePeer(peer) => self.close(at, peer),
+            Output::Send { peer, port, message } => {
+                if let Message::AllocRequest(request) = &message
+                    && let Some(pd) = &request.pd
+                {
+                    self.asked.insert((pd.instance.clone(), pd.seq), Asked::of(request));
+                }
+                let cut = self.plan.cut;
+                if self.fault(cut) {
+                    return self.cut(at, peer);
+                }
+                let Some(link) = self.links.get(&(at, peer)) else { return };
+                let route = Route { sender: at, receiver: link.receiver, peer, port };
+                self.transmit(false, route, message);
+            }
+            Output::LoadPeer { peer, .. } => {
+                let soon = self.ms(0, 20);
+                self.schedule(soon, News::Met(at, peer));
+            }
+            Output::ConnectPeer { peer, connection, descriptors } => {
+                self.tell(at, connection, &descriptors);
+                let soon = self.ms(0, 20);
+                self.schedule(soon, News::Warm(at, peer));
+            }
+            Output::UpdatePeer { peer, connection, descriptors, .. } => {
+                self.tell(at, connection, &descriptors);
+                let soon = self.ms(0, 20);
+                self.schedule(soon, News::Updated(at, peer, connection));
+            }
+            Output::GrowBuffer => {
+                let soon = self.ms(0, 20);
+                self.schedule(soon, News::SenderGrows(at));
+            }
+            Output::ForgetPeer(connection) => self.forget(at, connection),
+            Output::Post { transfer, connection, copies, summed } => {
+                self.sum(at, transfer, &copies, &summed);
+                self.post(at, transfer, connection, copies);
+            }
+            Output::NotifyProxy { request } => self.proxy_hears(at, &request),
+            Output::Answer { client, id, answer } => self.on_prefill_answer(at, client, id, answer),
+            Output::Event { client, event } => self.on_prefill_event(at, client, event),
+            Output::Note(_) => {}
+        }
+    }
+
+    fn tell(&mut self, at: Proc, connection: pd_backend::ids::ConnectionId, descriptors: &[u8]) {
+        if let Some(known) = self.senders[at.index].connections.get_mut(&connection) {
+            known.told_len_bytes = known.told_len_bytes.max(len_in(descriptors));
+        }
+    }
+}

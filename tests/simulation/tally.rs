@@ -1,0 +1,44 @@
+//! What a run has seen.
+
+/// How often things happened, so that a run that tests nothing is noticed.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub struct Tally {
+    pub events: u64,
+    pub sent: u64,
+    pub failed: u64,
+    pub cancelled: u64,
+    pub fetched: u64,
+    pub lost_messages: u64,
+    pub repeated_messages: u64,
+    pub crashes: u64,
+    pub pauses: u64,
+    pub growths: u64,
+    pub landed_late: u64,
+    pub vanished: u64,
+}
+
+impl Tally {
+    pub fn add(&mut self, other: &Self) {
+        let Self { events, sent, failed, cancelled, fetched, lost_messages, repeated_messages, crashes, .. } = other;
+        let Self { pauses, growths, landed_late, vanished, .. } = other;
+        self.events += events;
+        self.sent += sent;
+        self.failed += failed;
+        self.cancelled += cancelled;
+        self.fetched += fetched;
+        self.lost_messages += lost_messages;
+        self.repeated_messages += repeated_messages;
+        self.crashes += crashes;
+        self.pauses += pauses;
+        self.growths += growths;
+        self.landed_late += landed_late;
+        self.vanished += vanished;
+    }
+
+    /// A run in which something never happened has not tested it.
+    pub fn assert_everything_happened(&self) {
+        let counts = [self.sent, self.failed, self.cancelled, self.fetched, self.lost_messages, self.repeated_messages];
+        let rare = [self.crashes, self.pauses, self.growths, self.landed_late, self.vanished];
+        assert!(counts.iter().chain(&rare).all(|&count| count >= 20), "too few of something: {self:?}");
+    }
+}

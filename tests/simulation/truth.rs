@@ -1,0 +1,131 @@
+//! What is really so at one receiver, whatever the sessions believe: who was granted which bytes, which writes are on
+//! their way, who reads what.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use pd_backend::ids::{ChunkKey, GrantId, LeaseId, RequestId};
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
+
+/// What a chunk must hold: a function of its key alone, so that equal keys mean equal bytes.
+pub fn content(key: &ChunkKey, len_bytes: u64) -> Vec<u8> {
+    let seed = key
+        .as_str()
+        .bytes()
+        .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3));
+    let mut rng = StdRng::seed_from_u64(seed);
+    (0..len_bytes).map(|_| rng.random()).collect()
+}
+
+/// A grant as the receiver gave it.
+#[derive(Debug)]
+pub struct Grant {
+    pub instance: String,
+    pub request: RequestId,
+    /// Its own chunks: where, and what.
+    pub chunks: Vec<(Range<u64>, ChunkKey)>,
+    pub committed: bool,
+}
+
+/// What a reader was given.
+#[derive(Debug)]
+pub struct Leased {
+    pub client: u64,
+    pub chunks: Vec<(Range<u64>, ChunkKey)>,
+}
+
+/// One life of one receiver.
+#[derive(Debug, Default)]
+pub struct Truth {
+    pub memory: Vec<u8>,
+    pub grants: BTreeMap<GrantId, Grant>,
+    /// The latest grant of each range that was ever granted, by its start.
+    pub owners: BTreeMap<u64, (u64, GrantId)>,
+    pub leases: BTreeMap<LeaseId, Leased>,
+}
+
+fn overlap(left: &Range<u64>, right: &Range<u64>) -> bool {
+    left.start < right.end && right.start < left.end
+}
+
+impl Truth {
+    /// Bytes change hands. `under_way` are the writes that have not landed, with their writers.
+    pub fn grant(&mut self, id: GrantId, grant: Grant, under_way: &[(Range<u64>, String)]) -> Result<(), String> {
+        if self.grants.contains_key(&id) {
+            return Err(format!("grant {id} is given twice"));
+        }
+        for (range, _) in &grant.chunks {
+            if let Some((write, writer)) = under_way.iter().find(|(write, _)| overlap(write, range)) {
+                return Err(format!(
+                    "{range:?} is granted to {} for {} while {writer} writes {write:?}: two writers of one slot",
+                    grant.instance, grant.request
+                ));
+            }
+            if let Some(lease) = self.leases.values().flat_map(|leased| &leased.chunks).find(|(r, _)| overlap(r, range))
+            {
+                return Err(format!("{range:?} is granted while a reader holds {lease:?}"));
+            }
+            let gone: Vec<u64> = self
+                .owners
+                .range(..range.end)
+                .filter(|&(&start, &(end, _))| overlap(&(start..end), range))
+                .map(|(&start, _)| start)
+                .collect();
+            for start in gone {
+                self.owners.remove(&start);
+            }
+            self.owners.insert(range.start, (range.end, id));
+        }
+        self.grants.insert(id, grant);
+        Ok(())
+    }
+
+    /// Whether `writer` may write these bytes now.
+    pub fn check_write(&self, writer: &str, range: &Range<u64>) -> Result<(), String> {
+        let owner = self.owners.range(..=range.start).next_back().filter(|(_, (end, _))| range.end <= *end);
+        let grant = owner.and_then(|(_, (_, id))| self.grants.get(id));
+        match grant {
+            Some(grant) if grant.instance != writer => {
+                Err(format!("{writer} writes {range:?}, which were granted to {} since", grant.instance))
+            }
+            Some(grant) if grant.committed => Err(format!("{writer} writes {range:?} after their commit")),
+            None => Err(format!("{writer} writes {range:?}, which nobody was granted")),
+            Some(_) => match self.leases.values().flat_map(|leased| &leased.chunks).find(|(r, _)| overlap(r, range)) {
+                Some(lease) => Err(format!("{writer} writes {range:?} while a reader holds {lease:?}")),
+                None => Ok(()),
+            },
+        }
+    }
+
+    /// The receiver says that a request is ready.
+    pub fn commit(
+        &mut self,
+        instance: &str,
+        request: &RequestId,
+        under_way: &[(Range<u64>, String)],
+    ) -> Result<(), String> {
+        let latest =
+            self.grants.values_mut().rev().find(|grant| grant.instance == instance && grant.request == *request);
+        let Some(grant) = latest else { return Err(format!("{request} of {instance} is ready and was never granted")) };
+        grant.committed = true;
+        for (range, _) in &grant.chunks {
+            if let Some((write, writer)) = under_way.iter().find(|(write, _)| overlap(write, range)) {
+                return Err(format!("{request} is ready while {writer} still writes {write:?}"));
+            }
+        }
+        let chunks = grant.chunks.clone();
+        self.verify(&chunks)
+    }
+
+    pub fn verify(&self, chunks: &[(Range<u64>, ChunkKey)]) -> Result<(), String> {
+        for (range, key) in chunks {
+            let seen = &self.memory[range.start as usize..range.end as usize];
+            let expected = content(key, range.end - range.start);
+            if seen != expected {
+                return Err(format!("{key} at {range:?} is {seen:?}; {expected:?} were sent"));
+            }
+        }
+        Ok(())
+    }
+}

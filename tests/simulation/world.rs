@@ -1,0 +1,456 @@
+//! The world: processes, the order of events, and what each of them may break.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::fmt::Write as _;
+use std::time::{Duration, Instant};
+
+use pd_backend::address::AddressManager;
+use pd_backend::ids::{ClientId, ConnectionId, PeerId, RequestId, Seq};
+use pd_backend::protocol::Grown;
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
+
+use crate::decode::Reading;
+use crate::engine::{Asked, Write};
+use crate::network::{Link, Route};
+use crate::news::{News, Proc, Target};
+use crate::plan::{self, Plan};
+use crate::prefill::{Attempt, Call, Job, TURN_MS};
+use crate::process::{CHUNK_BYTES, Receiver, Sender, new_receiver, new_sender, receiver_name, sender_name};
+use crate::tally::Tally;
+
+/// No world is so busy.
+const EVENTS_MAX: u64 = 4_000_000;
+
+pub struct World {
+    pub rng: StdRng,
+    pub plan: Plan,
+    start: Instant,
+    pub now: Instant,
+    queue: BTreeMap<(Instant, u64), News>,
+    order: u64,
+    /// No more faults: the world settles.
+    pub settling: bool,
+    pub senders: Vec<Sender>,
+    pub receivers: Vec<Receiver>,
+    pub links: BTreeMap<(Proc, PeerId), Link>,
+    pub link_busy: BTreeMap<(bool, Route), Instant>,
+    pub parted: BTreeSet<(usize, usize)>,
+    pub writes: BTreeMap<u64, Write>,
+    pub jobs: Vec<Job>,
+    pub attempts: Vec<Attempt>,
+    pub open: BTreeMap<(Proc, RequestId), usize>,
+    pub calls: BTreeMap<(Proc, ClientId, Seq), Call>,
+    pub readings: BTreeMap<(Proc, ClientId, Seq), Reading>,
+    /// Commits that a receiver has announced, and the proxy has not heard of.
+    pub committed: BTreeMap<(String, RequestId), u64>,
+    /// What allocations ask for, by who asks and the number of the question.
+    pub asked: BTreeMap<(String, Seq), Asked>,
+    pub fresh_fetched: BTreeSet<RequestId>,
+    pub next_id: u64,
+    pub tally: Tally,
+    wrong: Option<String>,
+    log: Option<String>,
+}
+
+impl World {
+    pub fn new(seed: u64, logged: bool) -> Self {
+        let mut rng = StdRng::seed_from_u64(seed);
+        let plan = Plan::draw(&mut rng);
+        Self::with_plan(rng, plan, logged)
+    }
+
+    pub fn with_plan(rng: StdRng, plan: Plan, logged: bool) -> Self {
+        let now = Instant::now();
+        let first = |index| Proc { index, life: 1 };
+        let mut world = Self {
+            rng,
+            start: now,
+            now,
+            queue: BTreeMap::new(),
+            order: 0,
+            settling: false,
+            senders: (0..plan.senders).map(|index| new_sender(&plan, first(index), now)).collect(),
+            receivers: (0..plan.receivers).map(|index| new_receiver(&plan, first(index))).collect(),
+            links: BTreeMap::new(),
+            link_busy: BTreeMap::new(),
+            parted: BTreeSet::new(),
+            writes: BTreeMap::new(),
+            jobs: Vec::new(),
+            attempts: Vec::new(),
+            open: BTreeMap::new(),
+            calls: BTreeMap::new(),
+            readings: BTreeMap::new(),
+            committed: BTreeMap::new(),
+            asked: BTreeMap::new(),
+            fresh_fetched: BTreeSet::new(),
+            next_id: 1,
+            tally: Tally::default(),
+            wrong: None,
+            log: logged.then(String::new),
+            plan,
+        };
+        if logged {
+            let plan = format!("{:?}", world.plan);
+            world.say(|| plan);
+        }
+        world.draw_jobs();
+        world.draw_faults();
+        let rough_ms = world.plan.rough_ms;
+        world.schedule(rough_ms, News::Settle);
+        world.schedule(rough_ms + world.plan.settle_ms, News::Fresh);
+        world
+    }
+
+    fn draw_faults(&mut self) {
+        let rough_ms = self.plan.rough_ms;
+        for _ in 0..self.plan.crashes {
+            let (sender, index) = self.some_process();
+            let at = self.rng.random_range(0..rough_ms);
+            self.schedule(at, News::Crash(sender, index));
+        }
+        for _ in 0..self.plan.pauses {
+            let (sender, index) = self.some_process();
+            let (at, length) = (self.rng.random_range(0..rough_ms), self.rng.random_range(20..900));
+            self.schedule(at, News::Pause(sender, index, length));
+        }
+        for _ in 0..self.plan.partitions {
+            let (sender, receiver) =
+                (self.rng.random_range(0..self.plan.senders), self.rng.random_range(0..self.plan.receivers));
+            let (at, length) = (self.rng.random_range(0..rough_ms), self.rng.random_range(20..1200));
+            self.schedule(at, News::Part(sender, receiver, true));
+            self.schedule(at + length, News::Part(sender, receiver, false));
+        }
+    }
+
+    fn some_process(&mut self) -> (bool, usize) {
+        let pick = self.rng.random_range(0..self.plan.senders + self.plan.receivers);
+        if pick < self.plan.senders { (true, pick) } else { (false, pick - self.plan.senders) }
+    }
+
+    pub fn schedule(&mut self, in_ms: u64, news: News) {
+        self.schedule_at(self.now + Duration::from_millis(in_ms), news);
+    }
+
+    pub fn schedule_at(&mut self, at: Instant, news: News) {
+        self.order += 1;
+        self.queue.insert((at, self.order), news);
+    }
+
+    /// Whether a fault of this likelihood happens now. None does once the world settles.
+    pub fn fault(&mut self, percent: u32) -> bool {
+        !self.settling && percent > 0 && self.rng.random_range(0..100) < percent
+    }
+
+    pub fn ms(&mut self, from: u64, to: u64) -> u64 {
+        self.rng.random_range(from..to)
+    }
+
+    pub fn fresh_id(&mut self) -> u64 {
+        self.next_id += 1;
+        self.next_id
+    }
+
+    pub fn sender_at(&self, index: usize) -> Proc {
+        Proc { index, life: self.senders[index].process.life }
+    }
+
+    pub fn receiver_at(&self, index: usize) -> Proc {
+        Proc { index, life: self.receivers[index].process.life }
+    }
+
+    pub fn sender_lives(&self, at: Proc) -> bool {
+        let process = &self.senders[at.index].process;
+        process.alive && process.life == at.life
+    }
+
+    pub fn receiver_lives(&self, at: Proc) -> bool {
+        let process = &self.receivers[at.index].process;
+        process.alive && process.life == at.life
+    }
+
+    pub fn fresh_connection(&mut self, sender: bool, index: usize) -> ConnectionId {
+        let next =
+            if sender { &mut self.senders[index].next_connection } else { &mut self.receivers[index].next_connection };
+        *next += 1;
+        ConnectionId(*next)
+    }
+
+    pub fn say(&mut self, text: impl FnOnce() -> String) {
+        let at = self.now - self.start;
+        if let Some(log) = &mut self.log {
+            writeln!(log, "{:>9.3} {}", at.as_secs_f64() * 1e3, text()).unwrap();
+        }
+    }
+
+    /// The first thing that must not be.
+    pub fn wrong(&mut self, text: impl Into<String>) {
+        if self.wrong.is_none() {
+            let text = text.into();
+            self.say(|| format!("WRONG: {text}"));
+            self.wrong = Some(text);
+        }
+    }
+
+    pub fn check(&mut self, result: Result<(), String>) {
+        if let Err(text) = result {
+            self.wrong(text);
+        }
+    }
+
+    pub fn log(&self) -> &str {
+        self.log.as_deref().unwrap_or_default()
+    }
+
+    /// Plays to the end, or to the first thing that must not be.
+    pub fn run(&mut self) -> Result<Tally, String> {
+        let end = Duration::from_millis(self.plan.rough_ms + self.plan.settle_ms)
+            + Duration::from_millis(if self.plan.crowded { TURN_MS * 6 } else { 0 })
+            + 2 * plan::ALLOCATION
+            + 3 * plan::RETENTION;
+        let end = self.start + end;
+        while let Some(((at, _), news)) = self.queue.pop_first() {
+            if at > end || self.wrong.is_some() {
+                break;
+            }
+            self.now = self.now.max(at);
+            self.tally.events += 1;
+            if self.tally.events > EVENTS_MAX {
+                self.wrong("it does not come to an end");
+            }
+            self.deliver(news);
+        }
+        if self.wrong.is_none() {
+            self.check_end();
+        }
+        match self.wrong.take() {
+            None => Ok(self.tally),
+            Some(text) => Err(text),
+        }
+    }
+
+    fn deliver(&mut self, news: News) {
+        let target = news.target();
+        let process = match target {
+            Target::Sender(at) if self.sender_lives(at) => &mut self.senders[at.index].process,
+            Target::Receiver(at) if self.receiver_lives(at) => &mut self.receivers[at.index].process,
+            Target::World => return self.on_world(news),
+            _ => return,
+        };
+        if let Some(unread) = &mut process.paused {
+            unread.push_back(news);
+            return;
+        }
+        self.handle(target, news);
+    }
+
+    fn handle(&mut self, target: Target, news: News) {
+        let is_timer = matches!(news, News::SenderTimer(_) | News::ReceiverTimer(_));
+        if !is_timer && self.log.is_some() {
+            self.say(|| format!("{news:?}"));
+        }
+        match target {
+            Target::Sender(at) => {
+                if !is_timer {
+                    self.on_sender_news(at, news);
+                }
+                let now = self.now;
+                let sender = &mut self.senders[at.index];
+                if sender.session.poll_timeout().is_some_and(|due| due <= now) {
+                    sender.session.handle_timeout(now);
+                }
+                self.pump_sender(at);
+                self.arm_sender(at);
+            }
+            Target::Receiver(at) => {
+                if !is_timer {
+                    self.on_receiver_news(at, news);
+                }
+                let now = self.now;
+                let receiver = &mut self.receivers[at.index];
+                if receiver.session.poll_timeout().is_some_and(|due| due <= now) {
+                    receiver.session.handle_timeout(now);
+                }
+                self.pump_receiver(at);
+                self.arm_receiver(at);
+            }
+            Target::World => {}
+        }
+    }
+
+    fn arm_sender(&mut self, at: Proc) {
+        let sender = &mut self.senders[at.index];
+        let checked = sender.session.check_invariants();
+        let due = sender.session.poll_timeout();
+        if let Some(due) = due
+            && sender.process.armed.is_none_or(|armed| armed <= self.now || due < armed)
+        {
+            sender.process.armed = Some(due);
+            self.schedule_at(due.max(self.now), News::SenderTimer(at));
+        }
+        self.check(checked.map_err(|text| format!("{}: {text}", sender_name(at))));
+    }
+
+    fn arm_receiver(&mut self, at: Proc) {
+        let receiver = &mut self.receivers[at.index];
+        let checked = receiver.session.check_invariants();
+        let due = receiver.session.poll_timeout();
+        if let Some(due) = due
+            && receiver.process.armed.is_none_or(|armed| armed <= self.now || due < armed)
+        {
+            receiver.process.armed = Some(due);
+            self.schedule_at(due.max(self.now), News::ReceiverTimer(at));
+        }
+        self.check(checked.map_err(|text| format!("{}: {text}", receiver_name(at))));
+    }
+
+    fn on_world(&mut self, news: News) {
+        if !matches!(news, News::Start(_)) && self.log.is_some() {
+            self.say(|| format!("{news:?}"));
+        }
+        match news {
+            News::Start(job) => self.start(job),
+            News::Land(write, copy) => self.land(write, copy),
+            News::Crash(sender, index) => self.crash(sender, index),
+            News::Restart(sender, index) => self.restart(sender, index),
+            News::Pause(sender, index, length_ms) => self.pause(sender, index, length_ms),
+            News::Resume(target) => self.resume(target),
+            News::Part(sender, receiver, apart) => {
+                if apart && !self.settling {
+                    self.parted.insert((sender, receiver));
+                } else {
+                    self.parted.remove(&(sender, receiver));
+                }
+            }
+            News::Settle => {
+                self.settling = true;
+                self.parted.clear();
+            }
+            News::Fresh => self.ask_afresh(),
+            _ => unreachable!("it has a process"),
+        }
+    }
+
+    fn crash(&mut self, sender: bool, index: usize) {
+        if self.settling {
+            return;
+        }
+        let restart = self.ms(1, 400);
+        if sender {
+            let at = self.sender_at(index);
+            if !self.sender_lives(at) {
+                return;
+            }
+            self.senders[index].process.alive = false;
+            // What it was writing stops with it.
+            self.writes.retain(|_, write| write.sender != at);
+            self.attempts_die(at);
+            self.links_of_sender_die(at);
+            if self.plan.same_host {
+                for receiver in 0..self.receivers.len() {
+                    if self.receivers[receiver].watched.contains(&sender_name(at)) {
+                        let (after, to) = (self.ms(1, 250), self.receiver_at(receiver));
+                        self.schedule(after, News::ProcessEnded(to, sender_name(at)));
+                    }
+                }
+            }
+        } else {
+            let at = self.receiver_at(index);
+            if !self.receiver_lives(at) {
+                return;
+            }
+            self.receivers[index].process.alive = false;
+            self.readings_die(at);
+            self.links_of_receiver_die(at);
+        }
+        self.tally.crashes += 1;
+        self.schedule(restart, News::Restart(sender, index));
+    }
+
+    fn restart(&mut self, sender: bool, index: usize) {
+        if sender {
+            let at = Proc { index, life: self.senders[index].process.life + 1 };
+            self.senders[index] = new_sender(&self.plan, at, self.now);
+        } else {
+            let at = Proc { index, life: self.receivers[index].process.life + 1 };
+            self.receivers[index] = new_receiver(&self.plan, at);
+        }
+    }
+
+    fn pause(&mut self, sender: bool, index: usize, length_ms: u64) {
+        let (target, process) = if sender {
+            (Target::Sender(self.sender_at(index)), &mut self.senders[index].process)
+        } else {
+            (Target::Receiver(self.receiver_at(index)), &mut self.receivers[index].process)
+        };
+        if self.settling || !process.alive || process.paused.is_some() {
+            return;
+        }
+        process.paused = Some(VecDeque::new());
+        process.paused_for += Duration::from_millis(length_ms);
+        self.tally.pauses += 1;
+        self.schedule(length_ms, News::Resume(target));
+    }
+
+    /// Everything that has come meanwhile is handled now, deadlines before it or after its first.
+    fn resume(&mut self, target: Target) {
+        let process = match target {
+            Target::Sender(at) if self.sender_lives(at) => &mut self.senders[at.index].process,
+            Target::Receiver(at) if self.receiver_lives(at) => &mut self.receivers[at.index].process,
+            _ => return,
+        };
+        let unread = process.paused.take().unwrap_or_default();
+        process.armed = None;
+        let timer = match target {
+            Target::Sender(at) => News::SenderTimer(at),
+            Target::Receiver(at) => News::ReceiverTimer(at),
+            Target::World => return,
+        };
+        if self.rng.random_bool(0.5) {
+            self.handle(target, timer.clone());
+        }
+        for news in unread {
+            self.handle(target, news);
+        }
+        self.handle(target, timer);
+    }
+
+    /// One more slot, or none this time.
+    pub fn grow(&mut self, addresses: &AddressManager) -> Result<Grown, String> {
+        let fails = self.plan.growth_fails;
+        if self.fault(fails) {
+            return Err("no memory".to_owned());
+        }
+        addresses.grow(CHUNK_BYTES).unwrap();
+        self.tally.growths += 1;
+        let len_bytes = addresses.len_bytes();
+        // The engine's descriptors are how long the buffer is: what a sender writes to must have been described to it.
+        Ok(Grown { len_bytes, metadata: vec![2], descriptors: len_bytes.to_le_bytes().to_vec() })
+    }
+
+    fn check_end(&mut self) {
+        for index in 0..self.senders.len() {
+            let name = sender_name(self.sender_at(index));
+            let counts = self.senders[index].session.counts();
+            let left = (counts.slots_staged, counts.transfers_in_flight, counts.requests_active);
+            if left != (0, 0, 0) {
+                self.wrong(format!("{name} has (slots, transfers, requests) {left:?} left after everything ended"));
+            }
+        }
+        for index in 0..self.receivers.len() {
+            let name = receiver_name(self.receiver_at(index));
+            let slots = self.receivers[index].session.counts().slots;
+            if (slots.reserved, slots.ready_held, slots.ready_idle) != (0, 0, 0) {
+                self.wrong(format!("{name} has {slots:?} after everything ended"));
+            }
+            // A writer that died where nobody could see it never says that it has stopped.
+            if slots.quarantined > 0 && (self.plan.same_host || self.tally.crashes == 0) {
+                self.wrong(format!(
+                    "{name} has {} slots in quarantine, and every writer has stopped",
+                    slots.quarantined
+                ));
+            }
+        }
+        self.check_calls_ended();
+    }
+}
