@@ -327,3 +327,41 @@ fn running_out_of_descriptors_is_survived() {
     drop(crowd);
     target.assert_well("more connections than descriptors");
 }
+
+#[test]
+fn connections_beyond_the_limit_are_closed_and_places_come_back() {
+    // Broken in production: every stranger costs a descriptor and two buffers, until there are none left for peers.
+    const CONNECTIONS_MAX: usize = 4096;
+    let files_max = CONNECTIONS_MAX as u64 + 512;
+    let ours = rustix::process::getrlimit(Resource::Nofile);
+    if ours.maximum.is_some_and(|maximum| maximum < files_max) {
+        eprintln!(
+            "SKIPPED: this process may open {:?} files; raise `ulimit -Hn` to {files_max} to run it",
+            ours.maximum
+        );
+        return;
+    }
+    let limit = ours.current.map(|current| current.max(files_max));
+    setrlimit(Resource::Nofile, Rlimit { current: limit, maximum: ours.maximum }).unwrap();
+    let mut target = Target::start(files_max);
+    let heard_ready = |stream: &mut TcpStream| stream.read_exact(&mut [0; 64 + 8]).is_ok();
+    // One after the other, so that none waits in the kernel.
+    let mut crowd = Vec::new();
+    for number in 0..CONNECTIONS_MAX {
+        let mut stream = target.throw(&dealer());
+        assert!(heard_ready(&mut stream), "there is a place for number {number}");
+        crowd.push(stream);
+    }
+    for _ in 0..50 {
+        assert!(!heard_ready(&mut target.throw(&dealer())), "there is no place for this one");
+    }
+    drop(crowd);
+    // They are noticed one by one.
+    let mut attempts = 0;
+    while !heard_ready(&mut target.throw(&dealer())) {
+        attempts += 1;
+        assert!(attempts < 1_000, "no place has come back");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    target.assert_well("more connections than places");
+}

@@ -1,14 +1,17 @@
 //! A DEALER: connected to one peer, with the framing of LMCache's senders.
 
 use std::fmt;
-use std::time::Duration;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures::StreamExt;
 use futures::channel::mpsc;
 use zeromq::{DealerRecvHalf, DealerSendHalf, DealerSocket, Socket, SocketEvent, SocketRecv, ZmqMessage};
 
+use super::guard::Access;
 use super::{SideChannelError, connect_error, library_endpoint, options, send_error};
+use crate::wire::auth::{self, AuthError, DealerHandshake, Opener, Refused, Sealed, Sealer};
 
 /// Connects.
 #[derive(Debug)]
@@ -32,15 +35,58 @@ impl Dealer {
         socket.connect(&library_endpoint(endpoint)).await.map_err(|error| connect_error(endpoint, timeout, error))?;
         let (send_half, receive_half) = socket.split();
         Ok((
-            DealerSender { half: send_half, endpoint: endpoint.to_owned() },
+            DealerSender { half: send_half, endpoint: endpoint.to_owned(), sealer: None },
             DealerReceiver {
                 half: receive_half,
                 monitor,
                 endpoint: endpoint.to_owned(),
                 malformed_count: 0,
-                gone_reason: None,
+                trust: Trust::Anything,
+                gone: None,
             },
         ))
+    }
+
+    /// As [`connect`](Self::connect), to a port of a receiver, which has to prove that it has the secret, if there is one.
+    /// `access.timeout` is for all of it.
+    ///
+    /// # Errors
+    /// As there; [`SideChannelError::NotAuthenticated`] when only one of the two ends has a secret, or each has its own;
+    /// [`SideChannelError::PeerGone`] when it closes the connection.
+    pub async fn connect_port(
+        endpoint: &str,
+        access: &Access,
+    ) -> Result<(DealerSender, DealerReceiver), SideChannelError> {
+        let started = Instant::now();
+        let (mut sender, mut receiver) = Self::connect(endpoint, access.timeout).await?;
+        let Some(secret) = &access.secret else {
+            receiver.trust = Trust::AnythingButRefusals;
+            return Ok((sender, receiver));
+        };
+        let handshake = DealerHandshake::new(secret, access.channel, rand::random());
+        sender.try_send(Bytes::copy_from_slice(handshake.hello()))?;
+        let left = access.timeout.saturating_sub(started.elapsed());
+        let answer = tokio::time::timeout(left, receiver.recv()).await.map_err(|_| {
+            SideChannelError::AuthenticationTimeout {
+                address: endpoint.to_owned(),
+                timeout_ms: access.timeout.as_millis(),
+            }
+        })??;
+        match handshake.handle_answer(&answer) {
+            Ok((proof, sealer, opener)) => {
+                sender.try_send(proof.into())?;
+                sender.sealer = Some(Mutex::new(sealer));
+                receiver.trust = Trust::Sealed(opener);
+                Ok((sender, receiver))
+            }
+            Err(Refused { error, farewell }) => {
+                if let Some(farewell) = farewell {
+                    // So that its log says why we left; whether it does is its own business.
+                    drop(sender.try_send(farewell.into()));
+                }
+                Err(SideChannelError::NotAuthenticated { peer: endpoint.to_owned(), reason: error })
+            }
+        }
     }
 }
 
@@ -48,6 +94,8 @@ impl Dealer {
 pub struct DealerSender {
     half: DealerSendHalf,
     endpoint: String,
+    /// Once the peer is authenticated.
+    sealer: Option<Mutex<Sealer>>,
 }
 
 impl DealerSender {
@@ -57,6 +105,15 @@ impl DealerSender {
     /// [`SideChannelError::PeerGone`], or [`SideChannelError::QueueFull`] when the peer does not read. The message is
     /// dropped then.
     pub fn try_send(&self, payload: Bytes) -> Result<(), SideChannelError> {
+        let Some(sealer) = &self.sealer else { return self.try_send_as_it_is(payload) };
+        let mut sealer = sealer.lock().unwrap_or_else(PoisonError::into_inner);
+        let Sealed(sealed) = sealer.seal(payload.into());
+        self.try_send_as_it_is(sealed.into())?;
+        sealer.sent();
+        Ok(())
+    }
+
+    fn try_send_as_it_is(&self, payload: Bytes) -> Result<(), SideChannelError> {
         let mut message = ZmqMessage::from(payload);
         message.push_front(Bytes::new());
         self.half.try_send(message).map_err(|error| send_error(&self.endpoint, error))
@@ -75,7 +132,24 @@ pub struct DealerReceiver {
     monitor: mpsc::Receiver<SocketEvent>,
     endpoint: String,
     malformed_count: u64,
-    gone_reason: Option<String>,
+    trust: Trust,
+    gone: Option<Gone>,
+}
+
+/// What is taken for the peer's word.
+enum Trust {
+    Anything,
+    /// Anything, but the peer may say that it wants authentication.
+    AnythingButRefusals,
+    /// What has the right seal.
+    Sealed(Opener),
+}
+
+/// Why nothing more is heard.
+#[derive(Clone)]
+enum Gone {
+    Closed(String),
+    Refused(AuthError),
 }
 
 impl DealerReceiver {
@@ -83,16 +157,21 @@ impl DealerReceiver {
     /// Nothing is lost when the future is dropped before it is ready.
     ///
     /// # Errors
-    /// [`SideChannelError::PeerGone`], from then on always: connect anew.
+    /// [`SideChannelError::PeerGone`], from then on always: connect anew. [`SideChannelError::NotAuthenticated`], from then
+    /// on always: the peer wants another secret, or what came is not the peer's.
     pub async fn recv(&mut self) -> Result<Bytes, SideChannelError> {
-        let reason = match &self.gone_reason {
-            Some(reason) => reason.clone(),
+        let gone = match &self.gone {
+            Some(gone) => gone.clone(),
             None => match self.recv_connected().await {
                 Ok(payload) => return Ok(payload),
-                Err(reason) => self.gone_reason.insert(reason).clone(),
+                Err(gone) => self.gone.insert(gone).clone(),
             },
         };
-        Err(SideChannelError::PeerGone { peer: self.endpoint.clone(), reason })
+        let peer = self.endpoint.clone();
+        Err(match gone {
+            Gone::Closed(reason) => SideChannelError::PeerGone { peer, reason },
+            Gone::Refused(reason) => SideChannelError::NotAuthenticated { peer, reason },
+        })
     }
 
     /// Messages dropped for their frames.
@@ -100,15 +179,17 @@ impl DealerReceiver {
         self.malformed_count
     }
 
-    async fn recv_connected(&mut self) -> Result<Bytes, String> {
+    async fn recv_connected(&mut self) -> Result<Bytes, Gone> {
         loop {
             // What was said before the connection ended is heard first. The library's receiving half stays silent
             // about the end; its monitor tells.
             let message = tokio::select! {
                 biased;
-                message = self.half.recv() => message.map_err(|error| error.to_string())?,
+                message = self.half.recv() => message.map_err(|error| Gone::Closed(error.to_string()))?,
                 event = self.monitor.next() => match event {
-                    None | Some(SocketEvent::Disconnected(_)) => return Err("it closed the connection".to_owned()),
+                    None | Some(SocketEvent::Disconnected(_)) => {
+                        return Err(Gone::Closed("it closed the connection".to_owned()));
+                    }
                     Some(_) => continue,
                 },
             };
@@ -117,9 +198,24 @@ impl DealerReceiver {
                 frames.pop_front();
             }
             match frames.pop_front() {
-                Some(payload) if frames.is_empty() && !payload.is_empty() => return Ok(payload),
+                Some(payload) if frames.is_empty() && !payload.is_empty() => {
+                    return self.trust.judge(payload).map_err(Gone::Refused);
+                }
                 _ => self.malformed_count += 1,
             }
+        }
+    }
+}
+
+impl Trust {
+    fn judge(&mut self, payload: Bytes) -> Result<Bytes, AuthError> {
+        match self {
+            Self::Anything => Ok(payload),
+            Self::AnythingButRefusals => match auth::is_handshake(&payload).then(|| auth::refusal_of(&payload)) {
+                Some(Some(reason)) => Err(AuthError::ByPeer(reason)),
+                _ => Ok(payload),
+            },
+            Self::Sealed(opener) => opener.open(&payload).map(|len_bytes| payload.slice(..len_bytes)),
         }
     }
 }

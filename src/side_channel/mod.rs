@@ -4,6 +4,7 @@
 //! - [`dealer`]: one peer, as LMCache's asynchronous sender speaks to its receivers.
 //! - [`push`]: one proxy, told and not listened to.
 //! - [`bind`]: TCP ports and ipc names to listen on.
+//! - [`guard`]: who has proved to have the secret, at a port that wants proof.
 //!
 //! One task owns one socket's receiving half and loops on `recv`. Sending never waits: whatever cannot be queued for a
 //! peer at once is refused, so one stalled peer holds up nobody else. All of it is made for tokio's current-thread
@@ -13,22 +14,27 @@
 
 mod bind;
 mod dealer;
+mod guard;
 mod push;
 mod router;
+mod seldom;
 
 pub use bind::{IpcName, tcp_address};
 pub use dealer::{Dealer, DealerReceiver, DealerSender};
+pub use guard::{AUTHENTICATING_MAX, Access};
 pub use push::PushSender;
 pub use router::{PeerTag, Route, RouterEvent, RouterReceiver, RouterSender, RouterSocket};
+pub use seldom::Seldom;
 
 use std::io;
 use std::time::Duration;
 
 use zeromq::{SocketOptions, ZmqError};
 
+use crate::wire::auth::AuthError;
 use crate::wire::limits::MESSAGE_LEN_BYTES_MAX;
 
-/// What the frames around a payload may cost beyond it.
+/// What the frames around a payload, and its seal, may cost beyond it.
 const ENVELOPE_LEN_BYTES_MAX: usize = 1024;
 
 /// Messages that may wait to be written to one peer.
@@ -87,6 +93,17 @@ pub enum SideChannelError {
         /// How long was waited.
         timeout_ms: u128,
     },
+    /// Somebody who speaks ZeroMQ has not answered our authentication.
+    #[error(
+        "{address} has not answered the authentication within {timeout_ms} ms; if it is up, it is an older release or \
+         something else"
+    )]
+    AuthenticationTimeout {
+        /// `tcp://host:port`.
+        address: String,
+        /// How long was waited, connecting included.
+        timeout_ms: u128,
+    },
     /// The connection has ended. A connecting socket does not come back by itself: make a new one.
     #[error("{peer} is gone: {reason}")]
     PeerGone {
@@ -94,6 +111,14 @@ pub enum SideChannelError {
         peer: String,
         /// What was seen.
         reason: String,
+    },
+    /// One of the two ends has a secret that the other does not have. Waiting or trying again does not help.
+    #[error("{peer} is not talked to: {reason}")]
+    NotAuthenticated {
+        /// `tcp://host:port`.
+        peer: String,
+        /// What was seen, and what to do.
+        reason: AuthError,
     },
     /// The peer does not read what it is sent; this message was dropped.
     #[error("{peer} does not read: {queued_max} messages wait for it already; this one is dropped")]

@@ -1,15 +1,20 @@
 //! A ROUTER: bound, many peers, each answered by the way it came.
 
 use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use bytes::Bytes;
 use futures::StreamExt;
 use futures::channel::mpsc;
 use zeromq::util::PeerIdentity;
-use zeromq::{RouterRecvHalf, RouterSendHalf, Socket, SocketEvent, SocketOptions, SocketRecv, ZmqMessage};
+use zeromq::{RouterRecvHalf, RouterSendHalf, Socket, SocketEvent, SocketOptions, SocketRecv, ZmqError, ZmqMessage};
 
 use super::bind::{self, BoundPath, IpcName};
+use super::guard::{self, Access, Guard, Verdict};
+use super::seldom::Seldom;
 use super::{SideChannelError, options, send_error};
+use crate::wire::auth::{self, Channel};
 
 /// One connection of a ROUTER, for as long as it lasts.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -86,6 +91,27 @@ impl RouterSocket {
         Self::listen(options(), listener, endpoint, port, None).await
     }
 
+    /// As [`bind_tcp`](Self::bind_tcp), for those who prove that they have the secret, if there is one: nothing else is
+    /// heard from `receiver`, and what `sender` sends is sealed.
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn bind_port(host: &str, port: u16, access: Access) -> Result<Self, SideChannelError> {
+        let Self { mut sender, mut receiver, endpoint, port } = Self::bind_tcp(host, port).await?;
+        receiver.door = match access.secret {
+            None => {
+                Door::Unguarded { channel: access.channel, way_back: sender.clone(), complaints: Seldom::default() }
+            }
+            Some(secret) => {
+                let guard = Arc::new(Mutex::new(Guard::new(secret, access.channel, access.timeout)));
+                let way_back = sender.clone();
+                sender.guard = Some(guard.clone());
+                Door::Guarded { guard, way_back }
+            }
+        };
+        Ok(Self { sender, receiver, endpoint, port })
+    }
+
     /// Listens on an ipc name, for processes of this user alone (and of root).
     ///
     /// # Errors
@@ -112,8 +138,8 @@ impl RouterSocket {
         })?;
         let (send_half, receive_half) = socket.split();
         Ok(Self {
-            sender: RouterSender { half: send_half },
-            receiver: RouterReceiver { half: receive_half, monitor, malformed_count: 0, _path: path },
+            sender: RouterSender { half: send_half, guard: None },
+            receiver: RouterReceiver { half: receive_half, monitor, door: Door::Open, malformed_count: 0, _path: path },
             endpoint,
             port,
         })
@@ -124,6 +150,7 @@ impl RouterSocket {
 #[derive(Clone)]
 pub struct RouterSender {
     half: RouterSendHalf,
+    guard: Option<Arc<Mutex<Guard>>>,
 }
 
 impl RouterSender {
@@ -133,12 +160,124 @@ impl RouterSender {
     /// [`SideChannelError::PeerGone`], or [`SideChannelError::QueueFull`] when the peer does not read. The message is
     /// dropped then, and nobody else is held up.
     pub fn try_send(&self, route: &Route, payload: Bytes) -> Result<(), SideChannelError> {
+        match &self.guard {
+            None => self.try_send_as_it_is(route, payload),
+            Some(guard) => lock(guard)
+                .seal(&route.peer, payload, |sealed| self.try_send_as_it_is(route, sealed))
+                .unwrap_or_else(|| Err(send_error(&route.peer, ZmqError::Other("not connected")))),
+        }
+    }
+
+    fn try_send_as_it_is(&self, route: &Route, payload: Bytes) -> Result<(), SideChannelError> {
         let mut message = ZmqMessage::from(payload);
         if route.delimited {
             message.push_front(Bytes::new());
         }
         message.push_front(route.peer.0.clone());
         self.half.try_send(message).map_err(|error| send_error(&route.peer, error))
+    }
+
+    /// Closes a connection; what was queued for it still leaves.
+    fn close(&self, peer: &PeerTag) {
+        if let Ok(identity) = PeerIdentity::try_from(peer.0.clone()) {
+            self.half.disconnect(&identity);
+        }
+    }
+}
+
+/// Held for a few hashes at most, and never across an await.
+fn lock(guard: &Mutex<Guard>) -> MutexGuard<'_, Guard> {
+    guard.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Who is let in.
+enum Door {
+    /// Everybody: somebody else decides, or nobody.
+    Open,
+    /// Everybody, and whoever wants to authenticate hears that nobody does here.
+    Unguarded { channel: Channel, way_back: RouterSender, complaints: Seldom },
+    /// Those who prove that they have the secret. `way_back` sends what is not sealed.
+    Guarded { guard: Arc<Mutex<Guard>>, way_back: RouterSender },
+}
+
+impl Door {
+    /// When somebody who stands in it has taken too long.
+    fn next_deadline(&self) -> Option<Instant> {
+        match self {
+            Self::Guarded { guard, .. } => lock(guard).next_deadline(),
+            _ => None,
+        }
+    }
+
+    /// Somebody has connected.
+    fn admit(&self, peer: PeerTag, address: String) {
+        if let Self::Guarded { guard, way_back } = self {
+            let evicted = lock(guard).admit(Instant::now(), peer, address);
+            evicted.iter().for_each(|peer| way_back.close(peer));
+        }
+    }
+
+    /// Closes those who have taken too long.
+    fn close_the_late(&self) {
+        if let Self::Guarded { guard, way_back } = self {
+            let now = Instant::now();
+            while let Some(peer) = { lock(guard).pop_late(now) } {
+                way_back.close(&peer);
+            }
+        }
+    }
+
+    /// A connection has ended; whether anybody has heard of it.
+    fn forget(&self, peer: &PeerTag) -> bool {
+        match self {
+            Self::Guarded { guard, .. } => lock(guard).forget(peer),
+            _ => true,
+        }
+    }
+
+    /// What becomes of a message.
+    fn judge(&mut self, peer: Route, payload: Bytes) -> Option<RouterEvent> {
+        match self {
+            Self::Open => Some(RouterEvent::Message { peer, payload }),
+            Self::Unguarded { channel, way_back, complaints } => {
+                if !auth::is_handshake(&payload) {
+                    return Some(RouterEvent::Message { peer, payload });
+                }
+                guard::log_hello_without_secret(complaints, *channel, &peer.peer);
+                if let Some(farewell) = auth::refuse().farewell {
+                    // Whoever does not read it waits in vain, which is its own business.
+                    drop(way_back.try_send_as_it_is(&peer, farewell.into()));
+                }
+                None
+            }
+            Self::Guarded { guard, way_back } => {
+                let (evicted, verdict) = lock(guard).judge(Instant::now(), &peer.peer, &payload);
+                evicted.iter().for_each(|peer| way_back.close(peer));
+                match verdict {
+                    Verdict::Deliver(payload) => Some(RouterEvent::Message { peer, payload }),
+                    Verdict::Ignore => None,
+                    Verdict::Answer(answer) => {
+                        drop(way_back.try_send_as_it_is(&peer, answer.into()));
+                        None
+                    }
+                    Verdict::Close { farewell, was_known } => {
+                        if let Some(farewell) = farewell {
+                            drop(way_back.try_send_as_it_is(&peer, farewell.into()));
+                        }
+                        way_back.close(&peer.peer);
+                        was_known.then_some(RouterEvent::Gone { peer: peer.peer })
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// At that time, or never.
+async fn at(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => tokio::time::sleep_until(deadline.into()).await,
+        None => std::future::pending().await,
     }
 }
 
@@ -152,6 +291,7 @@ impl fmt::Debug for RouterSender {
 pub struct RouterReceiver {
     half: RouterRecvHalf,
     monitor: mpsc::Receiver<SocketEvent>,
+    door: Door,
     malformed_count: u64,
     _path: Option<BoundPath>,
 }
@@ -168,7 +308,17 @@ impl RouterReceiver {
             let message = tokio::select! {
                 biased;
                 event = self.monitor.next() => match event? {
-                    SocketEvent::Disconnected(peer) => return Some(RouterEvent::Gone { peer: PeerTag(peer.into()) }),
+                    SocketEvent::Disconnected(peer) => {
+                        let peer = PeerTag(peer.into());
+                        if self.door.forget(&peer) {
+                            return Some(RouterEvent::Gone { peer });
+                        }
+                        continue;
+                    }
+                    SocketEvent::Accepted(endpoint, peer) => {
+                        self.door.admit(PeerTag(peer.into()), endpoint.to_string());
+                        continue;
+                    }
                     SocketEvent::AcceptFailed(error) => {
                         tracing::debug!(%error, "a connection was not accepted");
                         continue;
@@ -176,9 +326,17 @@ impl RouterReceiver {
                     _ => continue,
                 },
                 message = self.half.recv() => message.ok()?,
+                () = at(self.door.next_deadline()) => {
+                    self.door.close_the_late();
+                    continue;
+                }
             };
             match parse(message) {
-                Some(event) => return Some(event),
+                Some((peer, payload)) => {
+                    if let Some(event) = self.door.judge(peer, payload) {
+                        return Some(event);
+                    }
+                }
                 None => self.malformed_count += 1,
             }
         }
@@ -197,7 +355,7 @@ impl fmt::Debug for RouterReceiver {
 }
 
 /// `[identity][payload]` or `[identity][][payload]`.
-fn parse(message: ZmqMessage) -> Option<RouterEvent> {
+fn parse(message: ZmqMessage) -> Option<(Route, Bytes)> {
     let mut frames = message.into_vecdeque();
     let peer = PeerTag(frames.pop_front()?);
     debug_assert!(peer.0.len() <= PeerIdentity::MAX_LENGTH, "the library bounds identities");
@@ -206,5 +364,5 @@ fn parse(message: ZmqMessage) -> Option<RouterEvent> {
         frames.pop_front();
     }
     let payload = frames.pop_front().filter(|payload| frames.is_empty() && !payload.is_empty())?;
-    Some(RouterEvent::Message { peer: Route { peer, delimited }, payload })
+    Some((Route { peer, delimited }, payload))
 }

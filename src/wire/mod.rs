@@ -1,6 +1,7 @@
 //! What travels between a pd-sender, a pd-receiver, a proxy and LMCache's peers: messages, their msgpack encoding,
 //! and the limits that hold before anything is allocated. No sockets.
 
+pub mod auth;
 pub mod codec;
 pub mod limits;
 pub mod message;

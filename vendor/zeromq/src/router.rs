@@ -175,6 +175,12 @@ impl RouterSendHalf {
             .backend
             .try_send_to_peer(&peer_id, Message::Message(message))
     }
+
+    /// Closes the connection to a peer. What was queued for it before is still written; what it has sent and nobody
+    /// has received is dropped. A peer that is not there is no error.
+    pub fn disconnect(&self, peer_id: &PeerIdentity) {
+        self.inner.backend.peer_disconnected(peer_id);
+    }
 }
 
 /// The recv half of a [`RouterSocket`] produced by [`RouterSocket::split`].
