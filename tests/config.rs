@@ -3,10 +3,13 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use pd_backend::config::{BufferDevice, Config, ConfigError, EngineKind, Loaded, Options, ProxyConfig, Role};
+use pd_backend::config::{
+    BufferDevice, Config, ConfigError, EngineKind, Loaded, MetricsConfig, Options, ProxyConfig, Role,
+};
 use proptest::prelude::*;
 
 /// Shipped models with the bytes of their chunk of 256 tokens on one rank.
@@ -48,6 +51,87 @@ fn load(role: Role, text: &str) -> Result<Loaded, String> {
 
 /// Enough for a receiver, for tests of other keys.
 const MINIMAL: &str = "pd_buffer_size: 1GiB\npd_peer_init_port: 0\npd_peer_alloc_port: 0\n";
+
+const SECRET: &str = "0123456789abcdef0123456789abcdef";
+
+fn secret_file(mode: u32, content: impl AsRef<[u8]>) -> tempfile::NamedTempFile {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    fs::write(&file, content).unwrap();
+    fs::set_permissions(&file, fs::Permissions::from_mode(mode)).unwrap();
+    file
+}
+
+#[test]
+fn a_secret_is_read_from_a_file_that_others_cannot_read() {
+    // Broken in production: everybody on the machine reads the secret, or a secret of a few letters counts as one.
+    let text = |path: &Path| format!("{MINIMAL}pd_shared_secret_file: {}\n", path.display());
+    let with = |mode, content: &[u8]| {
+        let file = secret_file(mode, content);
+        load(Role::Receiver, &text(file.path())).map_err(|error| error.replace(&file.path().display().to_string(), "F"))
+    };
+    let kept: Vec<_> = [0o600, 0o400, 0o440, 0o640]
+        .into_iter()
+        .map(|mode| with(mode, format!("{SECRET}\n").as_bytes()).unwrap().config.shared_secret.unwrap().secret)
+        .collect();
+    assert_eq!(kept[0].expose(), SECRET.as_bytes());
+    assert!(kept.iter().all(|secret| *secret == kept[0]));
+    for (mode, content, error) in [
+        (
+            0o644,
+            SECRET,
+            "f.yaml:4: pd_shared_secret_file = \"F\": its mode 0644 gives others a right to it; chmod 0600 it, and make a new secret if others may have read it",
+        ),
+        (
+            0o620,
+            SECRET,
+            "f.yaml:4: pd_shared_secret_file = \"F\": its mode 0620 gives others a right to it; chmod 0600 it, and make a new secret if others may have read it",
+        ),
+        (
+            0o600,
+            " 0123456789abcdef0123456789abcde \n",
+            "f.yaml:4: pd_shared_secret_file = \"F\": it holds a secret of 31 bytes; expected 32 to 4096; make one with: openssl rand -hex 32",
+        ),
+        (
+            0o600,
+            "",
+            "f.yaml:4: pd_shared_secret_file = \"F\": it holds a secret of 0 bytes; expected 32 to 4096; make one with: openssl rand -hex 32",
+        ),
+    ] {
+        assert_eq!(with(mode, content.as_bytes()).unwrap_err(), error);
+    }
+    assert!(with(0o600, &[b'x'; 5000]).unwrap_err().contains("a secret of 5000 bytes"));
+    let folder = tempfile::tempdir().unwrap();
+    let pipe = folder.path().join("pipe");
+    rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, rustix::fs::Mode::from(0o600), 0).unwrap();
+    for (path, error) in [
+        (folder.path().join("absent"), "cannot be read: No such file or directory"),
+        (folder.path().to_owned(), "it is no regular file"),
+        (pipe, "it is no regular file"),
+    ] {
+        let seen = load(Role::Receiver, &text(&path)).unwrap_err();
+        assert!(seen.contains(error), "{seen}");
+    }
+}
+
+#[test]
+fn a_secret_is_shown_nowhere() {
+    // Broken in production: --check, or the log at start, hands the secret to whoever reads it.
+    let file = secret_file(0o600, SECRET);
+    let text = format!("{MINIMAL}pd_peer_host: 0.0.0.0\npd_shared_secret_file: {}\n", file.path().display());
+    let Loaded { config, notes } = load(Role::Receiver, &text).unwrap();
+    let path = file.path().display().to_string();
+    assert!(config.to_yaml().contains(&format!("\npd_shared_secret_file: \"{path}\"\n")), "{}", config.to_yaml());
+    assert!(config.to_line().contains(&path));
+    assert_eq!(load(Role::Receiver, &config.to_yaml()).unwrap().config, config);
+    for shown in [config.to_yaml(), config.to_line(), format!("{config:?}"), notes.join("\n")] {
+        assert!(!shown.contains(SECRET) && !shown.contains(&format!("{:?}", SECRET.as_bytes())), "{shown}");
+    }
+    // Without one, a port that others can reach is worth a warning; with one, it is not.
+    let warning = "whoever reaches these ports";
+    assert!(!notes.iter().any(|note| note.contains(warning)), "{notes:?}");
+    let open = load(Role::Receiver, &format!("{MINIMAL}pd_peer_host: 0.0.0.0\n")).unwrap().notes;
+    assert!(open.iter().any(|note| note.contains(warning) && note.contains("pd_shared_secret_file")), "{open:?}");
+}
 
 #[test]
 fn every_shipped_file_serves_every_model() {
@@ -98,7 +182,10 @@ fn the_defaults_that_the_files_state_are_the_defaults() {
 fn the_examples_in_the_files_are_accepted() {
     // Broken in production: a user takes the # from an example and is refused.
     for (file, role) in [("sender.yaml", Role::Sender), ("receiver.yaml", Role::Receiver)] {
+        let secret = secret_file(0o600, SECRET);
         let text = fs::read_to_string(shipped(file)).unwrap().replace("#? ", "");
+        assert!(text.contains("\npd_shared_secret_file: /etc/pd-backend/secret\n"), "{file}");
+        let text = text.replace("/etc/pd-backend/secret", &secret.path().display().to_string());
         let config = load(role, &text).unwrap().config;
         assert_eq!(config.engine.kind, Some(EngineKind::Nixl));
         assert_eq!(config.connector_endpoint, Some(format!("ipc:///tmp/pd-{}-0.sock", role.as_str())));
@@ -109,14 +196,42 @@ fn the_examples_in_the_files_are_accepted() {
 }
 
 #[test]
+fn metrics_are_served_on_loopback_unless_something_else_is_said() {
+    // Broken in production: metrics are open to the network by default, or the ranks of one host fight for a port.
+    let metrics = |line: &str| load(Role::Sender, &format!("{MINIMAL}{line}")).unwrap();
+    let on = |host: &str, port| Some(MetricsConfig { host: host.to_owned(), port });
+    assert_eq!(metrics("").config.metrics, on("127.0.0.1", 0));
+    assert_eq!(metrics("pd_metrics_port: [9400, 9401]").config.metrics, on("127.0.0.1", 9400));
+    assert_eq!(metrics("pd_metrics_port: none").config.metrics, None);
+    let open = metrics("pd_metrics_host: 0.0.0.0\npd_metrics_port: 9400");
+    assert_eq!(open.config.metrics, on("0.0.0.0", 9400));
+    assert!(open.notes.iter().any(|note| note.contains("pd_metrics_host = 0.0.0.0")), "{:?}", open.notes);
+    for (line, word) in [
+        ("pd_metrics_port: off", "none"),
+        ("pd_metrics_port: 65536", "65535"),
+        ("pd_metrics_port: false", "none"),
+        ("pd_metrics_host: http://x", "without scheme"),
+    ] {
+        let refusal = load(Role::Sender, &format!("{MINIMAL}{line}\n")).unwrap_err();
+        assert!(refusal.contains(word), "{line}: {refusal}");
+    }
+    let second_rank = |options: &mut Options| (options.rank, options.tp_size) = (1, Some(2));
+    let text = format!("{MINIMAL}pd_metrics_port: [9400]\n");
+    let refusal = load_text(Role::Sender, &text, second_rank).unwrap_err();
+    assert!(refusal.contains("pd_metrics_port") && refusal.contains("rank 1"), "{refusal}");
+}
+
+#[test]
 fn what_check_prints_means_the_same() {
     // Broken in production: --check shows an operator another configuration than the one that runs.
     let rich = "pd_buffer_size: 1000000007\npd_buffer_device: cuda:3\npd_peer_init_port: 7300\npd_peer_alloc_port: 7400\n\
         pd_peer_query_port: 7600\npd_proxy_host: proxy-0.example\npd_proxy_port: 7500\nkv_cache_dtype: fp8\nchunk_size: 16\n\
         model_name: \"a: odd #name\"\npd_retention_sec: 0.25\ntransfer_channel: local\nnixl_backends: [UCX, POSIX]\n\
-        pd_nixl_lib_dir: /opt/x y\npd_connector_endpoint: ipc:///tmp/{role}.sock\n";
+        pd_nixl_lib_dir: /opt/x y\npd_connector_endpoint: ipc:///tmp/{role}.sock\npd_metrics_host: \"::1\"\npd_metrics_port: 9400\n";
     for role in ROLES {
-        for text in [rich, MINIMAL] {
+        let lazy = format!("{MINIMAL}pd_buffer_initial_size: 100MB\n");
+        let unwatched = format!("{MINIMAL}pd_metrics_port: none\n");
+        for text in [rich, MINIMAL, &lazy, &unwatched] {
             let config = load(role, text).unwrap().config;
             let printed = config.to_yaml();
             let read_back = load(role, &printed).unwrap();
@@ -164,7 +279,7 @@ fn ranks_take_their_own_ports_and_devices() {
     let config = load_text(Role::Receiver, text, rank_one).unwrap().config;
     assert_eq!((config.init_port, config.alloc_port, config.query_port), (7301, 7401, Some(0)));
     assert_eq!(config.buffer.device, BufferDevice::Cuda(1));
-    assert_eq!((config.layout.tp_rank, config.layout.tp_size, config.layout.kv_heads), (1, 2, 4));
+    assert_eq!((config.layout.tp_rank, config.layout.tp_size, config.layout.first_group().kv_heads), (1, 2, 4));
     assert_eq!(config.connector_endpoint.as_deref(), Some("ipc:///tmp/receiver-1"));
 }
 
@@ -218,7 +333,7 @@ fn a_model_may_be_named_by_its_folder() {
     let folder = tempfile::tempdir().unwrap();
     fs::copy(model("qwen3-8b"), folder.path().join("config.json")).unwrap();
     let named = |options: &mut Options| options.model = Some(folder.path().to_owned());
-    assert_eq!(load_text(Role::Receiver, MINIMAL, named).unwrap().config.layout.layers, 36);
+    assert_eq!(load_text(Role::Receiver, MINIMAL, named).unwrap().config.layout.first_group().layers, 36);
 }
 
 #[test]
@@ -353,6 +468,10 @@ const REFUSED: &[(&str, &str)] = &[
         "f.yaml:4: pd_retention_sec = NaN; expected a number of seconds from 0.001 to 86400; write for example `pd_retention_sec: 300`",
     ),
     (
+        "pd_peer_timeout_sec: 0.5",
+        "f.yaml:4: pd_peer_timeout_sec = 0.5: pings are 1 s apart, and a peer would be given up after 0.5 s without any; make pd_peer_timeout_sec some times pd_heartbeat_interval_sec",
+    ),
+    (
         "pd_shutdown_timeout_sec: 1e300",
         "f.yaml:4: pd_shutdown_timeout_sec = 1e300; expected a number of seconds from 0 to 86400; write for example `pd_shutdown_timeout_sec: 5`",
     ),
@@ -440,6 +559,48 @@ fn refusals_that_depend_on_role_rank_and_model() {
     assert_eq!(
         rank("", 0, Some(3)),
         "llama-3-8b.json: 8 KV heads cannot be split over 3 tensor-parallel ranks; expected --tp-size to divide 8, or to be a multiple of it"
+    );
+}
+
+#[test]
+fn a_lazy_buffer_begins_and_grows_in_whole_slots() {
+    // Broken in production: a step begins inside a slot, or the buffer takes all its memory although told not to.
+    let slots = |lines: &str| {
+        let loaded = load(Role::Receiver, &format!("{MINIMAL}{lines}")).unwrap();
+        let buffer = loaded.config.buffer;
+        ((buffer.initial_slot_count, buffer.step_slot_count), buffer.is_lazy(), loaded.notes)
+    };
+    const CHUNK_BYTES: u64 = 33_554_432;
+    let (eager, lazy, notes) = slots("");
+    assert_eq!((eager, lazy, notes.len()), ((32, 32), false, 1));
+    let (initial, lazy, notes) = slots("pd_buffer_initial_size: 100MB\n");
+    assert_eq!((initial, lazy), ((2, 2), true));
+    assert_eq!(
+        notes[1],
+        "pd_buffer: lazy, 2 of 32 slots (67108864 bytes) at the start, 2 slots (67108864 bytes) in a step"
+    );
+    assert_eq!(slots("pd_buffer_initial_size: 1\n").0, (1, 1));
+    assert_eq!(slots("pd_buffer_initial_size: 256MiB\npd_buffer_growth_step: 1\n").0, (8, 1));
+    assert_eq!(slots("pd_buffer_initial_size: 256MiB\npd_buffer_growth_step: 1TiB\n").0, (8, 32));
+    assert_eq!(slots("pd_buffer_initial_size: 1GiB\npd_buffer_growth_step: 1\n").0, (32, 32));
+    let (_, lazy, notes) = slots("pd_buffer_growth_step: 64MiB\n");
+    assert!(!lazy);
+    assert_eq!(
+        notes[1],
+        "pd_buffer_growth_step has no effect here: the pd_buffer does not grow without pd_buffer_initial_size"
+    );
+    // A large buffer that begins small: the step is what it takes to get there at all.
+    let config = load(Role::Sender, "pd_buffer_size: 1TiB\npd_buffer_initial_size: 32MiB\n").unwrap().config;
+    assert_eq!((config.buffer.slot_count, config.buffer.step_slot_count), (32_768, 129));
+    assert_eq!(config.buffer_step_bytes(), 129 * CHUNK_BYTES);
+    let text = "pd_buffer_size: 1TiB\npd_buffer_initial_size: 32MiB\npd_buffer_growth_step: 64MiB\n";
+    assert_eq!(
+        load(Role::Sender, text).unwrap_err(),
+        "f.yaml:3: pd_buffer_growth_step = \"64MiB\": the pd_buffer would take more than 255 steps, each of which every peer is told of; raise it to at least 4128MiB"
+    );
+    assert_eq!(
+        load(Role::Receiver, &format!("{MINIMAL}pd_buffer_initial_size: 1025MiB\n")).unwrap_err(),
+        "f.yaml:4: pd_buffer_initial_size = \"1025MiB\": above pd_buffer_size, which is 1GiB; lower it, or leave it out for a buffer that has its whole size from the start"
     );
 }
 

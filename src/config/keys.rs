@@ -34,6 +34,8 @@ keys! {
     KV_CACHE_DTYPE = "kv_cache_dtype",
         "auto, bfloat16, float16, float32, float8_e4m3fn, float8_e5m2, uint8 or int8", "auto";
     PD_BUFFER_SIZE = "pd_buffer_size", SIZE_ACCEPTED, "4GiB";
+    PD_BUFFER_INITIAL_SIZE = "pd_buffer_initial_size", SIZE_ACCEPTED, "512MiB";
+    PD_BUFFER_GROWTH_STEP = "pd_buffer_growth_step", SIZE_ACCEPTED, "512MiB";
     PD_BUFFER_DEVICE = "pd_buffer_device", "cpu, cuda or cuda:N (N from 0 to 1023)", "cpu";
     PD_PEER_HOST = "pd_peer_host", HOST, "127.0.0.1";
     PD_PEER_INIT_PORT = "pd_peer_init_port", PORTS, "7300";
@@ -49,6 +51,8 @@ keys! {
     PD_WAIT_TIMEOUT_SEC = "pd_wait_timeout_sec", SECONDS, "120";
     PD_RETENTION_SEC = "pd_retention_sec", SECONDS, "300";
     PD_SHUTDOWN_TIMEOUT_SEC = "pd_shutdown_timeout_sec", SECONDS, "5";
+    PD_HEARTBEAT_INTERVAL_SEC = "pd_heartbeat_interval_sec", SECONDS, "1";
+    PD_PEER_TIMEOUT_SEC = "pd_peer_timeout_sec", SECONDS, "5";
     PD_CONDITION_POLL_INTERVAL_SEC = "pd_condition_poll_interval_sec", SECONDS, "0.005";
     PD_MAX_PREFILL_LEN = "pd_max_prefill_len", "a number of tokens from 0 to 4294967295", "0";
     PD_BACKEND_MODE = "pd_backend_mode", "sync or async", "async";
@@ -57,11 +61,18 @@ keys! {
         "nixl";
     NIXL_BACKENDS = "nixl_backends", "a list of 1 to 16 names of NIXL plugins", "[UCX]";
     PD_NIXL_LIB_DIR = "pd_nixl_lib_dir", "the folder of libnixl_capi.so", "/opt/nixl/lib";
+    PD_CHECKSUM = "pd_checksum", "off, sampled or full", "sampled";
     PD_NIXL_PROGRESS_DELAY_US = "pd_nixl_progress_delay_us", "a number of microseconds from 0 to 1000000", "10000";
     PD_CONNECTOR_ENDPOINT = "pd_connector_endpoint",
         "ipc:// and an absolute path of at most 100 bytes, in which {role} and {rank} are filled in",
         "ipc:///run/user/1000/pd-{role}-{rank}.sock";
+    PD_METRICS_HOST = "pd_metrics_host", HOST, "127.0.0.1";
+    PD_METRICS_PORT = "pd_metrics_port",
+        "none, a port from 0 to 65535, or a list of one such port per rank", "9400";
+    PD_SHARED_SECRET_FILE = "pd_shared_secret_file",
+        "the path of a file with 32 to 4096 bytes that others cannot read", "/etc/pd-backend/secret";
     PD_MAX_REQUESTS = "pd_max_requests", "a number from 1 to 1048576", "1024";
+    PD_MAX_PEER_REQUESTS = "pd_max_peer_requests", "a number from 1 to 1048576", "512";
     PD_MAX_REQUEST_CHUNKS = "pd_max_request_chunks", "a number from 1 to 65536", "4096";
     PD_MAX_PEERS = "pd_max_peers", "a number from 1 to 65536", "1024";
     PD_MAX_CLIENTS = "pd_max_clients", "a number from 1 to 1024", "16";

@@ -1,4 +1,4 @@
-//! Reads the files that the options name. The only part of the configuration that does.
+//! Reads the files that the options name.
 
 use std::fs::File;
 use std::io::Read;
@@ -7,6 +7,7 @@ use std::path::Path;
 use super::error::ConfigError;
 use super::raw::RawConfig;
 use super::resolve::{LayoutSource, Worker, resolve};
+use super::secret::read_secret;
 use super::{Config, Options, Role};
 
 /// Largest file that is read, in bytes. The largest config.json on model hubs have some hundred KiB.
@@ -31,6 +32,7 @@ impl Config {
         let yaml = options.config.as_deref().map(|path| read("the configuration", path)).transpose()?;
         let file = yaml.as_ref().map(|yaml| (yaml.file.as_str(), yaml.text.as_str()));
         let raw = RawConfig::parse(file, &options.set)?;
+        let secret = read_secret(&raw)?;
 
         // clap refuses both together; a caller that builds its own options gets the layout, which says more.
         let layout = match (&options.kv_layout, &options.model) {
@@ -43,7 +45,7 @@ impl Config {
             false => LayoutSource::Model { file: &text.file, text: &text.text },
         });
         let worker = Worker { rank: options.rank, tp_size: options.tp_size, model_name: options.model_name.as_deref() };
-        let (config, notes) = resolve(role, &raw, source, worker)?;
+        let (config, notes) = resolve(role, &raw, source, worker, secret)?;
         Ok(Loaded { config, notes })
     }
 }

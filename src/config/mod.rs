@@ -1,6 +1,6 @@
 //! What a daemon was told: the YAML, the command line and the model, checked into a [`Config`] that cannot be wrong.
 //!
-//! `load` is the only part that reads files and `options` the only one that knows the command line; the rest takes
+//! `load` and `secret` are the only parts that read files and `options` the only one that knows the command line; the rest takes
 //! text and values and gives a [`Config`] or a [`ConfigError`], so that every refusal can be tested without either.
 
 mod error;
@@ -9,6 +9,7 @@ mod load;
 mod options;
 mod raw;
 mod resolve;
+mod secret;
 mod show;
 mod size;
 mod values;
@@ -16,7 +17,7 @@ mod values;
 use std::path::PathBuf;
 use std::time::Duration;
 
-pub use crate::ids::EngineKind;
+pub use crate::ids::{ChecksumMode, EngineKind, SharedSecret};
 use crate::kv_layout::KvLayout;
 
 pub use error::ConfigError;
@@ -91,8 +92,12 @@ pub struct Config {
     pub query_port: Option<u16>,
     /// Sender: the proxy that is told when a request is ready; none: nobody is told.
     pub proxy: Option<ProxyConfig>,
+    /// What peers have to prove to know; none: whoever reaches the ports may talk.
+    pub shared_secret: Option<SecretFile>,
     /// Endpoint of the connector API; none: a name of its own, in the ready line.
     pub connector_endpoint: Option<String>,
+    /// Where metrics and health are served over HTTP; none: they are not.
+    pub metrics: Option<MetricsConfig>,
     /// How long everything may take.
     pub deadlines: Deadlines,
     /// How much of everything there may be.
@@ -108,6 +113,17 @@ pub struct BufferConfig {
     pub asked_bytes: u64,
     /// Slots under that ceiling, at least one.
     pub slot_count: u32,
+    /// Slots at the start, at least one; all of them unless the buffer is lazy.
+    pub initial_slot_count: u32,
+    /// Slots that a step adds to a lazy buffer, at least one; all of them where there is no step.
+    pub step_slot_count: u32,
+}
+
+impl BufferConfig {
+    /// Whether it begins shorter than it may become.
+    pub const fn is_lazy(&self) -> bool {
+        self.initial_slot_count < self.slot_count
+    }
 }
 
 /// The transfer engine.
@@ -119,6 +135,8 @@ pub struct EngineConfig {
     pub nixl_backends: Vec<String>,
     /// Where libnixl_capi.so is looked for first.
     pub nixl_lib_dir: Option<PathBuf>,
+    /// Which chunks are summed when they are read and checked when they have arrived.
+    pub checksum: ChecksumMode,
     /// Delay of NIXL's progress thread, in microseconds: 0 burns a core.
     pub nixl_progress_delay_us: u64,
 }
@@ -130,6 +148,24 @@ pub struct ProxyConfig {
     pub host: String,
     /// Port of its PULL socket.
     pub port: u16,
+}
+
+/// Where metrics and health are served.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MetricsConfig {
+    /// Host name or address that is bound.
+    pub host: String,
+    /// Port; 0 asks for a free one.
+    pub port: u16,
+}
+
+/// A secret and where it was read. Its `Debug` shows the file alone.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SecretFile {
+    /// Path as configured.
+    pub file: PathBuf,
+    /// What it holds.
+    pub secret: SharedSecret,
 }
 
 /// How long everything may take. None is infinite: the longest is [`DEADLINE_SEC_MAX`].
@@ -149,6 +185,10 @@ pub struct Deadlines {
     pub retention: Duration,
     /// Draining after SIGTERM (`pd_shutdown_timeout_sec`).
     pub shutdown: Duration,
+    /// Sender: from one ping to the next, to each connected receiver.
+    pub heartbeat: Duration,
+    /// A peer of which nothing is heard for so long is given up; above `heartbeat`.
+    pub peer: Duration,
 }
 
 /// How much of everything there may be.
@@ -156,6 +196,8 @@ pub struct Deadlines {
 pub struct Limits {
     /// Requests that have not ended, per daemon.
     pub requests_max: u32,
+    /// Receiver: requests of one sender that have not ended.
+    pub peer_requests_max: u32,
     /// Chunks of one request.
     pub request_chunks_max: u32,
     /// Peers shaken hands with.
@@ -165,8 +207,22 @@ pub struct Limits {
 }
 
 impl Config {
-    /// Bytes in the pd_buffer.
+    /// Bytes in the pd_buffer, at its ceiling.
     pub fn buffer_len_bytes(&self) -> u64 {
-        u64::from(self.buffer.slot_count) * self.layout.chunk_bytes()
+        self.slots_bytes(self.buffer.slot_count)
+    }
+
+    /// Bytes in the pd_buffer at the start.
+    pub fn buffer_initial_bytes(&self) -> u64 {
+        self.slots_bytes(self.buffer.initial_slot_count)
+    }
+
+    /// Bytes that a step adds to a lazy pd_buffer.
+    pub fn buffer_step_bytes(&self) -> u64 {
+        self.slots_bytes(self.buffer.step_slot_count)
+    }
+
+    fn slots_bytes(&self, slot_count: u32) -> u64 {
+        u64::from(slot_count) * self.layout.chunk_bytes()
     }
 }

@@ -5,11 +5,13 @@ use std::time::Duration;
 
 use super::error::ConfigError;
 use super::keys::{self, Key};
-use super::raw::{Entry, RawConfig};
+use super::raw::{Entry, RawConfig, RawValue};
 use super::size::exact_size;
 use super::{
-    BufferConfig, BufferDevice, Config, Deadlines, EngineConfig, EngineKind, Limits, ProxyConfig, Role, SLOT_COUNT_MAX,
+    BufferConfig, BufferDevice, ChecksumMode, Config, Deadlines, EngineConfig, EngineKind, Limits, MetricsConfig,
+    ProxyConfig, Role, SLOT_COUNT_MAX, SecretFile,
 };
+use crate::ids::BUFFER_PIECES_MAX;
 use crate::kv_layout::{
     CHUNK_TOKENS_MAX, GivenDefaults, KvLayout, MODEL_LEN_BYTES_MAX, ModelOptions, from_layout_json, from_model_config,
     parse_dtype,
@@ -20,6 +22,9 @@ const CHUNK_TOKENS_DEFAULT: u32 = 256;
 /// A path in a Unix socket's address has 107 bytes; some are left for what ZeroMQ's peers add.
 const ENDPOINT_PATH_LEN_BYTES_MAX: usize = 100;
 const NIXL_PROGRESS_DELAY_US_DEFAULT: u32 = 10_000;
+
+/// What is bound unless something else is said.
+const LOOPBACK: &str = "127.0.0.1";
 
 /// Where the layout comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,6 +49,7 @@ pub(super) fn resolve(
     raw: &RawConfig,
     source: Option<LayoutSource<'_>>,
     worker: Worker<'_>,
+    shared_secret: Option<SecretFile>,
 ) -> Result<(Config, Vec<String>), ConfigError> {
     let mut notes = Vec::new();
     check_mode(role, raw)?;
@@ -55,12 +61,14 @@ pub(super) fn resolve(
         role,
         rank,
         engine: engine(raw)?,
-        bind_host: bind_host(role, raw, &mut notes)?,
+        bind_host: bind_host(role, raw, shared_secret.is_some(), &mut notes)?,
         init_port: peers.init,
         alloc_port: peers.alloc,
         query_port: peers.query,
         proxy: proxy(role, raw)?,
+        shared_secret,
         connector_endpoint: connector_endpoint(role, raw, &layout)?,
+        metrics: metrics(raw, rank, &mut notes)?,
         deadlines: deadlines(raw, &mut notes)?,
         limits: limits(raw)?,
         buffer,
@@ -135,10 +143,11 @@ fn layout(raw: &RawConfig, source: Option<LayoutSource<'_>>, worker: Worker<'_>)
     let layout = layout.map_err(|source| ConfigError::Layout { file: file.to_owned(), source })?;
     // A model's dtype is overridden by this key; a layout that the connector gave is not.
     if let (true, Some(dtype), Some(entry)) = (given, kv_dtype, raw.entry(&keys::KV_CACHE_DTYPE))
-        && parse_dtype(&dtype).is_some_and(|(name, _)| name != layout.dtype)
+        && let Some((name, _)) = parse_dtype(&dtype)
+        && let Some(other) = layout.groups.iter().find(|group| group.dtype != name)
     {
         return Err(
-            entry.refused(format!("{file} says {}", layout.dtype), "leave it out where the connector gives the layout")
+            entry.refused(format!("{file} says {}", other.dtype), "leave it out where the connector gives the layout")
         );
     }
     Ok(layout)
@@ -184,7 +193,61 @@ fn buffer(raw: &RawConfig, layout: &KvLayout, rank: u32, notes: &mut Vec<String>
             format!("raise pd_buffer_size to at least {needed}, or lower it"),
         ));
     }
-    Ok(BufferConfig { device: buffer_device(raw, rank)?, asked_bytes, slot_count })
+    let (initial_slot_count, step_slot_count) = growth(raw, slot_count, asked_bytes, chunk_bytes, notes)?;
+    let device = buffer_device(raw, rank)?;
+    Ok(BufferConfig { device, asked_bytes, slot_count, initial_slot_count, step_slot_count })
+}
+
+/// Slots at the start, and in a step.
+fn growth(
+    raw: &RawConfig,
+    slot_count: u32,
+    asked_bytes: u64,
+    chunk_bytes: u64,
+    notes: &mut Vec<String>,
+) -> Result<(u32, u32), ConfigError> {
+    // Steps behind the first piece.
+    const STEPS_MAX: u32 = (BUFFER_PIECES_MAX - 1) as u32;
+    let whole_slots = |bytes: u64| u32::try_from(bytes / chunk_bytes).unwrap_or(u32::MAX).clamp(1, slot_count);
+    let step_key = &keys::PD_BUFFER_GROWTH_STEP;
+    let step = raw.size(step_key)?.map(whole_slots);
+    let Some(initial_bytes) = raw.size(&keys::PD_BUFFER_INITIAL_SIZE)? else {
+        if step.is_some() {
+            notes.push(format!(
+                "{} has no effect here: the pd_buffer does not grow without {}",
+                step_key.name,
+                keys::PD_BUFFER_INITIAL_SIZE.name
+            ));
+        }
+        return Ok((slot_count, slot_count));
+    };
+    if initial_bytes > asked_bytes {
+        return Err(required(raw, &keys::PD_BUFFER_INITIAL_SIZE)?.refused(
+            format!("above pd_buffer_size, which is {}", exact_size(asked_bytes)),
+            "lower it, or leave it out for a buffer that has its whole size from the start",
+        ));
+    }
+    let initial = whole_slots(initial_bytes);
+    if initial == slot_count {
+        return Ok((slot_count, slot_count));
+    }
+    let least = (slot_count - initial).div_ceil(STEPS_MAX);
+    let step = match step {
+        None => initial.max(least),
+        Some(step) if step >= least => step,
+        Some(_) => {
+            return Err(required(raw, step_key)?.refused(
+                format!("the pd_buffer would take more than {STEPS_MAX} steps, each of which every peer is told of"),
+                format!("raise it to at least {}", exact_size(u64::from(least) * chunk_bytes)),
+            ));
+        }
+    };
+    notes.push(format!(
+        "pd_buffer: lazy, {initial} of {slot_count} slots ({} bytes) at the start, {step} slots ({} bytes) in a step",
+        u64::from(initial) * chunk_bytes,
+        u64::from(step) * chunk_bytes
+    ));
+    Ok((initial, step))
 }
 
 fn buffer_device(raw: &RawConfig, rank: u32) -> Result<BufferDevice, ConfigError> {
@@ -211,25 +274,67 @@ fn buffer_device(raw: &RawConfig, rank: u32) -> Result<BufferDevice, ConfigError
 
 fn engine(raw: &RawConfig) -> Result<EngineConfig, ConfigError> {
     const BACKENDS_MAX: usize = 16;
+    let checksums = [ChecksumMode::Off, ChecksumMode::Sampled, ChecksumMode::Full].map(|mode| (mode.as_str(), mode));
     let kinds = [("nixl", EngineKind::Nixl), ("local", EngineKind::Local)];
     let delay_us = raw.whole(&keys::PD_NIXL_PROGRESS_DELAY_US, 0, 1_000_000)?;
     Ok(EngineConfig {
         kind: raw.choice(&keys::TRANSFER_CHANNEL, &kinds)?,
         nixl_backends: raw.names(&keys::NIXL_BACKENDS, BACKENDS_MAX)?.unwrap_or_else(|| vec!["UCX".to_owned()]),
         nixl_lib_dir: raw.text(&keys::PD_NIXL_LIB_DIR, 4096)?.map(PathBuf::from),
+        checksum: raw.choice(&keys::PD_CHECKSUM, &checksums)?.unwrap_or_default(),
         nixl_progress_delay_us: delay_us.unwrap_or(NIXL_PROGRESS_DELAY_US_DEFAULT).into(),
     })
 }
 
-fn bind_host(role: Role, raw: &RawConfig, notes: &mut Vec<String>) -> Result<String, ConfigError> {
-    let host = raw.host(&keys::PD_PEER_HOST)?.unwrap_or_else(|| "127.0.0.1".to_owned());
-    let local = host == "localhost" || host.starts_with("127.") || host == "::1";
-    if role == Role::Receiver && !local {
+fn bind_host(role: Role, raw: &RawConfig, has_secret: bool, notes: &mut Vec<String>) -> Result<String, ConfigError> {
+    let host = raw.host(&keys::PD_PEER_HOST)?.unwrap_or_else(|| LOOPBACK.to_owned());
+    if role == Role::Receiver && !is_loopback(&host) && !has_secret {
         notes.push(format!(
-            "pd_peer_host = {host}: whoever reaches these ports can fill the pd_buffer; keep them inside a trusted network"
+            "pd_peer_host = {host}: whoever reaches these ports can fill the pd_buffer; keep them inside a trusted network, or give all daemons a pd_shared_secret_file"
         ));
     }
     Ok(host)
+}
+
+fn is_loopback(host: &str) -> bool {
+    host == "localhost" || host.starts_with("127.") || host == "::1"
+}
+
+/// Where metrics are served: on a free port of loopback unless something else is said.
+fn metrics(raw: &RawConfig, rank: u32, notes: &mut Vec<String>) -> Result<Option<MetricsConfig>, ConfigError> {
+    let host = raw.host(&keys::PD_METRICS_HOST)?.unwrap_or_else(|| LOOPBACK.to_owned());
+    let key = &keys::PD_METRICS_PORT;
+    let port = match raw.entry(key).map(|entry| &entry.value) {
+        None => 0,
+        Some(RawValue::Text(text)) if text == "none" => return Ok(None),
+        Some(_) => of_rank(raw, key, rank)?.unwrap_or(0),
+    };
+    if !is_loopback(&host) {
+        notes.push(format!(
+            "pd_metrics_host = {host}: whoever reaches this port can read the metrics; keep it inside a trusted network"
+        ));
+    }
+    Ok(Some(MetricsConfig { host, port }))
+}
+
+/// This rank's port, where the key says one.
+fn of_rank(raw: &RawConfig, key: &'static Key, rank: u32) -> Result<Option<u16>, ConfigError> {
+    match raw.ports(key)?.as_deref() {
+        None => Ok(None),
+        // Port 0 is another port in every process.
+        Some([0]) => Ok(Some(0)),
+        Some(ports) => match usize::try_from(rank).ok().and_then(|index| ports.get(index)) {
+            Some(port) => Ok(Some(*port)),
+            None => Err(required(raw, key)?.refused(
+                format!(
+                    "this is rank {rank}, and there are ports for {} rank{}",
+                    ports.len(),
+                    if ports.len() == 1 { "" } else { "s" }
+                ),
+                "write a list with one port per rank, or 0 for a free port",
+            )),
+        },
+    }
 }
 
 struct PeerPorts {
@@ -241,22 +346,10 @@ struct PeerPorts {
 /// A receiver's ports. A sender may have them in its file, and does not use them.
 fn peer_ports(role: Role, raw: &RawConfig, rank: u32) -> Result<PeerPorts, ConfigError> {
     let of_rank = |key: &'static Key| -> Result<Option<u16>, ConfigError> {
-        let ports = raw.ports(key)?;
-        match (role, ports.as_deref()) {
-            (Role::Sender, _) | (_, None) => Ok(None),
-            // Port 0 is another port in every process.
-            (Role::Receiver, Some([0])) => Ok(Some(0)),
-            (Role::Receiver, Some(ports)) => match usize::try_from(rank).ok().and_then(|index| ports.get(index)) {
-                Some(port) => Ok(Some(*port)),
-                None => Err(required(raw, key)?.refused(
-                    format!(
-                        "this is rank {rank}, and there are ports for {} rank{}",
-                        ports.len(),
-                        if ports.len() == 1 { "" } else { "s" }
-                    ),
-                    "write a list with one port per rank, or 0 for a free port",
-                )),
-            },
+        match role {
+            // Read all the same: a file that is wrong is wrong for both.
+            Role::Sender => raw.ports(key).map(|_| None),
+            Role::Receiver => of_rank(raw, key, rank),
         }
     };
     let (init, alloc, query) =
@@ -327,7 +420,26 @@ fn deadlines(raw: &RawConfig, notes: &mut Vec<String>) -> Result<Deadlines, Conf
     const NONE: Duration = Duration::ZERO;
     const LEAST: Duration = Duration::from_millis(1);
     let mut seconds = |key, min, default_sec| raw.seconds(key, min, Duration::from_secs(default_sec), notes);
+    let heartbeat = seconds(&keys::PD_HEARTBEAT_INTERVAL_SEC, LEAST, 1)?;
+    let peer = seconds(&keys::PD_PEER_TIMEOUT_SEC, LEAST, 5)?;
+    if peer <= heartbeat {
+        let key = if raw.entry(&keys::PD_PEER_TIMEOUT_SEC).is_some() {
+            &keys::PD_PEER_TIMEOUT_SEC
+        } else {
+            &keys::PD_HEARTBEAT_INTERVAL_SEC
+        };
+        return Err(required(raw, key)?.refused(
+            format!(
+                "pings are {} s apart, and a peer would be given up after {} s without any",
+                heartbeat.as_secs_f64(),
+                peer.as_secs_f64()
+            ),
+            "make pd_peer_timeout_sec some times pd_heartbeat_interval_sec",
+        ));
+    }
     Ok(Deadlines {
+        heartbeat,
+        peer,
         allocation: seconds(&keys::PD_ALLOCATION_TIMEOUT_SEC, NONE, 30)?,
         handshake: seconds(&keys::PD_HANDSHAKE_TIMEOUT_SEC, LEAST, 10)?,
         write: seconds(&keys::PD_WRITE_TIMEOUT_SEC, LEAST, 120)?,
@@ -342,6 +454,7 @@ fn limits(raw: &RawConfig) -> Result<Limits, ConfigError> {
     let limit = |key, max, default| raw.whole(key, 1, max).map(|limit| limit.unwrap_or(default));
     Ok(Limits {
         requests_max: limit(&keys::PD_MAX_REQUESTS, 1 << 20, 1024)?,
+        peer_requests_max: limit(&keys::PD_MAX_PEER_REQUESTS, 1 << 20, 512)?,
         request_chunks_max: limit(&keys::PD_MAX_REQUEST_CHUNKS, 65_536, 4096)?,
         peers_max: limit(&keys::PD_MAX_PEERS, 65_536, 1024)?,
         clients_max: limit(&keys::PD_MAX_CLIENTS, 1024, 16)?,

@@ -20,25 +20,30 @@ impl Config {
     /// means the same.
     pub fn to_yaml(&self) -> String {
         let layout = &self.layout;
-        let mut text = format!(
-            "# pd-{}, rank {} of {}\n# one chunk: {} tokens of {} bytes, {} bytes in all ({})\n# one token: {} planes x {} layers x {} KV heads x {} elements of {} ({} bytes each)\n# pd_buffer: {} slots, {} bytes; {} bytes of pd_buffer_size left over\n",
-            self.role.as_str(),
-            self.rank,
-            layout.tp_size,
-            layout.chunk_tokens,
-            layout.token_bytes(),
-            layout.chunk_bytes(),
-            exact_size(layout.chunk_bytes()),
-            layout.kv_planes,
-            layout.layers,
-            layout.kv_heads,
-            layout.head_size,
-            layout.dtype,
-            layout.dtype_bytes,
+        let mut text = format!("# pd-{}, rank {} of {}\n", self.role.as_str(), self.rank, layout.tp_size);
+        for group in &layout.groups {
+            let of_group = if group.name.is_empty() { String::new() } else { format!(" of group {}", group.name) };
+            let chunk_bytes = group.partial_bytes(layout.chunk_tokens);
+            text.push_str(&format!(
+                "# one chunk{of_group}: {} tokens of {} bytes, {chunk_bytes} bytes in all ({})\n",
+                layout.chunk_tokens,
+                group.token_bytes(),
+                exact_size(chunk_bytes),
+            ));
+            if group.is_opaque() {
+                continue;
+            }
+            text.push_str(&format!(
+                "# one token{of_group}: {} planes x {} layers x {} KV heads x {} elements of {} ({} bytes each)\n",
+                group.kv_planes, group.layers, group.kv_heads, group.head_size, group.dtype, group.dtype_bytes,
+            ));
+        }
+        text.push_str(&format!(
+            "# pd_buffer: {} slots, {} bytes; {} bytes of pd_buffer_size left over\n",
             self.buffer.slot_count,
             self.buffer_len_bytes(),
             self.buffer.asked_bytes.saturating_sub(self.buffer_len_bytes()),
-        );
+        ));
         for line in self.lines() {
             let comment = if line.set { "" } else { "# " };
             let remark = if line.remark.is_empty() { String::new() } else { format!("  # {}", line.remark) };
@@ -70,13 +75,23 @@ impl Config {
             set(&keys::MODEL_NAME, quoted(&self.layout.model), "peers with another name are refused"),
             set(&keys::CHUNK_SIZE, self.layout.chunk_tokens, "tokens"),
             Line {
-                set: parse_dtype(&self.layout.dtype).is_some(),
-                ..set(&keys::KV_CACHE_DTYPE, &self.layout.dtype, "of the KV cache")
+                set: parse_dtype(&self.layout.first_group().dtype).is_some(),
+                ..set(&keys::KV_CACHE_DTYPE, &self.layout.first_group().dtype, "of the KV cache")
             },
             set(
                 &keys::PD_BUFFER_SIZE,
                 exact_size(self.buffer.asked_bytes),
                 format!("{} bytes, a ceiling", self.buffer.asked_bytes),
+            ),
+            optional(
+                &keys::PD_BUFFER_INITIAL_SIZE,
+                self.buffer.is_lazy().then(|| exact_size(self.buffer_initial_bytes())),
+                "all of it from the start",
+            ),
+            optional(
+                &keys::PD_BUFFER_GROWTH_STEP,
+                self.buffer.is_lazy().then(|| exact_size(self.buffer_step_bytes())),
+                "all of it from the start",
             ),
             set(&keys::PD_BUFFER_DEVICE, self.buffer.device, ""),
             optional(
@@ -90,7 +105,13 @@ impl Config {
                 self.engine.nixl_lib_dir.as_ref().map(|dir| quoted(&dir.display().to_string())),
                 "NIXL_LIB_DIR, or where the system's loader looks",
             ),
+            set(&keys::PD_CHECKSUM, self.engine.checksum.as_str(), "chunks checked on arrival"),
             set(&keys::PD_NIXL_PROGRESS_DELAY_US, self.engine.nixl_progress_delay_us, "microseconds"),
+            optional(
+                &keys::PD_SHARED_SECRET_FILE,
+                self.shared_secret.as_ref().map(|secret| quoted(&secret.file.display().to_string())),
+                "peers are not authenticated",
+            ),
             optional(
                 &keys::PD_CONNECTOR_ENDPOINT,
                 self.connector_endpoint.as_deref().map(quoted),
@@ -117,7 +138,19 @@ impl Config {
             seconds(&keys::PD_WAIT_TIMEOUT_SEC, deadlines.wait),
             seconds(&keys::PD_RETENTION_SEC, deadlines.retention),
             seconds(&keys::PD_SHUTDOWN_TIMEOUT_SEC, deadlines.shutdown),
+            optional(
+                &keys::PD_METRICS_HOST,
+                self.metrics.as_ref().map(|metrics| quoted(&metrics.host)),
+                "metrics are not served",
+            ),
+            match &self.metrics {
+                Some(metrics) => set(&keys::PD_METRICS_PORT, metrics.port, port_remark(metrics.port)),
+                None => set(&keys::PD_METRICS_PORT, "none", "metrics are not served"),
+            },
+            seconds(&keys::PD_HEARTBEAT_INTERVAL_SEC, deadlines.heartbeat),
+            seconds(&keys::PD_PEER_TIMEOUT_SEC, deadlines.peer),
             set(&keys::PD_MAX_REQUESTS, limits.requests_max, "that have not ended"),
+            set(&keys::PD_MAX_PEER_REQUESTS, limits.peer_requests_max, "of one sender, at a receiver"),
             set(&keys::PD_MAX_REQUEST_CHUNKS, limits.request_chunks_max, "per request"),
             set(&keys::PD_MAX_PEERS, limits.peers_max, ""),
             set(&keys::PD_MAX_CLIENTS, limits.clients_max, ""),

@@ -61,6 +61,8 @@ impl RawConfig {
     pub(super) fn choice<T: Copy>(&self, key: &Key, choices: &[(&str, T)]) -> Result<Option<T>, ConfigError> {
         self.read(key, |value| match value {
             RawValue::Text(text) => choices.iter().find(|(name, _)| name == text).map(|(_, choice)| *choice),
+            // YAML reads a bare `off` as a boolean.
+            RawValue::Bool(false) => choices.iter().find(|(name, _)| *name == "off").map(|(_, choice)| *choice),
             _ => None,
         })
     }
