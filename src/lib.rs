@@ -12,6 +12,7 @@
 //!        runtime -> protocol     -> slot -> address
 //!              |                 '-> wire -> ids
 //!              |-> connector    -> side_channel -> wire
+//!              |-> metrics      -> protocol, connector
 //!              |-> transfer     -> buffer -> address
 //!              '-> config       -> kv_layout
 //!        bench   -> connector, side_channel, buffer, config
@@ -36,6 +37,7 @@ pub mod config;
 pub mod connector;
 pub mod ids;
 pub mod kv_layout;
+pub mod metrics;
 pub mod protocol;
 pub mod runtime;
 pub mod side_channel;

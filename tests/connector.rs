@@ -5,9 +5,9 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use pd_backend::connector::message::{BufferHandle, CONNECTOR_API_VERSION, Reply, Request};
+use pd_backend::connector::message::{BufferHandle, CONNECTOR_API_VERSION, Group, Reply, Request};
 use pd_backend::connector::{Client, ConnectorEvent, ConnectorServer};
-use pd_backend::ids::{ChunkKey, ClientId, FailureKind, RequestId, Seq};
+use pd_backend::ids::{ChunkKey, ClientId, FailureKind, GroupIndex, RequestId, Seq};
 use pd_backend::side_channel::{Dealer, IpcName};
 use pd_backend::wire::{decode, encode};
 
@@ -33,10 +33,11 @@ fn attached(id: Seq) -> Reply {
         id,
         version: CONNECTOR_API_VERSION,
         role: "sender".into(),
-        buffer: BufferHandle::Host { pid: 1, fd: 3, len_bytes: 4096, inode: 9 },
+        buffer: BufferHandle::Host { pid: 1, fd: 3, len_bytes: 4096, inode: 9, present_bytes: 4096 },
         chunk_bytes: 1024,
         slot_count: 4,
         chunk_tokens: 256,
+        groups: vec![Group { name: String::new(), token_bytes: 4 }],
         layout: vec![("dtype".into(), "bfloat16".into())],
     }
 }
@@ -104,7 +105,7 @@ async fn who_is_not_attached_is_told_to_attach() {
     let newer = Request::Attach { id: Seq(2), version: 99, client: "test".into() };
     let (kind, text) = refusal(&mut client, &newer).await;
     assert_eq!(kind, FailureKind::HandshakeRefused);
-    assert!(text.contains("version 99") && text.contains("this daemon version 1"), "{text}");
+    assert!(text.contains("version 99") && text.contains("this daemon version 2"), "{text}");
     assert_eq!(soon(client.request(&attach(3))).await.unwrap(), attached(Seq(3)));
     let (kind, text) = refusal(&mut client, &attach(4)).await;
     assert_eq!(kind, FailureKind::BadRequest);
@@ -231,9 +232,10 @@ fn requests_and_replies_have_these_bytes() {
         last_chunk_tokens: 17,
         receiver: pd_backend::ids::PeerAddress { host: "h".into(), init_port: 7300, alloc_port: 7400 },
         wait_ms: None,
+        groups: vec![GroupIndex(0)],
     };
     let golden = [
-        &b"\x86\xa4type\xa4open"[..],     // map of 6
+        &b"\x87\xa4type\xa4open"[..],     // map of 7
         b"\xa2id\x02",                    // 2
         b"\xa6req_id\xa1r",               // "r"
         b"\xa4keys\x91\xa2k0",            // array of 1
@@ -241,24 +243,32 @@ fn requests_and_replies_have_these_bytes() {
         b"\xa8receiver\x83\xa4host\xa1h", // map of 3: "h"
         b"\xa9init_port\xcd\x1c\x84",     //   7300
         b"\xaaalloc_port\xcd\x1c\xe8",    //   7400
+        b"\xa6groups\x91\x00",            // array of 1: 0
     ]
     .concat();
     assert_eq!(encode(&open).escape_ascii().to_string(), golden.escape_ascii().to_string());
     assert_eq!(decode::<Request>(&golden).unwrap(), open);
+    let Request::Open { id, req_id, keys, last_chunk_tokens, receiver, wait_ms, .. } = open else { panic!() };
+    let left_out = Request::Open { id, req_id, keys, last_chunk_tokens, receiver, wait_ms, groups: Vec::new() };
+    let nil = [&golden[..golden.len() - 2], b"\xc0"].concat();
+    assert_eq!(decode::<Request>(&nil).unwrap(), left_out, "nil means left out");
 
     let golden = [
-        &b"\x89\xa4type\xa8attached"[..],  // map of 9
+        &b"\x8a\xa4type\xa8attached"[..],  // map of 10
         b"\xa2id\x01",                     // 1
-        b"\xa7version\x01",                // 1
+        b"\xa7version\x02",                // 2
         b"\xa4role\xa6sender",             // "sender"
-        b"\xa6buffer\x85\xa4kind\xa4host", // map of 5: "host"
+        b"\xa6buffer\x86\xa4kind\xa4host", // map of 6: "host"
         b"\xa3pid\x01",                    //   1
         b"\xa2fd\x03",                     //   3
         b"\xa9len_bytes\xcd\x10\x00",      //   4096
         b"\xa5inode\x09",                  //   9
+        b"\xadpresent_bytes\xcd\x10\x00",  //   4096
         b"\xabchunk_bytes\xcd\x04\x00",    // 1024
         b"\xaaslot_count\x04",             // 4
         b"\xacchunk_tokens\xcd\x01\x00",   // 256
+        b"\xa6groups\x91\x82\xa4name\xa0", // array of 1: map of 2: ""
+        b"\xabtoken_bytes\x04",            //   4
         b"\xa6layout\x91\x92\xa5dtype",    // array of 1: array of 2: "dtype",
         b"\xa8bfloat16",                   //   "bfloat16"
     ]

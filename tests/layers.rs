@@ -16,7 +16,8 @@ const MAY_NAME: &[(&str, &[&str])] = &[
     ("buffer", &["address", "ids"]),
     ("transfer", &["buffer", "ids"]),
     ("wire", &["ids"]),
-    ("protocol", &["slot", "wire", "ids"]),
+    ("protocol", &["address", "slot", "wire", "ids"]),
+    ("metrics", &["connector", "protocol", "ids"]),
     ("side_channel", &["wire", "ids"]),
     ("connector", &["side_channel", "wire", "ids"]),
     (
@@ -28,6 +29,7 @@ const MAY_NAME: &[(&str, &[&str])] = &[
             "connector",
             "ids",
             "kv_layout",
+            "metrics",
             "protocol",
             "side_channel",
             "slot",
@@ -47,6 +49,7 @@ const PURE: &[&str] = &[
     "wire",
     "protocol",
     "kv_layout",
+    "metrics",
     "config/mod.rs",
     "config/raw.rs",
     "config/resolve.rs",
@@ -73,8 +76,13 @@ const IMPURE: &[&str] = &[
 ];
 
 /// Libraries that one place alone may name.
-const ONE_PLACE: &[(&str, &[&str])] =
-    &[("nixl_sys", &["src/transfer/nixl"]), ("cudarc", &["src/buffer/cuda.rs"]), ("zeromq::", &["src/side_channel"])];
+const ONE_PLACE: &[(&str, &[&str])] = &[
+    ("nixl_sys", &["src/transfer/nixl"]),
+    ("cudarc", &["src/buffer/cuda.rs"]),
+    ("zeromq::", &["src/side_channel"]),
+    ("prometheus_client", &["src/metrics"]),
+    ("hyper::", &["src/runtime/http.rs", "src/bench/scrape.rs"]),
+];
 
 fn rust_files(root: &Path) -> Vec<PathBuf> {
     let mut files = Vec::new();

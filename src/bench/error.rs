@@ -128,6 +128,14 @@ pub enum BenchError {
         /// What was seen.
         reason: String,
     },
+    /// A running daemon did not say how it is.
+    #[error("status of {endpoint}: {reason}")]
+    Status {
+        /// Where it was asked.
+        endpoint: String,
+        /// What was seen instead.
+        reason: String,
+    },
     /// This machine would not do something.
     #[error("{what}: {source}")]
     Machine {

@@ -99,6 +99,7 @@ async fn open_and_cancel(pair: &mut Pair, number: u32, key_count: u32) -> Result
         id: crate::ids::Seq(0),
         req_id: req_id.clone(),
         keys,
+        groups: Vec::new(),
         last_chunk_tokens: pair.chunk_tokens,
         receiver: pair.address.clone(),
         wait_ms: None,

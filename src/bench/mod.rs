@@ -5,6 +5,7 @@
 //! | `loopback` | do chunks arrive whole, and how fast against a memcpy of the same bytes in the same run? |
 //! | `latency`  | how long does one small chunk, or an allocation of many, take against a bare ZeroMQ round trip? |
 //! | `idle`     | what do two daemons cost that have nothing to do? |
+//! | `status`   | what does a running daemon have, and what has it counted? |
 //!
 //! Nothing here is part of a daemon: it knows them by their command line and the connector API.
 
@@ -23,11 +24,13 @@ mod plan;
 mod pool;
 mod report;
 mod round;
+mod scrape;
 mod session;
+mod status;
 mod summary;
 
 pub use error::BenchError;
-pub use options::{Command, DaemonOptions, IdleOptions, LatencyOptions, LoopbackOptions, Options};
+pub use options::{Command, DaemonOptions, IdleOptions, LatencyOptions, LoopbackOptions, Options, StatusOptions};
 
 /// Does what the command line asks for, and prints the result on standard output.
 ///
@@ -45,6 +48,7 @@ pub fn run(options: &Options) -> Result<(), BenchError> {
             Command::Loopback(options) => loopback::run(options).await,
             Command::Latency(options) => latency::run(options).await,
             Command::Idle(options) => idle::run(options).await,
+            Command::Status(options) => status::run(options).await,
             Command::Echo => ping::serve().await,
         }
     });

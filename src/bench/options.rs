@@ -4,16 +4,17 @@ use std::path::PathBuf;
 
 use crate::ids::EngineKind;
 
-/// Starts a pd-sender and a pd-receiver on this machine, ships chunks between them and measures.
+/// Starts a pd-sender and a pd-receiver on this machine, ships chunks between them and measures; or asks a running one
+/// how it is.
 #[derive(Debug, Clone, clap::Parser)]
 #[command(name = "pd-bench", version)]
 pub struct Options {
-    /// What to measure.
+    /// What to do.
     #[command(subcommand)]
     pub command: Command,
 }
 
-/// What to measure.
+/// What to do.
 #[derive(Debug, Clone, clap::Subcommand)]
 pub enum Command {
     /// Ship requests, verify every byte at the receiver, and compare with a memcpy in the same run.
@@ -22,6 +23,8 @@ pub enum Command {
     Latency(LatencyOptions),
     /// CPU time of both daemons while nothing happens.
     Idle(IdleOptions),
+    /// Slots, buffer, requests, peers and connectors of a running daemon.
+    Status(StatusOptions),
     /// The other end of the bare ZeroMQ round trip.
     #[command(hide = true)]
     Echo,
@@ -113,6 +116,24 @@ pub struct IdleOptions {
     pub json: bool,
 }
 
+/// `pd-bench status`.
+#[derive(Debug, Clone, clap::Args)]
+#[command(group(clap::ArgGroup::new("door").required(true)))]
+pub struct StatusOptions {
+    /// The daemon's connector API, as its ready line names it
+    #[arg(long, value_name = "ENDPOINT", group = "door")]
+    pub connector: Option<String>,
+    /// The daemon's metrics, as its ready line names them
+    #[arg(long, value_name = "URL", group = "door")]
+    pub metrics: Option<String>,
+    /// Longest wait for the answer, in seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub timeout_s: u64,
+    /// Print one JSON object, the fields of `status` in docs/connector-api.md
+    #[arg(long)]
+    pub json: bool,
+}
+
 #[cfg(test)]
 mod tests {
     use clap::{CommandFactory, Parser};
@@ -130,5 +151,10 @@ mod tests {
         assert_eq!(options.daemons.set, ["a=1", "b=2"]);
         assert_eq!(options.daemons.engine, Some(EngineKind::Local));
         assert!(Options::try_parse_from(["pd-bench", "loopback", "--requests", "0"]).is_err());
+        assert!(Options::try_parse_from(["pd-bench", "status"]).is_err(), "of which daemon?");
+        assert!(Options::try_parse_from(["pd-bench", "status", "--connector", "a", "--metrics", "b"]).is_err());
+        assert!(
+            Options::try_parse_from(["pd-bench", "status", "--json", "--metrics", "http://127.0.0.1:9400"]).is_ok()
+        );
     }
 }

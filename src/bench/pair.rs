@@ -108,7 +108,7 @@ impl End {
         let Reply::Attached { buffer, chunk_bytes, slot_count, chunk_tokens, layout, .. } = attached else {
             return Err(link.unexpected("attached", &attached));
         };
-        let BufferHandle::Host { pid, fd, len_bytes, inode } = buffer;
+        let BufferHandle::Host { pid, fd, len_bytes, inode, .. } = buffer;
         let mapping = HostMapping::open(&HostHandle { pid, fd, len_bytes, inode })
             .map_err(|source| BenchError::Buffer { role: role.as_str(), source })?;
         let model = layout.into_iter().find(|(name, _)| name == "model").map(|(_, value)| value).unwrap_or_default();

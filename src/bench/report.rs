@@ -198,7 +198,7 @@ pub(super) fn print_json(report: &impl Serialize) {
 }
 
 /// Bytes in MiB, without a fraction of zeros.
-fn mib(bytes: u64) -> String {
+pub(super) fn mib(bytes: u64) -> String {
     let text = format!("{:.2}", bytes as f64 / (1u64 << 20) as f64);
     text.trim_end_matches('0').trim_end_matches('.').to_owned()
 }

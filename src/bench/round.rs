@@ -71,6 +71,7 @@ async fn open(pair: &mut Pair, requests: &[PlannedRequest]) -> Result<(), BenchE
             id,
             req_id: request.req_id.clone(),
             keys: request.keys.clone(),
+            groups: Vec::new(),
             last_chunk_tokens: request.last_chunk_tokens,
             receiver,
             wait_ms: None,

@@ -2,12 +2,14 @@
 //!
 //! A client speaks first and chooses `id`; every request gets exactly one reply with that `id`. Events have no `id`.
 
-use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 
-use crate::ids::{ChunkKey, FailureKind, LeaseId, PeerAddress, RequestId, Seq, SlotIndex};
+use serde::{Deserialize, Deserializer, Serialize};
+
+use crate::ids::{ChunkKey, FailureKind, GroupIndex, LeaseId, PeerAddress, RequestId, Seq, SlotIndex};
 
 /// The version of this API.
-pub const CONNECTOR_API_VERSION: u16 = 1;
+pub const CONNECTOR_API_VERSION: u16 = 2;
 
 /// From the engine's process to the daemon.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -41,13 +43,17 @@ pub enum Request {
         req_id: RequestId,
         /// The chunks' keys, in the order of the prompt.
         keys: Vec<ChunkKey>,
-        /// Tokens in the last chunk, 1 to chunk_tokens.
+        /// Tokens in the last chunk of each group, 1 to chunk_tokens.
         last_chunk_tokens: u32,
         /// Where to.
         receiver: PeerAddress,
         /// How long to wait for slots, in milliseconds; the configured time when left out.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         wait_ms: Option<u64>,
+        /// Of which group of layers each chunk is, as a position in `attached`'s `groups`; all of the first when left
+        /// out.
+        #[serde(default, deserialize_with = "nil_is_left_out", skip_serializing_if = "Vec::is_empty")]
+        groups: Vec<GroupIndex>,
     },
     /// Sender: local slots to fill, one for each of these chunks. Answered by `staged`, all at once.
     Stage {
@@ -106,6 +112,11 @@ pub enum Request {
     },
 }
 
+/// A field that may be left out may be nil as well.
+fn nil_is_left_out<'de, D: Deserializer<'de>, T: Deserialize<'de> + Default>(deserializer: D) -> Result<T, D::Error> {
+    Ok(Option::deserialize(deserializer)?.unwrap_or_default())
+}
+
 impl Request {
     /// The `id` that the reply carries.
     pub const fn id(&self) -> Seq {
@@ -130,7 +141,7 @@ pub struct SendPart {
     /// A slot from `staged`.
     pub slot: SlotIndex,
     /// Where the part starts, in bytes from the start of the slot.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "nil_is_left_out")]
     pub offset_bytes: u64,
     /// How long it is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -151,12 +162,14 @@ pub enum Reply {
         role: String,
         /// How to map the pd_buffer.
         buffer: BufferHandle,
-        /// Bytes from one slot to the next, and of a whole chunk.
+        /// Bytes of a slot: of a whole chunk of the group that has the largest.
         chunk_bytes: u64,
-        /// Number of slots.
+        /// Number of slots that the buffer is or can become.
         slot_count: u32,
         /// Tokens in a whole chunk.
         chunk_tokens: u32,
+        /// The groups of layers that keep the same shape of cache, at least one.
+        groups: Vec<Group>,
         /// What a chunk is, as the handshake compares it.
         layout: Vec<(String, String)>,
     },
@@ -282,6 +295,15 @@ impl Reply {
     }
 }
 
+/// Layers that keep the same shape of cache.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Group {
+    /// What it is called; empty for the only one.
+    pub name: String,
+    /// Bytes of one token.
+    pub token_bytes: u64,
+}
+
 /// Phases of a sent request, in microseconds.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Timings {
@@ -307,6 +329,9 @@ pub enum BufferHandle {
         len_bytes: u64,
         /// Inode of the memfd, to tell it from another file behind a reused pid.
         inode: u64,
+        /// How much of it has its pages, from the start, in bytes. The rest comes when the buffer grows: a client that
+        /// touched it would take memory that the daemon has not.
+        present_bytes: u64,
     },
 }
 
@@ -328,6 +353,8 @@ pub struct StagedSlot {
 pub struct ReadyChunk {
     /// Its key.
     pub key: ChunkKey,
+    /// Of which group of layers it is.
+    pub group: GroupIndex,
     /// The slot.
     pub slot: SlotIndex,
     /// Where it starts in the buffer, in bytes.
@@ -343,9 +370,9 @@ pub struct Status {
     pub role: String,
     /// Transfer engine.
     pub engine: String,
-    /// Slots in the buffer.
+    /// Slots that the buffer is or can become.
     pub slot_count: u32,
-    /// Slots that can be handed out at once.
+    /// Slots' worth of bytes that are free, or hold a chunk that nobody needs; of a buffer that grows, as it is now.
     pub slots_free: u32,
     /// Slots being filled or written.
     pub slots_reserved: u32,
@@ -365,4 +392,49 @@ pub struct Status {
     pub peers: u32,
     /// Attached clients.
     pub clients: u32,
+    /// The buffer's bytes.
+    pub buffer: BufferUsage,
+    /// Receiver: of the ready slots, those that a request or a lease needs; the others make room when it is needed.
+    #[serde(default)]
+    pub slots_held: u32,
+    /// Of the active requests, those that wait for slots of the receiver.
+    #[serde(default)]
+    pub requests_waiting: u32,
+    /// Clients' calls that wait: `stage` at a sender, `wait` at a receiver.
+    #[serde(default)]
+    pub waits: u32,
+    /// Receiver: leases that clients have not released.
+    #[serde(default)]
+    pub leases: u32,
+    /// Sender: transfers that the engine has not finished.
+    #[serde(default)]
+    pub transfers_in_flight: u32,
+    /// Receiver: chunks freed because nobody fetched or used them in time.
+    #[serde(default)]
+    pub chunks_expired: u64,
+    /// Whether it was told to stop, and takes no new requests.
+    #[serde(default)]
+    pub draining: bool,
+    /// `requests_failed` by kind of failure; kinds that have not happened are left out.
+    #[serde(default)]
+    pub failures: BTreeMap<String, u64>,
+}
+
+/// How full and how fragmented a pd_buffer is, all of one moment.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BufferUsage {
+    /// Its length now, in bytes.
+    pub len_bytes: u64,
+    /// How long it can become, in bytes.
+    pub len_max_bytes: u64,
+    /// Bytes taken: chunks that are being written, are ready, or are quarantined.
+    pub used_bytes: u64,
+    /// Bytes free.
+    pub free_bytes: u64,
+    /// Longest free range, in bytes.
+    pub largest_free_bytes: u64,
+    /// Number of free ranges.
+    pub free_range_count: u64,
+    /// For each group, how many more of its whole chunks fit now, with nothing let go.
+    pub chunks_fit: Vec<u64>,
 }

@@ -2,7 +2,7 @@
 
 use super::error::RuntimeError;
 use super::translate;
-use crate::buffer::Memory;
+use crate::buffer::MemoryManager;
 use crate::config::Config;
 use crate::connector::message::Reply;
 use crate::connector::server::{ConnectorEvent, ConnectorServer};
@@ -55,8 +55,8 @@ impl Clients {
     }
 
     /// Tells a new client how to map the buffer, and what is in it.
-    pub(super) fn attach(&mut self, client: ClientId, id: Seq, name: &str, config: &Config, memory: &Memory) {
+    pub(super) fn attach(&mut self, client: ClientId, id: Seq, name: &str, config: &Config, manager: &MemoryManager) {
         tracing::info!(%client, name, "connector attached");
-        self.reply(client, &translate::attached(id, config, memory));
+        self.reply(client, &translate::attached(id, config, manager));
     }
 }

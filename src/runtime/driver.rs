@@ -6,7 +6,9 @@ use tokio::sync::mpsc::{self, Receiver, Sender, UnboundedReceiver, UnboundedSend
 use tokio::time::{sleep, sleep_until, timeout};
 
 use super::error::RuntimeError;
+use super::inquiry::{Answerer, Phase};
 use super::lifecycle::Stop;
+use crate::metrics::Snapshot;
 
 /// How many messages from sockets may wait for the driver; then their tasks wait, and their peers with them.
 const MESSAGES_QUEUED_MAX: usize = 1024;
@@ -63,8 +65,10 @@ pub(super) trait Daemon {
     /// # Errors
     /// What the daemon cannot go on without.
     fn perform(&mut self) -> Result<bool, RuntimeError>;
-    /// Writes what happened to the log.
+    /// Writes what happened to the log, and counts it.
     fn log_notes(&mut self);
+    /// What it has counted and what it has.
+    fn snapshot(&self) -> Snapshot;
     /// Begins to drain.
     fn begin_shutdown(&mut self, now: Instant);
     /// Whether it has drained.
@@ -78,8 +82,11 @@ pub(super) async fn drive<D: Daemon>(
     daemon: &mut D,
     mut inbox: Inbox<D::Event>,
     drain: Duration,
+    mut answerer: Answerer,
 ) -> Result<(), RuntimeError> {
     let mut drain_until: Option<Instant> = None;
+    let mut phase = Phase::Serving;
+    answerer.answer(phase, daemon.snapshot());
     loop {
         while daemon.perform()? {
             tokio::task::yield_now().await;
@@ -95,6 +102,10 @@ pub(super) async fn drive<D: Daemon>(
             event = inbox.news.recv() => event,
             event = inbox.messages.recv() => event,
             event = daemon.listen() => Some(event),
+            () = answerer.asked() => {
+                answerer.answer(phase, daemon.snapshot());
+                None
+            }
             () = sleep_until_some(deadline) => None,
         };
         let now = Instant::now();
@@ -106,6 +117,7 @@ pub(super) async fn drive<D: Daemon>(
             Some(stop) => {
                 tracing::info!(?stop, drain_ms = drain.as_millis() as u64, "stopping: no new requests, draining");
                 drain_until = Some(now + drain);
+                phase = Phase::Draining;
                 daemon.begin_shutdown(now);
             }
             None => {}

@@ -4,8 +4,9 @@ use uuid::Uuid;
 
 use super::process;
 use crate::config::Config;
+use crate::kv_layout::KvGroup;
 use crate::protocol::ChunkShape;
-use crate::wire::message::{CAPABILITY_COMMIT, Hello, PROTOCOL_VERSION, PROTOCOL_VERSION_MIN};
+use crate::wire::message::{CAPABILITY_COMMIT, CAPABILITY_HEARTBEAT, Hello, PROTOCOL_VERSION, PROTOCOL_VERSION_MIN};
 
 /// A name for this process that no other has had: a restarted daemon is a new peer.
 pub(super) fn instance_name(config: &Config) -> String {
@@ -19,19 +20,20 @@ pub(super) fn hello(config: &Config, instance: &str, engine: &str) -> Hello {
         instance: instance.to_owned(),
         engine: engine.to_owned(),
         layout: config.layout.fingerprint(),
-        capabilities: vec![CAPABILITY_COMMIT.to_owned()],
+        capabilities: vec![CAPABILITY_COMMIT.to_owned(), CAPABILITY_HEARTBEAT.to_owned()],
         process: process::own_identity(),
     }
 }
 
 pub(super) fn chunk_shape(config: &Config) -> ChunkShape {
     let layout = &config.layout;
+    let first = layout.first_group();
     ChunkShape {
-        chunk_bytes: layout.chunk_bytes(),
-        token_bytes: layout.token_bytes(),
+        slot_bytes: layout.chunk_bytes(),
         chunk_tokens: layout.chunk_tokens,
-        wire_format: layout.wire_format(),
-        wire_shape: layout.wire_shape(),
-        dtype: layout.wire_dtype().to_owned(),
+        token_bytes: layout.groups.iter().map(KvGroup::token_bytes).collect(),
+        wire_format: first.wire_format(),
+        wire_shape: first.wire_shape(layout.chunk_tokens),
+        dtype: first.wire_dtype().to_owned(),
     }
 }

@@ -15,12 +15,15 @@
 //! | `clients`, `translate` | the connector API: who is attached, and its words for the sessions' words |
 //! | `lifecycle`, `process` | signals, the parent, the ends of peers' processes |
 //! | `notes`, `error` | log lines, and why a daemon could not go on |
+//! | `http`, `inquiry`, `usage` | metrics and health: the server, how it asks the driver, what the process uses |
 
 mod clients;
 mod driver;
 mod engine_thread;
 mod error;
+mod http;
 mod identity;
+mod inquiry;
 mod lifecycle;
 mod notes;
 mod peer_links;
@@ -32,6 +35,7 @@ mod receiver;
 mod sender;
 mod setup;
 mod translate;
+mod usage;
 
 pub use error::RuntimeError;
 

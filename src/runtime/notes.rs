@@ -1,4 +1,4 @@
-//! What the sessions note, as log lines: which peer, which request, how many chunks and bytes, how long each phase.
+//! What the sessions note, as log lines (`metrics::Tally` counts the same notes): which peer, which request, how many chunks and bytes, how long each phase.
 
 use std::time::Duration;
 
@@ -12,14 +12,25 @@ fn ms(time: Duration) -> f64 {
     time.as_micros() as f64 / 1e3
 }
 
+fn log_grown(result: Result<u64, String>) {
+    match result {
+        Ok(len_bytes) => info!(len_bytes, "pd_buffer has grown"),
+        Err(text) => warn!("pd_buffer could not grow: {text}"),
+    }
+}
+
 pub(super) fn log_receiver(note: receiver::Note) {
     use receiver::Note;
     match note {
+        Note::Grown { result } => log_grown(result),
         Note::PeerMet { instance } => info!(sender = %instance, "shook hands"),
         Note::PeerRefused { instance, failure } => {
             warn!(sender = %instance, kind = %failure.kind, "refused: {}", failure.text);
         }
         Note::PeerLost { instance, reason } => info!(sender = %instance, "sender {reason}"),
+        Note::Corrupted { request, instance, chunks } => warn!(
+            %request, sender = %instance, chunks, "chunks arrived otherwise than they were sent"
+        ),
         Note::Granted { request, instance, chunks, already_sent, waited } => debug!(
             %request, sender = %instance, chunks, already_sent, waited_ms = ms(waited), "granted"
         ),
@@ -48,8 +59,9 @@ pub(super) fn log_receiver(note: receiver::Note) {
 pub(super) fn log_sender(note: sender::Note) {
     use sender::Note;
     match note {
-        Note::PeerUp { address, instance, slot_count, took } => info!(
-            receiver = %address, instance, slot_count, took_ms = ms(took), "shook hands"
+        Note::Grown { result } => log_grown(result),
+        Note::PeerUp { address, instance, len_bytes, took } => info!(
+            receiver = %address, instance, buffer_bytes = len_bytes, took_ms = ms(took), "shook hands"
         ),
         Note::PeerDown { address, failure } => {
             warn!(receiver = %address, kind = %failure.kind, "receiver given up: {}", failure.text);

@@ -6,9 +6,10 @@ use std::time::Duration;
 use tokio::sync::mpsc::Sender;
 use tokio::task::JoinHandle;
 
-use crate::ids::{Failure, FailureKind, PeerAddress, PeerId};
+use super::ports::channel;
+use crate::ids::{Failure, FailureKind, PeerAddress, PeerId, SharedSecret};
 use crate::protocol::Port;
-use crate::side_channel::{Dealer, DealerReceiver, DealerSender, tcp_address};
+use crate::side_channel::{Access, Dealer, DealerReceiver, DealerSender, SideChannelError, tcp_address};
 use crate::wire::{Message, decode, encode};
 
 /// What the links tell the driver.
@@ -35,17 +36,20 @@ pub(super) struct PeerLinks<E> {
     links: BTreeMap<PeerId, Links>,
     tasks: BTreeMap<PeerId, JoinHandle<()>>,
     events: Sender<E>,
+    secret: Option<SharedSecret>,
     timeout: Duration,
 }
 
 impl<E: From<LinkEvent> + Send + 'static> PeerLinks<E> {
-    pub(super) fn new(events: Sender<E>, timeout: Duration) -> Self {
-        Self { links: BTreeMap::new(), tasks: BTreeMap::new(), events, timeout }
+    pub(super) fn new(events: Sender<E>, secret: Option<SharedSecret>, timeout: Duration) -> Self {
+        Self { links: BTreeMap::new(), tasks: BTreeMap::new(), events, secret, timeout }
     }
 
     /// Begins to connect; [`LinkEvent::Opened`] or [`LinkEvent::Closed`] follows.
     pub(super) fn open(&mut self, peer: PeerId, address: PeerAddress) {
-        let task = tokio::spawn(run_links(peer, address, self.timeout, self.events.clone()));
+        let access = |port| Access { channel: channel(port), secret: self.secret.clone(), timeout: self.timeout };
+        let access = [access(Port::Init), access(Port::Alloc)];
+        let task = tokio::spawn(run_links(peer, address, access, self.events.clone()));
         self.tasks.insert(peer, task);
     }
 
@@ -77,8 +81,8 @@ impl<E: From<LinkEvent> + Send + 'static> PeerLinks<E> {
 }
 
 /// Connects, then reads both sockets until one of them ends.
-async fn run_links<E: From<LinkEvent>>(peer: PeerId, address: PeerAddress, timeout: Duration, events: Sender<E>) {
-    let failure = match connect(&address, timeout).await {
+async fn run_links<E: From<LinkEvent>>(peer: PeerId, address: PeerAddress, access: [Access; 2], events: Sender<E>) {
+    let failure = match connect(&address, &access).await {
         Ok((links, init, alloc)) => {
             if events.send(LinkEvent::Opened { peer, links: Box::new(links) }.into()).await.is_err() {
                 return;
@@ -96,20 +100,32 @@ async fn run_links<E: From<LinkEvent>>(peer: PeerId, address: PeerAddress, timeo
     drop(events.send(LinkEvent::Closed { peer, failure }.into()).await);
 }
 
-async fn connect(address: &PeerAddress, timeout: Duration) -> Result<(Links, DealerReceiver, DealerReceiver), Failure> {
-    let unreachable =
-        |error: crate::side_channel::SideChannelError| Failure::new(FailureKind::PeerUnreachable, error.to_string());
+async fn connect(
+    address: &PeerAddress,
+    access: &[Access; 2],
+) -> Result<(Links, DealerReceiver, DealerReceiver), Failure> {
     let endpoint = |port| tcp_address(&address.host, port);
-    let (init, init_inbox) = Dealer::connect(&endpoint(address.init_port), timeout).await.map_err(unreachable)?;
-    let (alloc, alloc_inbox) = Dealer::connect(&endpoint(address.alloc_port), timeout).await.map_err(unreachable)?;
+    let failed = |error| link_failure(FailureKind::PeerUnreachable, &error);
+    let [for_init, for_alloc] = access;
+    let (init, init_inbox) = Dealer::connect_port(&endpoint(address.init_port), for_init).await.map_err(failed)?;
+    let (alloc, alloc_inbox) = Dealer::connect_port(&endpoint(address.alloc_port), for_alloc).await.map_err(failed)?;
     Ok((Links { init, alloc }, init_inbox, alloc_inbox))
+}
+
+/// A link's end as a request's: `otherwise`, unless it is about who may talk.
+fn link_failure(otherwise: FailureKind, error: &SideChannelError) -> Failure {
+    let kind = match error {
+        SideChannelError::NotAuthenticated { .. } => FailureKind::HandshakeRefused,
+        _ => otherwise,
+    };
+    Failure::new(kind, error.to_string())
 }
 
 async fn read<E: From<LinkEvent>>(peer: PeerId, port: Port, mut socket: DealerReceiver, events: &Sender<E>) -> Failure {
     loop {
         let payload = match socket.recv().await {
             Ok(payload) => payload,
-            Err(error) => return Failure::new(FailureKind::PeerLost, error.to_string()),
+            Err(error) => return link_failure(FailureKind::PeerLost, &error),
         };
         match decode::<Message>(&payload) {
             Ok(message) => {

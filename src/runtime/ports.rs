@@ -1,6 +1,6 @@
 //! A receiver's ports and the tasks that read them.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use tokio::sync::mpsc::Sender;
 
@@ -8,7 +8,8 @@ use super::error::RuntimeError;
 use crate::config::Config;
 use crate::ids::clip;
 use crate::protocol::Port;
-use crate::side_channel::{PeerTag, Route, RouterEvent, RouterReceiver, RouterSender, RouterSocket};
+use crate::side_channel::{Access, PeerTag, Route, RouterEvent, RouterReceiver, RouterSender, RouterSocket, Seldom};
+use crate::wire::auth::Channel;
 use crate::wire::{Message, decode, encode};
 
 /// How a message's sender is answered. Two are equal when they name the same connection.
@@ -56,11 +57,10 @@ impl Ports {
         config: &Config,
         events: &Sender<E>,
     ) -> Result<Self, RuntimeError> {
-        let host = &config.bind_host;
-        let init = bind_one(host, config.init_port, Port::Init, events).await?;
-        let alloc = bind_one(host, config.alloc_port, Port::Alloc, events).await?;
+        let init = bind_one(config, config.init_port, Port::Init, events).await?;
+        let alloc = bind_one(config, config.alloc_port, Port::Alloc, events).await?;
         let query = match config.query_port {
-            Some(port) => Some(bind_one(host, port, Port::Query, events).await?),
+            Some(port) => Some(bind_one(config, port, Port::Query, events).await?),
             None => None,
         };
         Ok(Self { init, alloc, query })
@@ -93,18 +93,33 @@ impl Ports {
 }
 
 async fn bind_one<E: From<PortEvent> + Send + 'static>(
-    host: &str,
+    config: &Config,
     number: u16,
     port: Port,
     events: &Sender<E>,
 ) -> Result<Bound, RuntimeError> {
-    let RouterSocket { sender, receiver, port: number, .. } = RouterSocket::bind_tcp(host, number).await?;
+    let access = Access {
+        channel: channel(port),
+        secret: config.shared_secret.as_ref().map(|file| file.secret.clone()),
+        timeout: config.deadlines.handshake,
+    };
+    let bound = RouterSocket::bind_port(&config.bind_host, number, access).await?;
+    let RouterSocket { sender, receiver, port: number, .. } = bound;
     tokio::spawn(read(port, receiver, events.clone()));
     Ok(Bound { sender, number })
 }
 
+/// What authentication calls a port.
+pub(super) const fn channel(port: Port) -> Channel {
+    match port {
+        Port::Init => Channel::Init,
+        Port::Alloc => Channel::Alloc,
+        Port::Query => Channel::Query,
+    }
+}
+
 async fn read<E: From<PortEvent>>(port: Port, mut receiver: RouterReceiver, events: Sender<E>) {
-    let mut unreadable = Unreadable::default();
+    let mut unreadable = Seldom::default();
     while let Some(event) = receiver.recv().await {
         let event = match event {
             RouterEvent::Message { peer: route, payload } => match decode::<Message>(&payload) {
@@ -113,7 +128,10 @@ async fn read<E: From<PortEvent>>(port: Port, mut receiver: RouterReceiver, even
                     PortEvent::Message { port, from, message: Box::new(message) }
                 }
                 Err(error) => {
-                    unreadable.warn(port, &error.to_string());
+                    if let Some(unsaid) = unreadable.permit(Instant::now()) {
+                        let error = clip(&error.to_string());
+                        tracing::warn!(?port, unsaid, "a message that cannot be read, ignored: {error}");
+                    }
                     continue;
                 }
             },
@@ -122,24 +140,5 @@ async fn read<E: From<PortEvent>>(port: Port, mut receiver: RouterReceiver, even
         if events.send(event.into()).await.is_err() {
             return;
         }
-    }
-}
-
-/// Complaints about messages that cannot be read: one a second, so that nobody fills the disk with them.
-#[derive(Default)]
-struct Unreadable {
-    said_at: Option<Instant>,
-    unsaid: u64,
-}
-
-impl Unreadable {
-    fn warn(&mut self, port: Port, error: &str) {
-        if self.said_at.is_some_and(|at| at.elapsed() < Duration::from_secs(1)) {
-            self.unsaid += 1;
-            return;
-        }
-        let unsaid = std::mem::take(&mut self.unsaid);
-        self.said_at = Some(Instant::now());
-        tracing::warn!(?port, unsaid, "a message that cannot be read, ignored: {}", clip(error));
     }
 }

@@ -21,7 +21,7 @@ pub(super) struct ReadyLine {
     pub(super) alloc_port: Option<u16>,
     /// Port of cache queries, when it is served.
     pub(super) query_port: Option<u16>,
-    /// URL of the metrics; none while there are none.
+    /// URL of the metrics, where they are served.
     pub(super) metrics: Option<String>,
     pub(super) engine: &'static str,
     pub(super) chunk_bytes: u64,

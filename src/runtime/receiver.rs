@@ -1,7 +1,6 @@
 //! The pd-receiver: a [`ReceiverSession`] with its engine, its ports and its readers.
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
 use std::time::Instant;
 
 use tokio::sync::mpsc::UnboundedSender;
@@ -9,18 +8,21 @@ use tokio::sync::mpsc::UnboundedSender;
 use super::clients::Clients;
 use super::driver::{self, Daemon, OUTPUTS_AT_ONCE};
 use super::engine_thread::{Command, EngineEvent, EngineThread};
+use super::http::HttpServer;
+use super::inquiry::inquiry;
 use super::lifecycle::{self, Stop};
 use super::ports::{PortEvent, Ports, RouteKey};
 use super::ready::ReadyLine;
 use super::setup::Foundation;
 use super::{RunOptions, RuntimeError, identity, notes, process, setup, translate};
-use crate::buffer::Memory;
+use crate::buffer::MemoryManager;
 use crate::config::Config;
 use crate::connector::message::{Reply, Request, Status};
 use crate::connector::server::ConnectorEvent;
 use crate::ids::ClientId;
-use crate::protocol::ReceiverSession;
-use crate::protocol::receiver::{Note, Output, ReceiverSettings};
+use crate::metrics::{Snapshot, Tally};
+use crate::protocol::receiver::{Answer, Note, Output, ReceiverSettings};
+use crate::protocol::{ReceiverSession, Safeguards};
 
 /// The process behind a peer has ended.
 struct ProcessEnded {
@@ -42,13 +44,15 @@ super::event_sources!(
 
 struct ReceiverDaemon {
     config: Config,
-    memory: Arc<Memory>,
+    manager: MemoryManager,
     engine_name: &'static str,
     session: ReceiverSession<RouteKey>,
     engine: EngineThread<String>,
     ports: Ports,
     clients: Clients,
     notes: Vec<Note>,
+    tally: Tally,
+    draining: bool,
     /// Peers whose processes are watched.
     watched: BTreeSet<String>,
     news: UnboundedSender<Event>,
@@ -59,10 +63,13 @@ pub(super) async fn run(config: Config, options: RunOptions) -> Result<(), Runti
     let (mailbox, mut inbox) = driver::mailbox::<Event>();
     lifecycle::watch(&mailbox.news, options.exit_with_parent)?;
     let instance = identity::instance_name(&config);
+    // Before the buffer: a port that is taken is found at once, and probes are answered while the buffer is filled.
+    let (asker, answerer) = inquiry();
+    let http = config.metrics.as_ref().map(|metrics| HttpServer::start(metrics, asker)).transpose()?;
     // Ports first: a port that is taken is found before gigabytes are allocated.
     let ports = Ports::bind(&config, &mailbox.messages).await?;
     let foundation = setup::lay_foundation(&config, &instance, &mailbox.news, &mut inbox).await?;
-    let Some(Foundation { memory, engine, started }) = foundation else {
+    let Some(Foundation { manager, engine, started }) = foundation else {
         tracing::info!("told to stop before it was ready");
         return Ok(());
     };
@@ -73,14 +80,20 @@ pub(super) async fn run(config: Config, options: RunOptions) -> Result<(), Runti
         metadata: started.export.metadata,
         descriptors: started.export.descriptors,
         chunk: identity::chunk_shape(&config),
-        slot_count: config.buffer.slot_count,
+        addresses: manager.addresses().clone(),
+        len_max_bytes: config.buffer_len_bytes(),
         allocation_timeout: config.deadlines.allocation,
         write_timeout: config.deadlines.write,
         wait_timeout: config.deadlines.wait,
         retention: config.deadlines.retention,
+        checksum: config.engine.checksum,
         requests_max: config.limits.requests_max as usize,
+        peer_requests_max: config.limits.peer_requests_max as usize,
         request_chunks_max: config.limits.request_chunks_max as usize,
         peers_max: config.limits.peers_max as usize,
+        heartbeat_interval: config.deadlines.heartbeat,
+        peer_timeout: config.deadlines.peer,
+        safeguards: Safeguards::default(),
     });
     let ready = ReadyLine {
         event: "ready",
@@ -90,7 +103,7 @@ pub(super) async fn run(config: Config, options: RunOptions) -> Result<(), Runti
         init_port: Some(ports.init_port()),
         alloc_port: Some(ports.alloc_port()),
         query_port: ports.query_port(),
-        metrics: None,
+        metrics: http.as_ref().map(HttpServer::metrics_url),
         engine: started.engine,
         chunk_bytes: config.layout.chunk_bytes(),
         slot_count: config.buffer.slot_count,
@@ -98,13 +111,15 @@ pub(super) async fn run(config: Config, options: RunOptions) -> Result<(), Runti
     let drain = config.deadlines.shutdown;
     let mut daemon = ReceiverDaemon {
         config,
-        memory,
+        manager,
         engine_name: started.engine,
         session,
         engine,
         ports,
         clients,
         notes: Vec::new(),
+        tally: Tally::receiver(),
+        draining: false,
         watched: BTreeSet::new(),
         news: mailbox.news.clone(),
     };
@@ -113,7 +128,7 @@ pub(super) async fn run(config: Config, options: RunOptions) -> Result<(), Runti
         init_port = ready.init_port, alloc_port = ready.alloc_port, "ready"
     );
     ready.print()?;
-    driver::drive(&mut daemon, inbox, drain).await
+    driver::drive(&mut daemon, inbox, drain, answerer).await
 }
 
 impl Daemon for ReceiverDaemon {
@@ -129,11 +144,17 @@ impl Daemon for ReceiverDaemon {
                 self.session.handle_message(now, port, from, *message);
             }
             Event::Port(PortEvent::Gone { route }) => self.session.handle_route_gone(now, &route),
+            Event::Engine(EngineEvent::Grown { result }) => {
+                self.session.handle_grown(now, result.map(translate::grown));
+            }
             Event::Engine(EngineEvent::PeerLoaded { peer, result }) => {
                 self.session.handle_peer_loaded(now, &peer, result);
             }
+            Event::Engine(EngineEvent::Verified { request, grant, corrupted }) => {
+                self.session.handle_verified(now, &request, grant, &corrupted);
+            }
             // A receiver neither connects nor posts.
-            Event::Engine(EngineEvent::Connected { .. } | EngineEvent::Done { .. }) => {}
+            Event::Engine(EngineEvent::Connected { .. } | EngineEvent::Updated { .. } | EngineEvent::Done { .. }) => {}
             Event::Process(ProcessEnded { instance }) => {
                 self.watched.remove(&instance);
                 self.session.handle_process_ended(now, &instance);
@@ -165,6 +186,10 @@ impl Daemon for ReceiverDaemon {
                 Output::LoadPeer { instance, agent_name, metadata } => {
                     self.engine.send(Command::LoadPeer { peer: instance, agent_name, metadata })?;
                 }
+                Output::Verify { request, grant, chunks } => {
+                    self.engine.send(Command::Verify { request, grant, chunks })?;
+                }
+                Output::GrowBuffer => self.engine.grow()?,
                 Output::ForgetPeer(connection) => self.engine.send(Command::Forget(connection))?,
                 // A peer that shakes hands again is watched already.
                 Output::WatchProcess { instance, .. } if !self.watched.insert(instance.clone()) => {}
@@ -176,6 +201,9 @@ impl Daemon for ReceiverDaemon {
                     });
                 }
                 Output::Answer { client, id, answer } => {
+                    if let Answer::Failed { failure, .. } = &answer {
+                        self.tally.count_connector_error(failure.kind);
+                    }
                     self.clients.reply(client, &translate::receiver_answer(id, answer));
                 }
                 Output::Note(note) => self.notes.push(note),
@@ -185,10 +213,18 @@ impl Daemon for ReceiverDaemon {
     }
 
     fn log_notes(&mut self) {
-        self.notes.drain(..).for_each(notes::log_receiver);
+        for note in self.notes.drain(..) {
+            self.tally.count_receiver(&note);
+            notes::log_receiver(note);
+        }
+    }
+
+    fn snapshot(&self) -> Snapshot {
+        Snapshot { status: self.status(), tally: self.tally.clone() }
     }
 
     fn begin_shutdown(&mut self, now: Instant) {
+        self.draining = true;
         self.session.handle_shutdown(now);
     }
 
@@ -205,7 +241,7 @@ impl ReceiverDaemon {
     fn on_request(&mut self, now: Instant, client: ClientId, request: Request) {
         match request {
             Request::Attach { id, client: name, .. } => {
-                self.clients.attach(client, id, &name, &self.config, &self.memory);
+                self.clients.attach(client, id, &name, &self.config, &self.manager);
             }
             Request::Detach { id } => {
                 self.session.handle_client_gone(now, client);
@@ -235,7 +271,7 @@ impl ReceiverDaemon {
             role: "receiver".into(),
             engine: self.engine_name.into(),
             slot_count: self.config.buffer.slot_count,
-            slots_free: slots.free + slots.ready_idle,
+            slots_free: (counts.available_bytes / self.config.layout.chunk_bytes()) as u32,
             slots_reserved: slots.reserved,
             slots_ready: slots.ready_held + slots.ready_idle,
             slots_quarantined: slots.quarantined,
@@ -245,6 +281,15 @@ impl ReceiverDaemon {
             bytes: counts.bytes,
             peers: counts.peers as u32,
             clients: self.clients.count(),
+            buffer: translate::buffer_usage(&self.config, &self.manager),
+            slots_held: slots.ready_held,
+            requests_waiting: counts.requests_waiting as u32,
+            waits: counts.readers_waiting as u32,
+            leases: counts.leases as u32,
+            transfers_in_flight: 0,
+            chunks_expired: counts.chunks_expired,
+            draining: self.draining,
+            failures: self.tally.failures(),
         }
     }
 }

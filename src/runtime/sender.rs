@@ -1,24 +1,26 @@
 //! The pd-sender: a [`SenderSession`] with its engine, its receivers and its connectors.
 
-use std::sync::Arc;
 use std::time::Instant;
 
 use super::clients::Clients;
 use super::driver::{self, Daemon, OUTPUTS_AT_ONCE};
 use super::engine_thread::{Command, EngineEvent, EngineThread};
+use super::http::HttpServer;
+use super::inquiry::inquiry;
 use super::lifecycle::{self, Stop};
 use super::peer_links::{LinkEvent, PeerLinks};
 use super::proxy::Proxy;
 use super::ready::ReadyLine;
 use super::setup::Foundation;
 use super::{RunOptions, RuntimeError, identity, notes, setup, translate};
-use crate::buffer::Memory;
+use crate::buffer::MemoryManager;
 use crate::config::Config;
 use crate::connector::message::{Reply, Request, Status};
 use crate::connector::server::ConnectorEvent;
 use crate::ids::{ClientId, PeerId};
-use crate::protocol::SenderSession;
-use crate::protocol::sender::{Note, OpenRequest, Output, SenderSettings};
+use crate::metrics::{Snapshot, Tally};
+use crate::protocol::sender::{Answer, Note, OpenRequest, Output, SenderSettings};
+use crate::protocol::{Safeguards, SenderSession};
 
 /// What can happen to a sender.
 enum Event {
@@ -32,13 +34,15 @@ super::event_sources!(Event: Link(LinkEvent), Engine(EngineEvent<PeerId>), Conne
 
 struct SenderDaemon {
     config: Config,
-    memory: Arc<Memory>,
+    manager: MemoryManager,
     engine_name: &'static str,
     session: SenderSession,
     engine: EngineThread<PeerId>,
     links: PeerLinks<Event>,
     clients: Clients,
     notes: Vec<Note>,
+    tally: Tally,
+    draining: bool,
     proxy: Option<Proxy>,
 }
 
@@ -47,26 +51,37 @@ pub(super) async fn run(config: Config, options: RunOptions) -> Result<(), Runti
     let (mailbox, mut inbox) = driver::mailbox::<Event>();
     lifecycle::watch(&mailbox.news, options.exit_with_parent)?;
     let instance = identity::instance_name(&config);
+    // Before the buffer: a port that is taken is found at once, and probes are answered while the buffer is filled.
+    let (asker, answerer) = inquiry();
+    let http = config.metrics.as_ref().map(|metrics| HttpServer::start(metrics, asker)).transpose()?;
     let foundation = setup::lay_foundation(&config, &instance, &mailbox.news, &mut inbox).await?;
-    let Some(Foundation { memory, engine, started }) = foundation else {
+    let Some(Foundation { manager, engine, started }) = foundation else {
         tracing::info!("told to stop before it was ready");
         return Ok(());
     };
     let clients = Clients::bind(&config).await?;
-    let session = SenderSession::new(SenderSettings {
-        hello: identity::hello(&config, &instance, started.engine),
-        agent_name: started.export.agent_name,
-        metadata: started.export.metadata,
-        chunk: identity::chunk_shape(&config),
-        slot_count: config.buffer.slot_count,
-        allocation_timeout: config.deadlines.allocation,
-        handshake_timeout: config.deadlines.handshake,
-        commit_timeout: config.deadlines.commit,
-        requests_max: config.limits.requests_max as usize,
-        request_chunks_max: config.limits.request_chunks_max as usize,
-        peers_max: config.limits.peers_max as usize,
-        notify_proxy: config.proxy.is_some(),
-    });
+    let session = SenderSession::new(
+        Instant::now(),
+        SenderSettings {
+            hello: identity::hello(&config, &instance, started.engine),
+            agent_name: started.export.agent_name,
+            metadata: started.export.metadata,
+            chunk: identity::chunk_shape(&config),
+            addresses: manager.addresses().clone(),
+            len_max_bytes: config.buffer_len_bytes(),
+            allocation_timeout: config.deadlines.allocation,
+            handshake_timeout: config.deadlines.handshake,
+            commit_timeout: config.deadlines.commit,
+            checksum: config.engine.checksum,
+            requests_max: config.limits.requests_max as usize,
+            request_chunks_max: config.limits.request_chunks_max as usize,
+            peers_max: config.limits.peers_max as usize,
+            notify_proxy: config.proxy.is_some(),
+            heartbeat_interval: config.deadlines.heartbeat,
+            peer_timeout: config.deadlines.peer,
+            safeguards: Safeguards::default(),
+        },
+    );
     let proxy = config.proxy.clone().map(|proxy| Proxy::start(proxy, config.deadlines.handshake));
     let ready = ReadyLine {
         event: "ready",
@@ -76,27 +91,30 @@ pub(super) async fn run(config: Config, options: RunOptions) -> Result<(), Runti
         init_port: None,
         alloc_port: None,
         query_port: None,
-        metrics: None,
+        metrics: http.as_ref().map(HttpServer::metrics_url),
         engine: started.engine,
         chunk_bytes: config.layout.chunk_bytes(),
         slot_count: config.buffer.slot_count,
     };
     let drain = config.deadlines.shutdown;
-    let links = PeerLinks::new(mailbox.messages.clone(), config.deadlines.handshake);
+    let secret = config.shared_secret.as_ref().map(|file| file.secret.clone());
+    let links = PeerLinks::new(mailbox.messages.clone(), secret, config.deadlines.handshake);
     let mut daemon = SenderDaemon {
         config,
-        memory,
+        manager,
         engine_name: started.engine,
         session,
         engine,
         links,
         clients,
         notes: Vec::new(),
+        tally: Tally::sender(),
+        draining: false,
         proxy,
     };
     tracing::info!(%instance, engine = started.engine, connector = %ready.connector, "ready");
     ready.print()?;
-    driver::drive(&mut daemon, inbox, drain).await
+    driver::drive(&mut daemon, inbox, drain, answerer).await
 }
 
 impl Daemon for SenderDaemon {
@@ -110,7 +128,7 @@ impl Daemon for SenderDaemon {
         match event {
             Event::Link(LinkEvent::Opened { peer, links }) => {
                 if self.links.keep(peer, *links) {
-                    self.session.handle_peer_opened(peer);
+                    self.session.handle_peer_opened(now, peer);
                 }
             }
             Event::Link(LinkEvent::Message { peer, port, message }) => {
@@ -118,18 +136,28 @@ impl Daemon for SenderDaemon {
             }
             Event::Link(LinkEvent::Closed { peer, failure }) => {
                 self.links.close(peer);
-                self.session.handle_peer_closed(peer, failure);
+                self.session.handle_peer_closed(now, peer, failure);
             }
-            Event::Engine(EngineEvent::PeerLoaded { peer, result }) => self.session.handle_peer_loaded(peer, result),
+            Event::Engine(EngineEvent::Grown { result }) => {
+                self.session.handle_grown(now, result.map(translate::grown));
+            }
+            Event::Engine(EngineEvent::Updated { peer, connection, result }) => {
+                self.session.handle_peer_updated(now, peer, connection, result);
+            }
+            Event::Engine(EngineEvent::PeerLoaded { peer, result }) => {
+                self.session.handle_peer_loaded(now, peer, result);
+            }
             Event::Engine(EngineEvent::Connected { peer, result }) => {
                 self.session.handle_peer_connected(now, peer, result);
             }
+            // A sender checks nothing.
+            Event::Engine(EngineEvent::Verified { .. }) => {}
             Event::Engine(EngineEvent::Done { transfer, result }) => {
                 self.session.handle_transfer_done(now, transfer, result);
             }
             Event::Connector(ConnectorEvent::Request { client, request }) => self.on_request(now, client, request),
             Event::Connector(ConnectorEvent::Gone { client }) => {
-                self.session.handle_client_gone(client);
+                self.session.handle_client_gone(now, client);
             }
             // Said by whoever refused it.
             Event::Connector(ConnectorEvent::Refused { .. }) => {}
@@ -155,7 +183,7 @@ impl Daemon for SenderDaemon {
                 Output::Send { peer, port, message } => {
                     if let Err(failure) = self.links.send(peer, port, &message) {
                         self.links.close(peer);
-                        self.session.handle_peer_closed(peer, failure);
+                        self.session.handle_peer_closed(Instant::now(), peer, failure);
                     }
                 }
                 Output::LoadPeer { peer, agent_name, metadata } => {
@@ -164,9 +192,13 @@ impl Daemon for SenderDaemon {
                 Output::ConnectPeer { peer, connection, descriptors } => {
                     self.engine.send(Command::Connect { peer, connection, descriptors })?;
                 }
+                Output::UpdatePeer { peer, connection, metadata, descriptors } => {
+                    self.engine.send(Command::UpdatePeer { peer, connection, metadata, descriptors })?;
+                }
+                Output::GrowBuffer => self.engine.grow()?,
                 Output::ForgetPeer(connection) => self.engine.send(Command::Forget(connection))?,
-                Output::Post { transfer, connection, copies } => {
-                    self.engine.send(Command::Post { transfer, connection, copies })?;
+                Output::Post { transfer, connection, copies, summed } => {
+                    self.engine.send(Command::Post { transfer, connection, copies, summed })?;
                 }
                 Output::NotifyProxy { request } => {
                     if let Some(proxy) = &self.proxy {
@@ -174,6 +206,9 @@ impl Daemon for SenderDaemon {
                     }
                 }
                 Output::Answer { client, id, answer } => {
+                    if let Answer::Failed { failure, .. } = &answer {
+                        self.tally.count_connector_error(failure.kind);
+                    }
                     self.clients.reply(client, &translate::sender_answer(id, answer));
                 }
                 Output::Event { client, event } => self.clients.reply(client, &translate::sender_event(event)),
@@ -184,10 +219,18 @@ impl Daemon for SenderDaemon {
     }
 
     fn log_notes(&mut self) {
-        self.notes.drain(..).for_each(notes::log_sender);
+        for note in self.notes.drain(..) {
+            self.tally.count_sender(&note);
+            notes::log_sender(note);
+        }
+    }
+
+    fn snapshot(&self) -> Snapshot {
+        Snapshot { status: self.status(), tally: self.tally.clone() }
     }
 
     fn begin_shutdown(&mut self, _now: Instant) {
+        self.draining = true;
         self.session.handle_shutdown();
     }
 
@@ -196,7 +239,7 @@ impl Daemon for SenderDaemon {
     }
 
     fn abort(&mut self) {
-        self.session.handle_abort();
+        self.session.handle_abort(Instant::now());
     }
 }
 
@@ -204,19 +247,19 @@ impl SenderDaemon {
     fn on_request(&mut self, now: Instant, client: ClientId, request: Request) {
         match request {
             Request::Attach { id, client: name, .. } => {
-                self.clients.attach(client, id, &name, &self.config, &self.memory);
+                self.clients.attach(client, id, &name, &self.config, &self.manager);
             }
             Request::Detach { id } => {
-                self.session.handle_client_gone(client);
+                self.session.handle_client_gone(now, client);
                 self.clients.reply(client, &Reply::Detached { id });
             }
             Request::Status { id } => {
                 let status = self.status();
                 self.clients.reply(client, &Reply::Status { id, status });
             }
-            Request::Open { id, req_id, keys, last_chunk_tokens, receiver, wait_ms } => {
+            Request::Open { id, req_id, keys, last_chunk_tokens, receiver, wait_ms, groups } => {
                 let wait = translate::wait(wait_ms).map(|wait| wait.min(self.config.deadlines.allocation));
-                let open = OpenRequest { id: req_id, keys, last_chunk_tokens, receiver, wait };
+                let open = OpenRequest { id: req_id, keys, groups, last_chunk_tokens, receiver, wait };
                 self.session.handle_open(now, client, id, open);
             }
             Request::Stage { id, req_id, chunks, wait_ms } => {
@@ -239,7 +282,7 @@ impl SenderDaemon {
             role: "sender".into(),
             engine: self.engine_name.into(),
             slot_count: self.config.buffer.slot_count,
-            slots_free: counts.slots_free,
+            slots_free: (counts.available_bytes / self.config.layout.chunk_bytes()) as u32,
             slots_reserved: counts.slots_staged,
             slots_ready: 0,
             slots_quarantined: 0,
@@ -249,6 +292,15 @@ impl SenderDaemon {
             bytes: counts.bytes,
             peers: counts.peers as u32,
             clients: self.clients.count(),
+            buffer: translate::buffer_usage(&self.config, &self.manager),
+            slots_held: 0,
+            requests_waiting: counts.requests_waiting as u32,
+            waits: counts.stages_waiting as u32,
+            leases: 0,
+            transfers_in_flight: counts.transfers_in_flight as u32,
+            chunks_expired: 0,
+            draining: self.draining,
+            failures: self.tally.failures(),
         }
     }
 }

@@ -1,23 +1,33 @@
 //! What both daemons need before they can start: memory and engine.
 
-use std::sync::Arc;
-
 use tokio::sync::mpsc::UnboundedSender;
 
 use super::driver::Inbox;
 use super::engine_thread::{EngineEvent, EngineThread, Started};
 use super::error::RuntimeError;
-use crate::buffer::{HostMemory, Memory, cuda_device_count};
+use crate::buffer::{MemoryManager, MemoryOptions, cuda_device_count};
 use crate::config::{BufferDevice, Config};
 use crate::transfer::EngineOptions;
 use crate::transfer::nixl::NixlOptions;
 
-/// Allocates the pd_buffer where the configuration wants it.
-fn allocate(config: &Config) -> Result<Memory, RuntimeError> {
+/// Starts of blocks: short chunks lie behind each other, and copies are fastest from one cache line's start, or
+/// two's.
+const ALIGNMENT_MAX: u64 = 256;
+
+/// Allocates the pd_buffer where the configuration wants it: all of it, or what a lazy one begins with.
+fn allocate(config: &Config) -> Result<MemoryManager, RuntimeError> {
     match config.buffer.device {
         BufferDevice::Cpu => {
-            tracing::info!(bytes = config.buffer_len_bytes(), "filling the pd_buffer with pages");
-            Ok(Memory::Host(HostMemory::allocate(config.buffer_len_bytes())?))
+            let initial_bytes = config.buffer_initial_bytes();
+            tracing::info!(bytes = initial_bytes, "filling the pd_buffer with pages");
+            let slot_bytes = config.layout.chunk_bytes();
+            Ok(MemoryManager::new(MemoryOptions {
+                ceiling_bytes: config.buffer_len_bytes(),
+                initial_bytes,
+                step_bytes: config.buffer_step_bytes(),
+                alignment: alignment(slot_bytes),
+                slot_bytes,
+            })?)
         }
         BufferDevice::Cuda(device) => {
             let found = cuda_device_count()?;
@@ -29,9 +39,15 @@ fn allocate(config: &Config) -> Result<Memory, RuntimeError> {
     }
 }
 
+/// The largest power of two up to [`ALIGNMENT_MAX`] that divides a slot.
+const fn alignment(slot_bytes: u64) -> u64 {
+    let alignment = 1 << slot_bytes.trailing_zeros();
+    if alignment < ALIGNMENT_MAX { alignment } else { ALIGNMENT_MAX }
+}
+
 /// The buffer, and the engine that has it registered.
 pub(super) struct Foundation<P> {
-    pub(super) memory: Arc<Memory>,
+    pub(super) manager: MemoryManager,
     pub(super) engine: EngineThread<P>,
     pub(super) started: Started,
 }
@@ -50,9 +66,9 @@ where
 {
     let (config, instance, news) = (config.clone(), instance.to_owned(), news.clone());
     let laid = tokio::task::spawn_blocking(move || {
-        let memory = Arc::new(allocate(&config)?);
-        let (engine, started) = start_engine(&config, &instance, &memory, news)?;
-        Ok(Foundation { memory, engine, started })
+        let manager = allocate(&config)?;
+        let (engine, started) = start_engine(&config, &instance, &manager, news)?;
+        Ok(Foundation { manager, engine, started })
     });
     tokio::select! {
         laid = laid => match laid {
@@ -66,7 +82,7 @@ where
 fn start_engine<P, E>(
     config: &Config,
     instance: &str,
-    memory: &Arc<Memory>,
+    manager: &MemoryManager,
     events: UnboundedSender<E>,
 ) -> Result<(EngineThread<P>, Started), RuntimeError>
 where
@@ -82,7 +98,7 @@ where
             agent_name: instance.to_owned(),
         },
     };
-    let started = EngineThread::start(options, Arc::clone(memory), config.layout.chunk_bytes(), events)?;
+    let started = EngineThread::start(options, manager.clone(), config.layout.chunk_bytes(), events)?;
     tracing::info!("{}", started.1.note);
     Ok(started)
 }

@@ -2,12 +2,14 @@
 
 use std::time::Duration;
 
-use crate::buffer::Memory;
+use super::engine_thread::Grown;
+use crate::address::Snapshot;
+use crate::buffer::{Memory, MemoryManager};
 use crate::config::Config;
 use crate::connector::message::CONNECTOR_API_VERSION;
-use crate::connector::message::{BufferHandle, ReadyChunk, Reply, SendPart, StagedSlot, Timings};
+use crate::connector::message::{BufferHandle, BufferUsage, Group, ReadyChunk, Reply, SendPart, StagedSlot, Timings};
 use crate::ids::{Failure, FailureKind, Seq};
-use crate::protocol::{receiver, sender};
+use crate::protocol::{self, receiver, sender};
 
 pub(super) fn error(id: Seq, failure: Failure, peer: Option<String>) -> Reply {
     Reply::Error { id, kind: failure.kind, text: failure.text, peer }
@@ -19,19 +21,51 @@ pub(super) fn wrong_daemon(id: Seq, role: &str) -> Reply {
     error(id, Failure::new(FailureKind::BadRequest, text), None)
 }
 
-pub(super) fn attached(id: Seq, config: &Config, memory: &Memory) -> Reply {
-    let Memory::Host(host) = memory;
+pub(super) fn attached(id: Seq, config: &Config, manager: &MemoryManager) -> Reply {
+    let Memory::Host(host) = &**manager.memory();
     let handle = host.handle();
     Reply::Attached {
         id,
         version: CONNECTOR_API_VERSION,
         role: config.role.as_str().to_owned(),
-        buffer: BufferHandle::Host { pid: handle.pid, fd: handle.fd, len_bytes: handle.len_bytes, inode: handle.inode },
+        buffer: BufferHandle::Host {
+            pid: handle.pid,
+            fd: handle.fd,
+            len_bytes: handle.len_bytes,
+            inode: handle.inode,
+            present_bytes: manager.addresses().len_bytes(),
+        },
         chunk_bytes: config.layout.chunk_bytes(),
         slot_count: config.buffer.slot_count,
         chunk_tokens: config.layout.chunk_tokens,
+        groups: config
+            .layout
+            .groups
+            .iter()
+            .map(|group| Group { name: group.name.clone(), token_bytes: group.token_bytes() })
+            .collect(),
         layout: config.layout.fingerprint(),
     }
+}
+
+/// How full and how fragmented the buffer is.
+pub(super) fn buffer_usage(config: &Config, manager: &MemoryManager) -> BufferUsage {
+    let layout = &config.layout;
+    let lens: Vec<u64> = layout.groups.iter().map(|group| group.partial_bytes(layout.chunk_tokens)).collect();
+    let Snapshot { usage, fits } = manager.addresses().snapshot(&lens);
+    BufferUsage {
+        len_bytes: usage.len_bytes,
+        len_max_bytes: config.buffer_len_bytes(),
+        used_bytes: usage.used_bytes,
+        free_bytes: usage.free_bytes,
+        largest_free_bytes: usage.largest_free_bytes,
+        free_range_count: usage.free_range_count as u64,
+        chunks_fit: fits,
+    }
+}
+
+pub(super) fn grown(Grown { len_bytes, export }: Grown) -> protocol::Grown {
+    protocol::Grown { len_bytes, metadata: export.metadata, descriptors: export.descriptors }
 }
 
 pub(super) fn wait(wait_ms: Option<u64>) -> Option<Duration> {
@@ -83,6 +117,7 @@ pub(super) fn sender_event(event: sender::Event) -> Reply {
 pub(super) fn receiver_answer(id: Seq, answer: receiver::Answer) -> Reply {
     let chunk = |chunk: receiver::ReadyChunk| ReadyChunk {
         key: chunk.key,
+        group: chunk.group,
         slot: chunk.slot,
         offset_bytes: chunk.offset_bytes,
         len_bytes: chunk.len_bytes,

@@ -1,0 +1,258 @@
+//! `/metrics`, `/healthz` and `/readyz` over HTTP, on a thread of their own: whoever asks, however slowly and however
+//! often, takes nothing from the driver but one answer at a time.
+//!
+//! hyper does the protocol: the HTTP implementation that the rest of Rust's servers stand on, used here with HTTP/1
+//! alone. Connections, headers and times are bounded, and a connection serves one request.
+
+use std::convert::Infallible;
+use std::io;
+use std::net::{SocketAddr, TcpListener};
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use hyper::body::Incoming;
+use hyper::header::{ACCEPT, ALLOW, CACHE_CONTROL, CONTENT_TYPE, HeaderValue};
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper::{Method, Request, Response, StatusCode};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::net::TcpStream;
+use tokio::sync::{Semaphore, oneshot};
+use tokio::time::{sleep, timeout};
+
+use super::error::RuntimeError;
+use super::inquiry::{ANSWER_TIME_MAX, Asker, NoAnswer, Phase};
+use super::usage::process_usage;
+use crate::config::MetricsConfig;
+use crate::metrics::{CONTENT_TYPE_OPEN_METRICS, CONTENT_TYPE_TEXT, exposition};
+
+/// Connections served at a time; more wait in the kernel.
+const CONNECTIONS_MAX: usize = 64;
+/// How long a connection may take from first to last byte. More than the driver may take to answer.
+const CONNECTION_TIME_MAX: Duration = Duration::from_secs(5);
+/// How long a request's headers may take to arrive.
+const HEADERS_TIME_MAX: Duration = Duration::from_secs(2);
+/// Longest request line with headers, in bytes.
+const HEADERS_LEN_BYTES_MAX: usize = 16 * 1024;
+/// Most headers of a request.
+const HEADERS_MAX: usize = 64;
+/// After a connection could not be accepted, most likely for want of file descriptors.
+const ACCEPT_AGAIN_AFTER: Duration = Duration::from_millis(200);
+
+/// The running server. Dropping it stops it.
+#[derive(Debug)]
+pub(super) struct HttpServer {
+    address: SocketAddr,
+    stop: Option<oneshot::Sender<Infallible>>,
+    thread: Option<thread::JoinHandle<()>>,
+}
+
+impl HttpServer {
+    /// Binds, and serves on a thread of its own.
+    pub(super) fn start(config: &MetricsConfig, asker: Asker) -> Result<Self, RuntimeError> {
+        let MetricsConfig { host, port } = config;
+        let cannot = |source: io::Error| {
+            RuntimeError::Machine(format!(
+                "metrics cannot be served on {host}:{port}: {source}; write another pd_metrics_host or \
+                 pd_metrics_port, 0 for a free port, or none"
+            ))
+        };
+        let listener = TcpListener::bind((host.as_str(), *port)).map_err(cannot)?;
+        listener.set_nonblocking(true).map_err(cannot)?;
+        let address = listener.local_addr().map_err(cannot)?;
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(cannot)?;
+        let (stop, stopped) = oneshot::channel();
+        let body = move || {
+            runtime.block_on(async move {
+                tokio::select! {
+                    () = serve(listener, asker) => {}
+                    // Nothing is ever sent: the other end is dropped.
+                    _ = stopped => {}
+                }
+            });
+        };
+        let thread = thread::Builder::new().name("http".into()).spawn(body).map_err(cannot)?;
+        Ok(Self { address, stop: Some(stop), thread: Some(thread) })
+    }
+
+    /// Where the metrics are.
+    pub(super) fn metrics_url(&self) -> String {
+        format!("http://{}/metrics", self.address)
+    }
+}
+
+impl Drop for HttpServer {
+    fn drop(&mut self) {
+        self.stop = None;
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the thread that serves metrics panicked");
+        }
+    }
+}
+
+async fn serve(listener: TcpListener, asker: Asker) {
+    let listener = match tokio::net::TcpListener::from_std(listener) {
+        Ok(listener) => listener,
+        Err(error) => return tracing::error!(%error, "metrics are not served"),
+    };
+    let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    loop {
+        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                let asker = asker.clone();
+                tokio::spawn(async move {
+                    // Whoever is too slow, or talks nonsense, is hung up on; there is nobody to tell.
+                    drop(timeout(CONNECTION_TIME_MAX, converse(stream, &asker)).await);
+                    drop(place);
+                });
+            }
+            Err(error) => {
+                tracing::debug!(%error, "a connection to the metrics could not be accepted");
+                sleep(ACCEPT_AGAIN_AFTER).await;
+            }
+        }
+    }
+}
+
+async fn converse(stream: TcpStream, asker: &Asker) -> Result<(), hyper::Error> {
+    let service = service_fn(|request| async move { Ok::<_, Infallible>(respond(&request, asker).await) });
+    http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEADERS_TIME_MAX)
+        .max_buf_size(HEADERS_LEN_BYTES_MAX)
+        .max_headers(HEADERS_MAX)
+        .keep_alive(false)
+        .serve_connection(TokioIo::new(stream), service)
+        .await
+}
+
+async fn respond(request: &Request<Incoming>, asker: &Asker) -> Response<String> {
+    let path = request.uri().path();
+    if !matches!(path, "/metrics" | "/healthz" | "/readyz") {
+        return line(StatusCode::NOT_FOUND, "not found; there are /metrics, /healthz and /readyz");
+    }
+    if !matches!(*request.method(), Method::GET | Method::HEAD) {
+        let mut response = line(StatusCode::METHOD_NOT_ALLOWED, "only GET and HEAD");
+        response.headers_mut().insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
+        return response;
+    }
+    let answer = match asker.ask().await {
+        Ok(answer) => answer,
+        Err(NoAnswer) => {
+            let text = format!("the driver has not answered for {} ms", ANSWER_TIME_MAX.as_millis());
+            return line(StatusCode::SERVICE_UNAVAILABLE, &text);
+        }
+    };
+    match (path, answer.phase, answer.snapshot) {
+        // Filling a large buffer with pages takes long, and is no reason to be killed.
+        ("/healthz", Phase::Starting, _) => line(StatusCode::OK, "ok: starting"),
+        ("/healthz", _, _) => line(StatusCode::OK, "ok: the driver answers"),
+        ("/readyz", Phase::Serving, _) => line(StatusCode::OK, "ok: takes requests"),
+        ("/readyz", Phase::Draining, _) => {
+            line(StatusCode::SERVICE_UNAVAILABLE, "draining: told to stop, takes no new requests")
+        }
+        (_, Phase::Starting, _) | (_, _, None) => {
+            line(StatusCode::SERVICE_UNAVAILABLE, "starting: no ready line has been printed yet")
+        }
+        (_, _, Some(snapshot)) => match exposition(snapshot, process_usage()) {
+            Ok(text) => page(StatusCode::OK, content_type(request), text),
+            Err(error) => line(StatusCode::INTERNAL_SERVER_ERROR, &format!("metrics cannot be written: {error}")),
+        },
+    }
+}
+
+/// The same text has two names: Prometheus asks for the first, and a browser shows the second.
+fn content_type(request: &Request<Incoming>) -> &'static str {
+    let accepted = request.headers().get_all(ACCEPT).iter().filter_map(|value| value.to_str().ok());
+    let open_metrics = accepted.into_iter().any(|value| value.contains("application/openmetrics-text"));
+    if open_metrics { CONTENT_TYPE_OPEN_METRICS } else { CONTENT_TYPE_TEXT }
+}
+
+fn line(status: StatusCode, text: &str) -> Response<String> {
+    page(status, "text/plain; charset=utf-8", format!("{text}\n"))
+}
+
+fn page(status: StatusCode, content_type: &'static str, text: String) -> Response<String> {
+    let mut response = Response::new(text);
+    *response.status_mut() = status;
+    let headers = response.headers_mut();
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
+    // What was true a minute ago is of no use to a probe.
+    headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    response
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    use super::super::inquiry::{Answerer, inquiry};
+    use super::*;
+    use crate::connector::message::Status;
+    use crate::metrics::{Snapshot, Tally};
+
+    fn start() -> (HttpServer, Answerer) {
+        let (asker, answerer) = inquiry();
+        (HttpServer::start(&MetricsConfig { host: "127.0.0.1".into(), port: 0 }, asker).unwrap(), answerer)
+    }
+
+    fn answer(answerer: &mut Answerer, phase: Phase) {
+        answerer.answer(phase, Snapshot { status: Status::default(), tally: Tally::sender() });
+    }
+
+    async fn get(server: &HttpServer, path: &str) -> String {
+        let mut stream = TcpStream::connect(server.address).await.unwrap();
+        stream.write_all(format!("GET {path} HTTP/1.1\r\nHost: x\r\n\r\n").as_bytes()).await.unwrap();
+        let mut seen = String::new();
+        stream.read_to_string(&mut seen).await.unwrap();
+        seen
+    }
+
+    #[tokio::test]
+    async fn a_daemon_that_starts_is_alive_and_not_ready() {
+        // Broken in production: a supervisor kills every daemon whose buffer takes long to fill, or a router uses it before.
+        let (server, _answerer) = start();
+        assert!(get(&server, "/healthz").await.starts_with("HTTP/1.1 200 "));
+        for path in ["/readyz", "/metrics"] {
+            let seen = get(&server, path).await;
+            assert!(seen.starts_with("HTTP/1.1 503 ") && seen.contains("starting"), "{seen}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_driver_that_does_not_answer_is_said_by_every_path() {
+        // Broken in production: a daemon that hangs looks healthy for ever, from the last that it said.
+        let (server, mut answerer) = start();
+        answer(&mut answerer, Phase::Serving);
+        let (health, ready, metrics) =
+            tokio::join!(get(&server, "/healthz"), get(&server, "/readyz"), get(&server, "/metrics"));
+        for seen in [health, ready, metrics] {
+            assert!(seen.starts_with("HTTP/1.1 503 ") && seen.contains("has not answered for 2000 ms"), "{seen}");
+        }
+        // It comes back.
+        let driver = async {
+            loop {
+                answerer.asked().await;
+                answer(&mut answerer, Phase::Serving);
+            }
+        };
+        tokio::select! {
+            seen = get(&server, "/readyz") => assert!(seen.starts_with("HTTP/1.1 200 "), "{seen}"),
+            () = driver => {}
+        }
+    }
+
+    #[tokio::test]
+    async fn nothing_is_left_of_a_server_that_was_stopped() {
+        // Broken in production: the port of a daemon that has ended is still taken when it is started again.
+        let (server, _answerer) = start();
+        let address = server.address;
+        let _open = TcpStream::connect(address).await.unwrap();
+        drop(server);
+        assert!(TcpStream::connect(address).await.is_err());
+    }
+}

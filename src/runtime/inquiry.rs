@@ -1,0 +1,130 @@
+//! How other threads ask the driver how it is: one answer serves everybody who has asked, so that a driver which does
+//! not answer leaves nothing behind, however often it is asked.
+
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::time::timeout;
+
+use crate::metrics::Snapshot;
+
+/// How long a driver may take to answer before it counts as stuck. Nothing in it waits, so a turn takes microseconds.
+pub(super) const ANSWER_TIME_MAX: Duration = Duration::from_secs(2);
+
+/// How far a daemon has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Phase {
+    /// No ready line yet; there is no driver to ask.
+    Starting,
+    /// Takes requests.
+    Serving,
+    /// Was told to stop, and takes no new requests.
+    Draining,
+}
+
+/// What the driver said last.
+#[derive(Debug, Clone)]
+pub(super) struct Answer {
+    /// The last question that it had seen.
+    question: u64,
+    pub(super) phase: Phase,
+    /// None while starting.
+    pub(super) snapshot: Option<Snapshot>,
+}
+
+/// The driver has not answered within [`ANSWER_TIME_MAX`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct NoAnswer;
+
+/// Asks. For any thread.
+#[derive(Debug, Clone)]
+pub(super) struct Asker {
+    questions: watch::Sender<u64>,
+    answers: watch::Receiver<Answer>,
+}
+
+/// Answers. The driver's.
+#[derive(Debug)]
+pub(super) struct Answerer {
+    questions: watch::Receiver<u64>,
+    answers: watch::Sender<Answer>,
+}
+
+/// Both ends, of a daemon that is starting.
+pub(super) fn inquiry() -> (Asker, Answerer) {
+    let (ask, questions) = watch::channel(0);
+    let (answer, answers) = watch::channel(Answer { question: 0, phase: Phase::Starting, snapshot: None });
+    (Asker { questions: ask, answers }, Answerer { questions, answers: answer })
+}
+
+impl Asker {
+    /// How the daemon is, at this moment or later. At once while it is starting.
+    pub(super) async fn ask(&self) -> Result<Answer, NoAnswer> {
+        let mut answers = self.answers.clone();
+        if answers.borrow().phase == Phase::Starting {
+            return Ok(answers.borrow().clone());
+        }
+        let mut question = 0;
+        self.questions.send_modify(|asked| {
+            *asked += 1;
+            question = *asked;
+        });
+        let answered = timeout(ANSWER_TIME_MAX, answers.wait_for(|answer| answer.question >= question)).await;
+        match answered {
+            Ok(Ok(answer)) => Ok(answer.clone()),
+            // The driver is slow, or has ended.
+            Ok(Err(_)) | Err(_) => Err(NoAnswer),
+        }
+    }
+}
+
+impl Answerer {
+    /// Somebody wants to know. Never, once nobody can ask. Cancel-safe.
+    pub(super) async fn asked(&mut self) {
+        if self.questions.changed().await.is_err() {
+            std::future::pending().await
+        }
+    }
+
+    /// Tells everybody who has asked.
+    pub(super) fn answer(&mut self, phase: Phase, snapshot: Snapshot) {
+        let question = *self.questions.borrow_and_update();
+        self.answers.send_replace(Answer { question, phase, snapshot: Some(snapshot) });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::connector::message::Status;
+    use crate::metrics::Tally;
+
+    fn snapshot(peers: u32) -> Snapshot {
+        Snapshot { status: Status { peers, ..Status::default() }, tally: Tally::sender() }
+    }
+
+    #[tokio::test]
+    async fn an_answer_is_never_older_than_its_question_and_silence_ends() {
+        // Broken in production: a daemon whose driver is stuck is reported healthy from an old answer, or a scrape waits for
+        // ever.
+        let (asker, mut answerer) = inquiry();
+        assert_eq!(asker.ask().await.unwrap().phase, Phase::Starting, "nobody to ask yet");
+        answerer.answer(Phase::Serving, snapshot(1));
+        assert_eq!(asker.ask().await.unwrap_err(), NoAnswer, "an answer from before the question");
+        // Two who ask, the question from before included, are told by one answer.
+        let asking = tokio::spawn({
+            let asker = asker.clone();
+            async move { tokio::join!(asker.ask(), asker.ask()) }
+        });
+        answerer.asked().await;
+        tokio::task::yield_now().await;
+        answerer.answer(Phase::Draining, snapshot(2));
+        let (first, second) = asking.await.unwrap();
+        for answer in [first.unwrap(), second.unwrap()] {
+            assert_eq!((answer.phase, answer.snapshot.unwrap().status.peers), (Phase::Draining, 2));
+        }
+        assert!(timeout(Duration::from_millis(50), answerer.asked()).await.is_err(), "nobody has asked since");
+        drop(answerer);
+        assert_eq!(asker.ask().await.unwrap_err(), NoAnswer, "the driver has ended");
+    }
+}
