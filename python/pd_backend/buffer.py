@@ -11,6 +11,10 @@ from .errors import MappingError
 from .messages import Attached, HostBuffer, ReadyChunk, StagedSlot
 
 
+_MADV_POPULATE_READ = 22
+_MADV_POPULATE_WRITE = 23
+
+
 class PdBuffer:
     """A mapping of a daemon's buffer. Views are one-dimensional uint8 arrays; nothing is copied.
 
@@ -19,17 +23,11 @@ class PdBuffer:
     while the lease is held: the mapping cannot enforce that.
     """
 
-    def __init__(self, handle: HostBuffer, chunk_bytes: int, slot_count: int, *, writable: bool) -> None:
+    def __init__(self, handle: HostBuffer, *, writable: bool) -> None:
         """Maps `/proc/<pid>/fd/<fd>` after checking that it still is the file that the daemon meant.
 
         Raises `MappingError` when it cannot be opened, is another file, or is shorter than announced.
         """
-        if chunk_bytes * slot_count > handle.len_bytes:
-            raise MappingError(
-                f"{slot_count} slots of {chunk_bytes} bytes do not fit into the announced {handle.len_bytes} bytes"
-            )
-        self.chunk_bytes = chunk_bytes
-        self.slot_count = slot_count
         self.len_bytes = handle.len_bytes
         self.writable = writable
         self._bytes: np.ndarray | None = _map(handle, writable)
@@ -37,7 +35,7 @@ class PdBuffer:
     @classmethod
     def attached(cls, attached: Attached) -> PdBuffer:
         """The buffer of the daemon that answered so: writable for a sender, read-only for a receiver."""
-        return cls(attached.buffer, attached.chunk_bytes, attached.slot_count, writable=attached.role == "sender")
+        return cls(attached.buffer, writable=attached.role == "sender")
 
     def view(self, chunk: StagedSlot | ReadyChunk) -> np.ndarray:
         """The bytes of a staged slot or a ready chunk, without copying.
@@ -45,12 +43,6 @@ class PdBuffer:
         Raises `MappingError` when it lies outside of the buffer.
         """
         return self.range(chunk.offset_bytes, chunk.len_bytes)
-
-    def slot(self, index: int) -> np.ndarray:
-        """The whole of a slot, without copying. Raises `MappingError` for an index past the last slot."""
-        if not 0 <= index < self.slot_count:
-            raise MappingError(f"slot {index} does not exist: the buffer has {self.slot_count} slots")
-        return self.range(index * self.chunk_bytes, self.chunk_bytes)
 
     def range(self, offset_bytes: int, len_bytes: int) -> np.ndarray:
         """Bytes of the buffer, without copying. Raises `MappingError` when they lie outside of it, or after `close`."""
@@ -83,12 +75,16 @@ def _map(handle: HostBuffer, writable: bool) -> np.ndarray:
         if seen.st_size < handle.len_bytes:
             raise MappingError(f"{path} has {seen.st_size} bytes, expected {handle.len_bytes}")
         access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
-        # Every page now, so that the first copy of each slot takes no page faults.
-        flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
         try:
-            mapping = mmap.mmap(fd, handle.len_bytes, flags, access)
+            mapping = mmap.mmap(fd, handle.len_bytes, mmap.MAP_SHARED, access)
         except (OSError, ValueError) as error:
             raise MappingError(f"cannot map {handle.len_bytes} bytes of {path}: {error}") from error
+        # Every page that is there already, so that the first copy of each slot takes no page faults; and no other, for
+        # a buffer that grows does not have them yet.
+        try:
+            mapping.madvise(_MADV_POPULATE_WRITE if writable else _MADV_POPULATE_READ, 0, handle.present_bytes)
+        except (OSError, ValueError):
+            pass  # Linux before 5.14: the pages come when they are touched.
     finally:
         os.close(fd)
     return np.frombuffer(mapping, dtype=np.uint8)

@@ -262,15 +262,18 @@ class SenderClient(Client):
         *,
         last_chunk_tokens: int,
         receiver: m.PeerAddress,
+        groups: Sequence[int] = (),
         wait_s: float | None = None,
     ) -> m.Opened:
         """Asks the receiver for room for all these chunks; returns once it is granted.
 
-        `already_sent` of the result lists positions in `keys` that are neither staged nor sent. `wait_s` bounds the
+        `groups` names the group of layers of each chunk, by its position in `attached.groups`; without it all are of
+        the first. The last chunk of each group has `last_chunk_tokens` tokens. `already_sent` of the result lists
+        positions in `keys` that are neither staged nor sent. `wait_s` bounds the
         wait for slots; the daemon's configuration does when it is left out. Raises `RequestRefused`.
         """
         return self.start_open(
-            req_id, keys, last_chunk_tokens=last_chunk_tokens, receiver=receiver, wait_s=wait_s
+            req_id, keys, last_chunk_tokens=last_chunk_tokens, receiver=receiver, groups=groups, wait_s=wait_s
         ).result()
 
     def start_open(
@@ -280,6 +283,7 @@ class SenderClient(Client):
         *,
         last_chunk_tokens: int,
         receiver: m.PeerAddress,
+        groups: Sequence[int] = (),
         wait_s: float | None = None,
     ) -> Pending[m.Opened]:
         """As `open`, without waiting."""
@@ -290,6 +294,7 @@ class SenderClient(Client):
                 keys=list(keys),
                 last_chunk_tokens=last_chunk_tokens,
                 receiver=receiver,
+                groups=list(groups),
                 wait_ms=_milliseconds(wait_s),
             ),
             m.Opened,

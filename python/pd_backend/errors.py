@@ -22,6 +22,7 @@ class Kind:
     HANDSHAKE_REFUSED = "handshake_refused"
     LAYOUT_MISMATCH = "layout_mismatch"
     TRANSFER_FAILED = "transfer_failed"
+    CORRUPTED = "corrupted"
     SHUTTING_DOWN = "shutting_down"
     INTERNAL = "internal"
     OTHER = "other"

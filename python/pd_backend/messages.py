@@ -11,7 +11,7 @@ from typing import Union
 import msgspec
 
 #: The version of the connector API that this client speaks.
-CONNECTOR_API_VERSION = 1
+CONNECTOR_API_VERSION = 2
 
 
 def _snake(name: str) -> str:
@@ -58,9 +58,17 @@ class ReadyChunk(_Value, frozen=True):
     """A chunk that can be read: `len_bytes` bytes at `offset_bytes` of the buffer."""
 
     key: str
+    group: int
     slot: int
     offset_bytes: int
     len_bytes: int
+
+
+class Group(_Value, frozen=True):
+    """Layers that keep the same shape of cache; the only group of a layout has no name."""
+
+    name: str
+    token_bytes: int
 
 
 class Timings(_Value, frozen=True):
@@ -78,6 +86,20 @@ class HostBuffer(_Value, frozen=True, tag_field="kind", tag="host"):
     fd: int
     len_bytes: int
     inode: int
+    #: How much of it has its pages, from the start; the rest comes when the buffer grows.
+    present_bytes: int
+
+
+class BufferUsage(_Value, frozen=True):
+    """How full and how fragmented a pd_buffer is, in bytes; `chunks_fit` counts whole chunks of each group."""
+
+    len_bytes: int
+    len_max_bytes: int
+    used_bytes: int
+    free_bytes: int
+    largest_free_bytes: int
+    free_range_count: int
+    chunks_fit: list[int]
 
 
 class Status(_Value, frozen=True):
@@ -96,6 +118,23 @@ class Status(_Value, frozen=True):
     bytes: int
     peers: int
     clients: int
+    buffer: BufferUsage
+    #: Receiver: of the ready slots, those that a request or a lease needs.
+    slots_held: int = 0
+    #: Of the active requests, those that wait for slots of the receiver.
+    requests_waiting: int = 0
+    #: Clients' calls that wait: `stage` at a sender, `wait` at a receiver.
+    waits: int = 0
+    #: Receiver: leases that clients have not released.
+    leases: int = 0
+    #: Sender: transfers that the engine has not finished.
+    transfers_in_flight: int = 0
+    #: Receiver: chunks freed because nobody fetched or used them in time.
+    chunks_expired: int = 0
+    #: Whether it was told to stop, and takes no new requests.
+    draining: bool = False
+    #: `requests_failed` by kind; kinds that have not happened are left out.
+    failures: dict[str, int] = {}
 
 
 # ---- from the client -------------------------------------------------------------------------------------------------
@@ -130,6 +169,8 @@ class Open(_Message, frozen=True):
     last_chunk_tokens: int
     receiver: PeerAddress
     wait_ms: int | None = None
+    #: Of which group each chunk is; all of the first when left out.
+    groups: list[int] = []
 
 
 class Stage(_Message, frozen=True):
@@ -192,6 +233,7 @@ class Attached(_Message, frozen=True):
     chunk_bytes: int
     slot_count: int
     chunk_tokens: int
+    groups: list[Group]
     layout: list[tuple[str, str]]
 
 

@@ -104,6 +104,8 @@ def start_pair(layout_file: Path) -> Iterator[Callable[..., Pair]]:
             sender_sets: Sequence[str] = (),
             receiver_engine: str | None = None,
             receiver_layout: dict[str, object] | None = None,
+            layout: dict[str, object] | None = None,
+            receiver_sets: Sequence[str] = (),
         ) -> Pair:
             def daemon(role: str, engine: str, slots: int, layout: Path, sets: Sequence[str]) -> Daemon:
                 arguments = ["--config", str(TOP / "configs" / "loopback.yaml"), "--kv-layout", str(layout)]
@@ -111,12 +113,14 @@ def start_pair(layout_file: Path) -> Iterator[Callable[..., Pair]]:
                     arguments += ["--set", key]
                 return stack.enter_context(Daemon(binary(f"pd-{role}"), arguments))
 
+            ours = layout_file
+            ours.write_text(json.dumps(LAYOUT | (layout or {})))
             theirs = layout_file.with_name("receiver.json")
-            theirs.write_text(json.dumps(LAYOUT | (receiver_layout or {})))
+            theirs.write_text(json.dumps(LAYOUT | (layout or {}) | (receiver_layout or {})))
 
             def start_receiver(at: PeerAddress) -> Daemon:
                 ports = [f"pd_peer_init_port={at.init_port}", f"pd_peer_alloc_port={at.alloc_port}"]
-                return daemon("receiver", receiver_engine or engine, receiver_slots, theirs, ports)
+                return daemon("receiver", receiver_engine or engine, receiver_slots, theirs, [*ports, *receiver_sets])
 
             def start_sender() -> Daemon:
                 return daemon("sender", engine, sender_slots, layout_file, sender_sets)

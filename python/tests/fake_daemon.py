@@ -20,7 +20,14 @@ SLOT_COUNT = 4
 class FakeDaemon:
     """Answers `attach` and `detach` by itself and everything else by `script`; ends with its `with` block."""
 
-    def __init__(self, role: str, script: Script | None = None, *, version: int = 1, pid: int | None = None) -> None:
+    def __init__(
+        self,
+        role: str,
+        script: Script | None = None,
+        *,
+        version: int = m.CONNECTOR_API_VERSION,
+        pid: int | None = None,
+    ) -> None:
         self.role = role
         self.endpoint = f"ipc://@pd-backend/test-{uuid.uuid4()}"
         self.seen: list[m.Request] = []
@@ -41,7 +48,8 @@ class FakeDaemon:
     def handle(self) -> m.HostBuffer:
         """How to map the memfd."""
         inode = os.fstat(self.fd).st_ino
-        return m.HostBuffer(pid=self._pid, fd=self.fd, len_bytes=CHUNK_BYTES * SLOT_COUNT, inode=inode)
+        length = CHUNK_BYTES * SLOT_COUNT
+        return m.HostBuffer(pid=self._pid, fd=self.fd, len_bytes=length, inode=inode, present_bytes=length)
 
     def seen_of(self, kind: type) -> list[m.Request]:
         """The messages of a type that have arrived."""
@@ -79,6 +87,7 @@ class FakeDaemon:
                 chunk_bytes=CHUNK_BYTES,
                 slot_count=SLOT_COUNT,
                 chunk_tokens=16,
+                groups=[m.Group(name="", token_bytes=CHUNK_BYTES // 16)],
                 layout=[("model", "tests/tiny")],
             )
         elif isinstance(request, m.Detach):

@@ -11,7 +11,7 @@ from pd_backend.messages import HostBuffer
 
 
 def mapped(daemon, writable=True):
-    return PdBuffer(daemon.handle, CHUNK_BYTES, SLOT_COUNT, writable=writable)
+    return PdBuffer(daemon.handle, writable=writable)
 
 
 def test_views_share_the_daemons_memory(fake):
@@ -24,14 +24,12 @@ def test_views_share_the_daemons_memory(fake):
     assert os.pread(daemon.fd, 101, 2 * CHUNK_BYTES) == bytes(range(100)) + b"\0"
     os.pwrite(daemon.fd, b"back", 2 * CHUNK_BYTES)
     assert view[:4].tobytes() == b"back"
-    assert buffer.slot(2)[:4].tobytes() == b"back"
-    assert len(buffer.slot(3)) == CHUNK_BYTES
 
 
 def test_a_receivers_views_cannot_be_written(fake):
     # Broken in production: a decode worker overwrites a chunk that another request is about to read.
     buffer = mapped(fake("receiver"), writable=False)
-    view = buffer.view(ReadyChunk(key="k", slot=0, offset_bytes=0, len_bytes=8))
+    view = buffer.view(ReadyChunk(key="k", group=0, slot=0, offset_bytes=0, len_bytes=8))
     with pytest.raises(ValueError):
         view[0] = 1
     with pytest.raises(ValueError):
@@ -44,9 +42,6 @@ def test_ranges_outside_of_the_buffer_are_refused(fake):
     for offset, length in [(CHUNK_BYTES * SLOT_COUNT - 1, 2), (-1, 1), (0, -1), (2**63, 1)]:
         with pytest.raises(MappingError):
             buffer.range(offset, length)
-    for slot in (-1, SLOT_COUNT):
-        with pytest.raises(MappingError):
-            buffer.slot(slot)
 
 
 def test_a_handle_that_does_not_describe_its_file_is_refused(fake):
@@ -56,24 +51,23 @@ def test_a_handle_that_does_not_describe_its_file_is_refused(fake):
     def refused(text, **changes):
         values = {name: getattr(good, name) for name in good.__struct_fields__} | changes
         with pytest.raises(MappingError, match=text):
-            PdBuffer(HostBuffer(**values), CHUNK_BYTES, SLOT_COUNT, writable=True)
+            PdBuffer(HostBuffer(**values), writable=True)
 
     refused("expected 7", inode=7)
     refused("cannot open", fd=100_000)
     refused("cannot open", pid=2**22 + 1)
     refused("expected", len_bytes=good.len_bytes * 2)
-    refused("do not fit", len_bytes=CHUNK_BYTES)
 
 
 def test_a_view_outlives_the_mapping_and_the_daemon(fake):
     # Broken in production: an engine that still holds a view when its client closes dies of SIGSEGV.
     daemon = fake("sender")
     buffer = mapped(daemon)
-    view = buffer.slot(0)
+    view = buffer.range(0, CHUNK_BYTES)
     view[0] = 9
     buffer.close()
     buffer.close()
     os.ftruncate(daemon.fd, CHUNK_BYTES * SLOT_COUNT)
     assert view[0] == 9
     with pytest.raises(MappingError, match="closed"):
-        buffer.slot(0)
+        buffer.range(0, 1)

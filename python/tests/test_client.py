@@ -74,7 +74,7 @@ def test_a_sender_opens_stages_fills_and_sends(fake):
 
 
 def receiver_script(request):
-    ready = m.ReadyChunk(key="a", slot=1, offset_bytes=CHUNK_BYTES, len_bytes=100)
+    ready = m.ReadyChunk(key="a", group=0, slot=1, offset_bytes=CHUNK_BYTES, len_bytes=100)
     if isinstance(request, m.Wait):
         yield m.Ready(id=request.id, req_id=request.req_id, lease=11, chunks=[ready])
     elif isinstance(request, m.Lookup):
@@ -91,7 +91,7 @@ def test_a_receiver_waits_reads_and_releases_once(fake):
     with ReceiverClient(daemon.endpoint) as client:
         with client.wait("r") as lease:
             assert lease.view(0).tobytes() == bytes(range(100))
-            assert np.shares_memory(lease.view(0), client.buffer.slot(1))
+            assert np.shares_memory(lease.view(0), client.buffer.range(CHUNK_BYTES, CHUNK_BYTES))
             lease.release()
         with pytest.raises(MappingError, match="released"):
             lease.view(0)
@@ -203,8 +203,8 @@ def test_another_role_or_version_is_refused_by_name(fake):
     # Broken in production: a connector drives the wrong daemon and gets errors about something else.
     with pytest.raises(ClientMisuse, match="is a pd-receiver, expected a pd-sender"):
         SenderClient(fake("receiver").endpoint)
-    with pytest.raises(ProtocolError, match="version 2, this client 1"):
-        SenderClient(fake("sender", version=2).endpoint)
+    with pytest.raises(ProtocolError, match="version 3, this client 2"):
+        SenderClient(fake("sender", version=3).endpoint)
 
 
 def test_what_is_no_message_is_an_error_not_a_hang(fake):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from conftest import CHUNK_BYTES, CHUNK_TOKENS, TOKEN_BYTES, nixl_found
-from pd_backend import Kind, PdError, RequestRefused, SendPart
+from pd_backend import Kind, PdError, RequestFailed, RequestRefused, SendPart
 
 ENGINES = [
     "local",
@@ -74,6 +74,12 @@ def refused(kind, call):
     return caught.value.text
 
 
+def refused_kind(call):
+    with pytest.raises(RequestRefused) as caught:
+        call()
+    return caught.value.kind
+
+
 def eventually(probe):
     """What `probe` returns once it is true; fails after a time that no healthy daemon needs."""
     deadline = time.monotonic() + 20
@@ -81,6 +87,144 @@ def eventually(probe):
         assert time.monotonic() < deadline, "it never came true"
         time.sleep(0.02)
     return seen
+
+
+HYBRID = {
+    "groups": [{"name": "full", "layers": 4}, {"name": "sliding", "layers": 5, "kv_heads": 1, "head_size": 3}],
+}
+
+
+def test_chunks_of_several_groups_arrive_and_are_granted_together(start_pair, engine):
+    # Broken in production: a hybrid model's sliding-window layers are cut, or only half of a prompt gets slots.
+    pair = start_pair(engine, layout=HYBRID)
+    token_bytes = [group.token_bytes for group in pair.sender.attached.groups]
+    assert [group.name for group in pair.receiver.attached.groups] == ["full", "sliding"]
+    assert token_bytes == [128, 60] and pair.sender.attached.chunk_bytes == 128 * CHUNK_TOKENS
+    groups, last_tokens = [0, 1, 0, 1], 3
+    lengths = [tokens * token_bytes[group] for group, tokens in zip(groups, [16, 16, 3, 3])]
+    random = np.random.default_rng(1)
+    data = [random.integers(0, 256, length, dtype=np.uint8) for length in lengths]
+    keys = keys_of("hybrid", 4)
+    open_request(pair, "hybrid", 4, last_tokens, keys, groups=groups)
+    pair.sender.send("hybrid", fill(pair, "hybrid", data), last=True)
+    assert pair.sender.wait_sent("hybrid", 30).bytes == sum(lengths)
+    with pair.receiver.wait("hybrid", wait_s=30) as lease:
+        assert [chunk.group for chunk in lease.chunks] == groups
+        assert all(np.array_equal(lease.view(index), expected) for index, expected in enumerate(data))
+    # The same keys of another group are other chunks.
+    opened = open_request(pair, "again", 4, last_tokens, keys, groups=[0, 0, 0, 1])
+    assert opened.already_sent == [0, 2, 3]
+    refused("bad_request", lambda: open_request(pair, "unknown", 1, groups=[2]))
+    # All or nothing: 8 slots hold no 9 whole chunks, whatever their groups.
+    many = keys_of("many", 18)
+    refused("too_large", lambda: open_request(pair, "many", 18, keys=many, groups=[0] * 9 + [1] * 9))
+
+
+def test_short_chunks_share_slots_at_both_ends(start_pair, engine):
+    # Broken in production: each prompt of a few tokens costs a whole slot, and a buffer for thousands holds hundreds.
+    pair = start_pair(engine, sender_slots=2, receiver_slots=2)
+    # Every slot starts at a multiple of 256 bytes, here four tokens.
+    names = [f"short-{index}" for index in range(8)]
+    data = {name: content(index, 1, 4) for index, name in enumerate(names)}
+    for name in names:
+        open_request(pair, name, 1, 4)
+    staged = [fill(pair, name, data[name]) for name in names]
+    assert pair.sender.status().buffer.chunks_fit == [0]
+    for name, slots in zip(names, staged):
+        pair.sender.send(name, slots, last=True)
+    for name in names:
+        pair.sender.wait_sent(name, 30)
+    usage = pair.receiver.status().buffer
+    assert (usage.used_bytes, usage.free_bytes, usage.len_bytes) == (2 * CHUNK_BYTES, 0, 2 * CHUNK_BYTES)
+    for name in names:
+        check_arrived(pair, name, data[name])
+
+
+def test_a_lazy_buffer_grows_while_peers_are_connected(start_pair, engine):
+    # Broken in production: a buffer that starts small stays small, or a chunk beyond its first step never arrives.
+    lazy = [f"pd_buffer_initial_size={2 * CHUNK_BYTES}", f"pd_buffer_growth_step={CHUNK_BYTES}"]
+    pair = start_pair(engine, sender_slots=6, receiver_slots=6, sender_sets=lazy, receiver_sets=lazy)
+    assert pair.sender.status().buffer.len_bytes == pair.receiver.status().buffer.len_bytes == 2 * CHUNK_BYTES
+    assert pair.receiver.status().buffer.len_max_bytes == 6 * CHUNK_BYTES
+    first = content(1, 2, 7)
+    ship(pair, "first", first)
+    with pair.receiver.wait("first", wait_s=30) as held:
+        # Five more chunks, while two are held: four steps, with a sender that knew of two slots.
+        data = content(2, 4, 16)
+        ship(pair, "second", data)
+        check_arrived(pair, "second", data)
+        assert all(np.array_equal(held.view(index), expected) for index, expected in enumerate(first))
+    assert pair.receiver.status().buffer.len_bytes == 6 * CHUNK_BYTES
+    assert pair.sender.status().buffer.len_bytes == 4 * CHUNK_BYTES
+    refused("too_large", lambda: open_request(pair, "seven", 7))
+
+
+def damage(pair, offset):
+    """Flips a bit of the receiver's buffer, as a faulty link or memory would."""
+    handle = pair.receiver.attached.buffer
+    with open(f"/proc/{handle.pid}/fd/{handle.fd}", "r+b", buffering=0) as memory:
+        memory.seek(offset)
+        byte = memory.read(1)[0]
+        memory.seek(offset)
+        memory.write(bytes([byte ^ 1]))
+
+
+def test_a_flipped_bit_fails_the_request_with_the_chunk_named(start_pair, engine):
+    # Broken in production: success is reported on a corrupted page, and a decode worker reads it.
+    checked = ["pd_checksum=full"]
+    pair = start_pair(engine, sender_sets=checked, receiver_sets=checked)
+    data = content(1, 3, 5)
+    ship(pair, "good", data)
+    check_arrived(pair, "good", data)
+    keys = keys_of("bad", 3)
+    open_request(pair, "bad", 3, 5, keys)
+    slots = fill(pair, "bad", data)
+    half = CHUNK_BYTES // 2
+    pair.sender.send("bad", [SendPart(slot=slots[1].slot, offset_bytes=half)], last=False)
+    whole = [SendPart(slot=slot.slot) for slot in (slots[0], slots[2])]
+    eventually(lambda: pair.receiver.status().slots_reserved == 3)
+    # Wherever its slot is: everything beyond the first request's chunks is flipped once the half has been written.
+    sent = data[1][half:].tobytes()
+
+    def written():
+        return pair.receiver.buffer.range(0, 8 * CHUNK_BYTES).tobytes().find(sent, 0)
+
+    at = eventually(lambda: max(written(), 0) or None)
+    last = pair.receiver.buffer.range(0, 8 * CHUNK_BYTES).tobytes().rfind(sent)
+    for offset in {at, last}:
+        damage(pair, offset)
+    pair.sender.send("bad", [*whole, SendPart(slot=slots[1].slot, len_bytes=half)], last=True)
+    with pytest.raises(RequestFailed) as caught:
+        pair.sender.wait_sent("bad", 30)
+    assert caught.value.kind == Kind.CORRUPTED and keys[1] in caught.value.text
+    assert Kind.CORRUPTED == refused_kind(lambda: pair.receiver.wait("bad", wait_s=30))
+    eventually(lambda: pair.receiver.status().slots_reserved + pair.receiver.status().slots_quarantined == 0)
+    ship(pair, "bad", data, keys)
+    check_arrived(pair, "bad", data)
+
+
+def test_a_receiver_that_wants_checksums_takes_nothing_without(start_pair, engine):
+    # Broken in production: an operator turns checks on at one side and believes that they are made.
+    pair = start_pair(engine, receiver_sets=["pd_checksum=full"])
+    open_request(pair, "r", 1)
+    pair.sender.send("r", fill(pair, "r", content(1, 1, 16)), last=True)
+    with pytest.raises(RequestFailed, match="pd_checksum: full"):
+        pair.sender.wait_sent("r", 30)
+
+
+def test_status_shows_how_fragmented_the_buffer_is(start_pair, engine):
+    # Broken in production: a buffer has room for ten chunks and grants none, and nobody can see why.
+    pair = start_pair(engine, sender_slots=4)
+    open_request(pair, "r", 3, 4)
+    slots = pair.sender.stage("r", [0, 2])
+    usage = pair.sender.status().buffer
+    assert usage.used_bytes == CHUNK_BYTES + 4 * TOKEN_BYTES and usage.len_max_bytes == usage.len_bytes == 4 * CHUNK_BYTES
+    assert usage.free_bytes == usage.len_bytes - usage.used_bytes
+    assert usage.chunks_fit == [2] and usage.largest_free_bytes >= 2 * CHUNK_BYTES and usage.free_range_count >= 1
+    assert {slot.len_bytes for slot in slots} == {CHUNK_BYTES, 4 * TOKEN_BYTES}
+    pair.sender.cancel("r")
+    usage = pair.sender.status().buffer
+    assert (usage.used_bytes, usage.largest_free_bytes, usage.free_range_count) == (0, usage.len_bytes, 1)
 
 
 def test_a_request_with_a_short_last_chunk_arrives_byte_for_byte(start_pair, engine):
