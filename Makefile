@@ -30,16 +30,26 @@ demo: ## move Llama-3-8B's and other layouts between two daemons, once per engin
 
 .PHONY: test
 test: setup ## every test: Rust, then Python against the real daemons
-	$(MAKE) --no-print-directory test-rust test-python
+	$(MAKE) --no-print-directory test-rust test-loom test-python
 
 .PHONY: test-rust
 test-rust:
 	$(CARGO) test --lib --bins --tests
 
+# Every interleaving of a few threads in the address manager; a package of its own, because loom replaces the lock.
+.PHONY: test-loom
+test-loom:
+	cargo test --manifest-path tests/loom_address/Cargo.toml --target-dir target/loom
+
 .PHONY: test-python
 test-python:
 	$(CARGO) build --bins
 	PD_BIN_DIR=$(CURDIR)/target/debug PYTHONPATH=$(CURDIR)/.deps/python:$(CURDIR)/python $(PYTHON) -m pytest -q python/tests
+
+SEEDS ?= 20000
+.PHONY: simulate
+simulate: ## play SEEDS=n worlds of senders and receivers, from PD_FIRST_SEED on
+	PD_SEEDS=$(SEEDS) $(CARGO) test --test simulation every_seed -- --nocapture
 
 .PHONY: lint
 lint: ## formatting and clippy, as CI has them
@@ -48,8 +58,17 @@ lint: ## formatting and clippy, as CI has them
 
 .PHONY: bench
 bench: ## the benches: ratios within one run, for docs/benchmarks.md
+	$(CARGO) bench --bench address_manager
 	$(CARGO) bench --bench transfer
 	@scripts/bench
+
+# Needs a nightly compiler and cargo-fuzz (cargo install cargo-fuzz).
+TARGET ?= address_manager
+SECONDS ?= 60
+.PHONY: fuzz
+fuzz: ## fuzz one decoder or manager: TARGET=address_manager SECONDS=60
+	cargo +nightly fuzz run $(if $(filter-out address_manager,$(TARGET)),--features pd_backend) $(TARGET) -- \
+	  -max_total_time=$(SECONDS) -max_len=1024 -print_final_stats=1
 
 .PHONY: clean
 clean: ## what was built and fetched
