@@ -11,6 +11,8 @@ CARGO := scripts/cargo
 # Found by the daemons and tests; without it, or without .deps/nixl, NIXL is looked for where the system looks.
 NIXL_LIB_DIR ?= $(wildcard $(CURDIR)/.deps/nixl/.nixl_*.mesonpy.libs)
 export NIXL_LIB_DIR PYTHON
+# How long to fuzz or soak.
+SECONDS ?= 60
 
 .PHONY: help
 help: ## this list
@@ -51,6 +53,11 @@ SEEDS ?= 20000
 simulate: ## play SEEDS=n worlds of senders and receivers, from PD_FIRST_SEED on
 	PD_SEEDS=$(SEEDS) $(CARGO) test --test simulation every_seed -- --nocapture
 
+.PHONY: soak
+soak: setup ## kill, stop and restart daemons and connectors under load for SECONDS=60, checking every byte
+	$(CARGO) build --bins
+	PD_BIN_DIR=$(CURDIR)/target/debug PYTHONPATH=$(CURDIR)/.deps/python:$(CURDIR)/python $(PYTHON) python/tests/soak.py $(SECONDS)
+
 .PHONY: lint
 lint: ## formatting and clippy, as CI has them
 	cargo fmt --check
@@ -64,7 +71,6 @@ bench: ## the benches: ratios within one run, for docs/benchmarks.md
 
 # Needs a nightly compiler and cargo-fuzz (cargo install cargo-fuzz).
 TARGET ?= address_manager
-SECONDS ?= 60
 .PHONY: fuzz
 fuzz: ## fuzz one decoder or manager: TARGET=address_manager SECONDS=60
 	cargo +nightly fuzz run $(if $(filter-out address_manager,$(TARGET)),--features pd_backend) $(TARGET) -- \
