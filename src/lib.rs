@@ -24,7 +24,9 @@
 //! - what happens in which order in a daemon: `runtime::driver`, then `runtime::sender` and `runtime::receiver`;
 //! - what travels: [`wire::message`] between daemons, [`connector::message`] between an engine and its daemon;
 //! - how bytes move: [`transfer::TransferEngine`] and its two engines;
-//! - which chunk is where: [`slot::SlotTable`];
+//! - which chunk is where: [`slot::SlotTable`]; which bytes are taken: [`address::AddressManager`]; how the memory under
+//!   them grows: [`buffer::MemoryManager`];
+//! - who may talk: [`wire::auth`]; what an operator sees: [`metrics`];
 //! - what a daemon can be told: [`config::Config`].
 //!
 //! One request, end to end, is `python/tests/test_end_to_end.py`; the same in Rust is [`mod@bench`].

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::peers::unknown_peer;
 use super::requests::{Request, Stage};
-use super::{Note, Output, Port, ReceiverSession, Timer};
+use super::{Note, Port, ReceiverSession, Timer};
 use crate::ids::{Failure, FailureKind, GrantId, RequestId, Seq, SlotIndex, clip};
 use crate::protocol::chunks::ChunkSize;
 use crate::slot::SlotState;
@@ -94,9 +94,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             }
             let id = self.waiting[at].clone();
             if !self.try_grant(now, &id) {
-                if self.growth.try_begin(self.slots.addresses().len_bytes()) {
-                    self.outputs.push_back(Output::GrowBuffer);
-                }
+                self.ask_to_grow();
                 at += 1;
                 continue;
             }

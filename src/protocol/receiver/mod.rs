@@ -213,8 +213,8 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
                 Timer::Wait(client, seq) => self.wait_timed_out(client, seq),
                 Timer::Grow => {
                     self.growth.end_pause();
-                    if !self.waiting.is_empty() && self.growth.try_begin(self.slots.addresses().len_bytes()) {
-                        self.outputs.push_back(Output::GrowBuffer);
+                    if !self.waiting.is_empty() {
+                        self.ask_to_grow();
                     }
                 }
                 Timer::Silence(instance) => self.check_silence(now, due, &instance),
@@ -320,6 +320,13 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             return Err(format!("{leases} leases are counted, there are {}", self.leases.len()));
         }
         Ok(())
+    }
+
+    /// Asks for the buffer's next step, if it can grow and none is under way.
+    fn ask_to_grow(&mut self) {
+        if self.growth.try_begin(self.slots.addresses().len_bytes()) {
+            self.outputs.push_back(Output::GrowBuffer);
+        }
     }
 
     fn send(&mut self, to: R, port: Port, message: Message) {

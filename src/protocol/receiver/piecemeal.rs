@@ -37,8 +37,8 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
                 }
             }
         }
-        if !self.waiting.is_empty() && self.growth.try_begin(self.slots.addresses().len_bytes()) {
-            self.outputs.push_back(super::Output::GrowBuffer);
+        if !self.waiting.is_empty() {
+            self.ask_to_grow();
         }
     }
 

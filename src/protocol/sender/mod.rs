@@ -206,8 +206,8 @@ impl SenderSession {
                 Timer::Stage(client, id) => self.staging_timed_out(client, id),
                 Timer::Grow => {
                     self.growth.end_pause();
-                    if !self.staging.is_empty() && self.growth.try_begin(self.slots.addresses().len_bytes()) {
-                        self.outputs.push_back(Output::GrowBuffer);
+                    if !self.staging.is_empty() {
+                        self.ask_to_grow();
                     }
                 }
                 Timer::Ping(peer) => self.ping(now, due, peer),
@@ -339,6 +339,13 @@ impl SenderSession {
         let id = self.next_id;
         self.next_id += 1;
         id
+    }
+
+    /// Asks for the buffer's next step, if it can grow and none is under way.
+    fn ask_to_grow(&mut self) {
+        if self.growth.try_begin(self.slots.addresses().len_bytes()) {
+            self.outputs.push_back(Output::GrowBuffer);
+        }
     }
 
     fn send(&mut self, peer: PeerId, port: Port, message: Message) {

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use super::requests::{Stage, Uid};
-use super::{Answer, Output, SenderSession, StagedSlot, Timer};
+use super::{Answer, SenderSession, StagedSlot, Timer};
 use crate::ids::{ClientId, Failure, FailureKind, RequestId, Seq};
 
 /// A client that waits for local slots.
@@ -51,9 +51,7 @@ impl SenderSession {
     pub(super) fn serve_staging(&mut self) {
         while let Some(first) = self.staging.front() {
             let Ok(slots) = self.slots.take(&first.lens_bytes) else {
-                if self.growth.try_begin(self.slots.addresses().len_bytes()) {
-                    self.outputs.push_back(Output::GrowBuffer);
-                }
+                self.ask_to_grow();
                 return;
             };
             let Some(staging) = self.staging.pop_front() else { return };
