@@ -6,12 +6,14 @@
 //! | `io` | what goes in and comes out: requests, outputs, answers, notes |
 //! | `peers` | handshakes with receivers, and losing them |
 //! | `debts` | what receivers must still be told: that nothing writes any more |
-//! | `requests` | a request from `open` to its one end |
+//! | `requests` | a request from `open` to its acknowledged commit |
+//! | `ending` | how a request ends otherwise |
 //! | `staging` | who waits for local slots, and who gets them |
 //! | `transfers`, `coverage` | `send`: parts into copies, and which bytes were given to the engine |
 
 mod coverage;
 mod debts;
+mod ending;
 mod io;
 mod peers;
 mod requests;

@@ -1,0 +1,188 @@
+//! How a request ends without having been sent: cancelled, revoked, failed; and what its client must still say.
+
+use std::time::Instant;
+
+use super::requests::{Request, Stage, Uid, clipped};
+use super::{Answer, Event, Note, Output, SenderSession, Timer};
+use crate::ids::{ClientId, Failure, FailureKind, PeerId, RequestId, Seq};
+use crate::wire::message::Revoke;
+
+impl SenderSession {
+    /// A client gives a request up. Answered when nothing of it is written any more.
+    pub fn handle_cancel(&mut self, now: Instant, client: ClientId, id: Seq, request: &RequestId) {
+        self.now = now;
+        // The acknowledgement of an earlier attempt's failure is not a cancel of the next attempt.
+        if self.acknowledge_failure(client, request) {
+            return self.answer(client, id, Answer::Cancelled { request: request.clone() });
+        }
+        let uid = match self.find_request(client, request) {
+            Ok(uid) => uid,
+            Err(failure) => return self.refuse(client, id, failure, None),
+        };
+        let failure = Failure::new(FailureKind::Cancelled, format!("{request} was cancelled by its connector"));
+        self.end(uid, failure, Some((client, id)));
+        if self.requests.contains_key(&uid) {
+            self.timers.set(Timer::Cancel(uid), now + self.settings.commit_timeout);
+        }
+    }
+
+    pub(super) fn on_revoke(&mut self, peer: PeerId, revoke: Revoke) {
+        let of_grant = |request: &Request| match &request.stage {
+            Stage::Open { grant, .. } | Stage::Committing { grant } => request.peer == peer && *grant == revoke.grant,
+            Stage::Closing { grant, .. } => request.peer == peer && *grant == Some(revoke.grant),
+            _ => false,
+        };
+        match self.requests.iter().find(|(_, request)| of_grant(request)).map(|(&uid, request)| (uid, &request.stage)) {
+            // It says when it has stopped, by itself.
+            Some((_, Stage::Closing { .. })) => {}
+            Some((uid, _)) => self.fail(uid, clipped(revoke.reason)),
+            None => {
+                // It may have overtaken the grant itself, which nobody may take then.
+                let asks = |request: &Request| match request.stage {
+                    Stage::Allocating { seq, .. } => {
+                        request.peer == peer
+                            && revoke.alloc_seq.map_or(request.id == revoke.req_id, |asked| asked == seq)
+                    }
+                    _ => false,
+                };
+                if let Some(uid) = self.requests.iter().find(|(_, request)| asks(request)).map(|(&uid, _)| uid) {
+                    self.fail(uid, clipped(revoke.reason));
+                }
+                self.say_stopped(peer, revoke.req_id, Some(revoke.grant), None, true);
+            }
+        }
+    }
+
+    /// Ends a request badly.
+    pub(super) fn fail(&mut self, uid: Uid, failure: Failure) {
+        self.end(uid, failure, None);
+    }
+
+    /// A transfer of a closing request has ended: the last one lets it go.
+    pub(super) fn finish_closing(&mut self, uid: Uid) {
+        let Some(request) = self.requests.get(&uid) else { return };
+        let Stage::Closing { grant, alloc_seq, cancel } = request.stage else { return };
+        if request.in_flight > 0 {
+            return;
+        }
+        let peer = request.peer;
+        self.timers.cancel(&Timer::Cancel(uid));
+        let Some(request) = self.remove(uid) else { return };
+        if self.peers.contains_key(&peer) {
+            self.say_stopped(peer, request.id.clone(), grant, alloc_seq, true);
+        }
+        if let Some((client, id)) = cancel {
+            self.answer(client, id, Answer::Cancelled { request: request.id });
+        }
+        self.serve_staging();
+    }
+
+    /// The engine has not finished a cancelled request's transfers in time: its client is told, its slots stay taken.
+    pub(super) fn cancel_timed_out(&mut self, uid: Uid) {
+        let Some(request) = self.requests.get_mut(&uid) else { return };
+        let Stage::Closing { cancel, .. } = &mut request.stage else { return };
+        let Some((client, id)) = cancel.take() else { return };
+        let text = format!(
+            "{} has ended, but {} transfers of it are still being written; its slots stay taken until they are not",
+            request.id, request.in_flight
+        );
+        let peer = request.address.to_string();
+        self.refuse(client, id, Failure::new(FailureKind::Deadline, text), Some(peer));
+    }
+
+    /// The one place where a request ends without having been sent.
+    pub(super) fn end(&mut self, uid: Uid, failure: Failure, cancel: Option<(ClientId, Seq)>) {
+        let Some(request) = self.requests.get_mut(&uid) else { return };
+        let mut alloc_seq = None;
+        let (open_id, grant, asked) = match request.stage {
+            Stage::Peer { open_id, .. } => (Some(open_id), None, false),
+            Stage::Allocating { open_id, seq, .. } => {
+                alloc_seq = Some(seq);
+                (Some(open_id), None, true)
+            }
+            Stage::Open { grant, .. } | Stage::Committing { grant } => (None, Some(grant), true),
+            Stage::Closing { .. } => return,
+        };
+        request.stage = Stage::Closing { grant, alloc_seq, cancel };
+        let (id, address, client, in_flight, request_peer) =
+            (request.id.clone(), request.address.clone(), request.client, request.in_flight, request.peer);
+        self.cancel_timers(uid);
+        self.request_by_name.remove(&id);
+        self.awaited.retain(|_, other| *other != uid);
+        self.staging_request_ended(uid, &failure);
+        self.counts.requests_failed += 1;
+        let peer = address.to_string();
+        let mut told_by_event = false;
+        match (client, open_id) {
+            (Some(client), Some(open_id)) => self.refuse(client, open_id, failure.clone(), Some(peer)),
+            (Some(client), None) if cancel.is_none() => {
+                told_by_event = true;
+                let event = Event::Failed { request: id.clone(), failure: failure.clone(), peer };
+                self.outputs.push_back(Output::Event { client, event });
+            }
+            _ => {}
+        }
+        if let Some(request) = self.requests.get_mut(&uid) {
+            request.told_by_event = told_by_event;
+        }
+        self.note(Note::Failed { request: id.clone(), address, failure, in_flight });
+        if asked {
+            if in_flight > 0 && self.peers.contains_key(&request_peer) {
+                // The decode worker need not wait for the transfer to learn of it; the slots do.
+                self.say_stopped(request_peer, id, grant, alloc_seq, false);
+            }
+            self.finish_closing(uid);
+        } else {
+            // The receiver has never heard of it.
+            let request = self.remove(uid);
+            if let (Some((client, id)), Some(request)) = (cancel, request) {
+                self.answer(client, id, Answer::Cancelled { request: request.id });
+            }
+        }
+        self.serve_staging();
+    }
+
+    /// Takes a request out of every table and frees its local slots.
+    pub(super) fn remove(&mut self, uid: Uid) -> Option<Request> {
+        let request = self.requests.remove(&uid)?;
+        if self.request_by_name.get(&request.id) == Some(&uid) {
+            self.request_by_name.remove(&request.id);
+        }
+        self.cancel_timers(uid);
+        for (&slot, &chunk) in &request.staged {
+            let filling = request.told_by_event && request.chunks[chunk as usize].is_filling();
+            match request.client {
+                Some(client) if filling => {
+                    self.unacknowledged.entry((client, request.id.clone())).or_default().push(slot);
+                }
+                _ => self.slots.give_back(slot),
+            }
+        }
+        Some(request)
+    }
+
+    /// A client knows that its request has failed: what it may have been filling until then can be staged again.
+    pub(super) fn acknowledge_failure(&mut self, client: ClientId, request: &RequestId) -> bool {
+        // Its transfers may not have ended yet: then nothing is kept back for it when they do.
+        let closing = self.requests.values_mut().find(|closing| {
+            closing.client == Some(client) && closing.id == *request && closing.told_by_event && closing.is_filling()
+        });
+        if let Some(closing) = closing {
+            closing.told_by_event = false;
+            return true;
+        }
+        let Some(slots) = self.unacknowledged.remove(&(client, request.clone())) else { return false };
+        slots.into_iter().for_each(|slot| self.slots.give_back(slot));
+        self.serve_staging();
+        true
+    }
+
+    /// A client that is gone fills nothing any more.
+    pub(super) fn acknowledge_all(&mut self, client: ClientId) {
+        let of_client = self.unacknowledged.keys().filter(|(other, _)| *other == client);
+        let requests: Vec<RequestId> = of_client.map(|(_, request)| request.clone()).collect();
+        for request in requests {
+            self.acknowledge_failure(client, &request);
+        }
+    }
+}
