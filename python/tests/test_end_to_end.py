@@ -176,6 +176,8 @@ def test_a_flipped_bit_fails_the_request_with_the_chunk_named(start_pair, engine
     data = content(1, 3, 5)
     ship(pair, "good", data)
     check_arrived(pair, "good", data)
+    # Other bytes than the chunks that are kept for reuse, so that they are found where this request's are.
+    data = content(2, 3, 5)
     keys = keys_of("bad", 3)
     open_request(pair, "bad", 3, 5, keys)
     slots = fill(pair, "bad", data)
@@ -183,16 +185,13 @@ def test_a_flipped_bit_fails_the_request_with_the_chunk_named(start_pair, engine
     pair.sender.send("bad", [SendPart(slot=slots[1].slot, offset_bytes=half)], last=False)
     whole = [SendPart(slot=slot.slot) for slot in (slots[0], slots[2])]
     eventually(lambda: pair.receiver.status().slots_reserved == 3)
-    # Wherever its slot is: everything beyond the first request's chunks is flipped once the half has been written.
     sent = data[1][half:].tobytes()
 
     def written():
-        return pair.receiver.buffer.range(0, 8 * CHUNK_BYTES).tobytes().find(sent, 0)
+        return pair.receiver.buffer.range(0, 8 * CHUNK_BYTES).tobytes().find(sent)
 
-    at = eventually(lambda: max(written(), 0) or None)
-    last = pair.receiver.buffer.range(0, 8 * CHUNK_BYTES).tobytes().rfind(sent)
-    for offset in {at, last}:
-        damage(pair, offset)
+    eventually(lambda: written() >= 0)
+    damage(pair, written())
     pair.sender.send("bad", [*whole, SendPart(slot=slots[1].slot, len_bytes=half)], last=True)
     with pytest.raises(RequestFailed) as caught:
         pair.sender.wait_sent("bad", 30)
