@@ -434,7 +434,7 @@ fn our_own_messages_have_these_bytes() {
         ],
     );
     assert_golden(
-        Message::PdPing(Ping { seq: Seq(12), instance: "i1".into() }),
+        Message::PdPing(Ping { seq: Seq(12), instance: "i1".into(), ended: Vec::new() }),
         &[&[
             b"\x83\xa4type\xa6PdPing", // map of 3
             b"\xa3seq\x0c",            // 12
@@ -442,11 +442,36 @@ fn our_own_messages_have_these_bytes() {
         ]],
     );
     assert_golden(
-        Message::PdPong(Pong { seq: Seq(12), refusal: None }),
+        Message::PdPong(Pong { seq: Seq(12), refusal: None, have_ended: Vec::new() }),
         &[&[
             b"\x82\xa4type\xa6PdPong", // map of 2
             b"\xa3seq\x0c",            // 12
         ]],
+    );
+    const PROCESS: &[u8] = b"\x91\x84\xa7boot_id\xa1b\xadpid_namespace\x05\xa3pid\x06\xabstart_ticks\x07";
+    let process = ProcessIdentity { boot_id: "b".into(), pid_namespace: 5, pid: 6, start_ticks: 7 };
+    assert_golden(
+        Message::PdPing(Ping { seq: Seq(12), instance: "i1".into(), ended: vec![process.clone()] }),
+        &[
+            &[
+                b"\x84\xa4type\xa6PdPing", // map of 4
+                b"\xa3seq\x0c",            // 12
+                b"\xa8instance\xa2i1",     // "i1"
+                b"\xa5ended",
+            ],
+            &[PROCESS],
+        ],
+    );
+    assert_golden(
+        Message::PdPong(Pong { seq: Seq(12), refusal: None, have_ended: vec![process] }),
+        &[
+            &[
+                b"\x83\xa4type\xa6PdPong", // map of 3
+                b"\xa3seq\x0c",            // 12
+                b"\xaahave_ended",
+            ],
+            &[PROCESS],
+        ],
     );
 }
 

@@ -37,13 +37,19 @@ fn failure() -> impl Strategy<Value = Failure> {
         .prop_map(|(kind, text)| Failure::new(kind, text))
 }
 
+fn processes() -> impl Strategy<Value = ProcessIdentity> {
+    (text(), any::<u64>(), any::<u32>(), any::<u64>()).prop_map(|(boot_id, pid_namespace, pid, start_ticks)| {
+        ProcessIdentity { boot_id, pid_namespace, pid, start_ticks }
+    })
+}
+
+fn some_processes() -> impl Strategy<Value = Vec<ProcessIdentity>> {
+    proptest::collection::vec(processes(), 0..4)
+}
+
 fn hellos() -> impl Strategy<Value = Hello> {
     let layout = proptest::collection::vec((text(), text()), 0..12);
-    let process =
-        (text(), any::<u64>(), any::<u32>(), any::<u64>()).prop_map(|(boot_id, pid_namespace, pid, start_ticks)| {
-            ProcessIdentity { boot_id, pid_namespace, pid, start_ticks }
-        });
-    let process = proptest::option::of(process);
+    let process = proptest::option::of(processes());
     (any::<u16>(), any::<u16>(), text(), text(), layout, proptest::collection::vec(text(), 0..4), process).prop_map(
         |(version_min, version_max, instance, engine, layout, capabilities, process)| Hello {
             version_min,
@@ -180,8 +186,13 @@ fn requests() -> impl Strategy<Value = Message> {
         (request_id(), grant(), failure(), proptest::option::of(seq())).prop_map(
             |(req_id, grant, reason, alloc_seq)| { Message::PdRevoke(Revoke { req_id, grant, reason, alloc_seq }) }
         ),
-        (seq(), text()).prop_map(|(seq, instance)| Message::PdPing(Ping { seq, instance })),
-        (seq(), proptest::option::of(failure())).prop_map(|(seq, refusal)| Message::PdPong(Pong { seq, refusal })),
+        (seq(), text(), some_processes()).prop_map(|(seq, instance, ended)| Message::PdPing(Ping {
+            seq,
+            instance,
+            ended
+        })),
+        (seq(), proptest::option::of(failure()), some_processes())
+            .prop_map(|(seq, refusal, have_ended)| Message::PdPong(Pong { seq, refusal, have_ended })),
     ]
 }
 

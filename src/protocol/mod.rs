@@ -39,6 +39,9 @@ pub use receiver::ReceiverSession;
 pub use safeguards::Safeguards;
 pub use sender::SenderSession;
 
+/// Most processes that a receiver asks one sender about at a time.
+const PROCESSES_ASKED_MAX: usize = 64;
+
 /// Which of a receiver's ports a message belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Port {

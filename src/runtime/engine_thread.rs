@@ -5,6 +5,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::mpsc::{self, RecvTimeoutError, TryRecvError};
 use std::thread;
+use std::time::Duration;
 
 use tokio::sync::mpsc::UnboundedSender;
 
@@ -122,6 +123,8 @@ pub(super) struct Started {
     /// Which it is and why, for the log.
     pub(super) note: String,
     pub(super) export: Export,
+    /// [`TransferEngine::linger`].
+    pub(super) linger: Duration,
 }
 
 impl<P: Send + 'static> EngineThread<P> {
@@ -141,7 +144,7 @@ impl<P: Send + 'static> EngineThread<P> {
             let ready = start_engine(&options).and_then(|StartedEngine { mut engine, note }| {
                 engine.register(Arc::clone(manager.memory()), unit_bytes, manager.usage().present.len_bytes)?;
                 let export = engine.export()?;
-                Ok((Started { engine: engine.name(), note, export }, engine))
+                Ok((Started { engine: engine.name(), note, export, linger: engine.linger() }, engine))
             });
             match ready {
                 Ok((facts, engine)) => {

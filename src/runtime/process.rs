@@ -2,6 +2,7 @@
 
 use std::os::fd::OwnedFd;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use tokio::io::unix::AsyncFd;
@@ -16,21 +17,50 @@ pub(super) fn own_identity() -> Option<ProcessIdentity> {
 /// Resolves when the process has ended; at once, when it is not there any more. Never, when the process is none of
 /// this host and pid namespace, since then nothing can be known.
 pub(super) async fn ended(process: ProcessIdentity) {
-    let Some(own) = own_identity() else { return std::future::pending().await };
-    if (&own.boot_id, own.pid_namespace) != (&process.boot_id, process.pid_namespace) {
-        return std::future::pending().await;
+    match look_at(&process) {
+        Seen::Gone => {}
+        Seen::There(pidfd) => readable(pidfd).await,
+        Seen::Elsewhere => std::future::pending().await,
+        Seen::Hidden(error) => cannot_watch(error).await,
+    }
+}
+
+/// Whether the process is known to have ended, as of now.
+pub(super) fn has_ended(process: &ProcessIdentity) -> bool {
+    match look_at(process) {
+        Seen::Gone => true,
+        Seen::There(pidfd) => {
+            let mut fds = [PollFd::new(&pidfd, PollFlags::IN)];
+            // A pidfd becomes readable when its process ends, and stays so.
+            matches!(poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })), Ok(1))
+        }
+        Seen::Elsewhere | Seen::Hidden(_) => false,
+    }
+}
+
+/// What can be found out about a process.
+enum Seen {
+    /// It has ended, and perhaps another has its pid.
+    Gone,
+    /// A descriptor of it, which may have ended.
+    There(OwnedFd),
+    /// It is of another host or pid namespace.
+    Elsewhere,
+    /// The kernel does not let us look.
+    Hidden(Errno),
+}
+
+fn look_at(process: &ProcessIdentity) -> Seen {
+    if !own_identity().is_some_and(|own| own.sees(process)) {
+        return Seen::Elsewhere;
     }
     match open_pidfd(process.pid) {
-        Ok(pidfd) => {
-            // Opened first, compared after: another process under that pid by now means that the one asked after has
-            // ended. When /proc will not say, the descriptor is taken at its word.
-            if identity_of(process.pid).is_some_and(|now| now != process) {
-                return;
-            }
-            readable(pidfd).await;
-        }
-        Err(Errno::SRCH) => {}
-        Err(error) => cannot_watch(error).await,
+        // Opened first, compared after: another process under that pid by now means that the one asked after has
+        // ended. When /proc will not say, the descriptor is taken at its word.
+        Ok(_) if identity_of(process.pid).is_some_and(|now| now != *process) => Seen::Gone,
+        Ok(pidfd) => Seen::There(pidfd),
+        Err(Errno::SRCH) => Seen::Gone,
+        Err(error) => Seen::Hidden(error),
     }
 }
 
@@ -91,6 +121,7 @@ mod tests {
         assert_ne!(Some(&identity), own_identity().as_ref());
         let mut later = identity.clone();
         later.start_ticks += 1;
+        assert!(has_ended(&later) && !has_ended(&identity));
         tokio::time::timeout(Duration::from_secs(5), ended(later)).await.expect("another process under that pid");
         let alive = tokio::time::timeout(Duration::from_millis(50), ended(identity.clone())).await;
         assert!(alive.is_err(), "it has not ended");
@@ -98,6 +129,7 @@ mod tests {
         elsewhere.boot_id = "another host".into();
         child.kill().unwrap();
         child.wait().unwrap();
+        assert!(has_ended(&identity) && !has_ended(&elsewhere));
         tokio::time::timeout(Duration::from_secs(5), ended(identity)).await.expect("it has ended");
         assert!(tokio::time::timeout(Duration::from_millis(50), ended(elsewhere)).await.is_err());
     }

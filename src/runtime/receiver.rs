@@ -93,6 +93,7 @@ pub(super) async fn run(config: Config, options: RunOptions) -> Result<(), Runti
         peers_max: config.limits.peers_max as usize,
         heartbeat_interval: config.deadlines.heartbeat,
         peer_timeout: config.deadlines.peer,
+        linger: started.linger,
         safeguards: Safeguards::default(),
     });
     let ready = ReadyLine {

@@ -12,7 +12,7 @@ use super::peer_links::{LinkEvent, PeerLinks};
 use super::proxy::Proxy;
 use super::ready::ReadyLine;
 use super::setup::Foundation;
-use super::{RunOptions, RuntimeError, identity, notes, setup, translate};
+use super::{RunOptions, RuntimeError, identity, notes, process, setup, translate};
 use crate::buffer::MemoryManager;
 use crate::config::Config;
 use crate::connector::message::{Reply, Request, Status};
@@ -196,6 +196,10 @@ impl Daemon for SenderDaemon {
                     self.engine.send(Command::UpdatePeer { peer, connection, metadata, descriptors })?;
                 }
                 Output::GrowBuffer => self.engine.grow()?,
+                Output::CheckProcesses { peer, mut processes } => {
+                    processes.retain(process::has_ended);
+                    self.session.handle_processes_ended(Instant::now(), peer, processes);
+                }
                 Output::ForgetPeer(connection) => self.engine.send(Command::Forget(connection))?,
                 Output::Post { transfer, connection, copies, summed } => {
                     self.engine.send(Command::Post { transfer, connection, copies, summed })?;

@@ -32,6 +32,7 @@ pub use start::{EngineOptions, StartedEngine, start_engine};
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::buffer::Memory;
 use crate::ids::{ConnectionId, TransferId};
@@ -101,6 +102,9 @@ impl Ended {
 pub trait TransferEngine: Send {
     /// The name in configuration and on the wire: engines of the same name can talk to each other.
     fn name(&self) -> &'static str;
+
+    /// How long what a process had posted may still arrive after that process has ended.
+    fn linger(&self) -> Duration;
 
     /// Makes the first `len_bytes` of `memory` readable by `post` and writable by peers. The engine keeps the memory
     /// alive for as long as it is registered. `unit_bytes` is the length that most copies have (a chunk), for prepared

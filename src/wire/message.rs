@@ -98,7 +98,7 @@ pub struct Hello {
 }
 
 /// A process, told apart from another with the same pid on another host, in another container, or later.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct ProcessIdentity {
     /// Boot id of the host's kernel.
     pub boot_id: String,
@@ -108,6 +108,13 @@ pub struct ProcessIdentity {
     pub pid: u32,
     /// When it started, in clock ticks since boot.
     pub start_ticks: u64,
+}
+
+impl ProcessIdentity {
+    /// Whether `other` can be looked for from this process: same kernel, same pid namespace.
+    pub fn sees(&self, other: &Self) -> bool {
+        (&self.boot_id, self.pid_namespace) == (&other.boot_id, other.pid_namespace)
+    }
 }
 
 /// `NixlInitRequest`.
@@ -416,6 +423,9 @@ pub struct Ping {
     pub seq: Seq,
     /// [`Hello::instance`] of the sender.
     pub instance: String,
+    /// Of the processes that the receiver asked after in a pong, those that have ended.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ended: Vec<ProcessIdentity>,
 }
 
 /// `PdPong`.
@@ -426,4 +436,8 @@ pub struct Pong {
     /// The receiver does not know the sender: it has given it up, or was restarted. Shake hands anew.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub refusal: Option<Failure>,
+    /// Lost senders of the asking sender's host and pid namespace whose slots are quarantined: have they ended? Who is
+    /// on the same host can tell, and says so in its next ping.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub have_ended: Vec<ProcessIdentity>,
 }

@@ -212,7 +212,7 @@ impl Bench {
             let pinged = self.said.iter().any(|message| matches!(message, Message::PdPing(_)));
             self.said.retain(|message| !matches!(message, Message::PdPing(_)));
             if pinged && answers_pings {
-                self.hear(Message::PdPong(Pong { seq: Seq(0), refusal: None }));
+                self.hear(Message::PdPong(Pong { seq: Seq(0), refusal: None, have_ended: Vec::new() }));
             }
         }
     }
@@ -342,7 +342,7 @@ fn a_receiver_that_has_forgotten_us_is_met_anew_within_the_same_open() {
     }
     assert!(matches!(bench.answers.as_slice(), [(Seq(1), Answer::Failed { .. })]), "once: {:?}", bench.answers);
     bench.open("s");
-    bench.hear(Message::PdPong(Pong { seq: Seq(0), refusal: refusal() }));
+    bench.hear(Message::PdPong(Pong { seq: Seq(0), refusal: refusal(), have_ended: Vec::new() }));
     bench.allocation();
 }
 

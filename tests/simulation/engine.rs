@@ -1,12 +1,14 @@
 //! The transfer engine of every sender: slow, failing, and writing on after it was told to forget.
 
 use std::ops::Range;
+use std::time::{Duration, Instant};
 
 use pd_backend::ids::{ByteCopy, Checksum, ChunkKey, ConnectionId, RequestId, TransferId};
 use pd_backend::wire::message::AllocRequest;
 use rand::RngExt;
 
 use crate::news::{News, Proc};
+use crate::plan::LINGER;
 use crate::process::{TOKEN_BYTES, TOKENS, sender_name};
 use crate::world::World;
 
@@ -28,6 +30,21 @@ pub struct Write {
     connection: ConnectionId,
     copies: Vec<ByteCopy>,
     landed: Vec<bool>,
+    /// Its writer has died; what the network still holds of it arrives until then.
+    last_words: Option<LastWords>,
+}
+
+#[derive(Debug)]
+struct LastWords {
+    until: Instant,
+    /// Of each copy.
+    bytes: Vec<Vec<u8>>,
+}
+
+impl Write {
+    fn arrives(&self, now: Instant) -> bool {
+        self.last_words.as_ref().is_none_or(|words| now <= words.until)
+    }
 }
 
 /// What an allocation asked for: its chunks' keys and lengths.
@@ -60,11 +77,15 @@ fn remote(copy: &ByteCopy) -> Range<u64> {
     copy.remote_offset..copy.remote_offset + copy.len_bytes
 }
 
+fn local(copy: &ByteCopy) -> Range<usize> {
+    copy.local_offset as usize..(copy.local_offset + copy.len_bytes) as usize
+}
+
 impl World {
     /// Writes to one receiver that have not landed yet, and whose they are.
     pub fn under_way(&self, receiver: Proc) -> Vec<(Range<u64>, String)> {
         let mut ranges = Vec::new();
-        for write in self.writes.values().filter(|write| write.receiver == receiver) {
+        for write in self.writes.values().filter(|write| write.receiver == receiver && write.arrives(self.now)) {
             let left = write.copies.iter().zip(&write.landed).filter(|(_, landed)| !**landed);
             ranges.extend(left.map(|(copy, _)| (remote(copy), sender_name(write.sender))));
         }
@@ -74,8 +95,7 @@ impl World {
     /// Sums what the receiver will check, as the bytes are now.
     pub fn sum(&mut self, at: Proc, transfer: TransferId, copies: &[ByteCopy], summed: &[u32]) {
         let sender = &mut self.senders[at.index];
-        let bytes = |copy: &ByteCopy| copy.local_offset as usize..(copy.local_offset + copy.len_bytes) as usize;
-        let sum = |&index: &u32| Checksum::of(&sender.memory[bytes(&copies[index as usize])]);
+        let sum = |&index: &u32| Checksum::of(&sender.memory[local(&copies[index as usize])]);
         let sums = summed.iter().map(sum).collect();
         sender.sums.insert(transfer, sums);
     }
@@ -107,12 +127,17 @@ impl World {
         }
         self.schedule(soon + pause + 1, News::Land(id, if fails { usize::MAX } else { copies.len() }));
         let landed = vec![false; copies.len()];
-        self.writes.insert(id, Write { sender: at, receiver, transfer, connection, copies, landed });
+        self.writes.insert(id, Write { sender: at, receiver, transfer, connection, copies, landed, last_words: None });
     }
 
     /// One copy of a write lands; one beyond the last is its end.
     pub fn land(&mut self, id: u64, copy: usize) {
+        let now = self.now;
         let Some(write) = self.writes.get_mut(&id) else { return };
+        if !write.arrives(now) {
+            self.writes.remove(&id);
+            return;
+        }
         let (at, receiver) = (write.sender, write.receiver);
         let Some(bytes) = write.copies.get(copy).copied() else {
             let transfer = write.transfer;
@@ -132,10 +157,24 @@ impl World {
         let range = remote(&bytes);
         let checked = self.receivers[receiver.index].truth.check_write(&sender_name(at), &range);
         self.check(checked);
-        let from = bytes.local_offset as usize..(bytes.local_offset + bytes.len_bytes) as usize;
         let to = range.start as usize..range.end as usize;
-        let source = &self.senders[at.index].memory[from];
+        let source = match &self.writes[&id].last_words {
+            Some(words) => &words.bytes[copy],
+            None => &self.senders[at.index].memory[local(&bytes)],
+        };
         self.receivers[receiver.index].truth.memory[to].copy_from_slice(source);
+    }
+
+    /// A writer dies. With sockets between it and the receiver, some of what it had posted arrives all the same.
+    pub fn writes_die(&mut self, at: Proc) {
+        let until = self.now + Duration::from_millis(self.ms(0, LINGER.as_millis() as u64));
+        let lingers = self.plan.lingers;
+        self.writes.retain(|_, write| write.sender != at || lingers);
+        let memory = &self.senders[at.index].memory;
+        for write in self.writes.values_mut().filter(|write| write.sender == at) {
+            let bytes = write.copies.iter().map(|copy| memory[local(copy)].to_vec()).collect();
+            write.last_words = Some(LastWords { until, bytes });
+        }
     }
 
     /// The engine is told to forget a receiver: it stops what it writes there, or does not.

@@ -14,6 +14,7 @@ pub const WAIT: Duration = Duration::from_millis(1500);
 pub const RETENTION: Duration = Duration::from_millis(600);
 pub const HEARTBEAT: Duration = Duration::from_millis(100);
 pub const PEER: Duration = Duration::from_millis(350);
+pub const LINGER: Duration = Duration::from_millis(60);
 
 /// Numbers without a unit are percentages of the occasions.
 #[derive(Debug, Clone)]
@@ -67,6 +68,8 @@ pub struct Plan {
     pub pauses: u32,
     /// Whether the end of a sender's process is seen by receivers: they are on one host.
     pub same_host: bool,
+    /// Whether writes of a process that has died arrive for up to [`LINGER`] yet.
+    pub lingers: bool,
     /// Whether every chunk is summed and checked.
     pub checksums: bool,
     pub safeguards: Safeguards,
@@ -108,6 +111,7 @@ impl Plan {
             crashes: some(3),
             pauses: some(3),
             same_host: true,
+            lingers: false,
             checksums: false,
             safeguards: Safeguards::default(),
         };
@@ -117,6 +121,7 @@ impl Plan {
             initial_slots: rng.random_range(2..=5),
             ordered: rng.random_bool(0.4),
             same_host: rng.random_bool(0.75),
+            lingers: rng.random_bool(0.4),
             crowded: rng.random_bool(0.2),
             keys: rng.random_range(4..=14),
             checksums: rng.random_bool(0.5),
@@ -158,6 +163,7 @@ impl Plan {
             crashes: 0,
             pauses: 0,
             same_host: true,
+            lingers: false,
             checksums: false,
             safeguards: Safeguards::default(),
         }

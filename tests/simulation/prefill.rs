@@ -122,10 +122,6 @@ impl World {
                 if many && sender != receiver {
                     continue;
                 }
-                // Where slots are in quarantine for good, there may be no room for anything else.
-                if self.receivers[receiver].session.counts().slots.quarantined > 0 {
-                    continue;
-                }
                 for number in 0..2 {
                     let name = RequestId::new(format!("fresh-{sender}-{receiver}-{number}")).unwrap();
                     let keys = (0..4).map(|index| ChunkKey::new(format!("{name}-{index}")).unwrap()).collect();

@@ -63,9 +63,9 @@ fn chunk_shape() -> ChunkShape {
     }
 }
 
-fn hello(instance: String, at: Proc, same_host: bool) -> Hello {
+fn hello(instance: String, at: Proc, same_host: bool, host: &str) -> Hello {
     let process = ProcessIdentity {
-        boot_id: if same_host { "one host".into() } else { format!("host of {instance}") },
+        boot_id: if same_host { "one host" } else { host }.into(),
         pid_namespace: 1,
         pid: at.index as u32,
         start_ticks: u64::from(at.life),
@@ -77,7 +77,7 @@ fn hello(instance: String, at: Proc, same_host: bool) -> Hello {
         engine: "test".into(),
         layout: vec![("chunk_bytes".into(), CHUNK_BYTES.to_string())],
         capabilities: vec![CAPABILITY_COMMIT.into(), CAPABILITY_HEARTBEAT.into()],
-        process: same_host.then_some(process),
+        process: Some(process),
     }
 }
 
@@ -102,7 +102,7 @@ pub fn new_sender(plan: &Plan, at: Proc, now: Instant) -> Sender {
     let session = SenderSession::new(
         now,
         SenderSettings {
-            hello: hello(sender_name(at), at, plan.same_host),
+            hello: hello(sender_name(at), at, plan.same_host, "the senders' host"),
             agent_name: sender_name(at),
             metadata: vec![1],
             chunk: chunk_shape(),
@@ -135,7 +135,7 @@ pub fn new_sender(plan: &Plan, at: Proc, now: Instant) -> Sender {
 pub fn new_receiver(plan: &Plan, at: Proc) -> Receiver {
     let addresses = addresses(plan);
     let session = ReceiverSession::new(ReceiverSettings {
-        hello: hello(receiver_name(at), at, plan.same_host),
+        hello: hello(receiver_name(at), at, plan.same_host, "the receivers' host"),
         agent_name: receiver_name(at),
         metadata: vec![2],
         descriptors: addresses.len_bytes().to_le_bytes().to_vec(),
@@ -153,6 +153,7 @@ pub fn new_receiver(plan: &Plan, at: Proc) -> Receiver {
         peers_max: peers_max(plan, plan.senders),
         heartbeat_interval: plan::HEARTBEAT,
         peer_timeout: plan::PEER,
+        linger: if plan.lingers { plan::LINGER } else { Duration::ZERO },
         safeguards: plan.safeguards,
     });
     let memory = vec![0; (CHUNK_BYTES * plan.receiver_slots) as usize];

@@ -70,6 +70,7 @@ impl World {
                 self.schedule(soon, News::ReceiverLoads(at, instance));
             }
             Output::ForgetPeer(_) => {}
+            Output::WatchProcess { .. } if !self.plan.same_host => {}
             Output::WatchProcess { instance, process } => {
                 if !self.receivers[at.index].watched.insert(instance.clone()) {
                     return;

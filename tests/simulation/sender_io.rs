@@ -3,6 +3,7 @@
 use pd_backend::ids::{PeerAddress, PeerId};
 use pd_backend::protocol::sender::Output;
 use pd_backend::wire::Message;
+use pd_backend::wire::message::ProcessIdentity;
 
 use crate::engine::{Asked, Connection};
 use crate::network::Route;
@@ -129,6 +130,13 @@ impl World {
             Output::GrowBuffer => {
                 let soon = self.ms(0, 20);
                 self.schedule(soon, News::SenderGrows(at));
+            }
+            Output::CheckProcesses { peer, mut processes } => {
+                let there =
+                    |process: &ProcessIdentity| Proc { index: process.pid as usize, life: process.start_ticks as u32 };
+                processes.retain(|process| !self.sender_lives(there(process)));
+                self.tally.vouched += processes.len() as u64;
+                self.senders[at.index].session.handle_processes_ended(self.now, peer, processes);
             }
             Output::ForgetPeer(connection) => self.forget(at, connection),
             Output::Post { transfer, connection, copies, summed } => {

@@ -1,36 +1,48 @@
-//! Peers that were lost, as far as their late messages must be recognised.
+//! Peers that were lost, as far as their late messages must be recognised, and their end.
 
 use std::collections::{BTreeMap, VecDeque};
 
 use crate::ids::Seq;
+use crate::wire::message::ProcessIdentity;
 
 /// How many are remembered.
 const LOST_MAX: usize = 4096;
 
-/// The last number that each lost peer had used: a handshake with a lower one was sent before, and says nothing about
-/// what the peer has done since.
+/// What is remembered of the peers that were lost last.
 #[derive(Debug, Default)]
 pub(super) struct LostPeers {
-    last_seqs: BTreeMap<String, Seq>,
+    by_instance: BTreeMap<String, Lost>,
     order: VecDeque<String>,
+}
+
+#[derive(Debug)]
+struct Lost {
+    /// The last number that it had used: a handshake with a lower one was sent before, and says nothing about what the
+    /// peer has done since.
+    last_seq: Seq,
+    process: Option<ProcessIdentity>,
 }
 
 impl LostPeers {
     pub(super) fn last_seq(&self, instance: &str) -> Option<Seq> {
-        self.last_seqs.get(instance).copied()
+        self.by_instance.get(instance).map(|lost| lost.last_seq)
     }
 
-    pub(super) fn remember(&mut self, instance: &str, last_seq: Seq) {
-        match self.last_seqs.get_mut(instance) {
-            Some(known) => *known = last_seq.max(*known),
+    pub(super) fn process(&self, instance: &str) -> Option<&ProcessIdentity> {
+        self.by_instance.get(instance)?.process.as_ref()
+    }
+
+    pub(super) fn remember(&mut self, instance: &str, last_seq: Seq, process: Option<ProcessIdentity>) {
+        match self.by_instance.get_mut(instance) {
+            Some(known) => *known = Lost { last_seq: last_seq.max(known.last_seq), process },
             None => {
-                self.last_seqs.insert(instance.to_owned(), last_seq);
+                self.by_instance.insert(instance.to_owned(), Lost { last_seq, process });
                 self.order.push_back(instance.to_owned());
             }
         }
         while self.order.len() > LOST_MAX {
             if let Some(oldest) = self.order.pop_front() {
-                self.last_seqs.remove(&oldest);
+                self.by_instance.remove(&oldest);
             }
         }
     }

@@ -75,6 +75,8 @@ pub struct ReceiverSettings {
     pub heartbeat_interval: Duration,
     /// How long a peer may be silent.
     pub peer_timeout: Duration,
+    /// How long the writes of a process that has ended may still arrive.
+    pub linger: Duration,
     #[doc(hidden)]
     pub safeguards: Safeguards,
 }
@@ -93,6 +95,8 @@ enum Timer {
     Grow,
     /// A peer may have been silent for too long.
     Silence(String),
+    /// Nothing of a process that has ended is under way any more.
+    Linger(String),
     /// A writer has not said yet that it has stopped: it is asked again.
     Revoke(GrantId),
 }
@@ -195,8 +199,8 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
 
     /// The process behind `instance` has ended: whatever it was writing, it writes no more.
     pub fn handle_process_ended(&mut self, now: Instant, instance: &str) {
-        self.lose_peer(now, instance, "ended");
-        self.free_closing_of(now, instance, Seq(u64::MAX));
+        self.process_ended(now, instance);
+        self.handle_timeout(now);
     }
 
     /// Deadlines may have passed.
@@ -218,6 +222,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
                     }
                 }
                 Timer::Silence(instance) => self.check_silence(now, due, &instance),
+                Timer::Linger(instance) => self.free_closing_of(now, &instance, Seq(u64::MAX)),
                 Timer::Revoke(grant) => self.revoke_again(now, grant),
             }
         }

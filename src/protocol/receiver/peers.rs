@@ -1,11 +1,12 @@
 //! Shaking hands with senders, and losing them.
 
+use std::collections::BTreeSet;
 use std::time::Instant;
 
 use super::{Note, Output, Port, ReceiverSession, Timer};
 use crate::ids::{ConnectionId, Failure, FailureKind, RequestId, Seq, clip};
-use crate::protocol::handshake;
 use crate::protocol::seen::SeenSeqs;
+use crate::protocol::{PROCESSES_ASKED_MAX, handshake};
 use crate::wire::Message;
 use crate::wire::message::{
     CAPABILITY_HEARTBEAT, InitReplyExtension, InitRequest, InitResponse, MemRegReplyExtension, MemRegRequest,
@@ -219,7 +220,40 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             peer.alloc_route = Some(from.clone());
         }
         let refusal = (!known).then(|| unknown_peer(&ping.instance));
-        self.send(from, Port::Alloc, Message::PdPong(Pong { seq: ping.seq, refusal }));
+        let have_ended = if known { self.take_word_of_ended(now, &ping) } else { Vec::new() };
+        self.send(from, Port::Alloc, Message::PdPong(Pong { seq: ping.seq, refusal, have_ended }));
+    }
+
+    /// A peer vouches for the end of others on its host. Returns those that it is asked about next.
+    fn take_word_of_ended(&mut self, now: Instant, ping: &Ping) -> Vec<ProcessIdentity> {
+        let Some(witness) = self.peers.get(&ping.instance).and_then(|peer| peer.process.clone()) else {
+            return Vec::new();
+        };
+        let mut asked = BTreeSet::new();
+        let mut ended = BTreeSet::new();
+        for closing in self.closing.values() {
+            // One that is connected speaks for itself.
+            let lost = self.lost.process(&closing.instance).filter(|_| !self.peers.contains_key(&closing.instance));
+            match lost {
+                Some(process) if !witness.sees(process) => {}
+                Some(process) if ping.ended.contains(process) => drop(ended.insert(closing.instance.clone())),
+                Some(process) if asked.len() < PROCESSES_ASKED_MAX => drop(asked.insert(process.clone())),
+                _ => {}
+            }
+        }
+        for instance in ended {
+            self.process_ended(now, &instance);
+        }
+        asked.into_iter().collect()
+    }
+
+    /// The process behind `instance` has ended. What it had posted may arrive for a moment yet.
+    pub(super) fn process_ended(&mut self, now: Instant, instance: &str) {
+        self.lose_peer(now, instance, "ended");
+        let timer = Timer::Linger(instance.to_owned());
+        if !self.timers.contains(&timer) {
+            self.timers.set(timer, now + self.settings.linger);
+        }
     }
 
     /// Gives a peer up that has been silent for too long.
@@ -243,7 +277,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
     pub(super) fn lose_peer(&mut self, now: Instant, instance: &str, reason: &str) {
         let Some(peer) = self.peers.remove(instance) else { return };
         self.timers.cancel(&Timer::Silence(instance.to_owned()));
-        self.lost.remember(instance, peer.last_seq);
+        self.lost.remember(instance, peer.last_seq, peer.process);
         if let PeerState::Met(connection) = peer.state {
             self.outputs.push_back(Output::ForgetPeer(connection));
         }
@@ -289,9 +323,9 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         let Some(oldest) = idle.min_by_key(|(_, peer)| peer.last_used).map(|(instance, _)| instance.clone()) else {
             return false;
         };
-        if let Some(Peer { state: PeerState::Met(connection), last_seq, .. }) = self.peers.remove(&oldest) {
+        if let Some(Peer { state: PeerState::Met(connection), last_seq, process, .. }) = self.peers.remove(&oldest) {
             self.timers.cancel(&Timer::Silence(oldest.clone()));
-            self.lost.remember(&oldest, last_seq);
+            self.lost.remember(&oldest, last_seq, process);
             self.outputs.push_back(Output::ForgetPeer(connection));
         }
         let reason = "was idle longest and made room for another".to_owned();

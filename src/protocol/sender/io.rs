@@ -8,6 +8,7 @@ use crate::ids::{
 };
 use crate::protocol::Port;
 use crate::wire::Message;
+use crate::wire::message::ProcessIdentity;
 
 /// A request as its connector opens it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -90,6 +91,13 @@ pub enum Output {
     },
     /// Add the next step to our own buffer; `handle_grown` wants the result.
     GrowBuffer,
+    /// Find out which of these processes have ended; `handle_processes_ended` wants to know.
+    CheckProcesses {
+        /// The receiver that asks.
+        peer: PeerId,
+        /// Of some host and pid namespace.
+        processes: Vec<ProcessIdentity>,
+    },
     /// Let the engine forget a receiver.
     ForgetPeer(ConnectionId),
     /// Let the engine write; `handle_transfer_done` wants to know, and the checksums asked for.

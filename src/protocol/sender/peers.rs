@@ -6,11 +6,11 @@ use std::time::{Duration, Instant};
 use super::requests::{Stage, Uid, clipped};
 use super::{Note, Output, Port, SenderSession, Timer};
 use crate::ids::{ConnectionId, Failure, FailureKind, PeerAddress, PeerId, Seq, clip};
-use crate::protocol::handshake;
+use crate::protocol::{PROCESSES_ASKED_MAX, handshake};
 use crate::wire::Message;
 use crate::wire::message::{
     CAPABILITY_HEARTBEAT, InitExtension, InitRequest, InitResponse, MemRegExtension, MemRegRequest, MemRegResponse,
-    MemoryUpdate, Ping, Pong,
+    MemoryUpdate, Ping, Pong, ProcessIdentity,
 };
 
 /// A receiver, from the first request to it until it is lost.
@@ -338,12 +338,26 @@ impl SenderSession {
         }
         let instance = self.settings.hello.instance.clone();
         self.timers.set(Timer::Ping(peer), now + interval);
-        self.send(peer, Port::Alloc, Message::PdPing(Ping { seq, instance }));
+        self.send(peer, Port::Alloc, Message::PdPing(Ping { seq, instance, ended: Vec::new() }));
     }
 
     pub(super) fn on_pong(&mut self, now: Instant, peer: PeerId, pong: Pong) {
         if let Some(refusal) = pong.refusal {
-            self.meet_anew(now, peer, clipped(refusal));
+            return self.meet_anew(now, peer, clipped(refusal));
+        }
+        let mut processes = pong.have_ended;
+        processes.truncate(PROCESSES_ASKED_MAX);
+        if !processes.is_empty() {
+            self.outputs.push_back(Output::CheckProcesses { peer, processes });
+        }
+    }
+
+    /// Of the processes that a receiver asked after, these have ended.
+    pub fn handle_processes_ended(&mut self, now: Instant, peer: PeerId, ended: Vec<ProcessIdentity>) {
+        self.now = now;
+        if !ended.is_empty() && self.connection_of(peer).is_some() {
+            let (seq, instance) = (Seq(self.fresh()), self.settings.hello.instance.clone());
+            self.send(peer, Port::Alloc, Message::PdPing(Ping { seq, instance, ended }));
         }
     }
 

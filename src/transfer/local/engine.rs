@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::LOCAL_ENGINE_NAME;
 use super::cursor::Cursor;
@@ -106,6 +107,11 @@ impl LocalEngine {
 impl TransferEngine for LocalEngine {
     fn name(&self) -> &'static str {
         LOCAL_ENGINE_NAME
+    }
+
+    /// The copying thread ends with its process.
+    fn linger(&self) -> Duration {
+        Duration::ZERO
     }
 
     fn register(&mut self, memory: Arc<Memory>, _unit_bytes: u64, len_bytes: u64) -> Result<(), TransferError> {

@@ -20,6 +20,9 @@ use crate::transfer::{
 /// How long the first write of a connection may take; it takes some milliseconds between idle processes, and nobody else
 /// waits for it.
 const WARM_UP_MAX: Duration = Duration::from_secs(5);
+/// Over TCP a dead process's bytes go on arriving for as long as the kernels hold some, and the receiving side's progress
+/// thread is up to 10 ms late. What UCX chose is not known here, so this holds for CMA as well, which leaves nothing.
+const LINGER: Duration = Duration::from_secs(2);
 
 /// Copies through NIXL.
 ///
@@ -186,6 +189,10 @@ impl NixlEngine {
 impl TransferEngine for NixlEngine {
     fn name(&self) -> &'static str {
         NIXL_ENGINE_NAME
+    }
+
+    fn linger(&self) -> Duration {
+        LINGER
     }
 
     fn register(&mut self, memory: Arc<Memory>, unit_bytes: u64, len_bytes: u64) -> Result<(), TransferError> {
