@@ -4,9 +4,12 @@ use uuid::Uuid;
 
 use super::process;
 use crate::config::Config;
+use crate::ids::ChecksumMode;
 use crate::kv_layout::KvGroup;
 use crate::protocol::ChunkShape;
-use crate::wire::message::{CAPABILITY_COMMIT, CAPABILITY_HEARTBEAT, Hello, PROTOCOL_VERSION, PROTOCOL_VERSION_MIN};
+use crate::wire::message::{
+    CAPABILITY_CHECKSUMS, CAPABILITY_COMMIT, CAPABILITY_HEARTBEAT, Hello, PROTOCOL_VERSION, PROTOCOL_VERSION_MIN,
+};
 
 /// A name for this process that no other has had: a restarted daemon is a new peer.
 pub(super) fn instance_name(config: &Config) -> String {
@@ -14,13 +17,17 @@ pub(super) fn instance_name(config: &Config) -> String {
 }
 
 pub(super) fn hello(config: &Config, instance: &str, engine: &str) -> Hello {
+    let mut capabilities = vec![CAPABILITY_COMMIT.to_owned(), CAPABILITY_HEARTBEAT.to_owned()];
+    if config.engine.checksum == ChecksumMode::Full {
+        capabilities.push(CAPABILITY_CHECKSUMS.to_owned());
+    }
     Hello {
         version_min: PROTOCOL_VERSION_MIN,
         version_max: PROTOCOL_VERSION,
         instance: instance.to_owned(),
         engine: engine.to_owned(),
         layout: config.layout.fingerprint(),
-        capabilities: vec![CAPABILITY_COMMIT.to_owned(), CAPABILITY_HEARTBEAT.to_owned()],
+        capabilities,
         process: process::own_identity(),
     }
 }

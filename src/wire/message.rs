@@ -17,6 +17,8 @@ pub const PROTOCOL_VERSION_MIN: u16 = 2;
 pub const CAPABILITY_COMMIT: &str = "commit";
 /// Capability: asks and answers with [`Ping`] and [`Pong`], and takes silence for an end.
 pub const CAPABILITY_HEARTBEAT: &str = "heartbeat";
+/// Capability: sums every chunk that it sends (`pd_checksum: full`).
+pub const CAPABILITY_CHECKSUMS: &str = "checksums";
 
 /// Everything that can arrive on a side-channel port.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

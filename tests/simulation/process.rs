@@ -8,7 +8,9 @@ use pd_backend::ids::{Checksum, ChecksumMode, ConnectionId, TransferId};
 use pd_backend::protocol::receiver::ReceiverSettings;
 use pd_backend::protocol::sender::SenderSettings;
 use pd_backend::protocol::{ChunkShape, ReceiverSession, SenderSession};
-use pd_backend::wire::message::{CAPABILITY_COMMIT, CAPABILITY_HEARTBEAT, Hello, ProcessIdentity};
+use pd_backend::wire::message::{
+    CAPABILITY_CHECKSUMS, CAPABILITY_COMMIT, CAPABILITY_HEARTBEAT, Hello, ProcessIdentity,
+};
 
 use crate::engine::Connection;
 use crate::network::Route;
@@ -76,7 +78,7 @@ fn hello(instance: String, at: Proc, same_host: bool, host: &str) -> Hello {
         instance,
         engine: "test".into(),
         layout: vec![("chunk_bytes".into(), CHUNK_BYTES.to_string())],
-        capabilities: vec![CAPABILITY_COMMIT.into(), CAPABILITY_HEARTBEAT.into()],
+        capabilities: [CAPABILITY_COMMIT, CAPABILITY_HEARTBEAT, CAPABILITY_CHECKSUMS].map(String::from).to_vec(),
         process: Some(process),
     }
 }

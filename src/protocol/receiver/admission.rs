@@ -50,7 +50,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
                 if let Some(id) = request.req_id.clone().filter(|id| !self.requests.contains_key(id)) {
                     let instance = clip(&extension.instance);
                     self.fail_waiters(&id, &failure, &instance);
-                    self.remember_ended(now, id, failure.clone(), instance);
+                    self.remember_ended(now, id, failure.clone(), instance, None);
                 }
                 return self.refuse_alloc(from, extension.seq, &extension.instance, request.req_id, failure);
             }

@@ -34,7 +34,7 @@ use crate::address::AddressManager;
 use crate::ids::{ChecksumMode, ClientId, ConnectionId, Failure, FailureKind, GrantId, LeaseId, RequestId, Seq};
 use crate::slot::SlotTable;
 use crate::wire::Message;
-use crate::wire::message::{CacheQueryResponse, Hello};
+use crate::wire::message::{CacheQueryResponse, Hello, InitRequest};
 
 /// What a receiver session is told at start.
 #[derive(Debug, Clone)]
@@ -167,6 +167,9 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         match (port, message) {
             (Port::Init, Message::NixlInitRequest(request)) => self.on_init(now, from, request),
             (Port::Init, Message::NixlMemRegRequest(request)) => self.on_mem_reg(now, from, request),
+            (Port::Alloc, Message::NixlInitRequest(InitRequest { pd: Some(extension), .. })) => {
+                self.on_misdirected_init(from, extension);
+            }
             (Port::Alloc, Message::AllocRequest(request)) => self.on_alloc(now, from, request),
             (Port::Alloc, Message::PdCommit(commit)) => self.on_commit(now, from, commit),
             (Port::Alloc, Message::CancelNotif(cancel)) => self.on_cancel(now, from, cancel),

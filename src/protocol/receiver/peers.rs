@@ -4,13 +4,13 @@ use std::collections::BTreeSet;
 use std::time::Instant;
 
 use super::{Note, Output, Port, ReceiverSession, Timer};
-use crate::ids::{ConnectionId, Failure, FailureKind, RequestId, Seq, clip};
+use crate::ids::{ChecksumMode, ConnectionId, Failure, FailureKind, RequestId, Seq, clip};
 use crate::protocol::seen::SeenSeqs;
 use crate::protocol::{PROCESSES_ASKED_MAX, handshake};
 use crate::wire::Message;
 use crate::wire::message::{
-    CAPABILITY_HEARTBEAT, InitReplyExtension, InitRequest, InitResponse, MemRegReplyExtension, MemRegRequest,
-    MemRegResponse, Ping, Pong, ProcessIdentity,
+    CAPABILITY_CHECKSUMS, CAPABILITY_HEARTBEAT, Hello, InitExtension, InitReplyExtension, InitRequest, InitResponse,
+    MemRegReplyExtension, MemRegRequest, MemRegResponse, Ping, Pong, ProcessIdentity,
 };
 
 /// A sender that has shaken hands, or is about to.
@@ -65,6 +65,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             let text = format!("an agent's name has more than {} bytes", handshake::NAME_LEN_BYTES_MAX);
             fits.then_some(()).ok_or_else(|| Failure::new(FailureKind::Limit, text))
         });
+        let checked = checked.and_then(|()| self.check_checksums(&extension.hello));
         if let Err(failure) = checked {
             return self.refuse_peer(from, extension.seq, clip(&instance), failure);
         }
@@ -295,7 +296,32 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         self.admit(now);
     }
 
+    /// Refuses a sender whose every commit would be refused.
+    fn check_checksums(&self, theirs: &Hello) -> Result<(), Failure> {
+        let all_summed = theirs.capabilities.iter().any(|name| name == CAPABILITY_CHECKSUMS);
+        if self.settings.checksum != ChecksumMode::Full || all_summed {
+            return Ok(());
+        }
+        let text = format!(
+            "pd_checksum is full at {} and not at {}; set it to full there, or to sampled or off here",
+            self.settings.hello.instance, theirs.instance
+        );
+        Err(Failure::new(FailureKind::HandshakeRefused, text))
+    }
+
+    /// A handshake where allocations are expected: the sender would wait for its answer in vain.
+    pub(super) fn on_misdirected_init(&mut self, from: R, extension: InitExtension) {
+        let text = "this is the port for allocations (pd_peer_alloc_port), not that for handshakes (pd_peer_init_port); \
+                    exchange the two in the request's receiver";
+        let failure = Failure::new(FailureKind::HandshakeRefused, text);
+        self.refuse_peer_at(Port::Alloc, from, extension.seq, clip(&extension.hello.instance), failure);
+    }
+
     fn refuse_peer(&mut self, to: R, seq: Seq, instance: String, failure: Failure) {
+        self.refuse_peer_at(Port::Init, to, seq, instance, failure);
+    }
+
+    fn refuse_peer_at(&mut self, port: Port, to: R, seq: Seq, instance: String, failure: Failure) {
         let response = InitResponse {
             remote_agent_name: Vec::new(),
             remote_meta_bytes: Vec::new(),
@@ -306,7 +332,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
                 refusal: Some(failure.clone()),
             }),
         };
-        self.send(to, Port::Init, Message::NixlInitResponse(response));
+        self.send(to, port, Message::NixlInitResponse(response));
         self.note(Note::PeerRefused { instance, failure });
     }
 

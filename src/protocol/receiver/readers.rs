@@ -149,7 +149,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         let failure =
             Failure::new(FailureKind::Unknown, format!("{id} was fetched already; look its chunks up by key"));
         self.fail_waiters(id, &failure, &instance);
-        self.remember_ended(now, id.clone(), failure, instance);
+        self.remember_ended(now, id.clone(), failure, instance, None);
     }
 
     pub(super) fn fail_waiters(&mut self, id: &RequestId, failure: &Failure, instance: &str) {

@@ -63,31 +63,46 @@ pub(super) struct Closing {
 /// How the latest requests ended.
 #[derive(Debug, Default)]
 pub(super) struct Ended {
-    failures: BTreeMap<RequestId, (Failure, String, Instant)>,
+    ends: BTreeMap<RequestId, End>,
     order: VecDeque<(RequestId, Instant)>,
+}
+
+#[derive(Debug)]
+struct End {
+    failure: Failure,
+    instance: String,
+    /// What had been granted.
+    grant: Option<GrantId>,
+    at: Instant,
 }
 
 impl Ended {
     /// How a request ended, and whose it was, unless that was before `after`.
     pub(super) fn find(&self, id: &RequestId, after: Option<Instant>) -> Option<(&Failure, &String)> {
-        let (failure, instance, at) = self.failures.get(id)?;
-        after.is_none_or(|after| *at >= after).then_some((failure, instance))
+        let end = self.ends.get(id)?;
+        after.is_none_or(|after| end.at >= after).then_some((&end.failure, &end.instance))
+    }
+
+    /// How the attempt that a commit names ended.
+    fn of_commit(&self, commit: &Commit) -> Option<&Failure> {
+        let end = self.ends.get(&commit.req_id)?;
+        (end.instance == commit.instance && end.grant == Some(commit.grant)).then_some(&end.failure)
     }
 
     pub(super) fn forget(&mut self, id: &RequestId) {
-        self.failures.remove(id);
+        self.ends.remove(id);
     }
 
     /// Remembers an end of this moment, and forgets those before `after`.
-    fn remember(&mut self, now: Instant, after: Option<Instant>, id: RequestId, failure: Failure, instance: String) {
-        self.failures.insert(id.clone(), (failure, instance, now));
-        self.order.push_back((id, now));
+    fn remember(&mut self, after: Option<Instant>, id: RequestId, end: End) {
+        self.order.push_back((id.clone(), end.at));
+        self.ends.insert(id, end);
         let too_old = |at: &Instant| after.is_some_and(|after| *at < after);
         while self.order.len() > ENDED_MAX || self.order.front().is_some_and(|(_, at)| too_old(at)) {
             let Some((oldest, at)) = self.order.pop_front() else { break };
             // The name may have been forgotten, or have ended again, since.
-            if self.failures.get(&oldest).is_some_and(|(_, _, latest)| *latest == at) {
-                self.failures.remove(&oldest);
+            if self.ends.get(&oldest).is_some_and(|latest| latest.at == at) {
+                self.ends.remove(&oldest);
             }
         }
     }
@@ -145,9 +160,9 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
                 }
                 // Said twice, it is as true as said once.
                 Stage::Ready { grant, .. } if *grant == commit.grant => None,
-                _ => Some(stale(&commit)),
+                _ => Some(self.why_not(&commit)),
             },
-            _ => Some(stale(&commit)),
+            _ => Some(self.why_not(&commit)),
         };
         // Its chunks may have been fetched, or its name taken by another request, since it was first said.
         let said_before = self
@@ -159,6 +174,11 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         self.send(from, Port::Alloc, Message::PdCommitAck(ack));
         // A request that waits for slots may have been waiting for these very chunks.
         self.admit(now);
+    }
+
+    /// Why a commit changes nothing: how its request ended, as far as that is remembered.
+    fn why_not(&self, commit: &Commit) -> Failure {
+        self.ended.of_commit(commit).cloned().unwrap_or_else(|| stale(commit))
     }
 
     pub(super) fn on_cancel(&mut self, now: Instant, from: R, cancel: CancelNotif) {
@@ -235,8 +255,16 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         self.timers.set(Timer::Revoke(grant), now + self.settings.peer_timeout);
     }
 
-    pub(super) fn remember_ended(&mut self, now: Instant, id: RequestId, failure: Failure, instance: String) {
-        self.ended.remember(now, now.checked_sub(self.settings.retention), id, failure, instance);
+    pub(super) fn remember_ended(
+        &mut self,
+        now: Instant,
+        id: RequestId,
+        failure: Failure,
+        instance: String,
+        grant: Option<GrantId>,
+    ) {
+        let end = End { failure, instance, grant, at: now };
+        self.ended.remember(now.checked_sub(self.settings.retention), id, end);
     }
 
     /// Lets go of a ready request that was sent again, or fetched.
@@ -309,6 +337,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             self.timers.cancel(&timer);
         }
         let mut quarantined = 0;
+        let grant = request.stage.grant();
         match request.stage {
             Stage::Waiting { held, .. } => {
                 self.let_go(held);
@@ -352,7 +381,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         }
         self.counts.requests_failed += 1;
         let instance = request.instance;
-        self.remember_ended(now, id.clone(), failure.clone(), instance.clone());
+        self.remember_ended(now, id.clone(), failure.clone(), instance.clone(), grant);
         self.fail_waiters(id, &failure, &instance);
         self.note(Note::Failed { request: id.clone(), instance, failure, quarantined });
     }

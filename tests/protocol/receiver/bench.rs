@@ -8,8 +8,8 @@ use pd_backend::protocol::receiver::{Answer, ExpectedChunk, Output, ReceiverSett
 use pd_backend::protocol::{ChunkShape, Grown, Port, ReceiverSession};
 use pd_backend::wire::Message;
 use pd_backend::wire::message::{
-    AllocExtension, AllocRequest, AllocResponse, CAPABILITY_COMMIT, CAPABILITY_HEARTBEAT, CancelExtension, CancelNotif,
-    Commit, Hello, InitExtension, InitReplyExtension, InitRequest, Ping, ProcessIdentity,
+    AllocExtension, AllocRequest, AllocResponse, CAPABILITY_CHECKSUMS, CAPABILITY_COMMIT, CAPABILITY_HEARTBEAT,
+    CancelExtension, CancelNotif, Commit, Hello, InitExtension, InitReplyExtension, InitRequest, Ping, ProcessIdentity,
 };
 
 /// One receiver of `slots` slots with the senders `a` and `b` shaken hands with. A route is the sender's name.
@@ -23,6 +23,8 @@ pub struct Bench {
     pub addresses: AddressManager,
     /// How often the session asked for a step.
     pub grow_outputs: u64,
+    /// What whoever shakes hands next can do beyond committing and pinging.
+    pub capabilities: Vec<String>,
     /// The process behind whoever shakes hands next.
     pub process: Option<ProcessIdentity>,
     /// What it asked to be summed.
@@ -93,6 +95,7 @@ impl Bench {
             addresses,
             grow_outputs: 0,
             process: None,
+            capabilities: vec![CAPABILITY_CHECKSUMS.into()],
             verifies: Vec::new(),
         };
         for name in ["a", "b"] {
@@ -142,7 +145,8 @@ impl Bench {
 
     pub fn shake_hands(&mut self, name: &'static str, connected: Vec<String>) -> InitReplyExtension {
         let seq = self.next_seq();
-        let hello = Hello { process: self.process.clone(), ..hello(name) };
+        let mut hello = Hello { process: self.process.clone(), ..hello(name) };
+        hello.capabilities.extend(self.capabilities.clone());
         let pd = Some(InitExtension { seq, hello, agent_name: name.into(), connected });
         let request = Message::NixlInitRequest(InitRequest { local_meta_bytes: vec![3], pd });
         match self.say(Port::Init, name, request).pop() {
@@ -227,8 +231,12 @@ pub fn ack_refusal(said: &[(&'static str, Message)]) -> Option<pd_backend::ids::
 }
 
 pub fn hello_message(bench: &mut Bench, name: &'static str, seq: u64) -> Vec<(&'static str, Message)> {
+    init_message(bench, Port::Init, name, seq)
+}
+
+pub fn init_message(bench: &mut Bench, port: Port, name: &'static str, seq: u64) -> Vec<(&'static str, Message)> {
     let pd = Some(InitExtension { seq: Seq(seq), hello: hello(name), agent_name: name.into(), connected: Vec::new() });
-    bench.say(Port::Init, name, Message::NixlInitRequest(InitRequest { local_meta_bytes: vec![3], pd }))
+    bench.say(port, name, Message::NixlInitRequest(InitRequest { local_meta_bytes: vec![3], pd }))
 }
 
 pub fn ping(bench: &mut Bench, name: &'static str) -> Option<FailureKind> {

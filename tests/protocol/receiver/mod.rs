@@ -5,7 +5,8 @@ mod ended;
 
 use std::time::Duration;
 
-use pd_backend::ids::{Checksum, ChunkKey, ClientId, FailureKind, GrantId, RequestId, Seq};
+use pd_backend::ids::{Checksum, ChecksumMode, ChunkKey, ClientId, FailureKind, GrantId, RequestId, Seq};
+use pd_backend::protocol::Port;
 use pd_backend::protocol::receiver::Answer;
 use pd_backend::wire::Message;
 use pd_backend::wire::message::AllocResponse;
@@ -180,6 +181,41 @@ fn summed_chunks_are_ready_once_they_are_checked_and_a_wrong_one_is_named() {
     bench.session.handle_verified(bench.now, &id, grant, &[]);
     assert_eq!(ack_refusal(&bench.drain()), None);
     assert_eq!(bench.session.counts().slots.ready_held, 2);
+}
+
+#[test]
+fn a_commit_that_is_said_again_learns_how_its_request_ended() {
+    // Broken in production: the answer that named the damaged chunk is lost, and the sender is told `unknown`.
+    let mut bench = Bench::new(4);
+    let (_, answers) = bench.alloc("a", "r", &["k0"]);
+    let grant = grant_of(&answers);
+    let sums = vec![Some(Checksum(7))];
+    bench.commit_summed("a", "r", grant, sums.clone());
+    bench.session.handle_verified(bench.now, &RequestId::new("r").unwrap(), grant, &[0]);
+    let first = ack_refusal(&bench.drain()).unwrap();
+    assert_eq!(first.kind, FailureKind::Corrupted);
+    assert_eq!(ack_refusal(&bench.commit_summed("a", "r", grant, sums.clone())), Some(first));
+    // Another sender's guess, and another attempt, learn nothing of it.
+    let kind = |said: &[_]| ack_refusal(said).unwrap().kind;
+    assert_eq!(kind(&bench.commit_summed("b", "r", grant, sums.clone())), FailureKind::Unknown);
+    assert_eq!(kind(&bench.commit_summed("a", "r", GrantId(grant.0 + 1), sums)), FailureKind::Unknown);
+}
+
+#[test]
+fn a_sender_that_sums_too_little_is_refused_before_it_has_sent_anything() {
+    // Broken in production: every request between two daemons fails after its bytes have moved, or never gets an answer.
+    let mut bench = Bench::with(4, 4, |settings| settings.checksum = ChecksumMode::Full);
+    bench.capabilities.clear();
+    let refusal = bench.shake_hands("a", Vec::new()).refusal.unwrap();
+    assert_eq!(
+        refusal.text,
+        "pd_checksum is full at receiver and not at a; set it to full there, or to sampled or off here"
+    );
+    let seq = bench.next_seq();
+    let said = init_message(&mut bench, Port::Alloc, "b", seq.0);
+    let [(_, Message::NixlInitResponse(response))] = said.as_slice() else { panic!("{said:?}") };
+    let refusal = response.pd.as_ref().unwrap().refusal.as_ref().unwrap();
+    assert!(refusal.text.contains("pd_peer_init_port"), "{refusal}");
 }
 
 #[test]
