@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use pd_backend::ids::{Checksum, ChunkKey, Failure, FailureKind, GrantId, GroupIndex, RequestId, Seq};
 use pd_backend::wire::limits::{DEPTH_MAX, FIELDS_MAX, KEYS_MAX, MESSAGE_LEN_BYTES_MAX, VALUES_MAX};
 use pd_backend::wire::message::*;
-use pd_backend::wire::{DecodeError, decode, encode, type_name, unsigned_field};
+use pd_backend::wire::{DecodeError, decode, descriptor_list, encode, type_name, unsigned_field};
 
 fn fixtures() -> PathBuf {
     PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/lmcache-wire"))
@@ -552,4 +552,16 @@ fn a_number_can_be_read_from_a_message_that_is_refused() {
     assert_eq!(unsigned_field(bad, "seq"), None);
     assert_eq!(unsigned_field(b"\x81\xa2id\xff", "id"), None, "negative, and without a type");
     assert_eq!(type_name(bad), Some("open"));
+}
+
+#[test]
+fn descriptor_lists_are_those_of_nixls_python_binding() {
+    // Broken in production: a stock LMCache cannot load our pages, or we take other bytes for its.
+    for name in ["Request.local", "Response.remote"] {
+        let recorded = fixture(&format!("sync_init_NixlMemReg{name}_xfer_dlist_bytes.pickle"));
+        let (module, pages) = descriptor_list::decode(&recorded).unwrap();
+        assert_eq!((module.as_str(), pages.memory_type, pages.device), ("nixl_cu12._bindings", 0, 0));
+        assert_eq!((pages.page_bytes, pages.count), (8192, 8));
+        assert_eq!(descriptor_list::encode(&module, &pages), recorded);
+    }
 }

@@ -3,6 +3,7 @@
 
 pub mod auth;
 pub mod codec;
+pub mod descriptor_list;
 pub mod limits;
 pub mod message;
 mod scan;
