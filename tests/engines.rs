@@ -13,7 +13,8 @@ use std::time::{Duration, Instant};
 use pd_backend::buffer::HostMapping;
 use pd_backend::ids::{ConnectionId, TransferId};
 use pd_backend::transfer::{ByteCopy, Ended, EngineKind, TransferError};
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use rustix::net::{AddressFamily, Shutdown};
+use rustix::process::{PidfdFlags, PidfdGetfdFlags, Resource, Rlimit, getrlimit, setrlimit};
 use support::receiver::{Receiver, serve_if_asked};
 use support::sender::{Expected, Sender};
 use support::{ENVIRONMENT, kind_named, nixl_is_here};
@@ -71,6 +72,7 @@ cases! {
     disconnected_in_flight
     lost_and_met_again_leaves_nothing_open
     an_agent_that_says_something_else_is_met_anew
+    a_kept_connection_that_has_broken_is_made_anew
     no_more_files_is_said_with_the_limit
     shaken_hands_with_twice
     the_receiver_grows
@@ -388,6 +390,51 @@ fn lost_and_met_again_leaves_nothing_open(kind: EngineKind) {
     let after = (open_files(std::process::id()), open_files(receiver.pid()));
     let more = 4;
     assert!(after.0 <= before.0 + more && after.1 <= before.1 + more, "{before:?} open before, {after:?} after");
+}
+
+/// Shuts every TCP connection of this process down, as a network does that forgets them. How many there were.
+fn break_connections() -> usize {
+    let ours = rustix::process::pidfd_open(rustix::process::getpid(), PidfdFlags::empty()).unwrap();
+    let numbers: Vec<i32> = std::fs::read_dir("/proc/self/fd")
+        .unwrap()
+        .filter_map(|entry| entry.unwrap().file_name().to_str().and_then(|name| name.parse().ok()))
+        .collect();
+    let is_broken = |&number: &i32| {
+        let Ok(file) = rustix::process::pidfd_getfd(&ours, number, PidfdGetfdFlags::empty()) else { return false };
+        let is_tcp = rustix::net::getpeername(&file)
+            .is_ok_and(|peer| peer.is_some_and(|peer| peer.address_family() == AddressFamily::INET));
+        is_tcp && rustix::net::shutdown(&file, Shutdown::Both).is_ok()
+    };
+    numbers.into_iter().filter(is_broken).count()
+}
+
+fn a_kept_connection_that_has_broken_is_made_anew(kind: EngineKind) {
+    // Broken in production: after the network between two hosts was gone for a while, their connection is used again for
+    // ever, and every handshake fails on it.
+    let (mut sender, mut receiver, mut expected, connection) = pair(kind, LEN_BYTES);
+    sender.ship(connection, &units([(0, 1)])).unwrap();
+    expected.apply(&sender.source, &units([(0, 1)]));
+    sender.engine.disconnect(connection);
+    let broken = break_connections();
+    assert_eq!(broken > 0, kind == EngineKind::Nixl, "{broken}");
+    // At the second handshake, where the first is what finds out.
+    let mut failures = Vec::new();
+    let again = loop {
+        receiver.load_peer(&sender.engine.export().unwrap());
+        let theirs = &receiver.export;
+        let met = sender.engine.load_peer(&theirs.agent_name, &theirs.metadata).unwrap();
+        let descriptors = theirs.descriptors.clone();
+        match sender.finish_connecting(met, &descriptors) {
+            Ok(()) => break met,
+            Err(error) => failures.push(error.to_string()),
+        }
+        sender.engine.disconnect(met);
+        assert!(failures.len() < 2, "{failures:?}");
+    };
+    let copies = units([(4, 4), (9, 1)]);
+    sender.ship(again, &copies).unwrap();
+    expected.apply(&sender.source, &copies);
+    expected.check(&receiver);
 }
 
 fn no_more_files_is_said_with_the_limit(kind: EngineKind) {

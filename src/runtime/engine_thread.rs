@@ -460,6 +460,24 @@ mod tests {
     }
 
     #[test]
+    fn what_fails_with_the_peer_is_a_lost_peer_and_nothing_else_is() {
+        // Broken in production: a killed decode worker is reported as a broken engine; or one bad range of ours closes the
+        // connection under everybody else's requests.
+        let peer = TransferError::Peer {
+            engine: "nixl",
+            operation: "transfer",
+            agent: "receiver-1".to_owned(),
+            descriptor_count: 3,
+            reason: "it has ended".to_owned(),
+        };
+        let failure = transfer_failure(&peer);
+        assert_eq!(failure.kind, FailureKind::PeerLost);
+        assert!(failure.text.contains("receiver-1") && failure.text.contains("it has ended"), "{failure}");
+        let ours = TransferError::NotRegistered { engine: "nixl" };
+        assert_eq!(transfer_failure(&ours).kind, FailureKind::TransferFailed);
+    }
+
+    #[test]
     fn a_flipped_bit_is_found_and_named() {
         // Broken in production: success is reported on a corrupted page.
         let (receiver, _, mut events, memory) = start("verifier", 4);
