@@ -447,7 +447,7 @@ fn no_more_files_is_said_with_the_limit(kind: EngineKind) {
     setrlimit(Resource::Nofile, Rlimit { current: Some(3), maximum: before.maximum }).unwrap();
     let met = sender.engine.load_peer(&other.export.agent_name, &other.export.metadata);
     let met = met.and_then(|met| sender.finish_connecting(met, &other.export.descriptors));
-    setrlimit(Resource::Nofile, before.clone()).unwrap();
+    setrlimit(Resource::Nofile, before).unwrap();
     let error = met.unwrap_err().to_string();
     match kind {
         EngineKind::Nixl => assert!(error.contains("its limit is 3; raise it (ulimit -n"), "{error}"),
