@@ -9,7 +9,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::config::{Config, Options, Role};
 use crate::runtime::{self, RunOptions};
-use crate::transfer::nixl;
+use crate::transfer::{nixl, open_files};
 
 /// Exit code for a configuration that cannot be used.
 const EXIT_CONFIGURATION: u8 = 2;
@@ -54,6 +54,11 @@ pub fn daemon_main(role: Role) -> ExitCode {
         return ExitCode::SUCCESS;
     }
     tracing::info!("configuration: {}", loaded.config.to_line());
+    if let (before, now @ Some(limit)) = open_files::raise_limit()
+        && before != now
+    {
+        tracing::info!(limit, "the limit of open files is raised");
+    }
     match runtime::run(loaded.config, RunOptions { exit_with_parent: options.exit_with_parent }) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

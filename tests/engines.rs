@@ -13,6 +13,8 @@ use std::time::{Duration, Instant};
 use pd_backend::buffer::HostMapping;
 use pd_backend::ids::{ConnectionId, TransferId};
 use pd_backend::transfer::{ByteCopy, Ended, EngineKind, TransferError};
+use rustix::net::{AddressFamily, Shutdown};
+use rustix::process::{PidfdFlags, PidfdGetfdFlags, Resource, Rlimit, getrlimit, setrlimit};
 use support::receiver::{Receiver, serve_if_asked};
 use support::sender::{Expected, Sender};
 use support::{ENVIRONMENT, kind_named, nixl_is_here};
@@ -68,6 +70,10 @@ cases! {
     restarted_under_a_new_name
     disconnected_and_connected_again
     disconnected_in_flight
+    lost_and_met_again_leaves_nothing_open
+    an_agent_that_says_something_else_is_met_anew
+    a_kept_connection_that_has_broken_is_made_anew
+    no_more_files_is_said_with_the_limit
     shaken_hands_with_twice
     the_receiver_grows
     the_sender_grows
@@ -353,6 +359,133 @@ fn disconnected_and_connected_again(kind: EngineKind) {
     let again = sender.connect(&mut receiver);
     let copies = units([(4, 4), (5, 5), (9, 1)]);
     sender.ship(again, &copies).unwrap();
+    expected.apply(&sender.source, &copies);
+    expected.check(&receiver);
+}
+
+/// Files that a process has open.
+fn open_files(pid: u32) -> usize {
+    std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count()
+}
+
+fn lost_and_met_again_leaves_nothing_open(kind: EngineKind) {
+    // Broken in production: every loss of a peer that both processes survive leaves a socket open on either side, until
+    // each of them has as many files open as it may and refuses every peer.
+    const LOSSES: u64 = 20;
+    let (mut sender, mut receiver, mut expected, mut connection) = pair(kind, LEN_BYTES);
+    let mut ship = |sender: &mut Sender, receiver: &Receiver, connection, unit| {
+        let copies = units([(unit, unit + 1)]);
+        sender.ship(connection, &copies).unwrap();
+        expected.apply(&sender.source, &copies);
+        expected.check(receiver);
+    };
+    ship(&mut sender, &receiver, connection, 0);
+    let before = (open_files(std::process::id()), open_files(receiver.pid()));
+    for loss in 1..=LOSSES {
+        sender.engine.disconnect(connection);
+        // The receiver gives it up and gets to know it anew, as after any handshake.
+        connection = sender.connect(&mut receiver);
+        ship(&mut sender, &receiver, connection, loss);
+    }
+    let after = (open_files(std::process::id()), open_files(receiver.pid()));
+    let more = 4;
+    assert!(after.0 <= before.0 + more && after.1 <= before.1 + more, "{before:?} open before, {after:?} after");
+}
+
+/// Shuts every TCP connection of this process down, as a network does that forgets them. How many there were.
+fn break_connections() -> usize {
+    let ours = rustix::process::pidfd_open(rustix::process::getpid(), PidfdFlags::empty()).unwrap();
+    let numbers: Vec<i32> = std::fs::read_dir("/proc/self/fd")
+        .unwrap()
+        .filter_map(|entry| entry.unwrap().file_name().to_str().and_then(|name| name.parse().ok()))
+        .collect();
+    let is_broken = |&number: &i32| {
+        let Ok(file) = rustix::process::pidfd_getfd(&ours, number, PidfdGetfdFlags::empty()) else { return false };
+        let is_tcp = rustix::net::getpeername(&file)
+            .is_ok_and(|peer| peer.is_some_and(|peer| peer.address_family() == AddressFamily::INET));
+        is_tcp && rustix::net::shutdown(&file, Shutdown::Both).is_ok()
+    };
+    numbers.into_iter().filter(is_broken).count()
+}
+
+fn a_kept_connection_that_has_broken_is_made_anew(kind: EngineKind) {
+    // Broken in production: after the network between two hosts was gone for a while, their connection is used again for
+    // ever, and every handshake fails on it.
+    let (mut sender, mut receiver, mut expected, connection) = pair(kind, LEN_BYTES);
+    sender.ship(connection, &units([(0, 1)])).unwrap();
+    expected.apply(&sender.source, &units([(0, 1)]));
+    sender.engine.disconnect(connection);
+    let broken = break_connections();
+    assert_eq!(broken > 0, kind == EngineKind::Nixl, "{broken}");
+    // At the second handshake, where the first is what finds out.
+    let mut failures = Vec::new();
+    let again = loop {
+        receiver.load_peer(&sender.engine.export().unwrap());
+        let theirs = &receiver.export;
+        let met = sender.engine.load_peer(&theirs.agent_name, &theirs.metadata).unwrap();
+        let descriptors = theirs.descriptors.clone();
+        match sender.finish_connecting(met, &descriptors) {
+            Ok(()) => break met,
+            Err(error) => failures.push(error.to_string()),
+        }
+        sender.engine.disconnect(met);
+        assert!(failures.len() < 2, "{failures:?}");
+    };
+    let copies = units([(4, 4), (9, 1)]);
+    sender.ship(again, &copies).unwrap();
+    expected.apply(&sender.source, &copies);
+    expected.check(&receiver);
+}
+
+fn no_more_files_is_said_with_the_limit(kind: EngineKind) {
+    // Broken in production: every peer is refused with "backend error", and nobody learns that a limit is too low.
+    let (mut sender, receiver, mut expected, connection) = pair(kind, LEN_BYTES);
+    let mut other = start_receiver(kind, LEN_BYTES);
+    other.load_peer(&sender.engine.export().unwrap());
+    let before = getrlimit(Resource::Nofile);
+    // No number above those of the standard streams can be had, whatever is open already.
+    setrlimit(Resource::Nofile, Rlimit { current: Some(3), maximum: before.maximum }).unwrap();
+    let met = sender.engine.load_peer(&other.export.agent_name, &other.export.metadata);
+    let met = met.and_then(|met| sender.finish_connecting(met, &other.export.descriptors));
+    setrlimit(Resource::Nofile, before).unwrap();
+    let error = met.unwrap_err().to_string();
+    match kind {
+        EngineKind::Nixl => assert!(error.contains("its limit is 3; raise it (ulimit -n"), "{error}"),
+        // The system says it in its own words.
+        _ => assert!(error.contains("Too many open files"), "{error}"),
+    }
+    let again = sender.connect(&mut other);
+    let mut other_expected = Expected::fill(&other);
+    let copies = units([(7, 2)]);
+    for (connection, receiver, expected) in
+        [(again, &other, &mut other_expected), (connection, &receiver, &mut expected)]
+    {
+        sender.ship(connection, &copies).unwrap();
+        expected.apply(&sender.source, &copies);
+        expected.check(receiver);
+    }
+}
+
+fn an_agent_that_says_something_else_is_met_anew(kind: EngineKind) {
+    // Broken in production: a connection that was kept for a lost peer is used with what the peer said before it changed.
+    let (mut sender, mut receiver, mut expected, connection) = lazy_pair(kind, 10);
+    sender.ship(connection, &units([(0, 0)])).unwrap();
+    expected.apply(&sender.source, &units([(0, 0)]));
+    sender.engine.disconnect(connection);
+    let before = receiver.export.clone();
+    receiver.grow(LEN_BYTES);
+    let grown = sender.connect(&mut receiver);
+    let copies = units([(3, 10), (4, 63)]);
+    sender.ship(grown, &copies).unwrap();
+    expected.apply(&sender.source, &copies);
+    expected.check(&receiver);
+    // Less than before is not more of the same: nothing that was known is kept.
+    sender.engine.disconnect(grown);
+    let shorter = sender.engine.load_peer(&before.agent_name, &before.metadata).unwrap();
+    sender.finish_connecting(shorter, &before.descriptors).unwrap();
+    is_out_of_range(sender.ship(shorter, &units([(3, 10)])), "remote");
+    let copies = units([(5, 3)]);
+    sender.ship(shorter, &copies).unwrap();
     expected.apply(&sender.source, &copies);
     expected.check(&receiver);
 }

@@ -1,10 +1,11 @@
-"""Kills, stops and restarts daemons and connectors at random while requests flow, and checks every byte that arrives.
+"""Kills, stops and restarts daemons and connectors while requests flow, and checks every byte that arrives.
 
     make soak SECONDS=120
 
 Both engines in turn. Prints what was done and seen, and exits 1 when a byte was wrong, a daemon ended by itself or with
-another code than it should, or something was left behind. The seed it prints, given as PD_SEED, makes the same choices;
-what the machine makes of them is its own.
+another code than it should, one that survived holds more files or memory than before, or something was left behind. The
+seed it prints, given as PD_SEED, makes the same choices; what the machine makes of them is its own. `test_soak.py` is a
+short form of it.
 """
 
 from __future__ import annotations
@@ -13,21 +14,25 @@ import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
+import msgspec
 
 TOP = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(TOP / "python"))
+sys.path[:0] = [str(TOP / "python"), str(TOP / "python" / "tests")]
 
-from pd_backend import Daemon, PdError, PeerAddress, ReceiverClient, SenderClient
+from pd_backend import Daemon, PeerAddress, ReceiverClient, SenderClient
+from soak_connector import Order, Outcome
 
-WORKERS = 4
+ROUTES = 3
 CHUNK_TOKENS = 16
 LAYOUT = {
     "model": "tests/soak",
@@ -49,16 +54,19 @@ SETS = [
     "pd_write_timeout_sec=8",
     "pd_handshake_timeout_sec=3",
     "pd_commit_timeout_sec=3",
-    "pd_retention_sec=5",
-    "pd_wait_timeout_sec=15",
+    "pd_retention_sec=2",
+    "pd_shutdown_timeout_sec=2",
     "pd_max_clients=64",
 ]
-
-
-def content(key: str, len_bytes: int) -> np.ndarray:
-    """What a chunk holds: a function of its key, so that equal keys mean equal bytes."""
-    start = int.from_bytes(key.encode()[-8:].rjust(8), "little") % 251
-    return ((np.arange(len_bytes, dtype=np.uint32) * 7 + start) % 253).astype(np.uint8)
+DAEMONS = ("sender", "receiver")
+CONNECTORS = ("prefill", "decode")
+#: What can happen to whom. A long stop is one after which a daemon's peer has given it up.
+HARMS = [(victim, what) for victim in (*DAEMONS, *CONNECTORS) for what in ("KILL", "TERM", "STOP")]
+HARMS += [(victim, "long STOP") for victim in DAEMONS]
+#: A daemon may come to hold so much more while it lives, in files and in bytes: its buffer grows, allocators keep what
+#: they had at the busiest moment.
+FILES_MORE = 12
+BYTES_MORE = 24 << 20
 
 
 class Pair:
@@ -83,39 +91,96 @@ class Pair:
         return Daemon(binary, arguments)
 
 
-class Traffic:
-    """Workers that send, read and check requests until they are told to stop."""
+class Connector:
+    """A prefill or a decode connector that is restarted when it is dead."""
 
-    def __init__(self, pair: Pair, seed: int) -> None:
-        self.pair = pair
-        self.seed = seed
-        self.stop = threading.Event()
+    def __init__(self, role: str) -> None:
+        self.role = role
         self.lock = threading.Lock()
-        self.counts: Counter[str] = Counter()
-        self.wrong: list[str] = []
-        self.threads = [threading.Thread(target=self.work, args=(index,)) for index in range(WORKERS)]
-        for thread in self.threads:
-            thread.start()
+        self.start()
 
-    def work(self, index: int) -> None:
-        rng = random.Random(self.seed * WORKERS + index)
+    def start(self) -> None:
+        script = Path(__file__).with_name("soak_connector.py")
+        self.process = subprocess.Popen(
+            [sys.executable, str(script), self.role],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+
+    def tell(self, order: Order) -> None:
+        """Gives it an order. One that has died is replaced first."""
+        with self.lock:
+            if self.process.poll() is not None:
+                self.bury()
+                self.start()
+            try:
+                self.process.stdin.write(msgspec.json.encode(order) + b"\n")
+                self.process.stdin.flush()
+            except BrokenPipeError:
+                pass
+
+    def hear(self, name: str) -> Outcome:
+        """How the order ended. A connector that dies says nothing."""
+        line = self.process.stdout.readline()
+        if not line.endswith(b"\n"):
+            return Outcome(name, "connector died")
+        return msgspec.json.decode(line, type=Outcome)
+
+    def bury(self) -> None:
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            try:
+                pipe.close()
+            except BrokenPipeError:
+                pass
+
+    def finish(self) -> int:
+        """Lets it end by itself."""
+        with self.lock:
+            try:
+                self.process.stdin.close()
+            except BrokenPipeError:
+                pass
+            try:
+                code = self.process.wait(30)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                code = self.process.wait()
+            self.process.stdout.close()
+            return code
+
+
+@dataclass
+class Tally:
+    """What was seen, by all threads."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    wrong: list[str] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def add(self, what: str, by: int = 1) -> None:
+        with self.lock:
+            self.counts[what] += by
+
+
+class Route(threading.Thread):
+    """Tells a prefill and a decode connector about one request after the other, as a router does."""
+
+    def __init__(self, index: int, pair: Pair, seed: int, tally: Tally) -> None:
+        super().__init__(name=f"route-{index}")
+        self.index, self.pair, self.tally = index, pair, tally
+        self.rng = random.Random(seed * ROUTES + index)
+        self.connectors = {role: Connector(role) for role in CONNECTORS}
+        self.stop = threading.Event()
+
+    def run(self) -> None:
         number = 0
         while not self.stop.is_set():
-            try:
-                sender_at, receiver_at = (self.pair.daemons[role].ready.connector for role in ("sender", "receiver"))
-                with SenderClient(sender_at, reply_timeout_s=1) as sender:
-                    with ReceiverClient(receiver_at, reply_timeout_s=1) as receiver:
-                        # A connector that comes and goes, with what it holds.
-                        for _ in range(rng.randint(1, 40)):
-                            number += 1
-                            if self.stop.is_set():
-                                return
-                            self.one_request(rng, sender, receiver, f"{index}-{number}")
-            except PdError as error:
-                self.count(f"ended: {error.kind}")
-                time.sleep(0.02)
+            number += 1
+            self.one_request(f"{self.index}-{number}")
 
-    def one_request(self, rng: random.Random, sender: SenderClient, receiver: ReceiverClient, name: str) -> None:
+    def one_request(self, name: str) -> None:
+        rng = self.rng
         groups = [group for group in (0, 1) for _ in range(rng.randint(1, 8))]
         rng.shuffle(groups)
         last_tokens = rng.randint(1, CHUNK_TOKENS)
@@ -124,114 +189,234 @@ class Traffic:
         shared = rng.random() < 0.3
         of = f"shared-{rng.randint(0, 3)}" if shared else name
         keys = [f"{group}-{count}-{at}-{of}" for at, (group, count) in enumerate(zip(groups, tokens))]
-        wait = receiver.start_wait(name, wait_s=15)
-        opened = sender.open(
-            name, keys, last_chunk_tokens=last_tokens, receiver=self.pair.address, groups=groups, wait_s=4
-        )
-        missing = [at for at in range(len(keys)) if at not in opened.already_sent]
-        if rng.random() < 0.05:
-            sender.cancel(name)
-            wait.abandon()
-            return self.count("cancelled")
-        slots = sender.stage(name, missing, wait_s=4) if missing else []
-        for slot in slots:
-            sender.view(slot)[:] = content(keys[slot.chunk], slot.len_bytes)
-        sender.send(name, slots, last=True)
-        sender.wait_sent(name, 20)
-        with wait.result() as lease:
-            for at, chunk in enumerate(lease.chunks):
-                token_bytes = receiver.attached.groups[groups[at]].token_bytes
-                expected = content(keys[at], tokens[at] * token_bytes)
-                if chunk.key != keys[at] or not np.array_equal(lease.view(at), expected):
-                    self.wrong.append(f"chunk {at} of {name}: {chunk}")
-                self.count("bytes", chunk.len_bytes)
-        self.count("verified")
-
-    def count(self, what: str, by: int = 1) -> None:
-        with self.lock:
-            self.counts[what] += by
+        act = rng.choices(["send", "parts", "cancel", "vanish"], [70, 20, 5, 5])[0]
+        receiver = self.pair.address
+        order = Order(name, keys, groups, tokens, last_tokens, receiver, "", act)
+        for connector, role in zip(CONNECTORS[::-1], DAEMONS[::-1]):
+            order.connector = self.pair.daemons[role].ready.connector
+            self.connectors[connector].tell(order)
+        for connector in CONNECTORS:
+            outcome = self.connectors[connector].hear(name)
+            self.tally.add(f"{connector}: {outcome.end}")
+            if outcome.wrong:
+                self.tally.wrong.append(outcome.wrong)
+            if outcome.end == "verified":
+                self.tally.add("verified")
+                self.tally.add("bytes", outcome.bytes)
 
     def finish(self) -> None:
-        self.stop.set()
-        for thread in self.threads:
-            thread.join(60)
-            if thread.is_alive():
-                self.wrong.append("a connector hangs")
+        self.join(60)
+        if self.is_alive():
+            self.tally.wrong.append(f"{self.name} hangs")
+            for connector in self.connectors.values():
+                connector.process.kill()
+        for role, connector in self.connectors.items():
+            if (code := connector.finish()) not in (0, -signal.SIGKILL, -signal.SIGTERM):
+                self.tally.wrong.append(f"a {role} connector ended with {code}")
 
 
-def harm(pair: Pair, rng: random.Random, wrong: list[str]) -> str:
-    """Does something to one daemon. Returns what."""
-    role = rng.choice(["sender", "receiver"])
-    daemon = pair.daemons[role]
-    what = rng.choice(["KILL", "KILL", "TERM", "STOP", "long STOP"])
-    if what.endswith("STOP"):
-        os.kill(daemon.pid, signal.SIGSTOP)
-        time.sleep(rng.uniform(1.5, 3) if what == "long STOP" else rng.uniform(0.05, 0.6))
-        os.kill(daemon.pid, signal.SIGCONT)
-        if daemon.exit_code() is not None:
-            wrong.append(f"{role} ended by itself with {daemon.exit_code()}: {daemon.stderr()[-500:]}")
-    else:
+@dataclass(frozen=True)
+class Held:
+    """What a daemon holds."""
+
+    pid: int
+    files: int
+    bytes: int
+
+    @classmethod
+    def by(cls, pid: int) -> Held:
+        with open(f"/proc/{pid}/status") as status:
+            anonymous = next(line for line in status if line.startswith("RssAnon:"))
+        return cls(pid, len(os.listdir(f"/proc/{pid}/fd")), int(anonymous.split()[1]) * 1024)
+
+
+class Soak:
+    """One engine, harmed for a while."""
+
+    def __init__(self, engine: str, seed: int, folder: Path) -> None:
+        self.rng = random.Random(seed)
+        self.tally = Tally()
+        self.pair = Pair(engine, folder)
+        self.routes = [Route(index, self.pair, seed, self.tally) for index in range(ROUTES)]
+        self.harms: Counter[tuple[str, str]] = Counter()
+        self.recoveries: list[float] = []
+        #: What each daemon held when it had served its first requests.
+        self.held: dict[str, Held] = {}
+        #: The most that any came to hold beyond that.
+        self.files_more = self.bytes_more = 0
+
+    @property
+    def wrong(self) -> list[str]:
+        return self.tally.wrong
+
+    def choices(self) -> Iterator[tuple[str, str]]:
+        """Every harm once, in any order; then every harm again in another."""
+        while True:
+            yield from self.rng.sample(HARMS, len(HARMS))
+
+    def run(self, seconds: float, harms_min: int = 0) -> None:
+        """Harms until the time is over and `harms_min` have been done, then looks at what is left."""
+        for route in self.routes:
+            route.start()
+        self.wait_for_verified(since=0)
+        self.weigh()
+        until = time.monotonic() + seconds
+        for victim, what in self.choices():
+            if self.wrong or (time.monotonic() >= until and self.harms.total() >= harms_min):
+                break
+            self.harm(victim, what)
+            self.harms[victim, what] += 1
+            self.recoveries.append(self.wait_for_verified(since=self.tally.counts["verified"]))
+            self.weigh()
+            time.sleep(self.rng.uniform(0.05, 0.3))
+        self.finish()
+
+    def wait_for_verified(self, since: int) -> float:
+        """How long it took until another request was verified."""
+        started = time.monotonic()
+        while self.tally.counts["verified"] == since:
+            if time.monotonic() > started + 40:
+                self.wrong.append("nothing was verified for 40 s")
+                break
+            time.sleep(0.01)
+        return time.monotonic() - started
+
+    def harm(self, victim: str, what: str) -> None:
+        length = self.rng.uniform(1.3, 2) if what == "long STOP" else self.rng.uniform(0.05, 0.5)
+        if victim in CONNECTORS:
+            connector = self.rng.choice(self.routes).connectors[victim]
+            # Its route replaces it when it has died.
+            with connector.lock:
+                process = connector.process
+                if process.poll() is not None:
+                    return
+                if what.endswith("STOP"):
+                    self.pause(process.pid, length)
+                else:
+                    process.send_signal(getattr(signal, f"SIG{what}"))
+            return
+        daemon = self.pair.daemons[victim]
+        if what.endswith("STOP"):
+            self.pause(daemon.pid, length)
+            if daemon.exit_code() is not None:
+                self.wrong.append(f"{victim} ended by itself with {daemon.exit_code()}: {daemon.stderr()[-500:]}")
+            return
         if what == "KILL":
             daemon.kill()
-        elif (code := daemon.terminate(timeout_s=10)) != 0:
-            wrong.append(f"{role} ended with {code} after SIGTERM: {daemon.stderr()[-500:]}")
+        elif (code := daemon.terminate(timeout_s=20)) != 0:
+            self.wrong.append(f"{victim} ended with {code} after SIGTERM: {daemon.stderr()[-500:]}")
         if "panicked" in daemon.stderr():
-            wrong.append(f"{role} panicked: {daemon.stderr()[-500:]}")
-        pair.daemons[role] = pair.start(role)
-    return f"{role} {what}"
+            self.wrong.append(f"{victim} panicked: {daemon.stderr()[-500:]}")
+        self.pair.daemons[victim] = self.pair.start(victim)
 
+    @staticmethod
+    def pause(pid: int, seconds: float) -> None:
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(seconds)
+        os.kill(pid, signal.SIGCONT)
 
-def soak(engine: str, seconds: float, seed: int) -> bool:
-    rng = random.Random(seed)
-    with tempfile.TemporaryDirectory() as folder:
-        pair = Pair(engine, Path(folder))
-        traffic = Traffic(pair, seed)
-        harms: Counter[str] = Counter()
-        recoveries: list[float] = []
-        until = time.monotonic() + seconds
-        time.sleep(1)
-        while time.monotonic() < until:
-            harms[harm(pair, rng, traffic.wrong)] += 1
-            verified, harmed = traffic.counts["verified"], time.monotonic()
-            while traffic.counts["verified"] == verified and time.monotonic() < harmed + 30:
-                time.sleep(0.01)
-            recoveries.append(time.monotonic() - harmed)
-            time.sleep(rng.uniform(0.1, 1))
-        traffic.finish()
+    def weigh(self) -> None:
+        """Compares what daemons hold with what the same processes held at first."""
+        for role, daemon in self.pair.daemons.items():
+            try:
+                now = Held.by(daemon.pid)
+            except FileNotFoundError:
+                self.wrong.append(f"{role} ended by itself with {daemon.exit_code()}: {daemon.stderr()[-500:]}")
+                continue
+            first = self.held.get(role)
+            if first is None or first.pid != now.pid:
+                self.held[role] = now
+                continue
+            self.files_more = max(self.files_more, now.files - first.files)
+            self.bytes_more = max(self.bytes_more, now.bytes - first.bytes)
+            if now.files > first.files + FILES_MORE or now.bytes > first.bytes + BYTES_MORE:
+                self.wrong.append(f"{role} held {first}, and now {now}")
+
+    def finish(self) -> None:
+        for route in self.routes:
+            route.stop.set()
+        for route in self.routes:
+            route.finish()
         # What nobody fetched goes after the retention time; then nothing may be left.
-        deadline, left = time.monotonic() + 20, None
+        deadline, left = time.monotonic() + 30, None
         for role, client in (("sender", SenderClient), ("receiver", ReceiverClient)):
-            with client(pair.daemons[role].ready.connector) as attached:
-                while (left := attached.status()).buffer.used_bytes and time.monotonic() < deadline:
+            with client(self.pair.daemons[role].ready.connector) as attached:
+                while self.is_held(left := attached.status()) and time.monotonic() < deadline:
                     time.sleep(0.1)
-            if left.buffer.used_bytes or left.slots_reserved or left.slots_quarantined or left.requests_active:
-                traffic.wrong.append(f"left in the {role}: {left}")
-        for role, daemon in pair.daemons.items():
-            if (code := daemon.terminate(timeout_s=10)) != 0:
-                traffic.wrong.append(f"{role} ended with {code} after SIGTERM")
-    print(f"{engine}: seed {seed}, {seconds:.0f} s, {sum(harms.values())} harms: {dict(sorted(harms.items()))}")
-    print(f"{engine}: {dict(sorted(traffic.counts.items()))}")
-    print(
-        f"{engine}: from a harm's end, or the replacement's ready line, to the next verified request: "
-        f"median {sorted(recoveries)[len(recoveries) // 2]:.2f} s, longest {max(recoveries):.2f} s"
-    )
-    for text in traffic.wrong:
+            if self.is_held(left):
+                self.wrong.append(f"left in the {role}: {left}")
+        self.weigh()
+        for role, daemon in self.pair.daemons.items():
+            if (code := daemon.terminate(timeout_s=20)) != 0:
+                self.wrong.append(f"{role} ended with {code} after SIGTERM")
+        if not self.tally.counts["verified"]:
+            self.wrong.append("nothing was verified")
+
+    @staticmethod
+    def is_held(status: object) -> bool:
+        return bool(
+            status.buffer.used_bytes or status.slots_reserved or status.slots_quarantined or status.requests_active
+        )
+
+
+def left_behind(before: set[str]) -> list[str]:
+    """Shared memory that was not there before, and children of this process, dead or alive."""
+    left = [f"/dev/shm/{name}" for name in shared_memory() - before]
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and (entry / "stat").read_text().rsplit(") ", 1)[1].split()[1] == str(os.getpid()):
+                left.append(f"process {entry.name}: {(entry / 'comm').read_text().strip()}")
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return left
+
+
+def shared_memory() -> set[str]:
+    return set(os.listdir("/dev/shm"))
+
+
+def engines() -> list[str]:
+    """Those that this machine has."""
+    if os.environ.get("NIXL_LIB_DIR") or (TOP / ".deps" / "nixl").is_dir():
+        return ["local", "nixl"]
+    print("no NIXL: run `scripts/setup-deps nixl` or set NIXL_LIB_DIR to soak that engine too")
+    return ["local"]
+
+
+def report(engine: str, seconds: float, seed: int, soak: Soak) -> None:
+    done: dict[str, Counter[str]] = {}
+    for (victim, what), count in soak.harms.items():
+        done.setdefault(what, Counter())[victim] += count
+    print(f"{engine}: seed {seed}, {seconds:.0f} s, {soak.harms.total()} harms")
+    for what, by_victim in sorted(done.items()):
+        print(f"{engine}: {what}: {dict(sorted(by_victim.items()))}")
+    print(f"{engine}: {dict(sorted(soak.tally.counts.items()))}")
+    recoveries = sorted(soak.recoveries)
+    if recoveries:
+        print(
+            f"{engine}: from a harm's end, or the replacement's ready line, to the next verified request: "
+            f"median {recoveries[len(recoveries) // 2]:.2f} s, longest {recoveries[-1]:.2f} s"
+        )
+    print(f"{engine}: no daemon came to hold more than {soak.files_more} files and {soak.bytes_more} bytes beyond its first")
+    for text in soak.wrong:
         print(f"{engine}: WRONG: {text}")
-    if not traffic.counts["verified"]:
-        print(f"{engine}: WRONG: nothing was verified")
-    return bool(traffic.counts["verified"]) and not traffic.wrong
 
 
 def main() -> int:
     seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 60.0
     seed = int(os.environ.get("PD_SEED", random.randrange(1 << 30)))
-    engines = ["local"]
-    if os.environ.get("NIXL_LIB_DIR") or (TOP / ".deps" / "nixl").is_dir():
-        engines.append("nixl")
-    else:
-        print("no NIXL: run `scripts/setup-deps nixl` or set NIXL_LIB_DIR to soak that engine too")
     os.environ.setdefault("PD_LOG", "error")
-    return 0 if all([soak(engine, seconds / len(engines), seed) for engine in engines]) else 1
+    good = True
+    here = engines()
+    for engine in here:
+        before = shared_memory()
+        with tempfile.TemporaryDirectory() as folder:
+            soak = Soak(engine, seed, Path(folder))
+            soak.run(seconds / len(here))
+        soak.wrong.extend(f"left behind: {what}" for what in left_behind(before))
+        report(engine, seconds / len(here), seed, soak)
+        good &= not soak.wrong
+    return 0 if good else 1
 
 
 if __name__ == "__main__":

@@ -11,10 +11,11 @@ use tokio::sync::mpsc::UnboundedSender;
 
 use super::error::RuntimeError;
 use crate::buffer::{Memory, MemoryManager};
-use crate::ids::{ByteCopy, Checksum, ConnectionId, GrantId, RequestId, TransferId};
+use crate::ids::{ByteCopy, Checksum, ConnectionId, Failure, FailureKind, GrantId, RequestId, TransferId};
 use crate::protocol::receiver::ExpectedChunk;
 use crate::transfer::{
-    Backoff, Completion, Connected, Ended, EngineOptions, Export, StartedEngine, TransferEngine, Wait, start_engine,
+    Backoff, Completion, Connected, Ended, EngineOptions, Export, StartedEngine, TransferEngine, TransferError, Wait,
+    start_engine,
 };
 
 /// Something for the engine to do. `P` names a peer towards the driver.
@@ -89,7 +90,7 @@ pub(super) enum EngineEvent<P> {
     /// With the checksums that were asked for.
     Done {
         transfer: TransferId,
-        result: Result<Vec<Checksum>, String>,
+        result: Result<Vec<Checksum>, Failure>,
     },
     /// With the positions of the chunks that are not as they were sent.
     Verified {
@@ -291,7 +292,7 @@ impl<P, E: From<EngineEvent<P>>> Server<'_, P, E> {
             let sums = self.sums.remove(&transfer).unwrap_or_default();
             self.send(EngineEvent::Done {
                 transfer,
-                result: result.map(|()| sums).map_err(|error| error.to_string()),
+                result: result.map(|()| sums).map_err(|error| transfer_failure(&error)),
             })?;
         }
         Ok(())
@@ -304,12 +305,14 @@ impl<P, E: From<EngineEvent<P>>> Server<'_, P, E> {
         connection: ConnectionId,
         copies: &[ByteCopy],
         summed: &[u32],
-    ) -> Result<(), String> {
+    ) -> Result<(), Failure> {
         let copies_to_sum = summed.iter().filter_map(|&at| copies.get(at as usize));
         let sum = |copy: &ByteCopy| self.memory.checksum(copy.local_offset, copy.len_bytes);
-        let sums: Vec<Checksum> =
-            copies_to_sum.map(sum).collect::<Result<_, _>>().map_err(|error| error.to_string())?;
-        self.engine.post(transfer, connection, copies).map_err(|error| error.to_string())?;
+        let sums: Vec<Checksum> = copies_to_sum
+            .map(sum)
+            .collect::<Result<_, _>>()
+            .map_err(|error| Failure::new(FailureKind::TransferFailed, error.to_string()))?;
+        self.engine.post(transfer, connection, copies).map_err(|error| transfer_failure(&error))?;
         if !sums.is_empty() {
             self.sums.insert(transfer, sums);
         }
@@ -356,7 +359,7 @@ impl<P, E: From<EngineEvent<P>>> Server<'_, P, E> {
             Command::Post { transfer, connection, copies, summed } => {
                 match self.post(transfer, connection, &copies, &summed) {
                     Ok(()) => Ok(()),
-                    Err(text) => self.send(EngineEvent::Done { transfer, result: Err(text) }),
+                    Err(failure) => self.send(EngineEvent::Done { transfer, result: Err(failure) }),
                 }
             }
             Command::Verify { request, grant, chunks } => {
@@ -368,6 +371,16 @@ impl<P, E: From<EngineEvent<P>>> Server<'_, P, E> {
             }
         }
     }
+}
+
+/// What failed with the peer, or on the way to it, takes the connection along: an engine notices a killed peer before its
+/// heartbeat is missed.
+fn transfer_failure(error: &TransferError) -> Failure {
+    let kind = match error {
+        TransferError::Peer { .. } => FailureKind::PeerLost,
+        _ => FailureKind::TransferFailed,
+    };
+    Failure::new(kind, error.to_string())
 }
 
 /// One step: the manager populates it here, the engine's thread registers it, and only then it has addresses.
@@ -443,10 +456,28 @@ mod tests {
         thread.send(Command::Post { transfer: TransferId(slot), connection, copies, summed: vec![0] }).unwrap();
         match next(events) {
             EngineEvent::Done { transfer: TransferId(done), result } if done == slot => {
-                result.map(|sums| assert_eq!(sums.len(), 1, "one was asked for"))
+                result.map(|sums| assert_eq!(sums.len(), 1, "one was asked for")).map_err(|failure| failure.text)
             }
             other => panic!("{other:?}"),
         }
+    }
+
+    #[test]
+    fn what_fails_with_the_peer_is_a_lost_peer_and_nothing_else_is() {
+        // Broken in production: a killed decode worker is reported as a broken engine; or one bad range of ours closes the
+        // connection under everybody else's requests.
+        let peer = TransferError::Peer {
+            engine: "nixl",
+            operation: "transfer",
+            agent: "receiver-1".to_owned(),
+            descriptor_count: 3,
+            reason: "it has ended".to_owned(),
+        };
+        let failure = transfer_failure(&peer);
+        assert_eq!(failure.kind, FailureKind::PeerLost);
+        assert!(failure.text.contains("receiver-1") && failure.text.contains("it has ended"), "{failure}");
+        let ours = TransferError::NotRegistered { engine: "nixl" };
+        assert_eq!(transfer_failure(&ours).kind, FailureKind::TransferFailed);
     }
 
     #[test]

@@ -22,6 +22,7 @@ mod cut;
 mod join;
 pub mod local;
 pub mod nixl;
+pub mod open_files;
 mod start;
 
 pub use backoff::{Backoff, Wait};

@@ -315,6 +315,36 @@ fn a_silent_receiver_fails_its_requests_with_its_name_and_is_sought() {
 }
 
 #[test]
+fn a_write_that_fails_with_its_connection_is_a_lost_receiver() {
+    // Broken in production: a killed decode worker looks like a broken engine, because the write fails before the
+    // heartbeat is missed; or requests go on failing one by one on a connection that does not work any more.
+    let mut bench = Bench::new();
+    let seq = bench.open("r");
+    bench.grant(seq, 7);
+    bench.send("r");
+    let failure = Failure::new(FailureKind::PeerLost, "the way to it broke");
+    bench.session.handle_transfer_done(bench.now, bench.posts[0], Err(failure));
+    bench.pump();
+    let [Event::Failed { failure, peer, .. }] = bench.events.as_slice() else { panic!("{:?}", bench.events) };
+    assert_eq!((failure.kind, peer.as_str()), (FailureKind::PeerLost, "r:1/2"));
+    assert_eq!(failure.text, "receiver r:1/2 (receiver): the way to it broke");
+    // What it has of the grant can go, if it is there to hear so, and whoever comes next meets it anew.
+    assert!(bench.words().iter().any(|word| word.grant == Some(GrantId(7))));
+    let seq = bench.open("s");
+    assert_eq!(bench.opened.len(), 2);
+    bench.grant(seq, 8);
+    bench.send("s");
+    // A failure of the engine alone leaves the connection as it is.
+    let failure = Failure::new(FailureKind::TransferFailed, "no such memory");
+    bench.session.handle_transfer_done(bench.now, bench.posts[1], Err(failure));
+    bench.pump();
+    let [_, Event::Failed { failure, .. }] = bench.events.as_slice() else { panic!("{:?}", bench.events) };
+    assert_eq!((failure.kind, failure.text.as_str()), (FailureKind::TransferFailed, "no such memory"));
+    bench.open("t");
+    assert_eq!(bench.opened.len(), 2);
+}
+
+#[test]
 fn a_sender_that_stood_still_itself_blames_nobody() {
     // Broken in production: a sender that was stopped for ten seconds fails requests that its receivers kept alive.
     let mut bench = Bench::new();

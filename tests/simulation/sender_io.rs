@@ -1,6 +1,6 @@
 //! A sender's session and what it asks of the world.
 
-use pd_backend::ids::{PeerAddress, PeerId};
+use pd_backend::ids::{Failure, FailureKind, PeerAddress, PeerId};
 use pd_backend::protocol::sender::Output;
 use pd_backend::wire::Message;
 use pd_backend::wire::message::ProcessIdentity;
@@ -66,7 +66,10 @@ impl World {
             News::ToSender(route, message) if open => session.handle_message(now, route.peer, route.port, *message),
             News::Done(_, transfer, good) => {
                 let sums = sums.unwrap_or_default();
-                let result = if good { Ok(sums) } else { Err("the engine broke".to_owned()) };
+                // An engine says which of its failures take the connection along.
+                let kind =
+                    if transfer.0.is_multiple_of(2) { FailureKind::PeerLost } else { FailureKind::TransferFailed };
+                let result = if good { Ok(sums) } else { Err(Failure::new(kind, "the engine broke")) };
                 session.handle_transfer_done(now, transfer, result);
             }
             News::ConnectorGone(_, client) => session.handle_client_gone(now, client),

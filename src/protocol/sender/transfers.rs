@@ -6,7 +6,9 @@ use std::time::Instant;
 use super::coverage::Coverage;
 use super::requests::{Stage, Uid, WRITE_DEADLINE_PASSED};
 use super::{Answer, Output, Part, SenderSession};
-use crate::ids::{ByteCopy, Checksum, ClientId, Failure, FailureKind, PeerAddress, PeerId, RequestId, Seq, TransferId};
+use crate::ids::{
+    ByteCopy, Checksum, ClientId, Failure, FailureKind, PeerAddress, PeerId, RequestId, Seq, TransferId, clip,
+};
 
 /// Copies that the engine has not finished.
 #[derive(Debug)]
@@ -107,9 +109,13 @@ impl SenderSession {
     }
 
     /// The engine has written a transfer, or has given it up. The checksums are those that were asked for, in that order.
-    pub fn handle_transfer_done(&mut self, now: Instant, transfer: TransferId, result: Result<Vec<Checksum>, String>) {
+    ///
+    /// A failure of kind [`FailureKind::PeerLost`] is one of the connection: every request to that receiver fails with it,
+    /// and the next one meets the receiver anew.
+    pub fn handle_transfer_done(&mut self, now: Instant, transfer: TransferId, result: Result<Vec<Checksum>, Failure>) {
         self.now = now;
-        let Some(Transfer { uid, address, parts, .. }) = self.transfers.remove(&transfer) else { return };
+        let Some(Transfer { uid, peer, address, instance, parts }) = self.transfers.remove(&transfer) else { return };
+        let mut connection_lost = None;
         if let Some(request) = self.requests.get_mut(&uid) {
             request.in_flight -= 1;
             let closing = matches!(request.stage, Stage::Closing { .. });
@@ -133,8 +139,13 @@ impl SenderSession {
                     self.commit_if_written(now, uid);
                 }
                 Ok(_) => {}
-                Err(text) => self.fail(uid, Failure::new(FailureKind::TransferFailed, text)),
+                Err(failure) if failure.kind == FailureKind::PeerLost => connection_lost = Some(failure),
+                Err(failure) => self.fail(uid, failure),
             }
+        }
+        if let Some(Failure { kind, text }) = connection_lost {
+            let text = format!("receiver {address} ({}): {text}", clip(&instance));
+            self.peer_failed(peer, Failure::new(kind, text));
         }
         self.finish_closing(uid);
         self.unpark_at(&address);

@@ -9,12 +9,12 @@ use nixl_sys::{NixlError, XferDlistHandle, XferRequest};
 use super::agent::{OwnedAgent, Side};
 use super::descriptors::{BufferDescriptor, unit_indices};
 use super::metadata::check_metadata;
-use super::peers::{Peer, Peers, RemoteBuffer};
+use super::peers::{Peer, Peers, RemoteBuffer, Retired};
 use super::{NIXL_ENGINE_NAME, NixlOptions};
 use crate::buffer::Memory;
 use crate::ids::{ConnectionId, TransferId};
 use crate::transfer::{
-    ByteCopy, Completion, Connected, Ended, Export, TransferEngine, TransferError, check_ranges, cut, join,
+    ByteCopy, Completion, Connected, Ended, Export, TransferEngine, TransferError, check_ranges, cut, join, open_files,
 };
 
 /// How long the first write of a connection may take; it takes some milliseconds between idle processes, and nobody else
@@ -82,21 +82,48 @@ impl NixlEngine {
         })
     }
 
-    /// Drops what is prepared for a peer and lets NIXL forget it, unless a request to it is in progress.
-    fn forget_if_idle(&mut self, connection: ConnectionId) {
+    /// Drops what is prepared for a peer, unless a request to it is in progress.
+    ///
+    /// NIXL goes on knowing it if its connection is sound, for when it is met again: each time that NIXL 1.5.1 forgets a
+    /// living agent, UCX leaves the TCP connection that had been made to it open in both processes.
+    fn retire_if_idle(&mut self, connection: ConnectionId) {
         let idle = self.peers.any_mut(connection).is_some_and(|peer| peer.requests_in_progress == 0);
         if !idle {
             return;
         }
-        let Some(peer) = self.peers.remove(connection) else {
+        let Some(Peer { agent_name, metadata, broken, connecting, buffer, .. }) = self.peers.remove(connection) else {
             return;
         };
-        let agent_name = peer.agent_name.clone();
         // What was prepared from the peer's metadata goes before the metadata.
-        drop(peer);
-        if let Err(error) = self.agent.forget_remote(&agent_name) {
+        drop((connecting, buffer));
+        let retired = Retired { agent_name, metadata };
+        let unwanted = if broken { Some(retired) } else { self.peers.retire(retired) };
+        if let Some(Retired { agent_name, .. }) = unwanted {
+            self.forget(&agent_name);
+        }
+    }
+
+    fn forget(&self, agent_name: &str) {
+        if let Err(error) = self.agent.forget_remote(agent_name) {
             tracing::warn!(agent = agent_name, %error, "NIXL does not forget a peer");
         }
+    }
+
+    /// Whether an agent that NIXL knows from an earlier connection is the same still, told of anew where it has grown.
+    /// Otherwise NIXL does not know it any more.
+    fn renew(&self, agent_name: &str, metadata: &[u8], before: &Retired) -> bool {
+        if metadata == before.metadata {
+            return true;
+        }
+        let grown = check_metadata(metadata)
+            .and_then(|after| after.check_grown_from(&check_metadata(&before.metadata)?))
+            .is_ok();
+        if !grown {
+            self.forget(agent_name);
+            return false;
+        }
+        // When it does not take it, it has forgotten the agent as a whole.
+        self.agent.load_remote(metadata).is_ok()
     }
 
     /// Says so unless the peer's metadata covers the memory that its descriptors name.
@@ -146,6 +173,35 @@ impl NixlEngine {
             self.take_off(Flight { purpose, connection, request, descriptor_count: 1 });
         }
         Ok(in_progress)
+    }
+
+    /// A way that had been kept from an earlier connection may have broken meanwhile: then NIXL makes another one.
+    fn warm_up_anew(
+        &mut self,
+        connection: ConnectionId,
+        agent_name: &str,
+        remote: &BufferDescriptor,
+        error: TransferError,
+    ) -> Result<bool, TransferError> {
+        let Some(peer) = self.peers.any_mut(connection) else { return Err(error) };
+        if !std::mem::take(&mut peer.reused) {
+            peer.broken = true;
+            return Err(error);
+        }
+        let metadata = peer.metadata.clone();
+        tracing::debug!(agent = agent_name, %error, "a kept connection has broken, making another");
+        self.forget(agent_name);
+        let loaded = self
+            .agent
+            .load_remote(&metadata)
+            .map_err(|error| peer_error("load_remote_md", agent_name, 0, with_shortage(error.to_string())));
+        let warmed = loaded.and_then(|_| self.warm_up(connection, agent_name, remote));
+        if warmed.is_err()
+            && let Some(peer) = self.peers.any_mut(connection)
+        {
+            peer.broken = true;
+        }
+        warmed
     }
 
     fn take_off(&mut self, flight: Flight) {
@@ -233,11 +289,16 @@ impl TransferEngine for NixlEngine {
                 let reason = format!("{} requests of its earlier connection have not ended", peer.requests_in_progress);
                 return Err(peer_error("load_remote_md", agent_name, 0, reason));
             }
-            // NIXL does not take new metadata of an agent that it knows.
-            self.forget_if_idle(earlier);
+            self.retire_if_idle(earlier);
         }
-        let loaded = self.agent.load_remote(metadata).map_err(|error| refuse(format!("load_remote_md: {error}")))?;
-        Ok(self.peers.insert(loaded, metadata.to_vec()))
+        let retired = self.peers.take_retired(agent_name);
+        let reused = retired.is_some_and(|before| self.renew(agent_name, metadata, &before));
+        if !reused {
+            self.agent
+                .load_remote(metadata)
+                .map_err(|error| refuse(with_shortage(format!("load_remote_md: {error}"))))?;
+        }
+        Ok(self.peers.insert(agent_name.to_owned(), metadata.to_vec(), reused))
     }
 
     fn connect(&mut self, connection: ConnectionId, descriptors: &[u8]) -> Result<(), TransferError> {
@@ -253,7 +314,10 @@ impl TransferEngine for NixlEngine {
         let descriptor =
             BufferDescriptor::decode(descriptors).map_err(|reason| bad_descriptors(&agent_name, reason))?;
         self.check_covered(&agent_name, &descriptor)?;
-        let in_progress = self.warm_up(connection, &agent_name, &descriptor)?;
+        let in_progress = match self.warm_up(connection, &agent_name, &descriptor) {
+            Ok(in_progress) => in_progress,
+            Err(error) => self.warm_up_anew(connection, &agent_name, &descriptor, error)?,
+        };
         if let Some(peer) = self.peers.any_mut(connection) {
             peer.connecting = Some(descriptor);
         }
@@ -366,6 +430,9 @@ impl TransferEngine for NixlEngine {
             Err(error) => {
                 let result = Err(failed("post_xfer_req", &error));
                 self.ended.transfers.push(Completion { transfer, result });
+                if let Some(peer) = self.peers.any_mut(connection) {
+                    peer.broken = true;
+                }
             }
             Ok(true) => {
                 let descriptor_count = joined.len();
@@ -396,6 +463,7 @@ impl TransferEngine for NixlEngine {
                 continue;
             };
             peer.requests_in_progress = peer.requests_in_progress.saturating_sub(1);
+            peer.broken |= status.is_err();
             let leaving = peer.leaving;
             let operation = if matches!(purpose, Purpose::Transfer(_)) { "transfer" } else { "first write" };
             let failed = |reason: String| peer_error(operation, &peer.agent_name, descriptor_count, reason);
@@ -417,7 +485,7 @@ impl TransferEngine for NixlEngine {
                 Purpose::GivenUp => {}
             }
             if leaving {
-                self.forget_if_idle(connection);
+                self.retire_if_idle(connection);
             }
         }
         ended.append(&mut self.ended);
@@ -427,7 +495,7 @@ impl TransferEngine for NixlEngine {
         self.ended.len() + self.flights.len()
     }
 
-    /// A request in progress cannot be called back: releasing it leaves UCX writing. So the peer is forgotten when the
+    /// A request in progress cannot be called back: releasing it leaves UCX writing. So the peer is let go when the
     /// last one has ended by itself, and until then `poll` does not report them. A connection that is being warmed moves
     /// no bytes that count: it is reported at once.
     fn disconnect(&mut self, connection: ConnectionId) {
@@ -438,7 +506,7 @@ impl TransferEngine for NixlEngine {
         }
         if let Some(peer) = self.peers.any_mut(connection) {
             peer.leaving = true;
-            self.forget_if_idle(connection);
+            self.retire_if_idle(connection);
         }
     }
 }
@@ -451,10 +519,18 @@ fn peer_error(operation: &'static str, agent: &str, descriptor_count: usize, rea
     TransferError::Peer { engine: NIXL_ENGINE_NAME, operation, agent: agent.to_owned(), descriptor_count, reason }
 }
 
+/// NIXL does not say that the process cannot open anything more.
+fn with_shortage(reason: String) -> String {
+    match open_files::shortage() {
+        Some(shortage) => format!("{reason}; {shortage}"),
+        None => reason,
+    }
+}
+
 /// NIXL's statuses are few: what each means here.
 fn explain(error: &NixlError) -> String {
     match error {
-        NixlError::BackendError => format!("{error}; the peer has ended, or cannot be reached"),
+        NixlError::BackendError => with_shortage(format!("{error}; the peer has ended, or cannot be reached")),
         NixlError::NotFound => format!("{error}; the peer's metadata does not cover it"),
         other => other.to_string(),
     }

@@ -1,11 +1,15 @@
 //! The peers that NIXL knows.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 
 use nixl_sys::XferDlistHandle;
 
 use super::descriptors::BufferDescriptor;
 use crate::ids::ConnectionId;
+
+/// Agents that NIXL goes on knowing after their connection was given up: as many as there may be peers by default
+/// (`pd_max_peers`), so that all of them can be lost at once.
+const RETIRED_MAX: usize = 1024;
 
 /// An agent whose metadata is loaded.
 pub(super) struct Peer {
@@ -18,8 +22,20 @@ pub(super) struct Peer {
     pub(super) buffer: Option<RemoteBuffer>,
     /// Requests to it that NIXL has not ended.
     pub(super) requests_in_progress: usize,
-    /// To be forgotten when the last of those has ended.
+    /// To be retired or forgotten when the last of those has ended.
     pub(super) leaving: bool,
+    /// NIXL knew it from an earlier connection, whose way to it is used again.
+    pub(super) reused: bool,
+    /// A request to it has failed: the way to it is not to be used again.
+    pub(super) broken: bool,
+}
+
+/// An agent that NIXL still knows, and no connection names.
+#[derive(Debug)]
+pub(super) struct Retired {
+    pub(super) agent_name: String,
+    /// What NIXL was told of it.
+    pub(super) metadata: Vec<u8>,
 }
 
 /// Where a peer's memory is.
@@ -33,6 +49,8 @@ pub(super) struct RemoteBuffer {
 #[derive(Default)]
 pub(super) struct Peers {
     known: BTreeMap<ConnectionId, Peer>,
+    /// The latest last.
+    retired: VecDeque<Retired>,
     connections_made: u64,
 }
 
@@ -42,11 +60,19 @@ pub(super) struct Peers {
 unsafe impl Send for Peers {}
 
 impl Peers {
-    pub(super) fn insert(&mut self, agent_name: String, metadata: Vec<u8>) -> ConnectionId {
+    pub(super) fn insert(&mut self, agent_name: String, metadata: Vec<u8>, reused: bool) -> ConnectionId {
         self.connections_made += 1;
         let connection = ConnectionId(self.connections_made);
-        let peer =
-            Peer { agent_name, metadata, connecting: None, buffer: None, requests_in_progress: 0, leaving: false };
+        let peer = Peer {
+            agent_name,
+            metadata,
+            connecting: None,
+            buffer: None,
+            requests_in_progress: 0,
+            leaving: false,
+            reused,
+            broken: false,
+        };
         self.known.insert(connection, peer);
         connection
     }
@@ -63,6 +89,18 @@ impl Peers {
 
     pub(super) fn remove(&mut self, connection: ConnectionId) -> Option<Peer> {
         self.known.remove(&connection)
+    }
+
+    /// Keeps an agent for when it is met again. The one to forget for it, if they have become too many.
+    pub(super) fn retire(&mut self, retired: Retired) -> Option<Retired> {
+        self.retired.push_back(retired);
+        if self.retired.len() > RETIRED_MAX { self.retired.pop_front() } else { None }
+    }
+
+    /// An agent that is met again.
+    pub(super) fn take_retired(&mut self, agent_name: &str) -> Option<Retired> {
+        let at = self.retired.iter().position(|retired| retired.agent_name == agent_name)?;
+        self.retired.remove(at)
     }
 
     /// The connection of an agent, leaving or not.
