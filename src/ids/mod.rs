@@ -6,6 +6,7 @@ mod copy;
 mod engine;
 mod failure;
 mod name;
+mod pages;
 mod peer;
 mod secret;
 
@@ -15,6 +16,7 @@ pub use copy::ByteCopy;
 pub use engine::EngineKind;
 pub use failure::{Failure, FailureKind};
 pub use name::{CHUNK_KEY_LEN_BYTES_MAX, ChunkKey, NameError, REQUEST_ID_LEN_BYTES_MAX, RequestId};
+pub use pages::Pages;
 pub use peer::PeerAddress;
 pub use secret::{SECRET_LEN_BYTES_MAX, SECRET_LEN_BYTES_MIN, SharedSecret};
 

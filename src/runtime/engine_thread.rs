@@ -11,8 +11,9 @@ use tokio::sync::mpsc::UnboundedSender;
 
 use super::error::RuntimeError;
 use crate::buffer::{Memory, MemoryManager};
-use crate::ids::{ByteCopy, Checksum, ConnectionId, Failure, FailureKind, GrantId, RequestId, TransferId};
+use crate::ids::{ByteCopy, Checksum, ConnectionId, Failure, FailureKind, GrantId, Pages, RequestId, TransferId};
 use crate::protocol::receiver::ExpectedChunk;
+use crate::protocol::sender::PeerMemory;
 use crate::transfer::{
     Backoff, Completion, Connected, Ended, EngineOptions, Export, StartedEngine, TransferEngine, TransferError, Wait,
     start_engine,
@@ -23,13 +24,14 @@ use crate::transfer::{
 pub(super) enum Command<P> {
     LoadPeer {
         peer: P,
-        agent_name: String,
+        /// Where the peer does not say, its metadata does.
+        agent_name: Option<String>,
         metadata: Vec<u8>,
     },
     Connect {
         peer: P,
         connection: ConnectionId,
-        descriptors: Vec<u8>,
+        memory: PeerMemory,
     },
     /// A connected peer's buffer has grown.
     UpdatePeer {
@@ -126,6 +128,9 @@ pub(super) struct Started {
     pub(super) export: Export,
     /// [`TransferEngine::linger`].
     pub(super) linger: Duration,
+    /// [`TransferEngine::pages`], one for each chunk.
+    #[expect(dead_code, reason = "for the handshake with peers of another make")]
+    pub(super) pages: Option<Pages>,
 }
 
 impl<P: Send + 'static> EngineThread<P> {
@@ -145,7 +150,16 @@ impl<P: Send + 'static> EngineThread<P> {
             let ready = start_engine(&options).and_then(|StartedEngine { mut engine, note }| {
                 engine.register(Arc::clone(manager.memory()), unit_bytes, manager.usage().present.len_bytes)?;
                 let export = engine.export()?;
-                Ok((Started { engine: engine.name(), note, export, linger: engine.linger() }, engine))
+                Ok((
+                    Started {
+                        engine: engine.name(),
+                        note,
+                        export,
+                        linger: engine.linger(),
+                        pages: engine.pages(unit_bytes),
+                    },
+                    engine,
+                ))
             });
             match ready {
                 Ok((facts, engine)) => {
@@ -298,6 +312,16 @@ impl<P, E: From<EngineEvent<P>>> Server<'_, P, E> {
         Ok(())
     }
 
+    fn connect(&mut self, connection: ConnectionId, memory: &PeerMemory) -> Result<(), TransferError> {
+        match memory {
+            PeerMemory::Descriptors(descriptors) => self.engine.connect(connection, descriptors),
+            PeerMemory::Pages(pages) => {
+                let descriptors = self.engine.describe(pages)?;
+                self.engine.connect(connection, &descriptors)
+            }
+        }
+    }
+
     /// Starts a transfer, after summing what its peer will check: what is summed later may be what was written wrongly.
     fn post(
         &mut self,
@@ -336,10 +360,12 @@ impl<P, E: From<EngineEvent<P>>> Server<'_, P, E> {
     fn execute(&mut self, command: Command<P>) -> Result<(), Gone> {
         match command {
             Command::LoadPeer { peer, agent_name, metadata } => {
-                let result = self.engine.load_peer(&agent_name, &metadata).map_err(|error| error.to_string());
+                let agent_name = agent_name.map_or_else(|| self.engine.agent_name_in(&metadata), Ok);
+                let loaded = agent_name.and_then(|agent_name| self.engine.load_peer(&agent_name, &metadata));
+                let result = loaded.map_err(|error| error.to_string());
                 self.send(EngineEvent::PeerLoaded { peer, result })
             }
-            Command::Connect { peer, connection, descriptors } => match self.engine.connect(connection, &descriptors) {
+            Command::Connect { peer, connection, memory } => match self.connect(connection, &memory) {
                 Ok(()) => {
                     self.connecting.insert(connection, peer);
                     Ok(())
@@ -512,11 +538,11 @@ mod tests {
         let (receiver, theirs, mut receiver_events, receiver_memory) = start("receiver", 2);
         let (sender, _, mut sender_events, sender_memory) = start("sender", 8);
         let Export { agent_name, metadata, descriptors } = theirs.export;
-        sender.send(Command::LoadPeer { peer: "r", agent_name, metadata }).unwrap();
+        sender.send(Command::LoadPeer { peer: "r", agent_name: Some(agent_name), metadata }).unwrap();
         let EngineEvent::PeerLoaded { result: Ok(connection), .. } = next(&mut sender_events) else {
             panic!("loading")
         };
-        sender.send(Command::Connect { peer: "r", connection, descriptors }).unwrap();
+        sender.send(Command::Connect { peer: "r", connection, memory: PeerMemory::Descriptors(descriptors) }).unwrap();
         assert!(matches!(next(&mut sender_events), EngineEvent::Connected { peer: "r", result: Ok(()) }));
         HostMapping::open(&handle(&sender_memory)).unwrap().write(0, &[7; SLOT as usize]).unwrap();
         post(&sender, &mut sender_events, (connection, 1)).unwrap();
@@ -578,10 +604,10 @@ mod tests {
         let (gate, gated) = mpsc::channel();
         let (sender, _, mut events, memory) = start_with("gated", 2, Box::new(Gated(Mutex::new(gated))));
         let Export { agent_name, metadata, descriptors } = theirs.export;
-        sender.send(Command::LoadPeer { peer: "r", agent_name, metadata }).unwrap();
+        sender.send(Command::LoadPeer { peer: "r", agent_name: Some(agent_name), metadata }).unwrap();
         let EngineEvent::PeerLoaded { result: Ok(connection), .. } = next(&mut events) else { panic!("loading") };
         sender.grow().unwrap();
-        sender.send(Command::Connect { peer: "r", connection, descriptors }).unwrap();
+        sender.send(Command::Connect { peer: "r", connection, memory: PeerMemory::Descriptors(descriptors) }).unwrap();
         assert!(matches!(next(&mut events), EngineEvent::Connected { result: Ok(()), .. }));
         post(&sender, &mut events, (connection, 4)).unwrap();
         assert_eq!(memory.usage().present.len_bytes, 2 * SLOT);

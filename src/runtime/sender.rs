@@ -189,8 +189,8 @@ impl Daemon for SenderDaemon {
                 Output::LoadPeer { peer, agent_name, metadata } => {
                     self.engine.send(Command::LoadPeer { peer, agent_name, metadata })?;
                 }
-                Output::ConnectPeer { peer, connection, descriptors } => {
-                    self.engine.send(Command::Connect { peer, connection, descriptors })?;
+                Output::ConnectPeer { peer, connection, memory } => {
+                    self.engine.send(Command::Connect { peer, connection, memory })?;
                 }
                 Output::UpdatePeer { peer, connection, metadata, descriptors } => {
                     self.engine.send(Command::UpdatePeer { peer, connection, metadata, descriptors })?;

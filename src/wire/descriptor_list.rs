@@ -12,6 +12,8 @@
 //! without a tag the descriptors, each {address, length, device} as u64, all little-endian. Observed with NIXL 1.5.1
 //! (`tests/fixtures/lmcache-wire`).
 
+use crate::ids::Pages;
+
 /// The binding's module under a name that every CUDA flavour of its wheel answers to.
 pub const ANY_FLAVOUR: &str = "nixl._bindings";
 
@@ -29,28 +31,6 @@ const SHORT_BYTES: u8 = b'C';
 const BYTES: u8 = b'B';
 const BUILD: u8 = b'b';
 const STOP: u8 = b'.';
-
-/// Equal pages side by side: the only list that LMCache makes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Pages {
-    /// 0 is host memory, 1 that of a GPU.
-    pub memory_type: u32,
-    /// Which GPU; 0 for host memory.
-    pub device: u64,
-    /// Of the first page, in its owner's address space.
-    pub address: u64,
-    /// Length of each page.
-    pub page_bytes: u64,
-    /// How many.
-    pub count: u64,
-}
-
-impl Pages {
-    /// Length of all together, in bytes.
-    pub const fn len_bytes(&self) -> u64 {
-        self.page_bytes * self.count
-    }
-}
 
 /// Why some bytes are not such a list.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -94,7 +74,7 @@ pub enum DescriptorListError {
     },
 }
 
-/// Writes a list. `module` is the peer's, from [`decode`], or [`ANY_FLAVOUR`].
+/// Writes a list: equal pages side by side, the only one that LMCache makes. `module` is the peer's, from [`decode`], or [`ANY_FLAVOUR`].
 pub fn encode(module: &str, pages: &Pages) -> Vec<u8> {
     let mut list = b"nixlSerDes|".to_vec();
     record(&mut list, b"nixlDList", b"nixlBDList");

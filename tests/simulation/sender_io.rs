@@ -1,7 +1,7 @@
 //! A sender's session and what it asks of the world.
 
 use pd_backend::ids::{Failure, FailureKind, PeerAddress, PeerId};
-use pd_backend::protocol::sender::Output;
+use pd_backend::protocol::sender::{Output, PeerMemory};
 use pd_backend::wire::Message;
 use pd_backend::wire::message::ProcessIdentity;
 
@@ -120,7 +120,8 @@ impl World {
                 let soon = self.ms(0, 20);
                 self.schedule(soon, News::Met(at, peer));
             }
-            Output::ConnectPeer { peer, connection, descriptors } => {
+            Output::ConnectPeer { peer, connection, memory } => {
+                let PeerMemory::Descriptors(descriptors) = memory else { panic!("{memory:?}") };
                 self.tell(at, connection, &descriptors);
                 let soon = self.ms(0, 20);
                 self.schedule(soon, News::Warm(at, peer));

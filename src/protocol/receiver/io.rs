@@ -26,8 +26,8 @@ pub enum Output<R> {
     LoadPeer {
         /// [`Hello::instance`](crate::wire::message::Hello::instance) of the peer.
         instance: String,
-        /// Name of its agent.
-        agent_name: String,
+        /// Name of its agent; a sender of another make has not said, and its metadata does.
+        agent_name: Option<String>,
         /// Its engine's metadata.
         metadata: Vec<u8>,
     },

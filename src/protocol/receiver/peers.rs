@@ -123,7 +123,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         self.peers.insert(instance.clone(), peer);
         self.outputs.push_back(Output::LoadPeer {
             instance,
-            agent_name: extension.agent_name,
+            agent_name: Some(extension.agent_name),
             metadata: request.local_meta_bytes,
         });
     }

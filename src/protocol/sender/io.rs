@@ -3,12 +3,21 @@
 use std::time::Duration;
 
 use crate::ids::{
-    ByteCopy, ChunkKey, ClientId, ConnectionId, Failure, GroupIndex, PeerAddress, PeerId, RequestId, Seq, SlotIndex,
-    TransferId,
+    ByteCopy, ChunkKey, ClientId, ConnectionId, Failure, GroupIndex, Pages, PeerAddress, PeerId, RequestId, Seq,
+    SlotIndex, TransferId,
 };
 use crate::protocol::Port;
 use crate::wire::Message;
 use crate::wire::message::ProcessIdentity;
+
+/// Where a receiver's memory is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum PeerMemory {
+    /// Its engine's descriptors.
+    Descriptors(Vec<u8>),
+    /// The pages of a receiver of another make.
+    Pages(Pages),
+}
 
 /// A request as its connector opens it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -63,8 +72,8 @@ pub enum Output {
     LoadPeer {
         /// Which.
         peer: PeerId,
-        /// Name of its agent.
-        agent_name: String,
+        /// Name of its agent; a receiver of another make has not said, and its metadata does.
+        agent_name: Option<String>,
         /// Its engine's metadata.
         metadata: Vec<u8>,
     },
@@ -74,8 +83,8 @@ pub enum Output {
         peer: PeerId,
         /// From `handle_peer_loaded`.
         connection: ConnectionId,
-        /// Its engine's descriptors.
-        descriptors: Vec<u8>,
+        /// Where it is.
+        memory: PeerMemory,
     },
     /// A receiver's buffer has grown: let the engine learn what it writes to, before the next `Post` to it;
     /// `handle_peer_updated` wants the result.

@@ -23,7 +23,7 @@ mod transfers;
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 
-pub use io::{Answer, Event, Note, OpenRequest, Output, Part, Phases, SenderCounts, StagedSlot};
+pub use io::{Answer, Event, Note, OpenRequest, Output, Part, PeerMemory, Phases, SenderCounts, StagedSlot};
 
 use self::debts::Word;
 use self::peers::Peer;

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use super::requests::{Stage, Uid, clipped};
-use super::{Note, Output, Port, SenderSession, Timer};
+use super::{Note, Output, PeerMemory, Port, SenderSession, Timer};
 use crate::ids::{ConnectionId, Failure, FailureKind, PeerAddress, PeerId, Seq, clip};
 use crate::protocol::{PROCESSES_ASKED_MAX, handshake};
 use crate::wire::Message;
@@ -164,7 +164,7 @@ impl SenderSession {
         // It has taken our handshake as the word that nothing of ours is in flight.
         let address = record.address.clone();
         self.forget_debt(&address);
-        self.outputs.push_back(Output::LoadPeer { peer, agent_name: extension.agent_name, metadata });
+        self.outputs.push_back(Output::LoadPeer { peer, agent_name: Some(extension.agent_name), metadata });
     }
 
     /// The engine has met a receiver, or could not.
@@ -206,8 +206,8 @@ impl SenderSession {
         let connection = *connection;
         record.len_bytes = extension.len_bytes;
         record.state = PeerState::Warming(connection);
-        let descriptors = extension.descriptors;
-        self.outputs.push_back(Output::ConnectPeer { peer, connection, descriptors });
+        let memory = PeerMemory::Descriptors(extension.descriptors);
+        self.outputs.push_back(Output::ConnectPeer { peer, connection, memory });
         let (address, instance) = (record.address.clone(), record.instance.clone());
         let took = now.saturating_duration_since(record.since);
         self.note(Note::PeerUp { address, instance, len_bytes: extension.len_bytes, took });

@@ -146,7 +146,7 @@ impl OwnedAgent {
             device: 0,
             memory_type: MEMORY_TYPE_HOST,
             unit_bytes,
-            scratch_address: self.scratch.as_ref().map_or(0, |scratch| scratch.address),
+            scratch_address: self.scratch.as_ref().map(|scratch| scratch.address),
         };
         let units = self.prepare_our_units(&memory, &descriptor)?;
         self.buffer = Some(Buffer { units, registrations: vec![registration], descriptor, memory });
@@ -239,10 +239,13 @@ impl OwnedAgent {
         for (address, len_bytes) in descriptor.pieces() {
             buffer.add_desc(address as usize, len_bytes as usize, descriptor.device);
         }
-        let mut scratch = XferDescList::new(MemType::Dram)?;
-        scratch.add_desc(descriptor.scratch_address as usize, SCRATCH_LEN_BYTES as usize, 0);
-        Ok(self.agent.check_remote_metadata(agent_name, Some(&buffer))
-            && self.agent.check_remote_metadata(agent_name, Some(&scratch)))
+        let mut known = self.agent.check_remote_metadata(agent_name, Some(&buffer));
+        if let Some(address) = descriptor.scratch_address {
+            let mut scratch = XferDescList::new(MemType::Dram)?;
+            scratch.add_desc(address as usize, SCRATCH_LEN_BYTES as usize, 0);
+            known &= self.agent.check_remote_metadata(agent_name, Some(&scratch));
+        }
+        Ok(known)
     }
 
     /// Whole units, to be named by index later. The result must be dropped before the agent.
@@ -302,16 +305,12 @@ impl OwnedAgent {
     }
 
     /// A request to write our scratch memory into a peer's.
-    pub(super) fn request_warm_up(
-        &self,
-        agent_name: &str,
-        remote: &BufferDescriptor,
-    ) -> Result<XferRequest, NixlError> {
+    pub(super) fn request_warm_up(&self, agent_name: &str, remote_address: u64) -> Result<XferRequest, NixlError> {
         let scratch = self.scratch.as_ref().ok_or(NixlError::NotFound)?;
         let mut local_list = XferDescList::new(MemType::Dram)?;
         local_list.add_desc(scratch.address as usize, SCRATCH_LEN_BYTES as usize, 0);
         let mut remote_list = XferDescList::new(MemType::Dram)?;
-        remote_list.add_desc(remote.scratch_address as usize, SCRATCH_LEN_BYTES as usize, 0);
+        remote_list.add_desc(remote_address as usize, SCRATCH_LEN_BYTES as usize, 0);
         self.agent.create_xfer_req(XferOp::Write, &local_list, &remote_list, agent_name, None)
     }
 

@@ -2,11 +2,11 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::ids::BUFFER_PIECES_MAX;
+use crate::ids::{BUFFER_PIECES_MAX, Pages};
 use crate::transfer::ByteCopy;
 use crate::transfer::blob::BlobKind;
 
-const DESCRIPTORS: BlobKind = BlobKind { magic: b"pdnixldesc", version: 2 };
+const DESCRIPTORS: BlobKind = BlobKind { magic: b"pdnixldesc", version: 3 };
 
 /// Host memory, in NIXL's numbering (`DRAM_SEG`).
 pub(super) const MEMORY_TYPE_HOST: u32 = 0;
@@ -29,8 +29,9 @@ pub(super) struct BufferDescriptor {
     pub(super) memory_type: u32,
     /// The length that most copies have.
     pub(super) unit_bytes: u64,
-    /// Host memory of [`SCRATCH_LEN_BYTES`] that nobody reads: where peers write to warm their connection.
-    pub(super) scratch_address: u64,
+    /// Host memory of [`SCRATCH_LEN_BYTES`] that nobody reads: where peers write to warm their connection. LMCache's
+    /// peers have none.
+    pub(super) scratch_address: Option<u64>,
 }
 
 impl BufferDescriptor {
@@ -50,17 +51,33 @@ impl BufferDescriptor {
             ));
         }
         let first_end = descriptor.piece_ends.first().copied().unwrap_or(0);
-        let ranges = [
-            (descriptor.address, first_end),
-            (descriptor.address, descriptor.len_bytes()),
-            (descriptor.scratch_address, SCRATCH_LEN_BYTES),
-        ];
-        for (address, len_bytes) in ranges {
+        let buffer = [(descriptor.address, first_end), (descriptor.address, descriptor.len_bytes())];
+        let scratch = descriptor.scratch_address.map(|address| (address, SCRATCH_LEN_BYTES));
+        for (address, len_bytes) in buffer.into_iter().chain(scratch) {
             if len_bytes == 0 || address.checked_add(len_bytes).is_none() {
                 return Err(format!("{len_bytes} bytes at address {address:#x}"));
             }
         }
         Ok(descriptor)
+    }
+
+    /// A peer's pages, as it describes them.
+    pub(super) fn of_pages(pages: &Pages) -> Self {
+        Self {
+            address: pages.address,
+            piece_ends: vec![pages.len_bytes()],
+            device: pages.device,
+            memory_type: pages.memory_type,
+            unit_bytes: pages.page_bytes,
+            scratch_address: None,
+        }
+    }
+
+    /// The whole units of the buffer, as pages.
+    pub(super) fn pages(&self, page_bytes: u64) -> Option<Pages> {
+        let count = self.len_bytes().checked_div(page_bytes).filter(|&count| count > 0)?;
+        let Self { address, device, memory_type, .. } = *self;
+        Some(Pages { memory_type, device, address, page_bytes, count })
     }
 
     /// Says so unless this is `before` with more pieces behind it, or the same.
@@ -135,7 +152,7 @@ mod tests {
             device: 0,
             memory_type: 0,
             unit_bytes: 300,
-            scratch_address: 0x9000,
+            scratch_address: Some(0x9000),
         }
     }
 
@@ -155,7 +172,7 @@ mod tests {
         let many: Vec<u64> = (1..=BUFFER_PIECES_MAX as u64 + 1).map(|piece| piece << 50).collect();
         assert!(refused(of_pieces(&many)).contains("257 pieces"));
         assert!(BufferDescriptor::decode(&of_pieces(&many[..BUFFER_PIECES_MAX]).encode()).is_ok(), "it fits a blob");
-        let elsewhere = BufferDescriptor { scratch_address: u64::MAX, ..good.clone() };
+        let elsewhere = BufferDescriptor { scratch_address: Some(u64::MAX), ..good.clone() };
         assert!(refused(elsewhere).contains("4096 bytes at address"));
         assert!(BufferDescriptor::decode(b"pdlocaldesc").is_err());
         assert_eq!(good.prepared_unit_count(), 3);

@@ -12,7 +12,7 @@ use super::metadata::check_metadata;
 use super::peers::{Peer, Peers, RemoteBuffer, Retired};
 use super::{NIXL_ENGINE_NAME, NixlOptions};
 use crate::buffer::Memory;
-use crate::ids::{ConnectionId, TransferId};
+use crate::ids::{ConnectionId, Pages, TransferId};
 use crate::transfer::{
     ByteCopy, Completion, Connected, Ended, Export, TransferEngine, TransferError, check_ranges, cut, join, open_files,
 };
@@ -154,7 +154,7 @@ impl NixlEngine {
 
     /// Writes into the peer's scratch memory, which otherwise the first transfer would pay for: UCX wires an endpoint
     /// up, and chooses how to write, when it is first written to. `make_connection` and a notification do not do that;
-    /// a read does half of it. True while it is in progress, as the last flight.
+    /// a read does half of it. True while it is in progress, as the last flight. A peer without scratch memory stays cold.
     fn warm_up(
         &mut self,
         connection: ConnectionId,
@@ -163,9 +163,10 @@ impl NixlEngine {
     ) -> Result<bool, TransferError> {
         let failed = |operation: &'static str, reason: String| peer_error(operation, agent_name, 1, reason);
         self.agent.make_connection(agent_name).map_err(|error| failed("make_connection", explain(&error)))?;
+        let Some(scratch_address) = remote.scratch_address else { return Ok(false) };
         let request = self
             .agent
-            .request_warm_up(agent_name, remote)
+            .request_warm_up(agent_name, scratch_address)
             .map_err(|error| failed("create_xfer_req", explain(&error)))?;
         let in_progress = self.agent.post(&request).map_err(|error| failed("first post_xfer_req", explain(&error)))?;
         if in_progress {
@@ -299,6 +300,24 @@ impl TransferEngine for NixlEngine {
                 .map_err(|error| refuse(with_shortage(format!("load_remote_md: {error}"))))?;
         }
         Ok(self.peers.insert(agent_name.to_owned(), metadata.to_vec(), reused))
+    }
+
+    fn agent_name_in(&self, metadata: &[u8]) -> Result<String, TransferError> {
+        let checked = check_metadata(metadata).map_err(|reason| TransferError::BadExport {
+            engine: NIXL_ENGINE_NAME,
+            what: "metadata",
+            agent: "a peer of another make".to_owned(),
+            reason,
+        })?;
+        Ok(checked.agent_name.to_owned())
+    }
+
+    fn pages(&self, page_bytes: u64) -> Option<Pages> {
+        self.agent.buffer().ok()?.pages(page_bytes)
+    }
+
+    fn describe(&self, pages: &Pages) -> Result<Vec<u8>, TransferError> {
+        Ok(BufferDescriptor::of_pages(pages).encode())
     }
 
     fn connect(&mut self, connection: ConnectionId, descriptors: &[u8]) -> Result<(), TransferError> {
