@@ -561,7 +561,6 @@ fn descriptor_lists_are_those_of_nixls_python_binding() {
         let recorded = fixture(&format!("sync_init_NixlMemReg{name}_xfer_dlist_bytes.pickle"));
         let (module, pages) = descriptor_list::decode(&recorded).unwrap();
         assert_eq!((module.as_str(), pages.memory_type, pages.device), ("nixl_cu12._bindings", 0, 0));
-        assert_eq!((pages.page_bytes, pages.count), (8192, 8));
         assert_eq!(descriptor_list::encode(&module, &pages), recorded);
     }
 }

@@ -364,9 +364,17 @@ class SenderClient(Client):
 class Lease:
     """Ready chunks that stay where they are until `release`, or the end of the `with` block."""
 
-    def __init__(self, client: ReceiverClient, lease: int | None, chunks: Sequence[m.ReadyChunk | None]) -> None:
+    def __init__(
+        self,
+        client: ReceiverClient,
+        lease: int | None,
+        chunks: Sequence[m.ReadyChunk | None],
+        granted: Sequence[int] = (),
+    ) -> None:
         self._client = client
         self._lease = lease
+        #: Positions of keys looked up that a stock LMCache sender was granted, and that nobody has said are written.
+        self.granted = tuple(granted)
         #: One for each chunk of the request, or each key looked up; None where there is no ready chunk.
         self.chunks = tuple(chunks)
 
@@ -404,28 +412,34 @@ class ReceiverClient(Client):
 
     role = "receiver"
 
-    def wait(self, req_id: str, *, wait_s: float | None = None) -> Lease:
+    def wait(self, req_id: str, *, wait_s: float | None = None, uncommitted: bool = False) -> Lease:
         """Every chunk of the request, in the order of the prompt; it need not have been announced yet.
+
+        `uncommitted` says that the proxy was told of the request, so that it is written: a stock LMCache sender tells
+        nobody else. Chunks of our own senders are committed, and need it never.
 
         Raises `RequestRefused` when it failed, or was not ready in time.
         """
-        return self.start_wait(req_id, wait_s=wait_s).result()
+        return self.start_wait(req_id, wait_s=wait_s, uncommitted=uncommitted).result()
 
-    def start_wait(self, req_id: str, *, wait_s: float | None = None) -> Pending[Lease]:
+    def start_wait(self, req_id: str, *, wait_s: float | None = None, uncommitted: bool = False) -> Pending[Lease]:
         """As `wait`, without waiting."""
         return self._start(
-            lambda id: m.Wait(id=id, req_id=req_id, wait_ms=_milliseconds(wait_s)),
+            lambda id: m.Wait(id=id, req_id=req_id, wait_ms=_milliseconds(wait_s), uncommitted=uncommitted),
             m.Ready,
             lambda reply: Lease(self, reply.lease, reply.chunks),
             self._wait_of(wait_s),
         )
 
-    def lookup(self, keys: Sequence[str]) -> Lease:
-        """Which of these chunks are ready, with a lease on those."""
+    def lookup(self, keys: Sequence[str], *, uncommitted: bool = False) -> Lease:
+        """Which of these chunks are ready, with a lease on those; `uncommitted` as for `wait`.
+
+        The lease's `granted` has the positions of those that would be ready with it.
+        """
         return self._start(
-            lambda id: m.Lookup(id=id, keys=list(keys)),
+            lambda id: m.Lookup(id=id, keys=list(keys), uncommitted=uncommitted),
             m.Found,
-            lambda reply: Lease(self, reply.lease, reply.chunks),
+            lambda reply: Lease(self, reply.lease, reply.chunks, reply.granted),
         ).result()
 
 

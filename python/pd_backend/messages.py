@@ -203,6 +203,8 @@ class Lookup(_Message, frozen=True):
 
     id: int
     keys: list[str]
+    uncommitted: bool = False
+    """The caller has heard from the proxy that they are written: what a stock LMCache sender was granted counts as ready."""
 
 
 class Wait(_Message, frozen=True):
@@ -211,6 +213,8 @@ class Wait(_Message, frozen=True):
     id: int
     req_id: str
     wait_ms: int | None = None
+    uncommitted: bool = False
+    """As in `Lookup`."""
 
 
 class Release(_Message, frozen=True):
@@ -284,6 +288,8 @@ class Found(_Message, frozen=True, kw_only=True):
     id: int
     lease: int | None = None
     chunks: list[ReadyChunk | None]
+    granted: list[int] = []
+    """Positions of keys that a stock LMCache sender was granted: it does not say when they are written."""
 
 
 class Ready(_Message, frozen=True):

@@ -51,7 +51,7 @@ pub(super) async fn ship(
     let mut waits = Vec::with_capacity(requests.len());
     for request in requests {
         let req_id = request.req_id.clone();
-        waits.push(pair.receiver.link.start(|id| Request::Wait { id, req_id, wait_ms: None })?);
+        waits.push(pair.receiver.link.start(|id| Request::Wait { id, req_id, wait_ms: None, uncommitted: false })?);
     }
     let outcome = send(pair, requests, parts).await?;
     for (request, wait) in requests.iter().zip(waits) {

@@ -92,6 +92,10 @@ pub enum Request {
         id: Seq,
         /// Which chunks.
         keys: Vec<ChunkKey>,
+        /// The caller has heard from the proxy that they are written: what a stock LMCache sender was granted counts as
+        /// ready.
+        #[serde(default, skip_serializing_if = "is_false", deserialize_with = "nil_is_left_out")]
+        uncommitted: bool,
     },
     /// Receiver: answered by `ready` with a lease on all chunks of the request, or by `error`.
     Wait {
@@ -102,6 +106,9 @@ pub enum Request {
         /// How long, in milliseconds; the configured time when left out.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         wait_ms: Option<u64>,
+        /// As in `lookup`.
+        #[serde(default, skip_serializing_if = "is_false", deserialize_with = "nil_is_left_out")]
+        uncommitted: bool,
     },
     /// Receiver: the chunks of this lease have been copied.
     Release {
@@ -115,6 +122,10 @@ pub enum Request {
 /// A field that may be left out may be nil as well.
 fn nil_is_left_out<'de, D: Deserializer<'de>, T: Deserialize<'de> + Default>(deserializer: D) -> Result<T, D::Error> {
     Ok(Option::deserialize(deserializer)?.unwrap_or_default())
+}
+
+fn is_false(value: &bool) -> bool {
+    !*value
 }
 
 impl Request {
@@ -222,6 +233,10 @@ pub enum Reply {
         lease: Option<LeaseId>,
         /// One for each key asked for, in that order; nil where there is no ready chunk.
         chunks: Vec<Option<ReadyChunk>>,
+        /// Positions of keys that a stock LMCache sender was granted: written, perhaps, and not committed, since such a
+        /// sender does not say.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        granted: Vec<u32>,
     },
     /// To `wait`.
     Ready {

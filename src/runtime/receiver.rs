@@ -94,6 +94,7 @@ pub(super) async fn run(config: Config, options: RunOptions) -> Result<(), Runti
         heartbeat_interval: config.deadlines.heartbeat,
         peer_timeout: config.deadlines.peer,
         linger: started.linger,
+        pages: started.pages,
         safeguards: Safeguards::default(),
     });
     let ready = ReadyLine {
@@ -252,10 +253,12 @@ impl ReceiverDaemon {
                 let status = self.status();
                 self.clients.reply(client, &Reply::Status { id, status });
             }
-            Request::Lookup { id, keys } => self.session.handle_lookup(client, id, &keys),
-            Request::Wait { id, req_id, wait_ms } => {
+            Request::Lookup { id, keys, uncommitted } => {
+                self.session.handle_lookup(now, client, id, &keys, uncommitted);
+            }
+            Request::Wait { id, req_id, wait_ms, uncommitted } => {
                 let wait = translate::wait(wait_ms).map(|wait| wait.min(self.config.deadlines.wait));
-                self.session.handle_wait(now, client, id, req_id, wait);
+                self.session.handle_wait(now, client, id, req_id, wait, uncommitted);
             }
             Request::Release { id, lease } => self.session.handle_release(now, client, id, lease),
             Request::Cancel { id, req_id } => self.session.handle_cancel(now, client, id, &req_id),

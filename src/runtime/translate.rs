@@ -126,8 +126,8 @@ pub(super) fn receiver_answer(id: Seq, answer: receiver::Answer) -> Reply {
         receiver::Answer::Ready { request, lease, chunks } => {
             Reply::Ready { id, req_id: request, lease, chunks: chunks.into_iter().map(chunk).collect() }
         }
-        receiver::Answer::Found { lease, chunks } => {
-            Reply::Found { id, lease, chunks: chunks.into_iter().map(|found| found.map(chunk)).collect() }
+        receiver::Answer::Found { lease, chunks, granted } => {
+            Reply::Found { id, lease, chunks: chunks.into_iter().map(|found| found.map(chunk)).collect(), granted }
         }
         receiver::Answer::Released => Reply::Released { id },
         receiver::Answer::Cancelled { request } => Reply::Cancelled { id, req_id: request },

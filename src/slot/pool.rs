@@ -34,6 +34,8 @@ pub struct SlotPool {
 struct Slot {
     /// Its bytes while it is taken.
     range: Option<AddressRange>,
+    /// How much of them, from the start, is the chunk's: a page may be longer.
+    chunk_bytes: u64,
     generation: Generation,
 }
 
@@ -58,6 +60,27 @@ impl SlotPool {
         }
     }
 
+    /// Takes `count` whole pages, at multiples of their length, that end at or before `end_bytes`, or none.
+    ///
+    /// # Errors
+    /// [`NoRoom`].
+    pub fn take_pages(&mut self, count: usize, page_bytes: u64, end_bytes: u64) -> Result<Vec<SlotIndex>, NoRoom> {
+        match self.addresses.allocate_slots_below(count, end_bytes) {
+            Ok(ranges) => Ok(ranges.into_iter().map(|range| self.name(range)).collect()),
+            Err(_) => Err(self.no_room(&vec![page_bytes; count])),
+        }
+    }
+
+    /// Says how much of a taken page is the chunk's.
+    pub fn set_chunk_bytes(&mut self, slot: SlotIndex, chunk_bytes: u64) {
+        let Some(Slot { range: Some(range), chunk_bytes: of_chunk, .. }) = self.slots.get_mut(slot.0 as usize) else {
+            debug_assert!(false, "slot {slot} is free");
+            return;
+        };
+        debug_assert!(chunk_bytes <= range.len_bytes, "{chunk_bytes} bytes in {range:?}");
+        *of_chunk = chunk_bytes.min(range.len_bytes);
+    }
+
     /// Gives a taken slot back.
     ///
     /// # Panics
@@ -73,14 +96,16 @@ impl SlotPool {
         self.vacant.push(slot);
     }
 
-    /// The bytes of a taken slot.
+    /// The bytes of the chunk in a taken slot.
     pub fn range(&self, slot: SlotIndex) -> Option<AddressRange> {
-        self.slots.get(slot.0 as usize)?.range
+        let slot = self.slots.get(slot.0 as usize)?;
+        slot.range.map(|range| AddressRange { len_bytes: slot.chunk_bytes, ..range })
     }
 
     /// What a taken slot takes, in bytes, rounding up to the alignment included.
     pub fn taken_bytes(&self, slot: SlotIndex) -> u64 {
-        self.range(slot).map_or(0, |range| self.asked_bytes(&[range.len_bytes]))
+        let taken = self.slots.get(slot.0 as usize).and_then(|slot| slot.range);
+        taken.map_or(0, |range| self.asked_bytes(&[range.len_bytes]))
     }
 
     /// How often this slot has been taken.
@@ -140,11 +165,12 @@ impl SlotPool {
     fn name(&mut self, range: AddressRange) -> SlotIndex {
         let slot = self.vacant.pop().unwrap_or_else(|| {
             let index = u32::try_from(self.slots.len()).expect("fewer than 2^32 chunks fit any buffer");
-            self.slots.push(Slot { range: None, generation: Generation(0) });
+            self.slots.push(Slot { range: None, chunk_bytes: 0, generation: Generation(0) });
             SlotIndex(index)
         });
         let record = &mut self.slots[slot.0 as usize];
         record.range = Some(range);
+        record.chunk_bytes = range.len_bytes;
         record.generation.0 += 1;
         slot
     }

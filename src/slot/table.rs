@@ -109,7 +109,44 @@ impl SlotTable {
                 Err(no_room) => return Err(no_room),
             }
         };
-        for &slot in &slots {
+        self.mark_reserved(grant, &slots);
+        Ok(slots)
+    }
+
+    /// Reserves whole pages for a grant, for a peer that knows the buffer as pages up to `end_bytes`, or none.
+    ///
+    /// # Errors
+    /// As [`reserve`](Self::reserve).
+    pub fn reserve_pages(
+        &mut self,
+        grant: GrantId,
+        count: usize,
+        page_bytes: u64,
+        end_bytes: u64,
+    ) -> Result<Vec<SlotIndex>, NoRoom> {
+        if page_bytes.saturating_mul(count as u64) > self.available_bytes() {
+            return Err(self.pool.no_room(&vec![page_bytes; count]));
+        }
+        let slots = loop {
+            match self.pool.take_pages(count, page_bytes, end_bytes) {
+                Ok(slots) => break slots,
+                Err(_) if self.evict_oldest() => {}
+                Err(no_room) => return Err(no_room),
+            }
+        };
+        self.mark_reserved(grant, &slots);
+        Ok(slots)
+    }
+
+    /// Says how much of a page that `grant` has reserved is the chunk's.
+    pub fn set_chunk_bytes(&mut self, slot: SlotIndex, grant: GrantId, chunk_bytes: u64) {
+        if matches!(self.state(slot), Some(SlotState::Reserved(tenant)) if tenant.grant == grant) {
+            self.pool.set_chunk_bytes(slot, chunk_bytes);
+        }
+    }
+
+    fn mark_reserved(&mut self, grant: GrantId, slots: &[SlotIndex]) {
+        for &slot in slots {
             let at = slot.0 as usize;
             if at >= self.states.len() {
                 self.states.resize(at + 1, SlotState::Free);
@@ -118,7 +155,6 @@ impl SlotTable {
             self.states[at] = SlotState::Reserved(Tenant { grant, generation: self.pool.generation(slot) });
         }
         self.counts.reserved += slots.len() as u32;
-        Ok(slots)
     }
 
     /// A reserved slot now holds a complete chunk, held once by whoever commits it.

@@ -38,14 +38,14 @@ impl World {
 
     pub fn wait(&mut self, at: Proc, request: RequestId) {
         let (client, id) = self.reading(at, Some(request.clone()), plan::WAIT);
-        self.receivers[at.index].session.handle_wait(self.now, client, id, request, None);
+        self.receivers[at.index].session.handle_wait(self.now, client, id, request, None, false);
     }
 
     pub fn lookup(&mut self, at: Proc) {
         let keys: Vec<ChunkKey> =
             (0..self.plan.keys.min(20)).map(|n| ChunkKey::new(format!("k{n}")).unwrap()).collect();
         let (client, id) = self.reading(at, None, Duration::ZERO);
-        self.receivers[at.index].session.handle_lookup(client, id, &keys);
+        self.receivers[at.index].session.handle_lookup(self.now, client, id, &keys, false);
     }
 
     pub fn reader_cancels(&mut self, at: Proc, request: &RequestId) {
@@ -96,7 +96,7 @@ impl World {
                 self.fresh_fetched.insert(request);
                 self.lease(at, client, lease, &chunks);
             }
-            Answer::Found { lease, chunks } => {
+            Answer::Found { lease, chunks, .. } => {
                 let found: Vec<ReadyChunk> = chunks.into_iter().flatten().collect();
                 if let Some(lease) = lease {
                     self.lease(at, client, lease, &found);

@@ -156,6 +156,7 @@ pub fn new_receiver(plan: &Plan, at: Proc) -> Receiver {
         heartbeat_interval: plan::HEARTBEAT,
         peer_timeout: plan::PEER,
         linger: if plan.lingers { plan::LINGER } else { Duration::ZERO },
+        pages: None,
         safeguards: plan.safeguards,
     });
     let memory = vec![0; (CHUNK_BYTES * plan.receiver_slots) as usize];

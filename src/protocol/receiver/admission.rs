@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use super::peers::unknown_peer;
 use super::requests::{Request, Stage};
 use super::{Note, Port, ReceiverSession, Timer};
-use crate::ids::{Failure, FailureKind, GrantId, RequestId, Seq, SlotIndex, clip};
+use crate::ids::{ChunkKey, Failure, FailureKind, GrantId, RequestId, Seq, SlotIndex, clip};
 use crate::protocol::chunks::ChunkSize;
 use crate::slot::SlotState;
 use crate::wire::Message;
@@ -19,18 +19,7 @@ const LOOKAHEAD_MAX: usize = 8;
 
 impl<R: Clone + PartialEq> ReceiverSession<R> {
     pub(super) fn on_alloc(&mut self, now: Instant, from: R, request: AllocRequest) {
-        let Some(extension) = request.pd.clone() else {
-            // LMCache's own way of saying no, so that the sender neither hangs nor writes anywhere.
-            let remote_indexes = vec![-1; request.keys.len()];
-            let response = AllocResponse { already_sent_indexes: Vec::new(), remote_indexes, pd: None };
-            self.send(from, Port::Alloc, Message::AllocResponse(response));
-            let failure = Failure::new(
-                FailureKind::HandshakeRefused,
-                "the allocation carries no `pd` field: this receiver serves pd-sender alone",
-            );
-            let instance = "a peer of another make".into();
-            return self.note(Note::Refused { request: request.req_id, instance, failure });
-        };
+        let Some(extension) = request.pd.clone() else { return self.on_stock_alloc(now, from, request) };
         if !self.touch_peer(now, &extension.instance, extension.seq) {
             let failure = unknown_peer(&extension.instance);
             return self.refuse_alloc(from, extension.seq, &extension.instance, request.req_id, failure);
@@ -72,6 +61,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             since: now,
             overtaken: 0,
             verifying: None,
+            batches: None,
             stage: Stage::Waiting { wait, held: None },
         };
         self.requests.insert(id.clone(), request);
@@ -156,7 +146,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
     }
 
     /// Whether a sender may have one more request: none may take all places from the others.
-    fn check_share(&self, instance: &str) -> Result<(), Failure> {
+    pub(super) fn check_share(&self, instance: &str) -> Result<(), Failure> {
         let open = |request: &&Request<R>| request.instance == instance && !request.is_ready();
         let open_count = self.requests.values().filter(open).count();
         if open_count < self.settings.peer_requests_max {
@@ -236,27 +226,21 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
     /// Grants a waiting request all its slots, sharing ready chunks with others or not.
     fn try_reserve(&mut self, now: Instant, id: &RequestId, share: bool) -> bool {
         let Some(request) = self.requests.get(id) else { return true };
-        // A ready chunk of another length or group under the same key is not this chunk: it is written again.
-        let same = |slot: &SlotIndex, index: usize| {
-            let ChunkSize { group, len_bytes } = request.sizes[index];
-            matches!(self.slots.state(*slot), Some(SlotState::Ready { group: held, .. }) if *held == group)
-                && self.slots.range(*slot).is_some_and(|range| range.len_bytes == len_bytes)
-        };
-        let mut shared: Vec<(u32, SlotIndex)> = Vec::new();
-        let mut missing: Vec<u32> = Vec::new();
-        for (index, key) in request.keys.iter().enumerate() {
-            match self.slots.find(key).filter(|slot| share && same(slot, index)) {
-                Some(slot) => shared.push((index as u32, slot)),
-                None => missing.push(index as u32),
-            }
-        }
+        let shared = if share { self.ready_of(&request.keys, &request.sizes) } else { Vec::new() };
+        let is_shared: BTreeSet<u32> = shared.iter().map(|&(index, _)| index).collect();
+        let missing: Vec<u32> = (0..request.keys.len() as u32).filter(|index| !is_shared.contains(index)).collect();
+        let pages = request.batches.is_some();
         // Held first, so that making room does not evict what this very request needs.
         for &(_, slot) in &shared {
             self.slots.hold(slot);
         }
         let grant = GrantId(self.next_grant);
         let lens: Vec<u64> = missing.iter().map(|&index| request.sizes[index as usize].len_bytes).collect();
-        let Ok(reserved) = self.slots.reserve(grant, &lens) else {
+        let reserved = match pages {
+            true => self.reserve_pages(id, grant, &missing),
+            false => self.slots.reserve(grant, &lens).ok(),
+        };
+        let Some(reserved) = reserved else {
             for &(_, slot) in &shared {
                 self.slots.unhold(now, slot);
             }
@@ -282,6 +266,18 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         true
     }
 
+    /// Those of these chunks that are ready, by position. A ready chunk of another length or group under the same key is
+    /// not this chunk: it is written again.
+    pub(super) fn ready_of(&self, keys: &[ChunkKey], sizes: &[ChunkSize]) -> Vec<(u32, SlotIndex)> {
+        let ready = |((index, key), size): ((u32, &ChunkKey), &ChunkSize)| {
+            let slot = self.slots.find(key)?;
+            let same = matches!(self.slots.state(slot), Some(SlotState::Ready { group, .. }) if *group == size.group)
+                && self.slots.range(slot).is_some_and(|range| range.len_bytes == size.len_bytes);
+            same.then_some((index, slot))
+        };
+        (0u32..).zip(keys).zip(sizes).filter_map(ready).collect()
+    }
+
     /// Tells a sender that it may write `own`; `shared` is held for it.
     pub(super) fn grant(
         &mut self,
@@ -293,6 +289,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
     ) {
         let Some(request) = self.requests.get(id) else { return };
         let count = request.keys.len();
+        let stock = request.batches.is_some();
         let response = AllocResponse {
             already_sent_indexes: shared.iter().map(|&(index, _)| index).collect(),
             remote_indexes: Vec::new(),
@@ -307,11 +304,17 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         let (to, instance) = (request.route.clone(), request.instance.clone());
         let waited = now.saturating_duration_since(request.since);
         self.note(Note::Granted { request: id.clone(), instance, chunks: count, already_sent: shared.len(), waited });
+        let granted = own.clone();
         if let Some(request) = self.requests.get_mut(id) {
             request.since = now;
             request.stage = Stage::Granted { grant, own, shared };
         }
         self.timers.cancel(&Timer::Allocation(id.clone()));
+        if stock {
+            self.timers.set(Timer::Write(id.clone()), now + self.settings.retention);
+            self.answer_stock(id, &granted, response.already_sent_indexes);
+            return self.serve_waiters(now, id);
+        }
         self.timers.set(Timer::Write(id.clone()), now + self.settings.write_timeout);
         self.send(to, Port::Alloc, Message::AllocResponse(response));
     }

@@ -83,6 +83,8 @@ pub enum Answer {
         lease: Option<LeaseId>,
         /// One for each key.
         chunks: Vec<Option<ReadyChunk>>,
+        /// Positions of keys that a sender of another make was granted, and that nobody has vouched for.
+        granted: Vec<u32>,
     },
     /// To `release`.
     Released,

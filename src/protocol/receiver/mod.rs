@@ -6,6 +6,7 @@
 //! | `peers`, `lost` | handshakes with senders, and losing them |
 //! | `admission` | who gets slots, and when (`piecemeal`: how it must not be done) |
 //! | `requests` | a request from its grant to its end: commit, cancel, quarantine |
+//! | `stock` | senders of another make: LMCache's, which commit nothing |
 //! | `verification` | commits whose chunks are summed before they are taken |
 //! | `readers` | waits, look-ups and leases |
 
@@ -16,6 +17,7 @@ mod peers;
 mod piecemeal;
 mod readers;
 mod requests;
+mod stock;
 mod verification;
 
 use std::collections::{BTreeMap, VecDeque};
@@ -27,14 +29,15 @@ use self::lost::LostPeers;
 use self::peers::Peer;
 use self::readers::{Lease, Waiter};
 use self::requests::{Closing, Ended, Request};
+use self::stock::Stock;
 use super::growth::{GROW_AGAIN_AFTER, Growth};
 use super::timers::Timers;
 use super::{ChunkShape, Grown, Port, Safeguards};
 use crate::address::AddressManager;
-use crate::ids::{ChecksumMode, ClientId, ConnectionId, Failure, FailureKind, GrantId, LeaseId, RequestId, Seq};
+use crate::ids::{ChecksumMode, ClientId, ConnectionId, Failure, FailureKind, GrantId, LeaseId, Pages, RequestId, Seq};
 use crate::slot::SlotTable;
 use crate::wire::Message;
-use crate::wire::message::{CacheQueryResponse, Hello, InitRequest};
+use crate::wire::message::{Hello, InitRequest};
 
 /// What a receiver session is told at start.
 #[derive(Debug, Clone)]
@@ -77,6 +80,8 @@ pub struct ReceiverSettings {
     pub peer_timeout: Duration,
     /// How long the writes of a process that has ended may still arrive.
     pub linger: Duration,
+    /// The buffer as pages, for LMCache's senders; none where they cannot write to it. How many there are is not used.
+    pub pages: Option<Pages>,
     #[doc(hidden)]
     pub safeguards: Safeguards,
 }
@@ -97,6 +102,8 @@ enum Timer {
     Silence(String),
     /// Nothing of a process that has ended is under way any more.
     Linger(String),
+    /// What LMCache's peers have asked about need not be held any more.
+    Query(LeaseId),
     /// A writer has not said yet that it has stopped: it is asked again.
     Revoke(GrantId),
 }
@@ -111,6 +118,8 @@ pub struct ReceiverSession<R> {
     described_len_bytes: u64,
     /// By [`Hello::instance`].
     peers: BTreeMap<String, Peer<R>>,
+    /// Senders of another make.
+    stock: Stock<R>,
     lost: LostPeers,
     requests: BTreeMap<RequestId, Request<R>>,
     /// Requests that wait for slots, in the order of their arrival.
@@ -144,6 +153,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             slots,
             growth,
             peers: BTreeMap::new(),
+            stock: Stock::default(),
             lost: LostPeers::default(),
             requests: BTreeMap::new(),
             waiting: VecDeque::new(),
@@ -174,13 +184,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             (Port::Alloc, Message::PdCommit(commit)) => self.on_commit(now, from, commit),
             (Port::Alloc, Message::CancelNotif(cancel)) => self.on_cancel(now, from, cancel),
             (Port::Alloc, Message::PdPing(ping)) => self.on_ping(now, from, ping),
-            (Port::Query, Message::CacheQueryRequest(query)) => {
-                let held = |(_, key): &(u32, _)| self.slots.find(key).is_some();
-                let found = (0u32..).zip(query.keys).filter(held);
-                let (cached_indexes, cached_keys) = found.unzip();
-                let answer = CacheQueryResponse { cached_keys, cached_indexes };
-                self.send(from, Port::Query, Message::CacheQueryResponse(answer));
-            }
+            (Port::Query, Message::CacheQueryRequest(query)) => self.on_query(now, from, query),
             (port, message) => {
                 self.note(Note::Unexpected { port, message: message.type_name() });
             }
@@ -189,6 +193,9 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
 
     /// The connection that messages from `route` came through is gone.
     pub fn handle_route_gone(&mut self, now: Instant, route: &R) {
+        if self.on_stock_route_gone(now, route) {
+            return;
+        }
         let lost = self.peers.iter().find(|(_, peer)| peer.alloc_route.as_ref() == Some(route));
         if let Some(instance) = lost.map(|(instance, _)| instance.clone()) {
             self.lose_peer(now, &instance, "closed its connection");
@@ -211,6 +218,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         while let Some((due, timer)) = self.timers.pop_due(now) {
             match timer {
                 Timer::Allocation(id) => self.allocation_timed_out(now, &id),
+                Timer::Write(id) if self.is_of_stock(&id) => self.nobody_vouched(now, &id),
                 Timer::Write(id) => {
                     let timeout_ms = self.settings.write_timeout.as_millis();
                     let text = format!("not committed within {timeout_ms} ms of the grant (pd_write_timeout_sec)");
@@ -225,6 +233,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
                     }
                 }
                 Timer::Silence(instance) => self.check_silence(now, due, &instance),
+                Timer::Query(lease) => self.query_passed(now, lease),
                 Timer::Linger(instance) => self.free_closing_of(now, &instance, Seq(u64::MAX)),
                 Timer::Revoke(grant) => self.revoke_again(now, grant),
             }
@@ -302,7 +311,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             requests_active: self.requests.len(),
             requests_waiting: self.waiting.len(),
             readers_waiting: self.waiters.len(),
-            peers: self.peers.len(),
+            peers: self.peers.len() + self.stock.len(),
             leases: self.leases.len(),
             ..self.counts
         }

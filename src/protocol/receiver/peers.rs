@@ -45,16 +45,7 @@ enum PeerState<R> {
 
 impl<R: Clone + PartialEq> ReceiverSession<R> {
     pub(super) fn on_init(&mut self, now: Instant, from: R, request: InitRequest) {
-        let Some(extension) = request.pd else {
-            let failure = Failure::new(
-                FailureKind::HandshakeRefused,
-                "the handshake carries no `pd` field: this receiver serves pd-sender alone; start one beside that engine",
-            );
-            self.note(Note::PeerRefused { instance: "a peer of another make".into(), failure });
-            let refusal = InitResponse { remote_agent_name: Vec::new(), remote_meta_bytes: Vec::new(), pd: None };
-            self.send(from, Port::Init, Message::NixlInitResponse(refusal));
-            return;
-        };
+        let Some(extension) = request.pd else { return self.on_stock_init(from, request.local_meta_bytes) };
         let instance = extension.hello.instance.clone();
         if self.draining {
             let failure = Failure::new(FailureKind::ShuttingDown, "this receiver is shutting down; use another");
@@ -129,6 +120,9 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
     }
 
     pub(super) fn on_peer_loaded(&mut self, now: Instant, instance: &str, result: Result<ConnectionId, String>) {
+        if self.on_stock_loaded(instance, &result) {
+            return;
+        }
         let Some(peer) = self.peers.get_mut(instance) else {
             if let Ok(connection) = result {
                 self.outputs.push_back(Output::ForgetPeer(connection));
@@ -175,9 +169,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
     }
 
     pub(super) fn on_mem_reg(&mut self, now: Instant, from: R, request: MemRegRequest) {
-        let Some(extension) = request.pd else {
-            return self.note(Note::Unexpected { port: Port::Init, message: "NixlMemRegRequest without `pd`" });
-        };
+        let Some(extension) = request.pd else { return self.on_stock_mem_reg(from, &request) };
         let met = self.touch_peer(now, &extension.instance, extension.seq);
         let refusal = (!met).then(|| unknown_peer(&extension.instance));
         let response = MemRegResponse {

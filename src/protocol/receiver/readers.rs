@@ -6,8 +6,13 @@ use std::time::{Duration, Instant};
 use super::requests::Stage;
 use super::{Answer, Note, ReadyChunk, ReceiverSession, Timer};
 use crate::ids::{ChunkKey, ClientId, Failure, FailureKind, LeaseId, RequestId, Seq, SlotIndex};
+use crate::protocol::Port;
 use crate::slot::SlotState;
+use crate::wire::Message;
+use crate::wire::message::{CacheQueryRequest, CacheQueryResponse};
 
+/// Who holds what LMCache's peers have asked about.
+const QUERIES: ClientId = ClientId(u64::MAX);
 /// Most waits that one client may have open.
 const WAITS_PER_CLIENT_MAX: usize = 65_536;
 /// Most leases that one client may hold.
@@ -18,6 +23,8 @@ const LEASES_PER_CLIENT_MAX: usize = 65_536;
 pub(super) struct Waiter {
     request: RequestId,
     wait: Duration,
+    /// It knows that a sender which commits nothing has written the request.
+    vouches: bool,
 }
 
 /// Chunks that a reader copies.
@@ -27,8 +34,17 @@ pub(super) struct Lease {
 }
 
 impl<R: Clone + PartialEq> ReceiverSession<R> {
-    /// A reader wants to know when `request` is ready, which no sender need have announced yet.
-    pub fn handle_wait(&mut self, now: Instant, client: ClientId, id: Seq, request: RequestId, wait: Option<Duration>) {
+    /// A reader wants to know when `request` is ready, which no sender need have announced yet. One that `vouches` has
+    /// heard from the proxy that it is written: that makes ready what a sender of another make was granted.
+    pub fn handle_wait(
+        &mut self,
+        now: Instant,
+        client: ClientId,
+        id: Seq,
+        request: RequestId,
+        wait: Option<Duration>,
+        vouches: bool,
+    ) {
         if let Some((failure, instance)) = self.ended.find(&request, now.checked_sub(self.settings.retention)) {
             let answer = Answer::Failed { failure: failure.clone(), peer: Some(instance.clone()) };
             return self.answer(client, id, answer);
@@ -45,15 +61,19 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         }
         let wait = wait.map_or(self.settings.wait_timeout, |wait| wait.min(self.settings.wait_timeout));
         self.timers.set(Timer::Wait(client, id), now + wait);
-        self.waiters.insert((client, id), Waiter { request: request.clone(), wait });
+        self.waiters.insert((client, id), Waiter { request: request.clone(), wait, vouches });
         self.serve_waiters(now, &request);
     }
 
-    /// A reader wants those of `keys` that are ready.
-    pub fn handle_lookup(&mut self, client: ClientId, id: Seq, keys: &[ChunkKey]) {
+    /// A reader wants those of `keys` that are ready; if it `vouches`, also those that a sender of another make was granted.
+    pub fn handle_lookup(&mut self, now: Instant, client: ClientId, id: Seq, keys: &[ChunkKey], vouches: bool) {
         if let Err(failure) = self.check_leases(client) {
             return self.answer(client, id, Answer::Failed { failure, peer: None });
         }
+        if vouches {
+            self.vouch_for(now, keys);
+        }
+        let granted = self.granted_among(keys);
         let slots: Vec<Option<SlotIndex>> = keys.iter().map(|key| self.slots.find(key)).collect();
         let held: Vec<SlotIndex> = slots.iter().copied().flatten().collect();
         for &slot in &held {
@@ -61,7 +81,42 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         }
         let chunks = slots.into_iter().map(|slot| slot.and_then(|slot| self.ready_chunk(slot))).collect();
         let lease = (!held.is_empty()).then(|| self.open_lease(client, held));
-        self.answer(client, id, Answer::Found { lease, chunks });
+        self.answer(client, id, Answer::Found { lease, chunks, granted });
+    }
+
+    /// LMCache's question which chunks are held, by page, before it reads them. It takes no lease and never says when it has
+    /// read, so they are held for as long as a write may take.
+    pub(super) fn on_query(&mut self, now: Instant, from: R, query: CacheQueryRequest) {
+        let page_bytes = self.settings.chunk.slot_bytes;
+        let mut answer = CacheQueryResponse { cached_keys: Vec::new(), cached_indexes: Vec::new() };
+        let mut held = Vec::new();
+        for key in query.keys {
+            let Some(slot) = self.slots.find(&key) else { continue };
+            let start = self.slots.range(slot).map_or(1, |range| range.start);
+            // Chunks of our own senders may lie across pages.
+            if let Ok(page) = u32::try_from(start / page_bytes)
+                && start.is_multiple_of(page_bytes)
+            {
+                answer.cached_keys.push(key);
+                answer.cached_indexes.push(page);
+                held.push(slot);
+            }
+        }
+        if !held.is_empty() && self.check_leases(QUERIES).is_ok() {
+            for &slot in &held {
+                self.slots.hold(slot);
+            }
+            let lease = self.open_lease(QUERIES, held);
+            self.timers.set(Timer::Query(lease), now + self.settings.write_timeout);
+        } else {
+            answer = CacheQueryResponse { cached_keys: Vec::new(), cached_indexes: Vec::new() };
+        }
+        self.send(from, Port::Query, Message::CacheQueryResponse(answer));
+    }
+
+    /// Whoever asked has had its time to read.
+    pub(super) fn query_passed(&mut self, now: Instant, lease: LeaseId) {
+        self.end_lease(now, QUERIES, lease);
     }
 
     /// A reader has copied what it leased.
@@ -120,6 +175,10 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
 
     /// Gives a ready request to the first reader that waits for it; the request has ended then.
     pub(super) fn serve_waiters(&mut self, now: Instant, id: &RequestId) {
+        if self.can_be_vouched_for(id) && self.waiters.values().any(|waiter| waiter.vouches && waiter.request == *id) {
+            // It serves the waiters.
+            return self.make_ready(now, id);
+        }
         let Some(request) = self.requests.get(id) else { return };
         let Stage::Ready { slots, .. } = &request.stage else { return };
         let Some(&(client, seq)) = self.waiters.iter().find(|(_, waiter)| waiter.request == *id).map(|(key, _)| key)

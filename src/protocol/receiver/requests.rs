@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::time::Instant;
 
 use super::piecemeal::Held;
+use super::stock::Batches;
 use super::{Note, Port, ReceiverSession, Timer};
 use crate::ids::{ChunkKey, Failure, FailureKind, GrantId, RequestId, Seq, SlotIndex};
 use crate::protocol::chunks::ChunkSize;
@@ -35,6 +36,8 @@ pub(super) struct Request<R> {
     pub(super) overtaken: u32,
     /// Whom to answer, and which commit, once its chunks are summed.
     pub(super) verifying: Option<(R, Seq)>,
+    /// Of a sender of another make, which writes pages and commits nothing.
+    pub(super) batches: Option<Batches>,
     pub(super) stage: Stage,
 }
 
@@ -132,7 +135,7 @@ impl<R> Request<R> {
     /// Slots that its sender may write.
     pub(super) fn written_slots(&self) -> usize {
         match &self.stage {
-            Stage::Granted { own, .. } => own.len(),
+            Stage::Granted { own, .. } => own.len() + self.batches.as_ref().map_or(0, |batches| batches.spare.len()),
             Stage::Waiting { held: Some(held), .. } => held.slots.len(),
             _ => 0,
         }
@@ -182,10 +185,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
     }
 
     pub(super) fn on_cancel(&mut self, now: Instant, from: R, cancel: CancelNotif) {
-        let Some(extension) = cancel.pd else {
-            let response = AllocResponse { already_sent_indexes: Vec::new(), remote_indexes: Vec::new(), pd: None };
-            return self.send(from, Port::Alloc, Message::AllocResponse(response));
-        };
+        let Some(extension) = cancel.pd else { return self.on_stock_cancel(now, from, &cancel) };
         self.touch_peer(now, &extension.instance, extension.seq);
         // The allocation that is taken back here may yet arrive.
         if let (Some(seq), Some(peer)) = (extension.alloc_seq, self.peers.get_mut(&extension.instance)) {
@@ -322,6 +322,9 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         if self.committed.len() > COMMITTED_MAX {
             self.committed.pop_first();
         }
+        if request.batches.is_some() {
+            self.stock.forget_granted(&request.keys, id);
+        }
         self.timers.cancel(&Timer::Write(id.clone()));
         self.timers.set(Timer::Retention(id.clone()), now + self.settings.retention);
         self.counts.requests_ready += 1;
@@ -338,11 +341,22 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         }
         let mut quarantined = 0;
         let grant = request.stage.grant();
+        let stock = request.batches.is_some();
+        for slot in request.batches.into_iter().flat_map(|batches| batches.spare) {
+            self.slots.writer_stopped(slot, grant.unwrap_or(GrantId(0)));
+        }
+        if stock {
+            self.stock.forget_granted(&request.keys, id);
+        }
         match request.stage {
             Stage::Waiting { held, .. } => {
                 self.let_go(held);
                 self.waiting.retain(|other| other != id);
-                if tell_sender {
+                if stock {
+                    // It waits for an answer whoever ends its request.
+                    let instance = request.instance.clone();
+                    self.refuse_stock(request.route, request.keys.len(), &instance, Some(id.clone()), failure.clone());
+                } else if tell_sender {
                     let instance = request.instance.clone();
                     self.refuse_alloc(request.route, request.seq, &instance, Some(id.clone()), failure.clone());
                 }
@@ -362,7 +376,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
                 }
                 let (instance, seq) = (request.instance.clone(), request.seq);
                 let closing = Closing { instance, seq, slots, request: id.clone(), reason: failure.clone() };
-                if tell_sender {
+                if tell_sender && !stock {
                     let revoke = closing.revoke(grant);
                     self.send(request.route, Port::Alloc, revoke);
                 }
@@ -371,6 +385,9 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
                     quarantined = closing.slots.len();
                     self.closing.insert(grant, closing);
                     self.timers.set(Timer::Revoke(grant), now + self.settings.peer_timeout);
+                    if stock && !self.stock.is_connected(&request.instance) {
+                        self.timers.set(Timer::Linger(request.instance.clone()), now + self.settings.linger);
+                    }
                 }
             }
             Stage::Ready { slots, .. } => {

@@ -83,6 +83,7 @@ impl Bench {
             heartbeat_interval: Duration::from_secs(1),
             peer_timeout: Duration::from_secs(5),
             linger: Duration::ZERO,
+            pages: None,
             safeguards: Default::default(),
         };
         change(&mut settings);
@@ -260,7 +261,7 @@ pub fn later(bench: &mut Bench, seconds: u64) -> Vec<(&'static str, Message)> {
 /// Asks for a request and returns what it is told at once.
 pub fn wait(bench: &mut Bench, id: u64, request: &str, time: Option<Duration>) -> Option<Answer> {
     let request = RequestId::new(request).unwrap();
-    bench.session.handle_wait(bench.now, ClientId(1), Seq(id), request, time);
+    bench.session.handle_wait(bench.now, ClientId(1), Seq(id), request, time, false);
     answer_of(bench, id)
 }
 

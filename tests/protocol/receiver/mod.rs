@@ -2,6 +2,7 @@
 
 mod bench;
 mod ended;
+mod stock;
 
 use std::time::Duration;
 
@@ -316,7 +317,7 @@ fn a_commit_that_is_said_again_is_answered_as_the_first_time() {
     let mut bench = Bench::new(4);
     let (_, answer) = bench.alloc("a", "r", &["k0"]);
     let grant = grant_of(&answer);
-    bench.session.handle_wait(bench.now, ClientId(1), Seq(1), RequestId::new("r").unwrap(), None);
+    bench.session.handle_wait(bench.now, ClientId(1), Seq(1), RequestId::new("r").unwrap(), None, false);
     for _ in 0..3 {
         let said = bench.commit("a", "r", grant);
         assert!(matches!(said.as_slice(), [(_, Message::PdCommitAck(ack))] if ack.refusal.is_none()), "{said:?}");
@@ -422,10 +423,10 @@ fn leases_are_limited_and_a_request_over_the_limit_stays_ready() {
     }
     let key = [ChunkKey::new("k0").unwrap()];
     for id in 0..65_536 {
-        bench.session.handle_lookup(ClientId(1), Seq(100 + id), &key);
+        bench.session.handle_lookup(bench.now, ClientId(1), Seq(100 + id), &key, false);
     }
     bench.drain();
-    bench.session.handle_lookup(ClientId(1), Seq(1), &key);
+    bench.session.handle_lookup(bench.now, ClientId(1), Seq(1), &key, false);
     assert_eq!(kind_of(answer_of(&mut bench, 1)), Some(FailureKind::Limit));
     assert_eq!(kind_of(wait(&mut bench, 2, "s", None)), Some(FailureKind::Limit));
     bench.session.handle_client_gone(bench.now, ClientId(1));

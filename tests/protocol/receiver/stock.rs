@@ -1,0 +1,241 @@
+//! Senders of another make: what LMCache's backends say, and what they are told.
+
+use std::time::Duration;
+
+use pd_backend::ids::{ChunkKey, ClientId, Pages, RequestId, Seq};
+use pd_backend::protocol::Port;
+use pd_backend::protocol::receiver::Answer;
+use pd_backend::wire::message::{AllocRequest, CacheQueryRequest, CancelNotif, InitRequest, MemRegRequest};
+use pd_backend::wire::{Message, descriptor_list};
+
+use super::bench::*;
+
+const BUFFER: u64 = 0x10_0000;
+
+fn keys(names: &[&str]) -> Vec<ChunkKey> {
+    names.iter().map(|name| ChunkKey::new(name).unwrap()).collect()
+}
+
+/// A receiver of `slots` slots with `l` and `m`, senders of another make, shaken hands with.
+fn stock_bench(slots: u64) -> Bench {
+    let mut bench = Bench::with(slots, slots, |settings| {
+        settings.retention = Duration::from_secs(20);
+        settings.linger = Duration::from_secs(2);
+        settings.pages = Some(Pages { memory_type: 0, device: 0, address: BUFFER, page_bytes: 16, count: 0 });
+    });
+    assert_eq!(shake_hands(&mut bench, "l", 16).map(|pages| pages.count), Ok(slots));
+    bench
+}
+
+/// The receiver's pages, or that it says nothing.
+fn shake_hands(bench: &mut Bench, route: &'static str, page_bytes: u64) -> Result<Pages, ()> {
+    let init = InitRequest { local_meta_bytes: vec![3], pd: None };
+    let said = bench.say(Port::Init, route, Message::NixlInitRequest(init));
+    let [(_, Message::NixlInitResponse(response))] = said.as_slice() else { panic!("{said:?}") };
+    assert_eq!(response.pd, None);
+    if response.remote_meta_bytes.is_empty() {
+        return Err(());
+    }
+    let theirs = Pages { memory_type: 0, device: 0, address: 0x9000, page_bytes, count: 3 };
+    let register = MemRegRequest {
+        remote_agent_name: response.remote_agent_name.clone(),
+        local_id: String::new(),
+        local_xfer_dlist_bytes: descriptor_list::encode("nixl_cu13._bindings", &theirs),
+        pd: None,
+    };
+    let said = bench.say(Port::Init, route, Message::NixlMemRegRequest(register));
+    let [(_, Message::NixlMemRegResponse(response))] = said.as_slice() else { panic!("{said:?}") };
+    assert_eq!(response.pd, None);
+    let (module, pages) = descriptor_list::decode(&response.remote_xfer_dlist_bytes).map_err(|_| ())?;
+    assert_eq!((module.as_str(), pages.address), ("nixl_cu13._bindings", BUFFER));
+    Ok(pages)
+}
+
+struct Ask<'a> {
+    names: &'a [&'a str],
+    req_id: Option<&'a str>,
+    total: Option<u32>,
+    last: Option<bool>,
+    last_tokens: u64,
+}
+
+const SYNC: Ask<'_> = Ask { names: &[], req_id: None, total: None, last: None, last_tokens: 4 };
+
+/// Positions that need not be sent, and page indexes; none when there is no answer yet.
+fn ask(bench: &mut Bench, route: &'static str, ask: &Ask<'_>) -> Option<(Vec<u32>, Vec<i64>)> {
+    let tokens = if ask.names.len() == 1 { ask.last_tokens } else { 4 };
+    let request = AllocRequest {
+        keys: keys(ask.names),
+        fmt: 1,
+        shape: vec![2, 1, tokens, 2],
+        dtype: "uint8".into(),
+        last_chunk_toks: ask.last_tokens,
+        req_id: ask.req_id.map(|id| RequestId::new(id).unwrap()),
+        is_last_batch: ask.last,
+        total_chunks: ask.total,
+        pd: None,
+    };
+    let said = bench.say(Port::Alloc, route, Message::AllocRequest(request));
+    answer_to(&said, route)
+}
+
+fn answer_to(said: &[(&'static str, Message)], route: &str) -> Option<(Vec<u32>, Vec<i64>)> {
+    said.iter().find_map(|(to, message)| match message {
+        Message::AllocResponse(response) if *to == route => {
+            assert_eq!(response.pd, None, "nothing that it does not know");
+            Some((response.already_sent_indexes.clone(), response.remote_indexes.clone()))
+        }
+        _ => None,
+    })
+}
+
+/// Lengths of what is found, by key, and which are granted alone.
+fn look_up(bench: &mut Bench, names: &[&str], vouches: bool) -> (Vec<Option<u64>>, Vec<u32>) {
+    let id = bench.next_seq();
+    bench.session.handle_lookup(bench.now, ClientId(1), id, &keys(names), vouches);
+    match answer_of(bench, id.0) {
+        Some(Answer::Found { chunks, granted, .. }) => {
+            (chunks.iter().map(|chunk| chunk.as_ref().map(|chunk| chunk.len_bytes)).collect(), granted)
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+fn quarantined(bench: &Bench) -> u32 {
+    bench.session.counts().slots.quarantined
+}
+
+#[test]
+fn granted_chunks_are_not_ready_until_a_reader_vouches_for_them() {
+    // Broken in production: a decode worker reads pages that a stock sender has not written yet.
+    let mut bench = stock_bench(4);
+    assert_eq!(ask(&mut bench, "l", &Ask { names: &["a", "b"], last_tokens: 1, ..SYNC }), Some((vec![], vec![0, 1])));
+    assert_eq!(look_up(&mut bench, &["a", "b", "c"], false), (vec![None; 3], vec![0, 1]));
+    // Somebody else asks for the same: it is not 'already sent' either.
+    assert_eq!(ask(&mut bench, "m", &Ask { names: &["a"], ..SYNC }), Some((vec![], vec![2])));
+    let found = look_up(&mut bench, &["b", "c", "a"], true);
+    assert_eq!(found, (vec![Some(4), None, Some(16)], vec![]), "a short chunk is short in a whole page");
+    // From now on they are, to everybody.
+    assert_eq!(ask(&mut bench, "l", &Ask { names: &["a", "b"], last_tokens: 1, ..SYNC }), Some((vec![0, 1], vec![])));
+    assert_eq!(look_up(&mut bench, &["a", "b"], false).0, [Some(16), Some(4)]);
+}
+
+#[test]
+fn a_request_in_batches_has_its_pages_from_the_first_one_on() {
+    // Broken in production: two chunked prefills that fit one by one hold half of the buffer each, and wait for each other.
+    let mut bench = stock_bench(6);
+    let batch = |names, last| Ask { names, req_id: Some("r"), total: Some(4), last: Some(last), ..SYNC };
+    assert_eq!(ask(&mut bench, "l", &batch(&["a", "b"], false)), Some((vec![], vec![0, 1])));
+    let other = Ask { names: &["x"], req_id: Some("s"), total: Some(3), last: Some(false), ..SYNC };
+    assert_eq!(ask(&mut bench, "m", &other), None, "two pages are left, and it needs three");
+    assert_eq!(wait(&mut bench, 1, "r", None), None);
+    let (already, pages) = ask(&mut bench, "l", &batch(&["c"], false)).unwrap();
+    assert_eq!((already, pages.len()), (vec![], 1));
+    let too_many = ask(&mut bench, "l", &batch(&["d", "e"], true));
+    assert_eq!(too_many, Some((vec![], vec![-1, -1])), "more than it has announced");
+    // It ends with fewer chunks than announced: the rest goes to whoever waits.
+    let said = {
+        let last = ask(&mut bench, "l", &Ask { names: &["d"], last_tokens: 2, ..batch(&[], true) });
+        assert_eq!(last.map(|(already, pages)| (already, pages.len())), Some((vec![], 1)));
+        bench.session.handle_wait(bench.now, ClientId(2), Seq(9), RequestId::new("r").unwrap(), None, true);
+        answer_of(&mut bench, 1)
+    };
+    // The reader that asked first gets it, the one that vouched learns that it was fetched.
+    let Some(Answer::Ready { chunks, .. }) = said else { panic!("{said:?}") };
+    assert_eq!(chunks.iter().map(|chunk| chunk.len_bytes).collect::<Vec<_>>(), [16, 16, 16, 8]);
+    assert_eq!(chunks.iter().map(|chunk| chunk.key.to_string()).collect::<Vec<_>>(), ["a", "b", "c", "d"]);
+}
+
+#[test]
+fn an_abandoned_page_is_free_once_its_sender_is_gone_and_not_before() {
+    // Broken in production: a write that a stock sender has forgotten lands in another request's chunk; or its pages are
+    // lost for good.
+    let mut bench = stock_bench(4);
+    let request = Ask { names: &["a", "b"], req_id: Some("r"), total: Some(4), last: Some(false), ..SYNC };
+    ask(&mut bench, "l", &request);
+    let cancel = CancelNotif { req_id: RequestId::new("r").unwrap(), keys: keys(&["a", "b"]), pd: None };
+    // Somebody else's word is none.
+    bench.say(Port::Alloc, "m", Message::CancelNotif(cancel.clone()));
+    assert_eq!((bench.session.counts().slots.reserved, quarantined(&bench)), (4, 0));
+    let said = bench.say(Port::Alloc, "l", Message::CancelNotif(cancel));
+    assert_eq!(answer_to(&said, "l"), Some((vec![], vec![])));
+    assert_eq!((bench.session.counts().slots.reserved, quarantined(&bench)), (0, 2), "the pages to come are free");
+    assert_eq!(look_up(&mut bench, &["a"], true), (vec![None], vec![]), "nobody can vouch for it any more");
+    ask(&mut bench, "l", &Ask { names: &["c"], ..SYNC });
+    later(&mut bench, 30);
+    assert_eq!(quarantined(&bench), 3, "nobody has fetched c either");
+    bench.session.handle_route_gone(bench.now, &"l");
+    assert_eq!(quarantined(&bench), 3, "what it had posted may still arrive");
+    later(&mut bench, 2);
+    assert_eq!(quarantined(&bench), 0);
+}
+
+#[test]
+fn what_was_granted_before_its_sender_left_can_still_be_fetched() {
+    // Broken in production: a prefill worker that is restarted takes finished requests with it.
+    let mut bench = stock_bench(4);
+    ask(&mut bench, "l", &Ask { names: &["a"], ..SYNC });
+    bench.session.handle_route_gone(bench.now, &"l");
+    later(&mut bench, 5);
+    assert_eq!(look_up(&mut bench, &["a"], true).0, [Some(16)]);
+    ask(&mut bench, "m", &Ask { names: &["b"], ..SYNC });
+    bench.session.handle_route_gone(bench.now, &"m");
+    later(&mut bench, 19);
+    assert_eq!((bench.session.counts().slots.reserved, quarantined(&bench)), (1, 0));
+    later(&mut bench, 1);
+    assert_eq!(quarantined(&bench), 1);
+    later(&mut bench, 2);
+    assert_eq!((bench.session.counts().slots.reserved, quarantined(&bench)), (0, 0));
+}
+
+#[test]
+fn a_no_is_said_in_lmcaches_words_and_leaves_its_sender_alive() {
+    // Broken in production: a stock sender that does not fit waits for ever, or writes what cannot be read.
+    let mut bench = stock_bench(2);
+    let refused = |count| Some((vec![], vec![-1; count]));
+    assert_eq!(ask(&mut bench, "l", &Ask { names: &["a", "b", "c"], ..SYNC }), refused(3), "larger than the buffer");
+    assert_eq!(ask(&mut bench, "l", &Ask { names: &["a"], total: Some(9), ..SYNC }), refused(1));
+    assert_eq!(ask(&mut bench, "l", &Ask { names: &["a"], last_tokens: 5, ..SYNC }), refused(1), "another shape");
+    assert_eq!(ask(&mut bench, "l", &Ask { names: &["a", "b"], ..SYNC }), Some((vec![], vec![0, 1])));
+    assert_eq!(ask(&mut bench, "m", &Ask { names: &["c"], ..SYNC }), None, "it waits");
+    let said = later(&mut bench, 10);
+    assert_eq!(answer_to(&said, "m"), refused(1), "pd_allocation_timeout_sec");
+    bench.session.handle_shutdown(bench.now);
+    assert_eq!(ask(&mut bench, "l", &Ask { names: &["d"], ..SYNC }), refused(1));
+}
+
+#[test]
+fn a_sender_whose_chunks_are_others_gets_no_pages() {
+    // Broken in production: page 7 of a sender with other chunks is the middle of our page 3.
+    let mut bench = stock_bench(2);
+    assert_eq!(shake_hands(&mut bench, "n", 32), Err(()));
+    let mut local = Bench::new(2);
+    assert_eq!(shake_hands(&mut local, "n", 16), Err(()), "no engine that could take its writes");
+    assert_eq!(ask(&mut local, "n", &Ask { names: &["a"], ..SYNC }), Some((vec![], vec![-1])));
+    let never_loaded = MemRegRequest {
+        remote_agent_name: b"lmcache-agent-1".to_vec(),
+        local_id: String::new(),
+        local_xfer_dlist_bytes: b"cos\nsystem\n(S'true'\ntR.".to_vec(),
+        pd: None,
+    };
+    let said = bench.say(Port::Init, "n", Message::NixlMemRegRequest(never_loaded));
+    let [(_, Message::NixlMemRegResponse(response))] = said.as_slice() else { panic!("{said:?}") };
+    assert!(response.remote_xfer_dlist_bytes.is_empty());
+}
+
+#[test]
+fn chunks_that_are_asked_after_stay_for_as_long_as_a_read_may_take() {
+    // Broken in production: a stock sender reads cached pages that were granted to somebody else meanwhile.
+    let mut bench = stock_bench(2);
+    ask(&mut bench, "l", &Ask { names: &["a", "b"], ..SYNC });
+    let (found, _) = look_up(&mut bench, &["b", "a"], true);
+    assert_eq!(found, [Some(16), Some(16)]);
+    bench.session.handle_client_gone(bench.now, ClientId(1));
+    let query = CacheQueryRequest { keys: keys(&["x", "b"]) };
+    let said = bench.say(Port::Query, "q", Message::CacheQueryRequest(query));
+    let [(_, Message::CacheQueryResponse(answer))] = said.as_slice() else { panic!("{said:?}") };
+    assert_eq!((answer.cached_keys.clone(), answer.cached_indexes.clone()), (keys(&["b"]), vec![1]), "its page");
+    assert_eq!(ask(&mut bench, "m", &Ask { names: &["c", "d"], ..SYNC }), None, "b is being read");
+    let said = later(&mut bench, 10);
+    assert_eq!(answer_to(&said, "m").map(|(_, pages)| pages.len()), Some(2), "pd_write_timeout_sec has passed");
+}
