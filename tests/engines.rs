@@ -441,10 +441,11 @@ fn no_more_files_is_said_with_the_limit(kind: EngineKind) {
     // Broken in production: every peer is refused with "backend error", and nobody learns that a limit is too low.
     let (mut sender, receiver, mut expected, connection) = pair(kind, LEN_BYTES);
     let mut other = start_receiver(kind, LEN_BYTES);
-    other.load_peer(&sender.engine.export().unwrap());
     let before = getrlimit(Resource::Nofile);
     // No number above those of the standard streams can be had, whatever is open already.
     setrlimit(Resource::Nofile, Rlimit { current: Some(3), maximum: before.maximum }).unwrap();
+    // Only now: over TCP the receiver connects to us, and what we accept is enough for both ways.
+    other.load_peer(&sender.engine.export().unwrap());
     let met = sender.engine.load_peer(&other.export.agent_name, &other.export.metadata);
     let met = met.and_then(|met| sender.finish_connecting(met, &other.export.descriptors));
     setrlimit(Resource::Nofile, before).unwrap();

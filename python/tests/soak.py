@@ -360,15 +360,27 @@ class Soak:
 
 
 def left_behind(before: set[str]) -> list[str]:
-    """Shared memory that was not there before, and children of this process, dead or alive."""
-    left = [f"/dev/shm/{name}" for name in shared_memory() - before]
+    """Shared memory that was not there before, and children of this process, dead or alive.
+
+    Whoever else uses NIXL on this machine has shared memory for a moment.
+    """
+    deadline = time.monotonic() + 10
+    while True:
+        left = [f"/dev/shm/{name}" for name in shared_memory() - before] + children()
+        if not left or time.monotonic() > deadline:
+            return left
+        time.sleep(0.1)
+
+
+def children() -> list[str]:
+    found = []
     for entry in Path("/proc").iterdir():
         try:
             if entry.name.isdigit() and (entry / "stat").read_text().rsplit(") ", 1)[1].split()[1] == str(os.getpid()):
-                left.append(f"process {entry.name}: {(entry / 'comm').read_text().strip()}")
+                found.append(f"process {entry.name}: {(entry / 'comm').read_text().strip()}")
         except (FileNotFoundError, ProcessLookupError):
             continue
-    return left
+    return found
 
 
 def shared_memory() -> set[str]:

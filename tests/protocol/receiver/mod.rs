@@ -6,7 +6,8 @@ mod stock;
 
 use std::time::Duration;
 
-use pd_backend::ids::{Checksum, ChecksumMode, ChunkKey, ClientId, FailureKind, GrantId, RequestId, Seq};
+use pd_backend::buffer::BufferError;
+use pd_backend::ids::{Checksum, ChecksumMode, ChunkKey, ClientId, FailureKind, GrantId, RequestId, Seq, clip};
 use pd_backend::protocol::Port;
 use pd_backend::protocol::receiver::Answer;
 use pd_backend::wire::Message;
@@ -139,6 +140,27 @@ fn a_step_that_fails_ends_only_the_requests_that_cannot_do_without_it() {
     bench.drain();
     assert_eq!(bench.grow_outputs, 2, "again after a pause, for the one that still waits");
     assert_eq!(bench.grown(Ok(())).len(), 1);
+}
+
+#[test]
+fn the_longest_reason_why_a_buffer_did_not_grow_reaches_whoever_waited() {
+    // Broken in production: the text stops in the middle of a word, before it says what to do.
+    let name = "n".repeat(60);
+    let mut bench = Bench::lazy(1, 4);
+    grant_of(&bench.alloc("a", "first", &["k0"]).1);
+    bench.alloc("b", &name, &["k1"]);
+    let large = u64::MAX / 1000;
+    let reason = format!("populating it: Cannot allocate memory (os error 12); {large} bytes are free");
+    let reason = BufferError::Allocate { len_bytes: large, reason }.to_string();
+    let step = BufferError::Step { step_bytes: large, buffer_len_bytes: large, free_bytes: large, reason };
+    assert!(bench.grown(Err(step.to_string())).is_empty(), "it waits for its deadline");
+    bench.now += Duration::from_secs(11);
+    bench.session.handle_timeout(bench.now);
+    let said = answers(bench.drain());
+    let [(_, answer)] = said.as_slice() else { panic!("{said:?}") };
+    let refusal = answer.pd.clone().unwrap().refusal.unwrap();
+    assert_eq!(clip(&refusal.text), refusal.text);
+    assert!(refusal.text.ends_with("lower pd_buffer_size or free memory"), "{refusal}");
 }
 
 #[test]
