@@ -165,7 +165,6 @@ class StockProcess:
             "LD_LIBRARY_PATH": str(ENVIRONMENT / "hollow"),
             "LMCACHE_TRACK_USAGE": "false",
             "UCX_NET_DEVICES": "lo",
-            "UCX_LOG_FILE": "/dev/stderr",
             "UCX_LOG_LEVEL": "error",
             "OMP_NUM_THREADS": "1",
         }
@@ -175,7 +174,7 @@ class StockProcess:
         self.events: queue.Queue[dict[str, Any]] = queue.Queue()
         self._next_id = 0
         self.log = log
-        with open(log, "wb") if log else open(os.devnull, "wb") as stderr:
+        with open(log or os.devnull, "ab") as stderr:
             self.process = subprocess.Popen(
                 [str(python), str(HERE / f"stock_{role}.py"), "--config", str(config), "--kv-layout", str(layout)],
                 stdin=subprocess.PIPE,
