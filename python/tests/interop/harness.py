@@ -171,7 +171,8 @@ class StockProcess:
         for name in ("PYTHONPATH", "PYTHONHOME", "LMCACHE_CONFIG_FILE"):
             environment.pop(name, None)
         self._answers: queue.Queue[dict[str, Any]] = queue.Queue()
-        self.events: queue.Queue[dict[str, Any]] = queue.Queue()
+        self._events: queue.Queue[dict[str, Any]] = queue.Queue()
+        self._kept: list[dict[str, Any]] = []
         self._next_id = 0
         self.log = log
         with open(log or os.devnull, "ab") as stderr:
@@ -190,8 +191,8 @@ class StockProcess:
         assert self.process.stdout
         for line in self.process.stdout:
             answer = json.loads(line)
-            (self.events if "event" in answer else self._answers).put(answer)
-        self.events.put({"event": "ended"})
+            (self._events if "event" in answer else self._answers).put(answer)
+        self._events.put({"event": "ended"})
         self._answers.put({"error": "the process ended"})
 
     def wait_ready(self) -> dict[str, Any]:
@@ -199,14 +200,21 @@ class StockProcess:
         return self.event("ready", START_TIMEOUT_S)
 
     def event(self, name: str, timeout_s: float = TIMEOUT_S) -> dict[str, Any]:
-        """The next event, which has to be of this name."""
-        try:
-            event = self.events.get(timeout=timeout_s)
-        except queue.Empty:
-            raise TimeoutError(f"no {name} within {timeout_s} s from {self.describe()}") from None
-        if event["event"] != name:
-            raise AssertionError(f"expected {name}, got {event} from {self.describe()}")
-        return event
+        """The next event of this name. Others are kept: a callback may come before its put has returned, or after."""
+        deadline = time.monotonic() + timeout_s
+        for index, kept in enumerate(self._kept):
+            if kept["event"] == name:
+                return self._kept.pop(index)
+        while True:
+            try:
+                event = self._events.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                raise TimeoutError(f"no {name} within {timeout_s} s, but {self._kept}, from {self.describe()}") from None
+            if event["event"] == name:
+                return event
+            if event["event"] == "ended":
+                raise RuntimeError(f"ended before any {name}: {self.describe()}")
+            self._kept.append(event)
 
     def describe(self) -> str:
         tail = self.log.read_text(errors="replace")[-3000:] if self.log else "(no log kept)"
