@@ -50,7 +50,7 @@ test-python:
 	  --ignore=python/tests/interop
 
 .PHONY: interop
-interop: setup ## against unmodified LMCache, which is fetched (900 MB, 2.2 GB in .deps) and not part of `make test`
+interop: setup ## against unmodified LMCache, which is fetched (2.2 GB in .deps) and not part of make test
 	@scripts/setup-interop
 	PYTHONPATH=$(CURDIR)/.deps/python:$(CURDIR)/python $(PYTHON) -m pytest -q python/tests/interop
 

@@ -2,10 +2,10 @@
 
     python3 hollow_cuda.py TORCH_LIB_DIR OUT_DIR
 
-PyPI has no CPU build of torch for x86-64: its wheel asks the loader for some 2 GB of libraries (cuBLAS, cuDNN, NCCL, ...)
+PyPI has no CPU build of torch for x86-64: its wheel asks the loader for a dozen large libraries (cuBLAS, cuDNN, NCCL, ...)
 before anything runs. Here each of them that is not installed becomes a library with the same name, versions and
 symbols, in which every function says its name and aborts. torch itself is untouched, and a call that would need a GPU
-cannot go unnoticed. Installed ones (libcudart: torch's constructors do call it) are left alone.
+cannot go unnoticed. Installed ones (libcudart, which registers torch's kernels as it loads) are left alone.
 """
 
 from __future__ import annotations
