@@ -46,7 +46,13 @@ test-loom:
 .PHONY: test-python
 test-python:
 	$(CARGO) build --bins
-	PD_BIN_DIR=$(CURDIR)/target/debug PYTHONPATH=$(CURDIR)/.deps/python:$(CURDIR)/python $(PYTHON) -m pytest -q python/tests
+	PD_BIN_DIR=$(CURDIR)/target/debug PYTHONPATH=$(CURDIR)/.deps/python:$(CURDIR)/python $(PYTHON) -m pytest -q python/tests \
+	  --ignore=python/tests/interop
+
+.PHONY: interop
+interop: setup ## against unmodified LMCache, which is fetched (2.2 GB in .deps) and not part of make test
+	@scripts/setup-interop
+	PYTHONPATH=$(CURDIR)/.deps/python:$(CURDIR)/python $(PYTHON) -m pytest -q python/tests/interop
 
 SEEDS ?= 20000
 .PHONY: simulate
