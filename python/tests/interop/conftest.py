@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from harness import LAYOUT, Addresses, Proxy, StockProcess, free_ports, missing, write_config
+from harness import LAYOUT, Addresses, Proxy, StockProcess, free_ports, missing, start_daemon, write_config
+from pd_backend import Daemon, ReceiverClient
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -71,5 +73,63 @@ def start_stock_pair(tmp_path: Path) -> Iterator[Callable[..., StockPair]]:
             for one in (pair.receiver, *pair.senders):
                 one.wait_ready()
             return pair
+
+        yield start
+
+
+@dataclass
+class OurReceiver:
+    """A pd-receiver with its client, stock senders, and the proxy that they notify."""
+
+    daemon: Daemon
+    client: ReceiverClient
+    at: Addresses
+    senders: list[StockProcess]
+    proxy: Proxy
+
+    @property
+    def sender(self) -> StockProcess:
+        return self.senders[0]
+
+
+@pytest.fixture
+def start_our_receiver(tmp_path: Path) -> Iterator[Callable[..., OurReceiver]]:
+    """Starts a pd-receiver and stock senders of the given mode, and ends them after the test."""
+    with ExitStack() as stack:
+
+        def start(
+            mode: str,
+            *,
+            pages: int = 80,
+            senders: int = 1,
+            query: bool = False,
+            sets: Sequence[str] = (),
+            theirs: dict[str, Any] | None = None,
+        ) -> OurReceiver:
+            layout, their_layout = tmp_path / "layout.json", tmp_path / "their-layout.json"
+            layout.write_text(json.dumps(LAYOUT))
+            their_layout.write_text(json.dumps(LAYOUT | (theirs or {})))
+            proxy = Proxy()
+            stack.callback(proxy.close)
+            sender_yaml = write_config(
+                tmp_path / "sender.yaml",
+                "sender",
+                mode=mode,
+                pages=pages,
+                proxy_port=proxy.port,
+                layout=LAYOUT | (theirs or {}),
+            )
+            stock = [
+                stack.enter_context(StockProcess("sender", sender_yaml, their_layout, log=tmp_path / f"sender{index}.log"))
+                for index in range(senders)
+            ]
+            init, alloc, query_port = free_ports(3)
+            at = Addresses(init, alloc, query_port if query else None)
+            receiver_yaml = write_config(tmp_path / "receiver.yaml", "receiver", mode=mode, pages=pages, at=at)
+            daemon = stack.enter_context(start_daemon("receiver", receiver_yaml, layout, sets))
+            client = stack.enter_context(ReceiverClient(daemon.ready.connector))
+            for one in stock:
+                one.wait_ready()
+            return OurReceiver(daemon, client, at, stock, proxy)
 
         yield start

@@ -8,8 +8,10 @@ import os
 import queue
 import socket
 import subprocess
+import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +22,11 @@ import zmq
 
 HERE = Path(__file__).resolve().parent
 TOP = HERE.parents[2]
+# The package need not be installed to be tested.
+sys.path.insert(0, str(TOP / "python"))
+
+from pd_backend import Daemon, find_binary
+
 ENVIRONMENT = TOP / ".deps" / "interop"
 # How long a process may take to import torch and LMCache, and how long anything else may.
 START_TIMEOUT_S = 120.0
@@ -255,3 +262,14 @@ def missing() -> str | None:
         return None
     return "LMCache is not installed in .deps/interop: run `make interop`, or scripts/setup-interop first"
 
+
+
+def start_daemon(role: str, config: Path, layout: Path, sets: Sequence[str] = ()) -> Daemon:
+    """A pd-sender or pd-receiver with an lmcache.yaml."""
+    arguments = ["--config", str(config), "--kv-layout", str(layout)]
+    for key in sets:
+        arguments += ["--set", key]
+    built = next((build for build in ("debug", "release") if (TOP / "target" / build / f"pd-{role}").is_file()), "debug")
+    directory = os.environ.get("PD_BIN_DIR") or TOP / "target" / built
+    # As the stock side has it: nothing but loopback.
+    return Daemon(find_binary(f"pd-{role}", directory), arguments, env={"UCX_NET_DEVICES": "lo", "UCX_LOG_LEVEL": "error"})
