@@ -77,10 +77,24 @@ bench: ## the benches: ratios within one run, for docs/benchmarks.md
 
 # Needs a nightly compiler and cargo-fuzz (cargo install cargo-fuzz).
 TARGET ?= address_manager
+FUZZ_TARGETS := $(sort $(basename $(notdir $(wildcard fuzz/fuzz_targets/*.rs))))
 .PHONY: fuzz
 fuzz: ## fuzz one decoder or manager: TARGET=address_manager SECONDS=60
-	cargo +nightly fuzz run $(if $(filter-out address_manager,$(TARGET)),--features pd_backend) $(TARGET) -- \
-	  -max_total_time=$(SECONDS) -max_len=1024 -print_final_stats=1
+	$(MAKE) --no-print-directory $(if $(filter-out address_manager,$(TARGET)),fuzz-seeds) fuzz-$(TARGET)
+
+.PHONY: fuzz-all
+fuzz-all: fuzz-seeds ## fuzz each of them in turn, SECONDS=60 each
+	$(MAKE) --no-print-directory $(addprefix fuzz-,$(FUZZ_TARGETS))
+
+# Where the fuzzer looks for them, from the golden files of the tests.
+.PHONY: fuzz-seeds
+fuzz-seeds:
+	$(CARGO) test --lib fuzzing::tests::write_seeds -- --ignored --exact
+
+.PHONY: $(addprefix fuzz-,$(FUZZ_TARGETS))
+$(addprefix fuzz-,$(FUZZ_TARGETS)): fuzz-%:
+	cargo +nightly fuzz run $(if $(filter-out address_manager,$*),--features pd_backend) $* -- -timeout=10 \
+	  -max_total_time=$(SECONDS) -max_len=$(if $(filter-out address_manager,$*),8192,1024) -print_final_stats=1
 
 .PHONY: clean
 clean: ## what was built and fetched

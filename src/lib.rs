@@ -37,6 +37,9 @@ pub mod buffer;
 pub mod cli;
 pub mod config;
 pub mod connector;
+#[cfg(any(test, feature = "fuzzing"))]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod ids;
 pub mod kv_layout;
 pub mod metrics;

@@ -97,6 +97,20 @@ impl Target {
         }
     }
 
+    /// A message of an ordinary large request is answered, whatever others are about to say.
+    #[track_caller]
+    fn assert_long_message_is_answered(&self) {
+        let padding = vec![7; 2 << 20];
+        let notice =
+            [&b"\x83\xa4type\xaaProxyNotif\xa6req_id\xa1r\xa3pad\xc6"[..], &(2_u32 << 20).to_be_bytes(), &padding];
+        let mut stream = self.throw(&message(&notice.concat()));
+        let mut heard = vec![0; 64 + 8];
+        stream.read_exact(&mut heard).unwrap();
+        let mut answer = vec![0; 300];
+        let len_bytes = stream.read(&mut answer).unwrap();
+        assert!(len_bytes > 2, "a long message is answered");
+    }
+
     /// A well-behaved peer is answered, and memory has not grown out of bounds, ever.
     #[track_caller]
     fn assert_well(&mut self, after: &str) {
@@ -271,6 +285,76 @@ fn silence_and_half_messages_hold_up_nobody() {
         drop(target.throw(&dealer()));
     }
     target.assert_well("2000 connections that come and go");
+}
+
+#[test]
+fn unfinished_messages_share_one_budget_whatever_their_number() {
+    // Broken in production: sixty connections from anybody, each a megabyte short of a message, and the host is out of memory.
+    let mut target = Target::start(1024);
+    let all_but_one_mib = vec![7; MESSAGE_LEN_BYTES_MAX - (1 << 20)];
+    let first_bytes = [dealer(), vec![1, 0], long_frame(0, MESSAGE_LEN_BYTES_MAX as u64, &all_but_one_mib)].concat();
+    let halves: Vec<_> = (0..60)
+        .map(|number| {
+            let half = target.throw(&first_bytes);
+            if number % 20 == 0 {
+                target.assert_long_message_is_answered();
+            }
+            half
+        })
+        .collect();
+    target.assert_long_message_is_answered();
+    target.assert_well("60 messages of the largest size, each a MiB short");
+    drop(halves);
+
+    // Headers alone, so that nothing but what they announce could be taken.
+    let header = [dealer(), vec![1, 0], long_frame(0, MESSAGE_LEN_BYTES_MAX as u64, b"")].concat();
+    let announced: Vec<_> = (0..500).map(|_| target.throw(&header)).collect();
+    target.assert_long_message_is_answered();
+    target.assert_well("500 announcements");
+    drop(announced);
+
+    // A READY is a message as well.
+    let long_ready = [greeting(), long_frame(4, 60 << 10, &[7; 50 << 10])].concat();
+    let long_data = [greeting(), long_frame(0, MESSAGE_LEN_BYTES_MAX as u64, b"x")].concat();
+    let shaking: Vec<_> = (0..500).map(|_| target.throw(&long_ready)).collect();
+    target.throw_and_be_closed(&long_data);
+    target.assert_well("500 handshakes that are not complete");
+    drop(shaking);
+}
+
+#[test]
+fn frames_that_come_one_by_one_cost_what_they_are_long() {
+    // Broken in production: a message of single bytes, each sent by itself, keeps a whole read buffer for each of them.
+    let mut target = Target::start(1024);
+    let mut streams: Vec<_> = (0..64).map(|_| target.throw(&[dealer(), vec![1, 0]].concat())).collect();
+    for stream in &mut streams {
+        stream.set_nodelay(true).unwrap();
+        // It has been accepted and is read from here on.
+        stream.read_exact(&mut [0; 64 + 8]).unwrap();
+    }
+    for _ in 0..10_000 {
+        for stream in &mut streams {
+            stream.write_all(&[1, 1, 7]).unwrap();
+        }
+    }
+    target.assert_well("64 messages of 10,000 frames of a byte");
+}
+
+#[test]
+fn a_long_message_leaves_nothing_behind_at_its_connection() {
+    // Broken in production: every peer that has ever sent a long message keeps its length in memory until it leaves.
+    let mut target = Target::start(1024);
+    let payload = vec![0x91; MESSAGE_LEN_BYTES_MAX];
+    let long = message(&payload);
+    let peers: Vec<_> = (0..40)
+        .map(|_| {
+            let mut stream = target.throw(&long);
+            stream.read_exact(&mut [0; 64 + 8 + 3]).unwrap();
+            stream
+        })
+        .collect();
+    target.assert_well("40 messages of the largest size, whose connections stay");
+    drop(peers);
 }
 
 #[test]

@@ -39,6 +39,8 @@ const MAY_NAME: &[(&str, &[&str])] = &[
     ),
     ("bench", &["buffer", "config", "connector", "ids", "kv_layout", "side_channel", "transfer", "wire"]),
     ("cli", &["bench", "config", "runtime", "transfer"]),
+    // For tests and fuzz targets alone.
+    ("fuzzing", &["config", "connector", "ids", "kv_layout", "transfer", "wire"]),
 ];
 
 /// Files and folders that hold values and decisions alone.

@@ -9,7 +9,8 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use bytes::Bytes;
-use pd_backend::side_channel::{Dealer, IpcName, PushSender, RouterEvent, RouterSocket, SideChannelError};
+use pd_backend::side_channel::{Access, Dealer, IpcName, PushSender, RouterEvent, RouterSocket, SideChannelError};
+use pd_backend::wire::auth::Channel;
 
 const SOON: Duration = Duration::from_secs(10);
 
@@ -191,6 +192,39 @@ async fn a_name_that_is_taken_stays_with_its_peer() {
     });
     let answer = answer.await.unwrap();
     assert!(answer.ends_with(b"for the first"), "{answer:?}");
+}
+
+#[tokio::test]
+async fn a_message_that_does_not_end_costs_its_sender_the_connection() {
+    // Broken in production: whoever begins messages and never ends them keeps places and memory for ever.
+    use std::io::Write;
+    let access = Access { channel: Channel::Init, secret: None, timeout: Duration::from_millis(100) };
+    let router = RouterSocket::bind_port("127.0.0.1", 0, access).await.unwrap();
+    let (port, endpoint) = (router.port, router.endpoint.clone());
+    let server = tokio::spawn(echo(router));
+    // One that has said all it wanted to say.
+    let (sender, mut receiver) = Dealer::connect(&endpoint, SOON).await.unwrap();
+    sender.try_send(Bytes::from("before")).unwrap();
+    assert_eq!(soon(receiver.recv()).await.unwrap(), "before");
+    // Of a frame, its header or less; of a message, a frame of two.
+    for unfinished in
+        [&b"\x00\x09half"[..], b"\x02\x00", b"\x01\x02hi", b"\x01\x00\x02\x00\x00\x00\x00\x01\x00\x00\x00abc"]
+    {
+        let closed = tokio::task::spawn_blocking(move || {
+            let mut stream = raw_dealer(port, b"slow");
+            stream.write_all(unfinished).unwrap();
+            stream.set_read_timeout(Some(SOON)).unwrap();
+            // A reset is as good as an end; a timeout is neither.
+            match stream.read_to_end(&mut Vec::new()) {
+                Ok(_) => true,
+                Err(error) => error.kind() == std::io::ErrorKind::ConnectionReset,
+            }
+        });
+        assert!(soon(closed).await.unwrap(), "{unfinished:?} is waited for");
+    }
+    sender.try_send(Bytes::from("after")).unwrap();
+    assert_eq!(soon(receiver.recv()).await.unwrap(), "after");
+    server.abort();
 }
 
 #[tokio::test]

@@ -4,6 +4,8 @@
 //! text and values and gives a [`Config`] or a [`ConfigError`], so that every refusal can be tested without either.
 
 mod error;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzzing;
 mod keys;
 mod load;
 mod options;

@@ -288,7 +288,11 @@ fn engine(raw: &RawConfig) -> Result<EngineConfig, ConfigError> {
 
 fn bind_host(role: Role, raw: &RawConfig, has_secret: bool, notes: &mut Vec<String>) -> Result<String, ConfigError> {
     let host = raw.host(&keys::PD_PEER_HOST)?.unwrap_or_else(|| LOOPBACK.to_owned());
-    if role == Role::Receiver && !is_loopback(&host) && !has_secret {
+    if role == Role::Sender {
+        // It binds no port for peers, whatever a file that both roles share says.
+        return Ok(LOOPBACK.to_owned());
+    }
+    if !is_loopback(&host) && !has_secret {
         notes.push(format!(
             "pd_peer_host = {host}: whoever reaches these ports can fill the pd_buffer; keep them inside a trusted network, or give all daemons a pd_shared_secret_file"
         ));

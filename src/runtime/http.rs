@@ -4,10 +4,11 @@
 //! hyper does the protocol: the HTTP implementation that the rest of Rust's servers stand on, used here with HTTP/1
 //! alone. Connections, headers and times are bounded, and a connection serves one request.
 
+use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
@@ -19,6 +20,8 @@ use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::TcpStream;
 use tokio::sync::{Semaphore, oneshot};
+use tokio::task::AbortHandle;
+use tokio::task::yield_now;
 use tokio::time::{sleep, timeout};
 
 use super::error::RuntimeError;
@@ -27,7 +30,8 @@ use super::usage::process_usage;
 use crate::config::MetricsConfig;
 use crate::metrics::{CONTENT_TYPE_OPEN_METRICS, CONTENT_TYPE_TEXT, exposition};
 
-/// Connections served at a time; more wait in the kernel.
+/// Connections served at a time. When there are more, the oldest whose request has not come is hung up on, so that a
+/// probe is answered although others come and say nothing.
 const CONNECTIONS_MAX: usize = 64;
 /// How long a connection may take from first to last byte. More than the driver may take to answer.
 const CONNECTION_TIME_MAX: Duration = Duration::from_secs(5);
@@ -40,6 +44,36 @@ const HEADERS_MAX: usize = 64;
 /// After a connection could not be accepted, most likely for want of file descriptors.
 const ACCEPT_AGAIN_AFTER: Duration = Duration::from_millis(200);
 
+/// How long a connection may take.
+#[derive(Debug, Clone, Copy)]
+struct Times {
+    headers_max: Duration,
+    connection_max: Duration,
+}
+
+const TIMES: Times = Times { headers_max: HEADERS_TIME_MAX, connection_max: CONNECTION_TIME_MAX };
+
+/// The connections whose request has not come, by age.
+#[derive(Debug, Clone, Default)]
+struct Silent(Arc<Mutex<BTreeMap<u64, AbortHandle>>>);
+
+impl Silent {
+    fn all(&self) -> MutexGuard<'_, BTreeMap<u64, AbortHandle>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Its request has come, or it has ended.
+    fn forget(&self, number: u64) {
+        self.all().remove(&number);
+    }
+
+    fn hang_up_on_the_oldest(&self) {
+        if let Some((_, oldest)) = self.all().pop_first() {
+            oldest.abort();
+        }
+    }
+}
+
 /// The running server. Dropping it stops it.
 #[derive(Debug)]
 pub(super) struct HttpServer {
@@ -51,6 +85,10 @@ pub(super) struct HttpServer {
 impl HttpServer {
     /// Binds, and serves on a thread of its own.
     pub(super) fn start(config: &MetricsConfig, asker: Asker) -> Result<Self, RuntimeError> {
+        Self::start_with(config, asker, TIMES)
+    }
+
+    fn start_with(config: &MetricsConfig, asker: Asker, times: Times) -> Result<Self, RuntimeError> {
         let MetricsConfig { host, port } = config;
         let cannot = |source: io::Error| {
             RuntimeError::Machine(format!(
@@ -66,7 +104,7 @@ impl HttpServer {
         let body = move || {
             runtime.block_on(async move {
                 tokio::select! {
-                    () = serve(listener, asker) => {}
+                    () = serve(listener, asker, times) => {}
                     // Nothing is ever sent: the other end is dropped.
                     _ = stopped => {}
                 }
@@ -93,22 +131,32 @@ impl Drop for HttpServer {
     }
 }
 
-async fn serve(listener: TcpListener, asker: Asker) {
+async fn serve(listener: TcpListener, asker: Asker, times: Times) {
     let listener = match tokio::net::TcpListener::from_std(listener) {
         Ok(listener) => listener,
         Err(error) => return tracing::error!(%error, "metrics are not served"),
     };
     let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
-    loop {
-        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
+    let silent = Silent::default();
+    for number in 0.. {
         match listener.accept().await {
             Ok((stream, _)) => {
-                let asker = asker.clone();
-                tokio::spawn(async move {
+                if places.available_permits() == 0 {
+                    silent.hang_up_on_the_oldest();
+                }
+                let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
+                let (asker, silent_too) = (asker.clone(), silent.clone());
+                // No other task runs before it is among the silent ones.
+                let conversation = tokio::spawn(async move {
+                    let heard = || silent_too.forget(number);
                     // Whoever is too slow, or talks nonsense, is hung up on; there is nobody to tell.
-                    drop(timeout(CONNECTION_TIME_MAX, converse(stream, &asker)).await);
+                    drop(timeout(times.connection_max, converse(stream, &asker, times, &heard)).await);
+                    heard();
                     drop(place);
                 });
+                silent.all().insert(number, conversation.abort_handle());
+                // A request that is there already is heard before the next connection is looked at.
+                yield_now().await;
             }
             Err(error) => {
                 tracing::debug!(%error, "a connection to the metrics could not be accepted");
@@ -118,11 +166,14 @@ async fn serve(listener: TcpListener, asker: Asker) {
     }
 }
 
-async fn converse(stream: TcpStream, asker: &Asker) -> Result<(), hyper::Error> {
-    let service = service_fn(|request| async move { Ok::<_, Infallible>(respond(&request, asker).await) });
+async fn converse(stream: TcpStream, asker: &Asker, times: Times, heard: &impl Fn()) -> Result<(), hyper::Error> {
+    let service = service_fn(|request| async move {
+        heard();
+        Ok::<_, Infallible>(respond(&request, asker).await)
+    });
     http1::Builder::new()
         .timer(TokioTimer::new())
-        .header_read_timeout(HEADERS_TIME_MAX)
+        .header_read_timeout(times.headers_max)
         .max_buf_size(HEADERS_LEN_BYTES_MAX)
         .max_headers(HEADERS_MAX)
         .keep_alive(false)
@@ -244,6 +295,37 @@ mod tests {
             seen = get(&server, "/readyz") => assert!(seen.starts_with("HTTP/1.1 200 "), "{seen}"),
             () = driver => {}
         }
+    }
+
+    #[tokio::test]
+    async fn connections_that_say_nothing_make_room_for_a_probe() {
+        // Broken in production: a few dozen stuck scrapers, and the supervisor kills a daemon that is well.
+        let (asker, _answerer) = inquiry();
+        let for_ever = Duration::from_secs(3600);
+        let times = Times { headers_max: for_ever, connection_max: for_ever };
+        let config = MetricsConfig { host: "127.0.0.1".into(), port: 0 };
+        let server = HttpServer::start_with(&config, asker, times).unwrap();
+        let mut crowd = Vec::new();
+        for number in 0..3 * CONNECTIONS_MAX {
+            let mut stream = TcpStream::connect(server.address).await.unwrap();
+            if number % 2 == 0 {
+                stream.write_all(b"GET /healthz HTTP/1.1\r\nHost: ").await.unwrap();
+            }
+            crowd.push(stream);
+        }
+        for _ in 0..CONNECTIONS_MAX {
+            let seen = timeout(Duration::from_secs(20), get(&server, "/healthz")).await.expect("an answer");
+            assert!(seen.starts_with("HTTP/1.1 200 "), "{seen}");
+        }
+        // The oldest were hung up on; a reset is as good as an end.
+        let ended = timeout(Duration::from_secs(20), crowd[0].read_to_end(&mut Vec::new())).await;
+        assert!(ended.is_ok(), "the oldest is still there");
+        // Those that did not have to go may still ask.
+        let last = crowd.last_mut().unwrap();
+        last.write_all(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
+        let mut seen = String::new();
+        timeout(Duration::from_secs(20), last.read_to_string(&mut seen)).await.expect("an answer").unwrap();
+        assert!(seen.starts_with("HTTP/1.1 200 "), "{seen}");
     }
 
     #[tokio::test]

@@ -58,6 +58,8 @@ pub(super) enum Verdict {
     Answer(Vec<u8>),
     /// Nothing.
     Ignore,
+    /// It has proved itself with this message.
+    Welcome,
     /// Send this, if anything, and close the connection.
     Close {
         farewell: Option<Vec<u8>>,
@@ -192,7 +194,7 @@ impl State {
                 RouterStep::Answer(handshake, answer) => {
                     Ok((Self::Stranger { since, handshake }, Verdict::Answer(answer)))
                 }
-                RouterStep::Done(sealer, opener) => Ok((Self::Known { sealer, opener }, Verdict::Ignore)),
+                RouterStep::Done(sealer, opener) => Ok((Self::Known { sealer, opener }, Verdict::Welcome)),
             },
         }
     }

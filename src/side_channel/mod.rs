@@ -45,11 +45,19 @@ const READ_LEN_BYTES: usize = 4 * 1024;
 /// What one read asks for at most, when a peer has much to say.
 const READ_LEN_BYTES_MAX: usize = 64 * 1024;
 
-/// How long whoever connects to us may take over greeting and handshake.
+/// How long whoever connects to us may take over greeting and handshake, and each message over its way.
 const ACCEPT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Connections that one bound socket keeps at a time, those still shaking hands included.
 const CONNECTIONS_MAX: usize = 4096;
+
+/// What all connections of one socket may hold together of messages that are not complete, beyond four reads of
+/// [`READ_LEN_BYTES`] each: six messages of the largest size, or hundreds of ordinary long ones. The oldest makes room.
+const UNFINISHED_LEN_BYTES_MAX: usize = 128 * 1024 * 1024;
+
+/// Longest message of a connection that has not authenticated, where that is asked for. The proof takes a tenth of a
+/// KiB; the rest is for peers without a secret, whose first request is to be answered with the reason.
+const STRANGER_LEN_BYTES_MAX: usize = 64 * 1024;
 
 /// What can go wrong with a socket, each with the address or peer concerned.
 #[derive(Debug, thiserror::Error)]
@@ -137,6 +145,8 @@ fn options() -> SocketOptions {
         .max_message_size(MESSAGE_LEN_BYTES_MAX + ENVELOPE_LEN_BYTES_MAX)
         .peer_send_queue_len(PEER_QUEUE_LEN_MAX)
         .max_connections(CONNECTIONS_MAX)
+        .max_buffered_bytes(UNFINISHED_LEN_BYTES_MAX)
+        .message_timeout(ACCEPT_TIMEOUT)
         .connect_timeout(ACCEPT_TIMEOUT)
         .connect_retry(false)
         .read_buffer(READ_LEN_BYTES, READ_LEN_BYTES_MAX, 2);

@@ -13,7 +13,7 @@ use zeromq::{RouterRecvHalf, RouterSendHalf, Socket, SocketEvent, SocketOptions,
 use super::bind::{self, BoundPath, IpcName};
 use super::guard::{self, Access, Guard, Verdict};
 use super::seldom::Seldom;
-use super::{SideChannelError, options, send_error};
+use super::{STRANGER_LEN_BYTES_MAX, SideChannelError, options, send_error};
 use crate::wire::auth::{self, Channel};
 
 /// One connection of a ROUTER, for as long as it lasts.
@@ -86,9 +86,13 @@ impl RouterSocket {
     /// # Errors
     /// [`SideChannelError::AddressInUse`], [`SideChannelError::InvalidAddress`] or [`SideChannelError::Bind`].
     pub async fn bind_tcp(host: &str, port: u16) -> Result<Self, SideChannelError> {
+        Self::bind_tcp_with(options(), host, port).await
+    }
+
+    async fn bind_tcp_with(options: SocketOptions, host: &str, port: u16) -> Result<Self, SideChannelError> {
         let (listener, port) = bind::tcp(host, port).await?;
         let endpoint = bind::tcp_address(host, port);
-        Self::listen(options(), listener, endpoint, port, None).await
+        Self::listen(options, listener, endpoint, port, None).await
     }
 
     /// As [`bind_tcp`](Self::bind_tcp), for those who prove that they have the secret, if there is one: nothing else is
@@ -97,7 +101,12 @@ impl RouterSocket {
     /// # Errors
     /// As there.
     pub async fn bind_port(host: &str, port: u16, access: Access) -> Result<Self, SideChannelError> {
-        let Self { mut sender, mut receiver, endpoint, port } = Self::bind_tcp(host, port).await?;
+        let mut options = options();
+        options.message_timeout(access.timeout);
+        if access.secret.is_some() {
+            options.max_stranger_message_size(STRANGER_LEN_BYTES_MAX);
+        }
+        let Self { mut sender, mut receiver, endpoint, port } = Self::bind_tcp_with(options, host, port).await?;
         receiver.door = match access.secret {
             None => {
                 Door::Unguarded { channel: access.channel, way_back: sender.clone(), complaints: Seldom::default() }
@@ -175,6 +184,13 @@ impl RouterSender {
         }
         message.push_front(route.peer.0.clone());
         self.half.try_send(message).map_err(|error| send_error(&route.peer, error))
+    }
+
+    /// Lets a connection send messages of full length.
+    fn trust(&self, peer: &PeerTag) {
+        if let Ok(identity) = PeerIdentity::try_from(peer.0.clone()) {
+            self.half.trust(&identity);
+        }
     }
 
     /// Closes a connection; what was queued for it still leaves.
@@ -256,6 +272,10 @@ impl Door {
                 match verdict {
                     Verdict::Deliver(payload) => Some(RouterEvent::Message { peer, payload }),
                     Verdict::Ignore => None,
+                    Verdict::Welcome => {
+                        way_back.trust(&peer.peer);
+                        None
+                    }
                     Verdict::Answer(answer) => {
                         drop(way_back.try_send_as_it_is(&peer, answer.into()));
                         None

@@ -11,6 +11,7 @@ use pd_backend::side_channel::{
     AUTHENTICATING_MAX, Access, Dealer, DealerReceiver, DealerSender, RouterEvent, RouterSocket, SideChannelError,
 };
 use pd_backend::wire::auth::{AuthError, Channel, DealerHandshake, Refusal, Sealed, refusal_of};
+use pd_backend::wire::limits::MESSAGE_LEN_BYTES_MAX;
 use tokio::task::JoinHandle;
 
 use super::secret;
@@ -318,6 +319,25 @@ async fn strangers_who_say_nothing_are_closed() {
     let (sender, mut receiver) = Dealer::connect_port(&hasty.endpoint(), &honest).await.unwrap();
     tokio::time::sleep(Duration::from_millis(300)).await;
     assert_answered(&sender, &mut receiver, "still here").await;
+}
+
+#[tokio::test]
+async fn long_messages_are_for_those_who_have_the_secret() {
+    // Broken in production: strangers fill the memory that is meant for peers, or peers may not send what they have to.
+    let ours = secret("ours");
+    let honest = access(Channel::Init, Some(&ours));
+    let port = Port::open(honest.clone()).await;
+    let long = Bytes::from(vec![7; MESSAGE_LEN_BYTES_MAX]);
+    let (stranger, mut inbox) = Dealer::connect(&port.endpoint(), SOON).await.unwrap();
+    stranger.try_send(long.slice(..1 << 20)).unwrap();
+    // It is closed by its length, before anything is read that could be answered.
+    let end = soon(inbox.recv()).await;
+    assert!(matches!(end, Err(SideChannelError::PeerGone { .. })), "{end:?}");
+    // Whoever proves itself may say the longest message at once, behind the proof.
+    let (sender, mut receiver) = soon(Dealer::connect_port(&port.endpoint(), &honest)).await.unwrap();
+    sender.try_send(long.clone()).unwrap();
+    assert!(soon(receiver.recv()).await.unwrap() == long);
+    assert!(port.messages() == [long]);
 }
 
 #[tokio::test]

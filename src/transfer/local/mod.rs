@@ -5,6 +5,8 @@
 
 mod cursor;
 mod engine;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzzing;
 mod identity;
 mod peer;
 

@@ -24,7 +24,7 @@ impl BufferDescriptor {
         DESCRIPTORS.encode(self)
     }
 
-    fn decode(bytes: &[u8]) -> Result<Self, String> {
+    pub(super) fn decode(bytes: &[u8]) -> Result<Self, String> {
         let descriptor: Self = DESCRIPTORS.decode(bytes)?;
         let Self { handle, len_bytes } = descriptor;
         if len_bytes == 0 || len_bytes > handle.len_bytes {

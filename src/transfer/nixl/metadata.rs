@@ -133,41 +133,45 @@ impl<'a> Reader<'a> {
     }
 }
 
+/// As an agent with one backend writes it.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(super) fn sample_metadata(connection: &[u8], ranges: &[u8]) -> Vec<u8> {
+    let head = [
+        INTRO.to_vec(),
+        record("Agent", b"receiver-1"),
+        count("Conns", 1),
+        record("t", b"UCX"),
+        record("c", connection),
+        record("", b"MemSection"),
+        count("nixlSecElms", 1),
+        record("bknd", b"UCX"),
+        record("nixlDList", b"nixlSDList"),
+        record("t", &[0; 4]),
+        count("n", ranges.len() as u64),
+    ];
+    let records = ranges.iter().flat_map(|&range| record("", &[range; RANGE_LEN_BYTES + 11]));
+    head.concat().into_iter().chain(records).collect()
+}
+
+#[cfg(any(test, feature = "fuzzing"))]
+fn record(tag: &str, value: &[u8]) -> Vec<u8> {
+    [tag.as_bytes(), &(value.len() as u64).to_le_bytes(), value, b"|"].concat()
+}
+
+#[cfg(any(test, feature = "fuzzing"))]
+fn count(tag: &str, count: u64) -> Vec<u8> {
+    record(tag, &count.to_le_bytes())
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
 
     use super::*;
 
-    fn record(tag: &str, value: &[u8]) -> Vec<u8> {
-        [tag.as_bytes(), &(value.len() as u64).to_le_bytes(), value, b"|"].concat()
-    }
-
-    fn count(tag: &str, count: u64) -> Vec<u8> {
-        record(tag, &count.to_le_bytes())
-    }
-
     /// As an agent with one backend and two ranges writes it.
     fn sample() -> Vec<u8> {
-        sample_of(b"an address of UCX", &[1, 2])
-    }
-
-    fn sample_of(connection: &[u8], ranges: &[u8]) -> Vec<u8> {
-        let head = [
-            INTRO.to_vec(),
-            record("Agent", b"receiver-1"),
-            count("Conns", 1),
-            record("t", b"UCX"),
-            record("c", connection),
-            record("", b"MemSection"),
-            count("nixlSecElms", 1),
-            record("bknd", b"UCX"),
-            record("nixlDList", b"nixlSDList"),
-            record("t", &[0; 4]),
-            count("n", ranges.len() as u64),
-        ];
-        let records = ranges.iter().flat_map(|&range| record("", &[range; RANGE_LEN_BYTES + 11]));
-        head.concat().into_iter().chain(records).collect()
+        sample_metadata(b"an address of UCX", &[1, 2])
     }
 
     #[test]
@@ -176,9 +180,9 @@ mod tests {
         let before = sample();
         let grown = |after: &[u8]| check_metadata(after).unwrap().check_grown_from(&check_metadata(&before).unwrap());
         assert_eq!(grown(&before), Ok(()));
-        assert_eq!(grown(&sample_of(b"an address of UCX", &[2, 9, 1])), Ok(()), "in any order");
-        assert!(grown(&sample_of(b"an address of UCX", &[2, 9])).unwrap_err().contains("lacks memory"));
-        assert!(grown(&sample_of(b"another address", &[1, 2, 9])).unwrap_err().contains("way to reach"));
+        assert_eq!(grown(&sample_metadata(b"an address of UCX", &[2, 9, 1])), Ok(()), "in any order");
+        assert!(grown(&sample_metadata(b"an address of UCX", &[2, 9])).unwrap_err().contains("lacks memory"));
+        assert!(grown(&sample_metadata(b"another address", &[1, 2, 9])).unwrap_err().contains("way to reach"));
     }
 
     #[test]

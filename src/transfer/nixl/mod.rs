@@ -13,14 +13,18 @@
 mod absent;
 #[cfg(feature = "nixl")]
 mod agent;
-#[cfg(feature = "nixl")]
+#[cfg(any(feature = "nixl", test, feature = "fuzzing"))]
+#[cfg_attr(not(feature = "nixl"), allow(dead_code))]
 mod descriptors;
 #[cfg(feature = "nixl")]
 mod engine;
 mod environment;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzzing;
 #[cfg(feature = "nixl")]
 mod library;
-#[cfg(feature = "nixl")]
+#[cfg(any(feature = "nixl", test, feature = "fuzzing"))]
+#[cfg_attr(not(feature = "nixl"), allow(dead_code))]
 mod metadata;
 #[cfg(feature = "nixl")]
 mod peers;

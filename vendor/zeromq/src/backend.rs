@@ -22,6 +22,7 @@ pub(crate) type DisconnectNotifier = mpsc::Sender<PeerIdentity>;
 
 pub(crate) struct Peer {
     pub(crate) send_queue: mpsc::Sender<Message>,
+    pub(crate) max_message_size: Arc<AtomicUsize>,
 }
 
 #[derive(Clone)]
@@ -171,6 +172,14 @@ impl GenericSocketBackend {
                 self.peer_disconnected(peer_id);
                 Err(e.into())
             }
+        }
+    }
+
+    /// From now on a peer's messages may be as long as any.
+    pub(crate) fn trust(&self, peer_id: &PeerIdentity) {
+        if let Some(peer) = self.peers.get_sync(peer_id) {
+            let max_size = self.socket_options.max_message_size;
+            peer.max_message_size.store(max_size, Ordering::Relaxed);
         }
     }
 
@@ -348,6 +357,7 @@ impl MultiPeerBackend for GenericSocketBackend {
                 peer_id.clone(),
                 Peer {
                     send_queue: queue_sender,
+                    max_message_size: recv_queue.max_message_size().clone(),
                 },
             )
             .await;
@@ -449,7 +459,13 @@ mod tests {
         let (send_queue, recv_queue) = mpsc::channel(8);
         backend
             .peers
-            .upsert_async(peer_id.clone(), Peer { send_queue })
+            .upsert_async(
+                peer_id.clone(),
+                Peer {
+                    send_queue,
+                    max_message_size: Arc::default(),
+                },
+            )
             .await;
         backend.refresh_single_peer_cache();
         backend.round_robin.push(peer_id.clone());
@@ -533,7 +549,13 @@ mod tests {
             .expect("prefill peer queue");
         backend
             .peers
-            .upsert_async(peer_id.clone(), Peer { send_queue })
+            .upsert_async(
+                peer_id.clone(),
+                Peer {
+                    send_queue,
+                    max_message_size: Arc::default(),
+                },
+            )
             .await;
         backend.refresh_single_peer_cache();
         backend.round_robin.push(peer_id.clone());
@@ -564,7 +586,13 @@ mod tests {
         drop(recv_queue);
         backend
             .peers
-            .upsert_async(peer_id.clone(), Peer { send_queue })
+            .upsert_async(
+                peer_id.clone(),
+                Peer {
+                    send_queue,
+                    max_message_size: Arc::default(),
+                },
+            )
             .await;
         backend.refresh_single_peer_cache();
         backend.round_robin.push(peer_id.clone());

@@ -71,7 +71,13 @@ pub mod __bench {
                 let (send_queue, recv_queue) = mpsc::channel(queue_capacity);
                 backend
                     .peers
-                    .upsert_async(peer_id.clone(), Peer { send_queue })
+                    .upsert_async(
+                        peer_id.clone(),
+                        Peer {
+                            send_queue,
+                            max_message_size: Arc::default(),
+                        },
+                    )
                     .await;
                 backend.round_robin.push(peer_id);
                 receivers.push(recv_queue);
@@ -355,6 +361,9 @@ pub struct SocketOptions {
     pub(crate) read_buffer_max_size: usize,
     pub(crate) read_buffer_short_reads: usize,
     pub(crate) max_message_size: usize,
+    pub(crate) max_stranger_message_size: usize,
+    pub(crate) message_timeout: Option<Duration>,
+    pub(crate) buffered: Arc<codec::Budget>,
     pub(crate) ipc_peer_uid: Option<u32>,
     pub(crate) connect_retry: bool,
     pub(crate) peer_send_queue_len: usize,
@@ -380,6 +389,9 @@ impl Default for SocketOptions {
             read_buffer_max_size: 64 * 1024,
             read_buffer_short_reads: 2,
             max_message_size: usize::MAX,
+            max_stranger_message_size: usize::MAX,
+            message_timeout: None,
+            buffered: Arc::new(codec::Budget::new(usize::MAX)),
             ipc_peer_uid: None,
             connect_retry: true,
             peer_send_queue_len: 100_000,
@@ -446,6 +458,29 @@ impl SocketOptions {
     /// exceeds it is closed before anything is reserved. Unlimited by default.
     pub fn max_message_size(&mut self, max_size: usize) -> &mut Self {
         self.max_message_size = max_size;
+        self
+    }
+
+    /// Bounds what one incoming message of a peer may cost until [`RouterSendHalf::trust`] is
+    /// called for it, as `max_message_size` does from then on. Unlimited by default.
+    pub fn max_stranger_message_size(&mut self, max_size: usize) -> &mut Self {
+        self.max_stranger_message_size = max_size;
+        self
+    }
+
+    /// Bounds what all connections of a socket hold together of messages that are not complete,
+    /// beyond four initial read buffers each. Whose message has been under way for longest is
+    /// closed to make room. With it, memory is taken for what has arrived, and not for what
+    /// a header announces. Unlimited by default.
+    pub fn max_buffered_bytes(&mut self, max_size: usize) -> &mut Self {
+        self.buffered = Arc::new(codec::Budget::new(max_size));
+        self
+    }
+
+    /// How long a message may take from its first byte to its last; a connection that needs longer
+    /// is closed. Unlimited by default.
+    pub fn message_timeout(&mut self, timeout: Duration) -> &mut Self {
+        self.message_timeout = Some(timeout);
         self
     }
 

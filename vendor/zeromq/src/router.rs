@@ -176,6 +176,12 @@ impl RouterSendHalf {
             .try_send_to_peer(&peer_id, Message::Message(message))
     }
 
+    /// Lets a peer send messages as long as [`SocketOptions::max_message_size`], instead of
+    /// [`SocketOptions::max_stranger_message_size`]. It holds for what has not been announced yet.
+    pub fn trust(&self, peer_id: &PeerIdentity) {
+        self.inner.backend.trust(peer_id);
+    }
+
     /// Closes the connection to a peer. What was queued for it before is still written; what it has sent and nobody
     /// has received is dropped. A peer that is not there is no error.
     pub fn disconnect(&self, peer_id: &PeerIdentity) {

@@ -1,4 +1,4 @@
-use crate::codec::{CodecResult, FramedIo, ZmqFramedRead};
+use crate::codec::{CodecResult, FramedIo, ZmqFramedRead, MAX_COMMAND_SIZE};
 use crate::*;
 
 use bytes::Bytes;
@@ -10,6 +10,7 @@ use std::future::Future;
 use std::io::ErrorKind;
 use std::ops::Deref;
 use std::str::FromStr;
+use std::sync::atomic::Ordering;
 use std::sync::Arc;
 use std::time::Duration;
 use uuid::Uuid;
@@ -200,6 +201,13 @@ pub(crate) async fn peer_handshake(
     raw_socket: &mut FramedIo,
     backend: Arc<dyn MultiPeerBackend>,
 ) -> ZmqResult<PeerIdentity> {
+    // Until it has shaken hands, a peer has nothing to say but commands.
+    let options = backend.socket_options().clone();
+    let max_message_size = raw_socket.read_half.max_message_size().clone();
+    max_message_size.store(
+        MAX_COMMAND_SIZE.min(options.max_message_size),
+        Ordering::Relaxed,
+    );
     greet_exchange(raw_socket).await?;
     let mut props = None;
     if let Some(identity) = &backend.socket_options().peer_id {
@@ -207,7 +215,14 @@ pub(crate) async fn peer_handshake(
         connect_ops.insert("Identity".to_string(), identity.clone().into());
         props = Some(connect_ops);
     }
-    ready_exchange(raw_socket, backend.socket_type(), props).await
+    let peer_id = ready_exchange(raw_socket, backend.socket_type(), props).await?;
+    max_message_size.store(
+        options
+            .max_message_size
+            .min(options.max_stranger_message_size),
+        Ordering::Relaxed,
+    );
+    Ok(peer_id)
 }
 
 pub(crate) async fn run_with_timeout<T, F>(duration: Option<Duration>, future: F) -> ZmqResult<T>

@@ -1,6 +1,8 @@
+use crate::async_rt;
 use crate::codec::ZmqCodec;
 use crate::{Place, SocketOptions};
 
+use super::budget::Share;
 use super::error::{CodecError, CodecResult};
 use super::Message;
 
@@ -8,8 +10,10 @@ use asynchronous_codec::{Decoder, FramedWrite};
 use bytes::BytesMut;
 use futures::{ready, AsyncRead, AsyncWrite, Stream};
 
+use std::future::Future;
 use std::io;
 use std::pin::Pin;
+use std::sync::atomic::AtomicUsize;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
@@ -36,6 +40,11 @@ pub struct ZmqFramedRead {
     options: Arc<SocketOptions>,
     short_reads: usize,
     pub(crate) place: Option<Arc<Place>>,
+    // What the buffer's memory may be long, of which it may be a part.
+    buffer_size: usize,
+    share: Share,
+    // While a message is not complete.
+    deadline: Option<Pin<Box<dyn Future<Output = ()> + Send + Sync>>>,
 }
 
 impl ZmqFramedRead {
@@ -45,9 +54,106 @@ impl ZmqFramedRead {
             codec: ZmqCodec::with_options(&options),
             buffer: BytesMut::with_capacity(options.read_buffer_initial_size),
             read_chunk_size: options.read_buffer_initial_size,
+            buffer_size: options.read_buffer_initial_size,
+            share: options.buffered.share(),
+            deadline: None,
             options,
             short_reads: 0,
             place: None,
+        }
+    }
+
+    /// What one message may cost, which may be changed at any time.
+    pub(crate) fn max_message_size(&self) -> &Arc<AtomicUsize> {
+        self.codec.max_message_size()
+    }
+
+    fn read_size(&self, min_read_size: usize) -> usize {
+        self.read_chunk_size
+            .max(min_read_size)
+            .min(self.options.read_buffer_max_size)
+    }
+
+    /// What is held of a message that is not complete, beyond what every connection may hold.
+    fn buffered_size(&self) -> usize {
+        let free = self.options.read_buffer_initial_size.saturating_mul(4);
+        (self.codec.frames_size() + self.buffer_size).saturating_sub(free)
+    }
+
+    fn poll_message(&mut self, cx: &mut Context<'_>) -> Poll<Option<CodecResult<Message>>> {
+        // Consume buffered data first; read from the socket only when the
+        // current buffer cannot produce a full message.
+        if let Some(item) = self.decode()? {
+            return Poll::Ready(Some(Ok(item)));
+        }
+
+        loop {
+            let min_read_size = self.codec.bytes_needed(self.buffer.len());
+            self.buffer_size = self
+                .buffer_size
+                .max(self.buffer.len() + self.read_size(min_read_size));
+            ready!(self.share.poll_hold(self.buffered_size(), cx))?;
+            let n = ready!(self.poll_read_into_buffer(cx, min_read_size))?;
+            let ended = n == 0;
+            match self.decode()? {
+                Some(item) => return Poll::Ready(Some(Ok(item))),
+                None if ended => {
+                    // Give the decoder one final chance at EOF; leftover bytes
+                    // mean the stream ended with a truncated frame.
+                    if self.buffer.is_empty() {
+                        return Poll::Ready(None);
+                    }
+                    match self.codec.decode_eof(&mut self.buffer)? {
+                        Some(item) => return Poll::Ready(Some(Ok(item))),
+                        None if self.buffer.is_empty() => return Poll::Ready(None),
+                        None => {
+                            return Poll::Ready(Some(Err(CodecError::Io(io::Error::new(
+                                io::ErrorKind::UnexpectedEof,
+                                "bytes remaining in stream",
+                            )))));
+                        }
+                    }
+                }
+                None => {}
+            }
+        }
+    }
+
+    fn decode(&mut self) -> CodecResult<Option<Message>> {
+        let decoded = self.codec.decode(&mut self.buffer);
+        if std::mem::take(&mut self.codec.buffer_left) {
+            self.buffer_size = 0;
+        }
+        self.buffer_size = self.buffer_size.max(self.buffer.capacity());
+        decoded
+    }
+
+    /// Nothing more has come for now.
+    fn poll_wait(&mut self, cx: &mut Context<'_>) -> CodecResult<()> {
+        if self.buffer.is_empty() && self.options.buffered.is_bounded() {
+            // Between messages, and where a frame ends, a connection needs no more than at first.
+            if self.buffer_size > self.options.read_buffer_initial_size.saturating_mul(4) {
+                self.buffer = BytesMut::with_capacity(self.options.read_buffer_initial_size);
+                self.buffer_size = self.buffer.capacity();
+            }
+        }
+        if !self.codec.is_amid() {
+            self.deadline = None;
+            self.share.release();
+            return Ok(());
+        }
+        if let Poll::Ready(stay) = self.share.poll_stay(cx) {
+            stay?;
+        }
+        let Some(timeout) = self.options.message_timeout else {
+            return Ok(());
+        };
+        let deadline = self
+            .deadline
+            .get_or_insert_with(|| Box::pin(async_rt::task::sleep(timeout)));
+        match deadline.as_mut().poll(cx) {
+            Poll::Ready(()) => Err(CodecError::Decode("Message has not ended in time")),
+            Poll::Pending => Ok(()),
         }
     }
 
@@ -57,10 +163,7 @@ impl ZmqFramedRead {
         min_read_size: usize,
     ) -> Poll<io::Result<usize>> {
         let start = self.buffer.len();
-        let read_size = self
-            .read_chunk_size
-            .max(min_read_size)
-            .min(self.options.read_buffer_max_size);
+        let read_size = self.read_size(min_read_size);
 
         // futures::AsyncRead requires an initialized &mut [u8]. Grow BytesMut
         // first, then trim back to the actual read length so the read path does
@@ -112,38 +215,19 @@ impl Stream for ZmqFramedRead {
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         let this = &mut *self;
 
-        // Consume buffered data first; read from the socket only when the
-        // current buffer cannot produce a full message.
-        if let Some(item) = this.codec.decode(&mut this.buffer)? {
-            return Poll::Ready(Some(Ok(item)));
-        }
-
-        loop {
-            let min_read_size = this.codec.bytes_needed(this.buffer.len());
-            let n = ready!(this.poll_read_into_buffer(cx, min_read_size))?;
-            let ended = n == 0;
-            match this.codec.decode(&mut this.buffer)? {
-                Some(item) => return Poll::Ready(Some(Ok(item))),
-                None if ended => {
-                    // Give the decoder one final chance at EOF; leftover bytes
-                    // mean the stream ended with a truncated frame.
-                    if this.buffer.is_empty() {
-                        return Poll::Ready(None);
-                    }
-                    match this.codec.decode_eof(&mut this.buffer)? {
-                        Some(item) => return Poll::Ready(Some(Ok(item))),
-                        None if this.buffer.is_empty() => return Poll::Ready(None),
-                        None => {
-                            return Poll::Ready(Some(Err(CodecError::Io(io::Error::new(
-                                io::ErrorKind::UnexpectedEof,
-                                "bytes remaining in stream",
-                            )))));
-                        }
-                    }
+        let polled = this.poll_message(cx);
+        match &polled {
+            Poll::Pending => {
+                if let Err(error) = this.poll_wait(cx) {
+                    return Poll::Ready(Some(Err(error)));
                 }
-                None => {}
+            }
+            Poll::Ready(_) => {
+                this.deadline = None;
+                this.share.release();
             }
         }
+        polled
     }
 }
 

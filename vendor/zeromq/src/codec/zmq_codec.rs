@@ -8,9 +8,11 @@ use asynchronous_codec::{Decoder, Encoder};
 use bytes::{Buf, Bytes, BytesMut};
 
 use std::convert::TryFrom;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::Arc;
 
 /// Commands carry a few short properties, and each property costs far more in memory than on the wire.
-const MAX_COMMAND_SIZE: usize = 64 * 1024;
+pub(crate) const MAX_COMMAND_SIZE: usize = 64 * 1024;
 
 #[derive(Debug, Clone, Copy)]
 struct Frame {
@@ -38,7 +40,13 @@ pub struct ZmqCodec {
     max_read_chunk_size: usize,
     // What the frames of the message being received cost so far, and may cost.
     message_size: usize,
-    max_message_size: usize,
+    max_message_size: Arc<AtomicUsize>,
+    // Of that, the complete frames.
+    frames_size: usize,
+    // Memory is taken for what has arrived, whatever is announced, and no frame keeps more than itself.
+    frugal: bool,
+    // The last frame has taken the whole buffer with it, and left a small one.
+    pub(crate) buffer_left: bool,
 }
 
 impl ZmqCodec {
@@ -53,7 +61,29 @@ impl ZmqCodec {
             buffered_message: None,
             max_read_chunk_size: options.read_buffer_max_size,
             message_size: 0,
-            max_message_size: options.max_message_size,
+            max_message_size: Arc::new(AtomicUsize::new(options.max_message_size)),
+            frames_size: 0,
+            frugal: options.buffered.is_bounded(),
+            buffer_left: false,
+        }
+    }
+
+    /// What one message may cost, which may be changed at any time.
+    pub(crate) fn max_message_size(&self) -> &Arc<AtomicUsize> {
+        &self.max_message_size
+    }
+
+    /// What the complete frames of a message whose last frame has not come cost.
+    pub(crate) fn frames_size(&self) -> usize {
+        self.frames_size
+    }
+
+    /// Whether a message or a command has begun and not ended.
+    pub(crate) fn is_amid(&self) -> bool {
+        match self.state {
+            DecoderState::Greeting => false,
+            DecoderState::FrameHeader => self.buffered_message.is_some(),
+            DecoderState::FrameLen(_) | DecoderState::Frame(_) => true,
         }
     }
 
@@ -90,7 +120,12 @@ impl Decoder for ZmqCodec {
                 } else {
                     self.waiting_for
                 };
-                src.reserve(reserve_to - src.len());
+                let reserve_to = if self.frugal {
+                    reserve_to.min((2 * src.len()).max(2 * self.max_read_chunk_size))
+                } else {
+                    reserve_to
+                };
+                src.reserve(reserve_to.saturating_sub(src.len()));
                 return Ok(None);
             }
             match self.state {
@@ -139,14 +174,29 @@ impl Decoder for ZmqCodec {
                         .message_size
                         .saturating_add(frame_len)
                         .saturating_add(std::mem::size_of::<Bytes>());
-                    if self.message_size > self.max_message_size {
+                    if self.message_size > self.max_message_size.load(Ordering::Relaxed) {
                         return Err(CodecError::Decode("Message exceeds the configured maximum"));
                     }
                     self.state = DecoderState::Frame(frame);
                     self.waiting_for = frame_len;
                 }
                 DecoderState::Frame(frame) => {
-                    let data = src.split_to(self.waiting_for);
+                    let data = if self.frugal && self.waiting_for > 2 * self.max_read_chunk_size {
+                        // What is left would keep all of it in memory until more has come.
+                        let rest = BytesMut::from(&src[self.waiting_for..]);
+                        let mut data = std::mem::replace(src, rest);
+                        data.truncate(self.waiting_for);
+                        self.buffer_left = true;
+                        data
+                    } else if self.frugal && frame.more {
+                        // A few bytes would keep a read's whole chunk in memory until the message ends.
+                        let data = BytesMut::from(&src[..self.waiting_for]);
+                        src.advance(self.waiting_for);
+                        data
+                    } else {
+                        src.split_to(self.waiting_for)
+                    };
+                    self.frames_size = if frame.more { self.message_size } else { 0 };
                     self.state = DecoderState::FrameHeader;
                     self.waiting_for = 1;
                     if !frame.more {
