@@ -15,7 +15,7 @@ use crate::wire::auth::{
     Channel, DealerHandshake, Opener, RouterHandshake, RouterStep, Sealed, Sealer, is_handshake, refusal_of,
 };
 use crate::wire::{Message, decode, encode, type_name, unsigned_field};
-use crate::{config, connector, transfer};
+use crate::{config, connector, transfer, wire};
 
 /// A decoder under test.
 pub struct Entry {
@@ -31,6 +31,7 @@ pub struct Entry {
 pub const ENTRIES: &[Entry] = &[
     Entry { name: "wire_message", play: wire_message, seeds: seeds::wire_messages },
     Entry { name: "connector_message", play: connector_message, seeds: seeds::connector_messages },
+    Entry { name: "descriptor_list", play: descriptor_list, seeds: seeds::descriptor_lists },
     Entry { name: "layout_json", play: layout_json, seeds: seeds::layouts },
     Entry { name: "model_config", play: model_config, seeds: seeds::models },
     Entry { name: "config_yaml", play: config_yaml, seeds: seeds::configurations },
@@ -79,6 +80,15 @@ fn message<T: Serialize + DeserializeOwned>(bytes: &[u8]) {
         // The bytes are compared, not the values: not a number is not itself.
         let again = decode::<T>(&written).unwrap_or_else(|error| panic!("what was understood is not: {error}"));
         assert_eq!(encode(&again), written, "a message means something else when it is written again");
+    }
+}
+
+/// A pickle where LMCache's peers say where their pages are.
+fn descriptor_list(bytes: &[u8]) {
+    if let Ok((module, pages)) = wire::descriptor_list::decode(bytes) {
+        assert!(pages.address.checked_add(pages.len_bytes()).is_some());
+        let written = wire::descriptor_list::encode(&module, &pages);
+        assert_eq!(wire::descriptor_list::decode(&written), Ok((module, pages)));
     }
 }
 

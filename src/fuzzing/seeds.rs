@@ -22,6 +22,11 @@ pub(super) fn wire_messages() -> Vec<Vec<u8>> {
     files("tests/fixtures/lmcache-wire", ".bin")
 }
 
+/// LMCache's own, as they stand in its messages.
+pub(super) fn descriptor_lists() -> Vec<Vec<u8>> {
+    files("tests/fixtures/lmcache-wire", ".pickle")
+}
+
 /// Those that the Rust and the Python side are both tested with.
 pub(super) fn connector_messages() -> Vec<Vec<u8>> {
     let text = files("python/tests", "connector_messages.json").remove(0);

@@ -219,7 +219,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         let id = match request.req_id.clone() {
             Some(id) => id,
             // Its synchronous backend names no requests: readers find the chunks by their keys.
-            None => match RequestId::new(&format!("{instance}-{}", self.stock.fresh())) {
+            None => match RequestId::new(format!("{instance}-{}", self.stock.fresh())) {
                 Ok(id) => id,
                 Err(_) => return,
             },

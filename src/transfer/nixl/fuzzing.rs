@@ -33,7 +33,7 @@ pub(crate) fn descriptor_seeds() -> Vec<Vec<u8>> {
         device: 0,
         memory_type: MEMORY_TYPE_HOST,
         unit_bytes: 4096,
-        scratch_address: 0x9000_0000,
+        scratch_address: Some(0x9000_0000),
     };
     let three = BufferDescriptor { piece_ends: vec![1 << 20, 3 << 20, 1 << 40], ..one.clone() };
     vec![one.encode(), three.encode()]
