@@ -75,21 +75,29 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             return self.admit_piecemeal(now);
         }
         let mut at = 0;
-        while at < self.waiting.len().min(LOOKAHEAD_MAX) {
+        // Those that were looked at and could have been granted slots.
+        let mut passed: Vec<RequestId> = Vec::new();
+        while at < self.waiting.len() && passed.len() < LOOKAHEAD_MAX {
             // Nobody passes a request that has been passed often enough.
             let passed_often =
                 |id: &RequestId| self.requests.get(id).is_some_and(|request| request.overtaken >= OVERTAKEN_MAX);
-            if self.waiting.iter().take(at).any(passed_often) {
+            if passed.iter().any(passed_often) {
                 return;
             }
             let id = self.waiting[at].clone();
+            // It is not slots that this one waits for.
+            if self.waits_for_vouching(&id) {
+                at += 1;
+                continue;
+            }
             if !self.try_grant(now, &id) {
                 self.ask_to_grow();
+                passed.push(id);
                 at += 1;
                 continue;
             }
             self.waiting.remove(at);
-            for earlier in self.waiting.iter().take(at) {
+            for earlier in &passed {
                 if let Some(request) = self.requests.get_mut(earlier) {
                     request.overtaken += 1;
                 }
@@ -100,6 +108,13 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
     pub(super) fn allocation_timed_out(&mut self, now: Instant, id: &RequestId) {
         let Some(request) = self.requests.get(id) else { return };
         let Stage::Waiting { wait, .. } = &request.stage else { return };
+        if self.waits_for_vouching(id) {
+            let text = format!(
+                "another request was granted some of its chunks {} ms ago or more, and nobody has fetched them since (pd_allocation_timeout_sec)",
+                wait.as_millis()
+            );
+            return self.fail(now, id, Failure::new(FailureKind::Deadline, text));
+        }
         let slot_bytes = self.settings.chunk.slot_bytes;
         let available_bytes = self.slots.available_bytes();
         let text = format!(

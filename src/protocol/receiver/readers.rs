@@ -82,6 +82,10 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         let chunks = slots.into_iter().map(|slot| slot.and_then(|slot| self.ready_chunk(slot))).collect();
         let lease = (!held.is_empty()).then(|| self.open_lease(client, held));
         self.answer(client, id, Answer::Found { lease, chunks, granted });
+        if vouches {
+            // Somebody may have waited for just this.
+            self.admit(now);
+        }
     }
 
     /// LMCache's question which chunks are held, by page, before it reads them. It takes no lease and never says when it has

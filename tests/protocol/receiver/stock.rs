@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use pd_backend::ids::{ChunkKey, ClientId, Pages, RequestId, Seq};
 use pd_backend::protocol::Port;
-use pd_backend::protocol::receiver::Answer;
+use pd_backend::protocol::receiver::{Answer, Output};
 use pd_backend::wire::message::{AllocRequest, CacheQueryRequest, CancelNotif, InitRequest, MemRegRequest};
 use pd_backend::wire::{Message, descriptor_list};
 
@@ -111,13 +111,50 @@ fn granted_chunks_are_not_ready_until_a_reader_vouches_for_them() {
     let mut bench = stock_bench(4);
     assert_eq!(ask(&mut bench, "l", &Ask { names: &["a", "b"], last_tokens: 1, ..SYNC }), Some((vec![], vec![0, 1])));
     assert_eq!(look_up(&mut bench, &["a", "b", "c"], false), (vec![None; 3], vec![0, 1]));
-    // Somebody else asks for the same: it is not 'already sent' either.
-    assert_eq!(ask(&mut bench, "m", &Ask { names: &["a"], ..SYNC }), Some((vec![], vec![2])));
-    let found = look_up(&mut bench, &["b", "c", "a"], true);
-    assert_eq!(found, (vec![Some(4), None, Some(16)], vec![]), "a short chunk is short in a whole page");
+    // Somebody else asks for the same: it is not 'already sent', and a copy of its own could not be told from the first.
+    assert_eq!(ask(&mut bench, "m", &Ask { names: &["a"], ..SYNC }), None);
+    // Nobody is held up by that.
+    assert_eq!(ask(&mut bench, "l", &Ask { names: &["d", "e"], ..SYNC }), Some((vec![], vec![2, 3])));
+    let id = bench.next_seq();
+    bench.session.handle_lookup(bench.now, ClientId(1), id, &keys(&["b", "c", "a"]), true);
+    let (mut lens, mut answered) = (Vec::new(), None);
+    while let Some(output) = bench.session.poll_output() {
+        match output {
+            Output::Answer { answer: Answer::Found { chunks, .. }, .. } => {
+                lens = chunks.iter().map(|chunk| chunk.as_ref().map(|chunk| chunk.len_bytes)).collect();
+            }
+            Output::Send { to, message, .. } => answered = answer_to(&[(to, message)], "m"),
+            _ => {}
+        }
+    }
+    assert_eq!(lens, [Some(4), None, Some(16)], "a short chunk is short in a whole page");
+    assert_eq!(answered, Some((vec![0], vec![])));
     // From now on they are, to everybody.
     assert_eq!(ask(&mut bench, "l", &Ask { names: &["a", "b"], last_tokens: 1, ..SYNC }), Some((vec![0, 1], vec![])));
     assert_eq!(look_up(&mut bench, &["a", "b"], false).0, [Some(16), Some(4)]);
+}
+
+#[test]
+fn of_two_copies_only_the_one_is_read_that_the_proxy_was_told_of() {
+    // Broken in production: two prefill workers send the same prefix, the faster one's reader gets the slower one's page.
+    let mut bench = stock_bench(6);
+    let named = |id| Ask { names: &["a"], req_id: Some(id), total: Some(1), last: Some(true), ..SYNC };
+    assert_eq!(ask(&mut bench, "l", &named("r")), Some((vec![], vec![0])));
+    assert_eq!(ask(&mut bench, "m", &named("s")), Some((vec![], vec![1])));
+    assert_eq!(look_up(&mut bench, &["a"], true), (vec![None], vec![0]), "which of them is not known by its key");
+    bench.session.handle_wait(bench.now, ClientId(1), Seq(70), RequestId::new("s").unwrap(), None, true);
+    let Some(Answer::Ready { chunks, .. }) = answer_of(&mut bench, 70) else { panic!() };
+    assert_eq!(chunks[0].offset_bytes, 16);
+    bench.session.handle_wait(bench.now, ClientId(1), Seq(71), RequestId::new("r").unwrap(), None, true);
+    let Some(Answer::Ready { chunks, .. }) = answer_of(&mut bench, 71) else { panic!() };
+    assert_eq!(chunks[0].offset_bytes, 0);
+    // A request without a name is found by its keys alone: it waits until no other copy can be meant, or is refused.
+    assert_eq!(ask(&mut bench, "l", &Ask { names: &["b"], ..named("t") }), Some((vec![], vec![2])));
+    assert_eq!(ask(&mut bench, "m", &Ask { names: &["b"], ..SYNC }), None);
+    let said = later(&mut bench, 10);
+    assert_eq!(answer_to(&said, "m"), Some((vec![], vec![-1])));
+    let twice = ask(&mut bench, "m", &Ask { names: &["c", "c"], ..SYNC });
+    assert_eq!(twice, Some((vec![], vec![-1, -1])));
 }
 
 #[test]

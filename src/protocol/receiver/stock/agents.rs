@@ -1,0 +1,120 @@
+//! Their handshakes: metadata for metadata, pages for pages.
+
+use super::super::{Note, Output, Port, ReceiverSession};
+use super::{Agent, AgentState};
+use crate::ids::{ConnectionId, Failure, FailureKind, Pages, clip};
+use crate::wire::message::{InitResponse, MemRegRequest, MemRegResponse};
+use crate::wire::{Message, descriptor_list};
+
+impl<R: Clone + PartialEq> ReceiverSession<R> {
+    /// `NixlInitRequest` without our part.
+    pub(in crate::protocol::receiver) fn on_stock_init(&mut self, from: R, metadata: Vec<u8>) {
+        if let Err(failure) = self.check_stock_served() {
+            self.note(Note::PeerRefused { instance: "a sender of another make".into(), failure });
+            let refusal = InitResponse { remote_agent_name: Vec::new(), remote_meta_bytes: Vec::new(), pd: None };
+            return self.send(from, Port::Init, Message::NixlInitResponse(refusal));
+        }
+        if self.stock.agents.len() >= self.settings.peers_max {
+            self.forget_oldest_agent();
+        }
+        let number = self.stock.fresh();
+        let instance = format!("lmcache-agent-{number}");
+        let agent = Agent { number, state: AgentState::Loading { reply_to: from } };
+        self.stock.agents.insert(instance.clone(), agent);
+        self.outputs.push_back(Output::LoadPeer { instance, agent_name: None, metadata });
+    }
+
+    /// Whether senders of another make can be served at all.
+    pub(super) fn check_stock_served(&self) -> Result<(), Failure> {
+        let refuse = |text: &str| Err(Failure::new(FailureKind::HandshakeRefused, text));
+        if self.settings.pages.is_none() {
+            return refuse("LMCache's senders write through NIXL alone; set transfer_channel: nixl");
+        }
+        if self.settings.chunk.token_bytes.len() > 1 {
+            return refuse("the layout has several groups of layers, and LMCache's wire has one; use pd-sender");
+        }
+        if self.draining {
+            return Err(Failure::new(FailureKind::ShuttingDown, "this receiver is shutting down; use another"));
+        }
+        Ok(())
+    }
+
+    fn forget_oldest_agent(&mut self) {
+        let met = self.stock.agents.iter().filter(|(_, agent)| matches!(agent.state, AgentState::Met(_)));
+        let oldest = met.min_by_key(|(_, agent)| agent.number).map(|(instance, _)| instance.clone());
+        if let Some(instance) = oldest
+            && let Some(Agent { state: AgentState::Met(connection), .. }) = self.stock.agents.remove(&instance)
+        {
+            self.outputs.push_back(Output::ForgetPeer(connection));
+        }
+    }
+
+    /// The engine has met a sender of another make, or could not. False: this is none.
+    pub(in crate::protocol::receiver) fn on_stock_loaded(
+        &mut self,
+        instance: &str,
+        result: &Result<ConnectionId, String>,
+    ) -> bool {
+        let Some(agent) = self.stock.agents.get_mut(instance) else { return false };
+        let AgentState::Loading { reply_to } = &agent.state else { return false };
+        let to = reply_to.clone();
+        let response = match result {
+            Ok(connection) => {
+                agent.state = AgentState::Met(*connection);
+                self.note(Note::PeerMet { instance: instance.to_owned() });
+                // It names itself by this in its next message.
+                let remote_agent_name = instance.as_bytes().to_vec();
+                InitResponse { remote_agent_name, remote_meta_bytes: self.settings.metadata.clone(), pd: None }
+            }
+            Err(text) => {
+                self.stock.agents.remove(instance);
+                let failure = Failure::new(FailureKind::HandshakeRefused, text.as_str());
+                self.note(Note::PeerRefused { instance: instance.to_owned(), failure });
+                InitResponse { remote_agent_name: Vec::new(), remote_meta_bytes: Vec::new(), pd: None }
+            }
+        };
+        self.send(to, Port::Init, Message::NixlInitResponse(response));
+        true
+    }
+
+    /// `NixlMemRegRequest` without our part: its pages for ours.
+    pub(in crate::protocol::receiver) fn on_stock_mem_reg(&mut self, from: R, request: &MemRegRequest) {
+        let instance = clip(&String::from_utf8_lossy(&request.remote_agent_name));
+        let remote_xfer_dlist_bytes = match self.pages_for(&instance, &request.local_xfer_dlist_bytes) {
+            Ok(list) => list,
+            Err(failure) => {
+                self.note(Note::PeerRefused { instance, failure });
+                // Its binding cannot load this, which is an error at its side and nothing else.
+                Vec::new()
+            }
+        };
+        let response = MemRegResponse { remote_xfer_dlist_bytes, pd: None };
+        self.send(from, Port::Init, Message::NixlMemRegResponse(response));
+    }
+
+    fn pages_for(&mut self, instance: &str, list: &[u8]) -> Result<Vec<u8>, Failure> {
+        let refuse = |kind: FailureKind, text: String| Err(Failure::new(kind, text));
+        self.check_stock_served()?;
+        let met = self.stock.agents.get(instance).is_some_and(|agent| matches!(agent.state, AgentState::Met(_)));
+        let Some(pages) = self.settings.pages.filter(|_| met) else {
+            return refuse(FailureKind::HandshakeRefused, "it has not shaken hands; restart that sender".into());
+        };
+        let (module, theirs) = match descriptor_list::decode(list) {
+            Ok(decoded) => decoded,
+            Err(error) => return refuse(FailureKind::BadRequest, error.to_string()),
+        };
+        if theirs.page_bytes != pages.page_bytes {
+            let text = format!(
+                "its chunks have {} bytes and this receiver's {}; start both sides for the same model, dtype, chunk_size \
+                 and tensor-parallel size",
+                theirs.page_bytes, pages.page_bytes
+            );
+            return refuse(FailureKind::LayoutMismatch, text);
+        }
+        let count = self.described_len_bytes / pages.page_bytes;
+        let known_len_bytes = count * pages.page_bytes;
+        self.stock.known_len_bytes =
+            Some(self.stock.known_len_bytes.map_or(known_len_bytes, |known| known.min(known_len_bytes)));
+        Ok(descriptor_list::encode(&module, &Pages { count, ..pages }))
+    }
+}

@@ -1,0 +1,302 @@
+//! Their requests: grants in pages, in one batch or several; refusals, cancels, and the end of a connection.
+
+use std::collections::BTreeSet;
+use std::time::Instant;
+
+use super::super::requests::{Request, Stage};
+use super::super::{Note, Port, ReceiverSession, Timer};
+use super::Batches;
+use crate::ids::{Failure, FailureKind, GrantId, RequestId, Seq, SlotIndex, clip};
+use crate::protocol::chunks::ChunkSize;
+use crate::wire::Message;
+use crate::wire::message::{AllocRequest, AllocResponse, CancelNotif};
+
+impl<R: Clone + PartialEq> ReceiverSession<R> {
+    /// `AllocRequest` without our part.
+    pub(in crate::protocol::receiver) fn on_stock_alloc(&mut self, now: Instant, from: R, request: AllocRequest) {
+        let instance = match self.stock.route_of(&from) {
+            Some(instance) => instance.clone(),
+            None => {
+                if self.stock.routes.len() >= self.settings.peers_max {
+                    let text = "as many senders are connected as may be (pd_max_peers)";
+                    let failure = Failure::new(FailureKind::Limit, text);
+                    return self.refuse_stock(from, request.keys.len(), "a sender of another make", None, failure);
+                }
+                let instance = format!("lmcache-{}", self.stock.fresh());
+                self.stock.routes.push((from.clone(), instance.clone()));
+                instance
+            }
+        };
+        let count = request.keys.len();
+        let unnamed = request.req_id.is_none();
+        let id = match request.req_id.clone() {
+            Some(id) => id,
+            // Its synchronous backend names no requests: readers find the chunks by their keys.
+            None => match RequestId::new(format!("{instance}-{}", self.stock.fresh())) {
+                Ok(id) => id,
+                Err(_) => return,
+            },
+        };
+        match self.check_stock_alloc(&instance, &id, &request) {
+            Ok(sizes) if self.is_next_batch(&instance, &id) => self.take_batch(now, from, id, request, sizes),
+            Ok(sizes) => {
+                // An earlier attempt under this name has been given up by whoever tries again, and may still be written.
+                self.end(now, &id, Failure::new(FailureKind::Cancelled, "its sender asked for it again"), false);
+                self.begin_stock_request(now, from, id, unnamed, instance, request, sizes);
+            }
+            Err(failure) => {
+                if !self.requests.contains_key(&id) {
+                    self.fail_waiters(&id, &failure, &instance);
+                }
+                self.refuse_stock(from, count, &instance, Some(id), failure);
+            }
+        }
+    }
+
+    /// Everything that can be wrong about an allocation.
+    fn check_stock_alloc(
+        &self,
+        instance: &str,
+        id: &RequestId,
+        request: &AllocRequest,
+    ) -> Result<Vec<ChunkSize>, Failure> {
+        let refuse = |kind: FailureKind, text: String| Err(Failure::new(kind, text));
+        self.check_stock_served()?;
+        let chunk = &self.settings.chunk;
+        let count = request.keys.len();
+        let Some(known_len_bytes) = self.stock.known_len_bytes else {
+            return refuse(FailureKind::HandshakeRefused, "no sender of another make has shaken hands".into());
+        };
+        // A request of one chunk has that chunk's shape, which may be short.
+        let mut shape = request.shape.clone();
+        if let Some(tokens) = shape.get_mut(TOKEN_DIMENSION)
+            && count == 1
+            && *tokens == request.last_chunk_toks
+        {
+            *tokens = u64::from(chunk.chunk_tokens);
+        }
+        if (&request.fmt, &shape, &request.dtype) != (&chunk.wire_format, &chunk.wire_shape, &chunk.dtype) {
+            let text = format!(
+                "{id} has chunks of format {} shape {:?} dtype {}, this receiver's are format {} shape {:?} dtype {}",
+                request.fmt, request.shape, request.dtype, chunk.wire_format, chunk.wire_shape, chunk.dtype
+            );
+            return refuse(FailureKind::LayoutMismatch, text);
+        }
+        let sizes = chunk.sizes(id, count, &[], request.last_chunk_toks)?;
+        if request.keys.iter().collect::<BTreeSet<_>>().len() != count {
+            return refuse(FailureKind::BadRequest, format!("{id} names a chunk twice; keys must be distinct"));
+        }
+        let total = announced(request);
+        let pages = known_len_bytes / chunk.slot_bytes;
+        if total as u64 > pages {
+            let text = format!("{id} has {total} chunks; this sender knows {pages} pages of the receiver's buffer");
+            return refuse(FailureKind::TooLarge, text);
+        }
+        if total > self.settings.request_chunks_max {
+            let limit = self.settings.request_chunks_max;
+            return refuse(
+                FailureKind::Limit,
+                format!("{id} has {total} chunks, the limit is {limit} (pd_max_request_chunks)"),
+            );
+        }
+        if self.is_next_batch(instance, id) {
+            let open = self.requests.get(id);
+            let batches = open.and_then(|open| open.batches.as_ref());
+            let left = open.zip(batches).map_or(0, |(open, batches)| batches.total.saturating_sub(open.keys.len()));
+            if open.is_some_and(|open| request.keys.iter().any(|key| open.keys.contains(key))) {
+                return refuse(FailureKind::BadRequest, format!("{id} names a chunk of an earlier batch again"));
+            }
+            if count > left {
+                return refuse(
+                    FailureKind::BadRequest,
+                    format!("{id} has {left} chunks left to come, this batch has {count}"),
+                );
+            }
+            return Ok(sizes);
+        }
+        match self.requests.get(id) {
+            Some(open) if open.instance != instance && !open.is_ready() => {
+                refuse(FailureKind::BadRequest, format!("{id} is open already, for {}", open.instance))
+            }
+            Some(_) => Ok(sizes),
+            None if self.requests.len() >= self.settings.requests_max => refuse(
+                FailureKind::Limit,
+                format!("{} requests are open, the limit (pd_max_requests)", self.requests.len()),
+            ),
+            None => self.check_share(instance).map(|()| sizes),
+        }
+    }
+
+    /// Whether the sender has batches of this request to announce yet.
+    fn is_next_batch(&self, instance: &str, id: &RequestId) -> bool {
+        self.requests.get(id).is_some_and(|open| {
+            open.instance == instance
+                && matches!(open.stage, Stage::Granted { .. })
+                && open.batches.as_ref().is_some_and(|batches| !batches.complete)
+        })
+    }
+
+    fn begin_stock_request(
+        &mut self,
+        now: Instant,
+        from: R,
+        id: RequestId,
+        unnamed: bool,
+        instance: String,
+        request: AllocRequest,
+        sizes: Vec<ChunkSize>,
+    ) {
+        self.drop_ready(now, &id);
+        self.ended.forget(&id);
+        let wait = self.settings.allocation_timeout;
+        self.timers.set(Timer::Allocation(id.clone()), now + wait);
+        let batches = Batches {
+            total: announced(&request),
+            spare: Vec::new(),
+            complete: request.is_last_batch.unwrap_or(true),
+            unnamed,
+        };
+        let request = Request {
+            instance,
+            route: from,
+            seq: Seq(0),
+            keys: request.keys,
+            sizes,
+            known_len_bytes: self.stock.known_len_bytes.unwrap_or(0),
+            since: now,
+            overtaken: 0,
+            verifying: None,
+            batches: Some(batches),
+            stage: Stage::Waiting { wait, held: None },
+        };
+        self.requests.insert(id.clone(), request);
+        self.waiting.push_back(id);
+        self.admit(now);
+    }
+
+    /// The pages for a request's first batch and for those to come.
+    pub(in crate::protocol::receiver) fn reserve_pages(
+        &mut self,
+        id: &RequestId,
+        grant: GrantId,
+        missing: &[u32],
+    ) -> Option<Vec<SlotIndex>> {
+        let request = self.requests.get_mut(id)?;
+        let batches = request.batches.as_mut()?;
+        let to_come = batches.total.saturating_sub(request.keys.len());
+        let (page_bytes, known) = (self.settings.chunk.slot_bytes, request.known_len_bytes);
+        let mut pages = self.slots.reserve_pages(grant, missing.len() + to_come, page_bytes, known).ok()?;
+        batches.spare = pages.split_off(missing.len());
+        for (&index, &slot) in missing.iter().zip(&pages) {
+            self.slots.set_chunk_bytes(slot, grant, request.sizes[index as usize].len_bytes);
+        }
+        Some(pages)
+    }
+
+    /// A further batch of a request: its pages are there.
+    fn take_batch(&mut self, now: Instant, from: R, id: RequestId, batch: AllocRequest, sizes: Vec<ChunkSize>) {
+        let shared = self.ready_of(&batch.keys, &sizes);
+        let Some(request) = self.requests.get_mut(&id) else { return };
+        let (Stage::Granted { grant, own, shared: held }, Some(batches)) = (&mut request.stage, &mut request.batches)
+        else {
+            return;
+        };
+        let first = request.keys.len() as u32;
+        let mut fresh = Vec::new();
+        for (index, size) in (first..).zip(&sizes) {
+            if let Some(&(_, slot)) = shared.iter().find(|(at, _)| first + at == index) {
+                self.slots.hold(slot);
+                held.push((index, slot));
+            } else if let Some(slot) = batches.spare.pop() {
+                self.slots.set_chunk_bytes(slot, *grant, size.len_bytes);
+                own.push((index, slot));
+                fresh.push((index, slot));
+            }
+        }
+        batches.complete = batch.is_last_batch.unwrap_or(true);
+        let unneeded = if batches.complete { std::mem::take(&mut batches.spare) } else { Vec::new() };
+        let grant = *grant;
+        request.keys.extend(batch.keys);
+        request.sizes.extend(sizes);
+        request.route = from;
+        for slot in unneeded {
+            self.slots.writer_stopped(slot, grant);
+        }
+        let already_sent = shared.iter().map(|&(index, _)| index).collect();
+        self.answer_stock(&id, &fresh, already_sent);
+        self.serve_waiters(now, &id);
+        self.admit(now);
+    }
+
+    /// Tells a sender of another make where its chunks go.
+    pub(in crate::protocol::receiver) fn answer_stock(
+        &mut self,
+        id: &RequestId,
+        own: &[(u32, SlotIndex)],
+        already_sent: Vec<u32>,
+    ) {
+        let Some(request) = self.requests.get(id) else { return };
+        let page_bytes = self.settings.chunk.slot_bytes;
+        let page = |&(_, slot): &(u32, SlotIndex)| Some((self.slots.range(slot)?.start / page_bytes) as i64);
+        let remote_indexes = own.iter().filter_map(page).collect();
+        for &(index, _) in own {
+            self.stock.granted.entry(request.keys[index as usize].clone()).or_default().push(id.clone());
+        }
+        let response = AllocResponse { already_sent_indexes: already_sent, remote_indexes, pd: None };
+        let to = request.route.clone();
+        self.send(to, Port::Alloc, Message::AllocResponse(response));
+    }
+
+    /// LMCache's own way of saying no, which leaves its sender alive.
+    pub(in crate::protocol::receiver) fn refuse_stock(
+        &mut self,
+        to: R,
+        count: usize,
+        instance: &str,
+        request: Option<RequestId>,
+        failure: Failure,
+    ) {
+        let response =
+            AllocResponse { already_sent_indexes: Vec::new(), remote_indexes: vec![-1; count.max(1)], pd: None };
+        self.send(to, Port::Alloc, Message::AllocResponse(response));
+        self.note(Note::Refused { request, instance: clip(instance), failure });
+    }
+
+    /// `CancelNotif` without our part. Its writes may go on: nobody waits for them there.
+    pub(in crate::protocol::receiver) fn on_stock_cancel(&mut self, now: Instant, from: R, cancel: &CancelNotif) {
+        let mine = self.requests.get(&cancel.req_id).filter(|open| self.stock.route_of(&from) == Some(&open.instance));
+        if let Some(instance) = mine.map(|open| open.instance.clone()) {
+            let text = format!("sender {instance} cancelled it");
+            self.end(now, &cancel.req_id, Failure::new(FailureKind::Cancelled, text), false);
+        }
+        let response = AllocResponse { already_sent_indexes: Vec::new(), remote_indexes: Vec::new(), pd: None };
+        self.send(from, Port::Alloc, Message::AllocResponse(response));
+        self.admit(now);
+    }
+
+    /// A sender's connection is gone: its process has ended, or has closed its backend. What it was granted can still be
+    /// vouched for; what it has left is free once nothing of it can be under way. False: it is none of these.
+    pub(in crate::protocol::receiver) fn on_stock_route_gone(&mut self, now: Instant, route: &R) -> bool {
+        let Some(at) = self.stock.routes.iter().position(|(known, _)| known == route) else { return false };
+        let (_, instance) = self.stock.routes.remove(at);
+        self.note(Note::PeerLost { instance: instance.clone(), reason: "closed its connection".into() });
+        let waiting =
+            self.waiting.iter().filter(|id| self.requests.get(*id).is_some_and(|open| open.instance == instance));
+        for id in waiting.cloned().collect::<Vec<_>>() {
+            let text = format!("sender {instance} closed its connection before {id} had slots");
+            self.end(now, &id, Failure::new(FailureKind::PeerLost, text), false);
+        }
+        self.timers.set(Timer::Linger(instance), now + self.settings.linger);
+        self.admit(now);
+        true
+    }
+}
+
+/// Where the tokens are in the shape of KV_2LTD, `[2, layers, tokens, kv_heads * head_size]`.
+const TOKEN_DIMENSION: usize = 2;
+
+/// Chunks that a sender has announced for a request, this batch included. Its synchronous backend announces none.
+fn announced(request: &AllocRequest) -> usize {
+    let total = request.total_chunks.map_or(0, |total| total as usize);
+    total.max(request.keys.len())
+}

@@ -1,0 +1,82 @@
+//! What they are granted, until a reader says that it is written.
+
+use std::time::Instant;
+
+use super::super::ReceiverSession;
+use super::super::requests::Stage;
+use crate::ids::{ChunkKey, Failure, FailureKind, RequestId};
+
+impl<R: Clone + PartialEq> ReceiverSession<R> {
+    /// Makes chunks ready that a sender of another make was granted: a reader knows from the proxy that they are written. Of
+    /// a chunk that was granted twice it knows only that one copy is, so neither is taken: `wait` names the request.
+    pub(in crate::protocol::receiver) fn vouch_for(&mut self, now: Instant, keys: &[ChunkKey]) {
+        for key in keys {
+            if self.slots.find(key).is_some() {
+                continue;
+            }
+            if let Some([id]) = self.stock.granted.get(key).map(Vec::as_slice) {
+                let id = id.clone();
+                self.stock.granted.remove(key);
+                self.vouch_for_one(now, &id, key);
+            }
+        }
+    }
+
+    /// Whether a waiting request asks for a chunk that another has been granted and nobody has vouched for, where a reader
+    /// could not tell the copies apart.
+    pub(in crate::protocol::receiver) fn waits_for_vouching(&self, id: &RequestId) -> bool {
+        let unnamed = |id: &RequestId| {
+            self.requests.get(id).and_then(|request| request.batches.as_ref()).is_some_and(|batches| batches.unnamed)
+        };
+        let Some(request) = self.requests.get(id).filter(|request| request.batches.is_some()) else { return false };
+        let ambiguous = |key: &ChunkKey| {
+            let others = self.stock.granted.get(key).into_iter().flatten();
+            self.slots.find(key).is_none() && others.into_iter().any(|other| unnamed(id) || unnamed(other))
+        };
+        request.keys.iter().any(ambiguous)
+    }
+
+    fn vouch_for_one(&mut self, now: Instant, id: &RequestId, key: &ChunkKey) {
+        let Some(request) = self.requests.get_mut(id) else { return };
+        let Stage::Granted { grant, own, shared } = &mut request.stage else { return };
+        let Some(at) = own.iter().position(|&(index, _)| request.keys[index as usize] == *key) else { return };
+        let (index, slot) = own.remove(at);
+        let committed = self.slots.commit(slot, *grant, key.clone(), request.sizes[index as usize].group);
+        debug_assert!(committed, "slot {slot} was granted with {grant} and is not reserved");
+        shared.push((index, slot));
+        let all = own.is_empty() && request.batches.as_ref().is_some_and(|batches| batches.complete);
+        if all {
+            // Whoever vouches takes the chunks by their keys, so the request has served its purpose.
+            self.make_ready(now, id);
+            self.drop_ready(now, id);
+        }
+    }
+
+    pub(in crate::protocol::receiver) fn is_of_stock(&self, id: &RequestId) -> bool {
+        self.requests.get(id).is_some_and(|request| request.batches.is_some())
+    }
+
+    /// The time is up in which somebody could have fetched what was granted.
+    pub(in crate::protocol::receiver) fn nobody_vouched(&mut self, now: Instant, id: &RequestId) {
+        let text = format!(
+            "nobody fetched it within {} ms of its grant (pd_retention_sec), and its sender does not say when it is written",
+            self.settings.retention.as_millis()
+        );
+        self.end(now, id, Failure::new(FailureKind::Expired, text), false);
+    }
+
+    /// Whether a request is granted as a whole, so that whoever knows it to be written can have it.
+    pub(in crate::protocol::receiver) fn can_be_vouched_for(&self, id: &RequestId) -> bool {
+        self.requests.get(id).is_some_and(|request| {
+            matches!(request.stage, Stage::Granted { .. })
+                && request.batches.as_ref().is_some_and(|batches| batches.complete)
+        })
+    }
+
+    /// Positions of the chunks that are granted and that nobody has vouched for.
+    pub(in crate::protocol::receiver) fn granted_among(&self, keys: &[ChunkKey]) -> Vec<u32> {
+        let granted =
+            |(_, key): &(u32, &ChunkKey)| self.stock.granted.contains_key(key) && self.slots.find(key).is_none();
+        (0..).zip(keys).filter(granted).map(|(index, _)| index).collect()
+    }
+}
