@@ -129,7 +129,6 @@ pub(super) struct Started {
     /// [`TransferEngine::linger`].
     pub(super) linger: Duration,
     /// [`TransferEngine::pages`], one for each chunk.
-    #[expect(dead_code, reason = "for the handshake with peers of another make")]
     pub(super) pages: Option<Pages>,
 }
 
