@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import sys
 import time
@@ -68,8 +70,6 @@ class Ours:
 
     def check(self, keys: list[str], last_tokens: int = LAST_TOKENS, seed: str = "") -> None:
         """Compares every chunk at the receiver with what was sent."""
-        import hashlib
-
         tokens = [CHUNK_TOKENS] * (len(keys) - 1) + [last_tokens]
         sent = [pattern(seed + key, count * TOKEN_BYTES) for key, count in zip(keys, tokens, strict=True)]
         expected = [(hashlib.sha256(chunk).hexdigest(), len(chunk)) for chunk in sent]
@@ -96,7 +96,7 @@ def start_ours(start_stock_pair: Callable[..., StockPair], tmp_path: Path) -> It
         def start(mode: str, *, pages: int = 80, layout: dict[str, Any] | None = None, **settings: Any) -> Ours:
             stock = start_stock_pair(mode, mode, pages=pages, senders=0)
             ours = tmp_path / "ours.json"
-            ours.write_text(__import__("json").dumps(LAYOUT | (layout or {})))
+            ours.write_text(json.dumps(LAYOUT | (layout or {})))
             config = write_config(
                 tmp_path / "ours.yaml", "sender", mode=mode, pages=80, proxy_port=stock.proxy.port, **settings
             )
