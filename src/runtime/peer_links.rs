@@ -10,15 +10,15 @@ use super::ports::channel;
 use crate::ids::{Failure, FailureKind, PeerAddress, PeerId, SharedSecret};
 use crate::protocol::Port;
 use crate::side_channel::{Access, Dealer, DealerReceiver, DealerSender, SideChannelError, tcp_address};
-use crate::wire::{Message, decode, encode};
+use crate::wire::{LmcacheMode, Message, decode, encode, lmcache_mode};
 
 /// What the links tell the driver.
 #[derive(Debug)]
 pub(super) enum LinkEvent {
     /// Both sockets are connected.
     Opened { peer: PeerId, links: Box<Links> },
-    /// A message arrived.
-    Message { peer: PeerId, port: Port, message: Box<Message> },
+    /// A message arrived. Where it is one that shows in which mode LMCache runs there, it says so.
+    Message { peer: PeerId, port: Port, message: Box<Message>, lmcache_mode: Option<LmcacheMode> },
     /// The connections could not be made, or are gone.
     Closed { peer: PeerId, failure: Failure },
 }
@@ -129,7 +129,12 @@ async fn read<E: From<LinkEvent>>(peer: PeerId, port: Port, mut socket: DealerRe
         };
         match decode::<Message>(&payload) {
             Ok(message) => {
-                if events.send(LinkEvent::Message { peer, port, message: Box::new(message) }.into()).await.is_err() {
+                let lmcache_mode = match &message {
+                    Message::AllocResponse(response) if response.pd.is_none() => lmcache_mode(&payload),
+                    _ => None,
+                };
+                let event = LinkEvent::Message { peer, port, message: Box::new(message), lmcache_mode };
+                if events.send(event.into()).await.is_err() {
                     return Failure::new(FailureKind::ShuttingDown, "this sender is shutting down");
                 }
             }

@@ -66,12 +66,14 @@ pub(super) async fn run(config: Config, options: RunOptions) -> Result<(), Runti
             hello: identity::hello(&config, &instance, started.engine),
             agent_name: started.export.agent_name,
             metadata: started.export.metadata,
+            pages: started.pages,
             chunk: identity::chunk_shape(&config),
             addresses: manager.addresses().clone(),
             len_max_bytes: config.buffer_len_bytes(),
             allocation_timeout: config.deadlines.allocation,
             handshake_timeout: config.deadlines.handshake,
             commit_timeout: config.deadlines.commit,
+            write_timeout: config.deadlines.write,
             checksum: config.engine.checksum,
             requests_max: config.limits.requests_max as usize,
             request_chunks_max: config.limits.request_chunks_max as usize,
@@ -131,7 +133,10 @@ impl Daemon for SenderDaemon {
                     self.session.handle_peer_opened(now, peer);
                 }
             }
-            Event::Link(LinkEvent::Message { peer, port, message }) => {
+            Event::Link(LinkEvent::Message { peer, port, message, lmcache_mode }) => {
+                if let Some(mode) = lmcache_mode {
+                    self.session.handle_lmcache_mode(peer, mode);
+                }
                 self.session.handle_message(now, peer, port, *message);
             }
             Event::Link(LinkEvent::Closed { peer, failure }) => {

@@ -5,8 +5,10 @@ pub mod auth;
 pub mod codec;
 pub mod descriptor_list;
 pub mod limits;
+mod lmcache_mode;
 pub mod message;
 mod scan;
 
 pub use codec::{DecodeError, decode, encode, type_name, unsigned_field};
+pub use lmcache_mode::{LmcacheMode, lmcache_mode};
 pub use message::Message;

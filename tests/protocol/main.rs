@@ -4,3 +4,4 @@
 
 mod receiver;
 mod sender;
+mod stock_receiver;

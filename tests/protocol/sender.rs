@@ -55,6 +55,7 @@ impl Bench {
                 hello: hello("sender"),
                 agent_name: "agent".into(),
                 metadata: vec![1],
+                pages: None,
                 chunk: ChunkShape {
                     slot_bytes: 16,
                     token_bytes: vec![4],
@@ -68,6 +69,7 @@ impl Bench {
                 allocation_timeout: Duration::from_secs(10),
                 handshake_timeout: Duration::from_secs(10),
                 commit_timeout: Duration::from_secs(9),
+                write_timeout: Duration::from_secs(20),
                 checksum: pd_backend::ids::ChecksumMode::Off,
                 requests_max: 10,
                 request_chunks_max: 10,

@@ -90,6 +90,10 @@ impl SenderSession {
     /// Notes that a receiver that is being lost holds grants of ours, if it may.
     pub(super) fn note_debt(&mut self, peer: PeerId) {
         let Some(record) = self.peers.get(&peer) else { return };
+        // To one of LMCache's a handshake says nothing.
+        if record.stock().is_some() {
+            return;
+        }
         let address = record.address.clone();
         let owes = self.requests.values().any(|request| request.peer == peer && request.may_have_grant())
             || self.words.values().any(|word| word.peer == peer);

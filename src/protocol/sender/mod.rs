@@ -10,15 +10,19 @@
 //! | `ending` | how a request ends otherwise |
 //! | `staging` | who waits for local slots, and who gets them |
 //! | `transfers`, `coverage` | `send`: parts into copies, and which bytes were given to the engine |
+//! | `stock`, `unwritten`, `lmcache_terms` | receivers of LMCache's: what they are told and say, which pages of theirs wait for our bytes, what they can read |
 
 mod coverage;
 mod debts;
 mod ending;
 mod io;
+mod lmcache_terms;
 mod peers;
 mod requests;
 mod staging;
+mod stock;
 mod transfers;
+mod unwritten;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
@@ -29,13 +33,14 @@ use self::debts::Word;
 use self::peers::Peer;
 use self::requests::{Request, Uid, WRITE_DEADLINE_PASSED};
 use self::staging::Staging;
+use self::stock::Left;
 use self::transfers::Transfer;
 use super::growth::{GROW_AGAIN_AFTER, Growth};
 use super::timers::Timers;
 use super::{ChunkShape, Grown, Port, Safeguards};
 use crate::address::AddressManager;
 use crate::ids::{
-    ChecksumMode, ClientId, ConnectionId, Failure, FailureKind, GrantId, PeerAddress, PeerId, RequestId, Seq,
+    ChecksumMode, ClientId, ConnectionId, Failure, FailureKind, GrantId, Pages, PeerAddress, PeerId, RequestId, Seq,
     SlotIndex, TransferId,
 };
 use crate::slot::SlotPool;
@@ -51,6 +56,8 @@ pub struct SenderSettings {
     pub agent_name: String,
     /// Its engine's metadata.
     pub metadata: Vec<u8>,
+    /// The buffer as LMCache's receivers are told of it; none where the engine cannot reach them.
+    pub pages: Option<Pages>,
     /// What a chunk is.
     pub chunk: ChunkShape,
     /// The buffer's addresses. Whoever grows the buffer adds to them.
@@ -63,6 +70,8 @@ pub struct SenderSettings {
     pub handshake_timeout: Duration,
     /// How long a receiver may take to answer beyond what it was told to wait.
     pub commit_timeout: Duration,
+    /// How long a grant may be written to whose receiver does not say: LMCache's.
+    pub write_timeout: Duration,
     /// Which chunks are summed for their receiver to check.
     pub checksum: ChecksumMode,
     /// Most requests that have not ended.
@@ -105,6 +114,8 @@ enum Timer {
     Word(Seq),
     /// A receiver that was lost is sought, because it must be told that nothing writes any more.
     Seek(PeerAddress),
+    /// A receiver of LMCache's has not answered for too long.
+    Answer(PeerId),
 }
 
 /// The sender as a value.
@@ -128,6 +139,8 @@ pub struct SenderSession {
     words: BTreeMap<Seq, Word>,
     /// Lost receivers that hold grants of ours, and how often they were sought in vain.
     debts: BTreeMap<PeerAddress, u32>,
+    /// What lost receivers of LMCache's hold of ours.
+    left: BTreeMap<PeerAddress, Left>,
     transfers: BTreeMap<TransferId, Transfer>,
     /// Slots of failed requests that their clients may be filling, until these say that they know.
     unacknowledged: BTreeMap<(ClientId, RequestId), Vec<SlotIndex>>,
@@ -160,6 +173,7 @@ impl SenderSession {
             commits: BTreeMap::new(),
             words: BTreeMap::new(),
             debts: BTreeMap::new(),
+            left: BTreeMap::new(),
             transfers: BTreeMap::new(),
             unacknowledged: BTreeMap::new(),
             staging: VecDeque::new(),
@@ -179,7 +193,11 @@ impl SenderSession {
         match (port, message) {
             (Port::Init, Message::NixlInitResponse(response)) => self.on_init_response(peer, response),
             (Port::Init, Message::NixlMemRegResponse(response)) => self.on_mem_reg_response(now, peer, response),
+            (Port::Alloc, Message::AllocResponse(response)) if self.is_stock(peer) => {
+                self.on_stock_answer(now, peer, &response);
+            }
             (Port::Alloc, Message::AllocResponse(response)) => self.on_alloc_response(now, peer, response),
+            (_, message) if self.is_stock(peer) => self.note_unexpected(peer, message.type_name()),
             (Port::Alloc, Message::PdCommitAck(ack)) => self.on_commit_ack(now, peer, ack),
             (Port::Alloc, Message::PdRevoke(revoke)) => self.on_revoke(peer, revoke),
             (Port::Alloc, Message::PdPong(pong)) => self.on_pong(now, peer, pong),
@@ -216,6 +234,7 @@ impl SenderSession {
                 Timer::Recommit(uid) => self.commit_again(now, uid),
                 Timer::Word(seq) => self.say_again(now, seq),
                 Timer::Seek(address) => self.seek(now, &address),
+                Timer::Answer(peer) => self.answer_timed_out(now, peer),
             }
         }
     }

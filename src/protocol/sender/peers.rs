@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use super::requests::{Stage, Uid, clipped};
+use super::stock::{STOCK_INSTANCE, Stock};
 use super::{Note, Output, PeerMemory, Port, SenderSession, Timer};
 use crate::ids::{ConnectionId, Failure, FailureKind, PeerAddress, PeerId, Seq, clip};
 use crate::protocol::{PROCESSES_ASKED_MAX, handshake};
@@ -24,10 +25,20 @@ pub(super) struct Peer {
     /// How much of its buffer the engine knows, in bytes.
     pub(super) len_bytes: u64,
     last_used: Instant,
+    pub(super) make: Make,
     /// Whether it answers pings.
     heartbeat: bool,
     /// When anything was last heard of it.
     last_heard: Instant,
+}
+
+/// Whose receiver it is.
+#[derive(Debug)]
+pub(super) enum Make {
+    /// Ours, as far as is known.
+    Ours,
+    /// LMCache's.
+    Stock(Box<Stock>),
 }
 
 #[derive(Debug)]
@@ -56,6 +67,25 @@ impl Peer {
             _ => None,
         }
     }
+
+    pub(super) fn stock(&self) -> Option<&Stock> {
+        match &self.make {
+            Make::Ours => None,
+            Make::Stock(stock) => Some(stock),
+        }
+    }
+
+    pub(super) fn stock_mut(&mut self) -> Option<&mut Stock> {
+        match &mut self.make {
+            Make::Ours => None,
+            Make::Stock(stock) => Some(stock),
+        }
+    }
+
+    /// Its name for itself, or what stands for one.
+    fn name(&self) -> String {
+        if self.stock().is_some() { STOCK_INSTANCE.to_owned() } else { self.instance.clone() }
+    }
 }
 
 impl SenderSession {
@@ -79,6 +109,7 @@ impl SenderSession {
             instance: String::new(),
             len_bytes: 0,
             last_used: now,
+            make: Make::Ours,
             heartbeat: false,
             last_heard: now,
         };
@@ -134,7 +165,7 @@ impl SenderSession {
     /// Receivers that we are connected to, or still write to.
     fn connected_instances(&self) -> Vec<String> {
         let held = self.peers.values().filter(|record| !record.instance.is_empty()).map(|record| &record.instance);
-        let written = self.transfers.values().map(|transfer| &transfer.instance);
+        let written = self.transfers.values().map(|transfer| &transfer.instance).filter(|name| !name.is_empty());
         let instances: BTreeSet<&String> = held.chain(written).collect();
         instances.into_iter().cloned().collect()
     }
@@ -144,10 +175,7 @@ impl SenderSession {
         let PeerState::Introducing(seq) = record.state else {
             return self.note_unexpected(peer, "NixlInitResponse");
         };
-        let Some(extension) = response.pd else {
-            let text = "the receiver is of another make (no `pd` field in its handshake); start pd-receiver there";
-            return self.peer_failed(peer, Failure::new(FailureKind::HandshakeRefused, text));
-        };
+        let Some(extension) = response.pd else { return self.on_stock_init_response(peer, response) };
         if extension.seq != seq {
             return self.note_unexpected(peer, "NixlInitResponse to another question");
         }
@@ -167,6 +195,22 @@ impl SenderSession {
         self.outputs.push_back(Output::LoadPeer { peer, agent_name: Some(extension.agent_name), metadata });
     }
 
+    /// No receiver of ours leaves `pd` out: this one is LMCache's.
+    fn on_stock_init_response(&mut self, peer: PeerId, response: InitResponse) {
+        let Some(address) = self.peers.get(&peer).map(|record| record.address.clone()) else { return };
+        let make = match self.meet_stock(&address, &response) {
+            Ok(make) => make,
+            Err(failure) => return self.peer_failed(peer, failure),
+        };
+        if let Some(record) = self.peers.get_mut(&peer) {
+            record.make = make;
+            record.state = PeerState::Loading;
+        }
+        // Whoever was there before is not any more.
+        self.forget_debt(&address);
+        self.outputs.push_back(Output::LoadPeer { peer, agent_name: None, metadata: response.remote_meta_bytes });
+    }
+
     /// The engine has met a receiver, or could not.
     pub fn handle_peer_loaded(&mut self, now: Instant, peer: PeerId, result: Result<ConnectionId, String>) {
         self.now = now;
@@ -178,12 +222,13 @@ impl SenderSession {
             (Some(record), Ok(connection)) => {
                 record.state = PeerState::Registering(seq, connection);
                 let instance = self.settings.hello.instance.clone();
-                let request = MemRegRequest {
+                let ours = || MemRegRequest {
                     remote_agent_name: self.settings.agent_name.clone().into_bytes(),
                     local_id: instance.clone(),
                     local_xfer_dlist_bytes: Vec::new(),
-                    pd: Some(MemRegExtension { seq, instance }),
+                    pd: Some(MemRegExtension { seq, instance: instance.clone() }),
                 };
+                let request = self.stock_registration(peer).unwrap_or_else(ours);
                 self.send(peer, Port::Init, Message::NixlMemRegRequest(request));
             }
             (Some(_), Err(text)) => {
@@ -194,23 +239,37 @@ impl SenderSession {
 
     pub(super) fn on_mem_reg_response(&mut self, now: Instant, peer: PeerId, response: MemRegResponse) {
         let Some(record) = self.peers.get_mut(&peer) else { return };
-        let (PeerState::Registering(seq, connection), Some(extension)) = (&record.state, response.pd) else {
+        let PeerState::Registering(seq, connection) = record.state else {
             return self.note_unexpected(peer, "NixlMemRegResponse");
         };
-        if extension.seq != *seq {
+        if record.stock().is_some() {
+            return match self.stock_pages(peer, &response) {
+                Ok(pages) => self.warm(now, peer, connection, pages.len_bytes(), PeerMemory::Pages(pages)),
+                Err(failure) => self.peer_failed(peer, failure),
+            };
+        }
+        let Some(extension) = response.pd else {
+            return self.note_unexpected(peer, "NixlMemRegResponse");
+        };
+        if extension.seq != seq {
             return self.note_unexpected(peer, "NixlMemRegResponse to another question");
         }
         if let Some(refusal) = extension.refusal {
             return self.peer_failed(peer, clipped(refusal));
         }
-        let connection = *connection;
-        record.len_bytes = extension.len_bytes;
-        record.state = PeerState::Warming(connection);
         let memory = PeerMemory::Descriptors(extension.descriptors);
-        self.outputs.push_back(Output::ConnectPeer { peer, connection, memory });
-        let (address, instance) = (record.address.clone(), record.instance.clone());
+        self.warm(now, peer, connection, extension.len_bytes, memory);
+    }
+
+    /// A receiver has said where its memory is.
+    fn warm(&mut self, now: Instant, peer: PeerId, connection: ConnectionId, len_bytes: u64, memory: PeerMemory) {
+        let Some(record) = self.peers.get_mut(&peer) else { return };
+        record.len_bytes = len_bytes;
+        record.state = PeerState::Warming(connection);
+        let (address, instance) = (record.address.clone(), record.name());
         let took = now.saturating_duration_since(record.since);
-        self.note(Note::PeerUp { address, instance, len_bytes: extension.len_bytes, took });
+        self.outputs.push_back(Output::ConnectPeer { peer, connection, memory });
+        self.note(Note::PeerUp { address, instance, len_bytes, took });
     }
 
     /// A receiver's buffer has grown. Nothing is granted beyond what the sender was told of, so it is told with a grant.
@@ -288,6 +347,7 @@ impl SenderSession {
             _ => None,
         };
         self.note_debt(peer);
+        self.end_stock(peer);
         self.note(Note::PeerDown { address: address.clone(), failure: failure.clone() });
         for uid in self.requests_of(peer) {
             self.fail(uid, failure.clone());
@@ -295,8 +355,10 @@ impl SenderSession {
         self.timers.cancel(&Timer::Handshake(peer));
         self.timers.cancel(&Timer::Ping(peer));
         self.forget_words(peer);
-        self.peers.remove(&peer);
         self.peer_by_address.remove(&address);
+        if let Some(record) = self.peers.remove(&peer) {
+            self.leave_stock(record);
+        }
         if let Some(connection) = connection {
             self.outputs.push_back(Output::ForgetPeer(connection));
         }
@@ -373,19 +435,20 @@ impl SenderSession {
             if std::mem::replace(&mut request.met_anew, true) {
                 continue;
             }
-            // What it has waited so far counts.
-            let wait = wait.saturating_sub(now.saturating_duration_since(request.opened_at));
-            request.stage = Stage::Peer { open_id, wait };
-            // Nobody's for a moment, so that the end of the old peer is not its end.
-            request.peer = PeerId(0);
+            request.set_aside(now, open_id, wait);
             self.awaited.remove(&seq);
             self.timers.cancel(&Timer::Allocation(uid));
             again.push(uid);
         }
         let text = format!("receiver {address} has forgotten this sender: {}", refusal.text);
         self.peer_failed(peer, Failure::new(FailureKind::PeerLost, text));
-        for uid in again {
-            match self.peer_for(now, &address) {
+        self.take_up(now, &address, again);
+    }
+
+    /// Requests that were set aside wait for a new handshake.
+    pub(super) fn take_up(&mut self, now: Instant, address: &PeerAddress, requests: Vec<Uid>) {
+        for uid in requests {
+            match self.peer_for(now, address) {
                 Ok(peer) => {
                     if let Some(request) = self.requests.get_mut(&uid) {
                         request.peer = peer;
@@ -410,12 +473,15 @@ impl SenderSession {
             record.connection().is_some()
                 && !self.requests.values().any(|request| request.peer == **peer)
                 && !self.words.values().any(|word| word.peer == **peer)
+                && !record.stock().is_some_and(Stock::is_busy)
         });
         let Some((&peer, record)) = idle.min_by_key(|(_, record)| record.last_used) else { return false };
         let (address, connection) = (record.address.clone(), record.connection());
         self.timers.cancel(&Timer::Ping(peer));
-        self.peers.remove(&peer);
         self.peer_by_address.remove(&address);
+        if let Some(record) = self.peers.remove(&peer) {
+            self.leave_stock(record);
+        }
         self.outputs.push_back(Output::ClosePeer(peer));
         if let Some(connection) = connection {
             self.outputs.push_back(Output::ForgetPeer(connection));

@@ -10,6 +10,7 @@ use crate::ids::{
     Checksum, ChunkKey, ClientId, Failure, FailureKind, GrantId, GroupIndex, PeerAddress, PeerId, RequestId, Seq,
     SlotIndex, clip,
 };
+use crate::protocol::ChunkShape;
 use crate::protocol::chunks::ChunkSize;
 use crate::wire::Message;
 use crate::wire::message::{AllocExtension, AllocRequest, AllocResponse, Commit, CommitAck};
@@ -124,6 +125,29 @@ impl Request {
     pub(super) const fn waits(&self) -> bool {
         matches!(self.stage, Stage::Peer { .. } | Stage::Allocating { .. })
     }
+
+    /// Makes it wait for a handshake again. What it has waited so far counts.
+    pub(super) fn set_aside(&mut self, now: Instant, open_id: Seq, wait: Duration) {
+        let wait = wait.saturating_sub(now.saturating_duration_since(self.opened_at));
+        self.stage = Stage::Peer { open_id, wait };
+        // Nobody's for a moment, so that the end of the old peer is not its end.
+        self.peer = PeerId(0);
+    }
+
+    /// Asks for its slots, as LMCache asks.
+    pub(super) fn alloc_message(&self, chunk: &ChunkShape) -> AllocRequest {
+        AllocRequest {
+            keys: self.keys.clone(),
+            fmt: chunk.wire_format,
+            shape: chunk.wire_shape.clone(),
+            dtype: chunk.dtype.clone(),
+            last_chunk_toks: u64::from(self.last_chunk_tokens),
+            req_id: Some(self.id.clone()),
+            is_last_batch: Some(true),
+            total_chunks: Some(self.keys.len() as u32),
+            pd: None,
+        }
+    }
 }
 
 impl SenderSession {
@@ -183,6 +207,10 @@ impl SenderSession {
 
     /// Asks the receiver for slots.
     pub(super) fn allocate(&mut self, now: Instant, uid: Uid) {
+        let peer = self.requests.get(&uid).map(|request| request.peer);
+        if let Some(peer) = peer.filter(|peer| self.is_stock(*peer)) {
+            return self.queue_allocation(now, peer, uid);
+        }
         let seq = Seq(self.fresh());
         let Some(request) = self.requests.get_mut(&uid) else { return };
         let Stage::Peer { open_id, wait } = request.stage else { return };
@@ -191,24 +219,14 @@ impl SenderSession {
         if self.asked.len() > ASKED_MAX {
             self.asked.pop_first();
         }
-        let chunk = &self.settings.chunk;
-        let message = AllocRequest {
-            keys: request.keys.clone(),
-            fmt: chunk.wire_format,
-            shape: chunk.wire_shape.clone(),
-            dtype: chunk.dtype.clone(),
-            last_chunk_toks: u64::from(request.last_chunk_tokens),
-            req_id: Some(request.id.clone()),
-            is_last_batch: Some(true),
-            total_chunks: Some(request.keys.len() as u32),
-            pd: Some(AllocExtension {
-                seq,
-                instance: self.settings.hello.instance.clone(),
-                wait_ms: wait.as_millis() as u64,
-                groups: request.groups.clone(),
-                known_len_bytes: self.peers.get(&request.peer).map_or(0, |peer| peer.len_bytes),
-            }),
-        };
+        let mut message = request.alloc_message(&self.settings.chunk);
+        message.pd = Some(AllocExtension {
+            seq,
+            instance: self.settings.hello.instance.clone(),
+            wait_ms: wait.as_millis() as u64,
+            groups: request.groups.clone(),
+            known_len_bytes: self.peers.get(&request.peer).map_or(0, |peer| peer.len_bytes),
+        });
         let peer = request.peer;
         self.awaited.insert(seq, uid);
         // The receiver's own answer says more than our clock: give it the time of an acknowledgement beyond the wait.
@@ -217,6 +235,9 @@ impl SenderSession {
     }
 
     pub(super) fn allocation_timed_out(&mut self, uid: Uid) {
+        if let Some(failure) = self.stock_allocation_timed_out(uid) {
+            return self.fail(uid, failure);
+        }
         let Some(Request { stage: Stage::Allocating { wait, .. }, .. }) = self.requests.get(&uid) else { return };
         let text = format!(
             "the receiver did not answer the allocation in time; it was given {} ms to find slots and {} ms to say so",
@@ -274,6 +295,20 @@ impl SenderSession {
             return self.fail(uid, Failure::new(FailureKind::Other, text));
         };
         request.stage = Stage::Open { grant, write_until, last: false };
+        self.opened(now, uid, open_id, write_until, already_sent);
+    }
+
+    /// A request has its slots: its client may fill and send.
+    pub(super) fn opened(
+        &mut self,
+        now: Instant,
+        uid: Uid,
+        open_id: Seq,
+        write_until: Instant,
+        already_sent: Vec<u32>,
+    ) {
+        self.timers.cancel(&Timer::Allocation(uid));
+        let Some(request) = self.requests.get_mut(&uid) else { return };
         request.phases.alloc = now.saturating_duration_since(request.opened_at);
         request.since = now;
         let note = Note::Opened {
@@ -299,6 +334,11 @@ impl SenderSession {
         let Stage::Open { grant, last: true, .. } = request.stage else { return };
         request.phases.transfer = now.saturating_duration_since(request.since);
         request.since = now;
+        let peer = request.peer;
+        if self.is_stock(peer) {
+            return self.finish_sent(now, uid, true);
+        }
+        let Some(request) = self.requests.get_mut(&uid) else { return };
         request.stage = Stage::Committing { grant };
         let granted = request.chunks.iter().filter(|chunk| chunk.remote.is_some());
         let mut checksums: Vec<Option<Checksum>> = granted.map(Chunk::checksum).collect();
@@ -307,7 +347,6 @@ impl SenderSession {
         }
         let instance = self.settings.hello.instance.clone();
         let commit = Commit { seq, instance, req_id: request.id.clone(), grant, checksums };
-        let peer = request.peer;
         if self.settings.notify_proxy && !self.settings.safeguards.commit_before_notify {
             self.outputs.push_back(Output::NotifyProxy { request: commit.req_id.clone() });
         }
@@ -338,13 +377,18 @@ impl SenderSession {
         if let Some(refusal) = ack.refusal {
             return self.fail(uid, clipped(refusal));
         }
+        self.finish_sent(now, uid, self.settings.safeguards.commit_before_notify);
+    }
+
+    /// Everything of a request is at its receiver, as surely as that receiver lets us know.
+    fn finish_sent(&mut self, now: Instant, uid: Uid, notify: bool) {
         let Some(mut request) = self.remove(uid) else { return };
         request.phases.commit = now.saturating_duration_since(request.since);
         let chunks = request.chunks.iter().filter(|chunk| chunk.remote.is_some()).count() as u32;
         self.counts.requests_sent += 1;
         self.counts.bytes += request.bytes;
         // The proxy is told after the commit is acknowledged, once, and never for a request that failed.
-        if self.settings.notify_proxy && self.settings.safeguards.commit_before_notify {
+        if self.settings.notify_proxy && notify {
             self.outputs.push_back(Output::NotifyProxy { request: request.id.clone() });
         }
         let (bytes, phases) = (request.bytes, request.phases);

@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use super::coverage::Coverage;
 use super::requests::{Stage, Uid, WRITE_DEADLINE_PASSED};
+use super::stock::STOCK_INSTANCE;
 use super::{Answer, Output, Part, SenderSession};
 use crate::ids::{
     ByteCopy, Checksum, ClientId, Failure, FailureKind, PeerAddress, PeerId, RequestId, Seq, TransferId, clip,
@@ -116,6 +117,8 @@ impl SenderSession {
         self.now = now;
         let Some(Transfer { uid, peer, address, instance, parts }) = self.transfers.remove(&transfer) else { return };
         let mut connection_lost = None;
+        let is_stock = self.is_stock(peer);
+        let mut written = Vec::new();
         if let Some(request) = self.requests.get_mut(&uid) {
             request.in_flight -= 1;
             let closing = matches!(request.stage, Stage::Closing { .. });
@@ -134,8 +137,12 @@ impl SenderSession {
                         {
                             request.staged.remove(&slot);
                             self.slots.give_back(slot);
+                            if is_stock {
+                                written.push(request.keys[index as usize].clone());
+                            }
                         }
                     }
+                    self.stock_written(peer, &written);
                     self.commit_if_written(now, uid);
                 }
                 Ok(_) => {}
@@ -144,7 +151,8 @@ impl SenderSession {
             }
         }
         if let Some(Failure { kind, text }) = connection_lost {
-            let text = format!("receiver {address} ({}): {text}", clip(&instance));
+            let instance = if is_stock { STOCK_INSTANCE.to_owned() } else { clip(&instance) };
+            let text = format!("receiver {address} ({instance}): {text}");
             self.peer_failed(peer, Failure::new(kind, text));
         }
         self.finish_closing(uid);
