@@ -26,6 +26,7 @@
 mod chunks;
 mod growth;
 mod handshake;
+mod lmcache_terms;
 pub mod receiver;
 mod safeguards;
 mod seen;

@@ -10,13 +10,12 @@
 //! | `ending` | how a request ends otherwise |
 //! | `staging` | who waits for local slots, and who gets them |
 //! | `transfers`, `coverage` | `send`: parts into copies, and which bytes were given to the engine |
-//! | `stock`, `unwritten`, `lmcache_terms` | receivers of LMCache's: what they are told and say, which pages of theirs wait for our bytes, what they can read |
+//! | `stock`, `unwritten` | receivers of LMCache's: what they are told and say, which pages of theirs wait for our bytes |
 
 mod coverage;
 mod debts;
 mod ending;
 mod io;
-mod lmcache_terms;
 mod peers;
 mod requests;
 mod staging;

@@ -11,12 +11,12 @@
 use std::collections::{BTreeSet, VecDeque};
 use std::time::{Duration, Instant};
 
-use super::lmcache_terms;
 use super::peers::{Make, Peer};
 use super::requests::{Request, Stage, Uid};
 use super::unwritten::{Claim, Unwritten};
 use super::{Port, SenderSession, Timer};
 use crate::ids::{ChunkKey, Failure, FailureKind, GrantId, Pages, PeerAddress, PeerId, RequestId, Seq};
+use crate::protocol::lmcache_terms;
 use crate::wire::message::{AllocResponse, CancelNotif, InitResponse, MemRegRequest, MemRegResponse};
 use crate::wire::{LmcacheMode, Message, descriptor_list};
 

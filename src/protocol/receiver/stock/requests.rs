@@ -8,6 +8,7 @@ use super::super::{Note, Port, ReceiverSession, Timer};
 use super::Batches;
 use crate::ids::{Failure, FailureKind, GrantId, RequestId, Seq, SlotIndex, clip};
 use crate::protocol::chunks::ChunkSize;
+use crate::protocol::lmcache_terms;
 use crate::wire::Message;
 use crate::wire::message::{AllocRequest, AllocResponse, CancelNotif};
 
@@ -75,10 +76,11 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         {
             *tokens = u64::from(chunk.chunk_tokens);
         }
-        if (&request.fmt, &shape, &request.dtype) != (&chunk.wire_format, &chunk.wire_shape, &chunk.dtype) {
+        let dtype = lmcache_terms::dtype(&chunk.dtype)?;
+        if (&request.fmt, &shape, &request.dtype) != (&chunk.wire_format, &chunk.wire_shape, &dtype) {
             let text = format!(
                 "{id} has chunks of format {} shape {:?} dtype {}, this receiver's are format {} shape {:?} dtype {}",
-                request.fmt, request.shape, request.dtype, chunk.wire_format, chunk.wire_shape, chunk.dtype
+                request.fmt, request.shape, request.dtype, chunk.wire_format, chunk.wire_shape, dtype
             );
             return refuse(FailureKind::LayoutMismatch, text);
         }
