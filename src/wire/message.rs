@@ -365,7 +365,7 @@ pub struct CacheQueryRequest {
 pub struct CacheQueryResponse {
     /// Those that are held.
     pub cached_keys: Vec<ChunkKey>,
-    /// Their positions in the request's `keys`.
+    /// The page of each, by its index in the receiver's descriptor list.
     pub cached_indexes: Vec<u32>,
 }
 

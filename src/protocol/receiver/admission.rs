@@ -48,6 +48,8 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         if self.requests.get(&id).is_some_and(Request::is_ready) {
             self.drop_ready(now, &id);
         }
+        let text = "its sender is gone, and another has the request now";
+        self.end(now, &id, Failure::new(FailureKind::PeerLost, text), false);
         self.ended.forget(&id);
         let wait = Duration::from_millis(extension.wait_ms).min(self.settings.allocation_timeout);
         self.timers.set(Timer::Allocation(id.clone()), now + wait);
@@ -91,7 +93,10 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
                 continue;
             }
             if !self.try_grant(now, &id) {
-                self.ask_to_grow();
+                // Whoever knows the buffer as it was cannot use what is added.
+                if !self.is_of_stock(&id) {
+                    self.ask_to_grow();
+                }
                 passed.push(id);
                 at += 1;
                 continue;
@@ -162,7 +167,11 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
 
     /// Whether a sender may have one more request: none may take all places from the others.
     pub(super) fn check_share(&self, instance: &str) -> Result<(), Failure> {
-        let open = |request: &&Request<R>| request.instance == instance && !request.is_ready();
+        let open = |request: &&Request<R>| {
+            request.instance == instance
+                && !request.is_ready()
+                && (request.batches.is_none() || !request.writes_nothing())
+        };
         let open_count = self.requests.values().filter(open).count();
         if open_count < self.settings.peer_requests_max {
             return Ok(());
@@ -217,7 +226,9 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             return Err(Failure::new(FailureKind::Limit, text));
         }
         match self.requests.get(&id) {
-            Some(open) if !open.is_ready() => bad(format!("{id} is open already, or its last attempt is still ending")),
+            Some(open) if !open.is_ready() && !self.is_of_lost_stock(open) => {
+                bad(format!("{id} is open already, or its last attempt is still ending"))
+            }
             _ if self.requests.len() >= self.settings.requests_max => Err(Failure::new(
                 FailureKind::Limit,
                 format!("{} requests are open, the limit (pd_max_requests)", self.requests.len()),

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::time::Instant;
 
+use super::stock::STOCK_PREFIX;
 use super::{Note, Output, Port, ReceiverSession, Timer};
 use crate::ids::{ChecksumMode, ConnectionId, Failure, FailureKind, RequestId, Seq, clip};
 use crate::protocol::seen::SeenSeqs;
@@ -56,7 +57,11 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             let text = format!("an agent's name has more than {} bytes", handshake::NAME_LEN_BYTES_MAX);
             fits.then_some(()).ok_or_else(|| Failure::new(FailureKind::Limit, text))
         });
-        let checked = checked.and_then(|()| self.check_checksums(&extension.hello));
+        let checked = checked.and_then(|()| self.check_checksums(&extension.hello)).and_then(|()| {
+            let text = format!("names that begin with {STOCK_PREFIX} are given to LMCache's senders here");
+            let ours = !instance.starts_with(STOCK_PREFIX);
+            ours.then_some(()).ok_or_else(|| Failure::new(FailureKind::BadRequest, text))
+        });
         if let Err(failure) = checked {
             return self.refuse_peer(from, extension.seq, clip(&instance), failure);
         }
@@ -222,13 +227,16 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         let Some(witness) = self.peers.get(&ping.instance).and_then(|peer| peer.process.clone()) else {
             return Vec::new();
         };
+        // What can be seen from here needs no witness.
+        let seen_from_here =
+            |process: &ProcessIdentity| self.settings.hello.process.as_ref().is_some_and(|own| own.sees(process));
         let mut asked = BTreeSet::new();
         let mut ended = BTreeSet::new();
         for closing in self.closing.values() {
             // One that is connected speaks for itself.
             let lost = self.lost.process(&closing.instance).filter(|_| !self.peers.contains_key(&closing.instance));
             match lost {
-                Some(process) if !witness.sees(process) => {}
+                Some(process) if !witness.sees(process) || seen_from_here(process) => {}
                 Some(process) if ping.ended.contains(process) => drop(ended.insert(closing.instance.clone())),
                 Some(process) if asked.len() < PROCESSES_ASKED_MAX => drop(asked.insert(process.clone())),
                 _ => {}

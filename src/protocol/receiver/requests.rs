@@ -132,6 +132,12 @@ impl<R> Request<R> {
         matches!(self.stage, Stage::Ready { .. })
     }
 
+    /// Whether every chunk of it was there before.
+    pub(super) fn writes_nothing(&self) -> bool {
+        let complete = self.batches.as_ref().is_none_or(Batches::is_complete);
+        complete && matches!(&self.stage, Stage::Granted { own, .. } if own.is_empty())
+    }
+
     /// Slots that its sender may write.
     pub(super) fn written_slots(&self) -> usize {
         match &self.stage {

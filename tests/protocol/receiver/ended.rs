@@ -63,6 +63,23 @@ fn nobody_is_asked_about_a_sender_that_is_back() {
 }
 
 #[test]
+fn nobody_is_believed_about_a_process_that_can_be_seen_from_here() {
+    // Broken in production: a lie frees the slots of a sender that runs on the receiver's own host and writes.
+    let own = process("1", 1);
+    let mut bench = Bench::with(4, 4, |settings| settings.hello.process = Some(own));
+    for (name, pid) in [("a", 10), ("b", 11)] {
+        bench.process = Some(process("1", pid));
+        bench.shake_hands(name, Vec::new());
+    }
+    bench.alloc("a", "r", &["k0"]);
+    bench.session.handle_route_gone(bench.now, &"a");
+    bench.drain();
+    assert_eq!(ping_with(&mut bench, "b", &[process("1", 10)]), []);
+    later(&mut bench, 3);
+    assert_eq!(bench.session.counts().slots.quarantined, 1);
+}
+
+#[test]
 fn what_a_dead_writer_had_posted_is_waited_for() {
     // Broken in production: bytes that a killed sender's kernel still held land in a chunk of another request.
     let mut bench = bench_that_lost_a(Duration::from_secs(2));

@@ -290,3 +290,82 @@ fn chunks_that_are_asked_after_stay_for_as_long_as_a_read_may_take() {
     let said = later(&mut bench, 10);
     assert_eq!(answer_to(&said, "m").map(|(_, pages)| pages.len()), Some(2), "pd_write_timeout_sec has passed");
 }
+
+fn counts(bench: &Bench) -> (u32, u32, usize) {
+    let counts = bench.session.counts();
+    (counts.slots.reserved, counts.slots.quarantined, counts.requests_active)
+}
+
+#[test]
+fn pages_for_batches_that_do_not_come_are_free() {
+    // Broken in production: a sender that announces more than it sends takes pages with it for good.
+    let mut bench = stock_bench(6);
+    let short = Ask { names: &["a"], req_id: Some("r"), total: Some(5), last: Some(true), ..SYNC };
+    assert_eq!(ask(&mut bench, "l", &short), Some((vec![], vec![0])));
+    assert_eq!(counts(&bench), (1, 0, 1));
+    assert_eq!(look_up(&mut bench, &["a"], true).0, [Some(16)]);
+    let unsaid = Ask { names: &["b"], req_id: Some("s"), total: Some(5), last: None, ..SYNC };
+    assert_eq!(ask(&mut bench, "l", &unsaid).map(|(_, pages)| pages.len()), Some(1));
+    bench.session.handle_wait(bench.now, ClientId(1), Seq(70), RequestId::new("s").unwrap(), None, true);
+    assert!(matches!(answer_of(&mut bench, 70), Some(Answer::Ready { .. })));
+    bench.session.handle_client_gone(bench.now, ClientId(1));
+    later(&mut bench, 21);
+    assert_eq!(counts(&bench), (0, 0, 0));
+}
+
+#[test]
+fn requests_that_had_nothing_to_write_do_not_pile_up() {
+    // Broken in production: a prefill worker whose prefixes are all there already is refused after 512 of them.
+    let mut bench = stock_bench(4);
+    ask(&mut bench, "l", &Ask { names: &["a", "b"], ..SYNC });
+    look_up(&mut bench, &["a", "b"], true);
+    for _ in 0..2000 {
+        assert_eq!(ask(&mut bench, "l", &Ask { names: &["a", "b"], ..SYNC }), Some((vec![0, 1], vec![])));
+        look_up(&mut bench, &["b", "a", "x"], true);
+        assert_eq!(counts(&bench), (0, 0, 0));
+    }
+    // Those that nobody looks up are held for as long as any, and are no failures.
+    ask(&mut bench, "l", &Ask { names: &["a"], ..SYNC });
+    later(&mut bench, 21);
+    assert_eq!((counts(&bench), bench.session.counts().requests_failed), ((0, 0, 0), 0));
+}
+
+#[test]
+fn a_restarted_sender_takes_its_request_up_again() {
+    // Broken in production: the request that a prefill worker had when it died cannot be sent by the next one.
+    let mut bench = stock_bench(6);
+    let named = Ask { names: &["a"], req_id: Some("r"), total: Some(1), last: Some(true), ..SYNC };
+    assert_eq!(ask(&mut bench, "l", &named), Some((vec![], vec![0])));
+    assert_eq!(ask(&mut bench, "m", &named), Some((vec![], vec![-1])), "the first is there");
+    bench.session.handle_route_gone(bench.now, &"l");
+    assert_eq!(ask(&mut bench, "m", &named), Some((vec![], vec![1])), "and its page may still be written");
+    later(&mut bench, 2);
+    assert_eq!(counts(&bench), (1, 0, 1));
+    bench.session.handle_route_gone(bench.now, &"m");
+    let (_, answers) = bench.alloc("a", "r", &["k"]);
+    assert!(answers[0].1.pd.as_ref().unwrap().refusal.is_none(), "a pd-sender may take it up as well");
+}
+
+#[test]
+fn a_pd_senders_request_and_names_are_its_own() {
+    // Broken in production: a stranger's allocation drops what is ready, or its handshake frees pages that are written.
+    let mut bench = stock_bench(6);
+    let (_, answers) = bench.alloc("a", "r", &["k"]);
+    bench.commit("a", "r", grant_of(&answers));
+    let named = Ask { names: &["x"], req_id: Some("r"), total: Some(1), last: Some(true), ..SYNC };
+    assert_eq!(ask(&mut bench, "l", &named), Some((vec![], vec![-1])));
+    let Some(Answer::Ready { chunks, .. }) = wait(&mut bench, 90, "r", None) else { panic!() };
+    assert_eq!(chunks[0].key.to_string(), "k");
+    let refusal = bench.shake_hands("lmcache-2", Vec::new()).refusal.unwrap();
+    assert!(refusal.text.contains("lmcache-"), "{refusal}");
+}
+
+#[test]
+fn a_receiver_that_wants_checksums_of_all_takes_no_sender_without() {
+    // Broken in production: an operator who asked for checks gets chunks that nobody summed.
+    let mut bench = Bench::with(2, 2, |settings| {
+        settings.checksum = pd_backend::ids::ChecksumMode::Full;
+        settings.pages = Some(Pages { memory_type: 0, device: 0, address: BUFFER, page_bytes: 16, count: 0 });
+    });
+    assert_eq!(shake_hands(&mut bench, "l", 16), Err(()));
+}

@@ -1,8 +1,8 @@
 //! Their handshakes: metadata for metadata, pages for pages.
 
 use super::super::{Note, Output, Port, ReceiverSession};
-use super::{Agent, AgentState};
-use crate::ids::{ConnectionId, Failure, FailureKind, Pages, clip};
+use super::{Agent, AgentState, STOCK_PREFIX};
+use crate::ids::{ChecksumMode, ConnectionId, Failure, FailureKind, Pages, clip};
 use crate::wire::message::{InitResponse, MemRegRequest, MemRegResponse};
 use crate::wire::{Message, descriptor_list};
 
@@ -18,7 +18,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             self.forget_oldest_agent();
         }
         let number = self.stock.fresh();
-        let instance = format!("lmcache-agent-{number}");
+        let instance = format!("{STOCK_PREFIX}agent-{number}");
         let agent = Agent { number, state: AgentState::Loading { reply_to: from } };
         self.stock.agents.insert(instance.clone(), agent);
         self.outputs.push_back(Output::LoadPeer { instance, agent_name: None, metadata });
@@ -27,6 +27,9 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
     /// Whether senders of another make can be served at all.
     pub(super) fn check_stock_served(&self) -> Result<(), Failure> {
         let refuse = |text: &str| Err(Failure::new(FailureKind::HandshakeRefused, text));
+        if self.settings.checksum == ChecksumMode::Full {
+            return refuse("pd_checksum is full here, and LMCache's senders sum nothing; set it to sampled or off");
+        }
         if self.settings.pages.is_none() {
             return refuse("LMCache's senders write through NIXL alone; set transfer_channel: nixl");
         }
@@ -40,10 +43,11 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
     }
 
     fn forget_oldest_agent(&mut self) {
-        let met = self.stock.agents.iter().filter(|(_, agent)| matches!(agent.state, AgentState::Met(_)));
+        let met = self.stock.agents.iter().filter(|(_, agent)| !matches!(agent.state, AgentState::Loading { .. }));
         let oldest = met.min_by_key(|(_, agent)| agent.number).map(|(instance, _)| instance.clone());
         if let Some(instance) = oldest
-            && let Some(Agent { state: AgentState::Met(connection), .. }) = self.stock.agents.remove(&instance)
+            && let Some(Agent { state: AgentState::Met(connection) | AgentState::Told(connection), .. }) =
+                self.stock.agents.remove(&instance)
         {
             self.outputs.push_back(Output::ForgetPeer(connection));
         }
@@ -95,9 +99,14 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
     fn pages_for(&mut self, instance: &str, list: &[u8]) -> Result<Vec<u8>, Failure> {
         let refuse = |kind: FailureKind, text: String| Err(Failure::new(kind, text));
         self.check_stock_served()?;
-        let met = self.stock.agents.get(instance).is_some_and(|agent| matches!(agent.state, AgentState::Met(_)));
-        let Some(pages) = self.settings.pages.filter(|_| met) else {
-            return refuse(FailureKind::HandshakeRefused, "it has not shaken hands; restart that sender".into());
+        // Once for each handshake: the answer is a thousand times as long as the question may be.
+        let connection = match self.stock.agents.get(instance).map(|agent| &agent.state) {
+            Some(AgentState::Met(connection)) => Some(*connection),
+            _ => None,
+        };
+        let (Some(pages), Some(connection)) = (self.settings.pages, connection) else {
+            let text = "it has not shaken hands, or was told before where the pages are; restart that sender";
+            return refuse(FailureKind::HandshakeRefused, text.into());
         };
         let (module, theirs) = match descriptor_list::decode(list) {
             Ok(decoded) => decoded,
@@ -110,6 +119,9 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
                 theirs.page_bytes, pages.page_bytes
             );
             return refuse(FailureKind::LayoutMismatch, text);
+        }
+        if let Some(agent) = self.stock.agents.get_mut(instance) {
+            agent.state = AgentState::Told(connection);
         }
         let count = self.described_len_bytes / pages.page_bytes;
         let known_len_bytes = count * pages.page_bytes;

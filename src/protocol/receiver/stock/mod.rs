@@ -20,6 +20,9 @@ use std::collections::BTreeMap;
 
 use crate::ids::{ChunkKey, ConnectionId, RequestId, SlotIndex};
 
+/// How their names here begin. No sender of ours has such a name: a handshake with one is refused.
+pub(super) const STOCK_PREFIX: &str = "lmcache-";
+
 /// What is known of senders of another make.
 #[derive(Debug)]
 pub(super) struct Stock<R> {
@@ -48,6 +51,8 @@ enum AgentState<R> {
         reply_to: R,
     },
     Met(ConnectionId),
+    /// It has been told where the pages are.
+    Told(ConnectionId),
 }
 
 /// A request of such a sender, which may come in several batches.
@@ -61,6 +66,12 @@ pub(super) struct Batches {
     complete: bool,
     /// Its sender has not named it: readers find its chunks by their keys alone.
     unnamed: bool,
+}
+
+impl Batches {
+    pub(super) const fn is_complete(&self) -> bool {
+        self.complete
+    }
 }
 
 impl<R> Default for Stock<R> {

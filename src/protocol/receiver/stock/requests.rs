@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use super::super::requests::{Request, Stage};
 use super::super::{Note, Port, ReceiverSession, Timer};
-use super::Batches;
+use super::{Batches, STOCK_PREFIX};
 use crate::ids::{Failure, FailureKind, GrantId, RequestId, Seq, SlotIndex, clip};
 use crate::protocol::chunks::ChunkSize;
 use crate::protocol::lmcache_terms;
@@ -15,21 +15,10 @@ use crate::wire::message::{AllocRequest, AllocResponse, CancelNotif};
 impl<R: Clone + PartialEq> ReceiverSession<R> {
     /// `AllocRequest` without our part.
     pub(in crate::protocol::receiver) fn on_stock_alloc(&mut self, now: Instant, from: R, request: AllocRequest) {
-        let instance = match self.stock.route_of(&from) {
-            Some(instance) => instance.clone(),
-            None => {
-                if self.stock.routes.len() >= self.settings.peers_max {
-                    let text = "as many senders are connected as may be (pd_max_peers)";
-                    let failure = Failure::new(FailureKind::Limit, text);
-                    return self.refuse_stock(from, request.keys.len(), "a sender of another make", None, failure);
-                }
-                let instance = format!("lmcache-{}", self.stock.fresh());
-                self.stock.routes.push((from.clone(), instance.clone()));
-                instance
-            }
-        };
+        let known = self.stock.route_of(&from).cloned();
+        let is_new = known.is_none();
+        let instance = known.unwrap_or_else(|| format!("{STOCK_PREFIX}{}", self.stock.fresh()));
         let count = request.keys.len();
-        let unnamed = request.req_id.is_none();
         let id = match request.req_id.clone() {
             Some(id) => id,
             // Its synchronous backend names no requests: readers find the chunks by their keys.
@@ -38,12 +27,21 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
                 Err(_) => return,
             },
         };
-        match self.check_stock_alloc(&instance, &id, &request) {
+        let mut checked = self.check_stock_alloc(&instance, &id, &request);
+        if is_new && self.stock.routes.len() >= self.settings.peers_max {
+            let text = "as many senders are connected as may be (pd_max_peers)";
+            checked = checked.and_then(|_| Err(Failure::new(FailureKind::Limit, text)));
+        }
+        // Whoever is refused takes no place.
+        if is_new && checked.is_ok() {
+            self.stock.routes.push((from.clone(), instance.clone()));
+        }
+        match checked {
             Ok(sizes) if self.is_next_batch(&instance, &id) => self.take_batch(now, from, id, request, sizes),
             Ok(sizes) => {
                 // An earlier attempt under this name has been given up by whoever tries again, and may still be written.
                 self.end(now, &id, Failure::new(FailureKind::Cancelled, "its sender asked for it again"), false);
-                self.begin_stock_request(now, from, id, unnamed, instance, request, sizes);
+                self.begin_stock_request(now, from, (id, instance), request, sizes);
             }
             Err(failure) => {
                 if !self.requests.contains_key(&id) {
@@ -117,7 +115,9 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             return Ok(sizes);
         }
         match self.requests.get(id) {
-            Some(open) if open.instance != instance && !open.is_ready() => {
+            // That sender is gone, and whoever asks has taken its place. A pd-sender's request is not pushed aside.
+            Some(open) if open.batches.is_some() && !self.stock.is_connected(&open.instance) => Ok(sizes),
+            Some(open) if open.instance != instance && (!open.is_ready() || open.batches.is_none()) => {
                 refuse(FailureKind::BadRequest, format!("{id} is open already, for {}", open.instance))
             }
             Some(_) => Ok(sizes),
@@ -142,9 +142,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         &mut self,
         now: Instant,
         from: R,
-        id: RequestId,
-        unnamed: bool,
-        instance: String,
+        (id, instance): (RequestId, String),
         request: AllocRequest,
         sizes: Vec<ChunkSize>,
     ) {
@@ -152,12 +150,10 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         self.ended.forget(&id);
         let wait = self.settings.allocation_timeout;
         self.timers.set(Timer::Allocation(id.clone()), now + wait);
-        let batches = Batches {
-            total: announced(&request),
-            spare: Vec::new(),
-            complete: request.is_last_batch.unwrap_or(true),
-            unnamed,
-        };
+        let complete = request.is_last_batch.unwrap_or(true);
+        // Whatever it has announced, nothing comes after the last batch.
+        let total = if complete { request.keys.len() } else { announced(&request) };
+        let batches = Batches { total, spare: Vec::new(), complete, unnamed: request.req_id.is_none() };
         let request = Request {
             instance,
             route: from,

@@ -1,9 +1,10 @@
 //! What they are granted, until a reader says that it is written.
 
+use std::collections::BTreeSet;
 use std::time::Instant;
 
 use super::super::ReceiverSession;
-use super::super::requests::Stage;
+use super::super::requests::{Request, Stage};
 use crate::ids::{ChunkKey, Failure, FailureKind, RequestId};
 
 impl<R: Clone + PartialEq> ReceiverSession<R> {
@@ -19,6 +20,22 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
                 self.stock.granted.remove(key);
                 self.vouch_for_one(now, &id, key);
             }
+        }
+        self.end_those_found(now, keys);
+    }
+
+    /// Requests without a name that had nothing to write, and whose reader is this: they are held no longer for it.
+    fn end_those_found(&mut self, now: Instant, keys: &[ChunkKey]) {
+        let keys: BTreeSet<&ChunkKey> = keys.iter().collect();
+        let found = self.requests.iter().filter(|(_, request)| {
+            request.writes_nothing()
+                && request.batches.as_ref().is_some_and(|batches| batches.unnamed)
+                && request.keys.iter().all(|key| keys.contains(key))
+        });
+        let found: Vec<RequestId> = found.map(|(id, _)| id.clone()).collect();
+        for id in found {
+            self.make_ready(now, &id);
+            self.drop_ready(now, &id);
         }
     }
 
@@ -56,8 +73,23 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         self.requests.get(id).is_some_and(|request| request.batches.is_some())
     }
 
+    /// How much of the buffer senders of another make know, in bytes.
+    pub(in crate::protocol::receiver) fn stock_known_len_bytes(&self) -> u64 {
+        self.stock.known_len_bytes.unwrap_or(0)
+    }
+
+    /// Whether a request is of a sender of another make that is gone: what it asked for may be asked for anew.
+    pub(in crate::protocol::receiver) fn is_of_lost_stock(&self, request: &Request<R>) -> bool {
+        request.batches.is_some() && !self.stock.is_connected(&request.instance)
+    }
+
     /// The time is up in which somebody could have fetched what was granted.
     pub(in crate::protocol::receiver) fn nobody_vouched(&mut self, now: Instant, id: &RequestId) {
+        if self.requests.get(id).is_some_and(Request::writes_nothing) {
+            // It only held what others had brought.
+            self.make_ready(now, id);
+            return self.drop_ready(now, id);
+        }
         let text = format!(
             "nobody fetched it within {} ms of its grant (pd_retention_sec), and its sender does not say when it is written",
             self.settings.retention.as_millis()
