@@ -58,7 +58,7 @@ CASES: list[tuple[dict[str, Any], list[int]]] = [(LAYOUT, [1, 8]), (LARGE, [256]
 TIME_TARGETS = {("tcp", 1): 0.25, ("tcp", 8): 0.25, ("cma", 1): 1.0, ("cma", 256): 0.5, ("tcp", 256): 0.8}
 CPU_TARGET = 0.6
 IDLE_TARGET = 0.02
-WARM_UP = 3
+WARM_UP = 2
 SETTLE_S = 0.02
 # Neither side's log is measured.
 QUIET = {"LMCACHE_LOG_LEVEL": "WARNING", "PD_LOG": "warn"}
@@ -76,8 +76,10 @@ class Figures:
     ms: float
     sender_cpu_s: float
     receiver_cpu_s: float
-    #: From `send` alone, and the CPU of the client: ours only.
+    # Ours only: until `open` was granted; from `send`, of it the write as the daemon says; the CPU of the client.
+    open_ms: float | None = None
     send_ms: float | None = None
+    write_ms: float | None = None
     client_cpu_s: float = 0.0
 
 
@@ -187,7 +189,7 @@ class OurPair(Pair):
     def __init__(self, setting: Setting, stack: ExitStack) -> None:
         self.setting = setting
         # A stopped peer is not to be given up while the others have their turns.
-        sets = ["pd_peer_timeout_sec=600"]
+        sets = ["pd_peer_timeout_sec=600", *setting.our_sets]
         daemons = {
             role: stack.enter_context(
                 start_daemon(role, setting.config(role, "sync", at), setting.layout_file, sets, setting.env(f"ours-{role}"))
@@ -219,6 +221,7 @@ class OurPair(Pair):
         tokens = self.setting.layout["chunk_tokens"]
         before, began_s = [cpu_s(pid) for pid in pids], time.monotonic()
         self.sender.open(req_id, keys, last_chunk_tokens=tokens, receiver=self.at)
+        opened_s = time.monotonic()
         slots = self.sender.stage(req_id, range(len(keys)))
         if fill:
             for slot in slots:
@@ -227,9 +230,17 @@ class OurPair(Pair):
         self.sender.send(req_id, slots, last=True)
         told, at_s = self.setting.proxy.next()
         assert told == req_id
-        self.sender.wait_sent(req_id)
+        sent = self.sender.wait_sent(req_id)
         spent = [cpu_s(pid) - earlier for pid, earlier in zip(pids, before, strict=True)]
-        return Figures((at_s - began_s) * 1000, spent[0], spent[1], (at_s - send_s) * 1000, spent[2])
+        return Figures(
+            (at_s - began_s) * 1000,
+            spent[0],
+            spent[1],
+            open_ms=(opened_s - began_s) * 1000,
+            send_ms=(at_s - send_s) * 1000,
+            write_ms=sent.timings.transfer_us / 1000,
+            client_cpu_s=spent[2],
+        )
 
 
 @dataclass
@@ -241,6 +252,7 @@ class Setting:
     pages: int
     folder: Path
     proxy: Proxy
+    our_sets: list[str]
 
     @property
     def chunk_bytes(self) -> int:
@@ -308,7 +320,9 @@ class Row:
     receiver_cpu_s_per_gib: float
     idle_cores: tuple[float, float]
     writes_by: str
+    open_ms: float | None = None
     send_ms: float | None = None
+    write_ms: float | None = None
     client_cpu_s_per_gib: float = 0.0
 
     @property
@@ -321,7 +335,8 @@ def summary(pair: Pair, setting: Setting, count: int, taken: list[Figures], idle
     gib = count * setting.chunk_bytes / 2**30
     median = statistics.median(times)
     log = "ours-sender" if isinstance(pair, OurPair) else f"{pair.name.split()[1]}-sender"
-    sends = [one.send_ms for one in taken if one.send_ms is not None]
+    phases = ([one.open_ms for one in taken], [one.send_ms for one in taken], [one.write_ms for one in taken])
+    known = ([one for one in phase if one is not None] for phase in phases)
     return Row(
         pair.name,
         setting.transport,
@@ -336,8 +351,8 @@ def summary(pair: Pair, setting: Setting, count: int, taken: list[Figures], idle
         statistics.median(one.receiver_cpu_s for one in taken) / gib,
         idle,
         setting.writes_by(log, setting.chunk_bytes),
-        statistics.median(sends) if sends else None,
-        statistics.median(one.client_cpu_s for one in taken) / gib,
+        *(statistics.median(phase) if phase else None for phase in known),
+        client_cpu_s_per_gib=statistics.median(one.client_cpu_s for one in taken) / gib,
     )
 
 
@@ -347,6 +362,7 @@ def measure(setting: Setting, counts: list[int], rounds: int, idle_s: float) -> 
         stock = [StockPair(mode, setting, stack) for mode in ("sync", "async")]
         for one in stock:
             one.wait_ready()
+        say(f"{setting.transport}, chunks of {setting.chunk_bytes >> 10} KiB: LMCache is ready")
         pairs: list[Pair] = [*stock, OurPair(setting, stack)]
         for pair in pairs:
             # A stopped process would not hear that it is to end.
@@ -366,6 +382,7 @@ def measure(setting: Setting, counts: list[int], rounds: int, idle_s: float) -> 
                 for count in {setting.pages, *counts}:
                     pair.verify(next_request(), count)
                 idle[pair.name] = pair.idle_cores(idle_s)
+        say("every byte was right, of each pair")
         for count in counts:
             taken: dict[str, list[Figures]] = {pair.name: [] for pair in pairs}
             for turn in range(WARM_UP + rounds):
@@ -397,7 +414,7 @@ def tables(rows: list[Row]) -> str:
     for row in rows:
         cases.setdefault((row.transport, row.chunk_bytes, row.chunks), {})[row.pair] = row
     times = [
-        "| median, ms (10 %, 90 %) | LMCache sync | LMCache async | ours | ratio | target | ours, from `send` | GiB/s: LMCache, ours |",
+        "| median, ms (10 %, 90 %) | LMCache sync | LMCache async | ours | ratio | target | ours: `open`; from `send`, of it the write | GiB/s: LMCache, ours |",
         "|---|---|---|---|---|---|---|---|",
     ]
     cpu = [
@@ -413,7 +430,7 @@ def tables(rows: list[Row]) -> str:
         best = min(sync.ms, other.ms)
         times.append(
             f"| {name} | {' | '.join(spread)} | {verdict(ours.ms / best, TIME_TARGETS.get((transport, chunks)))} "
-            f"| {ours.send_ms:.2f} | {max(sync.gib_per_s, other.gib_per_s):.2f}, {ours.gib_per_s:.2f} |"
+            f"| {ours.open_ms:.2f}; {ours.send_ms:.2f}, {ours.write_ms:.2f} | {max(sync.gib_per_s, other.gib_per_s):.2f}, {ours.gib_per_s:.2f} |"
         )
         sides = [f"{row.sender_cpu_s_per_gib:.2f}, {row.receiver_cpu_s_per_gib:.2f}" for row in (sync, other, ours)]
         ratio = ours.cpu_s_per_gib / min(sync.cpu_s_per_gib, other.cpu_s_per_gib)
@@ -430,6 +447,10 @@ def tables(rows: list[Row]) -> str:
     return "\n".join([*times, "", *cpu, "", *idle, "", "UCX's word on how it writes a chunk: " + "; ".join(writes) + "."])
 
 
+def say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+
 def machine() -> str:
     with open("/proc/cpuinfo") as file:
         cpu = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), platform.machine())
@@ -443,26 +464,27 @@ def main() -> None:
     parser.add_argument("--large-rounds", type=int, default=20, help="of 512 MiB")
     parser.add_argument("--idle-s", type=float, default=10.0)
     parser.add_argument("--transport", choices=TRANSPORTS, action="append", help="left out: each of them")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of our daemons")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     args = parser.parse_args()
     if (reason := missing()) is not None:
         raise SystemExit(reason)
     began_s, before = time.monotonic(), machine()
-    print(f"machine: {before}", file=sys.stderr)
+    say(f"machine: {before}")
     rows: list[Row] = []
     for transport in args.transport or TRANSPORTS:
         for layout, counts in CASES:
             proxy = Proxy()
             with tempfile.TemporaryDirectory() as folder:
-                setting = Setting(transport, layout, max(counts), Path(folder), proxy)
+                setting = Setting(transport, layout, max(counts), Path(folder), proxy, args.set)
                 rounds = args.large_rounds if layout is LARGE else args.rounds
                 for row in measure(setting, counts, rounds, args.idle_s):
                     rows.append(row)
-                    print(f"{size_of(row)}: {row.pair} {row.ms:.3f} ms", file=sys.stderr)
+                    say(f"{size_of(row)}: {row.pair} {row.ms:.3f} ms")
             proxy.close()
     after = machine()
     if args.json:
-        result = {"before": before, "after": after, "rows": [vars(row) | {"cpu_s_per_gib": row.cpu_s_per_gib} for row in rows]}
+        result = {"before": before, "after": after, "set": args.set, "rows": [vars(row) | {"cpu_s_per_gib": row.cpu_s_per_gib} for row in rows]}
         args.json.write_text(json.dumps(result, indent=1) + "\n")
     print(f"{after}; {time.monotonic() - began_s:.0f} s\n\n{tables(rows)}")
 
