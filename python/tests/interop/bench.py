@@ -1,4 +1,4 @@
-"""LMCache to LMCache and ours to ours, on the same NIXL, UCX and machine, by turns in one run: what `make bench-lmcache` runs.
+"""LMCache to LMCache and ours to ours by turns, on the same NIXL, UCX and machine: what `make bench-lmcache` runs.
 
 For each transport and chunk size there are three pairs of processes, alive from the first round to the last: LMCache's
 synchronous backend, its asynchronous one, and our daemons. LMCache's processes burn a core each while they wait (NIXL's
@@ -21,7 +21,6 @@ import hashlib
 import json
 import os
 import platform
-import re
 import signal
 import statistics
 import sys
@@ -33,6 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench_report import Row, seen_transport, size_of, tables
 from harness import (
     LAYOUT,
     Addresses,
@@ -54,10 +54,6 @@ TRANSPORTS: dict[str, dict[str, str]] = {"cma": {}, "tcp": {"UCX_TLS": "tcp,self
 # 2 planes x 8 layers x 8 heads x 32 elements x 2 bytes = 8 KiB a token, 2 MiB a chunk.
 LARGE = LAYOUT | {"layers": 8, "kv_heads": 8, "head_size": 32}
 CASES: list[tuple[dict[str, Any], list[int]]] = [(LAYOUT, [1, 8]), (LARGE, [256])]
-# At most so much of LMCache's time, by (transport, chunks).
-TIME_TARGETS = {("tcp", 1): 0.25, ("tcp", 8): 0.25, ("cma", 1): 1.0, ("cma", 256): 0.5, ("tcp", 256): 0.8}
-CPU_TARGET = 0.6
-IDLE_TARGET = 0.02
 WARM_UP = 2
 SETTLE_S = 0.02
 # Neither side's log is measured.
@@ -190,9 +186,13 @@ class OurPair(Pair):
         self.setting = setting
         # A stopped peer is not to be given up while the others have their turns.
         sets = ["pd_peer_timeout_sec=600", *setting.our_sets]
+
+        def env(role: str) -> dict[str, str]:
+            return setting.env(f"ours-{role}") | setting.our_env
+
         daemons = {
             role: stack.enter_context(
-                start_daemon(role, setting.config(role, "sync", at), setting.layout_file, sets, setting.env(f"ours-{role}"))
+                start_daemon(role, setting.config(role, "sync", at), setting.layout_file, sets, env(role))
             )
             for role, at in (("receiver", Addresses(0, 0)), ("sender", None))
         }
@@ -253,6 +253,7 @@ class Setting:
     folder: Path
     proxy: Proxy
     our_sets: list[str]
+    our_env: dict[str, str]
 
     @property
     def chunk_bytes(self) -> int:
@@ -278,56 +279,6 @@ class Setting:
         """By which transport UCX says that it writes ranges as long as a chunk: what its table names there."""
         log = self.folder / f"ucx-{name}.log"
         return seen_transport(log.read_text(errors="replace"), chunk_bytes) if log.is_file() else "no log"
-
-
-def seen_transport(log: str, len_bytes: int) -> str:
-    """From UCX_PROTO_INFO's tables: a title, then `| 0..inf | zero-copy | cma/memory |` for each range of lengths."""
-    found, writes = "unknown", False
-    for line in log.splitlines():
-        cells = [cell.strip() for cell in line.split("|")[1:-1]]
-        if len(cells) == 1 and "cfg#" in cells[0]:
-            writes = False
-            to_itself = " self cfg#" in cells[0]
-        elif len(cells) == 1:
-            writes = cells[0].startswith("remote memory write by ucp_put") and not to_itself
-        elif writes and len(cells) == 3 and (bounds := re.fullmatch(r"(\w+)\.\.(\w+)", cells[0])):
-            low, high = (float(bound) for bound in map(in_bytes, bounds.groups()))
-            if low <= len_bytes <= high:
-                found = f"{cells[1]}, {cells[2]}"
-    return found
-
-
-def in_bytes(text: str) -> float:
-    """UCX writes 8184, 64K and inf."""
-    scale = {"K": 2**10, "M": 2**20, "G": 2**30}.get(text[-1], 1)
-    return float(text.rstrip("KMG")) * scale
-
-
-@dataclass
-class Row:
-    """A pair's medians at one transport and size."""
-
-    pair: str
-    transport: str
-    chunk_bytes: int
-    chunks: int
-    rounds: int
-    ms: float
-    ms_p10: float
-    ms_p90: float
-    gib_per_s: float
-    sender_cpu_s_per_gib: float
-    receiver_cpu_s_per_gib: float
-    idle_cores: tuple[float, float]
-    writes_by: str
-    open_ms: float | None = None
-    send_ms: float | None = None
-    write_ms: float | None = None
-    client_cpu_s_per_gib: float = 0.0
-
-    @property
-    def cpu_s_per_gib(self) -> float:
-        return self.sender_cpu_s_per_gib + self.receiver_cpu_s_per_gib + self.client_cpu_s_per_gib
 
 
 def summary(pair: Pair, setting: Setting, count: int, taken: list[Figures], idle: tuple[float, float]) -> Row:
@@ -397,56 +348,6 @@ def measure(setting: Setting, counts: list[int], rounds: int, idle_s: float) -> 
                 yield summary(pair, setting, count, taken[pair.name], idle[pair.name])
 
 
-def verdict(ratio: float, target: float | None) -> str:
-    if target is None:
-        return f"{ratio:.2f} | none"
-    return f"{ratio:.2f} | {target:g}: {'met' if ratio <= target else 'missed'}"
-
-
-def size_of(row: Row) -> str:
-    length = f"{row.chunk_bytes >> 20} MiB" if row.chunk_bytes >= 2**20 else f"{row.chunk_bytes >> 10} KiB"
-    return f"{row.transport}, {row.chunks} x {length}"
-
-
-def tables(rows: list[Row]) -> str:
-    """Markdown. A ratio is ours / the better of LMCache's two modes, in that figure."""
-    cases: dict[tuple[str, int, int], dict[str, Row]] = {}
-    for row in rows:
-        cases.setdefault((row.transport, row.chunk_bytes, row.chunks), {})[row.pair] = row
-    times = [
-        "| median, ms (10 %, 90 %) | LMCache sync | LMCache async | ours | ratio | target | ours: `open`; from `send`, of it the write | GiB/s: LMCache, ours |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    cpu = [
-        "| CPU s per GiB | LMCache sync: sender, receiver | async | ours | our client | ratio | target |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    idle = ["| cores when idle | LMCache sync: sender, receiver | async | ours | ratio | target |", "|---|---|---|---|---|---|"]
-    seen_idle = set()
-    for (transport, chunk_bytes, chunks), by in cases.items():
-        sync, other, ours = by["LMCache sync"], by["LMCache async"], by["ours"]
-        name = size_of(ours)
-        spread = [f"{row.ms:.2f} ({row.ms_p10:.2f}, {row.ms_p90:.2f})" for row in (sync, other, ours)]
-        best = min(sync.ms, other.ms)
-        times.append(
-            f"| {name} | {' | '.join(spread)} | {verdict(ours.ms / best, TIME_TARGETS.get((transport, chunks)))} "
-            f"| {ours.open_ms:.2f}; {ours.send_ms:.2f}, {ours.write_ms:.2f} | {max(sync.gib_per_s, other.gib_per_s):.2f}, {ours.gib_per_s:.2f} |"
-        )
-        sides = [f"{row.sender_cpu_s_per_gib:.2f}, {row.receiver_cpu_s_per_gib:.2f}" for row in (sync, other, ours)]
-        ratio = ours.cpu_s_per_gib / min(sync.cpu_s_per_gib, other.cpu_s_per_gib)
-        cpu.append(f"| {name} | {' | '.join(sides)} | {ours.client_cpu_s_per_gib:.2f} | {verdict(ratio, CPU_TARGET)} |")
-        if (transport, chunk_bytes) not in seen_idle:
-            seen_idle.add((transport, chunk_bytes))
-            cores = [f"{row.idle_cores[0]:.4f}, {row.idle_cores[1]:.4f}" for row in (sync, other, ours)]
-            ratio = sum(ours.idle_cores) / min(sum(sync.idle_cores), sum(other.idle_cores))
-            idle.append(
-                f"| {transport}, chunks of {chunk_bytes >> 10} KiB | {' | '.join(cores)} | {ratio:.4f} "
-                f"| {IDLE_TARGET}: {'met' if ratio <= IDLE_TARGET else 'missed'} |"
-            )
-    writes = sorted({f"{row.transport}: {row.pair} by {row.writes_by}" for row in rows})
-    return "\n".join([*times, "", *cpu, "", *idle, "", "UCX's word on how it writes a chunk: " + "; ".join(writes) + "."])
-
-
 def say(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
@@ -465,18 +366,20 @@ def main() -> None:
     parser.add_argument("--idle-s", type=float, default=10.0)
     parser.add_argument("--transport", choices=TRANSPORTS, action="append", help="left out: each of them")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of our daemons")
+    parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="of our daemons")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     args = parser.parse_args()
     if (reason := missing()) is not None:
         raise SystemExit(reason)
     began_s, before = time.monotonic(), machine()
     say(f"machine: {before}")
+    our_env = dict(one.split("=", 1) for one in args.env)
     rows: list[Row] = []
     for transport in args.transport or TRANSPORTS:
         for layout, counts in CASES:
             proxy = Proxy()
             with tempfile.TemporaryDirectory() as folder:
-                setting = Setting(transport, layout, max(counts), Path(folder), proxy, args.set)
+                setting = Setting(transport, layout, max(counts), Path(folder), proxy, args.set, our_env)
                 rounds = args.large_rounds if layout is LARGE else args.rounds
                 for row in measure(setting, counts, rounds, args.idle_s):
                     rows.append(row)
@@ -484,7 +387,8 @@ def main() -> None:
             proxy.close()
     after = machine()
     if args.json:
-        result = {"before": before, "after": after, "set": args.set, "rows": [vars(row) | {"cpu_s_per_gib": row.cpu_s_per_gib} for row in rows]}
+        figures = [vars(row) | {"cpu_s_per_gib": row.cpu_s_per_gib} for row in rows]
+        result = {"before": before, "after": after, "set": args.set, "env": args.env, "rows": figures}
         args.json.write_text(json.dumps(result, indent=1) + "\n")
     print(f"{after}; {time.monotonic() - began_s:.0f} s\n\n{tables(rows)}")
 
