@@ -16,7 +16,7 @@ SECONDS ?= 60
 
 .PHONY: help
 help: ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 .PHONY: setup
 setup: ## fetch what build, tests and demo need into .deps
@@ -74,6 +74,14 @@ bench: ## the benches: ratios within one run, for docs/benchmarks.md
 	$(CARGO) bench --bench address_manager
 	$(CARGO) bench --bench transfer
 	@scripts/bench
+
+# python/tests/interop/bench.py has options: make bench-lmcache BENCH='--rounds 50 --json bench.json'.
+BENCH ?=
+.PHONY: bench-lmcache
+bench-lmcache: setup ## the same requests through LMCache and through ours by turns, after fetching LMCache (2.2 GB in .deps)
+	@scripts/setup-interop
+	$(CARGO) build --release --bins
+	PD_BIN_DIR=$(CURDIR)/target/release PYTHONPATH=$(CURDIR)/.deps/python:$(CURDIR)/python $(PYTHON) python/tests/interop/bench.py $(BENCH)
 
 # Needs a nightly compiler and cargo-fuzz (cargo install cargo-fuzz).
 TARGET ?= address_manager

@@ -263,8 +263,9 @@ def missing() -> str | None:
     return "LMCache is not installed in .deps/interop: run `make interop`, or scripts/setup-interop first"
 
 
-
-def start_daemon(role: str, config: Path, layout: Path, sets: Sequence[str] = ()) -> Daemon:
+def start_daemon(
+    role: str, config: Path, layout: Path, sets: Sequence[str] = (), env: dict[str, str] | None = None
+) -> Daemon:
     """A pd-sender or pd-receiver with an lmcache.yaml."""
     arguments = ["--config", str(config), "--kv-layout", str(layout)]
     for key in sets:
@@ -272,4 +273,5 @@ def start_daemon(role: str, config: Path, layout: Path, sets: Sequence[str] = ()
     built = next((build for build in ("debug", "release") if (TOP / "target" / build / f"pd-{role}").is_file()), "debug")
     directory = os.environ.get("PD_BIN_DIR") or TOP / "target" / built
     # As the stock side has it: nothing but loopback.
-    return Daemon(find_binary(f"pd-{role}", directory), arguments, env={"UCX_NET_DEVICES": "lo", "UCX_LOG_LEVEL": "error"})
+    environment = {"UCX_NET_DEVICES": "lo", "UCX_LOG_LEVEL": "error"} | (env or {})
+    return Daemon(find_binary(f"pd-{role}", directory), arguments, env=environment)
