@@ -14,7 +14,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from harness import LAYOUT, Addresses, Proxy, StockProcess, free_ports, missing, start_daemon, write_config
+from harness import LAYOUT, Addresses, Proxy, StockProcess, free_ports, missing, start_daemon, wait_listening, write_config
 from pd_backend import Daemon, ReceiverClient
 
 
@@ -72,6 +72,7 @@ def start_stock_pair(tmp_path: Path) -> Iterator[Callable[..., StockPair]]:
             )
             for one in (pair.receiver, *pair.senders):
                 one.wait_ready()
+            wait_listening(at)
             return pair
 
         yield start

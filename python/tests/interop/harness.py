@@ -154,6 +154,20 @@ class Proxy:
         self._socket.close(linger=0)
 
 
+def wait_listening(at: Addresses, timeout_s: float = TIMEOUT_S) -> None:
+    """Waits until a receiver's ports are bound: an asynchronous LMCache receiver binds them some time after it is made."""
+    deadline = time.monotonic() + timeout_s
+    for port in (at.init_port, at.alloc_port):
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=1.0).close()
+                break
+            except ConnectionRefusedError:
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"nobody listens on port {port} after {timeout_s} s") from None
+                time.sleep(0.02)
+
+
 class StockProcess:
     """stock_sender.py or stock_receiver.py, running; a context manager that ends it."""
 

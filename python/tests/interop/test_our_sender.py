@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import StockPair
-from harness import LAYOUT, TOP, StockProcess, keys_of, pattern, token_bytes, write_config
+from harness import LAYOUT, TOP, StockProcess, keys_of, pattern, token_bytes, wait_listening, write_config
 
 sys.path.insert(0, str(TOP / "python"))
 
@@ -86,6 +86,7 @@ class Ours:
         )
         self.stock.receiver = self.stock.stack.enter_context(receiver)
         receiver.wait_ready()
+        wait_listening(self.stock.at)
 
 
 @pytest.fixture
