@@ -4,8 +4,13 @@
 use super::NIXL_ENGINE_NAME;
 use crate::transfer::TransferError;
 
-/// UCX writes its log to stdout unless told otherwise, where a launcher reads the ready line.
-const DEFAULTS: [(&str, &str); 1] = [("UCX_LOG_FILE", "stderr")];
+const DEFAULTS: [(&str, &str); 2] = [
+    // UCX writes its log to stdout unless told otherwise, where a launcher reads the ready line.
+    ("UCX_LOG_FILE", "stderr"),
+    // NIXL's progress thread and the thread that posts share a lock, which is held for as long as CMA copies. UCX waits for
+    // it by spinning unless told otherwise: a core burnt for nothing (docs/benchmarks.md).
+    ("UCX_USE_MT_MUTEX", "y"),
+];
 
 /// Sets what NIXL's libraries read from the environment, leaving alone what is set. Call it first in `main`: the
 /// environment can be changed only while one thread runs.
@@ -41,9 +46,10 @@ mod tests {
         // Broken in production: a getenv in another thread reads freed memory.
         let (stop, stopped) = std::sync::mpsc::channel::<()>();
         let other = std::thread::spawn(move || stopped.recv());
-        let is_set = std::env::var_os("UCX_LOG_FILE").is_some();
-        assert_eq!(prepare_environment().is_ok(), is_set);
-        assert_eq!(std::env::var_os("UCX_LOG_FILE").is_some(), is_set);
+        let set = || DEFAULTS.map(|(name, _)| std::env::var_os(name).is_some());
+        let before = set();
+        assert_eq!(prepare_environment().is_ok(), before == [true; DEFAULTS.len()]);
+        assert_eq!(set(), before);
         drop(stop);
         assert!(other.join().unwrap().is_err());
     }
