@@ -26,6 +26,7 @@
 //! - how bytes move: [`transfer::TransferEngine`] and its two engines;
 //! - which chunk is where: [`slot::SlotTable`]; which bytes are taken: [`address::AddressManager`]; how the memory under
 //!   them grows: [`buffer::MemoryManager`];
+//! - what is different with LMCache's own peers: `protocol::receiver::stock` and `protocol::sender::stock`;
 //! - who may talk: [`wire::auth`]; what an operator sees: [`metrics`];
 //! - what a daemon can be told: [`config::Config`].
 //!
