@@ -35,6 +35,8 @@ class ReadyLine(msgspec.Struct, frozen=True):
     init_port: int | None = None
     #: Receiver: port of allocations and commits.
     alloc_port: int | None = None
+    #: Receiver: port of LMCache's cache queries, where one is configured.
+    query_port: int | None = None
     #: URL of the metrics, where they are served.
     metrics: str | None = None
 
