@@ -7,8 +7,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,6 @@ both_modes = pytest.mark.parametrize("mode", ["sync", "async"])
 class Ours:
     """A pd-sender with its client, and the stock receiver that it sends to."""
 
-    daemon: Daemon
     client: SenderClient
     stock: StockPair
     tmp_path: Path
@@ -48,20 +46,20 @@ class Ours:
         opened = self.client.open(name, keys, last_chunk_tokens=last_tokens, receiver=self.address, **more)
         return list(opened.already_sent)
 
-    def send(self, name: str, keys: list[str], there: list[int], seed: str = "") -> None:
-        """Fills and sends the chunks that are not there, and waits for their end."""
+    def start_send(self, name: str, keys: list[str], there: list[int], seed: str = "") -> None:
+        """Fills and sends the chunks that are not there."""
         missing = [index for index in range(len(keys)) if index not in there]
         slots = self.client.stage(name, missing) if missing else []
         for slot in slots:
             content = pattern(seed + keys[slot.chunk], slot.len_bytes)
             self.client.view(slot)[:] = np.frombuffer(content, dtype=np.uint8)
         self.client.send(name, slots, last=True)
-        self.client.wait_sent(name, 30)
 
     def deliver(self, name: str, keys: list[str], last_tokens: int = LAST_TOKENS, seed: str = "") -> list[int]:
         """A whole request: which of its chunks were there already."""
         there = self.open(name, keys, last_tokens)
-        self.send(name, keys, there, seed)
+        self.start_send(name, keys, there, seed)
+        self.client.wait_sent(name, 30)
         assert self.stock.proxy.next()[0] == name
         return there
 
@@ -89,27 +87,27 @@ class Ours:
         wait_listening(self.stock.at)
 
 
+def start_sender(stock: StockPair, tmp_path: Path, mode: str, layout: dict[str, Any], **settings: Any) -> Ours:
+    """A pd-sender for this receiver; its end comes with the receiver's."""
+    ours = tmp_path / "ours.json"
+    ours.write_text(json.dumps(LAYOUT | layout))
+    config = write_config(tmp_path / "ours.yaml", "sender", mode=mode, pages=80, proxy_port=stock.proxy.port, **settings)
+    directory = os.environ.get("PD_BIN_DIR") or TOP / "target" / "debug"
+    arguments = ["--config", str(config), "--kv-layout", str(ours)]
+    daemon = Daemon(find_binary("pd-sender", directory), arguments, env={"UCX_NET_DEVICES": "lo"})
+    client = stock.stack.enter_context(SenderClient(stock.stack.enter_context(daemon).ready.connector))
+    return Ours(client, stock, tmp_path, mode)
+
+
 @pytest.fixture
-def start_ours(start_stock_pair: Callable[..., StockPair], tmp_path: Path) -> Iterator[Callable[..., Ours]]:
-    """Starts a stock receiver and a pd-sender, and ends them after the test."""
-    with ExitStack() as stack:
+def start_ours(start_stock_pair: Callable[..., StockPair], tmp_path: Path) -> Callable[..., Ours]:
+    """Starts a stock receiver and a pd-sender, which end after the test."""
 
-        def start(mode: str, *, pages: int = 80, layout: dict[str, Any] | None = None, **settings: Any) -> Ours:
-            stock = start_stock_pair(mode, mode, pages=pages, senders=0)
-            ours = tmp_path / "ours.json"
-            ours.write_text(json.dumps(LAYOUT | (layout or {})))
-            config = write_config(
-                tmp_path / "ours.yaml", "sender", mode=mode, pages=80, proxy_port=stock.proxy.port, **settings
-            )
-            directory = os.environ.get("PD_BIN_DIR") or TOP / "target" / "debug"
-            arguments = ["--config", str(config), "--kv-layout", str(ours)]
-            daemon = stack.enter_context(
-                Daemon(find_binary("pd-sender", directory), arguments, env={"UCX_NET_DEVICES": "lo"})
-            )
-            client = stack.enter_context(SenderClient(daemon.ready.connector))
-            return Ours(daemon, client, stock, tmp_path, mode)
+    def start(mode: str, *, pages: int = 80, layout: dict[str, Any] | None = None, **settings: Any) -> Ours:
+        stock = start_stock_pair(mode, mode, pages=pages, senders=0)
+        return start_sender(stock, tmp_path, mode, layout or {}, **settings)
 
-        yield start
+    return start
 
 
 def eventually(probe: Callable[[], bool]) -> None:
@@ -142,6 +140,28 @@ def test_chunks_that_are_there_are_not_sent_again(start_ours: Callable[..., Ours
     assert ours.deliver("second", more, LAST_TOKENS, seed="other") == [0, 1, 2, 3]
     ours.check(keys, CHUNK_TOKENS)
     ours.check(more[4:], LAST_TOKENS, seed="other")
+
+
+@both_modes
+def test_two_senders_fill_one_receiver(start_ours: Callable[..., Ours], mode: str) -> None:
+    # Broken in production: a second prefill worker takes the first one's name at the receiver, or its pages.
+    first = start_ours(mode)
+    both = [first, start_sender(first.stock, first.tmp_path, mode, {})]
+    shared = keys_of(LAYOUT, "shared", 2)
+    first.deliver("shared", shared, CHUNK_TOKENS)
+    for turn in range(4):
+        # Everything is open at once, so that neither finds the other's pages free.
+        requests = [(sender, f"{turn}-{index}", keys_of(LAYOUT, f"{turn}-{index}", 8)) for index, sender in enumerate(both)]
+        for sender, name, keys in requests:
+            assert sender.open(name, shared + keys) == [0, 1]
+        for sender, name, keys in requests:
+            sender.start_send(name, shared + keys, [0, 1])
+        for sender, name, _ in requests:
+            sender.client.wait_sent(name, 30)
+        assert sorted(first.stock.proxy.next()[0] for _ in requests) == [name for _, name, _ in requests]
+        for _, _, keys in requests:
+            first.check(keys)
+    first.check(shared, CHUNK_TOKENS)
 
 
 @both_modes
