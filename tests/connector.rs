@@ -233,6 +233,7 @@ fn requests_and_replies_have_these_bytes() {
         receiver: pd_backend::ids::PeerAddress { host: "h".into(), init_port: 7300, alloc_port: 7400 },
         wait_ms: None,
         groups: vec![GroupIndex(0)],
+        stage: false,
     };
     let golden = [
         &b"\x87\xa4type\xa4open"[..],     // map of 7
@@ -249,7 +250,8 @@ fn requests_and_replies_have_these_bytes() {
     assert_eq!(encode(&open).escape_ascii().to_string(), golden.escape_ascii().to_string());
     assert_eq!(decode::<Request>(&golden).unwrap(), open);
     let Request::Open { id, req_id, keys, last_chunk_tokens, receiver, wait_ms, .. } = open else { panic!() };
-    let left_out = Request::Open { id, req_id, keys, last_chunk_tokens, receiver, wait_ms, groups: Vec::new() };
+    let left_out =
+        Request::Open { id, req_id, keys, last_chunk_tokens, receiver, wait_ms, groups: Vec::new(), stage: false };
     let nil = [&golden[..golden.len() - 2], b"\xc0"].concat();
     assert_eq!(decode::<Request>(&nil).unwrap(), left_out, "nil means left out");
 

@@ -264,16 +264,25 @@ class SenderClient(Client):
         receiver: m.PeerAddress,
         groups: Sequence[int] = (),
         wait_s: float | None = None,
+        stage: bool = False,
     ) -> m.Opened:
         """Asks the receiver for room for all these chunks; returns once it is granted.
 
         `groups` names the group of layers of each chunk, by its position in `attached.groups`; without it all are of
         the first. The last chunk of each group has `last_chunk_tokens` tokens. `already_sent` of the result lists
         positions in `keys` that are neither staged nor sent. `wait_s` bounds the
-        wait for slots; the daemon's configuration does when it is left out. Raises `RequestRefused`.
+        wait for slots; the daemon's configuration does when it is left out. With `stage` the result's `slots` are those
+        of all other chunks, which saves the call of that name: none are there when too few were free, and then that
+        call waits for them. Raises `RequestRefused`.
         """
         return self.start_open(
-            req_id, keys, last_chunk_tokens=last_chunk_tokens, receiver=receiver, groups=groups, wait_s=wait_s
+            req_id,
+            keys,
+            last_chunk_tokens=last_chunk_tokens,
+            receiver=receiver,
+            groups=groups,
+            wait_s=wait_s,
+            stage=stage,
         ).result()
 
     def start_open(
@@ -285,6 +294,7 @@ class SenderClient(Client):
         receiver: m.PeerAddress,
         groups: Sequence[int] = (),
         wait_s: float | None = None,
+        stage: bool = False,
     ) -> Pending[m.Opened]:
         """As `open`, without waiting."""
         return self._start(
@@ -296,6 +306,7 @@ class SenderClient(Client):
                 receiver=receiver,
                 groups=list(groups),
                 wait_ms=_milliseconds(wait_s),
+                stage=stage,
             ),
             m.Opened,
             _itself,

@@ -171,6 +171,8 @@ class Open(_Message, frozen=True):
     wait_ms: int | None = None
     #: Of which group each chunk is; all of the first when left out.
     groups: list[int] = []
+    #: Whether `Opened` is to bring slots for every chunk to send, if there are any free at that moment.
+    stage: bool = False
 
 
 class Stage(_Message, frozen=True):
@@ -255,11 +257,15 @@ class StatusReply(_Message, frozen=True, tag="status"):
 
 
 class Opened(_Message, frozen=True):
-    """To `Open`: positions in `already_sent` need neither be staged nor sent."""
+    """To `Open`: positions in `already_sent` need neither be staged nor sent.
+
+    `slots` are for all others, as in `Staged`, if `Open` asked for them and enough were free.
+    """
 
     id: int
     req_id: str
     already_sent: list[int]
+    slots: list[StagedSlot] = []
 
 
 class Staged(_Message, frozen=True):

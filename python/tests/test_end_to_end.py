@@ -293,6 +293,26 @@ def test_slots_can_be_sent_layer_by_layer(start_pair, engine):
     check_arrived(pair, "layers", data)
 
 
+def test_a_request_is_opened_and_staged_at_once(start_pair, engine):
+    # Broken in production: the shorter way moves other bytes than the longer one, or loses slots when there are too few.
+    pair = start_pair(engine, sender_slots=4, receiver_slots=16)
+    data = content(14, 4, 3)
+    for turn, keys in enumerate([keys_of("same", 2) + keys_of("first", 2), keys_of("same", 2) + keys_of("second", 2)]):
+        opened = open_request(pair, f"r{turn}", 4, 3, keys, stage=True)
+        assert [slot.chunk for slot in opened.slots] == [at for at in range(4) if at not in opened.already_sent]
+        for slot in opened.slots:
+            pair.sender.view(slot)[:] = data[slot.chunk]
+        if turn == 0:
+            late = open_request(pair, "late", 1, keys=keys_of("late", 1), stage=True)
+            assert late.slots == [], "the sender has no slot left"
+        pair.sender.send(f"r{turn}", opened.slots, last=True)
+        pair.sender.wait_sent(f"r{turn}", 30)
+        check_arrived(pair, f"r{turn}", data)
+    pair.sender.send("late", fill(pair, "late", [data[0]]), last=True)
+    pair.sender.wait_sent("late", 30)
+    check_arrived(pair, "late", [data[0]])
+
+
 def test_last_with_bytes_missing_is_refused_and_the_request_goes_on(start_pair, engine):
     # Broken in production: half a chunk is committed, and the decode side computes on garbage.
     pair = start_pair(engine)

@@ -103,6 +103,7 @@ async fn open_and_cancel(pair: &mut Pair, number: u32, key_count: u32) -> Result
         last_chunk_tokens: pair.chunk_tokens,
         receiver: pair.address.clone(),
         wait_ms: None,
+        stage: false,
     };
     let started = Instant::now();
     let reply = pair.sender.link.request(|given| with_id(open, given)).await?;

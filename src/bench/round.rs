@@ -75,6 +75,7 @@ async fn open(pair: &mut Pair, requests: &[PlannedRequest]) -> Result<(), BenchE
             last_chunk_tokens: request.last_chunk_tokens,
             receiver,
             wait_ms: None,
+            stage: false,
         });
         opens.push(open?);
     }

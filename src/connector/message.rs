@@ -54,6 +54,9 @@ pub enum Request {
         /// out.
         #[serde(default, deserialize_with = "nil_is_left_out", skip_serializing_if = "Vec::is_empty")]
         groups: Vec<GroupIndex>,
+        /// Whether `opened` is to bring slots for every chunk to send, if there are any free at that moment.
+        #[serde(default, skip_serializing_if = "is_false", deserialize_with = "nil_is_left_out")]
+        stage: bool,
     },
     /// Sender: local slots to fill, one for each of these chunks. Answered by `staged`, all at once.
     Stage {
@@ -204,6 +207,9 @@ pub enum Reply {
         req_id: RequestId,
         /// Positions in `keys` of chunks that the receiver holds already: neither staged nor sent.
         already_sent: Vec<u32>,
+        /// One for each other chunk, as in `staged`; none if `stage` was not asked for, or not enough were free.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        slots: Vec<StagedSlot>,
     },
     /// To `stage`.
     Staged {

@@ -266,9 +266,9 @@ impl SenderDaemon {
                 let status = self.status();
                 self.clients.reply(client, &Reply::Status { id, status });
             }
-            Request::Open { id, req_id, keys, last_chunk_tokens, receiver, wait_ms, groups } => {
+            Request::Open { id, req_id, keys, last_chunk_tokens, receiver, wait_ms, groups, stage } => {
                 let wait = translate::wait(wait_ms).map(|wait| wait.min(self.config.deadlines.allocation));
-                let open = OpenRequest { id: req_id, keys, groups, last_chunk_tokens, receiver, wait };
+                let open = OpenRequest { id: req_id, keys, groups, last_chunk_tokens, receiver, wait, stage };
                 self.session.handle_open(now, client, id, open);
             }
             Request::Stage { id, req_id, chunks, wait_ms } => {

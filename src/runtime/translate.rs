@@ -80,20 +80,24 @@ pub(super) fn parts(parts: Vec<SendPart>) -> Vec<sender::Part> {
 
 pub(super) fn sender_answer(id: Seq, answer: sender::Answer) -> Reply {
     match answer {
-        sender::Answer::Opened { request, already_sent } => Reply::Opened { id, req_id: request, already_sent },
-        sender::Answer::Staged { slots } => {
-            let slot = |slot: sender::StagedSlot| StagedSlot {
-                chunk: slot.chunk,
-                slot: slot.slot,
-                offset_bytes: slot.offset_bytes,
-                len_bytes: slot.len_bytes,
-            };
-            Reply::Staged { id, slots: slots.into_iter().map(slot).collect() }
+        sender::Answer::Opened { request, already_sent, slots } => {
+            Reply::Opened { id, req_id: request, already_sent, slots: staged(slots) }
         }
+        sender::Answer::Staged { slots } => Reply::Staged { id, slots: staged(slots) },
         sender::Answer::Accepted => Reply::Accepted { id },
         sender::Answer::Cancelled { request } => Reply::Cancelled { id, req_id: request },
         sender::Answer::Failed { failure, peer } => error(id, failure, peer),
     }
+}
+
+fn staged(slots: Vec<sender::StagedSlot>) -> Vec<StagedSlot> {
+    let slot = |slot: sender::StagedSlot| StagedSlot {
+        chunk: slot.chunk,
+        slot: slot.slot,
+        offset_bytes: slot.offset_bytes,
+        len_bytes: slot.len_bytes,
+    };
+    slots.into_iter().map(slot).collect()
 }
 
 pub(super) fn sender_event(event: sender::Event) -> Reply {

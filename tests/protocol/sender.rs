@@ -6,7 +6,7 @@ use pd_backend::address::AddressManager;
 use pd_backend::ids::{
     ChunkKey, ClientId, ConnectionId, Failure, FailureKind, GrantId, PeerAddress, PeerId, RequestId, Seq, TransferId,
 };
-use pd_backend::protocol::sender::{Answer, Event, OpenRequest, Output, Part, SenderSettings};
+use pd_backend::protocol::sender::{Answer, Event, OpenRequest, Output, Part, SenderSettings, StagedSlot};
 use pd_backend::protocol::{ChunkShape, Port, SenderSession};
 use pd_backend::wire::Message;
 use pd_backend::wire::message::{
@@ -145,17 +145,45 @@ impl Bench {
 
     /// Opens a request of one chunk and returns the number of its allocation.
     fn open(&mut self, name: &str) -> Seq {
+        self.ask(name, 1, false)
+    }
+
+    fn ask(&mut self, name: &str, chunks: u32, stage: bool) -> Seq {
         let open = OpenRequest {
             id: request(name),
-            keys: vec![ChunkKey::new("k").unwrap()],
+            keys: (0..chunks).map(|chunk| ChunkKey::new(format!("k{chunk}")).unwrap()).collect(),
             groups: Vec::new(),
             last_chunk_tokens: 4,
             receiver: PeerAddress { host: "r".into(), init_port: 1, alloc_port: 2 },
             wait: None,
+            stage,
         };
         self.session.handle_open(self.now, CLIENT, Seq(1), open);
         self.pump();
         self.allocation()
+    }
+
+    /// The receiver grants slots for all chunks but those it has: what the client is told.
+    fn opened(&mut self, name: &str, chunks: u32, there: &[u32], stage: bool) -> Vec<StagedSlot> {
+        let seq = self.ask(name, chunks, stage);
+        let to_send = u64::from(chunks) - there.len() as u64;
+        let pd = AllocReplyExtension {
+            grant: Some(GrantId(seq.0)),
+            offsets: (0..to_send).map(|at| at * 16).collect(),
+            write_within_ms: 10_000,
+            ..AllocReplyExtension::empty(seq)
+        };
+        let there = there.to_vec();
+        self.hear(Message::AllocResponse(AllocResponse {
+            already_sent_indexes: there.clone(),
+            remote_indexes: vec![],
+            pd: Some(pd),
+        }));
+        let Some((Seq(1), Answer::Opened { already_sent, slots, .. })) = self.answers.pop() else {
+            panic!("{:?}", self.answers)
+        };
+        assert_eq!(already_sent, there);
+        slots
     }
 
     fn allocation(&mut self) -> Seq {
@@ -218,6 +246,45 @@ impl Bench {
             }
         }
     }
+}
+
+#[test]
+fn a_request_is_opened_with_slots_for_what_it_has_to_send() {
+    // Broken in production: a request that opens and stages at once fills a slot that nobody sends, or sends too little.
+    let mut bench = Bench::new();
+    let slots = bench.opened("r", 3, &[1], true);
+    assert_eq!(slots.iter().map(|slot| slot.chunk).collect::<Vec<_>>(), [0, 2]);
+    bench.session.handle_stage(bench.now, CLIENT, Seq(2), &request("r"), vec![0], None);
+    bench.pump();
+    assert!(matches!(bench.answers.pop(), Some((Seq(2), Answer::Failed { .. }))), "it is staged already");
+    let parts: Vec<Part> =
+        slots.iter().map(|slot| Part { slot: slot.slot, offset_bytes: 0, len_bytes: None }).collect();
+    bench.session.handle_send(bench.now, CLIENT, Seq(3), &request("r"), &parts, true);
+    bench.pump();
+    assert_eq!(bench.answers.pop(), Some((Seq(3), Answer::Accepted)));
+    assert_eq!(bench.posts.len(), 1);
+    assert_eq!(bench.opened("all there", 2, &[0, 1], true), [], "nothing to send needs no slot");
+}
+
+#[test]
+fn opening_with_slots_takes_none_from_those_who_wait() {
+    // Broken in production: a long request waits for slots until its deadline while short ones take each that comes free.
+    let mut bench = Bench::new();
+    assert_eq!(bench.opened("first", 3, &[], true).len(), 3);
+    assert_eq!(bench.opened("waits", 2, &[], false), []);
+    bench.session.handle_stage(bench.now, CLIENT, Seq(2), &request("waits"), vec![0, 1], None);
+    bench.pump();
+    assert_eq!(bench.opened("short", 1, &[], true), [], "one is free, and somebody waits");
+    bench.session.handle_cancel(bench.now, CLIENT, Seq(3), &request("first"));
+    bench.pump();
+    let staged: Vec<Seq> = bench
+        .answers
+        .iter()
+        .filter_map(|(id, answer)| matches!(answer, Answer::Staged { .. }).then_some(*id))
+        .collect();
+    assert_eq!(staged, [Seq(2)]);
+    assert_eq!(bench.opened("large", 3, &[], true), [], "two of three slots are no slots");
+    assert_eq!(bench.opened("small", 1, &[], true).len(), 1, "and none of them was kept");
 }
 
 fn lost() -> Failure {

@@ -261,6 +261,7 @@ impl Bench {
             last_chunk_tokens: 4,
             receiver: PeerAddress { host: "r".into(), init_port: 1, alloc_port: 2 },
             wait: None,
+            stage: false,
         };
         self.session.handle_open(self.now, CLIENT, id, open);
         self.pump();
@@ -406,6 +407,7 @@ fn it_is_asked_in_lmcaches_words() {
         last_chunk_tokens: 4,
         receiver: PeerAddress { host: "r".into(), init_port: 1, alloc_port: 2 },
         wait: None,
+        stage: false,
     };
     bench.session.handle_open(bench.now, CLIENT, Seq(1), open);
     bench.pump();

@@ -251,6 +251,7 @@ impl World {
         self.attempts[attempt].state = State::Opening;
         let within = 2 * plan::HANDSHAKE + plan::ALLOCATION + 2 * plan::COMMIT;
         let (client, id) = self.call(at, attempt, Kind::Open, within);
+        let stage = self.rng.random_bool(0.5);
         let open = OpenRequest {
             id: spec.name,
             keys: spec.keys,
@@ -258,6 +259,7 @@ impl World {
             last_chunk_tokens: spec.last_tokens,
             receiver: address(spec.receiver),
             wait: None,
+            stage,
         };
         self.senders[at.index].session.handle_open(self.now, client, id, open);
     }
@@ -346,14 +348,13 @@ impl World {
         }
         let attempt = call.attempt;
         match (call.kind, answer) {
-            (Kind::Open, Answer::Opened { already_sent, .. }) => self.opened(at, attempt, &already_sent),
+            (Kind::Open, Answer::Opened { already_sent, slots, .. }) => self.opened(at, attempt, &already_sent, slots),
             (Kind::Open, Answer::Failed { failure, .. }) => {
                 self.end_attempt(attempt, Some(failure.kind));
                 self.attempts[attempt].knows = true;
             }
             (Kind::Stage, Answer::Staged { slots }) => {
-                let most = if self.settling { 3 } else { THINK_MS };
-                let after = self.ms(0, most);
+                let after = self.think_ms();
                 self.schedule(after, News::Fill(at, attempt, slots));
             }
             // Staging timed out: the connector gives the request up.
@@ -387,7 +388,13 @@ impl World {
         }
     }
 
-    fn opened(&mut self, at: Proc, attempt: usize, already_sent: &[u32]) {
+    /// How long a connector fills slots.
+    fn think_ms(&mut self) -> u64 {
+        let most = if self.settling { 3 } else { THINK_MS };
+        self.ms(0, most)
+    }
+
+    fn opened(&mut self, at: Proc, attempt: usize, already_sent: &[u32], slots: Vec<StagedSlot>) {
         let spec = &self.jobs[self.attempts[attempt].job];
         let name = spec.name.clone();
         let count = spec.keys.len() as u32;
@@ -397,11 +404,24 @@ impl World {
             return self.wrong(format!("{name} is opened twice, or after its end"));
         }
         record.state = State::Open;
-        record.to_stage = (0..count).filter(|chunk| !already_sent.contains(chunk)).collect();
+        let to_send: VecDeque<u32> = (0..count).filter(|chunk| !already_sent.contains(chunk)).collect();
         record.due = self.now + plan::WRITE + plan::COMMIT + SLACK;
         record.paused_before = paused;
-        self.open.insert((at, name), attempt);
-        self.stage(at, attempt);
+        let staged = !slots.is_empty();
+        let right = !staged || slots.iter().map(|slot| slot.chunk).eq(to_send.iter().copied());
+        if !staged {
+            record.to_stage = to_send;
+        }
+        self.open.insert((at, name.clone()), attempt);
+        if !right {
+            return self.wrong(format!("{name} is opened with slots for other chunks than those to send: {slots:?}"));
+        }
+        if staged {
+            let after = self.think_ms();
+            self.schedule(after, News::Fill(at, attempt, slots));
+        } else {
+            self.stage(at, attempt);
+        }
     }
 
     pub fn on_prefill_event(&mut self, at: Proc, client: ClientId, event: Event) {

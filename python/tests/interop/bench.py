@@ -6,8 +6,8 @@ progress thread), so all pairs but the one whose turn it is are stopped (SIGSTOP
 again and one that counts; the order of the turns changes from round to round.
 
 `ms` is from the submission to the ProxyNotif in the proxy's hands. Both sides have filled their memory by then. What is
-submitted: LMCache, `batched_submit_put_task`, which asks the receiver for pages, writes and notifies; ours, `open`,
-`stage` and `send`, which do the same. `send_ms` is from our `send` alone, for in use `open` comes before prefill.
+submitted: LMCache, `batched_submit_put_task`, which asks the receiver for pages, writes and notifies; ours, `open` (that
+stages) and `send`, which do the same. `send_ms` is from our `send` alone, for in use `open` comes before prefill.
 
 CPU is of whole processes, from the kernel's clocks: LMCache's two from submission to ProxyNotif, ours from submission
 until the client has been told as well. The client runs in this process, so all that this process uses meanwhile is
@@ -220,9 +220,9 @@ class OurPair(Pair):
         pids = (*self.pids, os.getpid())
         tokens = self.setting.layout["chunk_tokens"]
         before, began_s = [cpu_s(pid) for pid in pids], time.monotonic()
-        self.sender.open(req_id, keys, last_chunk_tokens=tokens, receiver=self.at)
+        slots = self.sender.open(req_id, keys, last_chunk_tokens=tokens, receiver=self.at, stage=True).slots
         opened_s = time.monotonic()
-        slots = self.sender.stage(req_id, range(len(keys)))
+        assert len(slots) == len(keys), "the buffer has room for the largest request"
         if fill:
             for slot in slots:
                 self.sender.view(slot)[:] = memoryview(pattern(keys[slot.chunk], slot.len_bytes))

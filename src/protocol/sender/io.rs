@@ -34,6 +34,8 @@ pub struct OpenRequest {
     pub receiver: PeerAddress,
     /// How long to wait for slots, if not as configured.
     pub wait: Option<Duration>,
+    /// Whether to stage every chunk to send as soon as it is granted, if there are local slots at that moment.
+    pub stage: bool,
 }
 
 /// A part of a staged slot that is final.
@@ -154,6 +156,8 @@ pub enum Answer {
         request: RequestId,
         /// Positions of the chunks that the receiver holds already.
         already_sent: Vec<u32>,
+        /// One for each other chunk, if they were to be staged and there was room; none otherwise.
+        slots: Vec<StagedSlot>,
     },
     /// To `stage`.
     Staged {

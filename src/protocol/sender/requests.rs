@@ -44,6 +44,8 @@ pub(super) struct Request {
     pub(super) groups: Vec<GroupIndex>,
     pub(super) last_chunk_tokens: u32,
     pub(super) chunks: Vec<Chunk>,
+    /// Whether to stage every chunk to send as soon as it is granted.
+    stage_all: bool,
     /// Local slots by what they hold.
     pub(super) staged: BTreeMap<SlotIndex, u32>,
     /// Whether its client learns of its end by an event, at a moment when it may be filling slots.
@@ -175,6 +177,7 @@ impl SenderSession {
             keys: open.keys,
             groups: open.groups,
             last_chunk_tokens: open.last_chunk_tokens,
+            stage_all: open.stage,
             staged: BTreeMap::new(),
             told_by_event: false,
             in_flight: 0,
@@ -318,12 +321,12 @@ impl SenderSession {
             already_sent: already_sent.len(),
             took: request.phases.alloc,
         };
-        let answer = Answer::Opened { request: request.id.clone(), already_sent };
-        let client = request.client;
+        let (client, name, stage_all) = (request.client, request.id.clone(), request.stage_all);
         self.timers.set(Timer::Write(uid), write_until);
         self.note(note);
         if let Some(client) = client {
-            self.answer(client, open_id, answer);
+            let slots = if stage_all { self.stage_granted(uid) } else { Vec::new() };
+            self.answer(client, open_id, Answer::Opened { request: name, already_sent, slots });
         }
     }
 

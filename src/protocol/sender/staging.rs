@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::requests::{Stage, Uid};
 use super::{Answer, SenderSession, StagedSlot, Timer};
-use crate::ids::{ClientId, Failure, FailureKind, RequestId, Seq};
+use crate::ids::{ClientId, Failure, FailureKind, RequestId, Seq, SlotIndex};
 
 /// A client that waits for local slots.
 #[derive(Debug)]
@@ -56,21 +56,41 @@ impl SenderSession {
             };
             let Some(staging) = self.staging.pop_front() else { return };
             self.timers.cancel(&Timer::Stage(staging.client, staging.id));
-            let offsets: Vec<u64> =
-                slots.iter().filter_map(|&slot| self.slots.range(slot)).map(|range| range.start).collect();
-            let Some(request) = self.requests.get_mut(&staging.uid) else {
-                slots.into_iter().for_each(|slot| self.slots.give_back(slot));
-                continue;
-            };
-            let mut staged = Vec::with_capacity(slots.len());
-            for ((&chunk, slot), offset_bytes) in staging.chunks.iter().zip(slots).zip(offsets) {
-                let record = &mut request.chunks[chunk as usize];
-                record.local = Some(slot);
-                request.staged.insert(slot, chunk);
-                staged.push(StagedSlot { chunk, slot, offset_bytes, len_bytes: record.len_bytes });
+            if let Some(slots) = self.fill(staging.uid, &staging.chunks, slots) {
+                self.answer(staging.client, staging.id, Answer::Staged { slots });
             }
-            self.answer(staging.client, staging.id, Answer::Staged { slots: staged });
         }
+    }
+
+    /// Slots for every chunk that the receiver granted, or none: whoever waits has the first right to what is free, and a
+    /// client that is told of none waits its turn with `stage`.
+    pub(super) fn stage_granted(&mut self, uid: Uid) -> Vec<StagedSlot> {
+        let Some(request) = self.requests.get(&uid).filter(|_| self.staging.is_empty()) else { return Vec::new() };
+        let granted = (0u32..).zip(&request.chunks).filter(|(_, chunk)| chunk.remote.is_some());
+        let (chunks, lens_bytes): (Vec<u32>, Vec<u64>) = granted.map(|(at, chunk)| (at, chunk.len_bytes)).unzip();
+        if chunks.is_empty() {
+            return Vec::new();
+        }
+        let taken = self.slots.take(&lens_bytes).ok();
+        taken.and_then(|slots| self.fill(uid, &chunks, slots)).unwrap_or_default()
+    }
+
+    /// Gives these slots to these chunks of a request; back, if there is no such request any more.
+    fn fill(&mut self, uid: Uid, chunks: &[u32], slots: Vec<SlotIndex>) -> Option<Vec<StagedSlot>> {
+        let offsets: Vec<u64> =
+            slots.iter().filter_map(|&slot| self.slots.range(slot)).map(|range| range.start).collect();
+        let Some(request) = self.requests.get_mut(&uid) else {
+            slots.into_iter().for_each(|slot| self.slots.give_back(slot));
+            return None;
+        };
+        let mut staged = Vec::with_capacity(slots.len());
+        for ((&chunk, slot), offset_bytes) in chunks.iter().zip(slots).zip(offsets) {
+            let record = &mut request.chunks[chunk as usize];
+            record.local = Some(slot);
+            request.staged.insert(slot, chunk);
+            staged.push(StagedSlot { chunk, slot, offset_bytes, len_bytes: record.len_bytes });
+        }
+        Some(staged)
     }
 
     pub(super) fn staging_timed_out(&mut self, client: ClientId, id: Seq) {
