@@ -4,4 +4,3 @@
 
 mod receiver;
 mod sender;
-mod stock_receiver;
