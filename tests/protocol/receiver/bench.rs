@@ -8,9 +8,11 @@ use pd_backend::protocol::receiver::{Answer, ExpectedChunk, Output, ReceiverSett
 use pd_backend::protocol::{ChunkShape, Grown, Port, ReceiverSession};
 use pd_backend::wire::Message;
 use pd_backend::wire::message::{
-    AllocExtension, AllocRequest, AllocResponse, CAPABILITY_CHECKSUMS, CAPABILITY_COMMIT, CAPABILITY_HEARTBEAT,
-    CancelExtension, CancelNotif, Commit, Hello, InitExtension, InitReplyExtension, InitRequest, Ping, ProcessIdentity,
+    AllocExtension, AllocRequest, AllocResponse, CAPABILITY_CHECKSUMS, CancelExtension, CancelNotif, Commit, Hello,
+    InitExtension, InitReplyExtension, InitRequest, Ping, ProcessIdentity,
 };
+
+use crate::hello;
 
 /// One receiver of `slots` slots with the senders `a` and `b` shaken hands with. A route is the sender's name.
 pub struct Bench {
@@ -29,18 +31,6 @@ pub struct Bench {
     pub process: Option<ProcessIdentity>,
     /// What it asked to be summed.
     pub verifies: Vec<(GrantId, Vec<ExpectedChunk>)>,
-}
-
-pub fn hello(instance: &str) -> Hello {
-    Hello {
-        version_min: 2,
-        version_max: 2,
-        instance: instance.into(),
-        engine: "test".into(),
-        layout: Vec::new(),
-        capabilities: vec![CAPABILITY_COMMIT.into(), CAPABILITY_HEARTBEAT.into()],
-        process: None,
-    }
 }
 
 impl Bench {

@@ -8,9 +8,11 @@ use pd_backend::protocol::sender::{Answer, Event, OpenRequest, Output, Part, Sen
 use pd_backend::protocol::{ChunkShape, Port, SenderSession};
 use pd_backend::wire::Message;
 use pd_backend::wire::message::{
-    AllocReplyExtension, AllocResponse, CAPABILITY_COMMIT, CAPABILITY_HEARTBEAT, CancelExtension, Hello,
-    InitReplyExtension, InitResponse, MemRegReplyExtension, MemRegResponse, Pong,
+    AllocReplyExtension, AllocResponse, CancelExtension, InitReplyExtension, InitResponse, MemRegReplyExtension,
+    MemRegResponse, Pong,
 };
+
+use crate::hello;
 
 pub const CLIENT: ClientId = ClientId(1);
 
@@ -26,18 +28,6 @@ pub struct Bench {
     pub posts: Vec<TransferId>,
     pub opened: Vec<PeerId>,
     pub proxy: u32,
-}
-
-pub fn hello(instance: &str) -> Hello {
-    Hello {
-        version_min: 2,
-        version_max: 2,
-        instance: instance.into(),
-        engine: "test".into(),
-        layout: Vec::new(),
-        capabilities: vec![CAPABILITY_COMMIT.into(), CAPABILITY_HEARTBEAT.into()],
-        process: None,
-    }
 }
 
 pub fn request(name: &str) -> RequestId {
