@@ -262,6 +262,7 @@ impl NixlDescriptor for Range<'_> {
 const fn host(memory: &Memory) -> &HostMemory {
     match memory {
         Memory::Host(memory) => memory,
+        Memory::Cuda(_) => panic!("this bench moves host memory"),
     }
 }
 

@@ -8,7 +8,7 @@ use tracing_appender::non_blocking::{NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::EnvFilter;
 
 use crate::config::{Config, Options, Role};
-use crate::runtime::{self, RunOptions};
+use crate::runtime::{self, RunOptions, RuntimeError};
 use crate::transfer::{nixl, open_files};
 
 /// Exit code for a configuration that cannot be used.
@@ -51,7 +51,7 @@ pub fn daemon_main(role: Role) -> ExitCode {
     }
     if options.check {
         print!("{}", loaded.config.to_yaml());
-        return ExitCode::SUCCESS;
+        return exit_code(runtime::check_machine(&loaded.config));
     }
     tracing::info!("configuration: {}", loaded.config.to_line());
     if let (before, now @ Some(limit)) = open_files::raise_limit()
@@ -59,7 +59,12 @@ pub fn daemon_main(role: Role) -> ExitCode {
     {
         tracing::info!(limit, "the limit of open files is raised");
     }
-    match runtime::run(loaded.config, RunOptions { exit_with_parent: options.exit_with_parent }) {
+    exit_code(runtime::run(loaded.config, RunOptions { exit_with_parent: options.exit_with_parent }))
+}
+
+/// Says why a daemon could not go on.
+fn exit_code(result: Result<(), RuntimeError>) -> ExitCode {
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!("{error}");

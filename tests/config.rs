@@ -422,6 +422,10 @@ const REFUSED: &[(&str, &str)] = &[
         "f.yaml:4: pd_buffer_device = \"cuda:+1\"; expected cpu, cuda or cuda:N (N from 0 to 1023); write for example `pd_buffer_device: cpu`",
     ),
     (
+        "pd_buffer_device: cuda:1\npd_buffer_initial_size: 512MiB",
+        "f.yaml:5: pd_buffer_initial_size = \"512MiB\": with pd_buffer_device: cuda:1 the pd_buffer cannot grow, since GPU memory that other processes can open is allocated in one piece; leave it out, and lower pd_buffer_size if 1GiB is too much",
+    ),
+    (
         "chunk_size: 0",
         "f.yaml:4: chunk_size = 0; expected a number of tokens from 1 to 1048576; write for example `chunk_size: 256`",
     ),

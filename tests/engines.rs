@@ -10,11 +10,12 @@ mod support;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use pd_backend::buffer::HostMapping;
+use pd_backend::buffer::{CopyBatch, CopyEnd, CopyStream, Memory};
 use pd_backend::ids::{ConnectionId, TransferId};
 use pd_backend::transfer::{ByteCopy, Ended, EngineKind, TransferError};
 use rustix::net::{AddressFamily, Shutdown};
 use rustix::process::{PidfdFlags, PidfdGetfdFlags, Resource, Rlimit, getrlimit, setrlimit};
+use support::memory::MemoryKind;
 use support::receiver::{Receiver, serve_if_asked};
 use support::sender::{Expected, Sender};
 use support::{ENVIRONMENT, kind_named, nixl_is_here};
@@ -29,10 +30,13 @@ const LEN_BYTES: u64 = UNIT_BYTES * UNIT_COUNT + 5;
 
 /// A test of `case` for each engine.
 macro_rules! cases {
-    ($($case:ident)*) => {
+    // Host memory alone grows.
+    (any memory: $($case:ident)*; host memory: $($growing:ident)*; measured: $($measured:ident)*) => {
         fn run_case(name: &str, kind: EngineKind) {
             match name {
                 $(stringify!($case) => $case(kind),)*
+                $(stringify!($growing) => $growing(kind),)*
+                $(stringify!($measured) => $measured(kind),)*
                 other => panic!("no case {other}"),
             }
         }
@@ -40,11 +44,44 @@ macro_rules! cases {
         mod local {
             use super::*;
             $(#[test] fn $case() { start_case(stringify!($case), EngineKind::Local, &[]); })*
+            $(#[test] fn $growing() { start_case(stringify!($growing), EngineKind::Local, &[]); })*
+        }
+
+        mod local_gpu_to_gpu {
+            use super::*;
+            $(#[test] fn $case() { start_gpu_case(stringify!($case), EngineKind::Local, &[SENDER, RECEIVER]); })*
+        }
+
+        mod local_gpu_to_host {
+            use super::*;
+            $(#[test] fn $case() { start_gpu_case(stringify!($case), EngineKind::Local, &[SENDER]); })*
+        }
+
+        mod local_host_to_gpu {
+            use super::*;
+            $(#[test] fn $case() { start_gpu_case(stringify!($case), EngineKind::Local, &[RECEIVER]); })*
+        }
+
+        mod measured {
+            use super::*;
+            $(#[test] #[ignore = "it measures, into the file PD_TEST_REPORT: scripts/gpu-check runs it"] fn $measured() {
+                start_gpu_case(stringify!($measured), EngineKind::Local, &[SENDER, RECEIVER]);
+            })*
+        }
+
+        mod nixl_gpu_to_gpu {
+            use super::*;
+            $(#[test] fn $case() {
+                if nixl_is_here() && gpu_is_here("nixl with GPU memory") {
+                    start_gpu_case(stringify!($case), EngineKind::Nixl, &[SENDER, RECEIVER]);
+                }
+            })*
         }
 
         mod nixl {
             use super::*;
             $(#[test] fn $case() { if nixl_is_here() { start_case(stringify!($case), EngineKind::Nixl, &[]); } })*
+            $(#[test] fn $growing() { if nixl_is_here() { start_case(stringify!($growing), EngineKind::Nixl, &[]); } })*
         }
 
         /// Between hosts a post returns before the copies have ended: TCP does likewise, on one host as well.
@@ -52,11 +89,13 @@ macro_rules! cases {
             use super::*;
             const TCP: [(&str, &str); 1] = [("UCX_TLS", "tcp,self")];
             $(#[test] fn $case() { if nixl_is_here() { start_case(stringify!($case), EngineKind::Nixl, &TCP); } })*
+            $(#[test] fn $growing() { if nixl_is_here() { start_case(stringify!($growing), EngineKind::Nixl, &TCP); } })*
         }
     };
 }
 
 cases! {
+    any memory:
     one_chunk
     many_scattered_chunks
     neighbours_in_any_order
@@ -71,18 +110,21 @@ cases! {
     disconnected_and_connected_again
     disconnected_in_flight
     lost_and_met_again_leaves_nothing_open
-    an_agent_that_says_something_else_is_met_anew
     a_kept_connection_that_has_broken_is_made_anew
     no_more_files_is_said_with_the_limit
     shaken_hands_with_twice
+    a_stalled_peer_holds_nobody_up
+    a_stalled_peer_is_given_up_and_had_again
+    disconnected_while_connecting;
+    host memory:
+    an_agent_that_says_something_else_is_met_anew
     the_receiver_grows
     the_sender_grows
     grown_with_writes_in_flight
     bad_growth_is_refused
-    grown_while_connecting
-    a_stalled_peer_holds_nobody_up
-    a_stalled_peer_is_given_up_and_had_again
-    disconnected_while_connecting
+    grown_while_connecting;
+    measured:
+    gpu_writes_against_copies
 }
 
 #[test]
@@ -120,6 +162,29 @@ fn start_case(case: &str, kind: EngineKind, environment: &[(&str, &str)]) {
         std::thread::sleep(Duration::from_millis(10));
     };
     assert!(status.success(), "{case}: {status}");
+}
+
+const SENDER: (&str, &str) = (support::sender::MEMORY_VARIABLE, "gpu");
+const RECEIVER: (&str, &str) = (support::receiver::MEMORY_VARIABLE, "gpu");
+
+/// A case with the named ends on a GPU: the stand-in's, unless the machine's own is asked for.
+fn start_gpu_case(case: &str, kind: EngineKind, ends: &[(&str, &str)]) {
+    let state = tempfile::tempdir().unwrap();
+    let gpu = support::gpu::environment(state.path());
+    let mut environment: Vec<(&str, &str)> = gpu.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
+    environment.extend(ends);
+    start_case(case, kind, &environment);
+}
+
+/// Whether this is to run on the machine's own GPU; says how when it is not.
+fn gpu_is_here(what: &str) -> bool {
+    let is_real = support::gpu::is_real();
+    if !is_real {
+        eprintln!(
+            "SKIPPED, {what} needs a GPU: scripts/gpu-check, or PD_TEST_GPU=1 before the test command, on a machine with one"
+        );
+    }
+    is_real
 }
 
 fn start_receiver(kind: EngineKind, len_bytes: u64) -> Receiver {
@@ -816,6 +881,66 @@ fn disconnected_while_connecting(kind: EngineKind) {
     expected.check(&receiver);
 }
 
+/// One line of JSON for each length of a chunk: writes by the engine into another process's buffer, and the same copies
+/// between two buffers of this process, by turns.
+fn gpu_writes_against_copies(kind: EngineKind) {
+    const KIB: u64 = 1024;
+    let (rounds, shapes) = if support::gpu::is_real() {
+        (20, vec![(256 * KIB, 2048), (2048 * KIB, 1024), (8192 * KIB, 512), (32768 * KIB, 128)])
+    } else {
+        (3, vec![(64 * KIB, 8), (256 * KIB, 4)])
+    };
+    let mut lines = String::new();
+    for (chunk_bytes, chunk_count) in shapes {
+        let len_bytes = chunk_bytes * chunk_count;
+        let mut receiver = Receiver::start(&HIDDEN, kind, len_bytes, chunk_bytes);
+        let mut sender = Sender::start(kind, len_bytes, chunk_bytes);
+        let connection = sender.connect(&mut receiver);
+        let own = MemoryKind::Gpu.allocate(len_bytes, len_bytes);
+        let Memory::Cuda(cuda) = &*own else { panic!("it is on a GPU") };
+        let stream = CopyStream::new(cuda.device().clone()).unwrap();
+        // Backwards, so that no two chunks are one copy.
+        let chunk = |at: u64| copy(at * chunk_bytes, (chunk_count - 1 - at) * chunk_bytes, chunk_bytes);
+        let copies: Vec<ByteCopy> = (0..chunk_count).map(chunk).collect();
+        let mut pairs = Vec::new();
+        for round in 0..rounds + 2 {
+            let started = Instant::now();
+            let (from, to) = (CopyEnd::Memory(sender.memory.clone()), CopyEnd::Memory(own.clone()));
+            let mut batch = CopyBatch::new(stream.clone(), from, to);
+            for copy in &copies {
+                batch.push(copy.local_offset, copy.remote_offset, copy.len_bytes).unwrap();
+            }
+            batch.seal().unwrap();
+            while !batch.is_done().unwrap() {
+                std::hint::spin_loop();
+            }
+            let copied = started.elapsed();
+            let started = Instant::now();
+            sender.ship(connection, &copies).unwrap();
+            if round >= 2 {
+                pairs.push((copied, started.elapsed()));
+            }
+        }
+        let mut ratios: Vec<f64> =
+            pairs.iter().map(|(copied, wrote)| copied.as_secs_f64() / wrote.as_secs_f64()).collect();
+        ratios.sort_by(f64::total_cmp);
+        let mut wrote: Vec<f64> = pairs.iter().map(|(_, wrote)| wrote.as_secs_f64()).collect();
+        wrote.sort_by(f64::total_cmp);
+        let (ratio, seconds) = (ratios[ratios.len() / 2], wrote[wrote.len() / 2]);
+        lines += &format!(
+            "{}\n",
+            serde_json::json!({
+                "chunk_bytes": chunk_bytes, "chunks": chunk_count, "rounds": rounds, "gb_per_s": len_bytes as f64 / seconds / 1e9,
+                "of_copy": ratio, "least_of_copy": ratios[0]
+            })
+        );
+    }
+    match std::env::var("PD_TEST_REPORT") {
+        Ok(path) => std::fs::write(path, lines).unwrap(),
+        Err(_) => eprint!("{lines}"),
+    }
+}
+
 #[test]
 fn nothing_is_left_behind_after_sigkill() {
     // Broken in production: a daemon that is killed leaves its buffer's memory allocated until the next reboot.
@@ -832,7 +957,7 @@ fn nothing_is_left_behind_after_sigkill() {
     let mut seen = [0; 10];
     receiver.mapping.read(0, &mut seen).unwrap();
     assert_eq!(&seen, b"still here");
-    assert!(HostMapping::open(&receiver.handle).is_err());
+    assert!(support::memory::Mapping::open(&receiver.handle).is_err());
     assert!(!std::path::Path::new(&format!("/proc/{pid}")).exists());
     // NIXL's transports may come and go beside this test.
     let left: Vec<_> = names()

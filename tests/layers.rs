@@ -80,7 +80,7 @@ const IMPURE: &[&str] = &[
 /// Libraries that one place alone may name.
 const ONE_PLACE: &[(&str, &[&str])] = &[
     ("nixl_sys", &["src/transfer/nixl"]),
-    ("cudarc", &["src/buffer/cuda.rs"]),
+    ("cudarc", &["src/buffer/cuda/driver.rs"]),
     ("zeromq::", &["src/side_channel"]),
     ("prometheus_client", &["src/metrics"]),
     ("hyper::", &["src/runtime/http.rs", "src/bench/scrape.rs"]),

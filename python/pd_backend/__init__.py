@@ -2,10 +2,12 @@
 
 from .buffer import PdBuffer
 from .client import Client, Lease, Pending, ReceiverClient, SenderClient
+from .cuda_buffer import CudaBuffer, CudaView
 from .daemon import Daemon, ReadyLine, find_binary
 from .errors import (
     ClientClosed,
     ClientMisuse,
+    CudaError,
     DaemonGone,
     DaemonStartError,
     Kind,
@@ -36,6 +38,9 @@ __all__ = [
     "Client",
     "ClientClosed",
     "ClientMisuse",
+    "CudaBuffer",
+    "CudaError",
+    "CudaView",
     "Daemon",
     "DaemonGone",
     "DaemonStartError",

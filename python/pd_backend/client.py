@@ -13,6 +13,8 @@ import numpy as np
 from . import messages as m
 from ._channel import Channel
 from .buffer import PdBuffer
+from .cuda_buffer import CudaBuffer, CudaView
+from .cuda_order import StreamOrder
 from .errors import (
     ClientMisuse,
     DaemonGone,
@@ -119,28 +121,39 @@ class Client:
         self._next_id = 1
         self._pending: dict[int, Pending[Any]] = {}
         self._events: deque[m.Event] = deque()
-        self._buffer: PdBuffer | None = None
+        self._buffer: PdBuffer | CudaBuffer | None = None
+        self._order: StreamOrder | None = None
         self._channel = Channel(endpoint, reply_timeout_s)
         try:
             #: The daemon's answer to `attach`: chunk and slot sizes, layout.
             self.attached: m.Attached = self._attach(name)
             self._channel.watch(self.attached.buffer.pid)
             if map_buffer:
-                self._buffer = PdBuffer.attached(self.attached)
+                self._map_buffer()
         except BaseException:
             self._channel.close()
             raise
 
     @property
-    def buffer(self) -> PdBuffer:
+    def buffer(self) -> PdBuffer | CudaBuffer:
         """The mapped pd_buffer. Raises `MappingError` when it was not asked for."""
         if self._buffer is None:
             raise MappingError("this client was made with map_buffer=False, or closed")
         return self._buffer
 
-    def view(self, chunk: m.StagedSlot | m.ReadyChunk) -> np.ndarray:
-        """The bytes of a staged slot or a ready chunk as a uint8 array, without copying."""
+    def view(self, chunk: m.StagedSlot | m.ReadyChunk) -> np.ndarray | CudaView:
+        """The bytes of a staged slot or a ready chunk, without copying: a uint8 array, or a view of GPU memory."""
         return self.buffer.view(chunk)
+
+    def order_by(self, stream: int | None) -> None:
+        """Which CUDA stream fills, or reads, the slots of a buffer in GPU memory: `torch.cuda.Stream.cuda_stream`.
+
+        What is on it when a call is made comes before what the call says: `send` of slots that it writes, `release` of
+        chunks that it reads. None, as at first: torch's current stream of the calling thread, or without torch the legacy
+        default stream. For a buffer in host memory it means nothing.
+        """
+        if self._order is not None:
+            self._order.stream = stream
 
     def status(self) -> m.Status:
         """The daemon's counters."""
@@ -153,9 +166,13 @@ class Client:
         """
         self.start_cancel(req_id).result()
 
-    def start_cancel(self, req_id: str) -> Pending[None]:
-        """As `cancel`, without waiting."""
-        return self._start(lambda id: m.Cancel(id=id, req_id=req_id), m.Cancelled, _nothing, self._wait_timeout_s)
+    def start_cancel(self, req_id: str, *, stream: int | None = None) -> Pending[None]:
+        """As `cancel`, without waiting. With a buffer in GPU memory it takes effect once the stream has done what is on
+        it now: the slots are given up with it."""
+        after = self._after(stream)
+        return self._start(
+            lambda id: m.Cancel(id=id, req_id=req_id, after=after), m.Cancelled, _nothing, self._wait_timeout_s
+        )
 
     def poll_events(self) -> list[m.Event]:
         """The events that have arrived since the last call, oldest first. Never waits.
@@ -174,16 +191,19 @@ class Client:
         return events
 
     def close(self) -> None:
-        """Detaches, so that the daemon takes everything back now, and closes. Closing twice does nothing."""
+        """Detaches, so that the daemon takes everything back now, and closes. Closing twice does nothing.
+
+        With a buffer in GPU memory it waits for what this process has on that GPU, which may be using the buffer.
+        """
         if self._channel.usable:
             try:
+                if isinstance(self._buffer, CudaBuffer):
+                    self._buffer.finish()
                 self._start(lambda id: m.Detach(id=id), m.Detached, _nothing).result()
             except PdError:
                 pass  # The daemon notices that the connection ended, and takes everything back all the same.
         self._channel.close()
-        if self._buffer is not None:
-            self._buffer.close()
-            self._buffer = None
+        self._close_buffer()
 
     def __enter__(self) -> Self:
         return self
@@ -211,22 +231,55 @@ class Client:
             raise ClientMisuse(f"{self.endpoint} is a pd-{attached.role}, expected a pd-{self.role}")
         return attached
 
+    def _map_buffer(self) -> None:
+        if isinstance(self.attached.buffer, m.DeviceBuffer):
+            self._buffer = CudaBuffer.attached(self.attached)
+            self._order = StreamOrder(self._buffer.device)
+        else:
+            self._buffer = PdBuffer.attached(self.attached)
+
+    def _close_buffer(self) -> None:
+        if self._order is not None:
+            self._order.close()
+            self._order = None
+        if self._buffer is not None:
+            self._buffer.close()
+            self._buffer = None
+
     def _start(
         self, request: Callable[[int], m.Request], expected: type, convert: Callable[[Any], T], wait_s: float = 0.0
     ) -> Pending[T]:
         message = request(self._next_id)
         pending = Pending(self, message, expected, convert, wait_s + self._reply_timeout_s)
-        self._channel.send(message)
+        try:
+            self._channel.send(message)
+        except DaemonGone:
+            self._daemon_has_gone()
+            raise
         self._pending[self._next_id] = pending
         self._next_id += 1
         return pending
+
+    def _after(self, stream: int | None) -> str | None:
+        """An event behind what is on the stream now, for a message that gives slots away; none for host memory."""
+        return None if self._order is None else self._order.mark(stream)
+
+    def _daemon_has_gone(self) -> None:
+        """Gives GPU memory back: while it is open here the GPU keeps it, and the next daemon would miss it."""
+        if isinstance(self._buffer, CudaBuffer):
+            self._close_buffer()
 
     def _wait_of(self, wait_s: float | None) -> float:
         return self._wait_timeout_s if wait_s is None else wait_s
 
     def _pump(self, timeout_s: float) -> None:
         """Takes in what has arrived, waiting up to `timeout_s` for the first of it."""
-        for reply in self._channel.receive(timeout_s):
+        try:
+            replies = list(self._channel.receive(timeout_s))
+        except DaemonGone:
+            self._daemon_has_gone()
+            raise
+        for reply in replies:
             if isinstance(reply, (m.Sent, m.Failed)):
                 self._events.append(reply)
                 continue
@@ -238,7 +291,8 @@ class Client:
         """Tells the daemon that this client knows of a failure: it fills none of the request's slots any more."""
         if isinstance(event, m.Failed) and self._channel.usable:
             req_id = event.req_id
-            self._start(lambda id: m.Cancel(id=id, req_id=req_id), m.Cancelled, _nothing).abandon()
+            after = self._after(None)
+            self._start(lambda id: m.Cancel(id=id, req_id=req_id, after=after), m.Cancelled, _nothing).abandon()
 
     def _give_back(self, reply: m.Answer) -> None:
         """Returns what a reply that nobody waits for has brought."""
@@ -332,18 +386,28 @@ class SenderClient(Client):
             self._wait_of(wait_s),
         )
 
-    def send(self, req_id: str, parts: Iterable[m.SendPart | m.StagedSlot], *, last: bool) -> None:
+    def send(
+        self, req_id: str, parts: Iterable[m.SendPart | m.StagedSlot], *, last: bool, stream: int | None = None
+    ) -> None:
         """Says that these bytes are final. A staged slot stands for the whole of its chunk.
+
+        With a buffer in GPU memory they are final once `stream` (see `order_by`) has done what is on it now; nothing here
+        waits for that, the daemon does.
 
         The event `sent` or `failed` follows once for the whole request, after the call with `last`. Raises
         `RequestRefused`; nothing of a refused call is written.
         """
-        self.start_send(req_id, parts, last=last).result()
+        self.start_send(req_id, parts, last=last, stream=stream).result()
 
-    def start_send(self, req_id: str, parts: Iterable[m.SendPart | m.StagedSlot], *, last: bool) -> Pending[None]:
+    def start_send(
+        self, req_id: str, parts: Iterable[m.SendPart | m.StagedSlot], *, last: bool, stream: int | None = None
+    ) -> Pending[None]:
         """As `send`, without waiting for the daemon's acceptance."""
         ranges = [m.SendPart(slot=part.slot) if isinstance(part, m.StagedSlot) else part for part in parts]
-        return self._start(lambda id: m.Send(id=id, req_id=req_id, parts=ranges, last=last), m.Accepted, _nothing)
+        after = self._after(stream) if ranges else None
+        return self._start(
+            lambda id: m.Send(id=id, req_id=req_id, parts=ranges, last=last, after=after), m.Accepted, _nothing
+        )
 
     def wait_sent(self, req_id: str, timeout_s: float | None = None) -> m.Sent:
         """The event `sent` of this request; those of other requests stay for `poll_events`.
@@ -389,7 +453,7 @@ class Lease:
         #: One for each chunk of the request, or each key looked up; None where there is no ready chunk.
         self.chunks = tuple(chunks)
 
-    def view(self, index: int) -> np.ndarray:
+    def view(self, index: int) -> np.ndarray | CudaView:
         """The bytes of a chunk, read-only, without copying: to be used before the release.
 
         Raises `KeyError` when that chunk is not ready, `MappingError` after the release.
@@ -401,11 +465,21 @@ class Lease:
             raise MappingError("the lease was released: its slots may hold other chunks by now")
         return self._client.view(chunk)
 
-    def release(self) -> None:
-        """Says that the chunks have been copied. Releasing twice does nothing. Raises `RequestRefused`."""
+    def release(self, *, stream: int | None = None) -> None:
+        """Says that the chunks have been copied. Releasing twice does nothing. Raises `RequestRefused`.
+
+        With a buffer in GPU memory they have been once `stream` (see `order_by`) has done what is on it now. Nothing here
+        waits for that, nor for the daemon's answer; the daemon keeps the chunks until then.
+        """
         lease, self._lease = self._lease, None
-        if lease is not None:
-            self._client._start(lambda id: m.Release(id=id, lease=lease), m.Released, _nothing).result()
+        if lease is None:
+            return
+        after = self._client._after(stream)
+        released = self._client._start(lambda id: m.Release(id=id, lease=lease, after=after), m.Released, _nothing)
+        if after is None:
+            released.result()
+        else:
+            released.abandon()
 
     def __enter__(self) -> Lease:
         return self

@@ -32,6 +32,7 @@ class Kind:
     CLIENT_MISUSE = "client_misuse"
     CLIENT_PROTOCOL = "client_protocol"
     CLIENT_MAPPING = "client_mapping"
+    CLIENT_CUDA = "client_cuda"
     DAEMON_GONE = "daemon_gone"
     DAEMON_START = "daemon_start"
 
@@ -121,6 +122,14 @@ class MappingError(PdError):
 
     def __init__(self, text: str) -> None:
         super().__init__(Kind.CLIENT_MAPPING, text)
+        self.args = (text,)
+
+
+class CudaError(PdError):
+    """The CUDA driver is not there, or refused a call."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(Kind.CLIENT_CUDA, text)
         self.args = (text,)
 
 

@@ -90,6 +90,22 @@ class HostBuffer(_Value, frozen=True, tag_field="kind", tag="host"):
     present_bytes: int
 
 
+class DeviceBuffer(_Value, frozen=True, tag_field="kind", tag="cuda"):
+    """A pd_buffer in a GPU's memory: `len_bytes` bytes at `offset_bytes` of an allocation that `ipc_handle` opens."""
+
+    pid: int
+    #: The GPU's UUID: its number may be another one in each process.
+    device: str
+    #: The daemon's number for it.
+    ordinal: int
+    #: The 64 bytes of the driver's IPC handle, in hexadecimal digits.
+    ipc_handle: str
+    offset_bytes: int
+    #: Length of the allocation.
+    allocation_bytes: int
+    len_bytes: int
+
+
 class BufferUsage(_Value, frozen=True):
     """How full and how fragmented a pd_buffer is, in bytes; `chunks_fit` counts whole chunks of each group."""
 
@@ -191,6 +207,8 @@ class Send(_Message, frozen=True):
     req_id: str
     parts: list[SendPart]
     last: bool
+    after: str | None = None
+    """An event of this process, in hexadecimal digits: the parts are final once the GPU has passed it."""
 
 
 class Cancel(_Message, frozen=True):
@@ -198,6 +216,8 @@ class Cancel(_Message, frozen=True):
 
     id: int
     req_id: str
+    after: str | None = None
+    """As in `Release`."""
 
 
 class Lookup(_Message, frozen=True):
@@ -224,6 +244,8 @@ class Release(_Message, frozen=True):
 
     id: int
     lease: int
+    after: str | None = None
+    """An event of this process, in hexadecimal digits: it is said once the GPU has passed it."""
 
 
 # ---- from the daemon -------------------------------------------------------------------------------------------------
@@ -235,7 +257,7 @@ class Attached(_Message, frozen=True):
     id: int
     version: int
     role: str
-    buffer: HostBuffer
+    buffer: HostBuffer | DeviceBuffer
     chunk_bytes: int
     slot_count: int
     chunk_tokens: int

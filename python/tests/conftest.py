@@ -106,12 +106,16 @@ def start_pair(layout_file: Path) -> Iterator[Callable[..., Pair]]:
             receiver_layout: dict[str, object] | None = None,
             layout: dict[str, object] | None = None,
             receiver_sets: Sequence[str] = (),
+            env: dict[str, str] | None = None,
+            receiver_env: dict[str, str] | None = None,
         ) -> Pair:
-            def daemon(role: str, engine: str, slots: int, layout: Path, sets: Sequence[str]) -> Daemon:
+            def daemon(
+                role: str, engine: str, slots: int, layout: Path, sets: Sequence[str], env: dict[str, str] | None
+            ) -> Daemon:
                 arguments = ["--config", str(TOP / "configs" / "loopback.yaml"), "--kv-layout", str(layout)]
                 for key in (f"transfer_channel={engine}", f"pd_buffer_size={slots * CHUNK_BYTES}", *sets):
                     arguments += ["--set", key]
-                return stack.enter_context(Daemon(binary(f"pd-{role}"), arguments))
+                return stack.enter_context(Daemon(binary(f"pd-{role}"), arguments, env=env))
 
             ours = layout_file
             ours.write_text(json.dumps(LAYOUT | (layout or {})))
@@ -120,10 +124,12 @@ def start_pair(layout_file: Path) -> Iterator[Callable[..., Pair]]:
 
             def start_receiver(at: PeerAddress) -> Daemon:
                 ports = [f"pd_peer_init_port={at.init_port}", f"pd_peer_alloc_port={at.alloc_port}"]
-                return daemon("receiver", receiver_engine or engine, receiver_slots, theirs, [*ports, *receiver_sets])
+                engine_there = receiver_engine or engine
+                env_there = receiver_env or env
+                return daemon("receiver", engine_there, receiver_slots, theirs, [*ports, *receiver_sets], env_there)
 
             def start_sender() -> Daemon:
-                return daemon("sender", engine, sender_slots, layout_file, sender_sets)
+                return daemon("sender", engine, sender_slots, layout_file, sender_sets, env)
 
             decode = start_receiver(PeerAddress(host="127.0.0.1", init_port=0, alloc_port=0))
             prefill = start_sender()

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::buffer::{HostHandle, HostMapping};
+use crate::buffer::{BufferError, CudaDevice, CudaHandle, CudaMapping, HostHandle, HostMapping};
 use crate::config::Role;
 use crate::connector::message::{BufferHandle, Reply, Request, Status};
 use crate::ids::PeerAddress;
@@ -14,13 +14,35 @@ use super::link::Link;
 /// The daemons listen here: `configs/loopback.yaml`.
 const HOST: &str = "127.0.0.1";
 
+/// A daemon's buffer, opened here.
+#[derive(Debug)]
+enum Mapping {
+    Host(HostMapping),
+    Cuda(CudaMapping),
+}
+
+impl Mapping {
+    fn open(buffer: BufferHandle) -> Result<Self, BufferError> {
+        match buffer {
+            BufferHandle::Host { pid, fd, len_bytes, inode, .. } => {
+                Ok(Self::Host(HostMapping::open(&HostHandle { pid, fd, len_bytes, inode })?))
+            }
+            BufferHandle::Cuda { pid, device, ordinal, ipc_handle, offset_bytes, allocation_bytes, len_bytes } => {
+                let ipc = ipc_handle;
+                let handle = CudaHandle { pid, device, ordinal, ipc, offset_bytes, allocation_bytes, len_bytes };
+                Ok(Self::Cuda(CudaMapping::open(CudaDevice::of_uuid(device)?, &handle)?))
+            }
+        }
+    }
+}
+
 /// One daemon, attached.
 #[derive(Debug)]
 pub(super) struct End {
     /// Its connector API.
     pub link: Link,
     /// Its buffer.
-    pub mapping: HostMapping,
+    mapping: Mapping,
     /// Its process.
     pub pid: u32,
     /// Slots in its buffer.
@@ -108,9 +130,8 @@ impl End {
         let Reply::Attached { buffer, chunk_bytes, slot_count, chunk_tokens, layout, .. } = attached else {
             return Err(link.unexpected("attached", &attached));
         };
-        let BufferHandle::Host { pid, fd, len_bytes, inode, .. } = buffer;
-        let mapping = HostMapping::open(&HostHandle { pid, fd, len_bytes, inode })
-            .map_err(|source| BenchError::Buffer { role: role.as_str(), source })?;
+        let (BufferHandle::Host { pid, .. } | BufferHandle::Cuda { pid, .. }) = buffer;
+        let mapping = Mapping::open(buffer).map_err(|source| BenchError::Buffer { role: role.as_str(), source })?;
         let model = layout.into_iter().find(|(name, _)| name == "model").map(|(_, value)| value).unwrap_or_default();
         Ok((Self { link, mapping, pid, slot_count }, Facts { chunk_bytes, chunk_tokens, model }))
     }
@@ -128,13 +149,21 @@ impl End {
     /// When the range is outside of the buffer.
     pub(super) fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), BenchError> {
         let role = self.link.role().as_str();
-        self.mapping.write(offset, bytes).map_err(|source| BenchError::Buffer { role, source })
+        let written = match &self.mapping {
+            Mapping::Host(mapping) => mapping.write(offset, bytes),
+            Mapping::Cuda(mapping) => mapping.write(offset, bytes),
+        };
+        written.map_err(|source| BenchError::Buffer { role, source })
     }
 
     /// # Errors
     /// When the range is outside of the buffer.
     pub(super) fn read(&self, offset: u64, bytes: &mut [u8]) -> Result<(), BenchError> {
         let role = self.link.role().as_str();
-        self.mapping.read(offset, bytes).map_err(|source| BenchError::Buffer { role, source })
+        let read = match &self.mapping {
+            Mapping::Host(mapping) => mapping.read(offset, bytes),
+            Mapping::Cuda(mapping) => mapping.read(offset, bytes),
+        };
+        read.map_err(|source| BenchError::Buffer { role, source })
     }
 }

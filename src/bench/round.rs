@@ -57,7 +57,7 @@ pub(super) async fn ship(
     for (request, wait) in requests.iter().zip(waits) {
         let (lease, chunks) = ready(pair, wait).await?;
         verify(pair, request, &chunks, pool)?;
-        pair.receiver.link.request(|id| Request::Release { id, lease }).await?;
+        pair.receiver.link.request(|id| Request::Release { id, lease, after: None }).await?;
         verified(request.len_bytes());
     }
     Ok(outcome)
@@ -133,7 +133,7 @@ async fn send(
     for (request, parts) in requests.iter().zip(parts) {
         let req_id = request.req_id.clone();
         sent_at.push(Instant::now());
-        accepts.push(link.start(|id| Request::Send { id, req_id, parts, last: true })?);
+        accepts.push(link.start(|id| Request::Send { id, req_id, parts, last: true, after: None })?);
     }
     let mut outcomes = vec![RequestOutcome::default(); requests.len()];
     let mut finished = started;

@@ -41,8 +41,7 @@ impl Block {
     /// [`BufferError::OutOfRange`]; nothing is written then.
     pub fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), BufferError> {
         let at = self.check(offset, bytes.len() as u64)?;
-        let Memory::Host(host) = &*self.memory;
-        host.write(at, bytes)
+        self.memory.write(at, bytes)
     }
 
     /// Copies bytes out, from `offset` of the block on.
@@ -51,8 +50,7 @@ impl Block {
     /// [`BufferError::OutOfRange`].
     pub fn read(&self, offset: u64, out: &mut [u8]) -> Result<(), BufferError> {
         let at = self.check(offset, out.len() as u64)?;
-        let Memory::Host(host) = &*self.memory;
-        host.read(at, out)
+        self.memory.read(at, out)
     }
 
     fn check(&self, offset: u64, len_bytes: u64) -> Result<u64, BufferError> {

@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::{Block, BlockLayout, BufferError, HostMemory, MachineSteps, Memory, StepSource};
+use super::{Block, BlockLayout, BufferError, CudaDevice, CudaMemory, HostMemory, MachineSteps, Memory, StepSource};
 use crate::address::{AddressError, AddressManager, Usage};
 
 /// Has a range registered with whoever must know of it before anybody uses it. What it says when it refuses goes into
@@ -116,8 +116,27 @@ impl MemoryManager {
     /// As [`new`](Self::new).
     pub fn with_steps(options: MemoryOptions, steps: Box<dyn StepSource>) -> Result<Self, BufferError> {
         options.check()?;
+        let memory = Memory::Host(HostMemory::reserve(options.ceiling_bytes)?);
+        Self::over(memory, options, steps)
+    }
+
+    /// A buffer in a GPU's memory, all of it from the start.
+    ///
+    /// # Errors
+    /// [`BufferError::Options`] when it is to grow: memory that can be exported is allocated in one piece. What
+    /// [`CudaMemory::allocate`] says.
+    pub fn on_device(device: Arc<CudaDevice>, options: MemoryOptions) -> Result<Self, BufferError> {
+        options.check()?;
+        let MemoryOptions { ceiling_bytes, initial_bytes, step_bytes, .. } = options;
+        if initial_bytes < ceiling_bytes {
+            let reason = "GPU memory that other processes can open is allocated in one piece and does not grow";
+            return Err(BufferError::Options { initial_bytes, step_bytes, ceiling_bytes, reason });
+        }
+        Self::over(Memory::Cuda(CudaMemory::allocate(device, ceiling_bytes)?), options, Box::new(MachineSteps))
+    }
+
+    fn over(memory: Memory, options: MemoryOptions, steps: Box<dyn StepSource>) -> Result<Self, BufferError> {
         let MemoryOptions { ceiling_bytes, initial_bytes, step_bytes, alignment, slot_bytes } = options;
-        let memory = Memory::Host(HostMemory::reserve(ceiling_bytes)?);
         steps.populate(&memory, 0..initial_bytes)?;
         let addresses = AddressManager::with_slots(initial_bytes, alignment, slot_bytes).map_err(|_| {
             let reason = "an alignment divides a slot, and neither is 0";
@@ -351,7 +370,7 @@ mod tests {
     }
 
     fn present_bytes(manager: &MemoryManager) -> u64 {
-        let Memory::Host(host) = &**manager.memory();
+        let Memory::Host(host) = &**manager.memory() else { panic!("it is host memory") };
         host.present_bytes()
     }
 

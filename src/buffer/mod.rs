@@ -3,7 +3,7 @@
 //!
 //! Host memory is a sealed memfd. Whoever may see `/proc/<pid>/fd` of its owner (the same user) can map it, it never
 //! shrinks under a mapping, and the kernel takes it back when the last process that maps it is gone: nothing is left
-//! behind after SIGKILL.
+//! behind after SIGKILL. GPU memory is one plain allocation, exported by the driver, with the same end.
 
 mod available;
 mod block;
@@ -18,7 +18,10 @@ mod region;
 mod steps;
 
 pub use block::Block;
-pub use cuda::cuda_device_count;
+pub use cuda::{
+    CopyBatch, CopyEnd, CopyStream, CudaDevice, CudaHandle, CudaMapping, CudaMemory, Fences, PinnedHost,
+    check_cuda_device,
+};
 pub use error::BufferError;
 pub use handle::HostHandle;
 pub use host::HostMemory;
@@ -34,6 +37,8 @@ use crate::ids::Checksum;
 pub enum Memory {
     /// Host memory, a memfd.
     Host(HostMemory),
+    /// Memory of a GPU.
+    Cuda(CudaMemory),
 }
 
 impl Memory {
@@ -41,30 +46,56 @@ impl Memory {
     pub fn len_bytes(&self) -> u64 {
         match self {
             Self::Host(memory) => memory.len_bytes(),
+            Self::Cuda(memory) => memory.len_bytes(),
         }
     }
 
-    /// Where it is in this process's address space.
+    /// Where it is: in this process's address space, or in the device's.
     pub fn address(&self) -> u64 {
         match self {
             Self::Host(memory) => memory.address(),
+            Self::Cuda(memory) => memory.address(),
+        }
+    }
+
+    /// Copies bytes out.
+    ///
+    /// # Errors
+    /// [`BufferError::OutOfRange`], and those of a GPU.
+    pub fn read(&self, offset: u64, out: &mut [u8]) -> Result<(), BufferError> {
+        match self {
+            Self::Host(memory) => memory.read(offset, out),
+            Self::Cuda(memory) => memory.read(offset, out),
+        }
+    }
+
+    /// Copies bytes in.
+    ///
+    /// # Errors
+    /// [`BufferError::OutOfRange`], and those of a GPU; nothing is written when the range is wrong.
+    pub fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), BufferError> {
+        match self {
+            Self::Host(memory) => memory.write(offset, bytes),
+            Self::Cuda(memory) => memory.write(offset, bytes),
         }
     }
 
     /// Sums bytes.
     ///
     /// # Errors
-    /// [`BufferError::OutOfRange`].
+    /// [`BufferError::OutOfRange`], and those of a GPU.
     pub fn checksum(&self, offset: u64, len_bytes: u64) -> Result<Checksum, BufferError> {
         match self {
             Self::Host(memory) => memory.checksum(offset, len_bytes),
+            Self::Cuda(memory) => memory.checksum(offset, len_bytes),
         }
     }
 
-    /// `host` or `device`, for messages.
+    /// `host` or `GPU`, for messages.
     pub const fn kind(&self) -> &'static str {
         match self {
             Self::Host(_) => "host",
+            Self::Cuda(_) => "GPU",
         }
     }
 }

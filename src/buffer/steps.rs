@@ -23,12 +23,16 @@ pub struct MachineSteps;
 
 impl StepSource for MachineSteps {
     fn populate(&self, memory: &Memory, range: Range<u64>) -> Result<(), BufferError> {
-        let Memory::Host(host) = memory;
-        host.populate(range)
+        match memory {
+            Memory::Host(host) => host.populate(range),
+            // One allocation that is there from the start: a buffer there does not grow.
+            Memory::Cuda(_) => Ok(()),
+        }
     }
 
     fn release(&self, memory: &Memory, range: Range<u64>) {
-        let Memory::Host(host) = memory;
-        host.release(range);
+        if let Memory::Host(host) = memory {
+            host.release(range);
+        }
     }
 }

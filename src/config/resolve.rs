@@ -75,6 +75,13 @@ pub(super) fn resolve(
         layout,
     };
     note_what_has_no_effect(raw, &mut notes)?;
+    if config.buffer.device != BufferDevice::Cpu && config.engine.checksum != ChecksumMode::Off {
+        notes.push(format!(
+            "{} = {}: each chunk that is summed is copied from the GPU to the host for it, at both ends",
+            keys::PD_CHECKSUM.name,
+            config.engine.checksum.as_str()
+        ));
+    }
     Ok((config, notes))
 }
 
@@ -195,6 +202,15 @@ fn buffer(raw: &RawConfig, layout: &KvLayout, rank: u32, notes: &mut Vec<String>
     }
     let (initial_slot_count, step_slot_count) = growth(raw, slot_count, asked_bytes, chunk_bytes, notes)?;
     let device = buffer_device(raw, rank)?;
+    if device != BufferDevice::Cpu && initial_slot_count < slot_count {
+        return Err(required(raw, &keys::PD_BUFFER_INITIAL_SIZE)?.refused(
+            format!(
+                "with pd_buffer_device: {device} the pd_buffer cannot grow, since GPU memory that other processes can open \
+                 is allocated in one piece"
+            ),
+            format!("leave it out, and lower pd_buffer_size if {} is too much", exact_size(used_bytes)),
+        ));
+    }
     Ok(BufferConfig { device, asked_bytes, slot_count, initial_slot_count, step_slot_count })
 }
 

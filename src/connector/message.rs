@@ -6,7 +6,9 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Deserializer, Serialize};
 
-use crate::ids::{ChunkKey, FailureKind, GroupIndex, LeaseId, PeerAddress, RequestId, Seq, SlotIndex};
+use crate::ids::{
+    ChunkKey, DeviceId, FailureKind, GroupIndex, IpcHandle, LeaseId, PeerAddress, RequestId, Seq, SlotIndex,
+};
 
 /// The version of this API.
 pub const CONNECTOR_API_VERSION: u16 = 2;
@@ -81,6 +83,9 @@ pub enum Request {
         parts: Vec<SendPart>,
         /// Whether this completes the request: every byte of every chunk that the receiver lacked is then sent.
         last: bool,
+        /// An event of the client's process: the parts are final once the GPU has passed it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        after: Option<IpcHandle>,
     },
     /// Either: give the request up. Answered when nothing is written for it any more.
     Cancel {
@@ -88,6 +93,9 @@ pub enum Request {
         id: Seq,
         /// Which.
         req_id: RequestId,
+        /// As in `release`.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        after: Option<IpcHandle>,
     },
     /// Receiver: which of these chunks are ready? Takes a lease on those.
     Lookup {
@@ -119,6 +127,9 @@ pub enum Request {
         id: Seq,
         /// From `found` or `ready`.
         lease: LeaseId,
+        /// An event of the client's process: this is said once the GPU has passed it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        after: Option<IpcHandle>,
     },
 }
 
@@ -145,6 +156,14 @@ impl Request {
             | Self::Lookup { id, .. }
             | Self::Wait { id, .. }
             | Self::Release { id, .. } => *id,
+        }
+    }
+
+    /// Takes out the event that the message itself has to wait for. Of a `send` it is what is sent that waits.
+    pub const fn take_after(&mut self) -> Option<IpcHandle> {
+        match self {
+            Self::Cancel { after, .. } | Self::Release { after, .. } => after.take(),
+            _ => None,
         }
     }
 }
@@ -336,7 +355,7 @@ pub struct Timings {
     pub commit_us: u64,
 }
 
-/// How another process of the same user maps a pd_buffer.
+/// How another process of the same user gets at a pd_buffer.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
 pub enum BufferHandle {
@@ -353,6 +372,23 @@ pub enum BufferHandle {
         /// How much of it has its pages, from the start, in bytes. The rest comes when the buffer grows: a client that
         /// touched it would take memory that the daemon has not.
         present_bytes: u64,
+    },
+    /// Memory of a GPU: an allocation of the daemon.
+    Cuda {
+        /// The daemon's process.
+        pid: u32,
+        /// The GPU's UUID.
+        device: DeviceId,
+        /// The daemon's number for that GPU; another process may have another one.
+        ordinal: u32,
+        /// What the driver opens the whole allocation by.
+        ipc_handle: IpcHandle,
+        /// Where the buffer starts in the allocation.
+        offset_bytes: u64,
+        /// Length of the allocation.
+        allocation_bytes: u64,
+        /// Length of the buffer.
+        len_bytes: u64,
     },
 }
 

@@ -3,6 +3,7 @@
 mod checksum;
 mod clip;
 mod copy;
+mod device;
 mod engine;
 mod failure;
 mod name;
@@ -13,6 +14,7 @@ mod secret;
 pub use checksum::{Checksum, ChecksumMode, SAMPLED_ONE_IN, Summing};
 pub use clip::clip;
 pub use copy::ByteCopy;
+pub use device::{DeviceId, IpcHandle};
 pub use engine::EngineKind;
 pub use failure::{Failure, FailureKind};
 pub use name::{CHUNK_KEY_LEN_BYTES_MAX, ChunkKey, NameError, REQUEST_ID_LEN_BYTES_MAX, RequestId};

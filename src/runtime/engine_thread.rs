@@ -5,13 +5,16 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::mpsc::{self, RecvTimeoutError, TryRecvError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc::UnboundedSender;
 
 use super::error::RuntimeError;
+use super::fenced::{Fenced, Item, Passed, Waiting};
 use crate::buffer::{Memory, MemoryManager};
-use crate::ids::{ByteCopy, Checksum, ConnectionId, Failure, FailureKind, GrantId, Pages, RequestId, TransferId};
+use crate::ids::{
+    ByteCopy, Checksum, ConnectionId, Failure, FailureKind, GrantId, IpcHandle, Pages, RequestId, TransferId,
+};
 use crate::protocol::receiver::ExpectedChunk;
 use crate::protocol::sender::PeerMemory;
 use crate::transfer::{
@@ -47,6 +50,22 @@ pub(super) enum Command<P> {
         copies: Vec<ByteCopy>,
         /// Which of them to sum, by position.
         summed: Vec<u32>,
+        /// Not before this event has been passed.
+        after: Option<IpcHandle>,
+    },
+    /// A transfer that waits for an event is not posted any more.
+    Abandon {
+        transfer: TransferId,
+        writer_gone: bool,
+    },
+    /// A message that the driver holds until an event has been passed.
+    Await {
+        ticket: u64,
+        after: IpcHandle,
+    },
+    /// The driver holds it no more.
+    Unawait {
+        ticket: u64,
     },
     /// Bytes that a peer has written, to be compared with what it has read.
     Verify {
@@ -88,6 +107,11 @@ pub(super) enum EngineEvent<P> {
     },
     Grown {
         result: Result<Grown, String>,
+    },
+    /// The event of a held message has been passed, or cannot be asked for.
+    Passed {
+        ticket: u64,
+        result: Result<(), Failure>,
     },
     /// With the checksums that were asked for.
     Done {
@@ -169,6 +193,7 @@ impl<P: Send + 'static> EngineThread<P> {
                             memory: manager.memory(),
                             connecting,
                             sums: BTreeMap::new(),
+                            fenced: Fenced::new(manager.memory()),
                             events: &events,
                         };
                         // It ends when the driver does.
@@ -247,6 +272,8 @@ struct Server<'a, P, E> {
     connecting: BTreeMap<ConnectionId, P>,
     /// Checksums of what is being written.
     sums: BTreeMap<TransferId, Vec<Checksum>>,
+    /// Transfers whose bytes are not final yet.
+    fenced: Fenced,
     events: &'a UnboundedSender<E>,
 }
 
@@ -256,7 +283,7 @@ impl<P, E: From<EngineEvent<P>>> Server<'_, P, E> {
         let mut backoff = Backoff::new();
         let mut ended = Ended::default();
         loop {
-            let work = if self.engine.in_flight() == 0 {
+            let work = if self.is_idle() {
                 Some(inbox.recv().map_err(|_| Gone)?)
             } else {
                 match inbox.try_recv() {
@@ -269,10 +296,11 @@ impl<P, E: From<EngineEvent<P>>> Server<'_, P, E> {
             if let Some(work) = work {
                 self.take(work)?;
             }
+            progressed |= self.post_passed()?;
             self.engine.poll(&mut ended);
             progressed |= !ended.is_empty();
             self.report(&mut ended)?;
-            if self.engine.in_flight() == 0 {
+            if self.is_idle() {
                 backoff = Backoff::new();
                 continue;
             }
@@ -287,6 +315,33 @@ impl<P, E: From<EngineEvent<P>>> Server<'_, P, E> {
                 },
             }
         }
+    }
+
+    fn is_idle(&self) -> bool {
+        self.engine.in_flight() == 0 && self.fenced.is_empty()
+    }
+
+    /// Posts what has waited for an event that has been passed since, and says whether there was any.
+    fn post_passed(&mut self) -> Result<bool, Gone> {
+        let passed = self.fenced.take_passed(Instant::now());
+        let progressed = !passed.is_empty();
+        for Passed { item, failure } in passed {
+            match item {
+                Item::Message(ticket) => {
+                    self.send(EngineEvent::Passed { ticket, result: failure.map_or(Ok(()), Err) })?;
+                }
+                Item::Transfer(Waiting { transfer, connection, copies, summed }) => {
+                    let posted = match failure {
+                        Some(failure) => Err(failure),
+                        None => self.post(transfer, connection, &copies, &summed),
+                    };
+                    if let Err(failure) = posted {
+                        self.send(EngineEvent::Done { transfer, result: Err(failure) })?;
+                    }
+                }
+            }
+        }
+        Ok(progressed)
     }
 
     fn send(&self, event: EngineEvent<P>) -> Result<(), Gone> {
@@ -381,7 +436,23 @@ impl<P, E: From<EngineEvent<P>>> Server<'_, P, E> {
                 self.engine.disconnect(connection);
                 Ok(())
             }
-            Command::Post { transfer, connection, copies, summed } => {
+            Command::Post { transfer, connection, copies, summed, after: Some(after) } => {
+                self.fenced.push(after, Item::Transfer(Waiting { transfer, connection, copies, summed }));
+                Ok(())
+            }
+            Command::Await { ticket, after } => {
+                self.fenced.push(after, Item::Message(ticket));
+                Ok(())
+            }
+            Command::Unawait { ticket } => {
+                self.fenced.forget(ticket);
+                Ok(())
+            }
+            Command::Abandon { transfer, writer_gone } => {
+                self.fenced.abandon(transfer, writer_gone, Instant::now());
+                Ok(())
+            }
+            Command::Post { transfer, connection, copies, summed, after: None } => {
                 match self.post(transfer, connection, &copies, &summed) {
                     Ok(()) => Ok(()),
                     Err(failure) => self.send(EngineEvent::Done { transfer, result: Err(failure) }),
@@ -467,7 +538,7 @@ mod tests {
     }
 
     fn handle(manager: &MemoryManager) -> HostHandle {
-        let Memory::Host(host) = &**manager.memory();
+        let Memory::Host(host) = &**manager.memory() else { panic!("it is host memory") };
         host.handle()
     }
 
@@ -478,7 +549,9 @@ mod tests {
     fn post(thread: &EngineThread<&'static str>, events: &mut Events, copy: (ConnectionId, u64)) -> Result<(), String> {
         let (connection, slot) = copy;
         let copies = vec![ByteCopy { local_offset: 0, remote_offset: slot * SLOT, len_bytes: SLOT }];
-        thread.send(Command::Post { transfer: TransferId(slot), connection, copies, summed: vec![0] }).unwrap();
+        thread
+            .send(Command::Post { transfer: TransferId(slot), connection, copies, summed: vec![0], after: None })
+            .unwrap();
         match next(events) {
             EngineEvent::Done { transfer: TransferId(done), result } if done == slot => {
                 result.map(|sums| assert_eq!(sums.len(), 1, "one was asked for")).map_err(|failure| failure.text)

@@ -10,7 +10,7 @@
 //! | `driver` | the loop around a session: events, deadlines, draining |
 //! | `sender`, `receiver` | the two daemons: which event goes where, which output does what |
 //! | `setup`, `identity`, `ready` | before the loop: memory, engine, who we are, the ready line |
-//! | `engine_thread` | the thread that owns the transfer engine |
+//! | `engine_thread`, `fenced`, `held` | the thread that owns the transfer engine, and what waits there for a GPU |
 //! | `ports`, `peer_links`, `proxy` | a receiver's ports, a sender's connections, the way to the router |
 //! | `clients`, `translate` | the connector API: who is attached, and its words for the sessions' words |
 //! | `lifecycle`, `process` | signals, the parent, the ends of peers' processes |
@@ -21,6 +21,8 @@ mod clients;
 mod driver;
 mod engine_thread;
 mod error;
+mod fenced;
+mod held;
 mod http;
 mod identity;
 mod inquiry;
@@ -58,6 +60,14 @@ use crate::config::{Config, Role};
 pub struct RunOptions {
     /// End when the process that started us ends.
     pub exit_with_parent: bool,
+}
+
+/// Looks whether the machine has what a configuration asks of it, as far as that can be seen without taking it.
+///
+/// # Errors
+/// What [`run`] would say.
+pub fn check_machine(config: &Config) -> Result<(), RuntimeError> {
+    setup::check_machine(config)
 }
 
 /// Runs a daemon until it is told to stop. Blocks.

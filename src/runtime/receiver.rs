@@ -8,6 +8,7 @@ use tokio::sync::mpsc::UnboundedSender;
 use super::clients::Clients;
 use super::driver::{self, Daemon, OUTPUTS_AT_ONCE};
 use super::engine_thread::{Command, EngineEvent, EngineThread};
+use super::held::Held;
 use super::http::HttpServer;
 use super::inquiry::inquiry;
 use super::lifecycle::{self, Stop};
@@ -15,11 +16,11 @@ use super::ports::{PortEvent, Ports, RouteKey};
 use super::ready::ReadyLine;
 use super::setup::Foundation;
 use super::{RunOptions, RuntimeError, identity, notes, process, setup, translate};
-use crate::buffer::MemoryManager;
+use crate::buffer::{Memory, MemoryManager};
 use crate::config::Config;
 use crate::connector::message::{Reply, Request, Status};
 use crate::connector::server::ConnectorEvent;
-use crate::ids::ClientId;
+use crate::ids::{ClientId, Failure};
 use crate::metrics::{Snapshot, Tally};
 use crate::protocol::receiver::{Answer, Note, Output, ReceiverSettings};
 use crate::protocol::{ReceiverSession, Safeguards};
@@ -48,6 +49,8 @@ struct ReceiverDaemon {
     engine_name: &'static str,
     session: ReceiverSession<RouteKey>,
     engine: EngineThread<String>,
+    /// Messages that wait for a GPU.
+    held: Held,
     ports: Ports,
     clients: Clients,
     notes: Vec<Note>,
@@ -117,6 +120,7 @@ pub(super) async fn run(config: Config, options: RunOptions) -> Result<(), Runti
         engine_name: started.engine,
         session,
         engine,
+        held: Held::default(),
         ports,
         clients,
         notes: Vec::new(),
@@ -149,6 +153,7 @@ impl Daemon for ReceiverDaemon {
             Event::Engine(EngineEvent::Grown { result }) => {
                 self.session.handle_grown(now, result.map(translate::grown));
             }
+            Event::Engine(EngineEvent::Passed { ticket, result }) => self.on_passed(now, ticket, result),
             Event::Engine(EngineEvent::PeerLoaded { peer, result }) => {
                 self.session.handle_peer_loaded(now, &peer, result);
             }
@@ -161,9 +166,9 @@ impl Daemon for ReceiverDaemon {
                 self.watched.remove(&instance);
                 self.session.handle_process_ended(now, &instance);
             }
-            Event::Connector(ConnectorEvent::Request { client, request }) => self.on_request(now, client, request),
+            Event::Connector(ConnectorEvent::Request { client, request }) => self.on_message(now, client, request),
             Event::Connector(ConnectorEvent::Gone { client }) => {
-                self.session.handle_client_gone(now, client);
+                self.forget_client(now, client);
             }
             // Said by whoever refused it.
             Event::Connector(ConnectorEvent::Refused { .. }) => {}
@@ -240,13 +245,48 @@ impl Daemon for ReceiverDaemon {
 }
 
 impl ReceiverDaemon {
+    /// Takes a message in, or keeps it until the GPU has done what it speaks of.
+    fn on_message(&mut self, now: Instant, client: ClientId, mut request: Request) {
+        match request.take_after() {
+            None => self.on_request(now, client, request),
+            Some(_) if matches!(**self.manager.memory(), Memory::Host(_)) => {
+                self.clients.reply(client, &translate::no_event_here(request.id()));
+            }
+            Some(after) => {
+                let kept = self.held.keep(client, request, after, &self.engine);
+                self.note_end_of_engine(kept);
+            }
+        }
+    }
+
+    fn on_passed(&mut self, now: Instant, ticket: u64, result: Result<(), Failure>) {
+        let Some((client, request)) = self.held.take(ticket) else { return };
+        match result {
+            Ok(()) => self.on_request(now, client, request),
+            Err(failure) => self.clients.reply(client, &translate::error(request.id(), failure, None)),
+        }
+    }
+
+    fn forget_client(&mut self, now: Instant, client: ClientId) {
+        let forgotten = self.held.forget(client, &self.engine);
+        self.note_end_of_engine(forgotten);
+        self.session.handle_client_gone(now, client);
+    }
+
+    /// An engine's thread that has ended is the daemon's end, as soon as the session asks for something.
+    fn note_end_of_engine(&self, told: Result<(), RuntimeError>) {
+        if let Err(error) = told {
+            tracing::error!(%error, "a message about GPU memory is lost");
+        }
+    }
+
     fn on_request(&mut self, now: Instant, client: ClientId, request: Request) {
         match request {
             Request::Attach { id, client: name, .. } => {
                 self.clients.attach(client, id, &name, &self.config, &self.manager);
             }
             Request::Detach { id } => {
-                self.session.handle_client_gone(now, client);
+                self.forget_client(now, client);
                 self.clients.reply(client, &Reply::Detached { id });
             }
             Request::Status { id } => {
@@ -260,8 +300,8 @@ impl ReceiverDaemon {
                 let wait = translate::wait(wait_ms).map(|wait| wait.min(self.config.deadlines.wait));
                 self.session.handle_wait(now, client, id, req_id, wait, uncommitted);
             }
-            Request::Release { id, lease } => self.session.handle_release(now, client, id, lease),
-            Request::Cancel { id, req_id } => self.session.handle_cancel(now, client, id, &req_id),
+            Request::Release { id, lease, .. } => self.session.handle_release(now, client, id, lease),
+            Request::Cancel { id, req_id, .. } => self.session.handle_cancel(now, client, id, &req_id),
             Request::Open { id, .. } | Request::Stage { id, .. } | Request::Send { id, .. } => {
                 self.clients.reply(client, &translate::wrong_daemon(id, "receiver"));
             }

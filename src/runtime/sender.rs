@@ -2,9 +2,13 @@
 
 use std::time::Instant;
 
+use tokio::sync::mpsc::UnboundedSender;
+
 use super::clients::Clients;
 use super::driver::{self, Daemon, OUTPUTS_AT_ONCE};
 use super::engine_thread::{Command, EngineEvent, EngineThread};
+use super::fenced::WRITER_GONE_AFTER;
+use super::held::Held;
 use super::http::HttpServer;
 use super::inquiry::inquiry;
 use super::lifecycle::{self, Stop};
@@ -13,13 +17,13 @@ use super::proxy::Proxy;
 use super::ready::ReadyLine;
 use super::setup::Foundation;
 use super::{RunOptions, RuntimeError, identity, notes, process, setup, translate};
-use crate::buffer::MemoryManager;
+use crate::buffer::{Memory, MemoryManager};
 use crate::config::Config;
 use crate::connector::message::{Reply, Request, Status};
 use crate::connector::server::ConnectorEvent;
-use crate::ids::{ClientId, PeerId};
+use crate::ids::{ClientId, Failure, PeerId};
 use crate::metrics::{Snapshot, Tally};
-use crate::protocol::sender::{Answer, Note, OpenRequest, Output, SenderSettings};
+use crate::protocol::sender::{Answer, Note, OpenRequest, Output, SenderSettings, Sending};
 use crate::protocol::{Safeguards, SenderSession};
 
 /// What can happen to a sender.
@@ -27,6 +31,8 @@ enum Event {
     Link(LinkEvent),
     Engine(EngineEvent<PeerId>),
     Connector(ConnectorEvent),
+    /// A client whose connection ended a while ago writes to no slot any more.
+    WriterGone(ClientId),
     Stop(Stop),
 }
 
@@ -38,12 +44,15 @@ struct SenderDaemon {
     engine_name: &'static str,
     session: SenderSession,
     engine: EngineThread<PeerId>,
+    /// Messages that wait for a GPU.
+    held: Held,
     links: PeerLinks<Event>,
     clients: Clients,
     notes: Vec<Note>,
     tally: Tally,
     draining: bool,
     proxy: Option<Proxy>,
+    news: UnboundedSender<Event>,
 }
 
 /// Runs a sender until it is told to stop.
@@ -107,12 +116,14 @@ pub(super) async fn run(config: Config, options: RunOptions) -> Result<(), Runti
         engine_name: started.engine,
         session,
         engine,
+        held: Held::default(),
         links,
         clients,
         notes: Vec::new(),
         tally: Tally::sender(),
         draining: false,
         proxy,
+        news: mailbox.news.clone(),
     };
     tracing::info!(%instance, engine = started.engine, connector = %ready.connector, "ready");
     ready.print()?;
@@ -149,6 +160,7 @@ impl Daemon for SenderDaemon {
             Event::Engine(EngineEvent::Updated { peer, connection, result }) => {
                 self.session.handle_peer_updated(now, peer, connection, result);
             }
+            Event::Engine(EngineEvent::Passed { ticket, result }) => self.on_passed(now, ticket, result),
             Event::Engine(EngineEvent::PeerLoaded { peer, result }) => {
                 self.session.handle_peer_loaded(now, peer, result);
             }
@@ -160,10 +172,9 @@ impl Daemon for SenderDaemon {
             Event::Engine(EngineEvent::Done { transfer, result }) => {
                 self.session.handle_transfer_done(now, transfer, result);
             }
-            Event::Connector(ConnectorEvent::Request { client, request }) => self.on_request(now, client, request),
-            Event::Connector(ConnectorEvent::Gone { client }) => {
-                self.session.handle_client_gone(now, client);
-            }
+            Event::Connector(ConnectorEvent::Request { client, request }) => self.on_message(now, client, request),
+            Event::Connector(ConnectorEvent::Gone { client }) => self.on_client_gone(now, client),
+            Event::WriterGone(client) => self.forget_client(now, client),
             // Said by whoever refused it.
             Event::Connector(ConnectorEvent::Refused { .. }) => {}
             Event::Stop(stop) => return Some(stop),
@@ -206,8 +217,11 @@ impl Daemon for SenderDaemon {
                     self.session.handle_processes_ended(Instant::now(), peer, processes);
                 }
                 Output::ForgetPeer(connection) => self.engine.send(Command::Forget(connection))?,
-                Output::Post { transfer, connection, copies, summed } => {
-                    self.engine.send(Command::Post { transfer, connection, copies, summed })?;
+                Output::Post { transfer, connection, copies, summed, after } => {
+                    self.engine.send(Command::Post { transfer, connection, copies, summed, after })?;
+                }
+                Output::Abandon { transfer, writer_gone } => {
+                    self.engine.send(Command::Abandon { transfer, writer_gone })?;
                 }
                 Output::NotifyProxy { request } => {
                     if let Some(proxy) = &self.proxy {
@@ -253,13 +267,64 @@ impl Daemon for SenderDaemon {
 }
 
 impl SenderDaemon {
+    /// Takes a message in, or keeps it until the GPU has done what it speaks of.
+    fn on_message(&mut self, now: Instant, client: ClientId, mut request: Request) {
+        match request.take_after() {
+            None => self.on_request(now, client, request),
+            Some(_) if matches!(**self.manager.memory(), Memory::Host(_)) => {
+                self.clients.reply(client, &translate::no_event_here(request.id()));
+            }
+            Some(after) => {
+                let kept = self.held.keep(client, request, after, &self.engine);
+                self.note_end_of_engine(kept);
+            }
+        }
+    }
+
+    fn on_passed(&mut self, now: Instant, ticket: u64, result: Result<(), Failure>) {
+        let Some((client, request)) = self.held.take(ticket) else { return };
+        match result {
+            Ok(()) => self.on_request(now, client, request),
+            Err(failure) => self.clients.reply(client, &translate::error(request.id(), failure, None)),
+        }
+    }
+
+    /// Of a process that dies the socket closes before its GPU context is torn down: what it had put on its streams may be
+    /// written to its slots until then, so that nobody else gets them.
+    fn on_client_gone(&mut self, now: Instant, client: ClientId) {
+        match &**self.manager.memory() {
+            Memory::Host(_) => self.forget_client(now, client),
+            Memory::Cuda(_) => {
+                let news = self.news.clone();
+                tokio::spawn(async move {
+                    tokio::time::sleep(WRITER_GONE_AFTER).await;
+                    // A daemon that has stopped meanwhile has no slots to give to anybody.
+                    drop(news.send(Event::WriterGone(client)));
+                });
+            }
+        }
+    }
+
+    fn forget_client(&mut self, now: Instant, client: ClientId) {
+        let forgotten = self.held.forget(client, &self.engine);
+        self.note_end_of_engine(forgotten);
+        self.session.handle_client_gone(now, client);
+    }
+
+    /// An engine's thread that has ended is the daemon's end, as soon as the session asks for something.
+    fn note_end_of_engine(&self, told: Result<(), RuntimeError>) {
+        if let Err(error) = told {
+            tracing::error!(%error, "a message about GPU memory is lost");
+        }
+    }
+
     fn on_request(&mut self, now: Instant, client: ClientId, request: Request) {
         match request {
             Request::Attach { id, client: name, .. } => {
                 self.clients.attach(client, id, &name, &self.config, &self.manager);
             }
             Request::Detach { id } => {
-                self.session.handle_client_gone(now, client);
+                self.forget_client(now, client);
                 self.clients.reply(client, &Reply::Detached { id });
             }
             Request::Status { id } => {
@@ -275,10 +340,14 @@ impl SenderDaemon {
                 let wait = translate::wait(wait_ms).map(|wait| wait.min(self.config.deadlines.allocation));
                 self.session.handle_stage(now, client, id, &req_id, chunks, wait);
             }
-            Request::Send { id, req_id, parts, last } => {
-                self.session.handle_send(now, client, id, &req_id, &translate::parts(parts), last);
+            Request::Send { id, after: Some(_), .. } if matches!(**self.manager.memory(), Memory::Host(_)) => {
+                self.clients.reply(client, &translate::no_event_here(id));
             }
-            Request::Cancel { id, req_id } => self.session.handle_cancel(now, client, id, &req_id),
+            Request::Send { id, req_id, parts, last, after } => {
+                let sending = Sending { parts: &translate::parts(parts), last, after };
+                self.session.handle_send(now, client, id, &req_id, sending);
+            }
+            Request::Cancel { id, req_id, .. } => self.session.handle_cancel(now, client, id, &req_id),
             Request::Lookup { id, .. } | Request::Wait { id, .. } | Request::Release { id, .. } => {
                 self.clients.reply(client, &translate::wrong_daemon(id, "sender"));
             }

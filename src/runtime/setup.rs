@@ -5,7 +5,7 @@ use tokio::sync::mpsc::UnboundedSender;
 use super::driver::Inbox;
 use super::engine_thread::{EngineEvent, EngineThread, Started};
 use super::error::RuntimeError;
-use crate::buffer::{MemoryManager, MemoryOptions, cuda_device_count};
+use crate::buffer::{CudaDevice, MemoryManager, MemoryOptions, check_cuda_device};
 use crate::config::{BufferDevice, Config};
 use crate::transfer::EngineOptions;
 use crate::transfer::nixl::NixlOptions;
@@ -16,26 +16,36 @@ const ALIGNMENT_MAX: u64 = 256;
 
 /// Allocates the pd_buffer where the configuration wants it: all of it, or what a lazy one begins with.
 fn allocate(config: &Config) -> Result<MemoryManager, RuntimeError> {
+    let initial_bytes = config.buffer_initial_bytes();
+    let slot_bytes = config.layout.chunk_bytes();
+    let options = MemoryOptions {
+        ceiling_bytes: config.buffer_len_bytes(),
+        initial_bytes,
+        step_bytes: config.buffer_step_bytes(),
+        alignment: alignment(slot_bytes),
+        slot_bytes,
+    };
     match config.buffer.device {
         BufferDevice::Cpu => {
-            let initial_bytes = config.buffer_initial_bytes();
             tracing::info!(bytes = initial_bytes, "filling the pd_buffer with pages");
-            let slot_bytes = config.layout.chunk_bytes();
-            Ok(MemoryManager::new(MemoryOptions {
-                ceiling_bytes: config.buffer_len_bytes(),
-                initial_bytes,
-                step_bytes: config.buffer_step_bytes(),
-                alignment: alignment(slot_bytes),
-                slot_bytes,
-            })?)
+            Ok(MemoryManager::new(options)?)
         }
-        BufferDevice::Cuda(device) => {
-            let found = cuda_device_count()?;
-            Err(RuntimeError::Machine(format!(
-                "pd_buffer_device = cuda:{device}: {found} GPUs are here, but this version keeps its pd_buffer in host memory; \
-                 write pd_buffer_device: cpu"
-            )))
+        BufferDevice::Cuda(ordinal) => {
+            let device = CudaDevice::open(ordinal)?;
+            tracing::info!(bytes = initial_bytes, %device, "allocating the pd_buffer");
+            Ok(MemoryManager::on_device(device, options)?)
         }
+    }
+}
+
+/// Says so where this machine has not what the configuration asks of it, in the words of a start.
+///
+/// # Errors
+/// [`RuntimeError::Buffer`].
+pub(super) fn check_machine(config: &Config) -> Result<(), RuntimeError> {
+    match config.buffer.device {
+        BufferDevice::Cpu => Ok(()),
+        BufferDevice::Cuda(ordinal) => Ok(check_cuda_device(ordinal, config.buffer_len_bytes())?),
     }
 }
 

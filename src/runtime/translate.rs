@@ -21,20 +21,18 @@ pub(super) fn wrong_daemon(id: Seq, role: &str) -> Reply {
     error(id, Failure::new(FailureKind::BadRequest, text), None)
 }
 
+/// The reply to a `send` that names an event where there is no GPU.
+pub(super) fn no_event_here(id: Seq) -> Reply {
+    let text = "`after` names an event of a GPU, but this pd_buffer is host memory, which no GPU writes; leave it out";
+    error(id, Failure::new(FailureKind::BadRequest, text), None)
+}
+
 pub(super) fn attached(id: Seq, config: &Config, manager: &MemoryManager) -> Reply {
-    let Memory::Host(host) = &**manager.memory();
-    let handle = host.handle();
     Reply::Attached {
         id,
         version: CONNECTOR_API_VERSION,
         role: config.role.as_str().to_owned(),
-        buffer: BufferHandle::Host {
-            pid: handle.pid,
-            fd: handle.fd,
-            len_bytes: handle.len_bytes,
-            inode: handle.inode,
-            present_bytes: manager.addresses().len_bytes(),
-        },
+        buffer: buffer_handle(manager),
         chunk_bytes: config.layout.chunk_bytes(),
         slot_count: config.buffer.slot_count,
         chunk_tokens: config.layout.chunk_tokens,
@@ -45,6 +43,34 @@ pub(super) fn attached(id: Seq, config: &Config, manager: &MemoryManager) -> Rep
             .map(|group| Group { name: group.name.clone(), token_bytes: group.token_bytes() })
             .collect(),
         layout: config.layout.fingerprint(),
+    }
+}
+
+/// How a client gets at the buffer.
+fn buffer_handle(manager: &MemoryManager) -> BufferHandle {
+    match &**manager.memory() {
+        Memory::Host(host) => {
+            let handle = host.handle();
+            BufferHandle::Host {
+                pid: handle.pid,
+                fd: handle.fd,
+                len_bytes: handle.len_bytes,
+                inode: handle.inode,
+                present_bytes: manager.addresses().len_bytes(),
+            }
+        }
+        Memory::Cuda(cuda) => {
+            let handle = cuda.handle();
+            BufferHandle::Cuda {
+                pid: handle.pid,
+                device: handle.device,
+                ordinal: handle.ordinal,
+                ipc_handle: handle.ipc,
+                offset_bytes: handle.offset_bytes,
+                allocation_bytes: handle.allocation_bytes,
+                len_bytes: handle.len_bytes,
+            }
+        }
     }
 }
 

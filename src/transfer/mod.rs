@@ -264,6 +264,14 @@ pub enum TransferError {
         /// How long the buffer is.
         buffer_len_bytes: u64,
     },
+    /// Our GPU failed: the peer has nothing to do with it.
+    #[error("{engine}: {reason}")]
+    Device {
+        /// Which engine.
+        engine: &'static str,
+        /// What happened to which GPU, and what to do.
+        reason: String,
+    },
     /// The peer, or the way to it, failed.
     #[error("{engine}: {operation} with {agent} ({descriptor_count} descriptors) failed: {reason}")]
     Peer {

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use pd_backend::ids::{ChunkKey, ClientId, FailureKind, GroupIndex, RequestId, Seq};
-use pd_backend::protocol::sender::{Answer, Event, OpenRequest, Part, StagedSlot};
+use pd_backend::protocol::sender::{Answer, Event, OpenRequest, Part, Sending, StagedSlot};
 use rand::RngExt;
 
 use crate::news::{News, Proc};
@@ -306,7 +306,13 @@ impl World {
         }
         let last = self.attempts[attempt].to_stage.is_empty();
         let (client, id) = self.call(at, attempt, Kind::Send, Duration::ZERO);
-        self.senders[at.index].session.handle_send(self.now, client, id, &spec.name, &parts, last);
+        self.senders[at.index].session.handle_send(
+            self.now,
+            client,
+            id,
+            &spec.name,
+            Sending { parts: &parts, last, after: None },
+        );
         if !last {
             self.stage(at, attempt);
         }
@@ -319,7 +325,13 @@ impl World {
         let name = self.jobs[record.job].name.clone();
         if chunks.is_empty() {
             let (client, id) = self.call(at, attempt, Kind::Send, Duration::ZERO);
-            self.senders[at.index].session.handle_send(self.now, client, id, &name, &[], true);
+            self.senders[at.index].session.handle_send(
+                self.now,
+                client,
+                id,
+                &name,
+                Sending { parts: &[], last: true, after: None },
+            );
         } else {
             let (client, id) = self.call(at, attempt, Kind::Stage, plan::ALLOCATION);
             self.senders[at.index].session.handle_stage(self.now, client, id, &name, chunks, None);

@@ -143,10 +143,12 @@ impl World {
                 self.senders[at.index].session.handle_processes_ended(self.now, peer, processes);
             }
             Output::ForgetPeer(connection) => self.forget(at, connection),
-            Output::Post { transfer, connection, copies, summed } => {
+            Output::Post { transfer, connection, copies, summed, .. } => {
                 self.sum(at, transfer, &copies, &summed);
                 self.post(at, transfer, connection, copies);
             }
+            // No engine here has a GPU.
+            Output::Abandon { .. } => {}
             Output::NotifyProxy { request } => self.proxy_hears(at, &request),
             Output::Answer { client, id, answer } => self.on_prefill_answer(at, client, id, answer),
             Output::Event { client, event } => self.on_prefill_event(at, client, event),

@@ -1,6 +1,8 @@
 //! Two processes that move bytes: what the engine tests and the transfer bench share.
 
+pub mod gpu;
 pub mod hex;
+pub mod memory;
 pub mod receiver;
 pub mod sender;
 

@@ -2,14 +2,17 @@
 
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, ChildStdin, Command, Stdio};
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver as Lines, channel};
 use std::time::Duration;
 
-use pd_backend::buffer::{HostHandle, HostMapping, HostMemory, Memory};
+use pd_backend::buffer::Memory;
 use pd_backend::transfer::{EngineKind, Export};
 
+use super::memory::{Handle, Mapping, MemoryKind, describe};
 use super::{ENVIRONMENT, engine, hex, kind_named};
+
+/// `gpu` for a receiver whose buffer is on a GPU.
+pub const MEMORY_VARIABLE: &str = "PD_TEST_RECEIVER_MEMORY";
 
 const ENGINE_VARIABLE: &str = "PD_TEST_RECEIVER_ENGINE";
 const LENGTHS_VARIABLE: &str = "PD_TEST_RECEIVER_LENGTHS";
@@ -24,28 +27,22 @@ pub fn serve_if_asked() -> bool {
     let lengths = std::env::var(LENGTHS_VARIABLE).expect("both variables are set together");
     let lengths: Vec<u64> = lengths.split(' ').map(|length| length.parse().expect("a number")).collect();
     let [ceiling_bytes, mut len_bytes, unit_bytes] = lengths[..] else { panic!("three numbers") };
-    let memory = HostMemory::reserve(ceiling_bytes).expect("the test's buffer fits");
-    memory.populate(0..len_bytes).expect("the test's buffer fits");
-    let handle = memory.handle();
+    let memory = MemoryKind::of_variable(MEMORY_VARIABLE).allocate(ceiling_bytes, len_bytes);
     let mut engine = engine(kind_named(&name), "receiver");
-    let memory = Arc::new(Memory::Host(memory));
-    engine.register(Arc::clone(&memory), unit_bytes, len_bytes).expect("it registers");
+    engine.register(memory.clone(), unit_bytes, len_bytes).expect("it registers");
     let export = engine.export().expect("it exports");
     println!(
-        "\n{MARK} {} {} {} {} {} {} {}",
+        "\n{MARK} {} {} {} {}",
         export.agent_name,
         hex::encode(&export.metadata),
         hex::encode(&export.descriptors),
-        handle.pid,
-        handle.fd,
-        handle.len_bytes,
-        handle.inode
+        describe(&memory)
     );
     for line in std::io::stdin().lock().lines() {
         let line = line.expect("the sender writes text");
         if let Some(end) = line.strip_prefix("grow ") {
             let step = len_bytes..end.parse().expect("a number");
-            let Memory::Host(host) = &*memory;
+            let Memory::Host(host) = &*memory else { panic!("only host memory grows") };
             host.populate(step.clone()).expect("the step fits");
             len_bytes = step.end;
             let Export { metadata, descriptors, .. } = engine.extend(step).expect("it extends");
@@ -69,9 +66,9 @@ pub struct Receiver {
     /// What it exported.
     pub export: Export,
     /// Its memory, mapped here.
-    pub mapping: HostMapping,
+    pub mapping: Mapping,
     /// How it was mapped.
-    pub handle: HostHandle,
+    pub handle: Handle,
 }
 
 impl Receiver {
@@ -111,14 +108,13 @@ impl Receiver {
         });
         let hello = lines.recv_timeout(ANSWER_MAX).expect("the receiver says hello");
         let words: Vec<&str> = hello.split(' ').collect();
-        let number = |at: usize| words[at].parse::<u64>().expect("a number");
         let export = Export {
             agent_name: words[0].to_owned(),
             metadata: hex::decode(words[1]),
             descriptors: hex::decode(words[2]),
         };
-        let handle = HostHandle { pid: number(3) as u32, fd: number(4) as i32, len_bytes: number(5), inode: number(6) };
-        let mapping = HostMapping::open(&handle).expect("the receiver's memory can be mapped");
+        let handle: Handle = serde_json::from_str(words[3]).expect("a handle");
+        let mapping = Mapping::open(&handle).expect("the receiver's memory can be mapped");
         Self { child, stdin, lines, export, mapping, handle }
     }
 

@@ -3,14 +3,18 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use pd_backend::buffer::{HostMemory, Memory};
+use pd_backend::buffer::Memory;
 use pd_backend::ids::{ConnectionId, TransferId};
 use pd_backend::transfer::{Backoff, ByteCopy, Completion, Ended, EngineKind, TransferEngine, TransferError, Wait};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
 use super::engine;
+use super::memory::MemoryKind;
 use super::receiver::Receiver;
+
+/// `gpu` for a sender whose buffer is on a GPU.
+pub const MEMORY_VARIABLE: &str = "PD_TEST_SENDER_MEMORY";
 
 const COMPLETION_MAX: Duration = Duration::from_secs(60);
 
@@ -33,11 +37,10 @@ impl Sender {
 
     /// The same, with only the first `registered_bytes` known to the engine.
     pub fn start_lazy(kind: EngineKind, len_bytes: u64, registered_bytes: u64, unit_bytes: u64) -> Self {
-        let memory = HostMemory::allocate(len_bytes).expect("the test's buffer fits");
+        let memory = MemoryKind::of_variable(MEMORY_VARIABLE).allocate(len_bytes, len_bytes);
         let source = random_bytes(len_bytes, 1);
         memory.write(0, &source).expect("all of it");
         let mut engine = engine(kind, "sender");
-        let memory = Arc::new(Memory::Host(memory));
         engine.register(Arc::clone(&memory), unit_bytes, registered_bytes).expect("it registers");
         Self { engine, memory, source, transfers: 0 }
     }

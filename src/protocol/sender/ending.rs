@@ -130,6 +130,9 @@ impl SenderSession {
         if let Some(request) = self.requests.get_mut(&uid) {
             request.told_by_event = told_by_event;
         }
+        if in_flight > 0 {
+            self.abandon_fenced(uid, client.is_none());
+        }
         self.note(Note::Failed { request: id.clone(), address, failure, in_flight });
         if asked {
             if in_flight > 0 && self.peers.contains_key(&request_peer) && !self.is_stock(request_peer) {

@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use crate::ids::{
-    ByteCopy, ChunkKey, ClientId, ConnectionId, Failure, GroupIndex, Pages, PeerAddress, PeerId, RequestId, Seq,
-    SlotIndex, TransferId,
+    ByteCopy, ChunkKey, ClientId, ConnectionId, Failure, GroupIndex, IpcHandle, Pages, PeerAddress, PeerId, RequestId,
+    Seq, SlotIndex, TransferId,
 };
 use crate::protocol::Port;
 use crate::wire::Message;
@@ -47,6 +47,17 @@ pub struct Part {
     pub offset_bytes: u64,
     /// Its length; to the end of the chunk if none.
     pub len_bytes: Option<u64>,
+}
+
+/// What a connector sends at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Sending<'a> {
+    /// What is final.
+    pub parts: &'a [Part],
+    /// Whether this completes the request.
+    pub last: bool,
+    /// An event of the connector's process: the parts are final once it has been passed.
+    pub after: Option<IpcHandle>,
 }
 
 /// One thing to do.
@@ -121,6 +132,16 @@ pub enum Output {
         copies: Vec<ByteCopy>,
         /// Which of them to sum while their bytes are read, by position.
         summed: Vec<u32>,
+        /// Not before this event of the connector's process has been passed.
+        after: Option<IpcHandle>,
+    },
+    /// A transfer that waits for an event is not to be posted any more; `handle_transfer_done` wants to know when the
+    /// event has been passed, for until then its slots are being written.
+    Abandon {
+        /// Which.
+        transfer: TransferId,
+        /// Whoever would pass the event is gone: it is not waited for.
+        writer_gone: bool,
     },
     /// Tell the proxy that a request is ready.
     NotifyProxy {

@@ -26,11 +26,11 @@ mod unwritten;
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 
-pub use io::{Answer, Event, Note, OpenRequest, Output, Part, PeerMemory, Phases, SenderCounts, StagedSlot};
+pub use io::{Answer, Event, Note, OpenRequest, Output, Part, PeerMemory, Phases, SenderCounts, Sending, StagedSlot};
 
 use self::debts::Word;
 use self::peers::Peer;
-use self::requests::{Request, Uid, WRITE_DEADLINE_PASSED};
+use self::requests::{Request, Stage, Uid, WRITE_DEADLINE_PASSED};
 use self::staging::Staging;
 use self::stock::Left;
 use self::transfers::Transfer;
@@ -245,8 +245,12 @@ impl SenderSession {
         let gone: Vec<Uid> =
             self.requests.iter().filter(|(_, request)| request.client == Some(client)).map(|(&uid, _)| uid).collect();
         for uid in gone {
-            if let Some(request) = self.requests.get_mut(&uid) {
+            let closing = self.requests.get_mut(&uid).is_some_and(|request| {
                 request.client = None;
+                matches!(request.stage, Stage::Closing { .. })
+            });
+            if closing {
+                self.abandon_fenced(uid, true);
             }
             self.fail(uid, Failure::new(FailureKind::Cancelled, "its connector is gone"));
         }

@@ -6,7 +6,7 @@ use std::time::Instant;
 use super::coverage::Coverage;
 use super::requests::{Stage, Uid, WRITE_DEADLINE_PASSED};
 use super::stock::STOCK_INSTANCE;
-use super::{Answer, Output, Part, SenderSession};
+use super::{Answer, Output, Part, SenderSession, Sending};
 use crate::ids::{
     ByteCopy, Checksum, ClientId, Failure, FailureKind, PeerAddress, PeerId, RequestId, Seq, TransferId, clip,
 };
@@ -20,6 +20,8 @@ pub(super) struct Transfer {
     /// The receiver's name for itself.
     pub(super) instance: String,
     parts: Vec<PostedPart>,
+    /// It is posted when an event of its client's process has been passed.
+    fenced: bool,
 }
 
 /// What an engine writes of a chunk.
@@ -41,15 +43,8 @@ struct Checked {
 
 impl SenderSession {
     /// A client says that these parts of its staged slots are final, and perhaps that they are the last.
-    pub fn handle_send(
-        &mut self,
-        now: Instant,
-        client: ClientId,
-        id: Seq,
-        request: &RequestId,
-        parts: &[Part],
-        last: bool,
-    ) {
+    pub fn handle_send(&mut self, now: Instant, client: ClientId, id: Seq, request: &RequestId, sending: Sending<'_>) {
+        let Sending { parts, last, after } = sending;
         self.now = now;
         let checked = self.find_request(client, request).and_then(|uid| {
             let (copies, coverage) = self.check_send(uid, request, parts, last)?;
@@ -102,9 +97,9 @@ impl SenderSession {
         let parts: Vec<PostedPart> = checked.iter().map(posted).collect();
         let summed = (0u32..).zip(&parts).filter(|(_, part)| part.summed).map(|(at, _)| at).collect();
         let instance = self.peers.get(&peer).map(|peer| peer.instance.clone()).unwrap_or_default();
-        self.transfers.insert(transfer, Transfer { uid, peer, address, instance, parts });
+        self.transfers.insert(transfer, Transfer { uid, peer, address, instance, parts, fenced: after.is_some() });
         let copies = checked.into_iter().map(|part| part.copy).collect();
-        self.outputs.push_back(Output::Post { transfer, connection, copies, summed });
+        self.outputs.push_back(Output::Post { transfer, connection, copies, summed, after });
         // After the post, so that the engine is at work before the client wakes up.
         self.answer(client, id, Answer::Accepted);
     }
@@ -115,7 +110,9 @@ impl SenderSession {
     /// and the next one meets the receiver anew.
     pub fn handle_transfer_done(&mut self, now: Instant, transfer: TransferId, result: Result<Vec<Checksum>, Failure>) {
         self.now = now;
-        let Some(Transfer { uid, peer, address, instance, parts }) = self.transfers.remove(&transfer) else { return };
+        let Some(Transfer { uid, peer, address, instance, parts, .. }) = self.transfers.remove(&transfer) else {
+            return;
+        };
         let mut connection_lost = None;
         let is_stock = self.is_stock(peer);
         let mut written = Vec::new();
@@ -158,6 +155,13 @@ impl SenderSession {
         self.finish_closing(uid);
         self.unpark_at(&address);
         self.serve_staging();
+    }
+
+    /// What of a request waits for its client's process is not to be written any more.
+    pub(super) fn abandon_fenced(&mut self, uid: Uid, writer_gone: bool) {
+        let fenced = self.transfers.iter().filter(|(_, transfer)| transfer.uid == uid && transfer.fenced);
+        let abandoned: Vec<TransferId> = fenced.map(|(&transfer, _)| transfer).collect();
+        self.outputs.extend(abandoned.into_iter().map(|transfer| Output::Abandon { transfer, writer_gone }));
     }
 
     fn commit_if_written(&mut self, now: Instant, uid: Uid) {

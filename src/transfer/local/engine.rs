@@ -7,8 +7,11 @@ use std::time::Duration;
 
 use super::LOCAL_ENGINE_NAME;
 use super::cursor::Cursor;
+use super::descriptor::BufferDescriptor;
+use super::devices::Devices;
+use super::flight::Flight;
 use super::identity::Identity;
-use super::peer::{BufferDescriptor, Peer, PeerError};
+use super::peer::{Peer, PeerError};
 use crate::buffer::Memory;
 use crate::ids::{ConnectionId, Pages, TransferId};
 use crate::transfer::{
@@ -18,6 +21,9 @@ use crate::transfer::{
 /// What one `poll` copies at most: a fraction of a millisecond, so that transfers take turns and a disconnect is not
 /// waited for. From 2 to 64 MiB it makes no difference to the speed; 1 MiB costs some percent.
 const POLL_LEN_BYTES_MAX: u64 = 4 * 1024 * 1024;
+/// What a process had put on a GPU is torn down with its context, which belongs to its end; a second is for a driver that
+/// takes longer.
+const DEVICE_LINGER: Duration = Duration::from_secs(1);
 
 /// Copies into memory of other processes of the same user on the same host.
 #[derive(Debug)]
@@ -28,6 +34,9 @@ pub struct LocalEngine {
     connections_made: u64,
     /// Transfers that have bytes left to copy or to report, in turn.
     queue: VecDeque<Queued>,
+    /// Transfers that a GPU copies, in the order in which they were posted.
+    flights: Vec<Flight>,
+    devices: Devices,
     /// Ended, but not by copying.
     ended: Ended,
 }
@@ -66,6 +75,8 @@ impl LocalEngine {
             connections: BTreeMap::new(),
             connections_made: 0,
             queue: VecDeque::new(),
+            flights: Vec::new(),
+            devices: Devices::default(),
             ended: Ended::default(),
         })
     }
@@ -90,17 +101,52 @@ impl LocalEngine {
             descriptor_count,
             reason,
         };
-        let Memory::Host(memory) = &**memory;
+        let (Memory::Host(memory), Some(mapping)) = (&**memory, peer.host()) else {
+            return Err(failed("the memory of either end is a GPU's".to_owned()));
+        };
         while *budget > 0
             && let Some(piece) = queued.cursor.take(*budget)
         {
             *budget -= piece.len_bytes;
             memory
-                .copy_to(piece.local_offset, peer.mapping(), piece.remote_offset, piece.len_bytes)
+                .copy_to(piece.local_offset, mapping, piece.remote_offset, piece.len_bytes)
                 .map_err(|error| failed(error.to_string()))?;
         }
         // After the bytes: they count only if somebody was there to have them.
         peer.check_alive().map_err(failed)
+    }
+
+    /// What becomes of a transfer whose copies by a GPU have ended.
+    fn conclude(&self, flight: &Flight, result: Result<(), TransferError>) -> Result<(), TransferError> {
+        let alive = match self.connections.get(&flight.connection) {
+            Some(Connection { peer: Some(peer), .. }) => peer.check_alive(),
+            _ => Err("we disconnected".to_owned()),
+        };
+        result.and_then(|()| {
+            alive.map_err(|reason| TransferError::Peer {
+                engine: LOCAL_ENGINE_NAME,
+                operation: "copy",
+                agent: flight.agent_name.clone(),
+                descriptor_count: flight.copy_count,
+                reason,
+            })
+        })
+    }
+
+    /// Starts copies of the flights and takes out those that have ended.
+    fn poll_flights(&mut self, ended: &mut Ended) {
+        let mut index = 0;
+        while let Some(flight) = self.flights.get_mut(index) {
+            match flight.advance() {
+                Ok(false) => index += 1,
+                advanced => {
+                    // `remove`, not `swap_remove`: transfers of one peer are reported in the order in which they end.
+                    let flight = self.flights.remove(index);
+                    let result = self.conclude(&flight, advanced.map(|_| ()));
+                    ended.transfers.push(Completion { transfer: flight.transfer, result });
+                }
+            }
+        }
     }
 }
 
@@ -111,7 +157,10 @@ impl TransferEngine for LocalEngine {
 
     /// The copying thread ends with its process.
     fn linger(&self) -> Duration {
-        Duration::ZERO
+        match self.registered.as_ref().map(|registered| &*registered.memory) {
+            Some(Memory::Cuda(_)) => DEVICE_LINGER,
+            Some(Memory::Host(_)) | None => Duration::ZERO,
+        }
     }
 
     fn register(&mut self, memory: Arc<Memory>, _unit_bytes: u64, len_bytes: u64) -> Result<(), TransferError> {
@@ -132,11 +181,10 @@ impl TransferEngine for LocalEngine {
 
     fn export(&mut self) -> Result<Export, TransferError> {
         let Registered { memory, len_bytes } = self.registered()?;
-        let Memory::Host(host) = &**memory;
         Ok(Export {
             agent_name: self.identity.agent_name.clone(),
             metadata: self.identity.encode(),
-            descriptors: BufferDescriptor { handle: host.handle(), len_bytes: *len_bytes }.encode(),
+            descriptors: BufferDescriptor::of(memory, *len_bytes).encode(),
         })
     }
 
@@ -188,11 +236,12 @@ impl TransferEngine for LocalEngine {
     }
 
     fn connect(&mut self, connection: ConnectionId, descriptors: &[u8]) -> Result<(), TransferError> {
+        let registered = self.registered.as_ref().ok_or(TransferError::NotRegistered { engine: LOCAL_ENGINE_NAME })?;
         let known = self
             .connections
             .get_mut(&connection)
             .ok_or(TransferError::NotConnected { engine: LOCAL_ENGINE_NAME, connection })?;
-        let opened = Peer::open(known.pid, descriptors);
+        let opened = Peer::open(known.pid, descriptors, &registered.memory, &mut self.devices);
         known.peer = Some(opened.map_err(|error| peer_error(&known.agent_name, error))?);
         // Mapping is all there is to it.
         self.ended.connections.push(Connected { connection, result: Ok(()) });
@@ -227,11 +276,11 @@ impl TransferEngine for LocalEngine {
         connection: ConnectionId,
         copies: &[ByteCopy],
     ) -> Result<(), TransferError> {
-        let local_len_bytes = self.registered()?.len_bytes;
+        let Registered { memory, len_bytes: local_len_bytes } = self.registered()?;
         let Some(Connection { agent_name, peer: Some(peer), .. }) = self.connections.get(&connection) else {
             return Err(TransferError::NotConnected { engine: LOCAL_ENGINE_NAME, connection });
         };
-        check_ranges(copies, local_len_bytes, peer.len_bytes())?;
+        check_ranges(copies, *local_len_bytes, peer.len_bytes())?;
         peer.check_alive().map_err(|reason| TransferError::Peer {
             engine: LOCAL_ENGINE_NAME,
             operation: "post",
@@ -239,12 +288,17 @@ impl TransferEngine for LocalEngine {
             descriptor_count: copies.len(),
             reason,
         })?;
-        self.queue.push_back(Queued { transfer, connection, cursor: Cursor::new(join(copies)) });
+        let cursor = Cursor::new(join(copies));
+        match peer.batch(memory) {
+            Some(batch) => self.flights.push(Flight::new(transfer, connection, agent_name.clone(), cursor, batch)),
+            None => self.queue.push_back(Queued { transfer, connection, cursor }),
+        }
         Ok(())
     }
 
     fn poll(&mut self, ended: &mut Ended) {
         ended.append(&mut self.ended);
+        self.poll_flights(ended);
         let mut budget = POLL_LEN_BYTES_MAX;
         while budget > 0
             && let Some(mut queued) = self.queue.pop_front()
@@ -257,18 +311,22 @@ impl TransferEngine for LocalEngine {
     }
 
     fn has_work(&self) -> bool {
-        !self.queue.is_empty()
+        !self.queue.is_empty() || self.flights.iter().any(Flight::has_work)
     }
 
     fn in_flight(&self) -> usize {
-        self.queue.len() + self.ended.len()
+        self.queue.len() + self.flights.len() + self.ended.len()
     }
 
     fn disconnect(&mut self, connection: ConnectionId) {
         let Some(known) = self.connections.remove(&connection) else {
             return;
         };
-        // Copying happens inside `poll` alone, so nothing is written from here on.
+        // What a GPU was given cannot be called back: it is reported when it has ended.
+        for flight in self.flights.iter_mut().filter(|flight| flight.connection == connection) {
+            flight.leaving = true;
+        }
+        // This thread copies inside `poll` alone, so of the rest nothing is written from here on.
         let (gone, left): (Vec<Queued>, Vec<Queued>) =
             self.queue.drain(..).partition(|queued| queued.connection == connection);
         self.queue.extend(left);

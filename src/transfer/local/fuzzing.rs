@@ -1,8 +1,9 @@
 //! What a peer on the same host says of its process and its memory, before anything is opened.
 
+use super::descriptor::{BufferDescriptor, HostDescriptor};
 use super::identity::Identity;
-use super::peer::BufferDescriptor;
-use crate::buffer::HostHandle;
+use crate::buffer::{CudaHandle, HostHandle};
+use crate::ids::{DeviceId, IpcHandle};
 
 pub(crate) fn blob(bytes: &[u8]) {
     if let Ok(identity) = Identity::decode(bytes) {
@@ -11,14 +12,28 @@ pub(crate) fn blob(bytes: &[u8]) {
     }
     if let Ok(descriptor) = BufferDescriptor::decode(bytes) {
         assert_eq!(descriptor.encode(), bytes, "two ways to say one thing");
-        assert!(descriptor.len_bytes <= descriptor.handle.len_bytes, "more is to be written than there is");
+        let there_bytes = match descriptor {
+            BufferDescriptor::Host(HostDescriptor { handle, .. }) => handle.len_bytes,
+            BufferDescriptor::Cuda(handle) => handle.allocation_bytes - handle.offset_bytes,
+        };
+        assert!(descriptor.len_bytes() <= there_bytes, "more is to be written than there is");
     }
 }
 
 pub(crate) fn blob_seeds() -> Vec<Vec<u8>> {
     let identity = Identity::of_this_process("receiver-1".to_owned()).expect("this is Linux");
     let handle = HostHandle { pid: 77, fd: 9, inode: 4711, len_bytes: 1 << 30 };
-    vec![identity.encode(), BufferDescriptor { handle, len_bytes: 1 << 20 }.encode()]
+    let cuda = CudaHandle {
+        pid: 77,
+        device: DeviceId([7; 16]),
+        ordinal: 1,
+        ipc: IpcHandle([9; 64]),
+        offset_bytes: 512,
+        allocation_bytes: 1 << 30,
+        len_bytes: 1 << 20,
+    };
+    let host = BufferDescriptor::Host(HostDescriptor { handle, len_bytes: 1 << 20 });
+    vec![identity.encode(), host.encode(), BufferDescriptor::Cuda(cuda).encode()]
 }
 
 #[cfg(test)]

@@ -1,92 +1,90 @@
-//! A peer's process and its memory, mapped here.
+//! A peer's process and its memory, opened here.
 
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::process::{Pid, PidfdFlags};
-use serde::{Deserialize, Serialize};
 
-use crate::buffer::{HostHandle, HostMapping};
-use crate::transfer::blob::BlobKind;
+use super::descriptor::{BufferDescriptor, HostDescriptor};
+use super::devices::Devices;
+use crate::buffer::{CopyBatch, CopyEnd, CopyStream, HostMapping, Memory, PinnedHost};
 
-const DESCRIPTORS: BlobKind = BlobKind { magic: b"pdlocaldesc", version: 2 };
-
-/// What is said in step two: the memory, at its ceiling's length, and how much of it may be written.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct BufferDescriptor {
-    pub(super) handle: HostHandle,
-    /// Grows; the memory behind the rest of the handle's length is not there yet.
-    pub(super) len_bytes: u64,
-}
-
-impl BufferDescriptor {
-    pub(super) fn encode(&self) -> Vec<u8> {
-        DESCRIPTORS.encode(self)
-    }
-
-    pub(super) fn decode(bytes: &[u8]) -> Result<Self, String> {
-        let descriptor: Self = DESCRIPTORS.decode(bytes)?;
-        let Self { handle, len_bytes } = descriptor;
-        if len_bytes == 0 || len_bytes > handle.len_bytes {
-            return Err(format!("{len_bytes} bytes of a buffer of {}", handle.len_bytes));
-        }
-        Ok(descriptor)
-    }
-}
-
-/// A process whose memory is mapped. The mapping stays valid when the process is gone; only then nobody reads it any
-/// more, so bytes written there do not count.
+/// A process whose memory is open here. It stays valid when the process is gone; only then nobody reads it any more, so
+/// bytes written there do not count.
 #[derive(Debug)]
 pub(super) struct Peer {
-    mapping: HostMapping,
-    /// How much of the mapping the peer told of.
-    len_bytes: u64,
+    memory: PeerMemory,
+    /// What the peer told of it: how much may be written.
+    descriptor: BufferDescriptor,
     process: OwnedFd,
     pid: u32,
 }
 
+/// How bytes get there.
+#[derive(Debug)]
+enum PeerMemory {
+    /// By the thread that polls.
+    Host(HostMapping),
+    /// By a GPU, where either end is on one.
+    Device { stream: Arc<CopyStream>, target: CopyEnd },
+}
+
 impl Peer {
-    /// Maps what `descriptors` name, which must belong to process `pid`.
-    pub(super) fn open(pid: u32, descriptors: &[u8]) -> Result<Self, PeerError> {
-        let BufferDescriptor { handle, len_bytes } =
-            BufferDescriptor::decode(descriptors).map_err(PeerError::Descriptors)?;
-        if handle.pid != pid {
-            return Err(PeerError::Descriptors(format!("they name process {}, its metadata {pid}", handle.pid)));
+    /// Opens what `descriptors` name, which must belong to process `pid`, for copies out of `ours`.
+    pub(super) fn open(
+        pid: u32,
+        descriptors: &[u8],
+        ours: &Arc<Memory>,
+        devices: &mut Devices,
+    ) -> Result<Self, PeerError> {
+        let descriptor = BufferDescriptor::decode(descriptors).map_err(PeerError::Descriptors)?;
+        if descriptor.pid() != pid {
+            return Err(PeerError::Descriptors(format!("they name process {}, its metadata {pid}", descriptor.pid())));
         }
         let raw_pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
         let raw_pid = raw_pid.ok_or_else(|| PeerError::Descriptors(format!("{pid} is no process id")))?;
         // The process before its memory: if another process had taken the pid over in between, the inode would not
-        // match.
+        // match, and the driver would not know the handle.
         let process = rustix::process::pidfd_open(raw_pid, PidfdFlags::empty())
             .map_err(|error| PeerError::Gone(format!("process {pid}: {error}")))?;
-        let mapping = HostMapping::open(&handle).map_err(|error| PeerError::Gone(error.to_string()))?;
-        Ok(Self { mapping, len_bytes, process, pid })
+        let memory = PeerMemory::open(&descriptor, ours, devices)?;
+        Ok(Self { memory, descriptor, process, pid })
     }
 
     /// The peer's buffer has grown.
     pub(super) fn update(&mut self, descriptors: &[u8]) -> Result<(), PeerError> {
-        let BufferDescriptor { handle, len_bytes } =
-            BufferDescriptor::decode(descriptors).map_err(PeerError::Descriptors)?;
-        let before = self.mapping.handle();
-        if handle != *before {
-            return Err(PeerError::Descriptors(format!("they name {handle}, before it was {before}")));
-        }
-        if len_bytes < self.len_bytes {
-            return Err(PeerError::Descriptors(format!("{len_bytes} bytes, before it was {}", self.len_bytes)));
-        }
+        let after = BufferDescriptor::decode(descriptors).map_err(PeerError::Descriptors)?;
+        let piece = after.check_grown_from(&self.descriptor).map_err(PeerError::Descriptors)?;
         // The mapping covers the ceiling: only its pages are new.
-        self.mapping.populate(self.len_bytes..len_bytes).map_err(|error| PeerError::Gone(error.to_string()))?;
-        self.len_bytes = len_bytes;
+        if let Some(mapping) = self.memory.mapping() {
+            mapping.populate(piece).map_err(|error| PeerError::Gone(error.to_string()))?;
+        }
+        self.descriptor = after;
         Ok(())
     }
 
     /// How much of it may be written.
     pub(super) const fn len_bytes(&self) -> u64 {
-        self.len_bytes
+        self.descriptor.len_bytes()
     }
 
-    pub(super) const fn mapping(&self) -> &HostMapping {
-        &self.mapping
+    /// The mapping that this thread writes to; none where a GPU does.
+    pub(super) const fn host(&self) -> Option<&HostMapping> {
+        match &self.memory {
+            PeerMemory::Host(mapping) => Some(mapping),
+            PeerMemory::Device { .. } => None,
+        }
+    }
+
+    /// An empty batch of copies by a GPU; none where this thread copies.
+    pub(super) fn batch(&self, ours: &Arc<Memory>) -> Option<CopyBatch> {
+        match &self.memory {
+            PeerMemory::Host(_) => None,
+            PeerMemory::Device { stream, target } => {
+                Some(CopyBatch::new(Arc::clone(stream), CopyEnd::Memory(Arc::clone(ours)), target.clone()))
+            }
+        }
     }
 
     /// Says so when the process has ended, whether or not its parent has taken notice.
@@ -102,11 +100,53 @@ impl Peer {
     }
 }
 
+impl PeerMemory {
+    fn open(descriptor: &BufferDescriptor, ours: &Arc<Memory>, devices: &mut Devices) -> Result<Self, PeerError> {
+        let gone = |error: crate::buffer::BufferError| PeerError::Gone(error.to_string());
+        match (descriptor, &**ours) {
+            (BufferDescriptor::Host(HostDescriptor { handle, .. }), Memory::Host(_)) => {
+                Ok(Self::Host(HostMapping::open(handle).map_err(gone)?))
+            }
+            (BufferDescriptor::Host(HostDescriptor { handle, len_bytes }), Memory::Cuda(cuda)) => {
+                let mapping = HostMapping::open(handle).map_err(gone)?;
+                let stream = devices.stream(cuda.device()).map_err(gone)?;
+                let pinned = PinnedHost::new(mapping, Arc::clone(cuda.device()), *len_bytes);
+                Ok(Self::Device { stream, target: CopyEnd::Host(Arc::new(pinned)) })
+            }
+            (BufferDescriptor::Cuda(handle), Memory::Cuda(cuda)) => {
+                let stream = devices.stream(cuda.device()).map_err(gone)?;
+                let mapping = devices.open(cuda.device(), handle).map_err(gone)?;
+                Ok(Self::Device { stream, target: CopyEnd::Cuda(mapping) })
+            }
+            (BufferDescriptor::Cuda(handle), Memory::Host(_)) => {
+                let mixed = |error: crate::buffer::BufferError| {
+                    PeerError::Gone(format!(
+                        "its buffer is memory of {}, ours is host memory, and from here that cannot be written: {error}",
+                        handle.device
+                    ))
+                };
+                let device = devices.of_uuid(handle.device).map_err(mixed)?;
+                let stream = devices.stream(&device).map_err(mixed)?;
+                let mapping = devices.open(&device, handle).map_err(mixed)?;
+                Ok(Self::Device { stream, target: CopyEnd::Cuda(mapping) })
+            }
+        }
+    }
+
+    fn mapping(&self) -> Option<&HostMapping> {
+        match self {
+            Self::Host(mapping) => Some(mapping),
+            Self::Device { target: CopyEnd::Host(pinned), .. } => Some(pinned.mapping()),
+            Self::Device { .. } => None,
+        }
+    }
+}
+
 /// Why a peer's memory cannot be had.
 #[derive(Debug)]
 pub(super) enum PeerError {
     /// The bytes are not what this engine writes.
     Descriptors(String),
-    /// The process or its memory is not there.
+    /// The process or its memory is not there, or cannot be reached.
     Gone(String),
 }

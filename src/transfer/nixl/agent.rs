@@ -9,9 +9,9 @@ use nixl_sys::{
     ThreadSync, XferDescList, XferDlistHandle, XferOp, XferRequest,
 };
 
-use super::descriptors::{BufferDescriptor, MEMORY_TYPE_HOST, SCRATCH_LEN_BYTES};
+use super::descriptors::{BufferDescriptor, MEMORY_TYPE_GPU, MEMORY_TYPE_HOST, SCRATCH_LEN_BYTES};
 use super::{NIXL_ENGINE_NAME, NixlOptions, load_library};
-use crate::buffer::{HostMemory, Memory};
+use crate::buffer::{BufferError, CudaMemory, HostMemory, Memory};
 use crate::ids::BUFFER_PIECES_MAX;
 use crate::transfer::{ByteCopy, TransferError, check_next_piece};
 
@@ -37,7 +37,8 @@ struct Buffer {
     memory: Arc<Memory>,
 }
 
-/// Where peers write to warm their connections, and what we write to warm ours.
+/// Where peers write to warm their connections, and what we write to warm ours: memory of the buffer's kind, since what is
+/// warmed is the way between two memories.
 struct Scratch {
     _registration: RegistrationHandle,
     address: u64,
@@ -118,14 +119,23 @@ impl OwnedAgent {
                 ))
             })?);
         }
-        let mut owned = Self { buffer: None, scratch: None, backends, agent, memories: Vec::new() };
-        let scratch = HostMemory::allocate(SCRATCH_LEN_BYTES).map_err(|error| unavailable(error.to_string()))?;
-        let address = scratch.address();
-        let scratch = Arc::new(Memory::Host(scratch));
-        let registration = owned.register_region(&scratch, 0..SCRATCH_LEN_BYTES)?;
-        owned.scratch = Some(Scratch { _registration: registration, address });
-        owned.memories.push(scratch);
-        Ok(owned)
+        Ok(Self { buffer: None, scratch: None, backends, agent, memories: Vec::new() })
+    }
+
+    fn register_scratch(&mut self, buffer: &Memory) -> Result<(), TransferError> {
+        let cannot = |error: BufferError| cannot_register(buffer, &(0..SCRATCH_LEN_BYTES), error.to_string());
+        let scratch = match buffer {
+            Memory::Host(_) => Memory::Host(HostMemory::allocate(SCRATCH_LEN_BYTES).map_err(cannot)?),
+            Memory::Cuda(cuda) => {
+                let allocated = CudaMemory::allocate(Arc::clone(cuda.device()), SCRATCH_LEN_BYTES);
+                Memory::Cuda(allocated.map_err(cannot)?)
+            }
+        };
+        let (address, scratch) = (scratch.address(), Arc::new(scratch));
+        let registration = self.register_region(&scratch, 0..SCRATCH_LEN_BYTES)?;
+        self.scratch = Some(Scratch { _registration: registration, address });
+        self.memories.push(scratch);
+        Ok(())
     }
 
     /// Registers the first piece of the pd_buffer and prepares its units.
@@ -137,14 +147,15 @@ impl OwnedAgent {
     ) -> Result<(), TransferError> {
         let registered_bytes = self.buffer.as_ref().map_or(0, |buffer| buffer.descriptor.len_bytes());
         check_next_piece(NIXL_ENGINE_NAME, &memory, registered_bytes, &(0..len_bytes))?;
+        self.register_scratch(&memory)?;
         let registration = self.register_region(&memory, 0..len_bytes)?;
         // From here on NIXL may know of it, whatever else fails.
         self.memories.push(Arc::clone(&memory));
         let descriptor = BufferDescriptor {
             address: memory.address(),
             piece_ends: vec![len_bytes],
-            device: 0,
-            memory_type: MEMORY_TYPE_HOST,
+            device: device_of(&memory),
+            memory_type: memory_type(&memory),
             unit_bytes,
             scratch_address: self.scratch.as_ref().map(|scratch| scratch.address),
         };
@@ -181,14 +192,22 @@ impl OwnedAgent {
 
     /// The caller keeps the memory for as long as the registration.
     fn register_region(&self, memory: &Memory, range: Range<u64>) -> Result<RegistrationHandle, TransferError> {
+        if let Memory::Cuda(cuda) = memory {
+            // UCX takes the device from the context of the thread that registers.
+            cuda.device().make_current().map_err(|error| cannot_register(memory, &range, error.to_string()))?;
+        }
         let region = Region {
             address: memory.address() + range.start,
             len_bytes: range.end - range.start,
-            mem_type: MemType::Dram,
-            device: 0,
+            mem_type: if matches!(memory, Memory::Host(_)) { MemType::Dram } else { MemType::Vram },
+            device: device_of(memory),
         };
         self.agent.register_memory(&region, None).map_err(|error| {
-            let reason = format!("register_memory with {} backends: {error}", self.backends.len());
+            let hint = match memory {
+                Memory::Host(_) => "",
+                Memory::Cuda(_) => "; NIXL's UCX must be one that was built with CUDA, or use transfer_channel: local",
+            };
+            let reason = format!("register_memory with {} backends: {error}{hint}", self.backends.len());
             cannot_register(memory, &range, reason)
         })
     }
@@ -241,8 +260,8 @@ impl OwnedAgent {
         }
         let mut known = self.agent.check_remote_metadata(agent_name, Some(&buffer));
         if let Some(address) = descriptor.scratch_address {
-            let mut scratch = XferDescList::new(MemType::Dram)?;
-            scratch.add_desc(address as usize, SCRATCH_LEN_BYTES as usize, 0);
+            let mut scratch = XferDescList::new(mem_type(descriptor))?;
+            scratch.add_desc(address as usize, SCRATCH_LEN_BYTES as usize, descriptor.device);
             known &= self.agent.check_remote_metadata(agent_name, Some(&scratch));
         }
         Ok(known)
@@ -305,12 +324,18 @@ impl OwnedAgent {
     }
 
     /// A request to write our scratch memory into a peer's.
-    pub(super) fn request_warm_up(&self, agent_name: &str, remote_address: u64) -> Result<XferRequest, NixlError> {
+    pub(super) fn request_warm_up(
+        &self,
+        agent_name: &str,
+        remote: &BufferDescriptor,
+        remote_address: u64,
+    ) -> Result<XferRequest, NixlError> {
         let scratch = self.scratch.as_ref().ok_or(NixlError::NotFound)?;
-        let mut local_list = XferDescList::new(MemType::Dram)?;
-        local_list.add_desc(scratch.address as usize, SCRATCH_LEN_BYTES as usize, 0);
-        let mut remote_list = XferDescList::new(MemType::Dram)?;
-        remote_list.add_desc(remote_address as usize, SCRATCH_LEN_BYTES as usize, 0);
+        let local = &self.buffer.as_ref().ok_or(NixlError::NotFound)?.descriptor;
+        let mut local_list = XferDescList::new(mem_type(local))?;
+        local_list.add_desc(scratch.address as usize, SCRATCH_LEN_BYTES as usize, local.device);
+        let mut remote_list = XferDescList::new(mem_type(remote))?;
+        remote_list.add_desc(remote_address as usize, SCRATCH_LEN_BYTES as usize, remote.device);
         self.agent.create_xfer_req(XferOp::Write, &local_list, &remote_list, agent_name, None)
     }
 
@@ -328,6 +353,20 @@ impl OwnedAgent {
 impl std::fmt::Debug for OwnedAgent {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("OwnedAgent").field("agent", &self.agent.name()).finish_non_exhaustive()
+    }
+}
+
+fn device_of(memory: &Memory) -> u64 {
+    match memory {
+        Memory::Host(_) => 0,
+        Memory::Cuda(cuda) => u64::from(cuda.device().ordinal()),
+    }
+}
+
+const fn memory_type(memory: &Memory) -> u32 {
+    match memory {
+        Memory::Host(_) => MEMORY_TYPE_HOST,
+        Memory::Cuda(_) => MEMORY_TYPE_GPU,
     }
 }
 

@@ -10,6 +10,8 @@ const DESCRIPTORS: BlobKind = BlobKind { magic: b"pdnixldesc", version: 3 };
 
 /// Host memory, in NIXL's numbering (`DRAM_SEG`).
 pub(super) const MEMORY_TYPE_HOST: u32 = 0;
+/// Memory of a GPU (`VRAM_SEG`).
+pub(super) const MEMORY_TYPE_GPU: u32 = 1;
 
 /// More units than this are not prepared: the lists would cost more memory than they save time.
 const PREPARED_UNITS_MAX: u64 = 1 << 16;
@@ -24,12 +26,12 @@ pub(super) struct BufferDescriptor {
     pub(super) address: u64,
     /// Where each registered piece ends, from the start of the buffer, in ascending order. The pieces lie side by side.
     pub(super) piece_ends: Vec<u64>,
-    /// 0 for host memory.
+    /// 0 for host memory; its owner's number for a GPU.
     pub(super) device: u64,
     pub(super) memory_type: u32,
     /// The length that most copies have.
     pub(super) unit_bytes: u64,
-    /// Host memory of [`SCRATCH_LEN_BYTES`] that nobody reads: where peers write to warm their connection. LMCache's
+    /// Memory of the same kind, of [`SCRATCH_LEN_BYTES`], that nobody reads: where peers write to warm their connection. LMCache's
     /// peers have none.
     pub(super) scratch_address: Option<u64>,
 }
@@ -41,8 +43,11 @@ impl BufferDescriptor {
 
     pub(super) fn decode(bytes: &[u8]) -> Result<Self, String> {
         let descriptor: Self = DESCRIPTORS.decode(bytes)?;
-        if descriptor.memory_type != MEMORY_TYPE_HOST {
-            return Err(format!("memory type {}, expected {MEMORY_TYPE_HOST} (host)", descriptor.memory_type));
+        if !matches!(descriptor.memory_type, MEMORY_TYPE_HOST | MEMORY_TYPE_GPU) {
+            return Err(format!(
+                "memory type {}, expected {MEMORY_TYPE_HOST} (host) or {MEMORY_TYPE_GPU} (GPU)",
+                descriptor.memory_type
+            ));
         }
         let piece_count = descriptor.piece_ends.len();
         if piece_count > BUFFER_PIECES_MAX || !descriptor.piece_ends.is_sorted_by(|end, next| end < next) {
@@ -59,6 +64,20 @@ impl BufferDescriptor {
             }
         }
         Ok(descriptor)
+    }
+
+    /// Says so unless this is memory of the same kind as `ours`.
+    pub(super) fn check_kind(&self, ours: &Self) -> Result<(), String> {
+        let name = |memory_type| if memory_type == MEMORY_TYPE_HOST { "host memory" } else { "GPU memory" };
+        if self.memory_type == ours.memory_type {
+            return Ok(());
+        }
+        Err(format!(
+            "its buffer is {}, ours is {}, and this engine does not write from one to the other; give both the same \
+             pd_buffer_device, or set transfer_channel: local on one host",
+            name(self.memory_type),
+            name(ours.memory_type)
+        ))
     }
 
     /// A peer's pages, as it describes them.
@@ -162,7 +181,7 @@ mod tests {
         let good = descriptor();
         assert_eq!(BufferDescriptor::decode(&good.encode()).as_ref(), Ok(&good));
         let refused = |bad: BufferDescriptor| BufferDescriptor::decode(&bad.encode()).unwrap_err();
-        assert!(refused(BufferDescriptor { memory_type: 1, ..good.clone() }).contains("memory type 1"));
+        assert!(refused(BufferDescriptor { memory_type: 2, ..good.clone() }).contains("memory type 2"));
         let of_pieces = |piece_ends: &[u64]| BufferDescriptor { piece_ends: piece_ends.to_vec(), ..descriptor() };
         assert!(refused(of_pieces(&[])).contains("0 bytes"));
         assert!(refused(of_pieces(&[0, 5])).contains("0 bytes"));
@@ -175,6 +194,11 @@ mod tests {
         let elsewhere = BufferDescriptor { scratch_address: Some(u64::MAX), ..good.clone() };
         assert!(refused(elsewhere).contains("4096 bytes at address"));
         assert!(BufferDescriptor::decode(b"pdlocaldesc").is_err());
+        let on_gpu = BufferDescriptor { memory_type: MEMORY_TYPE_GPU, device: 3, ..good.clone() };
+        assert_eq!(BufferDescriptor::decode(&on_gpu.encode()).as_ref(), Ok(&on_gpu));
+        let mixed = on_gpu.check_kind(&good).unwrap_err();
+        assert!(mixed.contains("its buffer is GPU memory, ours is host memory"), "{mixed}");
+        assert_eq!(on_gpu.check_kind(&on_gpu), Ok(()));
         assert_eq!(good.prepared_unit_count(), 3);
         assert_eq!(BufferDescriptor { unit_bytes: 0, ..good }.prepared_unit_count(), 0);
         let huge = BufferDescriptor { unit_bytes: 1, ..of_pieces(&[1 << 40]) };

@@ -166,7 +166,7 @@ impl NixlEngine {
         let Some(scratch_address) = remote.scratch_address else { return Ok(false) };
         let request = self
             .agent
-            .request_warm_up(agent_name, scratch_address)
+            .request_warm_up(agent_name, remote, scratch_address)
             .map_err(|error| failed("create_xfer_req", explain(&error)))?;
         let in_progress = self.agent.post(&request).map_err(|error| failed("first post_xfer_req", explain(&error)))?;
         if in_progress {
@@ -322,7 +322,7 @@ impl TransferEngine for NixlEngine {
 
     fn connect(&mut self, connection: ConnectionId, descriptors: &[u8]) -> Result<(), TransferError> {
         // Without memory of our own nothing could be posted.
-        self.agent.buffer()?;
+        let ours = self.agent.buffer()?;
         let Some(peer) = self.peers.present(connection) else {
             return Err(TransferError::NotConnected { engine: NIXL_ENGINE_NAME, connection });
         };
@@ -332,6 +332,7 @@ impl TransferEngine for NixlEngine {
         }
         let descriptor =
             BufferDescriptor::decode(descriptors).map_err(|reason| bad_descriptors(&agent_name, reason))?;
+        descriptor.check_kind(ours).map_err(|reason| bad_descriptors(&agent_name, reason))?;
         self.check_covered(&agent_name, &descriptor)?;
         let in_progress = match self.warm_up(connection, &agent_name, &descriptor) {
             Ok(in_progress) => in_progress,

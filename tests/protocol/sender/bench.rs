@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use pd_backend::address::AddressManager;
 use pd_backend::ids::{ChunkKey, ClientId, ConnectionId, GrantId, PeerAddress, PeerId, RequestId, Seq, TransferId};
-use pd_backend::protocol::sender::{Answer, Event, OpenRequest, Output, Part, SenderSettings, StagedSlot};
+use pd_backend::protocol::sender::{Answer, Event, OpenRequest, Output, Part, SenderSettings, Sending, StagedSlot};
 use pd_backend::protocol::{ChunkShape, Port, SenderSession};
 use pd_backend::wire::Message;
 use pd_backend::wire::message::{
@@ -26,6 +26,7 @@ pub struct Bench {
     pub answers: Vec<(Seq, Answer)>,
     pub events: Vec<Event>,
     pub posts: Vec<TransferId>,
+    pub abandoned: Vec<(TransferId, bool)>,
     pub opened: Vec<PeerId>,
     pub proxy: u32,
 }
@@ -77,6 +78,7 @@ impl Bench {
             answers: Vec::new(),
             events: Vec::new(),
             posts: Vec::new(),
+            abandoned: Vec::new(),
             opened: Vec::new(),
             proxy: 0,
         }
@@ -95,6 +97,7 @@ impl Bench {
                 Output::ConnectPeer { peer, .. } => self.session.handle_peer_connected(now, peer, Ok(())),
                 Output::Send { peer, message, .. } => self.on_send(peer, message),
                 Output::Post { transfer, .. } => self.posts.push(transfer),
+                Output::Abandon { transfer, writer_gone } => self.abandoned.push((transfer, writer_gone)),
                 Output::Answer { id, answer, .. } => self.answers.push((id, answer)),
                 Output::Event { event, .. } => self.events.push(event),
                 Output::NotifyProxy { .. } => self.proxy += 1,
@@ -209,7 +212,8 @@ impl Bench {
         self.pump();
         let Some((_, Answer::Staged { slots })) = self.answers.last() else { panic!("{:?}", self.answers) };
         let part = Part { slot: slots[0].slot, offset_bytes: 0, len_bytes: None };
-        self.session.handle_send(self.now, CLIENT, Seq(3), &request(name), &[part], true);
+        let sending = Sending { parts: &[part], last: true, after: None };
+        self.session.handle_send(self.now, CLIENT, Seq(3), &request(name), sending);
         self.pump();
     }
 

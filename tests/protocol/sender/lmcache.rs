@@ -7,7 +7,7 @@ use pd_backend::ids::{
     ByteCopy, ChecksumMode, ChunkKey, ClientId, ConnectionId, Failure, FailureKind, Pages, PeerAddress, PeerId,
     RequestId, Seq, TransferId,
 };
-use pd_backend::protocol::sender::{Answer, Event, OpenRequest, Output, Part, PeerMemory, SenderSettings};
+use pd_backend::protocol::sender::{Answer, Event, OpenRequest, Output, Part, PeerMemory, SenderSettings, Sending};
 use pd_backend::protocol::{ChunkShape, Port, SenderSession};
 use pd_backend::wire::message::{AllocRequest, AllocResponse, Hello, InitResponse, MemRegResponse};
 use pd_backend::wire::{LmcacheMode, Message, descriptor_list};
@@ -278,7 +278,8 @@ impl Bench {
         let Answer::Staged { slots } = self.answer_to(id) else { panic!("{:?}", self.answers) };
         let part = |slot| Part { slot, offset_bytes: 0, len_bytes: None };
         let parts: Vec<Part> = slots.iter().map(|staged| part(staged.slot)).collect();
-        self.session.handle_send(self.now, CLIENT, Seq(2), &request(name), &parts, true);
+        let sending = Sending { parts: &parts, last: true, after: None };
+        self.session.handle_send(self.now, CLIENT, Seq(2), &request(name), sending);
         self.pump();
         let (transfer, copies) = self.posts.last().unwrap();
         (*transfer, copies.iter().map(|copy| copy.remote_offset / PAGE_BYTES).collect())

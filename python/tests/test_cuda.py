@@ -1,0 +1,442 @@
+"""Buffers in GPU memory, in the processes that they are for. Without a GPU on the stand-in for libcuda; PD_TEST_GPU=1 runs
+them on the machine's own (scripts/gpu-check does)."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from conftest import CHUNK_BYTES, CHUNK_TOKENS, LAYOUT, TOP, binary
+from gpu import REAL, Engine, counts, environment, gpu, stand_in, stand_in_only
+from pd_backend import CudaBuffer, DaemonGone, DaemonStartError, MappingError, RequestFailed, RequestRefused, SenderClient
+from test_end_to_end import content, eventually, keys_of, open_request
+
+GPU = ("pd_buffer_device=cuda:0",)
+HOST = ("pd_buffer_device=cpu",)
+
+
+@pytest.fixture(autouse=True)
+def free_memory_is_what_it_was():
+    """Broken in production: every restart costs a GPU the length of a buffer, until nothing fits any more."""
+    device = gpu()
+    before = device.memory_info()[0]
+    violations = None if REAL else counts().violations
+    yield
+    # Other fixtures end later: the daemons are ended by the test itself, or looked at here while they live.
+    if not REAL:
+        assert counts().violations == violations, "memory was closed under a copy"
+    del before
+
+
+@pytest.fixture
+def start_gpu_pair(start_pair):
+    """Pairs whose buffers are in GPU memory, unless said otherwise."""
+
+    def start(sender_sets=GPU, receiver_sets=GPU, **more):
+        gpu()
+        more.setdefault("env", environment())
+        return start_pair("local", sender_sets=sender_sets, receiver_sets=receiver_sets, **more)
+
+    return start
+
+
+def write_chunk(view, data):
+    if isinstance(view, np.ndarray):
+        view[:] = data
+    else:
+        view.write(data)
+
+
+def read_chunk(view):
+    return view.copy() if isinstance(view, np.ndarray) else view.read()
+
+
+def stage(pair, name, data):
+    open_request(pair, name, len(data), len(data[-1]) * CHUNK_TOKENS // CHUNK_BYTES)
+    slots = pair.sender.stage(name, range(len(data)))
+    for slot in slots:
+        write_chunk(pair.sender.view(slot), data[slot.chunk])
+    return slots
+
+
+def check_chunks(pair, name, data):
+    with pair.receiver.wait(name, wait_s=30) as lease:
+        for index, expected in enumerate(data):
+            seen = read_chunk(lease.view(index))
+            assert np.array_equal(seen, expected), f"chunk {index} differs at {np.flatnonzero(seen != expected)[:1]}"
+
+
+@pytest.mark.parametrize("receiver_sets", [GPU, HOST], ids=["to gpu", "to host"])
+@pytest.mark.parametrize("sender_sets", [GPU, HOST], ids=["gpu", "host"])
+def test_chunks_arrive_whatever_memory_either_end_has(start_gpu_pair, sender_sets, receiver_sets):
+    # Broken in production: a prefill worker with its buffer on a GPU cannot serve a decode worker with one in host memory.
+    pair = start_gpu_pair(sender_sets, receiver_sets)
+    for round in range(3):
+        data = content(round, 5, 7)
+        pair.sender.send(f"r{round}", stage(pair, f"r{round}", data), last=True)
+        assert pair.sender.wait_sent(f"r{round}", 30).bytes == sum(map(len, data))
+        check_chunks(pair, f"r{round}", data)
+
+
+@stand_in_only
+def test_the_bytes_never_touch_the_host(start_gpu_pair):
+    # Broken in production: the KV cache takes a detour through host memory that nobody sees but in the latency.
+    pair = start_gpu_pair()
+    data = content(1, 4, CHUNK_TOKENS)
+    slots = stage(pair, "r", data)
+    before = counts()
+    pair.sender.send("r", slots, last=True)
+    pair.sender.wait_sent("r", 30)
+    done = counts() - before
+    assert (done.host_to_device, done.device_to_host) == (0, 0)
+    assert done.device_to_device_bytes == 4 * CHUNK_BYTES
+    check_chunks(pair, "r", data)
+
+
+def test_a_slot_is_not_read_while_the_engine_still_writes_it(start_gpu_pair):
+    # Broken in production: the decode worker gets what was in the slot before, and success is reported.
+    pair = start_gpu_pair()
+    with Engine(gpu(), CHUNK_BYTES) as engine:
+        pair.sender.order_by(engine.stream)
+        for round in range(5):
+            data = content(round, 1, CHUNK_TOKENS)
+            name = f"r{round}"
+            slot = stage(pair, name, [np.zeros(CHUNK_BYTES, dtype=np.uint8)])[0]
+            engine.put(data[0])
+            engine.be_busy()
+            engine.gather(pair.sender.view(slot))
+            pair.sender.send(name, [slot], last=True)
+            pair.sender.wait_sent(name, 30)
+            check_chunks(pair, name, data)
+
+
+def test_a_chunk_stays_until_the_engine_has_read_it(start_gpu_pair):
+    # Broken in production: the next request's chunk is written over one that a decode worker's stream is about to read.
+    pair = start_gpu_pair(receiver_slots=1)
+    with Engine(gpu(), CHUNK_BYTES) as engine:
+        pair.receiver.order_by(engine.stream)
+        for round in range(3):
+            first, second = content(2 * round, 1, CHUNK_TOKENS), content(2 * round + 1, 1, CHUNK_TOKENS)
+            pair.sender.send(f"a{round}", stage(pair, f"a{round}", first), last=True)
+            pair.sender.wait_sent(f"a{round}", 30)
+            lease = pair.receiver.wait(f"a{round}", wait_s=30)
+            engine.be_busy()
+            engine.scatter(lease.view(0))
+            lease.release()
+            opening = pair.sender.start_open(
+                f"b{round}", keys_of(f"b{round}", 1), last_chunk_tokens=CHUNK_TOKENS, receiver=pair.address, wait_s=20
+            )
+            eventually(lambda: pair.receiver.poll_events() or opening.done())
+            opening.result()
+            slots = pair.sender.stage(f"b{round}", [0])
+            write_chunk(pair.sender.view(slots[0]), second[0])
+            pair.sender.send(f"b{round}", slots, last=True)
+            pair.sender.wait_sent(f"b{round}", 30)
+            assert np.array_equal(engine.take(CHUNK_BYTES), first[0])
+            check_chunks(pair, f"b{round}", second)
+
+
+def test_a_slot_that_is_given_up_is_nobodys_until_the_engine_has_written_it(start_gpu_pair):
+    # Broken in production: after a cancelled prefill its last kernel writes into the slot of the next request.
+    pair = start_gpu_pair(sender_slots=1)
+    with Engine(gpu(), CHUNK_BYTES) as engine:
+        pair.sender.order_by(engine.stream)
+        engine.put(np.full(CHUNK_BYTES, 0xEE, dtype=np.uint8))
+        for round in range(3):
+            slot = stage(pair, f"a{round}", content(1, 1, CHUNK_TOKENS))[0]
+            engine.be_busy()
+            engine.gather(pair.sender.view(slot))
+            if round % 2:
+                pair.sender.send(f"a{round}", [slot], last=True)
+            pair.sender.cancel(f"a{round}")
+            data = content(round + 7, 1, CHUNK_TOKENS)
+            pair.sender.send(f"b{round}", stage(pair, f"b{round}", data), last=True)
+            pair.sender.wait_sent(f"b{round}", 30)
+            check_chunks(pair, f"b{round}", data)
+
+
+def test_views_say_what_they_are_and_end_with_the_buffer(start_gpu_pair):
+    # Broken in production: a tensor is made of freed GPU memory, and the engine's context dies of it.
+    pair = start_gpu_pair()
+    view = pair.sender.view(stage(pair, "r", content(1, 2, 3))[1])
+    interface = view.__cuda_array_interface__
+    assert interface["version"] == 3 and interface["shape"] == (len(view),) and interface["typestr"] == "|u1"
+    assert interface["data"] == (view.address, False) and interface["strides"] is None
+    assert view.part(3, 5).address == view.address + 3 and len(view.part(3, 5)) == 5
+    with pytest.raises(MappingError):
+        view.part(3, len(view))
+    for offset, length in [(8 * CHUNK_BYTES - 1, 2), (-1, 1), (0, -1)]:
+        with pytest.raises(MappingError):
+            pair.sender.buffer.range(offset, length)
+    receiver_view = pair.receiver.buffer.range(0, 8)
+    assert receiver_view.__cuda_array_interface__["data"][1], "a decode worker only reads"
+    pair.sender.close()
+    with pytest.raises(MappingError, match="closed"):
+        view.__cuda_array_interface__
+
+
+def test_two_clients_of_a_process_share_one_mapping(start_gpu_pair):
+    # Broken in production: the first client that closes takes the other's memory along.
+    pair = start_gpu_pair()
+    with SenderClient(pair.prefill.ready.connector) as other:
+        assert other.buffer.address() == pair.sender.buffer.address()
+    data = content(5, 2, 3)
+    pair.sender.send("r", stage(pair, "r", data), last=True)
+    pair.sender.wait_sent("r", 30)
+    check_chunks(pair, "r", data)
+
+
+def test_killed_and_restarted_daemons_leave_no_memory_taken(start_gpu_pair):
+    # Broken in production: a client that still has a dead daemon's memory open keeps it from the next daemon.
+    device = gpu()
+    free = device.memory_info()[0]
+    pair = start_gpu_pair()
+    data = content(3, 3, 3)
+    pair.sender.send("a", stage(pair, "a", data), last=True)
+    pair.sender.wait_sent("a", 30)
+    pair.decode.kill()
+    with pytest.raises(DaemonGone):
+        while True:
+            pair.receiver.poll_events()
+    with pytest.raises(MappingError):
+        pair.receiver.view(pair.receiver.buffer.range(0, 1))
+    pair.restart_receiver()
+    eventually(lambda: pair.sender.status().peers == 0)
+    pair.sender.send("b", stage(pair, "b", data), last=True)
+    pair.sender.wait_sent("b", 30)
+    check_chunks(pair, "b", data)
+    pair.prefill.kill()
+    with pytest.raises(DaemonGone):
+        while True:
+            pair.sender.poll_events()
+    pair.restart_sender()
+    pair.sender.send("c", stage(pair, "c", data), last=True)
+    pair.sender.wait_sent("c", 30)
+    check_chunks(pair, "c", data)
+    pair.sender.close()
+    pair.receiver.close()
+    pair.prefill.close()
+    pair.decode.close()
+    eventually(lambda: device.memory_info()[0] >= free)
+
+
+def test_a_client_that_dies_with_work_in_flight_costs_nobody_anything(start_gpu_pair):
+    # Broken in production: a prefill worker that crashes leaves a transfer waiting for an event that never comes, and its
+    # daemon a slot short.
+    pair = start_gpu_pair(sender_slots=2)
+    code = """
+import os, sys
+sys.path[:0] = sys.argv[4:6]
+import numpy as np
+from gpu import Engine, gpu
+from pd_backend import PeerAddress, SenderClient
+device = gpu()
+client = SenderClient(sys.argv[1])
+engine = Engine(device, 1024)
+client.order_by(engine.stream)
+client.open("dies", ["k"], last_chunk_tokens=16, receiver=PeerAddress("127.0.0.1", int(sys.argv[2]), int(sys.argv[3])))
+slot = client.stage("dies", [0])[0]
+for _ in range(50):
+    engine.be_busy()
+engine.gather(client.view(slot))
+client.send("dies", [slot], last=True)
+os.kill(os.getpid(), 9)
+"""
+    arguments = [pair.prefill.ready.connector, str(pair.address.init_port), str(pair.address.alloc_port)]
+    paths = [str(TOP / "python"), str(TOP / "python" / "tests")]
+    subprocess.run([sys.executable, "-c", code, *arguments, *paths], timeout=60, check=False)
+    status = eventually(lambda: (seen := pair.sender.status()).requests_active == 0 and seen)
+    assert status.transfers_in_flight == 0 and status.slots_free == 2, status
+    data = content(3, 2, CHUNK_TOKENS)
+    pair.sender.send("b", stage(pair, "b", data), last=True)
+    pair.sender.wait_sent("b", 30)
+    check_chunks(pair, "b", data)
+
+
+def refused_start(role, sets, env, tmp_path):
+    """Exit code and log of a daemon that does not start; `--check` has to say the same."""
+    layout = tmp_path / "layout.json"
+    import json
+
+    layout.write_text(json.dumps(LAYOUT))
+    command = [binary(f"pd-{role}"), "--config", TOP / "configs" / "loopback.yaml", "--kv-layout", layout]
+    for key in ["transfer_channel=local", f"pd_buffer_size={8 * CHUNK_BYTES}", *sets]:
+        command += ["--set", key]
+    import os
+
+    said = []
+    for more in ([], ["--check"]):
+        ended = subprocess.run(
+            [*command, *more], env={**os.environ, **env}, capture_output=True, text=True, timeout=30, check=False
+        )
+        assert "panicked" not in ended.stderr, ended.stderr
+        said.append((ended.returncode, [line.split("ERROR", 1)[1] for line in ended.stderr.splitlines() if "ERROR" in line]))
+    return said
+
+
+@stand_in_only
+@pytest.mark.parametrize(
+    ("sets", "faults", "named"),
+    [
+        (["pd_buffer_device=cuda:7"], {}, ["cuda:7", "this process sees cuda:0", "GPU-a0a0"]),
+        (GPU, {"PD_FAKE_CUDA_FAULTS": "no_device"}, ["no usable CUDA device", "CUDA_ERROR_NO_DEVICE"]),
+        (GPU, {"PD_FAKE_CUDA_INIT": "803"}, ["no usable CUDA device", "cuInit"]),
+        (GPU, {"PD_FAKE_CUDA_TOTAL_BYTES": "4096"}, ["cannot allocate 8192 bytes", "4096 of its 4096 bytes are free"]),
+    ],
+)
+def test_a_gpu_that_cannot_be_had_is_said_at_start_as_by_check(tmp_path, sets, faults, named):
+    # Broken in production: a daemon ends in a panic, or --check promises a start that fails.
+    stand_in()
+    (code, said), checked = refused_start("receiver", sets, environment(**faults), tmp_path)
+    assert code == 3 and all(word in said[-1] for word in named), said
+    assert checked == (code, said)
+
+
+@stand_in_only
+def test_a_library_that_is_no_driver_is_said(tmp_path):
+    # Broken in production: a container with an old or a stub libcuda ends every daemon in a panic.
+    (tmp_path / "none.c").write_text("")
+    library = tmp_path / "libcuda.so.1"
+    subprocess.run(["cc", "-shared", "-o", library, tmp_path / "none.c"], check=True)
+    (code, said), checked = refused_start("sender", GPU, {"LD_LIBRARY_PATH": str(tmp_path)}, tmp_path)
+    assert code == 3 and "has no cuInit" in said[-1], said
+    assert checked == (code, said)
+
+
+@stand_in_only
+def test_memory_that_cannot_be_exported_is_said_with_what_is_in_the_way(start_gpu_pair):
+    # Broken in production: the daemon starts, and no engine can open its buffer.
+    with pytest.raises(DaemonStartError) as caught:
+        start_gpu_pair(env=environment(PD_FAKE_CUDA_FAULTS="not_exportable"))
+    assert caught.value.exit_code == 3
+    for word in ("cannot be exported", "expandable segments", "8192 bytes"):
+        assert word in str(caught.value), str(caught.value)
+
+
+@stand_in_only
+def test_a_gpu_that_is_lost_is_named_by_what_fails(start_gpu_pair):
+    # Broken in production: "transfer failed", and nobody looks at the machine whose GPU has fallen off the bus.
+    pair = start_gpu_pair()
+    slots = stage(pair, "r", content(1, 1, 3))
+    lost = stand_in() / "lost"
+    sender = pair.sender
+    # The engine lost it as well: it can record nothing any more, so the daemon hears of no event.
+    order, sender._order = sender._order, None
+    lost.touch()
+    try:
+        sender.send("r", slots, last=True)
+        with pytest.raises(RequestFailed) as caught:
+            sender.wait_sent("r", 30)
+    finally:
+        lost.unlink()
+        sender._order = order
+    assert caught.value.kind == "transfer_failed"
+    for word in ("cuda:0", "has disappeared", "CUDA_ERROR_DEVICE_UNAVAILABLE", "Xid"):
+        assert word in caught.value.text, caught.value.text
+
+
+def test_two_gpus_of_a_host_are_one_copy_apart(start_gpu_pair):
+    # Broken in production: a sender on one GPU and a receiver on another do not find each other, or go through the host.
+    gpu(1)
+    pair = start_gpu_pair(receiver_sets=("pd_buffer_device=cuda:1",))
+    data = content(9, 3, 5)
+    slots = stage(pair, "r", data)
+    before = None if REAL else counts()
+    pair.sender.send("r", slots, last=True)
+    pair.sender.wait_sent("r", 30)
+    if before is not None:
+        done = counts() - before
+        assert (done.host_to_device, done.device_to_host, done.device_to_device) == (0, 0, 0)
+        assert done.peer_to_peer_bytes == sum(map(len, data))
+    check_chunks(pair, "r", data)
+
+
+@stand_in_only
+def test_numbers_of_gpus_may_differ_between_processes(start_gpu_pair):
+    # Broken in production: an engine with CUDA_VISIBLE_DEVICES opens its daemon's buffer on another GPU.
+    hidden = environment(CUDA_VISIBLE_DEVICES="1")
+    pair = start_gpu_pair(env=hidden)
+    buffer = pair.sender.attached.buffer
+    assert buffer.ordinal == 0 and buffer.device.endswith("01"), buffer
+    assert isinstance(pair.sender.buffer, CudaBuffer) and pair.sender.buffer.device.ordinal == 1
+    data = content(2, 2, 2)
+    pair.sender.send("r", stage(pair, "r", data), last=True)
+    pair.sender.wait_sent("r", 30)
+    check_chunks(pair, "r", data)
+
+
+@stand_in_only
+@pytest.mark.parametrize(
+    ("env", "named"),
+    [
+        ({"PD_FAKE_CUDA_FAULTS": "no_peer_access"}, ["another GPU", "no peer access", "cuda:0"]),
+        ({"CUDA_VISIBLE_DEVICES": "0"}, ["another GPU", "CUDA_VISIBLE_DEVICES"]),
+    ],
+)
+def test_a_gpu_that_cannot_be_reached_is_refused_at_the_handshake(start_gpu_pair, env, named):
+    # Broken in production: a handle of another GPU is written to wherever it happens to be mapped.
+    pair = start_gpu_pair(
+        receiver_sets=("pd_buffer_device=cuda:1",), env=environment(**env), receiver_env=environment()
+    )
+    with pytest.raises(RequestRefused) as caught:
+        open_request(pair, "r", 1)
+    assert all(word in caught.value.text for word in named), caught.value.text
+
+
+@stand_in_only
+def test_host_memory_meets_a_gpu_without_a_driver_by_name(start_gpu_pair):
+    # Broken in production: a prefill worker without a GPU is told that a handle is bad, and nobody knows what to change.
+    pair = start_gpu_pair(HOST, GPU, env={}, receiver_env=environment())
+    with pytest.raises(RequestRefused) as caught:
+        open_request(pair, "r", 1)
+    for word in ("its buffer is memory of GPU-", "ours is host memory", "libcuda.so.1 is not installed"):
+        assert word in caught.value.text, caught.value.text
+
+
+@stand_in_only
+def test_a_buffer_may_begin_inside_its_allocation(start_gpu_pair):
+    # Broken in production: small buffers are read and written at the start of somebody else's.
+    pair = start_gpu_pair(env=environment(PD_FAKE_CUDA_OFFSET_BYTES="512"))
+    buffer = pair.sender.attached.buffer
+    assert (buffer.offset_bytes, buffer.allocation_bytes) == (512, buffer.len_bytes + 512)
+    data = content(4, 8, 5)
+    pair.sender.send("r", stage(pair, "r", data), last=True)
+    pair.sender.wait_sent("r", 30)
+    check_chunks(pair, "r", data)
+
+
+def test_checksums_are_of_what_the_engine_has_written(start_gpu_pair):
+    # Broken in production: with pd_checksum every chunk of a GPU is corrupted, or sums of unfinished slots agree.
+    sets = (*GPU, "pd_checksum=full")
+    pair = start_gpu_pair(sets, sets)
+    with Engine(gpu(), CHUNK_BYTES) as engine:
+        pair.sender.order_by(engine.stream)
+        data = content(3, 1, CHUNK_TOKENS)
+        slot = stage(pair, "r", [np.zeros(CHUNK_BYTES, dtype=np.uint8)])[0]
+        engine.put(data[0])
+        engine.be_busy()
+        engine.gather(pair.sender.view(slot))
+        pair.sender.send("r", [slot], last=True)
+        pair.sender.wait_sent("r", 30)
+        check_chunks(pair, "r", data)
+
+
+def test_a_lazy_buffer_on_a_gpu_is_refused(start_gpu_pair):
+    # Broken in production: a buffer that was to begin small takes all of its GPU memory, or fails when it grows.
+    with pytest.raises(DaemonStartError) as caught:
+        start_gpu_pair((*GPU, f"pd_buffer_initial_size={CHUNK_BYTES}"), (*GPU, f"pd_buffer_initial_size={CHUNK_BYTES}"))
+    assert caught.value.exit_code == 2 and "in one piece" in str(caught.value), str(caught.value)
+
+
+def test_an_event_for_host_memory_is_refused(start_pair):
+    # Broken in production: a sender without a GPU waits for one.
+    pair = start_pair("local")
+    open_request(pair, "r", 1)
+    slots = pair.sender.stage("r", [0])
+    from pd_backend import messages as m
+
+    parts = [m.SendPart(slot=slots[0].slot)]
+    send = lambda id: m.Send(id=id, req_id="r", parts=parts, last=True, after="ab" * 64)  # noqa: E731
+    with pytest.raises(RequestRefused, match="host memory"):
+        pair.sender._start(send, m.Accepted, lambda reply: reply).result()

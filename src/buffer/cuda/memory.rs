@@ -1,0 +1,146 @@
+//! Memory on a GPU that other processes of the same user can open.
+#![allow(unsafe_code)]
+
+use std::sync::Arc;
+
+use super::driver::Place;
+use super::{CudaDevice, CudaHandle};
+use crate::buffer::BufferError;
+use crate::ids::{Checksum, Summing};
+
+/// What is copied to the host at a time for a checksum.
+const PIECE_LEN_BYTES: u64 = 1024 * 1024;
+
+/// One plain allocation, exported.
+#[derive(Debug)]
+pub struct CudaMemory {
+    device: Arc<CudaDevice>,
+    address: u64,
+    handle: CudaHandle,
+}
+
+impl CudaMemory {
+    /// Allocates `len_bytes` on a device. What is in there is not said.
+    ///
+    /// # Errors
+    /// [`BufferError::DeviceMemory`] when less is free; [`BufferError::NotExportable`] when other processes cannot open
+    /// it; [`BufferError::DeviceLost`] and [`BufferError::Device`].
+    pub fn allocate(device: Arc<CudaDevice>, len_bytes: u64) -> Result<Self, BufferError> {
+        let address = device.context().allocate(len_bytes).map_err(|error| match device.memory_info() {
+            Ok((free_bytes, total_bytes)) if error.is_out_of_memory() => {
+                BufferError::DeviceMemory { len_bytes, device: device.to_string(), free_bytes, total_bytes }
+            }
+            _ => device.failed(error),
+        })?;
+        match export(&device, address, len_bytes) {
+            Ok(handle) => Ok(Self { device, address, handle }),
+            Err(error) => {
+                // SAFETY: it was allocated above, and nobody has seen its address.
+                let freed = unsafe { device.context().free(address) };
+                freed
+                    .err()
+                    .into_iter()
+                    .for_each(|error| tracing::warn!(%device, %error, "GPU memory is not given back"));
+                Err(error)
+            }
+        }
+    }
+
+    /// Its length.
+    pub const fn len_bytes(&self) -> u64 {
+        self.handle.len_bytes
+    }
+
+    /// Where it is on the device: no address of the host.
+    pub const fn address(&self) -> u64 {
+        self.address
+    }
+
+    /// The GPU that it is on.
+    pub const fn device(&self) -> &Arc<CudaDevice> {
+        &self.device
+    }
+
+    /// How another process of the same user opens it, for as long as this one lives.
+    pub const fn handle(&self) -> CudaHandle {
+        self.handle
+    }
+
+    /// Copies bytes to the host.
+    ///
+    /// # Errors
+    /// [`BufferError::OutOfRange`]; [`BufferError::DeviceLost`] and [`BufferError::Device`].
+    pub fn read(&self, offset: u64, out: &mut [u8]) -> Result<(), BufferError> {
+        self.check(offset, out.len() as u64)?;
+        // SAFETY: the range is inside the allocation, which is freed when `self` is dropped.
+        unsafe { self.device.context().read(self.address + offset, out) }.map_err(|error| self.device.failed(error))
+    }
+
+    /// Copies bytes from the host.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read); nothing is written when the range is wrong.
+    pub fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), BufferError> {
+        self.check(offset, bytes.len() as u64)?;
+        // SAFETY: as in `read`.
+        unsafe { self.device.context().write(self.address + offset, bytes) }.map_err(|error| self.device.failed(error))
+    }
+
+    /// Sums bytes, which takes them through the host.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read).
+    pub fn checksum(&self, offset: u64, len_bytes: u64) -> Result<Checksum, BufferError> {
+        self.check(offset, len_bytes)?;
+        let mut piece = vec![0; PIECE_LEN_BYTES.min(len_bytes) as usize];
+        let mut sum = Summing::default();
+        let mut done_bytes = 0;
+        while done_bytes < len_bytes {
+            let len = PIECE_LEN_BYTES.min(len_bytes - done_bytes) as usize;
+            self.read(offset + done_bytes, &mut piece[..len])?;
+            sum.add(&piece[..len]);
+            done_bytes += len as u64;
+        }
+        Ok(sum.finish())
+    }
+
+    pub(super) const fn place(&self, offset: u64) -> Place {
+        Place::Device(self.address + offset)
+    }
+
+    fn check(&self, offset: u64, len_bytes: u64) -> Result<(), BufferError> {
+        let buffer_len_bytes = self.len_bytes();
+        match offset.checked_add(len_bytes) {
+            Some(end) if end <= buffer_len_bytes => Ok(()),
+            _ => Err(BufferError::OutOfRange { offset, len_bytes, buffer_len_bytes }),
+        }
+    }
+}
+
+/// The handle names the allocation as the driver sees it, which may begin before the address that it gave us.
+fn export(device: &CudaDevice, address: u64, len_bytes: u64) -> Result<CudaHandle, BufferError> {
+    let refuse = |error: super::driver::CudaError| match device.failed(error) {
+        BufferError::Device { device, reason } => BufferError::NotExportable { len_bytes, device, reason },
+        lost => lost,
+    };
+    let (base, allocation_bytes) = device.context().allocation_of(address).map_err(refuse)?;
+    let ipc = device.context().export(address).map_err(refuse)?;
+    Ok(CudaHandle {
+        pid: std::process::id(),
+        device: device.uuid(),
+        ordinal: device.ordinal(),
+        ipc,
+        offset_bytes: address - base,
+        allocation_bytes,
+        len_bytes,
+    })
+}
+
+impl Drop for CudaMemory {
+    fn drop(&mut self) {
+        // SAFETY: allocated once; whatever copies from or to it holds it.
+        if let Err(error) = unsafe { self.device.context().free(self.address) } {
+            tracing::warn!(device = %self.device, %error, "GPU memory is not given back");
+        }
+    }
+}

@@ -1,0 +1,115 @@
+//! Transfers whose bytes a GPU is still writing, and messages about slots that it still uses: they wait for an event of the
+//! engine's process, and nobody waits for them.
+
+use std::time::{Duration, Instant};
+
+use crate::buffer::{BufferError, Fences, Memory};
+use crate::ids::{ByteCopy, ConnectionId, Failure, FailureKind, IpcHandle, TransferId};
+
+/// How long a process's last writes may take after its connection has ended: its context goes with the process, and
+/// that is a moment later.
+pub(super) const WRITER_GONE_AFTER: Duration = Duration::from_secs(1);
+
+/// A transfer as it will be posted.
+#[derive(Debug)]
+pub(super) struct Waiting {
+    pub(super) transfer: TransferId,
+    pub(super) connection: ConnectionId,
+    pub(super) copies: Vec<ByteCopy>,
+    pub(super) summed: Vec<u32>,
+}
+
+/// What can wait.
+#[derive(Debug)]
+pub(super) enum Item {
+    /// To be posted.
+    Transfer(Waiting),
+    /// A message that the driver holds.
+    Message(u64),
+}
+
+/// Something that waits no more.
+#[derive(Debug)]
+pub(super) struct Passed {
+    pub(super) item: Item,
+    /// Why it is not to happen.
+    pub(super) failure: Option<Failure>,
+}
+
+/// What waits for which event, in the order in which it came.
+#[derive(Debug)]
+pub(super) struct Fenced {
+    /// None for a buffer that no GPU writes.
+    fences: Option<Fences>,
+    waiting: Vec<Entry>,
+}
+
+#[derive(Debug)]
+struct Entry {
+    after: IpcHandle,
+    item: Item,
+    /// Nobody wants it posted any more.
+    abandoned: bool,
+    /// Not waited for beyond this.
+    until: Option<Instant>,
+}
+
+impl Fenced {
+    pub(super) fn new(memory: &Memory) -> Self {
+        let fences = match memory {
+            Memory::Host(_) => None,
+            Memory::Cuda(cuda) => Some(Fences::new(std::sync::Arc::clone(cuda.device()))),
+        };
+        Self { fences, waiting: Vec::new() }
+    }
+
+    pub(super) const fn is_empty(&self) -> bool {
+        self.waiting.is_empty()
+    }
+
+    pub(super) fn push(&mut self, after: IpcHandle, item: Item) {
+        self.waiting.push(Entry { after, item, abandoned: false, until: None });
+    }
+
+    /// A message that nobody holds any more.
+    pub(super) fn forget(&mut self, ticket: u64) {
+        self.waiting.retain(|entry| !matches!(entry.item, Item::Message(other) if other == ticket));
+    }
+
+    /// A transfer that has been posted already is past being abandoned.
+    pub(super) fn abandon(&mut self, transfer: TransferId, writer_gone: bool, now: Instant) {
+        let is_it = |entry: &&mut Entry| matches!(&entry.item, Item::Transfer(one) if one.transfer == transfer);
+        for entry in self.waiting.iter_mut().filter(is_it) {
+            entry.abandoned = true;
+            if writer_gone {
+                entry.until.get_or_insert(now + WRITER_GONE_AFTER);
+            }
+        }
+    }
+
+    /// Takes out those that wait no more. Never waits.
+    pub(super) fn take_passed(&mut self, now: Instant) -> Vec<Passed> {
+        let mut passed = Vec::new();
+        let mut index = 0;
+        while let Some(entry) = self.waiting.get(index) {
+            let seen = match &mut self.fences {
+                Some(fences) => fences.is_passed(&entry.after).map_err(|error| failure_of(&error)),
+                None => Err(Failure::new(FailureKind::Internal, "an event is waited for, but no GPU has this buffer")),
+            };
+            let overdue = entry.until.is_some_and(|until| now >= until);
+            if matches!(seen, Ok(false)) && !overdue {
+                index += 1;
+                continue;
+            }
+            let Entry { item, abandoned, .. } = self.waiting.remove(index);
+            let given_up = || Failure::new(FailureKind::Cancelled, "it was given up before its bytes were final");
+            let failure = if abandoned { Some(given_up()) } else { seen.err() };
+            passed.push(Passed { item, failure });
+        }
+        passed
+    }
+}
+
+fn failure_of(error: &BufferError) -> Failure {
+    Failure::new(FailureKind::TransferFailed, error.to_string())
+}
