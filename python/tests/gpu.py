@@ -48,6 +48,7 @@ def stand_in() -> Path:
     library = TOP / "target" / "fake_cuda"
     subprocess.run([TOP / "tests" / "fake_cuda" / "build", library], check=True)
     state = Path(tempfile.mkdtemp(prefix="pd-fake-cuda-"))
+    os.environ.pop("CUDA_VISIBLE_DEVICES", None)
     os.environ.update(PD_FAKE_CUDA_DIR=str(state), PD_FAKE_CUDA_DEVICES="2")
     # Later a look for libcuda.so.1 finds the one that is loaded already.
     ctypes.CDLL(str(library / "libcuda.so.1"), mode=ctypes.RTLD_GLOBAL)
