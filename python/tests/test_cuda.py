@@ -66,16 +66,20 @@ def check_chunks(pair, name, data):
             assert np.array_equal(seen, expected), f"chunk {index} differs at {np.flatnonzero(seen != expected)[:1]}"
 
 
+def ship(pair, name, data):
+    """A whole request, every byte checked."""
+    pair.sender.send(name, stage(pair, name, data), last=True)
+    assert pair.sender.wait_sent(name, 30).bytes == sum(map(len, data))
+    check_chunks(pair, name, data)
+
+
 @pytest.mark.parametrize("receiver_sets", [GPU, HOST], ids=["to gpu", "to host"])
 @pytest.mark.parametrize("sender_sets", [GPU, HOST], ids=["gpu", "host"])
 def test_chunks_arrive_whatever_memory_either_end_has(start_gpu_pair, sender_sets, receiver_sets):
     # Broken in production: a prefill worker with its buffer on a GPU cannot serve a decode worker with one in host memory.
     pair = start_gpu_pair(sender_sets, receiver_sets)
     for round in range(3):
-        data = content(round, 5, 7)
-        pair.sender.send(f"r{round}", stage(pair, f"r{round}", data), last=True)
-        assert pair.sender.wait_sent(f"r{round}", 30).bytes == sum(map(len, data))
-        check_chunks(pair, f"r{round}", data)
+        ship(pair, f"r{round}", content(round, 5, 7))
 
 
 @stand_in_only
@@ -228,39 +232,37 @@ def test_two_clients_of_a_process_share_one_mapping(start_gpu_pair):
     pair = start_gpu_pair()
     with SenderClient(pair.prefill.ready.connector) as other:
         assert other.buffer.address() == pair.sender.buffer.address()
-    data = content(5, 2, 3)
-    pair.sender.send("r", stage(pair, "r", data), last=True)
-    pair.sender.wait_sent("r", 30)
-    check_chunks(pair, "r", data)
+    ship(pair, "r", content(5, 2, 3))
 
 
 def test_killed_and_restarted_daemons_leave_no_memory_taken(start_gpu_pair):
-    # Broken in production: a client that still has a dead daemon's memory open keeps it from the next daemon.
+    # Broken in production: whoever still has a dead daemon's memory open keeps it from the next daemon.
     device = gpu()
     free = device.memory_info()[0]
-    pair = start_gpu_pair()
+    len_bytes = 64 << 20
+    large = (*GPU, f"pd_buffer_size={len_bytes}")
+    pair = start_gpu_pair(large, large)
     data = content(3, 3, 3)
-    pair.sender.send("a", stage(pair, "a", data), last=True)
-    pair.sender.wait_sent("a", 30)
+    ship(pair, "a", data)
+    both = device.memory_info()[0]
+    assert free - both >= 2 * len_bytes
     pair.decode.kill()
     with pytest.raises(DaemonGone):
         while True:
             pair.receiver.poll_events()
     with pytest.raises(MappingError):
         pair.receiver.buffer.range(0, 1)
+    # Its sender lets go of it as well, long before anybody needs it again.
+    eventually(lambda: device.memory_info()[0] >= both + len_bytes)
     pair.restart_receiver()
-    eventually(lambda: pair.sender.status().peers == 0)
-    pair.sender.send("b", stage(pair, "b", data), last=True)
-    pair.sender.wait_sent("b", 30)
-    check_chunks(pair, "b", data)
+    ship(pair, "b", data)
     pair.prefill.kill()
     with pytest.raises(DaemonGone):
         while True:
             pair.sender.poll_events()
+    eventually(lambda: device.memory_info()[0] >= both + len_bytes)
     pair.restart_sender()
-    pair.sender.send("c", stage(pair, "c", data), last=True)
-    pair.sender.wait_sent("c", 30)
-    check_chunks(pair, "c", data)
+    ship(pair, "c", data)
     pair.sender.close()
     pair.receiver.close()
     pair.prefill.close()
@@ -293,10 +295,7 @@ os.kill(os.getpid(), 9)
     assert ended.returncode == -9, ended.stderr
     status = eventually(lambda: (seen := pair.sender.status()).requests_active == 0 and seen)
     assert status.transfers_in_flight == 0 and status.slots_free == 2, status
-    data = content(3, 2, CHUNK_TOKENS)
-    pair.sender.send("b", stage(pair, "b", data), last=True)
-    pair.sender.wait_sent("b", 30)
-    check_chunks(pair, "b", data)
+    ship(pair, "b", content(3, 2, CHUNK_TOKENS))
 
 
 def in_another_process(code, *arguments, **environment_more):
@@ -409,10 +408,7 @@ def test_numbers_of_gpus_may_differ_between_processes(start_gpu_pair):
     buffer = pair.sender.attached.buffer
     assert buffer.ordinal == 0 and buffer.device.endswith("01"), buffer
     assert isinstance(pair.sender.buffer, CudaBuffer) and pair.sender.buffer.device.ordinal == 1
-    data = content(2, 2, 2)
-    pair.sender.send("r", stage(pair, "r", data), last=True)
-    pair.sender.wait_sent("r", 30)
-    check_chunks(pair, "r", data)
+    ship(pair, "r", content(2, 2, 2))
 
 
 @stand_in_only
@@ -449,10 +445,7 @@ def test_a_buffer_may_begin_inside_its_allocation(start_gpu_pair):
     pair = start_gpu_pair(env=environment(PD_FAKE_CUDA_OFFSET_BYTES="512"))
     buffer = pair.sender.attached.buffer
     assert (buffer.offset_bytes, buffer.allocation_bytes) == (512, buffer.len_bytes + 512)
-    data = content(4, 8, 5)
-    pair.sender.send("r", stage(pair, "r", data), last=True)
-    pair.sender.wait_sent("r", 30)
-    check_chunks(pair, "r", data)
+    ship(pair, "r", content(4, 8, 5))
 
 
 def test_an_event_that_cannot_be_opened_fails_what_waits_for_it(start_gpu_pair):
@@ -468,10 +461,7 @@ def test_an_event_that_cannot_be_opened_fails_what_waits_for_it(start_gpu_pair):
     cancel = lambda id: m.Cancel(id=id, req_id="r", after="00" * 64)  # noqa: E731
     with pytest.raises(RequestRefused, match="cannot be opened"):
         pair.sender._start(cancel, m.Cancelled, lambda reply: reply).result()
-    data = content(3, 2, CHUNK_TOKENS)
-    pair.sender.send("b", stage(pair, "b", data), last=True)
-    pair.sender.wait_sent("b", 30)
-    check_chunks(pair, "b", data)
+    ship(pair, "b", content(3, 2, CHUNK_TOKENS))
 
 
 @stand_in_only
