@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from conftest import CHUNK_BYTES, CHUNK_TOKENS, LAYOUT, TOP, binary
+from conftest import CHUNK_BYTES, CHUNK_TOKENS, LAYOUT, TOP, binary, nixl_found
 from gpu import REAL, Engine, counts, environment, gpu, stand_in, stand_in_only
 from pd_backend import CudaBuffer, DaemonGone, DaemonStartError, MappingError, RequestFailed, RequestRefused, SendPart, SenderClient
 from pd_backend import messages as m
@@ -548,6 +548,18 @@ def test_a_lazy_buffer_on_a_gpu_is_refused(start_gpu_pair):
     with pytest.raises(DaemonStartError) as caught:
         start_gpu_pair((*GPU, f"pd_buffer_initial_size={CHUNK_BYTES}"), (*GPU, f"pd_buffer_initial_size={CHUNK_BYTES}"))
     assert caught.value.exit_code == 2 and "in one piece" in str(caught.value), str(caught.value)
+
+
+@stand_in_only
+@pytest.mark.skipif(not nixl_found(), reason="no NIXL: run `scripts/setup-deps nixl` or set NIXL_LIB_DIR, then again")
+def test_a_nixl_without_cuda_is_said(start_pair):
+    # Broken in production: chunks of a GPU are sent from addresses that UCX takes for the host's, and the daemon dies.
+    gpu()
+    with pytest.raises(DaemonStartError) as caught:
+        start_pair("nixl", sender_sets=GPU, receiver_sets=GPU, env=environment())
+    assert caught.value.exit_code == 3
+    for word in ("nixl cannot register 8192 bytes of GPU memory", "built with CUDA", "transfer_channel: local"):
+        assert word in str(caught.value), str(caught.value)
 
 
 def test_an_event_for_host_memory_is_refused(start_pair):
