@@ -222,6 +222,15 @@ fn metrics_are_served_on_loopback_unless_something_else_is_said() {
 }
 
 #[test]
+fn a_detour_of_gpu_bytes_is_said() {
+    // Broken in production: an operator turns checksums on and wonders why chunks of GPUs pass through the host.
+    let notes = |lines: &str| load(Role::Sender, &format!("{MINIMAL}{lines}")).unwrap().notes.join("\n");
+    assert!(notes("pd_buffer_device: cuda\npd_checksum: full\n").contains("copied from the GPU to the host"));
+    assert!(!notes("pd_checksum: full\n").contains("GPU"));
+    assert!(!notes("pd_buffer_device: cuda\n").contains("copied"));
+}
+
+#[test]
 fn what_check_prints_means_the_same() {
     // Broken in production: --check shows an operator another configuration than the one that runs.
     let rich = "pd_buffer_size: 1000000007\npd_buffer_device: cuda:3\npd_peer_init_port: 7300\npd_peer_alloc_port: 7400\n\

@@ -229,10 +229,18 @@ fn a_library_that_is_not_nixl_is_an_error_and_no_abort() {
 #[test]
 fn a_gpu_buffer_without_a_gpu_is_an_error_and_no_panic() {
     // Broken in production: a typo in pd_buffer_device ends in a stack trace.
-    let (code, log) = run_to_end(command("receiver", &["pd_buffer_device=cuda:0"]));
-    assert_eq!(code, Some(3), "{log}");
-    assert!(!log.contains("panicked"), "{log}");
-    assert!(log.to_lowercase().contains("cuda"), "{log}");
+    for check in [false, true] {
+        let mut receiver = command("receiver", &["pd_buffer_device=cuda:0"]);
+        // Where there is a GPU, it is hidden.
+        receiver.env("CUDA_VISIBLE_DEVICES", "-1");
+        if check {
+            receiver.arg("--check");
+        }
+        let (code, log) = run_to_end(receiver);
+        assert_eq!(code, Some(3), "{log}");
+        assert!(!log.contains("panicked"), "{log}");
+        assert!(log.contains("no usable CUDA device") && log.contains("pd_buffer_device: cpu"), "{log}");
+    }
 }
 
 #[test]

@@ -17,6 +17,7 @@ from .cuda_buffer import CudaBuffer, CudaView
 from .cuda_order import StreamOrder
 from .errors import (
     ClientMisuse,
+    CudaError,
     DaemonGone,
     MappingError,
     PdError,
@@ -291,7 +292,10 @@ class Client:
         """Tells the daemon that this client knows of a failure: it fills none of the request's slots any more."""
         if isinstance(event, m.Failed) and self._channel.usable:
             req_id = event.req_id
-            after = self._after(None)
+            try:
+                after = self._after(None)
+            except CudaError:
+                after = None  # A device that is lost: nothing on it is written any more.
             self._start(lambda id: m.Cancel(id=id, req_id=req_id, after=after), m.Cancelled, _nothing).abandon()
 
     def _give_back(self, reply: m.Answer) -> None:

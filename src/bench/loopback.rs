@@ -150,10 +150,10 @@ impl Totals {
     }
 
     fn report(&self, options: &LoopbackOptions, pair: Pair) -> LoopbackReport {
-        let gib = gib(self.bytes);
+        let (gib, memory) = (gib(self.bytes), pair.memory());
         LoopbackReport {
             engine: pair.engine,
-            memory: "host",
+            memory,
             chunk_bytes: pair.chunk_bytes,
             requests: self.requests,
             bytes: self.bytes,

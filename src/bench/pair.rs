@@ -81,6 +81,15 @@ impl Pair {
         Ok(Self { sender, receiver, address: daemons.address.clone(), chunk_bytes, chunk_tokens, model, engine })
     }
 
+    /// Where the buffers are: `host`, `gpu`, or `mixed`.
+    pub(super) const fn memory(&self) -> &'static str {
+        match (&self.sender.mapping, &self.receiver.mapping) {
+            (Mapping::Host(_), Mapping::Host(_)) => "host",
+            (Mapping::Cuda(_), Mapping::Cuda(_)) => "gpu",
+            _ => "mixed",
+        }
+    }
+
     /// Detaches from both.
     ///
     /// # Errors

@@ -10,6 +10,9 @@ use crate::ids::{ByteCopy, ConnectionId, Failure, FailureKind, IpcHandle, Transf
 /// that is a moment later.
 pub(super) const WRITER_GONE_AFTER: Duration = Duration::from_secs(1);
 
+/// How many events are asked for at a time: each question costs about a microsecond of the thread that moves everything.
+const LOOKS_MAX: usize = 64;
+
 /// A transfer as it will be posted.
 #[derive(Debug)]
 pub(super) struct Waiting {
@@ -42,6 +45,8 @@ pub(super) struct Fenced {
     /// None for a buffer that no GPU writes.
     fences: Option<Fences>,
     waiting: Vec<Entry>,
+    /// Where the next look begins: everybody's turn comes.
+    next: usize,
 }
 
 #[derive(Debug)]
@@ -60,7 +65,7 @@ impl Fenced {
             Memory::Host(_) => None,
             Memory::Cuda(cuda) => Some(Fences::new(std::sync::Arc::clone(cuda.device()))),
         };
-        Self { fences, waiting: Vec::new() }
+        Self { fences, waiting: Vec::new(), next: 0 }
     }
 
     pub(super) const fn is_empty(&self) -> bool {
@@ -90,17 +95,19 @@ impl Fenced {
     /// Takes out those that wait no more. Never waits.
     pub(super) fn take_passed(&mut self, now: Instant) -> Vec<Passed> {
         let mut passed = Vec::new();
-        let mut index = 0;
-        while let Some(entry) = self.waiting.get(index) {
+        for _ in 0..self.waiting.len().min(LOOKS_MAX) {
+            let index = if self.next < self.waiting.len() { self.next } else { 0 };
+            let Some(entry) = self.waiting.get(index) else { break };
             let seen = match &mut self.fences {
                 Some(fences) => fences.is_passed(&entry.after).map_err(|error| failure_of(&error)),
                 None => Err(Failure::new(FailureKind::Internal, "an event is waited for, but no GPU has this buffer")),
             };
             let overdue = entry.until.is_some_and(|until| now >= until);
             if matches!(seen, Ok(false)) && !overdue {
-                index += 1;
+                self.next = index + 1;
                 continue;
             }
+            self.next = index;
             let Entry { item, abandoned, .. } = self.waiting.remove(index);
             let given_up = || Failure::new(FailureKind::Cancelled, "it was given up before its bytes were final");
             let failure = if abandoned { Some(given_up()) } else { seen.err() };

@@ -7,6 +7,9 @@ use super::error::RuntimeError;
 use crate::connector::message::Request;
 use crate::ids::{ClientId, IpcHandle};
 
+/// Most messages that are held: an engine has as many as it has leases and cancelled requests, not this many.
+const HELD_MAX: usize = 16_384;
+
 /// Messages by the ticket that the engine's thread knows them by.
 #[derive(Debug, Default)]
 pub(super) struct Held {
@@ -15,6 +18,11 @@ pub(super) struct Held {
 }
 
 impl Held {
+    /// Whether nothing more is held.
+    pub(super) fn is_full(&self) -> bool {
+        self.messages.len() >= HELD_MAX
+    }
+
     /// Keeps a message until the GPU has passed an event, which the engine reports by a ticket.
     pub(super) fn keep<P: Send + 'static>(
         &mut self,

@@ -274,6 +274,9 @@ impl SenderDaemon {
             Some(_) if matches!(**self.manager.memory(), Memory::Host(_)) => {
                 self.clients.reply(client, &translate::no_event_here(request.id()));
             }
+            Some(_) if self.held.is_full() => {
+                self.clients.reply(client, &translate::too_many_held(request.id()));
+            }
             Some(after) => {
                 let kept = self.held.keep(client, request, after, &self.engine);
                 self.note_end_of_engine(kept);

@@ -788,6 +788,7 @@ API Status cuIpcOpenEventHandle(Event **event, EventHandle handle) {
   CHECK(ready_with_context());
   if (handle.magic != EVENT_MAGIC || handle.index < 0 || handle.index >= EVENTS) return INVALID_VALUE;
   if (handle.pid == getpid()) return INVALID_CONTEXT;
+  if (!shared.state->events[handle.index].used) return INVALID_VALUE;
   *event = new Event{&shared.state->events[handle.index], handle.index, false};
   return SUCCESS;
 }

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::driver::{self, Context, CudaError};
+use super::memory::allocation_bytes;
 use crate::buffer::BufferError;
 use crate::ids::DeviceId;
 
@@ -128,7 +129,7 @@ impl std::fmt::Display for CudaDevice {
 pub fn check_cuda_device(ordinal: u32, len_bytes: u64) -> Result<(), BufferError> {
     let device = CudaDevice::open(ordinal)?;
     let (free_bytes, total_bytes) = device.memory_info()?;
-    if len_bytes > free_bytes {
+    if allocation_bytes(len_bytes) > free_bytes {
         return Err(BufferError::DeviceMemory { len_bytes, device: device.to_string(), free_bytes, total_bytes });
     }
     Ok(())

@@ -11,6 +11,10 @@ use crate::ids::{Checksum, Summing};
 /// What is copied to the host at a time for a checksum.
 const PIECE_LEN_BYTES: u64 = 1024 * 1024;
 
+/// Smaller allocations share one of this length on the device, and who opens the handle of one has the others as well
+/// (CUDA C++ Programming Guide, "Interprocess Communication"): so whole ones are taken.
+const ALLOCATION_UNIT_BYTES: u64 = 2 * 1024 * 1024;
+
 /// One plain allocation, exported.
 #[derive(Debug)]
 pub struct CudaMemory {
@@ -26,12 +30,13 @@ impl CudaMemory {
     /// [`BufferError::DeviceMemory`] when less is free; [`BufferError::NotExportable`] when other processes cannot open
     /// it; [`BufferError::DeviceLost`] and [`BufferError::Device`].
     pub fn allocate(device: Arc<CudaDevice>, len_bytes: u64) -> Result<Self, BufferError> {
-        let address = device.context().allocate(len_bytes).map_err(|error| match device.memory_info() {
-            Ok((free_bytes, total_bytes)) if error.is_out_of_memory() => {
-                BufferError::DeviceMemory { len_bytes, device: device.to_string(), free_bytes, total_bytes }
-            }
-            _ => device.failed(error),
-        })?;
+        let address =
+            device.context().allocate(allocation_bytes(len_bytes)).map_err(|error| match device.memory_info() {
+                Ok((free_bytes, total_bytes)) if error.is_out_of_memory() => {
+                    BufferError::DeviceMemory { len_bytes, device: device.to_string(), free_bytes, total_bytes }
+                }
+                _ => device.failed(error),
+            })?;
         match export(&device, address, len_bytes) {
             Ok(handle) => Ok(Self { device, address, handle }),
             Err(error) => {
@@ -117,6 +122,11 @@ impl CudaMemory {
     }
 }
 
+/// How much is taken of a device for a buffer of that length.
+pub(super) const fn allocation_bytes(len_bytes: u64) -> u64 {
+    len_bytes.div_ceil(ALLOCATION_UNIT_BYTES).saturating_mul(ALLOCATION_UNIT_BYTES)
+}
+
 /// The handle names the allocation as the driver sees it, which may begin before the address that it gave us.
 fn export(device: &CudaDevice, address: u64, len_bytes: u64) -> Result<CudaHandle, BufferError> {
     let refuse = |error: super::driver::CudaError| match device.failed(error) {
@@ -142,5 +152,19 @@ impl Drop for CudaMemory {
         if let Err(error) = unsafe { self.device.context().free(self.address) } {
             tracing::warn!(device = %self.device, %error, "GPU memory is not given back");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_buffer_takes_whole_units_of_the_device() {
+        // Broken in production: an engine that opens a small buffer has somebody else's memory open as well.
+        assert_eq!(allocation_bytes(1), 2 << 20);
+        assert_eq!(allocation_bytes(2 << 20), 2 << 20);
+        assert_eq!(allocation_bytes((2 << 20) + 1), 4 << 20);
+        assert_eq!(allocation_bytes(u64::MAX), u64::MAX, "what no device has is still refused by the device");
     }
 }

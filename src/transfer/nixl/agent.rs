@@ -147,10 +147,10 @@ impl OwnedAgent {
     ) -> Result<(), TransferError> {
         let registered_bytes = self.buffer.as_ref().map_or(0, |buffer| buffer.descriptor.len_bytes());
         check_next_piece(NIXL_ENGINE_NAME, &memory, registered_bytes, &(0..len_bytes))?;
-        self.register_scratch(&memory)?;
         let registration = self.register_region(&memory, 0..len_bytes)?;
         // From here on NIXL may know of it, whatever else fails.
         self.memories.push(Arc::clone(&memory));
+        self.register_scratch(&memory)?;
         let descriptor = BufferDescriptor {
             address: memory.address(),
             piece_ends: vec![len_bytes],
