@@ -392,9 +392,16 @@ class Lease:
 
     def release(self) -> None:
         """Says that the chunks have been copied. Releasing twice does nothing. Raises `RequestRefused`."""
+        released = self.start_release()
+        if released is not None:
+            released.result()
+
+    def start_release(self) -> Pending[None] | None:
+        """As `release`, without waiting; None when it was released before."""
         lease, self._lease = self._lease, None
-        if lease is not None:
-            self._client._start(lambda id: m.Release(id=id, lease=lease), m.Released, _nothing).result()
+        if lease is None:
+            return None
+        return self._client._start(lambda id: m.Release(id=id, lease=lease), m.Released, _nothing)
 
     def __enter__(self) -> Lease:
         return self
@@ -436,11 +443,15 @@ class ReceiverClient(Client):
 
         The lease's `granted` has the positions of those that would be ready with it.
         """
+        return self.start_lookup(keys, uncommitted=uncommitted).result()
+
+    def start_lookup(self, keys: Sequence[str], *, uncommitted: bool = False) -> Pending[Lease]:
+        """As `lookup`, without waiting."""
         return self._start(
             lambda id: m.Lookup(id=id, keys=list(keys), uncommitted=uncommitted),
             m.Found,
             lambda reply: Lease(self, reply.lease, reply.chunks, reply.granted),
-        ).result()
+        )
 
 
 def _itself(reply: Any) -> Any:

@@ -112,6 +112,10 @@ class Daemon:
         """None while it runs; negative for a signal."""
         return self._process.poll()
 
+    def wait(self) -> int:
+        """Waits for its end, without a deadline. Its exit code."""
+        return self._process.wait()
+
     def stderr(self) -> str:
         """The last lines of its log."""
         return "\n".join(self._lines)
