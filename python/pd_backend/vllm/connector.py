@@ -63,15 +63,17 @@ class PdHandshake(KVConnectorHandshakeMetadata):
     connector: str
 
 
-class PdOutcomes(KVConnectorWorkerMetadata):
-    """From the prefill workers to the scheduler."""
+class PdNews(KVConnectorWorkerMetadata):
+    """From the workers to the scheduler: what became of requests, or where the first rank's receiver is now."""
 
-    def __init__(self, outcomes: SendOutcomes) -> None:
-        self.outcomes = outcomes
+    def __init__(self, outcomes: SendOutcomes | None = None, connector: str | None = None) -> None:
+        self.outcomes = outcomes or SendOutcomes()
+        self.connector = connector
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
-        assert isinstance(other, PdOutcomes)
+        assert isinstance(other, PdNews)
         self.outcomes.merge(other.outcomes)
+        self.connector = self.connector or other.connector
         return self
 
 
@@ -112,6 +114,7 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
         self._finder: _Finder | None = None
         self._failed_blocks: set[int] = set()
         self._handshake: PdHandshake | None = None
+        self._rank = 0
         if role == KVConnectorRole.SCHEDULER and self._produces:
             self._producer_scheduler = ProducerScheduler(self._chunk_tokens, self._block_tokens, self._tp_size)
         elif role == KVConnectorRole.SCHEDULER:
@@ -124,7 +127,7 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         from vllm.distributed import get_tensor_model_parallel_rank
 
-        rank = get_tensor_model_parallel_rank() if self._tp_size > 1 else 0
+        rank = self._rank = get_tensor_model_parallel_rank() if self._tp_size > 1 else 0
         options = self._options
         paged = self.make_paged(kv_caches)
         layout = EngineLayout(
@@ -213,8 +216,11 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
         return failed
 
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
-        outcomes = self._producer.outcomes() if self._producer is not None else None
-        return None if outcomes is None else PdOutcomes(outcomes)
+        if self._producer is not None:
+            outcomes = self._producer.outcomes()
+            return None if outcomes is None else PdNews(outcomes)
+        moved_to = self._consumer.moved_to() if self._consumer is not None else None
+        return None if moved_to is None or self._rank else PdNews(connector=moved_to)
 
     def shutdown(self) -> None:
         for part in (self._producer, self._consumer, self._finder):
@@ -255,10 +261,12 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
         return PdMetadata(scheduler.build(scheduler_output))
 
     def update_connector_output(self, connector_output: Any) -> None:
-        if self._producer_scheduler is not None:
-            said = connector_output.kv_connector_worker_meta
-            if isinstance(said, PdOutcomes):
-                self._producer_scheduler.update(said.outcomes)
+        news = connector_output.kv_connector_worker_meta
+        if isinstance(news, PdNews):
+            if self._producer_scheduler is not None:
+                self._producer_scheduler.update(news.outcomes)
+            if self._finder is not None and news.connector is not None:
+                self._finder.attach(news.connector)
         if self._consumer_scheduler is not None and connector_output.finished_recving:
             self._consumer_scheduler.received(
                 connector_output.finished_recving, connector_output.invalid_block_ids or ()
@@ -296,8 +304,10 @@ class _Finder:
         self._not_before = 0.0
 
     def attach(self, endpoint: str) -> None:
-        """Where the receiver is; it keeps that name when it is started again."""
-        self._endpoint = endpoint
+        """Where the receiver is: at first, and whenever it was started again."""
+        if endpoint != self._endpoint:
+            self.close()
+            self._endpoint, self._not_before = endpoint, 0.0
 
     def find(self, request_id: str, hashes: Sequence[str]) -> int:
         self.forget(request_id)

@@ -58,6 +58,7 @@ class ConsumerWorker:
         self._buffer: Any = None
         self._finished: set[str] = set()
         self._failed_blocks: set[int] = set()
+        self._moved_to: str | None = None
 
     # ---- hooks of a step, in their order ---------------------------------------------------------------------------------
 
@@ -101,6 +102,11 @@ class ConsumerWorker:
         failed, self._failed_blocks = self._failed_blocks, set()
         return finished, failed
 
+    def moved_to(self) -> str | None:
+        """Where the connector API of the receiver is, once after each start of it."""
+        moved, self._moved_to = self._moved_to, None
+        return moved
+
     def close(self) -> None:
         """The worker ends: its leases go back with its client."""
         self._supervisor.close()
@@ -111,6 +117,7 @@ class ConsumerWorker:
         client = self._supervisor.client()
         if client is not self._client:
             self._client = client
+            self._moved_to = client.endpoint
             self._buffer = self._paged.memory(client.buffer.range(0, client.buffer.len_bytes))
         return client
 

@@ -168,11 +168,10 @@ class Supervisor(Generic[C]):
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         ready = daemon.ready
-        # Routers know the ports by now, and schedulers the endpoint: a later daemon takes those of the first, also where any
-        # were asked for.
-        self._args = self._given_args + ["--set", f"pd_connector_endpoint={ready.connector}"]
         if ready.init_port and ready.alloc_port:
-            self._args += ["--set", f"pd_peer_init_port={ready.init_port}", "--set", f"pd_peer_alloc_port={ready.alloc_port}"]
+            # Routers know the ports by now: a later daemon takes those of the first, also where any were asked for.
+            ports = [f"pd_peer_init_port={ready.init_port}", f"pd_peer_alloc_port={ready.alloc_port}"]
+            self._args = [*self._given_args, *(word for port in ports for word in ("--set", port))]
         logger.info("%s is ready: %s", self._binary.name, ready)
         return daemon
 
