@@ -110,7 +110,8 @@ def deployment(folder: Path, model: Path) -> Iterator[Deployment]:
         sender = shared | {"pd_proxy_host": "127.0.0.1", "pd_proxy_port": notify_port}
         receiver = shared | {"pd_peer_host": "127.0.0.1", "pd_peer_init_port": 0, "pd_peer_alloc_port": 0}
         blocks = ("--num-gpu-blocks-override", "64", "--max-model-len", "6144")
-        chunked = ("--max-num-batched-tokens", "512")
+        # Two long prompts at a time, each a chunk a step.
+        chunked = ("--max-num-batched-tokens", "512", "--long-prefill-token-threshold", "256")
         single = Server("single", folder, model, args=blocks)
         try:
             prefill = start(
@@ -129,7 +130,7 @@ def deployment(folder: Path, model: Path) -> Iterator[Deployment]:
         small = start(
             "small_decode",
             harness.consumer(receiver, policy="recompute", receive_wait_s=60),
-            "--num-gpu-blocks-override", "48", "--max-model-len", "5888", "--max-num-seqs", "4", *chunked,
+            "--num-gpu-blocks-override", "32", "--max-model-len", "3900",
         )
         decode.wait_ready()
         small.wait_ready()

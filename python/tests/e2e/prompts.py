@@ -22,15 +22,16 @@ _SHARED = tokens("shared", 512)
 SHARING = [[*_SHARED, *tokens("shared 1", 150)], [*_SHARED, *tokens("shared 2", 150)]]
 
 CONCURRENT = [tokens(f"concurrent {i}", 60 + 97 * i) for i in range(8)]
-#: Together more than the small decode server has blocks for, once they have generated.
-PREEMPTED = [tokens(f"preempted {i}", 500) for i in range(2)]
-PREEMPTED_MAX_TOKENS = 300
+#: The small decode server has blocks for all of these, but not for what they generate as well.
+PREEMPTED = [tokens(f"preempted {i}", 870) for i in range(4)]
+PREEMPTED_MAX_TOKENS = 260
 SWAPPED = tokens("swapped", 512)
 FIRST_TOKEN = tokens("first token", 600)
 KILLED_RECEIVER = [tokens(f"killed receiver {i}", 700) for i in range(3)]
-KILLED_PREFILL = [tokens(f"killed prefill {i}", 5000) for i in range(2)]
+KILLED_PREFILL = [tokens(f"killed prefill {i}", 3000) for i in range(2)]
 AFTER_KILL = [tokens(f"after kill {i}", 400) for i in range(2)]
 ABORTED = tokens("aborted", 5000)
+REFUSED = [tokens(f"refused {i}", 1500) for i in range(3)]
 OTHER_PROMPT = [tokens("other prompt", 300), tokens("yet another prompt", 300)]
 
 
