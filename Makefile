@@ -92,6 +92,13 @@ bench-lmcache: setup ## the same requests through LMCache and through ours by tu
 	$(CARGO) build --release --bins
 	PD_BIN_DIR=$(CURDIR)/target/release PYTHONPATH=$(CURDIR)/.deps/python:$(CURDIR)/python $(PYTHON) python/tests/interop/bench.py $(BENCH)
 
+.PHONY: bench-vllm
+bench-vllm: setup ## time to first token with this connector, NixlConnector, files and one instance by turns (BENCH='--rounds 20')
+	@scripts/setup-e2e
+	$(CARGO) build --release --bins
+	PD_BIN_DIR=$(CURDIR)/target/release LD_LIBRARY_PATH=$$(cat .deps/e2e/library_path) .deps/e2e/venv/bin/python \
+	  python/tests/e2e/bench.py $(BENCH)
+
 # Needs a nightly compiler and cargo-fuzz (cargo install cargo-fuzz).
 TARGET ?= address_manager
 FUZZ_TARGETS := $(sort $(basename $(notdir $(wildcard fuzz/fuzz_targets/*.rs))))
