@@ -136,6 +136,9 @@ class Proxy:
                 raise ValueError("expected an object")
         except ValueError as error:
             return _response(Refused.because(400, f"the request is not JSON: {error}"))
+        prompt = body.get("prompt")
+        if isinstance(prompt, list) and len(prompt) > 1 and not isinstance(prompt[0], int):
+            return _response(Refused.because(400, f"{len(prompt)} prompts in one request; this proxy takes one"))
         headers = {name: request.headers[name] for name in _HEADERS if name in request.headers}
         server = next(self._decode)
         req_id = f"proxy-{uuid.uuid4().hex}"
@@ -160,12 +163,11 @@ class Proxy:
     async def _prefilled(
         self, path: str, body: dict[str, object], headers: dict[str, str], server: DecodeServer, req_id: str
     ) -> None:
-        prefill = {**body, "max_tokens": 1, "stream": False, "kv_transfer_params": {"disagg_spec": server.spec(req_id)}}
-        prefill.pop("stream_options", None)
-        # Chat requests may say it by its newer name; at least one token is needed for a prefill.
-        if "max_completion_tokens" in body:
+        prefill = {**body, "max_tokens": 1, "n": 1, "stream": False, "kv_transfer_params": {"disagg_spec": server.spec(req_id)}}
+        for option in ("stream_options", "min_tokens"):
+            prefill.pop(option, None)
+        if "max_completion_tokens" in body:  # The newer name of it.
             prefill["max_completion_tokens"] = 1
-        prefill.pop("min_tokens", None)
         assert self.session is not None
         async with self.session.post(next(self._prefill) + path, json=prefill, headers=headers) as answer:
             content = await answer.read()
@@ -181,11 +183,10 @@ class Proxy:
         decode = {**body, "kv_transfer_params": {"disagg_spec": server.spec(req_id)}}
         assert self.session is not None
         async with self.session.post(server.url + request.path, json=decode, headers=headers) as answer:
-            if answer.status != 200 or not body.get("stream"):
-                raise_or_pass = Refused(answer.status, await answer.read(), answer.content_type)
-                if answer.status != 200:
-                    raise raise_or_pass
-                return _response(raise_or_pass)
+            if answer.status != 200:
+                raise Refused(answer.status, await answer.read(), answer.content_type)
+            if not body.get("stream"):
+                return web.Response(body=await answer.read(), content_type=answer.content_type)
             response = web.StreamResponse(status=200, headers={"Content-Type": answer.headers["Content-Type"]})
             await response.prepare(request)
             async for piece in answer.content.iter_any():

@@ -308,6 +308,11 @@ def _run_length(tensors: "Sequence[torch.Tensor]", shapes: Sequence[BlockShape],
 
 
 def _cuda_copies(tensors: "Sequence[torch.Tensor]", shapes: Sequence[BlockShape], num_blocks: int) -> Any:
+    """Copies of KV on a GPU: an object with the `gather` and `scatter` of `_HostCopies`, whose arguments are checked already.
+
+    They are called in the worker's thread, with the engine's stream current: after the forward that computed what is gathered,
+    before the one that reads what is scattered. What `gather` has copied must be there for another process when it returns.
+    """
     try:
         from . import paged_cuda
     except ImportError as error:

@@ -165,6 +165,25 @@ class TestProducer:
         keep, response = scheduler.finished(bad)
         assert not keep and "receiver_init_port = 'x'" in response["error"]
 
+    def test_samples_of_one_request_are_sent_once(self) -> None:
+        # Broken in production: with n = 2, the second sample ends the first one's transfer, or its request.
+        scheduler = self.scheduler()
+        one, two = request(100), request(100, request_id="b")
+        other = request(101, request_id="c")
+        for each in (one, two, other):
+            scheduler.allocated(each)
+        step = scheduler.build(output(new=[("a", [1], 0, 100), ("b", [2], 0, 100), ("c", [3], 0, 101)]))
+        assert [plan.request_id for plan in step.plans] == ["a"] and told(step) == [(0, [1])]
+        assert scheduler.finished(two) == (False, None)
+        keep, response = scheduler.finished(other)
+        assert not keep and "is that of another prompt under way" in response["error"]
+        assert scheduler.finished(one) == (True, None)
+        scheduler.update(SendOutcomes({"a": [None]}))
+        # Once that has ended, the name is free.
+        again = request(101, request_id="d")
+        scheduler.allocated(again)
+        assert len(scheduler.build(output(new=[("d", [3], 0, 101)])).plans) == 1
+
     def test_ordinary_requests_are_nobodys_business(self) -> None:
         # Broken in production: a prefill server cannot answer requests of its own.
         scheduler = self.scheduler()

@@ -304,6 +304,51 @@ def test_another_prompt_is_not_loaded(pair: Callable[..., Pair]) -> None:
     both.nothing_left()
 
 
+def test_samples_of_one_request_are_all_loaded(pair: Callable[..., Pair]) -> None:
+    # Broken in production: with n = 2 the request is handed out once, and its second sample fails.
+    both = pair()
+    tokens = list(range(20))
+    chunks = [ChunkBlocks("a", 0, [0, 1]), ChunkBlocks("a", 1, [2])]
+    both.produce(ProducerStep(plans=[both.plan("a", tokens)], chunks=chunks, finishing=["a"]))
+    assert both.ended("a") is None
+    step = ConsumerStep()
+    for request_id, blocks in (("x", [4, 5, 6]), ("y", [7, 8, 9])):
+        step.announced.append((request_id, "router-a"))
+        step.loads.append(ReceivePlan(request_id, "router-a", chunk_hashes(tokens, CHUNK), len(tokens), 0, blocks))
+    both.consumer.begin_step(step)
+    through: set[str] = set()
+    deadline = time.monotonic() + 10
+    while through != {"x", "y"}:
+        assert time.monotonic() < deadline
+        finished, failed = both.consumer.progress()
+        assert not failed
+        through |= finished
+    assert (both.target.kv[:, 4:7] == both.source.kv[:, :3]).all()
+    assert (both.target.kv[:, 7:10] == both.source.kv[:, :3]).all()
+    both.nothing_left()
+
+
+def test_nothing_is_sent_before_the_step_has_ended(pair: Callable[..., Pair]) -> None:
+    # Broken in production: with speculative decoding, the draft's layers are sent before they are computed.
+    both = pair(layer_pushes=1)
+    tokens = list(range(16))
+    both.produce(ProducerStep(plans=[both.plan("a", tokens)]))
+    deadline = time.monotonic() + 10
+    while not producer_slots(both.producer):
+        assert time.monotonic() < deadline
+        both.produce(ProducerStep())
+    both.producer.begin_step(ProducerStep(chunks=[ChunkBlocks("a", 0, [0, 1])], finishing=["a"]))
+    while not any(chunk.slot for request in both.producer._requests.values() for chunk in request.chunks.values()):
+        assert time.monotonic() < deadline
+        assert both.producer.finished_sending() == set()
+    assert both.source.gathered == []
+    both.producer.end_step()
+    assert both.source.gathered == [range(0, LAYERS)]
+    assert both.producer.finished_sending() == {"a"}
+    assert both.ended("a") is None
+    assert both.consume(load("a", tokens, [0, 1]), "a") == set()
+
+
 def test_dropped_and_unneeded_loads_leave_nothing(pair: Callable[..., Pair]) -> None:
     # Broken in production: a client that hangs up while decode loads keeps a lease, or blocks the engine never frees.
     both = pair()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..client import Lease, Pending, ReceiverClient
-from ..errors import DaemonGone, PdError
+from ..errors import DaemonGone, Kind, PdError, RequestRefused
 from ..paged import PagedKv
 from .keys import chunk_key
 from .layout import EngineLayout
@@ -91,7 +91,10 @@ class ConsumerWorker:
                 self._try_start(request)
                 if request.arriving is None or not request.arriving.done():
                     continue
-                self._load(request, request.plan, request.arriving.result())
+                lease = self._arrived(request)
+                if lease is None:
+                    continue
+                self._load(request, request.plan, lease)
             except (PdError, LoadError, ValueError) as error:
                 self._fail(request, request.plan, error)
             del self._requests[request.request_id]
@@ -137,6 +140,18 @@ class ConsumerWorker:
         except PdError:
             if request.plan is not None:
                 raise
+
+    def _arrived(self, request: _Request) -> Lease | None:
+        """What the daemon has answered; None where it has to be asked otherwise."""
+        assert request.arriving is not None
+        try:
+            return request.arriving.result()
+        except RequestRefused as refused:
+            if request.req_id is None or refused.kind != Kind.UNKNOWN:
+                raise
+        # Handed out before, to another sample of the same request, or to one that was retried: its chunks may be there still.
+        request.req_id = request.arriving = None
+        return None
 
     def _keys(self, plan: ReceivePlan) -> list[str]:
         layout = self._layout

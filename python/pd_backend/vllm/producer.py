@@ -81,6 +81,8 @@ class ProducerWorker:
         self._client: SenderClient | None = None
         self._buffer: Any = None
         self._computed_layers = 0
+        #: Between `begin_step` and `end_step`: what this step computes is not all there yet.
+        self._stepping = False
         #: Requests of which chunks are being computed in this step.
         self._current: list[_Request] = []
         self._outcomes = SendOutcomes()
@@ -89,6 +91,7 @@ class ProducerWorker:
 
     def begin_step(self, step: ProducerStep) -> None:
         """Before the forward: what is going to be computed, and what is not any more."""
+        self._stepping = True
         self._computed_layers = 0
         self._current = []
         for request_id in step.dropped:
@@ -132,6 +135,7 @@ class ProducerWorker:
 
     def end_step(self) -> None:
         """After the forward: everything of this step is computed."""
+        self._stepping = False
         self._current = []
         if not self._requests:
             return
@@ -146,7 +150,8 @@ class ProducerWorker:
         self._poll()
         done = set()
         for request_id, request in list(self._requests.items()):
-            if not request.ended:
+            # With speculative decoding the engine asks before the draft's layers are computed.
+            if not request.ended and not self._stepping:
                 self._push(request, self._paged.layers)
             if request.finishing and (request.complete or request.ended):
                 done.add(request_id)

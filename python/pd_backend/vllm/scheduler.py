@@ -61,6 +61,8 @@ class ProducerScheduler:
         self._refused: dict[str, str] = {}
         #: Ended at the engine, under way at the workers.
         self._draining: dict[str, _Sending] = {}
+        #: What is under way, by the router's names.
+        self._by_req_id: dict[str, str] = {}
         self._step = ProducerStep()
 
     def allocated(self, request: Any) -> None:
@@ -81,6 +83,13 @@ class ProducerScheduler:
             return
         tokens = list(request.prompt_token_ids)
         hashes = chunk_hashes(tokens, self._chunk_tokens, request_context(request))
+        other = self._of(self._by_req_id.get(spec.req_id))
+        if other is not None:
+            # Another sample of the same request: its chunks are sent already.
+            if other.plan.hashes != hashes:
+                self._refused[request_id] = f"disagg_spec.req_id = {spec.req_id!r} is that of another prompt under way"
+            return
+        self._by_req_id[spec.req_id] = request_id
         self._sending[request_id] = _Sending(SendPlan(request_id, spec, hashes, len(tokens)))
 
     def build(self, output: Any) -> ProducerStep:
@@ -138,33 +147,46 @@ class ProducerScheduler:
             return False, None
         complete = getattr(request.status, "name", str(request.status)) in _COMPLETE
         if not sending.planned:
+            self._forget(sending)
             return False, None
         if not complete or sending.told < len(sending.plan.hashes):
             self._step.dropped.append(request_id)
+            self._forget(sending)
             return False, None
         if sending.error is not None and sending.ended >= self._tp_size:
             self._step.dropped.append(request_id)
+            self._forget(sending)
             return False, self._response(request, sending.error)
         self._step.finishing.append(request_id)
         if sending.ended < self._tp_size:
             self._draining[request_id] = sending
+        else:
+            self._forget(sending)
         return True, self._response(request, sending.error)
 
     def update(self, outcomes: SendOutcomes) -> None:
         """What the workers have said."""
         for request_id, said in outcomes.ended.items():
-            sending = self._sending.get(request_id) or self._draining.get(request_id)
+            sending = self._of(request_id)
             if sending is None:
                 continue
             sending.ended += len(said)
             sending.error = next((error for error in said if error is not None), sending.error)
-            if sending.ended >= self._tp_size:
-                self._draining.pop(request_id, None)
+            if sending.ended >= self._tp_size and self._draining.pop(request_id, None) is not None:
+                self._forget(sending)
 
     def pending(self) -> bool:
         """Whether the engine has to go on stepping for what is under way."""
         step = self._step
         return bool(self._draining or step.dropped or step.finishing)
+
+    def _of(self, request_id: str | None) -> _Sending | None:
+        if request_id is None:
+            return None
+        return self._sending.get(request_id) or self._draining.get(request_id)
+
+    def _forget(self, sending: _Sending) -> None:
+        self._by_req_id.pop(sending.plan.spec.req_id, None)
 
     @staticmethod
     def _response(request: Any, error: str | None) -> dict[str, Any] | None:
