@@ -157,6 +157,13 @@ class Client:
         """As `cancel`, without waiting."""
         return self._start(lambda id: m.Cancel(id=id, req_id=req_id), m.Cancelled, _nothing, self._wait_timeout_s)
 
+    def wait_for_news(self, timeout_s: float) -> None:
+        """Waits up to `timeout_s` until the daemon has said something, for a caller that has nothing else to do.
+
+        Raises `DaemonGone` when it has ended.
+        """
+        self._pump(timeout_s)
+
     def poll_events(self) -> list[m.Event]:
         """The events that have arrived since the last call, oldest first. Never waits.
 

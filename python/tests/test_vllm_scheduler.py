@@ -50,6 +50,7 @@ def output(
             num_computed_tokens=[c for *_, c, _ in cached],
         ),
         num_scheduled_tokens={r: n for r, _, _, n in [*new, *cached]},
+        total_num_scheduled_tokens=sum(n for *_, n in [*new, *cached]),
         preempted_req_ids=set(preempted),
     )
 
@@ -214,6 +215,12 @@ class Shelf:
 class TestConsumer:
     def scheduler(self, shelf: Shelf | None = None) -> ConsumerScheduler:
         return ConsumerScheduler(CHUNK, BLOCK, shelf)
+
+    def test_a_step_that_computes_nothing_says_so(self) -> None:
+        # Broken in production: workers wait for chunks while they should compute, or never wait and load a step later.
+        for scheduler in (self.scheduler(), ProducerScheduler(CHUNK, BLOCK, 1)):
+            assert scheduler.build(output()).idle
+            assert not scheduler.build(output(new=[("z", [1], 0, 10)])).idle
 
     def test_a_named_request_is_waited_for_and_loaded(self) -> None:
         # Broken in production: decode computes the prompt itself.

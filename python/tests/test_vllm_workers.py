@@ -291,6 +291,27 @@ def test_only_what_is_missing_is_loaded(pair: Callable[..., Pair]) -> None:
     both.nothing_left()
 
 
+def test_an_idle_step_waits_for_an_answer_that_is_on_its_way(pair: Callable[..., Pair]) -> None:
+    # Broken in production: every load takes the engine one more idle step, which is a millisecond of the time to first token.
+    both = pair()
+    tokens = list(range(16))
+    both.produce(ProducerStep(plans=[both.plan("a", tokens)], chunks=[ChunkBlocks("a", 0, [0, 1])], finishing=["a"]))
+    assert both.ended("a") is None
+    waited: list[float] = []
+    client = both.receiver.client()
+    client.wait_for_news = lambda timeout_s: waited.append(timeout_s) or client._pump(10.0)
+    step = load("a", tokens, [5, 6])
+    step.idle = True
+    both.consumer.begin_step(step)
+    assert both.consumer.progress() == ({"a"}, set())
+    assert waited == [0.001]
+    # Not while there is something to compute.
+    both.consumer.begin_step(load("b", tokens, [7, 8]))
+    assert both.consumer.progress() == (set(), set())
+    assert waited == [0.001]
+    both.consumer.begin_step(ConsumerStep(dropped=["b"]))
+
+
 def test_another_prompt_is_not_loaded(pair: Callable[..., Pair]) -> None:
     # Broken in production: a router that confuses two requests gets tokens of the wrong one.
     both = pair()

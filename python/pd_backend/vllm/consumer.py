@@ -19,6 +19,8 @@ from .supervisor import Supervisor
 
 logger = logging.getLogger("vllm.pd_backend")
 
+#: How long a step that computes nothing waits for chunks. The engine would sleep as long before the next one.
+_IDLE_WAIT_S = 0.001
 #: How long a request whose daemon is being started again waits for it.
 _RESTART_WAIT_S = 30.0
 
@@ -59,12 +61,14 @@ class ConsumerWorker:
         self._finished: set[str] = set()
         self._failed_blocks: set[int] = set()
         self._moved_to: str | None = None
+        self._idle = False
 
     # ---- hooks of a step, in their order ---------------------------------------------------------------------------------
 
     def begin_step(self, step: ConsumerStep) -> None:
         """What has come, what is to be loaded, and what is not needed any more."""
         now = time.monotonic()
+        self._idle = step.idle
         for request_id, req_id in step.announced:
             request = self._requests[request_id] = _Request(request_id, req_id, now)
             self._try_start(request)
@@ -84,6 +88,8 @@ class ConsumerWorker:
 
     def progress(self) -> tuple[set[str], set[int]]:
         """Loads what has arrived. Requests that are through, loaded or not, and the blocks that could not be loaded."""
+        if self._requests and self._idle:
+            self._wait_a_little()
         for request in list(self._requests.values()) if self._requests else ():
             if request.plan is None:
                 continue
@@ -123,6 +129,16 @@ class ConsumerWorker:
             self._moved_to = client.endpoint
             self._buffer = self._paged.memory(client.buffer.range(0, client.buffer.len_bytes))
         return client
+
+    def _wait_a_little(self) -> None:
+        """Lets an answer that is on its way come in this step instead of the next one."""
+        loading = [request for request in self._requests.values() if request.plan is not None]
+        try:
+            waiting = [request for request in loading if request.arriving is not None and not request.arriving.done()]
+            if waiting and len(waiting) == len(loading) and self._client is not None:
+                self._client.wait_for_news(_IDLE_WAIT_S)
+        except PdError:
+            pass  # Each request asks for itself, and is told.
 
     def _try_start(self, request: _Request) -> None:
         """Begins to wait for its chunks, or looks them up. Fails only where there is a plan whose failure can be told."""

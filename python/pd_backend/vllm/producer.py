@@ -21,6 +21,9 @@ from .supervisor import Supervisor
 
 logger = logging.getLogger("vllm.pd_backend")
 
+#: How long a step that computes nothing waits for the daemon. The engine would sleep as long before the next one.
+_IDLE_WAIT_S = 0.001
+
 
 @dataclass
 class _Chunk:
@@ -83,6 +86,7 @@ class ProducerWorker:
         self._computed_layers = 0
         #: Between `begin_step` and `end_step`: what this step computes is not all there yet.
         self._stepping = False
+        self._idle = False
         #: Requests of which chunks are being computed in this step.
         self._current: list[_Request] = []
         self._outcomes = SendOutcomes()
@@ -91,7 +95,7 @@ class ProducerWorker:
 
     def begin_step(self, step: ProducerStep) -> None:
         """Before the forward: what is going to be computed, and what is not any more."""
-        self._stepping = True
+        self._stepping, self._idle = True, step.idle
         self._computed_layers = 0
         self._current = []
         for request_id in step.dropped:
@@ -139,6 +143,8 @@ class ProducerWorker:
         self._current = []
         if not self._requests:
             return
+        if self._idle:
+            self._wait_a_little()
         self._poll()
         for request in list(self._requests.values()):
             self._push(request, self._paged.layers)
@@ -218,6 +224,15 @@ class ProducerWorker:
                 self._answers(request)
             except PdError as error:
                 self._fail(request, error)
+
+    def _wait_a_little(self) -> None:
+        """Lets an answer that is on its way come in this step instead of the next one."""
+        if self._client is None or not self._by_req_id:
+            return
+        try:
+            self._client.wait_for_news(_IDLE_WAIT_S)
+        except PdError:
+            pass  # Each request asks for itself, and is told.
 
     def _answers(self, request: _Request) -> None:
         if request.opening is not None and request.opening.done():

@@ -95,6 +95,7 @@ class ProducerScheduler:
     def build(self, output: Any) -> ProducerStep:
         """What the workers need for this step; `output` is the engine's `SchedulerOutput`."""
         step, self._step = self._step, ProducerStep()
+        step.idle = output.total_num_scheduled_tokens == 0
         for request_id in getattr(output, "preempted_req_ids", None) or ():
             sending = self._sending.get(request_id)
             if sending is not None:
@@ -303,6 +304,7 @@ class ConsumerScheduler:
     def build(self, output: Any) -> ConsumerStep:
         """What the workers need for this step; `output` is the engine's `SchedulerOutput`."""
         step, self._step = self._step, ConsumerStep()
+        step.idle = output.total_num_scheduled_tokens == 0
         for request_id in getattr(output, "preempted_req_ids", None) or ():
             receiving = self._receiving.get(request_id)
             if receiving is not None:

@@ -38,6 +38,8 @@ class ProducerStep:
     dropped: list[str] = field(default_factory=list)
     #: Ended, and their blocks are kept until this worker reports that it has copied them.
     finishing: list[str] = field(default_factory=list)
+    #: The engine computes nothing in this step.
+    idle: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ class ConsumerStep:
     unneeded: list[str] = field(default_factory=list)
     #: Given up.
     dropped: list[str] = field(default_factory=list)
+    #: The engine computes nothing in this step.
+    idle: bool = False
 
 
 @dataclass

@@ -22,8 +22,11 @@ class FileConnector(PdConnector):
     """Both roles; `folder` in the extra configuration is where the files go."""
 
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
-        self._folder = Path(vllm_config.kv_transfer_config.kv_connector_extra_config.pop("folder"))
+        # Taken out for `PdConnector` alone, which knows no such option: the next instance looks for it as well.
+        extra = vllm_config.kv_transfer_config.kv_connector_extra_config
+        self._folder = Path(extra.pop("folder"))
         super().__init__(vllm_config, role, kv_cache_config)
+        extra["folder"] = str(self._folder)
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
         paged = self.make_paged(kv_caches)
