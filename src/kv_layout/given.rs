@@ -448,7 +448,7 @@ mod tests {
         let cases = [
             (
                 with("head_sise", json!(1)),
-                "field `head_sise` is not a field of a layout; did you mean `head_size`?; the fields are model, dtype, dtype_bytes, layers, kv_heads, head_size, kv_planes, chunk_tokens, tp_rank, tp_size, chunk_bytes, groups",
+                "field `head_sise` is not a field of a layout; did you mean `head_size`?; the fields are model, dtype, dtype_bytes, layers, kv_heads, head_size, kv_planes, chunk_tokens, tp_rank, tp_size, chunk_bytes, groups, engine",
             ),
             (
                 json!({"model": "m"}),
