@@ -3,8 +3,8 @@
 
     make_tiny_model.py FOLDER [--layers 8] [--dtype bfloat16] [--seed 1]
 
-It answers with nonsense, but with the same nonsense every time: greedy output depends on the weights (the seed) and on every
-token of the prompt, so two deployments can be compared token by token.
+It answers with nonsense, but with the same nonsense every time: greedy output depends on the weights (the seed) and on
+every token of the prompt, so two deployments can be compared token by token.
 """
 
 from __future__ import annotations

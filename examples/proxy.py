@@ -4,12 +4,13 @@
     proxy.py --port 8000 --prefill http://127.0.0.1:8100 \
              --decode http://127.0.0.1:8200,127.0.0.1,7300,7400 --notify-port 7500
 
-A decode server is given as URL, host of its pd-receivers, their init ports, their alloc ports; with tensor parallelism the
-ports are lists by rank, joined by +: 7300+7301. `--prefill` and `--decode` may be repeated; requests go round.
+A decode server is given as URL, host of its pd-receivers, their init ports, their alloc ports; with tensor parallelism
+the ports are lists by rank, joined by +: 7300+7301. `--prefill` and `--decode` may be repeated; requests go round.
 
-A request goes to a prefill server with `max_tokens: 1` and the address of a decode server's receivers. When prefill has answered
-and the pd-senders of all its ranks have said that the KV is across (ProxyNotif), the same request goes to that decode server, whose
-answer is passed on as it comes. What either of them refuses is passed on as well. For production, use a real router.
+A request goes to a prefill server with `max_tokens: 1` and the address of a decode server's receivers. When prefill has
+answered and the pd-senders of all its ranks have said that the KV is across (ProxyNotif), the same request goes to that
+decode server, whose answer is passed on as it comes. What either of them refuses is passed on as well. For production,
+use a real router.
 """
 
 from __future__ import annotations
@@ -163,7 +164,8 @@ class Proxy:
     async def _prefilled(
         self, path: str, body: dict[str, object], headers: dict[str, str], server: DecodeServer, req_id: str
     ) -> None:
-        prefill = {**body, "max_tokens": 1, "n": 1, "stream": False, "kv_transfer_params": {"disagg_spec": server.spec(req_id)}}
+        params = {"disagg_spec": server.spec(req_id)}
+        prefill = {**body, "max_tokens": 1, "n": 1, "stream": False, "kv_transfer_params": params}
         for option in ("stream_options", "min_tokens"):
             prefill.pop(option, None)
         if "max_completion_tokens" in body:  # The newer name of it.

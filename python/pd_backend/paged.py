@@ -1,8 +1,8 @@
 """An engine's paged KV memory, and the copies between it and chunk slots.
 
-A chunk slot holds `[layers][blocks of the chunk][bytes of a block]`, so that one layer of it is contiguous. What the bytes of a
-block mean is the engine's business: whole blocks are copied, and nothing is assumed of a tensor's shape but that one of
-its dimensions counts blocks.
+A chunk slot holds `[layers][blocks of the chunk][bytes of a block]`, so that one layer of it is contiguous. What the
+bytes of a block mean is the engine's business: whole blocks are copied, and nothing is assumed of a tensor's shape but
+that one of its dimensions counts blocks.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ class BlockShape:
     """Where a layer keeps its blocks: all in bytes, relative to the layer's first byte."""
 
     block_stride_bytes: int
-    #: What is left of the shape once the blocks are taken out: `(count, stride_bytes)` from the outermost, dense bytes last.
+    #: What is left of the shape once the blocks are taken out: `(count, stride_bytes)` from the outermost, dense bytes
+    #: last.
     inner: tuple[tuple[int, int], ...]
 
     @property
@@ -53,8 +54,8 @@ def block_shape(
     """Where the blocks are in a tensor of this shape; strides count elements, as tensors give them.
 
     `block_stride_bytes`, where the engine gives it, says which dimension counts blocks; without it the first one of a
-    fitting length does, and two that fit are an error. A kernel's blocks may be smaller than the engine's: a dimension of
-    `k * num_blocks` holds k of them for each of the engine's.
+    fitting length does, and two that fit are an error. A kernel's blocks may be smaller than the engine's: a dimension
+    of `k * num_blocks` holds k of them for each of the engine's.
     """
     dims = [(size, stride * element_bytes) for size, stride in zip(shape, strides)]
     fitting = [d for d, (size, _) in enumerate(dims) if size >= num_blocks and size % num_blocks == 0]
@@ -98,7 +99,8 @@ class _Run:
 
 
 class PagedKv:
-    """The KV tensors of one worker, as blocks. `gather` fills a chunk slot from them, `scatter` empties one into them."""
+    """The KV tensors of one worker, as blocks. `gather` fills a chunk slot from them, `scatter` empties one into them.
+    """
 
     def __init__(
         self,
@@ -107,8 +109,8 @@ class PagedKv:
         num_blocks: int,
         block_strides_bytes: Mapping[str, int] | None = None,
     ) -> None:
-        """`kv_caches` as the engine registers them, by layer name. `block_strides_bytes` is the engine's own word on how far
-        a layer's blocks are apart, where it gives it.
+        """`kv_caches` as the engine registers them, by layer name. `block_strides_bytes` is the engine's own word on
+        how far a layer's blocks are apart, where it gives it.
 
         Raises `PagedLayoutError` when blocks cannot be told apart, or are not the same in every layer.
         """
@@ -116,8 +118,8 @@ class PagedKv:
             raise PagedLayoutError("the engine has registered no KV tensors")
         self.num_blocks = num_blocks
         strides = block_strides_bytes or {}
-        # Layers that share one tensor (cross-layer sharing) are one layer here. Numbers count as numbers: layer 10 comes
-        # after layer 9, at both ends, whatever order the engine registers them in.
+        # Layers that share one tensor (cross-layer sharing) are one layer here. Numbers count as numbers: layer 10
+        # comes after layer 9, at both ends, whatever order the engine registers them in.
         self.layer_index: dict[str, int] = {}
         tensors: list[torch.Tensor] = []
         shapes: list[BlockShape] = []
@@ -160,7 +162,9 @@ class PagedKv:
 
     @staticmethod
     def memory(array: np.ndarray) -> "torch.Tensor":
-        """A daemon's buffer as `gather` and `scatter` take parts of it. Made once: read-only memory is warned of each time."""
+        """A daemon's buffer as `gather` and `scatter` take parts of it. Made once: read-only memory is warned of each
+        time.
+        """
         import torch
 
         with warnings.catch_warnings():
@@ -177,8 +181,8 @@ class PagedKv:
     ) -> None:
         """Copies blocks into the slot of a chunk; the bytes are there when it returns.
 
-        The slot is that of the whole chunk, a one-dimensional array of bytes. `block_ids` are those of the chunk's blocks from
-        `first_block` on, `layers` those to copy (all, when left out).
+        The slot is that of the whole chunk, a one-dimensional array of bytes. `block_ids` are those of the chunk's
+        blocks from `first_block` on, `layers` those to copy (all, when left out).
         """
         self._copies.gather(*self._checked(block_ids, slot, layers, first_block))
 
@@ -202,7 +206,8 @@ class PagedKv:
         blocks = first_block + len(block_ids)
         if slot.dim() != 1 or slot.dtype != torch.uint8 or slot.numel() != self.chunk_bytes(blocks):
             raise ValueError(
-                f"a slot of shape {tuple(slot.shape)} and type {slot.dtype}, expected {self.chunk_bytes(blocks)} bytes: "
+                f"a slot of shape {tuple(slot.shape)} and type {slot.dtype}, "
+                f"expected {self.chunk_bytes(blocks)} bytes: "
                 f"{self.layers} layers x {blocks} blocks x {self.block_bytes} bytes"
             )
         bad = [block for block in block_ids if not 0 <= block < self.num_blocks]
@@ -224,7 +229,8 @@ class _HostCopies:
         first = 0
         while first < len(tensors):
             count, layer_stride = _run_length(tensors, shapes, first)
-            self._runs.append(_Run(first, count, self._view(tensors[first], shapes[first], count, layer_stride, num_blocks)))
+            view = self._view(tensors[first], shapes[first], count, layer_stride, num_blocks)
+            self._runs.append(_Run(first, count, view))
             first += count
 
     def gather(self, block_ids: Sequence[int], slot: "torch.Tensor", layers: range, first: int, blocks: int) -> None:
@@ -308,17 +314,19 @@ def _run_length(tensors: "Sequence[torch.Tensor]", shapes: Sequence[BlockShape],
 
 
 def _cuda_copies(tensors: "Sequence[torch.Tensor]", shapes: Sequence[BlockShape], num_blocks: int) -> Any:
-    """Copies of KV on a GPU: an object with the `gather` and `scatter` of `_HostCopies`, whose arguments are checked already.
+    """Copies of KV on a GPU: an object with the `gather` and `scatter` of `_HostCopies`, whose arguments are checked
+    already.
 
-    They are called in the worker's thread, with the engine's stream current: after the forward that computed what is gathered,
-    before the one that reads what is scattered. What `gather` has copied must be there for another process when it returns.
+    They are called in the worker's thread, with the engine's stream current: after the forward that computed what is
+    gathered, before the one that reads what is scattered. What `gather` has copied must be there for another process
+    when it returns.
     """
     try:
         from . import paged_cuda
     except ImportError as error:
         raise PagedLayoutError(
-            f"KV tensors on {tensors[0].device}, but pd_backend.paged_cuda cannot be imported ({error}): install a build of "
-            "this package that has it"
+            f"KV tensors on {tensors[0].device}, but pd_backend.paged_cuda cannot be imported ({error}): install a "
+            "build of this package that has it"
         ) from error
     return paged_cuda.CudaCopies(tensors, shapes, num_blocks)
 

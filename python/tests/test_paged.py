@@ -1,4 +1,4 @@
-"""Blocks found in an engine's tensors, whatever their shape; the copies themselves are tested where torch is (make e2e)."""
+"""Blocks found in an engine's tensors, whatever their shape; the copies are tested where torch is (make e2e)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ def test_older_gpu_tensors_keep_keys_and_values_apart() -> None:
 
 
 def test_padding_between_blocks_is_not_copied() -> None:
-    # Broken in production: pages padded to a common size, or layers packed within a block, are copied with their neighbours.
+    # Broken in production: pages padded to a common size, or layers packed within a block, are copied with their
+    # neighbours.
     assert block_shape((10, 4, 8), (1000, 8, 1), 1, 10) == BlockShape(1000, ((32, 1),))
     assert block_shape((10, 4, 8), (1000, 16, 1), 1, 10) == BlockShape(1000, ((4, 16), (8, 1)))
 

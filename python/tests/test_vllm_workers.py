@@ -126,8 +126,7 @@ class Pair:
             self.producer.outcomes()
             statuses = [self.sender.client().status(), self.receiver.client().status()]
             left = [
-                (status.role, status.requests_active, status.leases, status.waits, status.slots_reserved, status.slots_held)
-                for status in statuses
+                (s.role, s.requests_active, s.leases, s.waits, s.slots_reserved, s.slots_held) for s in statuses
             ]
             known = [*producer_requests(self.producer), *consumer_requests(self.consumer)]
             if not known and all(not any(counts[1:]) for counts in left):
@@ -142,11 +141,12 @@ def pair() -> Iterator[Callable[..., Pair]]:
         yield lambda **options: Pair(stack, **options)
 
 
-def load(request_id: str, tokens: Sequence[int], block_ids: list[int], first_block: int = 0, named: bool = True) -> ConsumerStep:
-    plan = ReceivePlan(
-        request_id, f"router-{request_id}" if named else None, chunk_hashes(tokens, CHUNK), len(tokens), first_block, block_ids
-    )
-    return ConsumerStep(announced=[(request_id, f"router-{request_id}")] if named else [], loads=[plan])
+def load(
+    request_id: str, tokens: Sequence[int], block_ids: list[int], first_block: int = 0, named: bool = True
+) -> ConsumerStep:
+    req_id = f"router-{request_id}" if named else None
+    plan = ReceivePlan(request_id, req_id, chunk_hashes(tokens, CHUNK), len(tokens), first_block, block_ids)
+    return ConsumerStep(announced=[] if req_id is None else [(request_id, req_id)], loads=[plan])
 
 
 def test_chunks_go_from_blocks_to_blocks(pair: Callable[..., Pair]) -> None:
@@ -164,6 +164,24 @@ def test_chunks_go_from_blocks_to_blocks(pair: Callable[..., Pair]) -> None:
     others = [block for block in range(BLOCKS) if block not in (9, 2, 4, 11, 6)]
     assert (both.target.kv[:, others] == before[:, others]).all()
     both.nothing_left()
+
+
+def test_a_chunk_is_across_before_the_next_one_is_computed(pair: Callable[..., Pair]) -> None:
+    # Broken in production: with chunked prefill, nothing crosses before the whole prompt is computed.
+    both = pair()
+    tokens = list(range(32))
+    both.produce(ProducerStep(plans=[both.plan("a", tokens)], chunks=[ChunkBlocks("a", 0, [3, 1])]))
+    deadline = time.monotonic() + 10
+    sent = False
+    while not sent:
+        assert time.monotonic() < deadline
+        both.produce(ProducerStep())
+        # Its slot is free again, which it is once it was written to the receiver.
+        sender = both.sender.client().status()
+        sent = both.source.gathered != [] and sender.slots_free == sender.slot_count
+    assert sender.requests_active == 1 and both.receiver.client().status().slots_reserved == 2
+    both.produce(ProducerStep(chunks=[ChunkBlocks("a", 1, [7, 0])], finishing=["a"]))
+    assert both.ended("a") is None
 
 
 def test_layers_are_pushed_as_they_are_computed(pair: Callable[..., Pair]) -> None:
@@ -193,9 +211,8 @@ def test_an_engine_that_skips_its_layers_hooks(pair: Callable[..., Pair]) -> Non
     # Broken in production: within full CUDA graphs no hook is called, and nothing is sent.
     both = pair(layer_pushes=4)
     tokens = list(range(16))
-    both.produce(
-        ProducerStep(plans=[both.plan("a", tokens)], chunks=[ChunkBlocks("a", 0, [3, 1])], finishing=["a"]), layers=False
-    )
+    chunks = [ChunkBlocks("a", 0, [3, 1])]
+    both.produce(ProducerStep(plans=[both.plan("a", tokens)], chunks=chunks, finishing=["a"]), layers=False)
     assert both.ended("a") is None
     assert both.consume(load("a", tokens, [0, 1]), "a") == set()
     assert (both.target.kv[:, :2] == both.source.kv[:, [3, 1]]).all()
@@ -268,7 +285,8 @@ def test_a_receiver_that_is_full_fails_the_request_alone(pair: Callable[..., Pai
     assert error is not None and error.startswith("too_large:")
     # Deferred though it has failed: the engine waits for the report, and gets it.
     assert both.produce(ProducerStep(finishing=["big"])) == {"big"}
-    both.produce(ProducerStep(plans=[both.plan("small", small)], chunks=[ChunkBlocks("small", 0, [3, 1])], finishing=["small"]))
+    chunks = [ChunkBlocks("small", 0, [3, 1])]
+    both.produce(ProducerStep(plans=[both.plan("small", small)], chunks=chunks, finishing=["small"]))
     assert both.ended("small") is None
     assert both.consume(load("small", small, [0, 1]), "small") == set()
     both.nothing_left()
@@ -292,7 +310,8 @@ def test_only_what_is_missing_is_loaded(pair: Callable[..., Pair]) -> None:
 
 
 def test_an_idle_step_waits_for_an_answer_that_is_on_its_way(pair: Callable[..., Pair]) -> None:
-    # Broken in production: every load takes the engine one more idle step, which is a millisecond of the time to first token.
+    # Broken in production: every load takes the engine one more idle step, which is a millisecond of the time to first
+    # token.
     both = pair()
     tokens = list(range(16))
     both.produce(ProducerStep(plans=[both.plan("a", tokens)], chunks=[ChunkBlocks("a", 0, [0, 1])], finishing=["a"]))
@@ -462,7 +481,10 @@ def test_closing_ends_the_daemon_and_its_files(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(tempfile, "tempdir", None)
     watched = Supervisor(
-        binary("pd-sender"), ["--set", "pd_buffer_size=1MiB", "--set", "transfer_channel=local"], LAYOUT.json(), SenderClient,
+        binary("pd-sender"),
+        ["--set", "pd_buffer_size=1MiB", "--set", "transfer_channel=local"],
+        LAYOUT.json(),
+        SenderClient,
         echo_log=False,
     )
     assert watched.client().attached.role == "sender"

@@ -1,7 +1,7 @@
 """`PdConnector`: vLLM's KV connector over pd-sender and pd-receiver. docs/vllm.md says how to run it.
 
-Its two halves never meet: vLLM makes one instance in the scheduler's process, one in each worker's. The instance hands what it
-is asked to one of four plain objects, by role, and translates between vLLM's types and theirs.
+Its two halves never meet: vLLM makes one instance in the scheduler's process, one in each worker's. The instance hands
+what it is asked to one of four plain objects, by role, and translates between vLLM's types and theirs.
 """
 
 from __future__ import annotations
@@ -92,14 +92,15 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
         parallel = vllm_config.parallel_config
         if parallel.pipeline_parallel_size > 1:
             raise ValueError(
-                f"pipeline_parallel_size = {parallel.pipeline_parallel_size}; PdConnector sends all layers of a rank together: "
-                "use tensor parallelism alone"
+                f"pipeline_parallel_size = {parallel.pipeline_parallel_size}; PdConnector sends all layers of a rank "
+                "together: use tensor parallelism alone"
             )
         groups = kv_cache_config.kv_cache_groups
         if len(groups) != 1:
             raise ValueError(
-                f"the model keeps {len(groups)} groups of layers with KV of their own; PdConnector moves models with one "
-                "(full attention in every layer); --disable-hybrid-kv-cache-manager makes one of them where vLLM can"
+                f"the model keeps {len(groups)} groups of layers with KV of their own; PdConnector moves models with "
+                "one (full attention in every layer); --disable-hybrid-kv-cache-manager makes one of them where vLLM "
+                "can"
             )
         self._tp_size = parallel.tensor_parallel_size
         self._block_tokens = groups[0].kv_cache_spec.block_size
@@ -122,7 +123,8 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
                 self._finder = _Finder(self._key)
             self._consumer_scheduler = ConsumerScheduler(self._chunk_tokens, self._block_tokens, self._finder)
 
-    # ---- worker ----------------------------------------------------------------------------------------------------------
+    # ---- worker
+    # ----------------------------------------------------------------------------------------------------------
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         from vllm.distributed import get_tensor_model_parallel_rank
@@ -233,7 +235,8 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
         """Full graphs skip the layers' hooks, and the layers are pushed after the step then: slower, but right."""
         return False
 
-    # ---- scheduler -------------------------------------------------------------------------------------------------------
+    # ---- scheduler
+    # -------------------------------------------------------------------------------------------------------
 
     def set_xfer_handshake_metadata(self, metadata: dict[int, KVConnectorHandshakeMetadata]) -> None:
         handshake = metadata.get(0)

@@ -63,7 +63,8 @@ class ConsumerWorker:
         self._moved_to: str | None = None
         self._idle = False
 
-    # ---- hooks of a step, in their order ---------------------------------------------------------------------------------
+    # ---- hooks of a step, in their order
+    # ---------------------------------------------------------------------------------
 
     def begin_step(self, step: ConsumerStep) -> None:
         """What has come, what is to be loaded, and what is not needed any more."""
@@ -120,7 +121,8 @@ class ConsumerWorker:
         """The worker ends: its leases go back with its client."""
         self._supervisor.close()
 
-    # ---- towards the daemon ----------------------------------------------------------------------------------------------
+    # ---- towards the daemon
+    # ----------------------------------------------------------------------------------------------
 
     def _attached(self) -> ReceiverClient:
         client = self._supervisor.client()
@@ -141,7 +143,8 @@ class ConsumerWorker:
             pass  # Each request asks for itself, and is told.
 
     def _try_start(self, request: _Request) -> None:
-        """Begins to wait for its chunks, or looks them up. Fails only where there is a plan whose failure can be told."""
+        """Begins to wait for its chunks, or looks them up. Fails only where there is a plan whose failure can be told.
+        """
         if request.arriving is not None:
             return
         try:
@@ -165,7 +168,8 @@ class ConsumerWorker:
         except RequestRefused as refused:
             if request.req_id is None or refused.kind != Kind.UNKNOWN:
                 raise
-        # Handed out before, to another sample of the same request, or to one that was retried: its chunks may be there still.
+        # Handed out before, to another sample of the same request, or to one that was retried: its chunks may be there
+        # still.
         request.req_id = request.arriving = None
         return None
 
@@ -181,9 +185,10 @@ class ConsumerWorker:
             if [chunk.key for chunk in chunks if chunk is not None] != keys:
                 came = [None if chunk is None else chunk.key for chunk in chunks]
                 at = next((i for i, (a, b) in enumerate(zip(came, keys)) if a != b), min(len(came), len(keys)))
+                seen = came[at] if at < len(came) else "not there"
+                expected = keys[at] if at < len(keys) else "no such chunk"
                 raise LoadError(
-                    f"chunk {at} is {came[at] if at < len(came) else 'not there'}, expected "
-                    f"{keys[at] if at < len(keys) else 'no such chunk'}: prefill was given another prompt, or the chunk has gone"
+                    f"chunk {at} is {seen}, expected {expected}: prefill was given another prompt, or the chunk has gone"
                 )
             for index, chunk in enumerate(chunks):
                 assert chunk is not None
@@ -207,7 +212,8 @@ class ConsumerWorker:
             except PdError as error:
                 logger.warning("the lease of request %s could not be released: %s", request.req_id, error)
 
-    # ---- ends of requests ------------------------------------------------------------------------------------------------
+    # ---- ends of requests
+    # ------------------------------------------------------------------------------------------------
 
     def _fail(self, request: _Request, plan: ReceivePlan, error: Exception) -> None:
         logger.error("request %s was not loaded: %s", request.req_id or request.request_id, error)

@@ -1,8 +1,9 @@
 """Names of chunks that prefill and decode compute independently of each other, from what a chunk's KV depends on.
 
-A chunk's KV depends on its tokens and on all before them, so its hash is chained: that of a chunk goes into the next one's.
-Two prompts that begin alike have equal keys as far as whole chunks of them are equal, and those are sent once. The last
-chunk's key has the number of its tokens in it, for whole blocks are copied and those behind it are not computed.
+A chunk's KV depends on its tokens and on all before them, so its hash is chained: that of a chunk goes into the next
+one's. Two prompts that begin alike have equal keys as far as whole chunks of them are equal, and those are sent once.
+The last chunk's key has the number of its tokens in it, for whole blocks are copied and those behind it are not
+computed.
 """
 
 from __future__ import annotations

@@ -28,14 +28,15 @@ class EngineLayout:
 
     def __post_init__(self) -> None:
         if self.chunk_tokens % self.block_tokens:
+            fitting = self.block_tokens * max(1, round(self.chunk_tokens / self.block_tokens))
             raise LayoutMismatch(
                 f"chunk_size = {self.chunk_tokens} is no multiple of the engine's block of {self.block_tokens} tokens; "
-                f"set chunk_size to {self.block_tokens * max(1, round(self.chunk_tokens / self.block_tokens))}, at both ends"
+                f"set chunk_size to {fitting}, at both ends"
             )
         if (self.layers * self.block_bytes) % self.block_tokens:
             raise LayoutMismatch(
-                f"a block of {self.block_tokens} tokens has {self.layers * self.block_bytes} bytes in all layers, which is no "
-                "whole number of bytes a token"
+                f"a block of {self.block_tokens} tokens has {self.layers * self.block_bytes} bytes in all layers, "
+                "which is no whole number of bytes a token"
             )
 
     @property

@@ -53,7 +53,8 @@ class Options:
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f"; did you mean `{near[0]}`?" if near else ""
                 raise OptionError(
-                    f"`{name}` is not an option of kv_connector_extra_config{hint} (they are {', '.join(sorted(known))})"
+                    f"`{name}` is not an option of kv_connector_extra_config{hint} "
+                    f"(they are {', '.join(sorted(known))})"
                 )
             if value is not None:
                 values[name] = _parsed(name, value)

@@ -91,7 +91,8 @@ class ProducerWorker:
         self._current: list[_Request] = []
         self._outcomes = SendOutcomes()
 
-    # ---- hooks of a step, in their order ---------------------------------------------------------------------------------
+    # ---- hooks of a step, in their order
+    # ---------------------------------------------------------------------------------
 
     def begin_step(self, step: ProducerStep) -> None:
         """Before the forward: what is going to be computed, and what is not any more."""
@@ -178,7 +179,8 @@ class ProducerWorker:
         """The worker ends: what is under way at the daemon ends by the daemon's own rules."""
         self._supervisor.close()
 
-    # ---- towards the daemon ----------------------------------------------------------------------------------------------
+    # ---- towards the daemon
+    # ----------------------------------------------------------------------------------------------
 
     def _attached(self) -> SenderClient:
         client = self._supervisor.client()
@@ -298,7 +300,8 @@ class ProducerWorker:
             request.chunks.clear()
             self._send(request, [])
 
-    # ---- ends of requests ------------------------------------------------------------------------------------------------
+    # ---- ends of requests
+    # ------------------------------------------------------------------------------------------------
 
     def _preempted(self, request_id: str) -> None:
         """The blocks of what was not copied are gone; their slots stay, for when it is computed again."""

@@ -1,5 +1,7 @@
-"""The scheduler's sides of the connector: which chunk of which request is where, step by step. No daemon is talked to, but
-for the look-up that decode makes of requests whose router names none."""
+"""The scheduler's sides of the connector: which chunk of which request is where, step by step.
+
+No daemon is talked to, but for the look-up that decode makes of requests whose router names none.
+"""
 
 from __future__ import annotations
 
@@ -138,7 +140,8 @@ class ProducerScheduler:
             sending.told += 1
 
     def finished(self, request: Any) -> tuple[bool, dict[str, Any] | None]:
-        """Whether the engine has to keep the request's blocks until the workers report it, and what its response says."""
+        """Whether the engine has to keep the request's blocks until the workers report it, and what its response says.
+        """
         request_id = request.request_id
         refused = self._refused.pop(request_id, None)
         if refused is not None:
@@ -214,8 +217,8 @@ class _Receiving:
     lookup_of: int = -1
     #: Of the load under way.
     block_ids: list[int] = field(default_factory=list)
-    #: It was loaded, and nothing more is claimed until a preemption takes that away: of a prompt of one token the engine counts
-    #: nothing as computed after its load, and asks again.
+    #: It was loaded, and nothing more is claimed until a preemption takes that away: of a prompt of one token the
+    #: engine counts nothing as computed after its load, and asks again.
     loaded: bool = False
     #: What was loaded could not be used: the engine computes it, and nothing is looked up for it again.
     failed: bool = False
@@ -345,8 +348,8 @@ class ConsumerScheduler:
     def _look_up(self, finder: Finder, request: Any, computed: int) -> tuple[int, list[str]]:
         """The longest beginning of the request whose chunks are ready."""
         tokens = request.num_tokens
-        # A router that got the first token from prefill sends it along: the last chunk was sent with one token less. After
-        # a preemption the prompt may be followed by any number of our own tokens.
+        # A router that got the first token from prefill sends it along: the last chunk was sent with one token less.
+        # After a preemption the prompt may be followed by any number of our own tokens.
         best: tuple[int, list[str]] = (0, [])
         for length in sorted({tokens, tokens - 1, request.num_prompt_tokens}, reverse=True):
             if length <= max(computed, best[0]):

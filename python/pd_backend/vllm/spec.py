@@ -58,7 +58,10 @@ def _spec(params: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
     if spec is None:
         return None
     if not isinstance(spec, Mapping):
-        raise SpecError(f"disagg_spec = {spec!r}; expected a map with req_id, receiver_host, receiver_init_port, receiver_alloc_port")
+        raise SpecError(
+            f"disagg_spec = {spec!r}; expected a map with req_id, receiver_host, receiver_init_port and "
+            "receiver_alloc_port"
+        )
     return spec
 
 

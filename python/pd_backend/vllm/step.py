@@ -74,7 +74,8 @@ class ConsumerStep:
 
 @dataclass
 class SendOutcomes:
-    """What became of requests at the workers of a prefill engine: for each, one entry per worker that has news of it."""
+    """What became of requests at the workers of a prefill engine: for each, one entry per worker that has news of it.
+    """
 
     #: None where a worker's part was sent, otherwise why it was not.
     ended: dict[str, list[str | None]] = field(default_factory=dict)

@@ -26,8 +26,8 @@ C = TypeVar("C", bound=Client)
 class Supervisor(Generic[C]):
     """Keeps one daemon running, and a client attached to it.
 
-    The daemon is started, watched and restarted by a thread of its own: Linux ends a daemon with the thread that started it,
-    and an idle engine runs no code of ours that could notice that it has gone.
+    The daemon is started, watched and restarted by a thread of its own: Linux ends a daemon with the thread that
+    started it, and an idle engine runs no code of ours that could notice that it has gone.
     """
 
     def __init__(
@@ -141,9 +141,9 @@ class Supervisor(Generic[C]):
             if len(restarts) > self._restarts_max:
                 self._give_up(
                     DaemonStartError(
-                        f"{self._binary.name} has ended {len(restarts)} times within {self._restart_window_s:g} s, the last time "
-                        f"with exit code {code}, and is not started again (restarts_max = {self._restarts_max}); restart the "
-                        "engine",
+                        f"{self._binary.name} has ended {len(restarts)} times within {self._restart_window_s:g} s, the "
+                        f"last time with exit code {code}, and is not started again "
+                        f"(restarts_max = {self._restarts_max}); restart the engine",
                         code,
                         daemon.stderr(),
                     )

@@ -3,8 +3,9 @@
 
     make bench-vllm [BENCH='--rounds 20 --only ours,single --json bench.json']
 
-Each round asks every way once for each length, with a prompt that no server has seen, so that what else the machine does meets
-all alike. `single` is one server's whole time. All servers run all the time (some 2.5 GB each): `--only` where memory is short.
+Each round asks every way once for each length, with a prompt that no server has seen, so that what else the machine
+does meets all alike. `single` is one server's whole time. All servers run all the time (some 2.5 GB each): `--only`
+where memory is short.
 """
 
 from __future__ import annotations
@@ -117,7 +118,8 @@ class Servers:
                 "kv_connector": "TamedNixlConnector", "kv_connector_module_path": "tamed_nixl", "kv_role": "kv_both",
                 "kv_buffer_device": "cpu", "kv_load_failure_policy": "fail",
             }
-            env = {"VLLM_NIXL_SIDE_CHANNEL_PORT": str(port), "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1", "UCX_TLS": "all"}
+            env = {"VLLM_NIXL_SIDE_CHANNEL_PORT": str(port), "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1"}
+            env["UCX_TLS"] = "all"
             servers.append(self.start(f"nixl-{role}", kv, env))
         prefill, decode = servers
 

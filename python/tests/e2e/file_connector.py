@@ -1,7 +1,7 @@
 """The simplest thing that works, to be measured against: chunks as files in /dev/shm, and nothing else.
 
-Scheduling and copies are `PdConnector`'s own, so what differs is how the bytes get across. No deadlines, no failures: for the
-bench alone.
+Scheduling and copies are `PdConnector`'s own, so what differs is how the bytes get across. No deadlines, no failures:
+for the bench alone.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class FileConnector(PdConnector):
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
         paged = self.make_paged(kv_caches)
         if self._produces:
-            self._producer = _Producer(paged, self._folder)  # type: ignore[assignment]
+            self._producer = _Producer(paged, self._folder)
         else:
-            self._consumer = _Consumer(paged, self._folder, self._chunk_tokens, self._block_tokens)  # type: ignore[assignment]
+            self._consumer = _Consumer(paged, self._folder, self._chunk_tokens, self._block_tokens)
 
 
 class _Producer:

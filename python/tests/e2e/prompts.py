@@ -15,7 +15,7 @@ def tokens(seed: str, count: int) -> list[int]:
 
 
 #: Of the lengths at which something changes: block 128, chunk 256, chunked prefill 512.
-LENGTHS = (1, 5, 127, 128, 129, 255, 256, 257, 300, 512, 700, 1500)
+LENGTHS = (1, 5, 127, 128, 129, 255, 256, 257, 300, 512, 700, 1500, 3000)
 BY_LENGTH = {count: tokens(f"length {count}", count) for count in LENGTHS}
 
 _SHARED = tokens("shared", 512)
@@ -30,7 +30,6 @@ FIRST_TOKEN = tokens("first token", 600)
 KILLED_RECEIVER = [tokens(f"killed receiver {i}", 700) for i in range(3)]
 KILLED_PREFILL = [tokens(f"killed prefill {i}", 3000) for i in range(2)]
 AFTER_KILL = [tokens(f"after kill {i}", 400) for i in range(2)]
-EARLY = tokens("early", 3000)
 ABORTED = tokens("aborted", 5000)
 REFUSED = [tokens(f"refused {i}", 1500) for i in range(3)]
 OTHER_PROMPT = [tokens("other prompt", 300), tokens("yet another prompt", 300)]
@@ -39,7 +38,7 @@ OTHER_PROMPT = [tokens("other prompt", 300), tokens("yet another prompt", 300)]
 def all_prompts() -> list[tuple[list[int], int]]:
     """Every prompt whose answer is compared, and how many tokens of it."""
     usual = [
-        *BY_LENGTH.values(), *SHARING, EARLY, *CONCURRENT, SWAPPED, FIRST_TOKEN, *KILLED_RECEIVER, *KILLED_PREFILL, *AFTER_KILL,
-        *OTHER_PROMPT,
+        *BY_LENGTH.values(), *SHARING, *CONCURRENT, SWAPPED, FIRST_TOKEN, *KILLED_RECEIVER, *KILLED_PREFILL,
+        *AFTER_KILL, *OTHER_PROMPT,
     ]
     return [(prompt, MAX_TOKENS) for prompt in usual] + [(prompt, PREEMPTED_MAX_TOKENS) for prompt in PREEMPTED]

@@ -9,7 +9,9 @@ from pd_backend.vllm.step import ProducerStep
 
 
 class SwappingConnector(PdConnector):
-    """Of requests that the router calls `swap-...`, the first two chunks are exchanged on their way; all others are not touched."""
+    """Of requests that the router calls `swap-...`, the first two chunks are exchanged on their way; all others are not
+    touched.
+    """
 
     def bind_connector_metadata(self, connector_metadata: PdMetadata) -> None:
         step = connector_metadata.step

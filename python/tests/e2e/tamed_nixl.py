@@ -1,5 +1,7 @@
-"""vLLM's NixlConnector such that it runs here, for the bench: with NIXL's CUDA 12 package, which needs no CUDA on the machine, its
-progress thread at 1 ms instead of spinning, and without pinning the worker to the last core. As shipped it is far slower on two cores.
+"""vLLM's NixlConnector such that it runs here, for the bench.
+
+With NIXL's CUDA 12 package, which needs no CUDA on the machine, its progress thread at 1 ms instead of spinning, and
+without pinning the worker to the last core. As shipped it is far slower on two cores.
 """
 
 from __future__ import annotations

@@ -32,8 +32,9 @@ def one_storage(inner: tuple[int, ...], dtype: torch.dtype, pad: int, order: str
 def separate(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """A tensor for each layer, as older releases have it."""
     width = torch.empty(0, dtype=dtype).element_size()
+    in_bytes = (*shape[:-1], shape[-1] * width)
     return {
-        f"model.layers.{layer}.attn": torch.randint(0, 255, (*shape[:-1], shape[-1] * width), dtype=torch.uint8).view(dtype)
+        f"model.layers.{layer}.attn": torch.randint(0, 255, in_bytes, dtype=torch.uint8).view(dtype)
         for layer in range(LAYERS)
     }
 
