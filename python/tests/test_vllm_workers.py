@@ -314,21 +314,24 @@ def test_an_idle_step_waits_for_an_answer_that_is_on_its_way(pair: Callable[...,
     # token.
     both = pair()
     tokens = list(range(16))
-    both.produce(ProducerStep(plans=[both.plan("a", tokens)], chunks=[ChunkBlocks("a", 0, [0, 1])], finishing=["a"]))
-    assert both.ended("a") is None
     waited: list[float] = []
-    client = both.receiver.client()
-    client.wait_for_news = lambda timeout_s: waited.append(timeout_s) or client._pump(10.0)
+
+    def arrives_meanwhile(timeout_s: float) -> None:
+        waited.append(timeout_s)
+        both.produce(ProducerStep(plans=[both.plan("a", tokens)], chunks=[ChunkBlocks("a", 0, [0, 1])], finishing=["a"]))
+        assert both.ended("a") is None
+        client._pump(10.0)
+
     step = load("a", tokens, [5, 6])
-    step.idle = True
     both.consumer.begin_step(step)
+    # Not while there is something to compute.
+    client = both.receiver.client()
+    client.wait_for_news = arrives_meanwhile
+    assert both.consumer.progress() == (set(), set())
+    assert waited == []
+    both.consumer.begin_step(ConsumerStep(idle=True))
     assert both.consumer.progress() == ({"a"}, set())
     assert waited == [0.001]
-    # Not while there is something to compute.
-    both.consumer.begin_step(load("b", tokens, [7, 8]))
-    assert both.consumer.progress() == (set(), set())
-    assert waited == [0.001]
-    both.consumer.begin_step(ConsumerStep(dropped=["b"]))
 
 
 def test_another_prompt_is_not_loaded(pair: Callable[..., Pair]) -> None:

@@ -188,7 +188,8 @@ class ConsumerWorker:
                 seen = came[at] if at < len(came) else "not there"
                 expected = keys[at] if at < len(keys) else "no such chunk"
                 raise LoadError(
-                    f"chunk {at} is {seen}, expected {expected}: prefill was given another prompt, or the chunk has gone"
+                    f"chunk {at} is {seen}, expected {expected}: "
+                    "prefill was given another prompt, or the chunk has gone"
                 )
             for index, chunk in enumerate(chunks):
                 assert chunk is not None
