@@ -47,12 +47,21 @@ test-loom:
 test-python:
 	$(CARGO) build --bins
 	PD_BIN_DIR=$(CURDIR)/target/debug PYTHONPATH=$(CURDIR)/.deps/python:$(CURDIR)/python $(PYTHON) -m pytest -q python/tests \
-	  --ignore=python/tests/interop
+	  --ignore=python/tests/interop --ignore=python/tests/e2e
 
 .PHONY: interop
 interop: setup ## against unmodified LMCache, which is fetched (2.2 GB in .deps) and not part of make test
 	@scripts/setup-interop
 	PYTHONPATH=$(CURDIR)/.deps/python:$(CURDIR)/python $(PYTHON) -m pytest -q python/tests/interop
+
+# Some minutes: real vLLM servers on the CPU. E2E='-k streams' runs some of it.
+E2E ?=
+.PHONY: e2e
+e2e: setup ## two real vLLM servers with the connector, tokens compared, after fetching vLLM for CPU (5.3 GB in .deps)
+	@scripts/setup-e2e
+	$(CARGO) build --release --bins
+	PD_BIN_DIR=$(CURDIR)/target/release LD_LIBRARY_PATH=$$(cat .deps/e2e/library_path) PYTHONPATH=$(CURDIR)/python \
+	  .deps/e2e/venv/bin/python -m pytest -q --rootdir python/tests/e2e -c python/tests/e2e/pytest.ini python/tests/e2e $(E2E)
 
 SEEDS ?= 20000
 .PHONY: simulate
@@ -82,6 +91,13 @@ bench-lmcache: setup ## the same requests through LMCache and through ours by tu
 	@scripts/setup-interop
 	$(CARGO) build --release --bins
 	PD_BIN_DIR=$(CURDIR)/target/release PYTHONPATH=$(CURDIR)/.deps/python:$(CURDIR)/python $(PYTHON) python/tests/interop/bench.py $(BENCH)
+
+.PHONY: bench-vllm
+bench-vllm: setup ## time to first token with this connector, NixlConnector, files and one instance by turns (BENCH='--rounds 20')
+	@scripts/setup-e2e
+	$(CARGO) build --release --bins
+	PD_BIN_DIR=$(CURDIR)/target/release LD_LIBRARY_PATH=$$(cat .deps/e2e/library_path) .deps/e2e/venv/bin/python \
+	  python/tests/e2e/bench.py $(BENCH)
 
 # Needs a nightly compiler and cargo-fuzz (cargo install cargo-fuzz).
 TARGET ?= address_manager

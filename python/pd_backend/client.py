@@ -175,6 +175,13 @@ class Client:
             lambda id: m.Cancel(id=id, req_id=req_id, after=after), m.Cancelled, _nothing, self._wait_timeout_s
         )
 
+    def wait_for_news(self, timeout_s: float) -> None:
+        """Waits up to `timeout_s` until the daemon has said something, for a caller that has nothing else to do.
+
+        Raises `DaemonGone` when it has ended.
+        """
+        self._pump(timeout_s)
+
     def poll_events(self) -> list[m.Event]:
         """The events that have arrived since the last call, oldest first. Never waits.
 
@@ -475,15 +482,26 @@ class Lease:
         With a buffer in GPU memory they have been once `stream` (see `order_by`) has done what is on it now. Nothing here
         waits for that, nor for the daemon's answer; the daemon keeps the chunks until then.
         """
-        lease, self._lease = self._lease, None
-        if lease is None:
+        after, released = self._start_release(stream)
+        if released is None:
             return
-        after = self._client._after(stream)
-        released = self._client._start(lambda id: m.Release(id=id, lease=lease, after=after), m.Released, _nothing)
         if after is None:
             released.result()
         else:
             released.abandon()
+
+    def start_release(self, *, stream: int | None = None) -> Pending[None] | None:
+        """As `release`, without waiting; None when it was released before."""
+        return self._start_release(stream)[1]
+
+    def _start_release(self, stream: int | None) -> tuple[Any, Pending[None] | None]:
+        """What the daemon waits for before it takes the chunks back, and its answer."""
+        lease, self._lease = self._lease, None
+        if lease is None:
+            return None, None
+        after = self._client._after(stream)
+        start = self._client._start
+        return after, start(lambda id: m.Release(id=id, lease=lease, after=after), m.Released, _nothing)
 
     def __enter__(self) -> Lease:
         return self
@@ -525,11 +543,15 @@ class ReceiverClient(Client):
 
         The lease's `granted` has the positions of those that would be ready with it.
         """
+        return self.start_lookup(keys, uncommitted=uncommitted).result()
+
+    def start_lookup(self, keys: Sequence[str], *, uncommitted: bool = False) -> Pending[Lease]:
+        """As `lookup`, without waiting."""
         return self._start(
             lambda id: m.Lookup(id=id, keys=list(keys), uncommitted=uncommitted),
             m.Found,
             lambda reply: Lease(self, reply.lease, reply.chunks, reply.granted),
-        ).result()
+        )
 
 
 def _itself(reply: Any) -> Any:

@@ -20,6 +20,8 @@ from .errors import DaemonStartError, PdError
 
 _STDERR_LINES_KEPT = 200
 _READY_LINE_LEN_BYTES_MAX = 64 * 1024
+# Where a build may put the binaries beside the Python that starts them.
+_PACKAGED = Path(__file__).parent / "bin"
 
 
 class ReadyLine(msgspec.Struct, frozen=True):
@@ -42,15 +44,23 @@ class ReadyLine(msgspec.Struct, frozen=True):
 
 
 def find_binary(name: str, directory: str | os.PathLike[str] | None = None) -> Path:
-    """Where the program `name` is: in `directory` or `PD_BIN_DIR` where one is given, else in `PATH`.
+    """Where the program `name` is: in `directory` or `PD_BIN_DIR` where one is given, else in this package, else in `PATH`.
 
     Raises `DaemonStartError` that says where it looked.
     """
     given = directory or os.environ.get("PD_BIN_DIR")
-    found = shutil.which(name, path=None if given is None else os.fspath(given))
+    if given:
+        found = shutil.which(name, path=os.fspath(given))
+        where = f"in {os.fspath(given)}"
+    else:
+        found = shutil.which(name, path=os.fspath(_PACKAGED)) or shutil.which(name)
+        where = f"in {_PACKAGED} or in PATH (PD_BIN_DIR is not set)"
     if found is None:
-        where = f"in {os.fspath(given)}" if given else "in PATH (PD_BIN_DIR is not set)"
-        raise DaemonStartError(f"{name} was not found {where}; build it with `make build` in the repository and set PD_BIN_DIR to its target/release", None, "")
+        raise DaemonStartError(
+            f"{name} was not found {where}; build it with `make build` in the repository and set PD_BIN_DIR to its target/release",
+            None,
+            "",
+        )
     return Path(found).absolute()
 
 
@@ -111,6 +121,10 @@ class Daemon:
     def exit_code(self) -> int | None:
         """None while it runs; negative for a signal."""
         return self._process.poll()
+
+    def wait(self) -> int:
+        """Waits for its end, without a deadline. Its exit code."""
+        return self._process.wait()
 
     def stderr(self) -> str:
         """The last lines of its log."""

@@ -24,6 +24,8 @@ impl KvLayout {
             ("chunk_bytes", self.chunk_bytes().to_string()),
         ];
         fields.extend(whole.map(|(name, value)| (name.to_owned(), value)));
+        // Their own prefix: no fact can pass for a field of ours.
+        fields.extend(self.engine.iter().map(|(name, value)| (format!("engine.{name}"), value.clone())));
         fields
     }
 }
@@ -93,7 +95,8 @@ mod tests {
     #[test]
     fn every_field_of_a_layout_is_compared() {
         // Broken in production: peers with different layouts move bytes that mean something else at the other end.
-        let ours = llama3_8b();
+        let mut ours = llama3_8b();
+        ours.engine.insert("version".to_owned(), "1".to_owned());
         for (change, field) in [
             ((|l| l.model = "other".to_owned()) as fn(&mut KvLayout), "model"),
             (|l| l.groups[0].dtype = "float16".to_owned(), "dtype"),
@@ -105,6 +108,7 @@ mod tests {
             (|l| l.tp_rank = 1, "tp_rank"),
             (|l| l.tp_size = 2, "tp_size"),
             (|l| l.groups[0].dtype_bytes = 4, "chunk_bytes"),
+            (|l| drop(l.engine.insert("version".to_owned(), "2".to_owned())), "engine.version"),
         ] {
             let mut theirs = ours.clone();
             change(&mut theirs);

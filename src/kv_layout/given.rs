@@ -5,10 +5,15 @@
 //! "chunk_tokens": 256, "tp_rank": 0, "tp_size": 1}`, with the KV heads of this rank; or, where only the connector
 //! knows what the bytes mean, `{"model": "m", "chunk_bytes": 33554432, "chunk_tokens": 256}`.
 //!
+//! `engine` is an object of texts that both sides must have alike and that mean nothing here: the engine's version, its
+//! attention backend. A handshake that finds them different names both values.
+//!
 //! A hybrid model has `groups`: a list of objects with a `name` and the fields of that group's layers (or its
 //! `chunk_bytes`); what a group leaves out is taken from the top.
 //! `{"model": "m", "dtype": "bfloat16", "kv_heads": 8, "head_size": 128, "kv_planes": 2, "chunk_tokens": 256, "groups":
 //! [{"name": "full", "layers": 8}, {"name": "sliding", "layers": 24}]}`.
+
+use std::collections::BTreeMap;
 
 use serde_json::{Map, Value};
 
@@ -44,6 +49,7 @@ const FIELDS: &[&str] = &[
     "tp_size",
     "chunk_bytes",
     "groups",
+    "engine",
 ];
 /// Fields that a group has, besides its name and what it takes from the top.
 const GROUP_FIELDS: &[&str] =
@@ -78,10 +84,19 @@ pub fn from_layout_json(json: &str, defaults: &GivenDefaults) -> Result<KvLayout
         None => vec![group(String::new(), &given, chunk_tokens)?],
         Some(groups) => named_groups(groups, &fields, chunk_tokens)?,
     };
-    let layout = KvLayout { model, chunk_tokens, tp_rank, tp_size, groups };
+    let layout = KvLayout { model, chunk_tokens, tp_rank, tp_size, groups, engine: engine(&given)? };
     layout.check()?;
     agree("chunk_bytes", given.bytes("chunk_bytes")?, "the other fields", Some(layout.chunk_bytes()))?;
     Ok(layout)
+}
+
+/// What the connector has both sides compare.
+fn engine(given: &Given<'_>) -> Result<BTreeMap<String, String>, LayoutError> {
+    let facts = given.read("engine", "an object of texts", |value| {
+        let facts = value.as_object()?.iter();
+        facts.map(|(name, value)| Some((name.clone(), value.as_str()?.to_owned()))).collect()
+    })?;
+    Ok(facts.unwrap_or_default())
 }
 
 /// The groups of a hybrid model, each over the fields at the top.
@@ -324,6 +339,26 @@ mod tests {
     }
 
     #[test]
+    fn what_the_engine_is_goes_into_the_fingerprint_and_nowhere_else() {
+        // Broken in production: two releases of an engine that lay their blocks out differently exchange them.
+        let mut json = json!({"model": "m", "chunk_bytes": 4096, "chunk_tokens": 16});
+        let plain = layout(&json).unwrap();
+        json["engine"] = json!({"vllm": "0.32.0", "attention": "CPU_ATTN"});
+        let given = layout(&json).unwrap();
+        assert_eq!(given.chunk_bytes(), plain.chunk_bytes());
+        assert!(given.fingerprint().contains(&("engine.vllm".to_owned(), "0.32.0".to_owned())));
+        assert_eq!(given.fingerprint().len(), plain.fingerprint().len() + 2);
+        for (engine, text) in [
+            (json!("0.32.0"), "field `engine` = \"0.32.0\"; expected an object of texts"),
+            (json!({"vllm": 32}), "field `engine` = {\"vllm\":32}; expected an object of texts"),
+            (json!({"vllm": ""}), "length of a text in `engine` = 0; expected 1 to 256"),
+        ] {
+            json["engine"] = engine;
+            assert_eq!(layout(&json).unwrap_err().to_string(), text);
+        }
+    }
+
+    #[test]
     fn groups_take_from_the_top_what_they_leave_out() {
         // Broken in production: a hybrid model's sliding-window layers are sent with the full layers' length.
         let mut json = fields();
@@ -413,7 +448,7 @@ mod tests {
         let cases = [
             (
                 with("head_sise", json!(1)),
-                "field `head_sise` is not a field of a layout; did you mean `head_size`?; the fields are model, dtype, dtype_bytes, layers, kv_heads, head_size, kv_planes, chunk_tokens, tp_rank, tp_size, chunk_bytes, groups",
+                "field `head_sise` is not a field of a layout; did you mean `head_size`?; the fields are model, dtype, dtype_bytes, layers, kv_heads, head_size, kv_planes, chunk_tokens, tp_rank, tp_size, chunk_bytes, groups, engine",
             ),
             (
                 json!({"model": "m"}),

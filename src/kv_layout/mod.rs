@@ -13,6 +13,8 @@ mod given;
 mod group;
 mod model;
 
+use std::collections::BTreeMap;
+
 pub use dtype::{DTYPES_ACCEPTED, OPAQUE_DTYPE, parse_dtype};
 pub use error::LayoutError;
 pub(crate) use error::suggestion;
@@ -43,6 +45,11 @@ pub const CHUNK_BYTES_MAX: u64 = 64 << 30;
 /// Longest name of a model, in bytes.
 pub const MODEL_LEN_BYTES_MAX: usize = 256;
 
+/// Most facts about the engine.
+pub const ENGINE_FACTS_MAX: usize = 32;
+/// Longest name, and longest value, of a fact about the engine, in bytes.
+pub const ENGINE_FACT_LEN_BYTES_MAX: usize = 256;
+
 /// Most groups of a layout.
 pub const GROUPS_MAX: usize = 8;
 
@@ -59,6 +66,9 @@ pub struct KvLayout {
     pub tp_size: u32,
     /// Groups of layers that keep the same shape of cache, at least one.
     pub groups: Vec<KvGroup>,
+    /// What else the connector wants both sides to have the same, by name: its engine's version, its attention backend.
+    /// Compared by the handshake, and never looked into.
+    pub engine: BTreeMap<String, String>,
 }
 
 impl KvLayout {
@@ -83,6 +93,10 @@ impl KvLayout {
         range("tp_size", self.tp_size.into(), 1, TP_SIZE_MAX.into())?;
         if self.tp_rank >= self.tp_size {
             return Err(LayoutError::Rank { tp_rank: self.tp_rank, tp_size: self.tp_size });
+        }
+        range("number of facts in `engine`", self.engine.len() as u64, 0, ENGINE_FACTS_MAX as u64)?;
+        for text in self.engine.iter().flat_map(|(name, value)| [name, value]) {
+            range("length of a text in `engine`", text.len() as u64, 1, ENGINE_FACT_LEN_BYTES_MAX as u64)?;
         }
         range("number of groups", self.groups.len() as u64, 1, GROUPS_MAX as u64)?;
         self.groups.iter().try_for_each(|group| group.check(self.chunk_tokens))
@@ -112,6 +126,7 @@ pub(crate) mod tests {
                 head_size: 128,
                 kv_planes: 2,
             }],
+            engine: BTreeMap::new(),
         }
     }
 

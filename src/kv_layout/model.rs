@@ -5,6 +5,8 @@
 //! not given. Multi-head latent attention (DeepSeek V2 and V3): every layer keeps one vector of `kv_lora_rank +
 //! qk_rope_head_dim` elements, the same on every rank. Models for which neither holds are refused.
 
+use std::collections::BTreeMap;
+
 use serde_json::{Map, Value};
 
 use super::{DTYPES_ACCEPTED, KvGroup, KvLayout, LayoutError, parse_dtype};
@@ -82,6 +84,7 @@ pub fn from_model_config(json: &str, options: &ModelOptions) -> Result<KvLayout,
             head_size,
             kv_planes,
         }],
+        engine: BTreeMap::new(),
     };
     layout.check()?;
     Ok(layout)

@@ -1,0 +1,16 @@
+"""The connector for vLLM: `PdConnector` in `pd_backend.vllm.connector`.
+
+    --kv-transfer-config '{"kv_connector": "PdConnector", "kv_connector_module_path": "pd_backend.vllm.connector", ...}'
+
+Only that module imports vLLM; the others here are plain Python:
+
+    options     what `kv_connector_extra_config` may say
+    keys        names of chunks, that prefill and decode compute independently
+    layout      what the two daemons compare before they talk
+    spec        what a router says of a request: `disagg_spec`
+    step        what the scheduler's side tells the workers, step by step
+    scheduler   the two scheduler sides
+    producer    the worker's side of prefill
+    consumer    the worker's side of decode
+    supervisor  the daemon of a worker: launched, watched, restarted
+"""

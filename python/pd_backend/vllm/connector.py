@@ -1,0 +1,375 @@
+"""`PdConnector`: vLLM's KV connector over pd-sender and pd-receiver. docs/vllm.md says how to run it.
+
+Its two halves never meet: vLLM makes one instance in the scheduler's process, one in each worker's. The instance hands
+what it is asked to one of four plain objects, by role, and translates between vLLM's types and theirs.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import vllm
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorWorkerMetadata,
+    SupportsHMA,
+)
+from vllm.logger import init_logger
+
+from ..client import Lease, ReceiverClient, SenderClient
+from ..daemon import find_binary
+from ..errors import PdError
+from ..paged import PagedKv
+from .consumer import ConsumerWorker
+from .keys import chunk_key
+from .layout import EngineLayout
+from .options import Options
+from .producer import ProducerWorker
+from .scheduler import ConsumerScheduler, ProducerScheduler
+from .step import ConsumerStep, ProducerStep, SendOutcomes
+from .supervisor import Supervisor
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+logger = init_logger("vllm.pd_backend")
+
+# The scheduler waits for these answers, so it is not made to wait long, nor often for a receiver that has gone.
+_FINDER_REPLY_S = 0.5
+_FINDER_PAUSE_S = 5.0
+
+
+@dataclass
+class PdMetadata(KVConnectorMetadata):
+    """From the scheduler to the workers, with each step."""
+
+    step: ProducerStep | ConsumerStep
+
+
+@dataclass
+class PdHandshake(KVConnectorHandshakeMetadata):
+    """From a decode worker to the scheduler, at start: where its receiver is."""
+
+    connector: str
+
+
+class PdNews(KVConnectorWorkerMetadata):
+    """From the workers to the scheduler: what became of requests, or where the first rank's receiver is now."""
+
+    def __init__(self, outcomes: SendOutcomes | None = None, connector: str | None = None) -> None:
+        self.outcomes = outcomes or SendOutcomes()
+        self.connector = connector
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
+        assert isinstance(other, PdNews)
+        self.outcomes.merge(other.outcomes)
+        self.connector = self.connector or other.connector
+        return self
+
+
+class PdConnector(KVConnectorBase_V1, SupportsHMA):
+    """`kv_producer` sends with a pd-sender, `kv_consumer` receives with a pd-receiver, one beside each worker."""
+
+    def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        self._options = Options.parse(self._kv_transfer_config.kv_connector_extra_config)
+        kv_role = self._kv_transfer_config.kv_role
+        if kv_role not in ("kv_producer", "kv_consumer"):
+            raise ValueError(
+                f"kv_role = {kv_role!r}; PdConnector moves KV one way: kv_producer for prefill, kv_consumer for decode"
+            )
+        self._produces = kv_role == "kv_producer"
+        parallel = vllm_config.parallel_config
+        if parallel.pipeline_parallel_size > 1:
+            raise ValueError(
+                f"pipeline_parallel_size = {parallel.pipeline_parallel_size}; PdConnector sends all layers of a rank "
+                "together: use tensor parallelism alone"
+            )
+        groups = kv_cache_config.kv_cache_groups
+        if len(groups) != 1:
+            raise ValueError(
+                f"the model keeps {len(groups)} groups of layers with KV of their own; PdConnector moves models with "
+                "one (full attention in every layer); --disable-hybrid-kv-cache-manager makes one of them where vLLM "
+                "can"
+            )
+        self._tp_size = parallel.tensor_parallel_size
+        self._block_tokens = groups[0].kv_cache_spec.block_size
+        self._chunk_tokens = self._options.chunk_tokens()
+        self._model = self._options.model(vllm_config.model_config.model)
+        self._dtype = _dtype_name(vllm_config)
+
+        self._producer_scheduler: ProducerScheduler | None = None
+        self._consumer_scheduler: ConsumerScheduler | None = None
+        self._producer: ProducerWorker | None = None
+        self._consumer: ConsumerWorker | None = None
+        self._finder: _Finder | None = None
+        self._failed_blocks: set[int] = set()
+        self._handshake: PdHandshake | None = None
+        self._rank = 0
+        if role == KVConnectorRole.SCHEDULER and self._produces:
+            self._producer_scheduler = ProducerScheduler(self._chunk_tokens, self._block_tokens, self._tp_size)
+        elif role == KVConnectorRole.SCHEDULER:
+            if self._options.lookup:
+                self._finder = _Finder(self._key)
+            self._consumer_scheduler = ConsumerScheduler(self._chunk_tokens, self._block_tokens, self._finder)
+
+    # ---- worker
+    # ----------------------------------------------------------------------------------------------------------
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        from vllm.distributed import get_tensor_model_parallel_rank
+
+        rank = self._rank = get_tensor_model_parallel_rank() if self._tp_size > 1 else 0
+        options = self._options
+        paged = self.make_paged(kv_caches)
+        layout = EngineLayout(
+            model=self._model,
+            chunk_tokens=self._chunk_tokens,
+            block_tokens=self._block_tokens,
+            block_bytes=paged.block_bytes,
+            layers=paged.layers,
+            tp_rank=rank,
+            tp_size=self._tp_size,
+            engine=_engine_facts(self._vllm_config, self._kv_cache_config, paged),
+        )
+        name = "pd-sender" if self._produces else "pd-receiver"
+        arguments = options.daemon_args() + (["--rank", str(rank)] if rank else [])
+        limits: dict[str, Any] = {
+            "ready_timeout_s": options.ready_timeout_s,
+            "restarts_max": options.restarts_max,
+            "restart_window_s": options.restart_window_s,
+            "echo_log": options.daemon_log,
+        }
+        binary = find_binary(name, options.binary_dir)
+        logger.info("starting %s: chunks of %s", binary, layout)
+        if self._produces:
+            sender = Supervisor(binary, arguments, layout.json(), SenderClient, **limits)
+            self._producer = ProducerWorker(
+                sender,
+                paged,
+                layout,
+                self._dtype,
+                slot_wait_s=options.slot_wait_s,
+                layer_pushes=1 if self._vllm_config.parallel_config.enable_dbo else options.layer_pushes,
+            )
+        else:
+            receiver = Supervisor(binary, arguments, layout.json(), ReceiverClient, **limits)
+            self._consumer = ConsumerWorker(
+                receiver, paged, layout, self._dtype, receive_wait_s=options.receive_wait_s
+            )
+            self._handshake = PdHandshake(receiver.ready.connector)
+
+    def make_paged(self, kv_caches: dict[str, torch.Tensor]) -> PagedKv:
+        """The engine's KV memory as blocks. A subclass may copy otherwise."""
+        strides = {}
+        for tensor in self._kv_cache_config.kv_cache_tensors:
+            stride = getattr(tensor, "block_stride", None)  # Older releases leave it to the tensors.
+            if stride:
+                strides.update(dict.fromkeys(tensor.layers, stride))
+        return PagedKv(kv_caches, num_blocks=self._kv_cache_config.num_blocks, block_strides_bytes=strides)
+
+    def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
+        return self._handshake
+
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        super().bind_connector_metadata(connector_metadata)
+        assert isinstance(connector_metadata, PdMetadata)
+        step = connector_metadata.step
+        if self._producer is not None and isinstance(step, ProducerStep):
+            self._producer.begin_step(step)
+        elif self._consumer is not None and isinstance(step, ConsumerStep):
+            self._consumer.begin_step(step)
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        """Loading is asynchronous: `get_finished` does it, between steps."""
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Nothing is loaded within a step."""
+
+    def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
+        if self._producer is not None:
+            self._producer.layer_computed(layer_name)
+
+    def wait_for_save(self) -> None:
+        if self._producer is not None:
+            self._producer.end_step()
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        if self._producer is not None:
+            return self._producer.finished_sending() or None, None
+        if self._consumer is not None:
+            finished, failed = self._consumer.progress()
+            self._failed_blocks |= failed
+            return None, finished or None
+        return None, None
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        failed, self._failed_blocks = self._failed_blocks, set()
+        return failed
+
+    def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
+        if self._producer is not None:
+            outcomes = self._producer.outcomes()
+            return None if outcomes is None else PdNews(outcomes)
+        moved_to = self._consumer.moved_to() if self._consumer is not None else None
+        return None if moved_to is None or self._rank else PdNews(connector=moved_to)
+
+    def shutdown(self) -> None:
+        for part in (self._producer, self._consumer, self._finder):
+            if part is not None:
+                part.close()
+        self._producer = self._consumer = self._finder = None
+
+    @classmethod
+    def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
+        """Full graphs skip the layers' hooks, and the layers are pushed after the step then: slower, but right."""
+        return False
+
+    # ---- scheduler
+    # -------------------------------------------------------------------------------------------------------
+
+    def set_xfer_handshake_metadata(self, metadata: dict[int, KVConnectorHandshakeMetadata]) -> None:
+        handshake = metadata.get(0)
+        if self._finder is not None and isinstance(handshake, PdHandshake):
+            self._finder.attach(handshake.connector)
+
+    def on_new_request(self, request: Any) -> None:
+        if self._consumer_scheduler is not None:
+            self._consumer_scheduler.arrived(request)
+
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        if self._consumer_scheduler is None:
+            return 0, False
+        return self._consumer_scheduler.matched(request, num_computed_tokens)
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        if self._producer_scheduler is not None:
+            self._producer_scheduler.allocated(request)
+        if self._consumer_scheduler is not None:
+            self._consumer_scheduler.allocated(request, blocks.get_block_ids()[0], num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
+        scheduler = self._producer_scheduler or self._consumer_scheduler
+        assert scheduler is not None
+        return PdMetadata(scheduler.build(scheduler_output))
+
+    def update_connector_output(self, connector_output: Any) -> None:
+        news = connector_output.kv_connector_worker_meta
+        if isinstance(news, PdNews):
+            if self._producer_scheduler is not None:
+                self._producer_scheduler.update(news.outcomes)
+            if self._finder is not None and news.connector is not None:
+                self._finder.attach(news.connector)
+        if self._consumer_scheduler is not None and connector_output.finished_recving:
+            self._consumer_scheduler.received(
+                connector_output.finished_recving, connector_output.invalid_block_ids or ()
+            )
+
+    def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        if self._producer_scheduler is not None:
+            return self._producer_scheduler.finished(request)
+        if self._consumer_scheduler is not None:
+            self._consumer_scheduler.finished(request)
+        return False, None
+
+    def request_finished_all_groups(
+        self, request: Any, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        return self.request_finished(request, block_ids[0])
+
+    def has_pending_push_work(self) -> bool:
+        scheduler = self._producer_scheduler or self._consumer_scheduler
+        return scheduler is not None and scheduler.pending()
+
+    def _key(self, chunk_hash: str) -> str:
+        """As the first rank's receiver has it: the others have theirs at the same time."""
+        return chunk_key(self._model, self._tp_size, 0, chunk_hash, self._dtype)
+
+
+class _Finder:
+    """Looks chunks up at the first rank's receiver, from the scheduler's process."""
+
+    def __init__(self, key: Any) -> None:
+        self._key = key
+        self._endpoint: str | None = None
+        self._client: ReceiverClient | None = None
+        self._leases: dict[str, Lease] = {}
+        self._not_before = 0.0
+
+    def attach(self, endpoint: str) -> None:
+        """Where the receiver is: at first, and whenever it was started again."""
+        if endpoint != self._endpoint:
+            self.close()
+            self._endpoint, self._not_before = endpoint, 0.0
+
+    def find(self, request_id: str, hashes: Sequence[str]) -> int:
+        self.forget(request_id)
+        if self._endpoint is None or time.monotonic() < self._not_before:
+            return 0
+        try:
+            if self._client is None:
+                self._client = ReceiverClient(
+                    self._endpoint, name="vllm scheduler", map_buffer=False, reply_timeout_s=_FINDER_REPLY_S
+                )
+            lease = self._client.lookup([self._key(name) for name in hashes])
+        except PdError as error:
+            logger.warning("chunks are not looked up, and computed here: %s", error)
+            self.close()
+            self._not_before = time.monotonic() + _FINDER_PAUSE_S
+            return 0
+        found = next((i for i, chunk in enumerate(lease.chunks) if chunk is None), len(hashes))
+        self._leases[request_id] = lease
+        return found
+
+    def forget(self, request_id: str) -> None:
+        lease = self._leases.pop(request_id, None)
+        if lease is None:
+            return
+        try:
+            lease.start_release()
+        except PdError as error:
+            logger.warning("a lease could not be released: %s", error)
+
+    def close(self) -> None:
+        client, self._client = self._client, None
+        self._leases.clear()
+        if client is not None:
+            client.close()
+
+
+def _dtype_name(vllm_config: VllmConfig) -> str:
+    """Element type of the KV, as keys have it."""
+    cache_dtype = str(vllm_config.cache_config.cache_dtype)
+    return (str(vllm_config.model_config.dtype) if cache_dtype == "auto" else cache_dtype).removeprefix("torch.")
+
+
+def _engine_facts(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, paged: PagedKv) -> dict[str, str]:
+    """What the bytes of a block depend on, besides their number."""
+    from vllm.distributed.kv_transfer.kv_connector.utils import get_current_attn_backend
+
+    context = vllm_config.compilation_config.static_forward_context
+    instruction_sets = {str(getattr(context.get(name), "isa", "")) for name in paged.layer_index} - {""}
+    model = vllm_config.model_config
+    facts = {
+        "vllm": vllm.__version__,
+        "dtype": _dtype_name(vllm_config),
+        "attention": get_current_attn_backend(vllm_config, list(paged.layer_index)).get_name(),
+        "block_shape": "x".join(str(count) for count, _ in paged.shape.inner),
+        "device": paged.device.type if paged.device.type != "cpu" else f"cpu {platform.machine()}",
+        "cache_layout": str(getattr(kv_cache_config, "kv_cache_layout", None) or ""),
+        # The packing of a block on a CPU depends on the instructions that read it.
+        "instruction_set": ",".join(sorted(instruction_sets)),
+        "revision": str(getattr(model, "revision", None) or ""),
+        "quantization": str(getattr(model, "quantization", None) or ""),
+    }
+    return {name: value[:256] for name, value in facts.items() if value}

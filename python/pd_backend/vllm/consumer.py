@@ -1,0 +1,242 @@
+"""The worker's side of decode: chunks from the receiver's slots into the blocks that the scheduler gave."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from ..client import Lease, Pending, ReceiverClient
+from ..errors import DaemonGone, Kind, PdError, RequestRefused
+from ..paged import PagedKv
+from .keys import chunk_key
+from .layout import EngineLayout
+from .scheduler import blocks_of
+from .step import ConsumerStep, ReceivePlan
+from .supervisor import Supervisor
+
+logger = logging.getLogger("vllm.pd_backend")
+
+#: How long a step that computes nothing waits for chunks. The engine would sleep as long before the next one.
+_IDLE_WAIT_S = 0.001
+#: How long a request whose daemon is being started again waits for it.
+_RESTART_WAIT_S = 30.0
+
+
+class LoadError(Exception):
+    """What has come is not what the request needs."""
+
+
+@dataclass
+class _Request:
+    request_id: str
+    req_id: str | None
+    began: float
+    plan: ReceivePlan | None = None
+    arriving: Pending[Lease] | None = None
+
+
+class ConsumerWorker:
+    """Loads one worker's part of each request. For the thread in which the worker steps."""
+
+    def __init__(
+        self,
+        supervisor: Supervisor[ReceiverClient],
+        paged: PagedKv,
+        layout: EngineLayout,
+        dtype: str,
+        *,
+        receive_wait_s: float | None = None,
+    ) -> None:
+        self._supervisor = supervisor
+        self._paged = paged
+        self._layout = layout
+        self._dtype = dtype
+        self._receive_wait_s = receive_wait_s
+        self._requests: dict[str, _Request] = {}
+        self._client: ReceiverClient | None = None
+        self._buffer: Any = None
+        self._finished: set[str] = set()
+        self._failed_blocks: set[int] = set()
+        self._moved_to: str | None = None
+        self._idle = False
+
+    # ---- hooks of a step, in their order
+    # ---------------------------------------------------------------------------------
+
+    def begin_step(self, step: ConsumerStep) -> None:
+        """What has come, what is to be loaded, and what is not needed any more."""
+        now = time.monotonic()
+        self._idle = step.idle
+        for request_id, req_id in step.announced:
+            request = self._requests[request_id] = _Request(request_id, req_id, now)
+            self._try_start(request)
+        for plan in step.loads:
+            request = self._requests.get(plan.request_id)
+            if request is None:
+                request = self._requests[plan.request_id] = _Request(plan.request_id, plan.req_id, now)
+            request.plan = plan
+            self._try_start(request)
+        for request_id in step.unneeded:
+            request = self._requests.pop(request_id, None)
+            if request is not None and request.arriving is not None:
+                # Its lease is given back when it comes.
+                request.arriving.abandon()
+        for request_id in step.dropped:
+            self._drop(request_id)
+
+    def progress(self) -> tuple[set[str], set[int]]:
+        """Loads what has arrived. Requests that are through, loaded or not, and the blocks that could not be loaded."""
+        if self._requests and self._idle:
+            self._wait_a_little()
+        for request in list(self._requests.values()) if self._requests else ():
+            if request.plan is None:
+                continue
+            try:
+                self._try_start(request)
+                if request.arriving is None or not request.arriving.done():
+                    continue
+                lease = self._arrived(request)
+                if lease is None:
+                    continue
+                self._load(request, request.plan, lease)
+            except (PdError, LoadError, ValueError) as error:
+                self._fail(request, request.plan, error)
+            del self._requests[request.request_id]
+            self._finished.add(request.request_id)
+        if not self._finished:
+            return set(), set()
+        finished, self._finished = self._finished, set()
+        failed, self._failed_blocks = self._failed_blocks, set()
+        return finished, failed
+
+    def moved_to(self) -> str | None:
+        """Where the connector API of the receiver is, once after each start of it."""
+        moved, self._moved_to = self._moved_to, None
+        return moved
+
+    def close(self) -> None:
+        """The worker ends: its leases go back with its client."""
+        self._supervisor.close()
+
+    # ---- towards the daemon
+    # ----------------------------------------------------------------------------------------------
+
+    def _attached(self) -> ReceiverClient:
+        client = self._supervisor.client()
+        if client is not self._client:
+            self._client = client
+            self._moved_to = client.endpoint
+            self._buffer = self._paged.memory(client.buffer.range(0, client.buffer.len_bytes))
+        return client
+
+    def _wait_a_little(self) -> None:
+        """Lets an answer that is on its way come in this step instead of the next one."""
+        loading = [request for request in self._requests.values() if request.plan is not None]
+        try:
+            waiting = [request for request in loading if request.arriving is not None and not request.arriving.done()]
+            if waiting and len(waiting) == len(loading) and self._client is not None:
+                self._client.wait_for_news(_IDLE_WAIT_S)
+        except PdError:
+            pass  # Each request asks for itself, and is told.
+
+    def _try_start(self, request: _Request) -> None:
+        """Begins to wait for its chunks, or looks them up. Fails only where there is a plan whose failure can be told.
+        """
+        if request.arriving is not None:
+            return
+        try:
+            client = self._attached()
+            if request.req_id is not None:
+                request.arriving = client.start_wait(request.req_id, wait_s=self._receive_wait_s)
+            elif request.plan is not None:
+                request.arriving = client.start_lookup(self._keys(request.plan))
+        except DaemonGone:
+            if request.plan is not None and time.monotonic() - request.began > _RESTART_WAIT_S:
+                raise
+        except PdError:
+            if request.plan is not None:
+                raise
+
+    def _arrived(self, request: _Request) -> Lease | None:
+        """What the daemon has answered; None where it has to be asked otherwise."""
+        assert request.arriving is not None
+        try:
+            return request.arriving.result()
+        except RequestRefused as refused:
+            if request.req_id is None or refused.kind != Kind.UNKNOWN:
+                raise
+        # Handed out before, to another sample of the same request, or to one that was retried: its chunks may be there
+        # still.
+        request.req_id = request.arriving = None
+        return None
+
+    def _keys(self, plan: ReceivePlan) -> list[str]:
+        layout = self._layout
+        return [chunk_key(layout.model, layout.tp_size, layout.tp_rank, name, self._dtype) for name in plan.hashes]
+
+    def _load(self, request: _Request, plan: ReceivePlan, lease: Lease) -> None:
+        """Copies the chunks of a lease, as far as they are not here yet, and releases it."""
+        try:
+            chunks = lease.chunks
+            keys = self._keys(plan)
+            if [chunk.key for chunk in chunks if chunk is not None] != keys:
+                came = [None if chunk is None else chunk.key for chunk in chunks]
+                at = next((i for i, (a, b) in enumerate(zip(came, keys)) if a != b), min(len(came), len(keys)))
+                seen = came[at] if at < len(came) else "not there"
+                expected = keys[at] if at < len(keys) else "no such chunk"
+                raise LoadError(
+                    f"chunk {at} is {seen}, expected {expected}: "
+                    "prefill was given another prompt, or the chunk has gone"
+                )
+            for index, chunk in enumerate(chunks):
+                assert chunk is not None
+                where = blocks_of(index, self._layout.chunk_tokens, self._layout.block_tokens, plan.tokens)
+                if where.stop <= plan.first_block:
+                    continue
+                if chunk.len_bytes != self._paged.chunk_bytes(len(where)):
+                    raise LoadError(
+                        f"chunk {index} has {chunk.len_bytes} bytes, expected {self._paged.chunk_bytes(len(where))}: "
+                        f"{len(where)} blocks"
+                    )
+                first = max(where.start, plan.first_block)
+                self._paged.scatter(
+                    plan.block_ids[first : where.stop],
+                    self._buffer[chunk.offset_bytes : chunk.offset_bytes + chunk.len_bytes],
+                    first_block=first - where.start,
+                )
+        finally:
+            try:
+                lease.start_release()
+            except PdError as error:
+                logger.warning("the lease of request %s could not be released: %s", request.req_id, error)
+
+    # ---- ends of requests
+    # ------------------------------------------------------------------------------------------------
+
+    def _fail(self, request: _Request, plan: ReceivePlan, error: Exception) -> None:
+        logger.error("request %s was not loaded: %s", request.req_id or request.request_id, error)
+        self._failed_blocks.update(plan.block_ids[plan.first_block :])
+
+    def _drop(self, request_id: str) -> None:
+        """The engine has given the request up. Its blocks are kept until it is reported, where some were given."""
+        request = self._requests.pop(request_id, None)
+        if request is None:
+            return
+        if request.plan is not None:
+            self._finished.add(request_id)
+        try:
+            if request.arriving is not None:
+                request.arriving.abandon()
+            if request.req_id is not None and self._client is not None:
+                # Nobody else will fetch it: the sender is told, and the slots are free at once.
+                self._client.start_cancel(request.req_id).abandon()
+        except PdError as error:
+            logger.warning("request %s could not be cancelled: %s", request.req_id, error)
+
+
+def requests_of(worker: ConsumerWorker) -> Iterable[str]:
+    """Requests that the worker still knows of: for tests, that nothing is left behind."""
+    return list(worker._requests)

@@ -1,0 +1,151 @@
+"""What `kv_connector_extra_config` may say."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+
+class OptionError(ValueError):
+    """An option that cannot be used, by name."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """All of them have a default; docs/vllm.md explains them."""
+
+    #: YAML of the daemon; one without a path has only what `set` says.
+    config_file: str | None = None
+    #: Keys over the file, as `--set` takes them.
+    set: tuple[tuple[str, str], ...] = ()
+    #: Where pd-sender and pd-receiver are; the package, PD_BIN_DIR and PATH otherwise.
+    binary_dir: str | None = None
+    #: What both ends call the model; the engine's own name of it otherwise.
+    model_name: str | None = None
+    #: Tokens of a chunk, where neither `set` nor the file says.
+    chunk_size: int = 256
+    #: How long a daemon may take to start, its buffer included.
+    ready_timeout_s: float = 60.0
+    #: A daemon that has ended is started again, so often within so long; after that its requests fail.
+    restarts_max: int = 3
+    restart_window_s: float = 60.0
+    #: Prefill: how long a request waits for slots, at either end; the daemon's pd_allocation_timeout_sec otherwise.
+    slot_wait_s: float | None = None
+    #: Decode: how long a request waits for its chunks; the daemon's pd_wait_timeout_sec otherwise.
+    receive_wait_s: float | None = None
+    #: Prefill: in how many parts the layers of a step are pushed while it is computed; 1 pushes after it.
+    layer_pushes: int = 4
+    #: Decode: whether requests without a `disagg_spec` are looked up by their chunks.
+    lookup: bool = True
+    #: Whether the daemon's log goes to the engine's standard error.
+    daemon_log: bool = True
+
+    @classmethod
+    def parse(cls, extra_config: Mapping[str, Any] | None) -> Options:
+        """Raises `OptionError` naming the option that is unknown or has another type than it should."""
+        known = {field.name for field in fields(cls)}
+        values: dict[str, Any] = {}
+        for name, value in (extra_config or {}).items():
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean `{near[0]}`?" if near else ""
+                raise OptionError(
+                    f"`{name}` is not an option of kv_connector_extra_config{hint} "
+                    f"(they are {', '.join(sorted(known))})"
+                )
+            if value is not None:
+                values[name] = _parsed(name, value)
+        return cls(**values)
+
+    def chunk_tokens(self) -> int:
+        """Tokens of a chunk, from where the daemon would take them: `set`, then the file, then the option."""
+        for key, value in reversed(self.set):
+            if key == "chunk_size" and value:
+                return _count("set.chunk_size", value)
+        from_file = self._yaml().get("chunk_size")
+        return self.chunk_size if from_file is None else _count(f"chunk_size in {self.config_file}", from_file)
+
+    def model(self, engine_name: str) -> str:
+        """What both ends call the model: `set`, the file, the option, the engine's name."""
+        for key, value in reversed(self.set):
+            if key == "model_name" and value:
+                return value
+        return str(self._yaml().get("model_name") or self.model_name or engine_name)
+
+    def daemon_args(self) -> list[str]:
+        """What the daemon is started with, besides its layout and rank."""
+        args = [] if self.config_file is None else ["--config", self.config_file]
+        for key, value in self.set:
+            args += ["--set", f"{key}={value}"]
+        return args
+
+    def _yaml(self) -> dict[str, Any]:
+        if self.config_file is None:
+            return {}
+        import yaml  # vLLM depends on it; nothing else here does.
+
+        try:
+            read = yaml.safe_load(Path(self.config_file).read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError) as error:
+            raise OptionError(f"config_file {self.config_file} cannot be read: {error}") from error
+        if read is None:
+            return {}
+        if not isinstance(read, dict):
+            raise OptionError(f"config_file {self.config_file} is not a map of keys")
+        return read
+
+
+def _parsed(name: str, value: Any) -> Any:
+    if name == "set":
+        return _sets(value)
+    if name in ("config_file", "binary_dir", "model_name"):
+        return _typed(name, value, str, "text")
+    if name in ("lookup", "daemon_log"):
+        return _typed(name, value, bool, "true or false")
+    if name in ("chunk_size", "layer_pushes"):
+        return _count(name, value)
+    if name == "restarts_max":
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise OptionError(f"restarts_max = {value!r}; expected a whole number from 0 up")
+        return value
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 86400:
+        raise OptionError(f"{name} = {value!r}; expected seconds, above 0 and at most 86400")
+    return float(value)
+
+
+def _typed(name: str, value: Any, kind: type, expected: str) -> Any:
+    if not isinstance(value, kind):
+        raise OptionError(f"{name} = {value!r}; expected {expected}")
+    return value
+
+
+def _count(name: str, value: Any) -> int:
+    try:
+        number = int(str(value))
+    except ValueError:
+        number = 0
+    if isinstance(value, bool) or number < 1:
+        raise OptionError(f"{name} = {value!r}; expected a whole number from 1 up")
+    return number
+
+
+def _sets(value: Any) -> tuple[tuple[str, str], ...]:
+    """A map of keys, or a list of `key=value`; lists are written as YAML has them."""
+    if isinstance(value, Mapping):
+        return tuple((str(key), _as_yaml(item)) for key, item in value.items())
+    if isinstance(value, (list, tuple)) and all(isinstance(item, str) and "=" in item for item in value):
+        return tuple((item.split("=", 1)[0], item.split("=", 1)[1]) for item in value)
+    raise OptionError(f"set = {value!r}; expected a map of keys, or a list of texts `key=value`")
+
+
+def _as_yaml(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_as_yaml(item) for item in value) + "]"
+    return str(value)

@@ -1,0 +1,358 @@
+"""The worker's side of prefill: chunks from paged memory into slots, and on their way, as they are computed.
+
+Nothing here waits for the daemon: what it has not answered by the end of a step is looked at again after the next one.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..client import Pending, SenderClient
+from ..errors import DaemonGone, PdError
+from ..messages import Failed, SendPart, StagedSlot
+from ..paged import PagedKv
+from .keys import chunk_key
+from .layout import EngineLayout
+from .step import ProducerStep, SendOutcomes, SendPlan
+from .supervisor import Supervisor
+
+logger = logging.getLogger("vllm.pd_backend")
+
+#: How long a step that computes nothing waits for the daemon. The engine would sleep as long before the next one.
+_IDLE_WAIT_S = 0.001
+
+
+@dataclass
+class _Chunk:
+    """A chunk whose tokens are computed, or are by the end of this step, and that is not sent yet."""
+
+    block_ids: list[int]
+    slot: StagedSlot | None = None
+    #: Layers, from the first on, that are in the slot and told to be sent.
+    layers: int = 0
+
+
+@dataclass
+class _Request:
+    plan: SendPlan
+    opening: Pending[Any] | None = None
+    already: frozenset[int] | None = None
+    staging: Pending[list[StagedSlot]] | None = None
+    chunks: dict[int, _Chunk] = field(default_factory=dict)
+    #: Slots of chunks that were taken from us by a preemption before they were filled.
+    spare: dict[int, _Chunk] = field(default_factory=dict)
+    sent: set[int] = field(default_factory=set)
+    replies: list[Pending[None]] = field(default_factory=list)
+    #: The daemon has every byte, and was told that this is all.
+    complete: bool = False
+    #: The engine waits for us before it frees the request's blocks.
+    finishing: bool = False
+    #: How it ended; the first of the tuple says whether it has.
+    ended: bool = False
+
+    @property
+    def opened(self) -> bool:
+        return self.already is not None
+
+
+class ProducerWorker:
+    """Sends one worker's part of each request. For the thread in which the worker steps."""
+
+    def __init__(
+        self,
+        supervisor: Supervisor[SenderClient],
+        paged: PagedKv,
+        layout: EngineLayout,
+        dtype: str,
+        *,
+        slot_wait_s: float | None = None,
+        layer_pushes: int = 1,
+    ) -> None:
+        self._supervisor = supervisor
+        self._paged = paged
+        self._layout = layout
+        self._dtype = dtype
+        self._slot_wait_s = slot_wait_s
+        #: Layers that are pushed together.
+        self._push_layers = -(-paged.layers // max(1, layer_pushes))
+        self._requests: dict[str, _Request] = {}
+        #: By the name that both sides have for it.
+        self._by_req_id: dict[str, _Request] = {}
+        self._client: SenderClient | None = None
+        self._buffer: Any = None
+        self._computed_layers = 0
+        #: Between `begin_step` and `end_step`: what this step computes is not all there yet.
+        self._stepping = False
+        self._idle = False
+        #: Requests of which chunks are being computed in this step.
+        self._current: list[_Request] = []
+        self._outcomes = SendOutcomes()
+
+    # ---- hooks of a step, in their order
+    # ---------------------------------------------------------------------------------
+
+    def begin_step(self, step: ProducerStep) -> None:
+        """Before the forward: what is going to be computed, and what is not any more."""
+        self._stepping, self._idle = True, step.idle
+        self._computed_layers = 0
+        self._current = []
+        for request_id in step.dropped:
+            self._drop(request_id)
+        for request_id in step.preempted:
+            self._preempted(request_id)
+        for plan in step.plans:
+            request = self._requests[plan.request_id] = _Request(plan)
+            self._by_req_id[plan.spec.req_id] = request
+            self._open(request)
+        for told in step.chunks:
+            request = self._requests.get(told.request_id)
+            if request is None or request.ended or told.chunk in request.sent or told.chunk in request.chunks:
+                continue
+            chunk = request.spare.pop(told.chunk, None) or _Chunk([])
+            chunk.block_ids = told.block_ids
+            request.chunks[told.chunk] = chunk
+            if request not in self._current:
+                self._current.append(request)
+        for request_id in step.finishing:
+            request = self._requests.get(request_id)
+            if request is not None:
+                request.finishing = True
+        if self._requests:
+            self._poll()
+
+    def layer_computed(self, layer_name: str) -> None:
+        """Within the forward: this layer's KV is written. Pushes layers of the chunks that this step completes."""
+        if not self._current or self._push_layers >= self._paged.layers:
+            return
+        index = self._paged.layer_index.get(layer_name)
+        # Only as far as every earlier layer was seen: an engine that skips hooks gets the rest at the end of the step.
+        if index != self._computed_layers:
+            return
+        self._computed_layers += 1
+        if self._computed_layers % self._push_layers or self._computed_layers == self._paged.layers:
+            return
+        self._poll()
+        for request in self._current:
+            self._push(request, self._computed_layers)
+
+    def end_step(self) -> None:
+        """After the forward: everything of this step is computed."""
+        self._stepping = False
+        self._current = []
+        if not self._requests:
+            return
+        if self._idle:
+            self._wait_a_little()
+        self._poll()
+        for request in list(self._requests.values()):
+            self._push(request, self._paged.layers)
+
+    def finished_sending(self) -> set[str]:
+        """Requests whose blocks the engine kept for us, and may free now."""
+        if not self._requests:
+            return set()
+        self._poll()
+        done = set()
+        for request_id, request in list(self._requests.items()):
+            # With speculative decoding the engine asks before the draft's layers are computed.
+            if not request.ended and not self._stepping:
+                self._push(request, self._paged.layers)
+            if request.finishing and (request.complete or request.ended):
+                done.add(request_id)
+                request.finishing = False
+                del self._requests[request_id]
+        return done
+
+    def outcomes(self) -> SendOutcomes | None:
+        """What has become of requests since the last call; None for no news."""
+        if self._by_req_id:
+            self._poll()
+        if not self._outcomes.ended:
+            return None
+        outcomes, self._outcomes = self._outcomes, SendOutcomes()
+        return outcomes
+
+    def close(self) -> None:
+        """The worker ends: what is under way at the daemon ends by the daemon's own rules."""
+        self._supervisor.close()
+
+    # ---- towards the daemon
+    # ----------------------------------------------------------------------------------------------
+
+    def _attached(self) -> SenderClient:
+        client = self._supervisor.client()
+        if client is not self._client:
+            self._client = client
+            self._buffer = self._paged.memory(client.buffer.range(0, client.buffer.len_bytes))
+        return client
+
+    def _open(self, request: _Request) -> None:
+        plan, layout = request.plan, self._layout
+        keys = [
+            chunk_key(layout.model, layout.tp_size, layout.tp_rank, name, self._dtype) for name in plan.hashes
+        ]
+        try:
+            request.opening = self._attached().start_open(
+                plan.spec.req_id,
+                keys,
+                last_chunk_tokens=layout.last_chunk_tokens(plan.tokens),
+                receiver=plan.spec.receiver(layout.tp_rank),
+                wait_s=self._slot_wait_s,
+            )
+        except PdError as error:
+            self._fail(request, error)
+
+    def _poll(self) -> None:
+        """Takes in what the daemon has said. Never waits."""
+        client = self._client
+        if client is None:
+            return
+        try:
+            for event in client.poll_events():
+                request = self._by_req_id.get(event.req_id)
+                if request is not None:
+                    error = f"{event.kind}: {event.text}" if isinstance(event, Failed) else None
+                    self._end(request, error)
+        except DaemonGone as error:
+            self._client = None
+            for request in list(self._by_req_id.values()):
+                self._fail(request, error)
+            return
+        for request in list(self._by_req_id.values()):
+            try:
+                self._answers(request)
+            except PdError as error:
+                self._fail(request, error)
+
+    def _wait_a_little(self) -> None:
+        """Lets an answer that is on its way come in this step instead of the next one."""
+        if self._client is None or not self._by_req_id:
+            return
+        try:
+            self._client.wait_for_news(_IDLE_WAIT_S)
+        except PdError:
+            pass  # Each request asks for itself, and is told.
+
+    def _answers(self, request: _Request) -> None:
+        if request.opening is not None and request.opening.done():
+            opening, request.opening = request.opening, None
+            request.already = frozenset(opening.result().already_sent)
+            request.sent |= request.already
+            self._completed(request)
+        if request.staging is not None and request.staging.done():
+            staging, request.staging = request.staging, None
+            for slot in staging.result():
+                chunk = request.chunks.get(slot.chunk)
+                if chunk is None:
+                    chunk = request.spare[slot.chunk] = _Chunk([])
+                chunk.slot = slot
+        if request.opened and request.staging is None:
+            for chunk in [chunk for chunk in request.chunks if chunk in request.sent]:
+                del request.chunks[chunk]
+            wanted = [index for index, chunk in request.chunks.items() if chunk.slot is None]
+            # A few at a time where the buffer is small: more than it has could never be staged together.
+            most = max(1, self._client.attached.slot_count // 4) if self._client is not None else 1
+            if wanted and self._client is not None:
+                request.staging = self._client.start_stage(
+                    request.plan.spec.req_id, wanted[:most], wait_s=self._slot_wait_s
+                )
+        while request.replies and request.replies[0].done():
+            request.replies.pop(0).result()
+
+    def _push(self, request: _Request, layers: int) -> None:
+        """Copies what is computed of staged chunks, up to so many layers, and tells the daemon to send it."""
+        if request.ended or request.complete or self._client is None:
+            return
+        parts: list[SendPart] = []
+        for index, chunk in list(request.chunks.items()):
+            slot = chunk.slot
+            if slot is None or not chunk.block_ids or chunk.layers >= layers:
+                continue
+            view = self._buffer[slot.offset_bytes : slot.offset_bytes + slot.len_bytes]
+            self._paged.gather(chunk.block_ids, view, layers=range(chunk.layers, layers))
+            per_layer = self._paged.layer_bytes(len(chunk.block_ids))
+            parts.append(
+                SendPart(slot.slot, chunk.layers * per_layer, (layers - chunk.layers) * per_layer)
+            )
+            chunk.layers = layers
+            if layers == self._paged.layers:
+                request.sent.add(index)
+                del request.chunks[index]
+        if parts:
+            self._send(request, parts)
+
+    def _send(self, request: _Request, parts: list[SendPart]) -> None:
+        last = len(request.sent) == len(request.plan.hashes)
+        try:
+            assert self._client is not None
+            request.replies.append(self._client.start_send(request.plan.spec.req_id, parts, last=last))
+        except PdError as error:
+            self._fail(request, error)
+            return
+        request.complete = last
+
+    def _completed(self, request: _Request) -> None:
+        """The receiver has every chunk already: nothing is left to send but that."""
+        if not request.complete and len(request.sent) == len(request.plan.hashes):
+            request.chunks.clear()
+            self._send(request, [])
+
+    # ---- ends of requests
+    # ------------------------------------------------------------------------------------------------
+
+    def _preempted(self, request_id: str) -> None:
+        """The blocks of what was not copied are gone; their slots stay, for when it is computed again."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return
+        for index, chunk in request.chunks.items():
+            chunk.block_ids = []
+            request.spare[index] = chunk
+        request.chunks = {}
+
+    def _drop(self, request_id: str) -> None:
+        """The engine has given the request up."""
+        request = self._requests.pop(request_id, None)
+        if request is None or request.ended:
+            return
+        self._cancel(request)
+        self._forget(request)
+
+    def _fail(self, request: _Request, error: PdError) -> None:
+        """This request alone: the engine goes on, and so do the others."""
+        if not isinstance(error, DaemonGone):
+            self._cancel(request)
+        self._end(request, str(error))
+
+    def _cancel(self, request: _Request) -> None:
+        """At the daemon: its slots are given back there, and the receiver's."""
+        client = self._client
+        if client is None:
+            return
+        try:
+            if request.opening is not None:
+                # What it brings late is cancelled when it comes.
+                request.opening.abandon()
+            client.start_cancel(request.plan.spec.req_id).abandon()
+        except PdError as error:
+            logger.warning("request %s could not be cancelled: %s", request.plan.spec.req_id, error)
+
+    def _end(self, request: _Request, error: str | None) -> None:
+        request.ended = True
+        request.chunks.clear()
+        self._forget(request)
+        if error is not None:
+            logger.error("request %s was not sent: %s", request.plan.spec.req_id, error)
+        self._outcomes.ended.setdefault(request.plan.request_id, []).append(error)
+
+    def _forget(self, request: _Request) -> None:
+        if self._by_req_id.get(request.plan.spec.req_id) is request:
+            del self._by_req_id[request.plan.spec.req_id]
+
+
+def requests_of(worker: ProducerWorker) -> Iterable[str]:
+    """Requests that the worker still knows of: for tests, that nothing is left behind."""
+    return [*worker._requests, *worker._by_req_id]

@@ -1,0 +1,367 @@
+"""The scheduler's sides of the connector: which chunk of which request is where, step by step.
+
+No daemon is talked to, but for the look-up that decode makes of requests whose router names none.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from .keys import Context, Item, chunk_hashes
+from .spec import DisaggSpec, SpecError, decode_req_id, prefill_spec
+from .step import ChunkBlocks, ConsumerStep, ProducerStep, ReceivePlan, SendOutcomes, SendPlan
+
+logger = logging.getLogger("vllm.pd_backend")
+
+#: States in which the engine has a request's whole prompt computed, by the names that it gives them.
+_COMPLETE = frozenset({"FINISHED_STOPPED", "FINISHED_LENGTH_CAPPED", "FINISHED_REPETITION"})
+
+
+def request_context(request: Any) -> Context:
+    """What changes this request's KV besides its tokens."""
+    lora = getattr(request, "lora_request", None)
+    items = []
+    for feature in getattr(request, "mm_features", None) or ():
+        items.append(Item(int(feature.mm_position.offset), str(feature.identifier)))
+    return Context(
+        "" if lora is None else str(lora.lora_name), getattr(request, "cache_salt", None) or "", tuple(items)
+    )
+
+
+def blocks_of(chunk: int, chunk_tokens: int, block_tokens: int, tokens: int) -> range:
+    """Positions, in a request's block table, of the blocks of one chunk of so many tokens."""
+    end = min((chunk + 1) * chunk_tokens, tokens)
+    return range(chunk * chunk_tokens // block_tokens, -(-end // block_tokens))
+
+
+@dataclass
+class _Sending:
+    """A prefill request, as far as the scheduler knows."""
+
+    plan: SendPlan
+    planned: bool = False
+    block_ids: list[int] = field(default_factory=list)
+    #: Chunks that the workers have been told of.
+    told: int = 0
+    error: str | None = None
+    #: Workers that have said how it ended.
+    ended: int = 0
+
+
+class ProducerScheduler:
+    """Prefill: tells the workers of each chunk once its tokens are computed."""
+
+    def __init__(self, chunk_tokens: int, block_tokens: int, tp_size: int) -> None:
+        self._chunk_tokens = chunk_tokens
+        self._block_tokens = block_tokens
+        self._tp_size = tp_size
+        self._sending: dict[str, _Sending] = {}
+        #: Requests whose `disagg_spec` cannot be followed, and why.
+        self._refused: dict[str, str] = {}
+        #: Ended at the engine, under way at the workers.
+        self._draining: dict[str, _Sending] = {}
+        #: What is under way, by the router's names.
+        self._by_req_id: dict[str, str] = {}
+        self._step = ProducerStep()
+
+    def allocated(self, request: Any) -> None:
+        """The engine has given the request its first blocks: it is going to be computed."""
+        request_id = request.request_id
+        if request_id in self._sending or request_id in self._refused:
+            return
+        try:
+            spec = prefill_spec(request.kv_transfer_params, self._tp_size)
+        except SpecError as error:
+            logger.warning("request %s is computed, but not sent: %s", request_id, error)
+            self._refused[request_id] = str(error)
+            return
+        if spec is None:
+            return
+        if not request.prompt_token_ids:
+            self._refused[request_id] = "prompts given as embeddings cannot be sent: their chunks have no names"
+            return
+        tokens = list(request.prompt_token_ids)
+        hashes = chunk_hashes(tokens, self._chunk_tokens, request_context(request))
+        other = self._of(self._by_req_id.get(spec.req_id))
+        if other is not None:
+            # Another sample of the same request: its chunks are sent already.
+            if other.plan.hashes != hashes:
+                self._refused[request_id] = f"disagg_spec.req_id = {spec.req_id!r} is that of another prompt under way"
+            return
+        self._by_req_id[spec.req_id] = request_id
+        self._sending[request_id] = _Sending(SendPlan(request_id, spec, hashes, len(tokens)))
+
+    def build(self, output: Any) -> ProducerStep:
+        """What the workers need for this step; `output` is the engine's `SchedulerOutput`."""
+        step, self._step = self._step, ProducerStep()
+        step.idle = output.total_num_scheduled_tokens == 0
+        for request_id in getattr(output, "preempted_req_ids", None) or ():
+            sending = self._sending.get(request_id)
+            if sending is not None:
+                sending.told = 0
+                sending.block_ids = []
+                step.preempted.append(request_id)
+        for new in output.scheduled_new_reqs:
+            self._advance(step, new.req_id, new.block_ids, True, new.num_computed_tokens, output)
+        cached = output.scheduled_cached_reqs
+        for index, request_id in enumerate(cached.req_ids):
+            anew = request_id in cached.resumed_req_ids
+            self._advance(
+                step, request_id, cached.new_block_ids[index], anew, cached.num_computed_tokens[index], output
+            )
+        return step
+
+    def _advance(
+        self, step: ProducerStep, request_id: str, blocks: Any, anew: bool, computed: int, output: Any
+    ) -> None:
+        sending = self._sending.get(request_id)
+        if sending is None:
+            return
+        if anew:
+            sending.block_ids, sending.told = [], 0
+        if blocks is not None:
+            sending.block_ids.extend(blocks[0])
+        if not sending.planned:
+            sending.planned = True
+            step.plans.append(sending.plan)
+        tokens = sending.plan.tokens
+        after = min(computed + output.num_scheduled_tokens[request_id], tokens)
+        while sending.told < len(sending.plan.hashes):
+            end = min((sending.told + 1) * self._chunk_tokens, tokens)
+            if end > after:
+                break
+            where = blocks_of(sending.told, self._chunk_tokens, self._block_tokens, tokens)
+            step.chunks.append(
+                ChunkBlocks(request_id, sending.told, sending.block_ids[where.start : where.stop])
+            )
+            sending.told += 1
+
+    def finished(self, request: Any) -> tuple[bool, dict[str, Any] | None]:
+        """Whether the engine has to keep the request's blocks until the workers report it, and what its response says.
+        """
+        request_id = request.request_id
+        refused = self._refused.pop(request_id, None)
+        if refused is not None:
+            return False, self._response(request, refused)
+        sending = self._sending.pop(request_id, None)
+        if sending is None:
+            return False, None
+        complete = getattr(request.status, "name", str(request.status)) in _COMPLETE
+        if not sending.planned:
+            self._forget(sending)
+            return False, None
+        if not complete or sending.told < len(sending.plan.hashes):
+            self._step.dropped.append(request_id)
+            self._forget(sending)
+            return False, None
+        if sending.error is not None and sending.ended >= self._tp_size:
+            self._step.dropped.append(request_id)
+            self._forget(sending)
+            return False, self._response(request, sending.error)
+        self._step.finishing.append(request_id)
+        if sending.ended < self._tp_size:
+            self._draining[request_id] = sending
+        else:
+            self._forget(sending)
+        return True, self._response(request, sending.error)
+
+    def update(self, outcomes: SendOutcomes) -> None:
+        """What the workers have said."""
+        for request_id, said in outcomes.ended.items():
+            sending = self._of(request_id)
+            if sending is None:
+                continue
+            sending.ended += len(said)
+            sending.error = next((error for error in said if error is not None), sending.error)
+            if sending.ended >= self._tp_size and self._draining.pop(request_id, None) is not None:
+                self._forget(sending)
+
+    def pending(self) -> bool:
+        """Whether the engine has to go on stepping for what is under way."""
+        step = self._step
+        return bool(self._draining or step.dropped or step.finishing)
+
+    def _of(self, request_id: str | None) -> _Sending | None:
+        if request_id is None:
+            return None
+        return self._sending.get(request_id) or self._draining.get(request_id)
+
+    def _forget(self, sending: _Sending) -> None:
+        self._by_req_id.pop(sending.plan.spec.req_id, None)
+
+    @staticmethod
+    def _response(request: Any, error: str | None) -> dict[str, Any] | None:
+        """`kv_transfer_params` of the response: what LMCache's proxies ask for, and what went wrong."""
+        response: dict[str, Any] = {}
+        if (request.kv_transfer_params or {}).get("ret_first_tok") and request.output_token_ids:
+            response["first_tok"] = request.output_token_ids[0]
+        if error is not None:
+            response["error"] = error
+        return response or None
+
+
+@dataclass
+class _Receiving:
+    """A decode request, as far as the scheduler knows."""
+
+    req_id: str | None
+    #: Set once the router's request has been planned for: its chunks are handed out once.
+    used: bool = False
+    loading: bool = False
+    hashes: list[str] = field(default_factory=list)
+    tokens: int = 0
+    #: For how many tokens of the request chunks were looked up last.
+    lookup_of: int = -1
+    #: Of the load under way.
+    block_ids: list[int] = field(default_factory=list)
+    #: It was loaded, and nothing more is claimed until a preemption takes that away: of a prompt of one token the
+    #: engine counts nothing as computed after its load, and asks again.
+    loaded: bool = False
+    #: What was loaded could not be used: the engine computes it, and nothing is looked up for it again.
+    failed: bool = False
+
+
+class Finder(Protocol):
+    """Looks chunks up, and keeps those that it found from being let go until it is told to forget them."""
+
+    def find(self, request_id: str, hashes: Sequence[str]) -> int:
+        """How many of these, from the first on, are ready."""
+
+    def forget(self, request_id: str) -> None:
+        """What was found for this request is not needed any more."""
+
+
+class ConsumerScheduler:
+    """Decode: claims the tokens that come from prefill, and tells the workers which blocks they belong into."""
+
+    def __init__(self, chunk_tokens: int, block_tokens: int, finder: Finder | None) -> None:
+        """Without a `finder`, requests whose router names none are computed here."""
+        self._chunk_tokens = chunk_tokens
+        self._block_tokens = block_tokens
+        self._finder = finder
+        self._receiving: dict[str, _Receiving] = {}
+        self._step = ConsumerStep()
+
+    def arrived(self, request: Any) -> None:
+        """A new request: its chunks may be waited for from now on."""
+        if request.request_id in self._receiving:
+            return
+        try:
+            req_id = decode_req_id(request.kv_transfer_params)
+        except SpecError as error:
+            logger.warning("request %s is computed here: %s", request.request_id, error)
+            req_id = None
+        if not request.prompt_token_ids:
+            # Prompts given as embeddings have no names for their chunks.
+            req_id = None
+        self._receiving[request.request_id] = _Receiving(req_id)
+        if req_id is not None:
+            self._step.announced.append((request.request_id, req_id))
+
+    def matched(self, request: Any, computed: int) -> tuple[int, bool]:
+        """How many tokens beyond `computed` come from prefill, and whether they come between steps."""
+        self.arrived(request)
+        receiving = self._receiving[request.request_id]
+        if not request.prompt_token_ids or receiving.loaded:
+            return 0, False
+        if receiving.req_id is not None and not receiving.used:
+            if not receiving.hashes:
+                receiving.hashes = self._hashes(request, request.num_prompt_tokens)
+                receiving.tokens = request.num_prompt_tokens
+        elif receiving.failed or self._finder is None:
+            receiving.tokens, receiving.hashes = 0, []
+        elif receiving.lookup_of != request.num_tokens:
+            receiving.lookup_of = request.num_tokens
+            receiving.tokens, receiving.hashes = self._look_up(self._finder, request, computed)
+        more = receiving.tokens - computed
+        return (more, True) if more > 0 else (0, False)
+
+    def allocated(self, request: Any, block_ids: list[int], external_tokens: int) -> None:
+        """The engine has given the request its blocks, and expects so many tokens from us."""
+        receiving = self._receiving.get(request.request_id)
+        if receiving is None or receiving.loading:
+            return
+        named = receiving.req_id if not receiving.used else None
+        if external_tokens > 0:
+            computed = receiving.tokens - external_tokens
+            blocks = -(-receiving.tokens // self._block_tokens)
+            self._step.loads.append(
+                ReceivePlan(
+                    request.request_id,
+                    named,
+                    receiving.hashes,
+                    receiving.tokens,
+                    computed // self._block_tokens,
+                    block_ids[:blocks],
+                )
+            )
+            receiving.loading = True
+            receiving.block_ids = block_ids[:blocks]
+        elif named is not None:
+            self._step.unneeded.append(request.request_id)
+        receiving.used = True
+
+    def build(self, output: Any) -> ConsumerStep:
+        """What the workers need for this step; `output` is the engine's `SchedulerOutput`."""
+        step, self._step = self._step, ConsumerStep()
+        step.idle = output.total_num_scheduled_tokens == 0
+        for request_id in getattr(output, "preempted_req_ids", None) or ():
+            receiving = self._receiving.get(request_id)
+            if receiving is not None:
+                # It comes back with nothing computed; what is still at the receiver is found by key.
+                receiving.loaded = False
+                receiving.lookup_of = -1
+        return step
+
+    def received(self, request_ids: Iterable[str], failed_block_ids: Collection[int]) -> None:
+        """The workers have loaded these requests, or given up; these blocks are not what they should be."""
+        for request_id in request_ids:
+            self._forget(request_id)
+            receiving = self._receiving.get(request_id)
+            if receiving is not None:
+                receiving.loading, receiving.loaded = False, True
+                receiving.failed = any(block in failed_block_ids for block in receiving.block_ids)
+                receiving.block_ids, receiving.hashes = [], []
+                receiving.tokens, receiving.lookup_of = 0, -1
+
+    def finished(self, request: Any) -> None:
+        """The request has ended, in whatever way."""
+        self._forget(request.request_id)
+        receiving = self._receiving.pop(request.request_id, None)
+        if receiving is not None and (receiving.loading or (receiving.req_id is not None and not receiving.used)):
+            self._step.dropped.append(request.request_id)
+
+    def pending(self) -> bool:
+        """Whether the engine has to step once more for the workers to hear what they have to."""
+        return bool(self._step.dropped or self._step.unneeded)
+
+    def _hashes(self, request: Any, tokens: int) -> list[str]:
+        return chunk_hashes(request.all_token_ids[:tokens], self._chunk_tokens, request_context(request))
+
+    def _forget(self, request_id: str) -> None:
+        if self._finder is not None:
+            self._finder.forget(request_id)
+
+    def _look_up(self, finder: Finder, request: Any, computed: int) -> tuple[int, list[str]]:
+        """The longest beginning of the request whose chunks are ready."""
+        tokens = request.num_tokens
+        # A router that got the first token from prefill sends it along: the last chunk was sent with one token less.
+        # After a preemption the prompt may be followed by any number of our own tokens.
+        best: tuple[int, list[str]] = (0, [])
+        for length in sorted({tokens, tokens - 1, request.num_prompt_tokens}, reverse=True):
+            if length <= max(computed, best[0]):
+                continue
+            hashes = self._hashes(request, length)
+            found = finder.find(request.request_id, hashes)
+            covered = length if found == len(hashes) else found * self._chunk_tokens
+            if covered > best[0]:
+                best = (covered, hashes[:found])
+            if found == len(hashes):
+                break
+        if best[0] <= computed:
+            finder.forget(request.request_id)
+            return 0, []
+        return best

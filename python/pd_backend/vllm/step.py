@@ -1,0 +1,86 @@
+"""What the scheduler's side tells the workers with each step, and what they tell it back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .spec import DisaggSpec
+
+
+@dataclass(frozen=True)
+class SendPlan:
+    """A request that prefill is about to compute."""
+
+    request_id: str
+    spec: DisaggSpec
+    hashes: list[str]
+    tokens: int
+
+
+@dataclass(frozen=True)
+class ChunkBlocks:
+    """A chunk that is computed once this step has run, and the blocks that hold it."""
+
+    request_id: str
+    chunk: int
+    block_ids: list[int]
+
+
+@dataclass
+class ProducerStep:
+    """One step of a prefill engine."""
+
+    plans: list[SendPlan] = field(default_factory=list)
+    chunks: list[ChunkBlocks] = field(default_factory=list)
+    #: Their blocks are somebody else's from now on; what was not copied is computed, and told, again.
+    preempted: list[str] = field(default_factory=list)
+    #: Given up: nothing more of them is sent.
+    dropped: list[str] = field(default_factory=list)
+    #: Ended, and their blocks are kept until this worker reports that it has copied them.
+    finishing: list[str] = field(default_factory=list)
+    #: The engine computes nothing in this step.
+    idle: bool = False
+
+
+@dataclass(frozen=True)
+class ReceivePlan:
+    """What decode loads: blocks of the prompt's chunks, from `first_block` on."""
+
+    request_id: str
+    #: None: the chunks are looked up.
+    req_id: str | None
+    hashes: list[str]
+    #: Tokens that are loaded or already here.
+    tokens: int
+    first_block: int
+    #: All of the request's blocks up to `tokens`, those before `first_block` included.
+    block_ids: list[int]
+
+
+@dataclass
+class ConsumerStep:
+    """One step of a decode engine."""
+
+    #: Requests that have come: `(request, req_id)`. Waiting for their chunks may begin.
+    announced: list[tuple[str, str]] = field(default_factory=list)
+    loads: list[ReceivePlan] = field(default_factory=list)
+    #: Nothing of these is needed, but their chunks come all the same and have to be given back.
+    unneeded: list[str] = field(default_factory=list)
+    #: Given up.
+    dropped: list[str] = field(default_factory=list)
+    #: The engine computes nothing in this step.
+    idle: bool = False
+
+
+@dataclass
+class SendOutcomes:
+    """What became of requests at the workers of a prefill engine: for each, one entry per worker that has news of it.
+    """
+
+    #: None where a worker's part was sent, otherwise why it was not.
+    ended: dict[str, list[str | None]] = field(default_factory=dict)
+
+    def merge(self, other: SendOutcomes) -> None:
+        """Takes in what another worker says."""
+        for request_id, outcomes in other.ended.items():
+            self.ended.setdefault(request_id, []).extend(outcomes)

@@ -1,0 +1,227 @@
+#!/usr/bin/env python3
+"""Time to first token over two vLLM servers, split into prefill's and decode's part, for several connectors by turns.
+
+    make bench-vllm [BENCH='--rounds 20 --only ours,single --json bench.json']
+
+Each round asks every way once for each length, with a prompt that no server has seen, so that what else the machine
+does meets all alike. `single` is one server's whole time. All servers run all the time (some 2.5 GB each): `--only`
+where memory is short.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+TOP = Path(__file__).resolve().parents[3]
+sys.path[:0] = [str(TOP / "python"), str(TOP / "examples"), str(Path(__file__).resolve().parent)]
+
+import harness
+from harness import Server
+from make_tiny_model import make
+
+VOCABULARY = 512
+
+
+@dataclass
+class Way:
+    """One way to the first token: its servers, and how they are asked. Times are in seconds."""
+
+    name: str
+    servers: list[Server]
+    ask: Callable[[list[int]], tuple[float, float]]
+    times: dict[int, list[tuple[float, float]]] = field(default_factory=dict)
+
+
+def timed(server: Server, prompt: list[int], params: dict[str, Any] | None) -> tuple[float, dict[str, Any]]:
+    """One token, and how long it took."""
+    more = {} if params is None else {"kv_transfer_params": params}
+    began = time.perf_counter()
+    answer = server.complete(prompt, 1, **more)
+    return time.perf_counter() - began, answer
+
+
+class Servers:
+    """Starts what the ways need."""
+
+    def __init__(self, stack: ExitStack, folder: Path, model: Path, longest: int) -> None:
+        self._stack, self._folder, self._model = stack, folder, model
+        tokens = -(-(longest + 16) // 128) * 128
+        # Room for some prompts of the longest kind; each is new, so a prefix cache only costs.
+        self._args = ["--num-gpu-blocks-override", str(4 * tokens // 128 + 8), "--max-model-len", str(tokens)]
+        self._args += ["--max-num-batched-tokens", str(max(2048, tokens)), "--no-enable-prefix-caching"]
+        self._buffer = 4 * tokens * 8192
+        self._number = 0
+
+    def start(self, name: str, kv: dict[str, Any] | None, env: dict[str, str] | None = None) -> Server:
+        server = Server(name, self._folder, self._model, kv=kv, args=self._args, env=env)
+        self._stack.callback(server.close)
+        return server
+
+    def req_id(self) -> str:
+        self._number += 1
+        return f"bench-{self._number}"
+
+    def single(self) -> Way:
+        server = self.start("single", None)
+        return Way("one instance", [server], lambda prompt: (timed(server, prompt, None)[0], 0.0))
+
+    def _named(self, name: str, prefill: Server, decode: Server, ports: Callable[[], dict[str, Any]]) -> Way:
+        def ask(prompt: list[int]) -> tuple[float, float]:
+            params = {"disagg_spec": {"req_id": self.req_id(), "receiver_host": "127.0.0.1", **ports()}}
+            first, _ = timed(prefill, prompt, params)
+            return first, timed(decode, prompt, params)[0]
+
+        return Way(name, [prefill, decode], ask)
+
+    def ours(self) -> Way:
+        sets = {"pd_buffer_size": self._buffer, "pd_peer_host": "127.0.0.1", "transfer_channel": "local"}
+        sets |= {"pd_peer_init_port": 0, "pd_peer_alloc_port": 0}
+        prefill = self.start("ours-prefill", harness.producer(sets))
+        decode = self.start("ours-decode", harness.consumer(sets))
+
+        def ports() -> dict[str, Any]:
+            ready = decode.daemon_ready()
+            return {"receiver_init_port": [int(ready["init_port"])], "receiver_alloc_port": [int(ready["alloc_port"])]}
+
+        return self._named("pd-backend", prefill, decode, ports)
+
+    def file(self) -> Way:
+        folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(dir="/dev/shm", prefix="pd-bench-")))
+
+        def config(role: str) -> dict[str, Any]:
+            kv = harness.connector_config(role, {}, module="file_connector", name="FileConnector")
+            kv["kv_connector_extra_config"] = {"folder": str(folder), "lookup": False}
+            return kv
+
+        servers = [self.start(f"file-{role}", config(role)) for role in ("kv_producer", "kv_consumer")]
+        return self._named(
+            "files in /dev/shm", *servers, lambda: {"receiver_init_port": [1], "receiver_alloc_port": [1]}
+        )
+
+    def nixl(self) -> Way:
+        servers = []
+        for role in ("kv_producer", "kv_consumer"):
+            (port,) = harness.free_ports(1)
+            kv = {
+                "kv_connector": "TamedNixlConnector", "kv_connector_module_path": "tamed_nixl", "kv_role": "kv_both",
+                "kv_buffer_device": "cpu", "kv_load_failure_policy": "fail",
+            }
+            env = {"VLLM_NIXL_SIDE_CHANNEL_PORT": str(port), "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1"}
+            env["UCX_TLS"] = "all"
+            servers.append(self.start(f"nixl-{role}", kv, env))
+        prefill, decode = servers
+
+        def ask(prompt: list[int]) -> tuple[float, float]:
+            wanted = {"do_remote_decode": True, "do_remote_prefill": False}
+            first, answer = timed(prefill, prompt, wanted)
+            return first, timed(decode, prompt, answer["kv_transfer_params"])[0]
+
+        return Way("NixlConnector, tamed", servers, ask)
+
+
+def cpu_seconds(server: Server) -> float:
+    """Of the server, its engine and their daemons."""
+    total = 0
+    for pid in family(server.pid):
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+        total += int(fields[11]) + int(fields[12])
+    return total / os.sysconf("SC_CLK_TCK")
+
+
+def family(pid: int) -> list[int]:
+    """A process and all that it has started."""
+    found = [pid]
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for child in (task / "children").read_text().split():
+            found += family(int(child))
+    return found
+
+
+def idle(ways: list[Way], seconds: float) -> dict[str, float]:
+    """Percent of a core that a server, its engine and its daemon use when nothing is asked; the larger of a pair's."""
+    before = [[cpu_seconds(server) for server in way.servers] for way in ways]
+    time.sleep(seconds)
+    used = {}
+    for way, were in zip(ways, before):
+        used[way.name] = max(100 * (cpu_seconds(s) - was) / seconds for s, was in zip(way.servers, were))
+    return used
+
+
+def percentile(values: list[float], share: float) -> float:
+    """The nearest rank."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def report(ways: list[Way], lengths: list[int], used: dict[str, float]) -> dict[str, Any]:
+    """Prints the table; the same as an object."""
+    result: dict[str, Any] = {"idle_percent_of_a_core": used, "ms": {}}
+    print(f"{'ms':24}" + "".join(f"{f'{length} tokens':>36}" for length in lengths))
+    print(f"{'':24}" + f"{'prefill p50':>12}{'decode p50':>12}{'p90':>12}" * len(lengths))
+    for way in ways:
+        line = f"{way.name:24}"
+        result["ms"][way.name] = {}
+        for length in lengths:
+            first = [1000 * prefill for prefill, _ in way.times[length]]
+            second = [1000 * decode for _, decode in way.times[length]]
+            numbers = (statistics.median(first), statistics.median(second), percentile(second, 0.9))
+            line += "".join(f"{number:12.1f}" for number in numbers)
+            result["ms"][way.name][length] = {
+                "prefill_p50": numbers[0], "decode_p50": numbers[1], "decode_p90": numbers[2], "n": len(first)
+            }
+        print(line)
+    for name, percent in used.items():
+        print(f"idle, percent of a core, server with engine and daemon: {name}: {percent:.1f}")
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--lengths", default="256,1024,4096", help="tokens of the prompts")
+    parser.add_argument("--only", default="ours,single,file,nixl")
+    parser.add_argument("--idle-seconds", type=float, default=20.0)
+    parser.add_argument("--logs", type=Path, help="where the servers' output goes")
+    parser.add_argument("--json", type=Path, help="where the numbers go as well")
+    given = parser.parse_args()
+    lengths = [int(length) for length in given.lengths.split(",")]
+    dice = random.Random(os.urandom(8))
+    with ExitStack() as stack:
+        folder = given.logs or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pd-bench-vllm-")))
+        folder.mkdir(parents=True, exist_ok=True)
+        model = folder / "tiny"
+        make(model, layers=8, vocabulary=VOCABULARY, dtype="bfloat16", max_tokens=16384, seed=1)
+        servers = Servers(stack, folder, model, max(lengths))
+        ways = [getattr(servers, name)() for name in given.only.split(",")]
+        for way in ways:
+            for server in way.servers:
+                server.wait_ready(600)
+        for round_number in range(given.rounds + 2):
+            for length in lengths:
+                for way in dice.sample(ways, len(ways)):
+                    prompt = [dice.randrange(3, VOCABULARY) for _ in range(length)]
+                    times = way.ask(prompt)
+                    # The first two rounds shake hands and warm up.
+                    if round_number >= 2:
+                        way.times.setdefault(length, []).append(times)
+            print(f"round {round_number + 1} of {given.rounds + 2}", file=sys.stderr, flush=True)
+        used = idle(ways, given.idle_seconds)
+        result = report(ways, lengths, used)
+        if given.json:
+            given.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""The deployment that the end-to-end tests share: one prefill server, two decode servers and the example proxy.
+
+Servers are started once, together: on two cores that is most of the time that these tests take.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TOP = Path(__file__).resolve().parents[3]
+sys.path[:0] = [str(TOP / "python"), str(Path(__file__).resolve().parent)]
+
+import harness
+import prompts
+from harness import Process, Server
+from pd_backend import Client, ReceiverClient, SenderClient, Status
+
+_BEGAN = time.monotonic()
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """How long it all took, servers included."""
+    terminalreporter.write_line(f"end-to-end tests took {time.monotonic() - _BEGAN:.0f} s, servers included")
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the logs are; PD_E2E_LOGS names another one, to be kept."""
+    given = os.environ.get("PD_E2E_LOGS")
+    if given is None:
+        return tmp_path_factory.mktemp("e2e")
+    Path(given).mkdir(parents=True, exist_ok=True)
+    return Path(given)
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model."""
+    sys.path.insert(0, str(TOP / "examples"))
+    from make_tiny_model import make
+
+    path = tmp_path_factory.mktemp("model") / "tiny"
+    make(path, layers=8, vocabulary=prompts.VOCABULARY, dtype="bfloat16", max_tokens=16384, seed=1)
+    return path
+
+
+@dataclass
+class Deployment:
+    """The servers, and what one instance answers to every prompt."""
+
+    single: dict[tuple[tuple[int, ...], int], list[int]]
+    prefill: Server
+    #: Fails requests whose KV cannot be loaded.
+    decode: Server
+    #: Computes them instead; with few blocks.
+    small_decode: Server
+    proxy: Process
+    proxy_url: str
+    _number: Iterator[int]
+
+    def expected(self, prompt: list[int], max_tokens: int = prompts.MAX_TOKENS) -> list[int]:
+        """What one instance, without a connector, has answered."""
+        return self.single[tuple(prompt), max_tokens]
+
+    def spec(self, decode: Server, prefix: str = "e2e") -> dict[str, Any]:
+        """`kv_transfer_params` of a new request, for prefill and decode alike."""
+        ready = decode.daemon_ready()
+        return {
+            "disagg_spec": {
+                "req_id": f"{prefix}-{next(self._number)}",
+                "receiver_host": "127.0.0.1",
+                "receiver_init_port": [int(ready["init_port"])],
+                "receiver_alloc_port": [int(ready["alloc_port"])],
+            }
+        }
+
+    def complete(
+        self, prompt: list[int], decode: Server, max_tokens: int = prompts.MAX_TOKENS, prefix: str = "e2e"
+    ) -> list[int]:
+        """Prefill, then decode, as a router does it that waits for nothing in between."""
+        spec = self.spec(decode, prefix)
+        answer = self.prefill.complete(prompt, 1, kv_transfer_params=spec)
+        assert not (answer.get("kv_transfer_params") or {}).get("error"), answer
+        return harness.tokens_of(decode.complete(prompt, max_tokens, kv_transfer_params=spec))
+
+
+@pytest.fixture(scope="session")
+def deployment(folder: Path, model: Path) -> Iterator[Deployment]:
+    """Starts everything, asks one instance everything, and takes it all down at the end."""
+    with ExitStack() as stack:
+
+        def start(name: str, kv: dict[str, Any] | None, *args: str) -> Server:
+            server = Server(name, folder, model, kv=kv, args=args)
+            stack.callback(server.close)
+            return server
+
+        notify_port, proxy_port = harness.free_ports(2)
+        shared = {"pd_buffer_size": "64MiB", "transfer_channel": "local", "pd_retention_sec": 60}
+        sender = shared | {"pd_proxy_host": "127.0.0.1", "pd_proxy_port": notify_port}
+        receiver = shared | {"pd_peer_host": "127.0.0.1", "pd_peer_init_port": 0, "pd_peer_alloc_port": 0}
+        blocks = ("--num-gpu-blocks-override", "64", "--max-model-len", "6144")
+        # Two long prompts at a time, each a chunk a step.
+        chunked = ("--max-num-batched-tokens", "512", "--long-prefill-token-threshold", "256")
+        single = Server("single", folder, model, args=blocks)
+        try:
+            prefill = start(
+                "prefill",
+                harness.producer(sender, module="swapping", name="SwappingConnector"),
+                *blocks, *chunked,
+            )
+            single.wait_ready()
+            with ThreadPoolExecutor(1) as pool:
+                answers = pool.submit(_answers, single)
+                prefill.wait_ready()
+                expected = answers.result()
+        finally:
+            single.close()
+        decode = start("decode", harness.consumer(receiver, restarts_max=2, receive_wait_s=60), *blocks)
+        small = start(
+            "small_decode",
+            harness.consumer(receiver, policy="recompute", receive_wait_s=60),
+            "--num-gpu-blocks-override", "32", "--max-model-len", "3900",
+        )
+        decode.wait_ready()
+        small.wait_ready()
+
+        def decoder(server: Server) -> str:
+            ready = server.daemon_ready()
+            return f"{server.url},127.0.0.1,{ready['init_port']},{ready['alloc_port']}"
+
+        command = [sys.executable, str(TOP / "examples" / "proxy.py"), "--port", str(proxy_port)]
+        command += ["--prefill", prefill.url, "--decode", decoder(decode), "--decode", decoder(small)]
+        command += ["--notify-port", str(notify_port), "--notify-timeout", "20"]
+        proxy = Process(command, folder / "proxy.log", dict(os.environ))
+        stack.callback(proxy.close)
+        yield Deployment(
+            expected, prefill, decode, small, proxy, f"http://127.0.0.1:{proxy_port}", itertools.count()
+        )
+
+
+def _answers(single: Server) -> dict[tuple[tuple[int, ...], int], list[int]]:
+    return {
+        (tuple(prompt), max_tokens): harness.tokens_of(single.complete(prompt, max_tokens))
+        for prompt, max_tokens in prompts.all_prompts()
+    }
+
+
+@pytest.fixture
+def status_of() -> Iterator[Callable[[Server], Status]]:
+    """The counters of the daemon beside a server."""
+    clients: dict[str, Client] = {}
+
+    def status(server: Server) -> Status:
+        ready = server.daemon_ready()
+        key = f"{ready['connector']} {ready['pid']}"
+        if key not in clients:
+            kind = SenderClient if ready["role"] == "sender" else ReceiverClient
+            clients[key] = kind(ready["connector"], name="e2e test", map_buffer=False)
+        return clients[key].status()
+
+    yield status
+    for client in clients.values():
+        client.close()
+
+
+@pytest.fixture
+def nothing_left(deployment: Deployment, status_of: Callable[[Server], Status]) -> Iterator[None]:
+    """After the test, soon, no daemon holds anything for anybody."""
+    yield
+    deadline = time.monotonic() + 20
+    servers = [s for s in (deployment.prefill, deployment.decode, deployment.small_decode) if s.running()]
+    while True:
+        left = {}
+        for server in servers:
+            status = status_of(server)
+            held = {
+                "requests_active": status.requests_active, "waits": status.waits, "leases": status.leases,
+                "slots_reserved": status.slots_reserved, "slots_quarantined": status.slots_quarantined,
+                "slots_held": status.slots_held, "transfers_in_flight": status.transfers_in_flight,
+            }
+            left.update({(server.name, what): count for what, count in held.items() if count})
+        if not left:
+            return
+        assert time.monotonic() < deadline, f"left behind: {left}"
+        time.sleep(0.1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What needs no server first, what ends one last."""
+    order = ["test_paged_copies", "test_tokens", "test_refused"]
+    items.sort(key=lambda item: order.index(Path(str(item.path)).stem) if Path(str(item.path)).stem in order else 1)

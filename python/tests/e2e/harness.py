@@ -1,0 +1,193 @@
+"""Real vLLM servers on a CPU, with the tiny model: started, asked, and taken down."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+TOP = Path(__file__).resolve().parents[3]
+MODEL_NAME = "tiny"
+BLOCK_TOKENS = 128
+CHUNK_TOKENS = 256
+START_TIMEOUT_S = 240.0
+
+ENVIRONMENT = {
+    # The engine's core in the server's own process: half the memory, half the start.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_HOST_IP": "127.0.0.1",
+    "VLLM_LOGGING_LEVEL": "INFO",
+}
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of 127.0.0.1 that nobody has now."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+    finally:
+        for one in sockets:
+            one.close()
+
+
+class HttpError(Exception):
+    """An answer that is no 200."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(f"{status}: {text}")
+        self.status, self.text = status, text
+
+
+def post(url: str, body: dict[str, Any], timeout_s: float = 120.0) -> dict[str, Any]:
+    """The JSON that comes back. Raises `HttpError`, or `OSError` where nobody answers."""
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=timeout_s) as answer:
+            return json.load(answer)
+    except urllib.error.HTTPError as error:
+        raise HttpError(error.code, error.read().decode("utf-8", "replace")) from None
+
+
+def completion_body(prompt: Sequence[int], max_tokens: int, **more: Any) -> dict[str, Any]:
+    """Greedy, by token ids."""
+    return {
+        "model": MODEL_NAME,
+        "prompt": list(prompt),
+        "max_tokens": max_tokens,
+        "temperature": 0.0,
+        "ignore_eos": True,
+        "detokenize": False,
+        "return_token_ids": True,
+        **more,
+    }
+
+
+def tokens_of(answer: dict[str, Any]) -> list[int]:
+    """What was generated."""
+    return answer["choices"][0]["token_ids"]
+
+
+class Process:
+    """A child with its output in a file, ended with everything it started."""
+
+    def __init__(self, command: Sequence[str], log: Path, env: dict[str, str]) -> None:
+        self.log_path = log
+        with log.open("ab") as output:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=env,
+                start_new_session=True,
+            )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def running(self) -> bool:
+        return self._process.poll() is None
+
+    def log(self) -> str:
+        return self.log_path.read_text(encoding="utf-8", errors="replace")
+
+    def kill(self) -> None:
+        """SIGKILL to the process alone: what it started has to notice by itself."""
+        self._process.kill()
+        self._process.wait()
+
+    def close(self) -> None:
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+            try:
+                self._process.wait(20)
+            except subprocess.TimeoutExpired:
+                pass
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.wait()
+
+
+class Server(Process):
+    """`vllm serve`, as far as the CPU package has it."""
+
+    def __init__(
+        self, name: str, folder: Path, model: Path, *, kv: dict[str, Any] | None = None, args: Sequence[str] = (),
+        env: dict[str, str] | None = None,
+    ) -> None:
+        self.name = name
+        (self.port,) = free_ports(1)
+        self.url = f"http://127.0.0.1:{self.port}"
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+        command += ["--served-model-name", MODEL_NAME, "--skip-tokenizer-init", "--distributed-executor-backend", "uni"]
+        command += ["--enforce-eager", "--host", "127.0.0.1", "--port", str(self.port)]
+        if kv is not None:
+            command += ["--kv-transfer-config", json.dumps(kv)]
+        python_path = [str(TOP / "python"), str(TOP / "python" / "tests" / "e2e")]
+        environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join(python_path), **(env or {})}
+        super().__init__([*command, *args], folder / f"{name}.log", environment)
+
+    def wait_ready(self, timeout_s: float = START_TIMEOUT_S) -> None:
+        """Until it serves. Raises `RuntimeError` with the end of its log."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            if not self.running():
+                raise RuntimeError(f"server {self.name} has ended:\n{self.log()[-4000:]}")
+            try:
+                with urllib.request.urlopen(self.url + "/health", timeout=5) as answer:
+                    if answer.status == 200:
+                        return
+            except OSError:
+                time.sleep(0.2)
+        raise RuntimeError(f"server {self.name} did not serve within {timeout_s} s:\n{self.log()[-4000:]}")
+
+    def complete(self, prompt: Sequence[int], max_tokens: int, timeout_s: float = 120.0, **more: Any) -> dict[str, Any]:
+        return post(self.url + "/v1/completions", completion_body(prompt, max_tokens, **more), timeout_s)
+
+    def daemon_ready(self) -> dict[str, str]:
+        """What the ready line of the latest daemon beside it said, as the connector logs it."""
+        lines = [line for line in self.log().splitlines() if "ReadyLine(" in line]
+        if not lines:
+            raise RuntimeError(f"server {self.name} has logged no ready line:\n{self.log()[-4000:]}")
+        return dict(re.findall(r"(\w+)='?([^',)]+)'?", lines[-1].split("ReadyLine(")[1]))
+
+
+def producer(sets: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """`--kv-transfer-config` of a prefill server."""
+    return connector_config("kv_producer", sets, **more)
+
+
+def consumer(sets: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """`--kv-transfer-config` of a decode server."""
+    return connector_config("kv_consumer", sets, **more)
+
+
+def connector_config(
+    role: str, sets: dict[str, Any], *, policy: str = "fail", module: str = "pd_backend.vllm.connector",
+    name: str = "PdConnector", **options: Any,
+) -> dict[str, Any]:
+    return {
+        "kv_connector": name,
+        "kv_connector_module_path": module,
+        "kv_role": role,
+        "kv_load_failure_policy": policy,
+        "kv_connector_extra_config": {"set": sets, **options},
+    }

@@ -1,0 +1,112 @@
+"""Pairs that must not talk, and servers that die: the last tests, for they end the prefill server."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import harness
+import prompts
+from conftest import Deployment
+from harness import HttpError, Server
+from pd_backend import Daemon, Status, find_binary
+from pd_backend.vllm.layout import EngineLayout
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+
+
+@pytest.mark.parametrize(
+    ("number", "field", "ours", "theirs"),
+    [
+        (0, "model", None, "another/model"),
+        (1, "engine.vllm", "0.32.0", "0.33.0"),
+        (2, "engine.attention", "CPU_ATTN", "FLASH_ATTN"),
+    ],
+)
+def test_another_engine_is_refused(
+    deployment: Deployment, tmp_path: Path, model: Path, number: int, field: str, ours: str | None, theirs: str
+) -> None:
+    # Broken in production: KV of one model, release or attention backend is read as that of another.
+    said = re.search(r"EngineLayout\((.*)engine=(\{.*?\})\)", deployment.prefill.log())
+    assert said is not None
+    given = dict(pair.split("=") for pair in said.group(1).strip(", ").split(", "))
+    numbers = {name: int(value) for name, value in given.items() if name != "model"}
+    facts = ast.literal_eval(said.group(2))
+    layout = EngineLayout(model=str(model), engine=facts, **numbers).json()
+    (layout if field == "model" else layout["engine"])[field.removeprefix("engine.")] = theirs
+    file = tmp_path / "layout.json"
+    file.write_text(json.dumps(layout))
+    arguments = ["--kv-layout", str(file)]
+    for key in ("transfer_channel=local", "pd_buffer_size=16MiB", "pd_peer_init_port=0", "pd_peer_alloc_port=0"):
+        arguments += ["--set", key]
+    with Daemon(find_binary("pd-receiver"), arguments) as receiver:
+        spec = deployment.spec(deployment.decode)
+        spec["disagg_spec"]["receiver_init_port"] = [receiver.ready.init_port]
+        spec["disagg_spec"]["receiver_alloc_port"] = [receiver.ready.alloc_port]
+        answer = deployment.prefill.complete(prompts.REFUSED[number], 1, kv_transfer_params=spec)
+    error = answer["kv_transfer_params"]["error"]
+    assert re.search(rf"layout_mismatch: {field} is {ours or model} at \S+ and {theirs} at ", error), error
+
+
+def test_a_prefill_server_that_dies_fails_its_requests_or_has_them_computed(
+    deployment: Deployment, status_of: Callable[[Server], Status]
+) -> None:
+    # Broken in production: decode waits for a prefill server that has gone, and its slots are lost.
+    outcomes: dict[str, object] = {}
+    threads = []
+    for number, decode in enumerate((deployment.decode, deployment.small_decode)):
+        prompt, spec = prompts.KILLED_PREFILL[number], deployment.spec(decode)
+
+        def ask(decode: Server = decode, prompt: list[int] = prompt, spec: dict[str, object] = spec) -> None:
+            try:
+                answer = decode.complete(prompt, prompts.MAX_TOKENS, kv_transfer_params=spec)
+                outcomes[decode.name] = harness.tokens_of(answer)
+            except HttpError as error:
+                outcomes[decode.name] = error.status
+
+        def prefill(prompt: list[int] = prompt, spec: dict[str, object] = spec) -> None:
+            try:
+                deployment.prefill.complete(prompt, 1, kv_transfer_params=spec)
+            except OSError:
+                pass
+
+        threads += [threading.Thread(target=ask), threading.Thread(target=prefill)]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + 60
+    # Both are under way, and nothing of them has been committed.
+    while status_of(deployment.prefill).requests_active < 2:
+        assert time.monotonic() < deadline, "prefill has not begun"
+        time.sleep(0.01)
+    sender = int(deployment.prefill.daemon_ready()["pid"])
+    for pid in reversed(descendants(deployment.prefill.pid)):
+        if pid != sender:
+            os.kill(pid, signal.SIGKILL)
+    deployment.prefill.kill()
+    for thread in threads:
+        thread.join(120)
+        assert not thread.is_alive()
+    assert outcomes == {
+        deployment.decode.name: 500, deployment.small_decode.name: deployment.expected(prompts.KILLED_PREFILL[1])
+    }
+    while Path(f"/proc/{sender}").exists() and "\nState:\tZ" not in Path(f"/proc/{sender}/status").read_text():
+        assert time.monotonic() < deadline + 30, "pd-sender has outlived its engine"
+        time.sleep(0.05)
+
+
+def descendants(pid: int) -> list[int]:
+    """Processes that this one has started, and those that they have."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for child in (task / "children").read_text().split():
+            found += [int(child), *descendants(int(child))]
+    return found

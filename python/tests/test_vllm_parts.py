@@ -1,0 +1,186 @@
+"""The connector's plain parts: options, keys, layout, what routers say. No vLLM is needed for these."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pd_backend.vllm.keys import Context, Item, chunk_hashes, chunk_key
+from pd_backend.vllm.layout import EngineLayout, LayoutMismatch
+from pd_backend.vllm.options import OptionError, Options
+from pd_backend.vllm.spec import DisaggSpec, SpecError, decode_req_id, prefill_spec
+
+SPEC = {
+    "req_id": "r", "receiver_host": "127.0.0.1", "receiver_init_port": [7300, 7301], "receiver_alloc_port": [7400, 7401]
+}
+
+
+class TestKeys:
+    def test_both_engines_compute_the_same(self) -> None:
+        # Broken in production: an upgrade of one end changes the keys, and nothing that the other end sends is found.
+        assert chunk_hashes([1, 2, 3, 4, 5], 4) == [
+            "d4d41a600790a8c9af145eeb5c758a9b", "6cf2a4f688c583f1a008aff3be49f042"
+        ]
+        assert chunk_hashes([1, 2, 3, 4, 5], 4, Context("l", "s", (Item(4, "i"),))) == [
+            "72d92da5a9e4ea169b7a3eef24b720a", "c24935bca7661d5397ad90a9afbd8fc0"
+        ]
+
+    def test_shared_beginnings_have_equal_keys(self) -> None:
+        # Broken in production: a system prompt that a thousand requests share is sent a thousand times.
+        one, other = chunk_hashes(list(range(600)), 256), chunk_hashes([*range(512), *range(88)], 256)
+        assert one[:2] == other[:2] and one[2] != other[2] and len(one) == 3
+
+    def test_a_chunk_depends_on_everything_before_it(self) -> None:
+        # Broken in production: the same paragraph after two different ones is taken for the same KV.
+        one, other = chunk_hashes([1] + [7] * 511, 256), chunk_hashes([2] + [7] * 511, 256)
+        assert one[1] != other[1]
+
+    def test_the_length_of_a_short_chunk_counts(self) -> None:
+        # Broken in production: blocks of 100 tokens are taken for blocks of 101, whose last token was never computed.
+        assert chunk_hashes([7] * 100, 256) != chunk_hashes([7] * 101, 256)[:1]
+        assert chunk_hashes([0], 256) != chunk_hashes([0, 0], 256)
+        assert chunk_hashes([7] * 512, 256)[0] != chunk_hashes([7] * 512, 512)[0]
+
+    @pytest.mark.parametrize(
+        "context",
+        [
+            Context(lora="a"),
+            Context(salt="a"),
+            Context(items=(Item(3, "image"),)),
+            Context(items=(Item(4, "image"),)),
+            Context(items=(Item(3, "other image"),)),
+        ],
+    )
+    def test_what_changes_kv_changes_the_key(self, context: Context) -> None:
+        # Broken in production: a request with a LoRA, another tenant's salt or another image is answered with others'
+        # KV.
+        seen = {tuple(chunk_hashes([5] * 300, 256, other)) for other in (Context(), context)}
+        assert len(seen) == 2
+        assert chunk_hashes([5] * 300, 256, context)[1] != chunk_hashes([5] * 300, 256)[1]
+
+    def test_lora_and_salt_are_not_confused(self) -> None:
+        # Broken in production: a tenant chooses a salt that makes its keys those of another's LoRA.
+        assert chunk_hashes([5], 4, Context(lora="ab")) != chunk_hashes([5], 4, Context(lora="a", salt="b"))
+
+    def test_a_later_image_leaves_earlier_chunks_alone(self) -> None:
+        # Broken in production: an image at the end of a prompt makes the whole of it new.
+        one = chunk_hashes([5] * 600, 256, Context(items=(Item(300, "image"),)))
+        assert one[0] == chunk_hashes([5] * 600, 256)[0] and one[1] != chunk_hashes([5] * 600, 256)[1]
+
+    def test_keys_are_such_as_lmcache_reads(self) -> None:
+        # Broken in production: a synchronous LMCache receiver stops answering for good at the first key.
+        for tokens in range(1, 300):
+            (name,) = chunk_hashes([tokens], 256)
+            assert name == format(int(name, 16), "x")
+        assert chunk_key("m/n", 2, 1, "9b41", "bfloat16") == "m/n@2@1@9b41@bfloat16"
+
+
+class TestLayout:
+    def test_a_chunk_is_whole_blocks_of_all_layers(self) -> None:
+        # Broken in production: slots of another length than what the connector copies.
+        layout = EngineLayout("m", 256, 128, 131072, 8, engine={"vllm": "0.32.0"})
+        assert (layout.chunk_blocks, layout.chunk_bytes) == (2, 8 * 2 * 131072)
+        assert layout.json() == {
+            "model": "m", "chunk_bytes": 2097152, "chunk_tokens": 256, "tp_rank": 0, "tp_size": 1,
+            "engine": {"block_tokens": "128", "block_bytes": "131072", "layers": "8", "vllm": "0.32.0"},
+        }
+
+    def test_the_last_chunk_ends_with_its_block(self) -> None:
+        # Broken in production: the daemons reserve too little for a short last chunk, and its last block is cut off.
+        layout = EngineLayout("m", 256, 128, 1024, 2)
+        tokens = {1: 128, 128: 128, 129: 256, 256: 256, 257: 128, 300: 128, 400: 256, 512: 256}
+        assert {t: layout.last_chunk_tokens(t) for t in tokens} == tokens
+
+    def test_chunks_that_blocks_do_not_fit_into_are_refused(self) -> None:
+        # Broken in production: an engine with blocks of 96 tokens splits a block over two chunks.
+        with pytest.raises(LayoutMismatch, match="set chunk_size to 288, at both ends"):
+            EngineLayout("m", 256, 96, 1024, 2)
+        with pytest.raises(LayoutMismatch, match="no whole number of bytes"):
+            EngineLayout("m", 256, 128, 100, 3)
+
+
+class TestSpec:
+    def test_each_rank_has_its_receiver(self) -> None:
+        # Broken in production: rank 1 sends to the receiver of rank 0.
+        spec = prefill_spec({"disagg_spec": SPEC}, 2)
+        assert spec == DisaggSpec("r", "127.0.0.1", (7300, 7301), (7400, 7401))
+        assert (spec.receiver(1).init_port, spec.receiver(1).alloc_port) == (7301, 7401)
+
+    def test_requests_that_stay_here_have_none(self) -> None:
+        # Broken in production: an ordinary request to a prefill server is an error.
+        assert prefill_spec(None, 1) is prefill_spec({}, 1) is prefill_spec({"ret_first_tok": True}, 1) is None
+        assert decode_req_id(None) is decode_req_id({"do_remote_prefill": True}) is None
+        assert decode_req_id({"disagg_spec": {"req_id": "r"}}) == "r"
+
+    @pytest.mark.parametrize(
+        ("change", "text"),
+        [
+            ({"req_id": ""}, "req_id = ''; expected a text"),
+            ({"req_id": 7}, "req_id = 7"),
+            ({"receiver_host": None}, "receiver_host = None"),
+            ({"receiver_init_port": [7300]}, "receiver_init_port = [7300]; expected 2 ports"),
+            ({"receiver_alloc_port": ["a", "b"]}, "receiver_alloc_port"),
+            ({"receiver_alloc_port": [0, 1]}, "receiver_alloc_port"),
+        ],
+    )
+    def test_a_spec_that_cannot_be_followed_says_why(self, change: dict[str, object], text: str) -> None:
+        # Broken in production: a router's mistake ends the engine, or sends KV to a wrong port.
+        with pytest.raises(SpecError) as refused:
+            prefill_spec({"disagg_spec": SPEC | change}, 2)
+        assert text in str(refused.value)
+        with pytest.raises(SpecError, match="expected a map"):
+            prefill_spec({"disagg_spec": "r"}, 2)
+
+
+class TestOptions:
+    def test_nothing_given_is_fine(self) -> None:
+        # Broken in production: the shortest configuration is refused.
+        assert Options.parse(None) == Options.parse({}) == Options()
+        assert Options().daemon_args() == []
+
+    def test_sets_are_written_as_yaml(self) -> None:
+        # Broken in production: a list of ports or a boolean arrives at the daemon as Python writes it.
+        given = {"pd_peer_init_port": [7300, 7301], "pd_skip_proxy_notification": True, "a": 1.5}
+        options = Options.parse({"set": given})
+        assert options.daemon_args() == [
+            "--set", "pd_peer_init_port=[7300, 7301]", "--set", "pd_skip_proxy_notification=true", "--set", "a=1.5",
+        ]
+        assert Options.parse({"set": ["a=b=c"]}).set == (("a", "b=c"),)
+
+    def test_the_chunk_size_is_the_daemons(self, tmp_path: Path) -> None:
+        # Broken in production: the connector cuts chunks of another length than the daemon was configured for.
+        pytest.importorskip("yaml", reason="PyYAML is where vLLM is; run this file with its Python for this test")
+        file = tmp_path / "c.yaml"
+        file.write_text("chunk_size: 512\nmodel_name: n\n")
+        assert Options.parse({"config_file": str(file)}).chunk_tokens() == 512
+        assert Options.parse({"config_file": str(file), "set": {"chunk_size": 128}}).chunk_tokens() == 128
+        assert Options.parse({"config_file": str(file)}).model("engine's") == "n"
+        with pytest.raises(OptionError, match="cannot be read"):
+            Options.parse({"config_file": str(tmp_path / "none")}).chunk_tokens()
+
+    def test_without_a_file_options_count(self) -> None:
+        # Broken in production: chunk_size and model_name of the option are ignored.
+        options = Options.parse({"chunk_size": 512, "model_name": "n"})
+        assert (options.chunk_tokens(), options.model("engine's")) == (512, "n")
+        assert (Options().chunk_tokens(), Options().model("engine's")) == (256, "engine's")
+
+    @pytest.mark.parametrize(
+        ("given", "text"),
+        [
+            ({"chunk_sise": 1}, "`chunk_sise` is not an option of kv_connector_extra_config; did you mean `chunk_si"),
+            ({"chunk_size": 0}, "chunk_size = 0; expected a whole number from 1 up"),
+            ({"chunk_size": True}, "chunk_size = True"),
+            ({"restarts_max": -1}, "restarts_max = -1; expected a whole number from 0 up"),
+            ({"ready_timeout_s": "soon"}, "ready_timeout_s = 'soon'; expected seconds"),
+            ({"slot_wait_s": 0}, "slot_wait_s = 0; expected seconds"),
+            ({"lookup": "yes"}, "lookup = 'yes'; expected true or false"),
+            ({"binary_dir": 7}, "binary_dir = 7; expected text"),
+            ({"set": "a=b"}, "set = 'a=b'; expected a map of keys"),
+        ],
+    )
+    def test_a_mistake_is_named(self, given: dict[str, object], text: str) -> None:
+        # Broken in production: a misspelt option is ignored, and the operator believes that it holds.
+        with pytest.raises(OptionError) as refused:
+            Options.parse(given)
+        assert text in str(refused.value)

@@ -1,0 +1,352 @@
+"""The scheduler's sides of the connector, with vLLM's objects played: which chunk is told when, and what ends how."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace as Fake
+from typing import Any
+
+from pd_backend.vllm.keys import chunk_hashes
+from pd_backend.vllm.scheduler import ConsumerScheduler, ProducerScheduler, blocks_of
+from pd_backend.vllm.step import SendOutcomes
+
+CHUNK, BLOCK = 256, 128
+SPEC = {"req_id": "router-1", "receiver_host": "h", "receiver_init_port": [1, 2], "receiver_alloc_port": [3, 4]}
+
+
+def request(
+    tokens: int, params: dict[str, Any] | None = None, request_id: str = "a", output: Sequence[int] = ()
+) -> Any:
+    prompt = list(range(tokens))
+    return Fake(
+        request_id=request_id,
+        prompt_token_ids=prompt,
+        all_token_ids=[*prompt, *output],
+        output_token_ids=list(output),
+        num_prompt_tokens=tokens,
+        num_tokens=tokens + len(output),
+        kv_transfer_params={"disagg_spec": SPEC} if params is None else params,
+        status=Fake(name="FINISHED_LENGTH_CAPPED"),
+        lora_request=None,
+        mm_features=[],
+        cache_salt=None,
+    )
+
+
+def output(
+    *,
+    new: Sequence[tuple[str, list[int], int, int]] = (),
+    cached: Sequence[tuple[str, list[int] | None, int, int]] = (),
+    resumed: Sequence[str] = (),
+    preempted: Sequence[str] = (),
+) -> Any:
+    """`(request, new blocks, tokens computed before, tokens scheduled)`."""
+    return Fake(
+        scheduled_new_reqs=[Fake(req_id=r, block_ids=(b,), num_computed_tokens=c) for r, b, c, _ in new],
+        scheduled_cached_reqs=Fake(
+            req_ids=[r for r, *_ in cached],
+            resumed_req_ids=set(resumed),
+            new_block_ids=[None if b is None else (b,) for _, b, _, _ in cached],
+            num_computed_tokens=[c for *_, c, _ in cached],
+        ),
+        num_scheduled_tokens={r: n for r, _, _, n in [*new, *cached]},
+        total_num_scheduled_tokens=sum(n for *_, n in [*new, *cached]),
+        preempted_req_ids=set(preempted),
+    )
+
+
+def told(step: Any) -> list[tuple[int, list[int]]]:
+    return [(chunk.chunk, chunk.block_ids) for chunk in step.chunks]
+
+
+def test_blocks_of_a_chunk() -> None:
+    # Broken in production: a chunk is cut at the wrong block.
+    assert [blocks_of(chunk, 256, 128, 700) for chunk in range(3)] == [range(0, 2), range(2, 4), range(4, 6)]
+    assert blocks_of(0, 256, 128, 1) == range(0, 1)
+    assert blocks_of(1, 256, 128, 300) == range(2, 3)
+
+
+class TestProducer:
+    def scheduler(self, tp_size: int = 1) -> ProducerScheduler:
+        return ProducerScheduler(CHUNK, BLOCK, tp_size)
+
+    def test_chunks_are_told_as_soon_as_they_are_computed(self) -> None:
+        # Broken in production: with chunked prefill, nothing crosses before the whole prompt is computed.
+        scheduler = self.scheduler()
+        scheduler.allocated(request(700))
+        first = scheduler.build(output(new=[("a", [10, 11, 12], 0, 300)]))
+        assert [plan.spec.req_id for plan in first.plans] == ["router-1"]
+        assert first.plans[0].hashes == chunk_hashes(list(range(700)), CHUNK)
+        assert told(first) == [(0, [10, 11])]
+        assert told(scheduler.build(output(cached=[("a", [13], 300, 211)]))) == []
+        third = scheduler.build(output(cached=[("a", [14, 15], 511, 189)]))
+        assert (third.plans, told(third)) == ([], [(1, [12, 13]), (2, [14, 15])])
+
+    def test_prefix_cached_chunks_are_told_at_once(self) -> None:
+        # Broken in production: a prompt whose beginning is in prefill's own cache is never sent whole.
+        scheduler = self.scheduler()
+        scheduler.allocated(request(600))
+        assert told(scheduler.build(output(new=[("a", [1, 2, 3, 4, 5], 512, 88)]))) == [
+            (0, [1, 2]), (1, [3, 4]), (2, [5])
+        ]
+
+    def test_a_preempted_request_is_told_again_from_its_new_blocks(self) -> None:
+        # Broken in production: after a preemption the old blocks, which are somebody else's by now, are sent.
+        scheduler = self.scheduler()
+        scheduler.allocated(request(512))
+        assert told(scheduler.build(output(new=[("a", [1, 2, 3], 0, 300)]))) == [(0, [1, 2])]
+        assert scheduler.build(output(preempted=["a"])).preempted == ["a"]
+        scheduler.allocated(request(512))
+        resumed = scheduler.build(output(cached=[("a", [7, 8, 9, 5], 0, 512)], resumed=["a"]))
+        assert (resumed.plans, told(resumed)) == ([], [(0, [7, 8]), (1, [9, 5])])
+
+    def test_blocks_are_kept_until_every_rank_has_copied_them(self) -> None:
+        # Broken in production: blocks are freed, and overwritten, while their chunks wait for slots.
+        scheduler = self.scheduler(tp_size=2)
+        one = request(100, output=[7])
+        scheduler.allocated(one)
+        scheduler.build(output(new=[("a", [1], 0, 100)]))
+        assert not scheduler.pending()
+        assert scheduler.finished(one) == (True, None)
+        assert scheduler.pending()
+        assert scheduler.build(output()).finishing == ["a"]
+        # The engine goes on stepping until both ranks have said how it ended.
+        scheduler.update(SendOutcomes({"a": [None]}))
+        assert scheduler.pending()
+        scheduler.update(SendOutcomes({"a": [None]}))
+        assert not scheduler.pending()
+
+    def test_an_aborted_request_is_dropped(self) -> None:
+        # Broken in production: an aborted prompt keeps its slots at both ends.
+        scheduler = self.scheduler()
+        one = request(700)
+        scheduler.allocated(one)
+        scheduler.build(output(new=[("a", [1, 2, 3], 0, 300)]))
+        one.status = Fake(name="FINISHED_ABORTED")
+        assert scheduler.finished(one) == (False, None)
+        assert scheduler.pending()
+        assert scheduler.build(output()).dropped == ["a"]
+        assert not scheduler.pending()
+
+    def test_an_abort_before_the_first_step_leaves_nothing(self) -> None:
+        # Broken in production: a request that was never computed is cancelled at a daemon that has not heard of it.
+        scheduler = self.scheduler()
+        one = request(700)
+        scheduler.allocated(one)
+        one.status = Fake(name="FINISHED_ABORTED")
+        assert scheduler.finished(one) == (False, None)
+        step = scheduler.build(output())
+        assert (step.dropped, step.plans, step.finishing) == ([], [], [])
+
+    def test_a_failure_known_in_time_is_in_the_response(self) -> None:
+        # Broken in production: the proxy waits for a notification that cannot come.
+        scheduler = self.scheduler()
+        one = request(700, output=[9])
+        scheduler.allocated(one)
+        scheduler.build(output(new=[("a", [1, 2, 3], 0, 300)]))
+        scheduler.update(SendOutcomes({"a": ["no_slots: the receiver is full"]}))
+        scheduler.build(output(cached=[("a", [4, 5, 6], 300, 400)]))
+        assert scheduler.finished(one) == (False, {"error": "no_slots: the receiver is full"})
+        assert scheduler.build(output()).dropped == ["a"]
+
+    def test_what_lmcaches_proxies_ask_for(self) -> None:
+        # Broken in production: LMCache's proxy finds no first token in the response, and ends with a KeyError.
+        scheduler = self.scheduler()
+        one = request(10, {"disagg_spec": SPEC, "ret_first_tok": True}, output=[42])
+        scheduler.allocated(one)
+        scheduler.build(output(new=[("a", [1], 0, 10)]))
+        assert scheduler.finished(one) == (True, {"first_tok": 42})
+
+    def test_a_bad_spec_fails_nobody_else(self) -> None:
+        # Broken in production: one malformed request ends the engine.
+        scheduler = self.scheduler()
+        bad = request(10, {"disagg_spec": SPEC | {"receiver_init_port": "x"}})
+        scheduler.allocated(bad)
+        assert scheduler.build(output(new=[("a", [1], 0, 10)])).plans == []
+        keep, response = scheduler.finished(bad)
+        assert not keep and "receiver_init_port = 'x'" in response["error"]
+
+    def test_samples_of_one_request_are_sent_once(self) -> None:
+        # Broken in production: with n = 2, the second sample ends the first one's transfer, or its request.
+        scheduler = self.scheduler()
+        one, two = request(100), request(100, request_id="b")
+        other = request(101, request_id="c")
+        for each in (one, two, other):
+            scheduler.allocated(each)
+        step = scheduler.build(output(new=[("a", [1], 0, 100), ("b", [2], 0, 100), ("c", [3], 0, 101)]))
+        assert [plan.request_id for plan in step.plans] == ["a"] and told(step) == [(0, [1])]
+        assert scheduler.finished(two) == (False, None)
+        keep, response = scheduler.finished(other)
+        assert not keep and "is that of another prompt under way" in response["error"]
+        assert scheduler.finished(one) == (True, None)
+        scheduler.update(SendOutcomes({"a": [None]}))
+        # Once that has ended, the name is free.
+        again = request(101, request_id="d")
+        scheduler.allocated(again)
+        assert len(scheduler.build(output(new=[("d", [3], 0, 101)])).plans) == 1
+
+    def test_ordinary_requests_are_nobodys_business(self) -> None:
+        # Broken in production: a prefill server cannot answer requests of its own.
+        scheduler = self.scheduler()
+        one = request(700, {})
+        scheduler.allocated(one)
+        step = scheduler.build(output(new=[("a", [1, 2, 3, 4, 5, 6], 0, 700)]))
+        assert (step.plans, step.chunks) == ([], [])
+        assert scheduler.finished(one) == (False, None)
+
+
+class Shelf:
+    """Chunks that are ready at a receiver that is played."""
+
+    def __init__(self, *prompts: Sequence[int]) -> None:
+        self.ready = {name for prompt in prompts for name in chunk_hashes(list(prompt), CHUNK)}
+        self.held: set[str] = set()
+        self.asked = 0
+
+    def find(self, request_id: str, hashes: Sequence[str]) -> int:
+        self.asked += 1
+        self.held.add(request_id)
+        return next((i for i, name in enumerate(hashes) if name not in self.ready), len(hashes))
+
+    def forget(self, request_id: str) -> None:
+        self.held.discard(request_id)
+
+
+class TestConsumer:
+    def scheduler(self, shelf: Shelf | None = None) -> ConsumerScheduler:
+        return ConsumerScheduler(CHUNK, BLOCK, shelf)
+
+    def test_a_step_that_computes_nothing_says_so(self) -> None:
+        # Broken in production: workers wait for chunks while they should compute, or never wait and load a step later.
+        for scheduler in (self.scheduler(), ProducerScheduler(CHUNK, BLOCK, 1)):
+            assert scheduler.build(output()).idle
+            assert not scheduler.build(output(new=[("z", [1], 0, 10)])).idle
+
+    def test_a_named_request_is_waited_for_and_loaded(self) -> None:
+        # Broken in production: decode computes the prompt itself.
+        scheduler = self.scheduler()
+        one = request(700)
+        scheduler.arrived(one)
+        assert scheduler.build(output()).announced == [("a", "router-1")]
+        assert scheduler.matched(one, 0) == scheduler.matched(one, 0) == (700, True)
+        scheduler.allocated(one, [4, 5, 6, 7, 8, 9], 700)
+        (load,) = scheduler.build(output()).loads
+        assert (load.req_id, load.tokens, load.first_block, load.block_ids) == ("router-1", 700, 0, [4, 5, 6, 7, 8, 9])
+        # vLLM calls again once it is loaded, with nothing external.
+        scheduler.received(["a"], ())
+        scheduler.allocated(one, [4, 5, 6, 7, 8, 9], 0)
+        assert scheduler.build(output()).unneeded == []
+        scheduler.finished(one)
+        assert not scheduler.pending() and scheduler.build(output()).dropped == []
+
+    def test_a_prompt_of_one_token_is_loaded_once(self) -> None:
+        # Broken in production: vLLM counts nothing of it as computed, asks again, and it is loaded for ever.
+        scheduler = self.scheduler(Shelf(range(1)))
+        one = request(1)
+        assert scheduler.matched(one, 0) == (1, True)
+        scheduler.allocated(one, [4], 1)
+        scheduler.build(output())
+        scheduler.received(["a"], ())
+        assert scheduler.matched(one, 0) == (0, False)
+        scheduler.allocated(one, [4], 0)
+        assert (scheduler.build(output()).loads, scheduler.pending()) == ([], False)
+
+    def test_what_is_cached_here_is_not_loaded(self) -> None:
+        # Broken in production: blocks that other requests read are overwritten while they read them.
+        scheduler = self.scheduler()
+        one = request(700)
+        assert scheduler.matched(one, 384) == (316, True)
+        scheduler.allocated(one, [1, 2, 3, 7, 8, 9], 316)
+        (load,) = scheduler.build(output()).loads
+        assert (load.first_block, load.block_ids) == (3, [1, 2, 3, 7, 8, 9])
+
+    def test_chunks_nobody_needs_are_given_back(self) -> None:
+        # Broken in production: the chunks of a request that was wholly cached stay in the receiver until they expire.
+        scheduler = self.scheduler()
+        one = request(256)
+        scheduler.arrived(one)
+        assert scheduler.matched(one, 256) == (0, False)
+        scheduler.allocated(one, [1, 2], 0)
+        assert scheduler.pending()
+        assert scheduler.build(output()).unneeded == ["a"]
+        scheduler.finished(one)
+        assert scheduler.build(output()).dropped == []
+
+    def test_an_abort_while_loading_or_before_is_told(self) -> None:
+        # Broken in production: an aborted request's lease, or its blocks, are never given back.
+        for loading in (False, True):
+            scheduler = self.scheduler()
+            one = request(700)
+            scheduler.arrived(one)
+            scheduler.matched(one, 0)
+            if loading:
+                scheduler.allocated(one, [4, 5, 6, 7, 8, 9], 700)
+            scheduler.build(output())
+            scheduler.finished(one)
+            assert scheduler.pending()
+            assert scheduler.build(output()).dropped == ["a"]
+
+    def test_without_a_name_chunks_are_looked_up(self) -> None:
+        # Broken in production: LMCache's proxy, which names nothing to decode, gets no benefit from prefill.
+        shelf = Shelf(range(600))
+        scheduler = self.scheduler(shelf)
+        one = request(600, {})
+        assert scheduler.matched(one, 0) == scheduler.matched(one, 0) == (600, True)
+        assert shelf.asked == 1 and shelf.held == {"a"}
+        scheduler.allocated(one, [1, 2, 3, 4, 5], 600)
+        (load,) = scheduler.build(output()).loads
+        assert (load.req_id, load.hashes) == (None, chunk_hashes(list(range(600)), CHUNK))
+        scheduler.received(["a"], ())
+        assert shelf.held == set()
+
+    def test_a_first_token_that_the_router_added_does_not_hide_the_last_chunk(self) -> None:
+        # Broken in production: LMCache's proxy appends prefill's token, and the short last chunk is computed anew.
+        scheduler = self.scheduler(Shelf(range(600)))
+        assert scheduler.matched(request(601, {}), 0) == (600, True)
+
+    def test_the_longest_ready_beginning_counts(self) -> None:
+        # Broken in production: tokens are claimed that nobody has.
+        shelf = Shelf(range(512))
+        scheduler = self.scheduler(shelf)
+        assert scheduler.matched(request(700, {}), 0) == (512, True)
+        assert scheduler.matched(request(700, {}, "b"), 512) == (0, False)
+        assert shelf.held == {"a"}
+        assert self.scheduler(Shelf()).matched(request(700, {}), 0) == (0, False)
+        assert self.scheduler(None).matched(request(700, {}), 0) == (0, False)
+
+    def test_after_a_preemption_the_request_is_looked_up(self) -> None:
+        # Broken in production: a request is waited for that was handed out before, until the deadline.
+        shelf = Shelf()
+        scheduler = self.scheduler(shelf)
+        one = request(512)
+        scheduler.matched(one, 0)
+        scheduler.allocated(one, [1, 2, 3, 4], 512)
+        scheduler.build(output())
+        scheduler.received(["a"], ())
+        scheduler.build(output(preempted=["a"]))
+        again = request(512, output=[3, 4, 5])
+        assert scheduler.matched(again, 0) == (0, False)
+        shelf.ready = Shelf(range(512)).ready
+        scheduler.build(output(preempted=["a"]))
+        assert scheduler.matched(again, 0) == (512, True)
+
+    def test_what_failed_once_is_computed(self) -> None:
+        # Broken in production: a chunk that cannot be loaded is loaded again and again, for ever.
+        shelf = Shelf(range(512))
+        scheduler = self.scheduler(shelf)
+        one = request(512)
+        scheduler.matched(one, 0)
+        scheduler.allocated(one, [1, 2, 3, 4], 512)
+        scheduler.build(output())
+        scheduler.received(["a"], {3, 4})
+        assert scheduler.matched(one, 0) == (0, False)
+        assert shelf.asked == 0
+
+    def test_embeddings_have_no_names(self) -> None:
+        # Broken in production: a prompt of embeddings ends the engine.
+        one = request(10)
+        one.prompt_token_ids = None
+        scheduler = self.scheduler(Shelf())
+        scheduler.arrived(one)
+        assert scheduler.matched(one, 0) == (0, False)
+        assert scheduler.build(output()).announced == []

@@ -1,0 +1,498 @@
+"""The workers' sides of the connector against real daemons; the engine's memory is a numpy array."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from conftest import binary
+from pd_backend import Client, ReceiverClient, SenderClient
+from pd_backend.errors import DaemonStartError, PdError
+from pd_backend.vllm.consumer import ConsumerWorker
+from pd_backend.vllm.consumer import requests_of as consumer_requests
+from pd_backend.vllm.keys import chunk_hashes
+from pd_backend.vllm.layout import EngineLayout
+from pd_backend.vllm.producer import ProducerWorker
+from pd_backend.vllm.producer import requests_of as producer_requests
+from pd_backend.vllm.spec import DisaggSpec
+from pd_backend.vllm.step import ChunkBlocks, ConsumerStep, ProducerStep, ReceivePlan, SendPlan
+from pd_backend.vllm.supervisor import Supervisor
+
+LAYERS, BLOCKS, BLOCK_BYTES = 4, 16, 64
+CHUNK, BLOCK = 16, 8
+LAYOUT = EngineLayout("tests/worker", CHUNK, BLOCK, BLOCK_BYTES, LAYERS, engine={"vllm": "test"})
+NAMES = [f"layer.{i}" for i in range(LAYERS)]
+
+
+class Memory:
+    """What `PagedKv` is to the workers, over one array [layers, blocks, bytes]."""
+
+    def __init__(self, seed: int) -> None:
+        self.kv = np.random.default_rng(seed).integers(0, 255, (LAYERS, BLOCKS, BLOCK_BYTES), dtype=np.uint8)
+        self.layers = LAYERS
+        self.layer_index = {name: index for index, name in enumerate(NAMES)}
+        self.gathered: list[range] = []
+
+    @staticmethod
+    def memory(array: np.ndarray) -> np.ndarray:
+        return array
+
+    def layer_bytes(self, blocks: int) -> int:
+        return blocks * BLOCK_BYTES
+
+    def chunk_bytes(self, blocks: int) -> int:
+        return LAYERS * blocks * BLOCK_BYTES
+
+    def gather(self, block_ids: Sequence[int], slot: np.ndarray, *, layers: range) -> None:
+        self.gathered.append(layers)
+        shaped = slot.reshape(LAYERS, len(block_ids), BLOCK_BYTES)
+        shaped[layers.start : layers.stop] = self.kv[layers.start : layers.stop, list(block_ids)]
+
+    def scatter(self, block_ids: Sequence[int], slot: np.ndarray, *, first_block: int) -> None:
+        shaped = slot.reshape(LAYERS, first_block + len(block_ids), BLOCK_BYTES)
+        self.kv[:, list(block_ids)] = shaped[:, first_block:]
+
+
+class Pair:
+    """A prefill and a decode worker, each with its daemon."""
+
+    def __init__(self, stack: ExitStack, sender_slots: int = 8, receiver_slots: int = 16, **options: Any) -> None:
+        def supervisor(name: str, client: type[Client], slots: int, *sets: str) -> Supervisor[Any]:
+            arguments = []
+            for key in ("transfer_channel=local", f"pd_buffer_size={slots * LAYOUT.chunk_bytes}", *sets):
+                arguments += ["--set", key]
+            watched = Supervisor(
+                binary(name), arguments, LAYOUT.json(), client, echo_log=False, restarts_max=2, restart_window_s=60
+            )
+            stack.callback(watched.close)
+            return watched
+
+        ports = ("pd_peer_host=127.0.0.1", "pd_peer_init_port=0", "pd_peer_alloc_port=0")
+        self.sender = supervisor("pd-sender", SenderClient, sender_slots)
+        self.receiver = supervisor("pd-receiver", ReceiverClient, receiver_slots, *ports)
+        self.source, self.target = Memory(1), Memory(2)
+        self.producer = ProducerWorker(self.sender, self.source, LAYOUT, "uint8", **options)
+        self.consumer = ConsumerWorker(self.receiver, self.target, LAYOUT, "uint8", receive_wait_s=10)
+
+    def plan(self, request_id: str, tokens: Sequence[int]) -> SendPlan:
+        ready = self.receiver.ready
+        spec = DisaggSpec(f"router-{request_id}", "127.0.0.1", (ready.init_port,), (ready.alloc_port,))
+        return SendPlan(request_id, spec, chunk_hashes(tokens, CHUNK), len(tokens))
+
+    def produce(self, step: ProducerStep, layers: bool = True) -> set[str]:
+        """One step of a prefill engine."""
+        self.producer.begin_step(step)
+        for name in NAMES if layers else ():
+            self.producer.layer_computed(name)
+        self.producer.end_step()
+        return self.producer.finished_sending()
+
+    def ended(self, request_id: str, step: Callable[[], Any] = lambda: None) -> str | None:
+        """Steps on until it is known how a request ended."""
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            step()
+            self.produce(ProducerStep())
+            outcomes = self.producer.outcomes()
+            if outcomes is not None and request_id in outcomes.ended:
+                return outcomes.ended[request_id][0]
+            time.sleep(0.001)
+        pytest.fail(f"request {request_id} has not ended")
+
+    def consume(self, step: ConsumerStep, until: str) -> set[int]:
+        """Steps of a decode engine until a request is through; the blocks that failed."""
+        self.consumer.begin_step(step)
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            finished, failed = self.consumer.progress()
+            if until in finished:
+                return failed
+            time.sleep(0.001)
+        pytest.fail(f"request {until} is not through")
+
+    def nothing_left(self) -> None:
+        """Neither worker nor daemon keeps anything of any request."""
+        deadline = time.monotonic() + 10
+        while True:
+            self.produce(ProducerStep())
+            self.producer.outcomes()
+            statuses = [self.sender.client().status(), self.receiver.client().status()]
+            left = [
+                (s.role, s.requests_active, s.leases, s.waits, s.slots_reserved, s.slots_held) for s in statuses
+            ]
+            known = [*producer_requests(self.producer), *consumer_requests(self.consumer)]
+            if not known and all(not any(counts[1:]) for counts in left):
+                return
+            assert time.monotonic() < deadline, (left, known)
+            time.sleep(0.01)
+
+
+@pytest.fixture
+def pair() -> Iterator[Callable[..., Pair]]:
+    with ExitStack() as stack:
+        yield lambda **options: Pair(stack, **options)
+
+
+def load(
+    request_id: str, tokens: Sequence[int], block_ids: list[int], first_block: int = 0, named: bool = True
+) -> ConsumerStep:
+    req_id = f"router-{request_id}" if named else None
+    plan = ReceivePlan(request_id, req_id, chunk_hashes(tokens, CHUNK), len(tokens), first_block, block_ids)
+    return ConsumerStep(announced=[] if req_id is None else [(request_id, req_id)], loads=[plan])
+
+
+def test_chunks_go_from_blocks_to_blocks(pair: Callable[..., Pair]) -> None:
+    # Broken in production: a chunk's blocks arrive in other blocks than those that decode reads.
+    both = pair(layer_pushes=4)
+    tokens = list(range(37))
+    # 3 chunks of 2, 2 and 1 blocks, over two steps.
+    both.produce(ProducerStep(plans=[both.plan("a", tokens)], chunks=[ChunkBlocks("a", 0, [3, 1])]))
+    second = ProducerStep(chunks=[ChunkBlocks("a", 1, [7, 0]), ChunkBlocks("a", 2, [5])], finishing=["a"])
+    both.produce(second)
+    assert both.ended("a") is None
+    before = both.target.kv.copy()
+    assert both.consume(load("a", tokens, [9, 2, 4, 11, 6]), "a") == set()
+    assert (both.target.kv[:, [9, 2, 4, 11, 6]] == both.source.kv[:, [3, 1, 7, 0, 5]]).all()
+    others = [block for block in range(BLOCKS) if block not in (9, 2, 4, 11, 6)]
+    assert (both.target.kv[:, others] == before[:, others]).all()
+    both.nothing_left()
+
+
+def test_a_chunk_is_across_before_the_next_one_is_computed(pair: Callable[..., Pair]) -> None:
+    # Broken in production: with chunked prefill, nothing crosses before the whole prompt is computed.
+    both = pair()
+    tokens = list(range(32))
+    both.produce(ProducerStep(plans=[both.plan("a", tokens)], chunks=[ChunkBlocks("a", 0, [3, 1])]))
+    deadline = time.monotonic() + 10
+    sent = False
+    while not sent:
+        assert time.monotonic() < deadline
+        both.produce(ProducerStep())
+        # Its slot is free again, which it is once it was written to the receiver.
+        sender = both.sender.client().status()
+        sent = both.source.gathered != [] and sender.slots_free == sender.slot_count
+    assert sender.requests_active == 1 and both.receiver.client().status().slots_reserved == 2
+    both.produce(ProducerStep(chunks=[ChunkBlocks("a", 1, [7, 0])], finishing=["a"]))
+    assert both.ended("a") is None
+
+
+def test_layers_are_pushed_as_they_are_computed(pair: Callable[..., Pair]) -> None:
+    # Broken in production: nothing of a prompt crosses before its last layer is computed.
+    both = pair(layer_pushes=2)
+    tokens = list(range(16))
+    both.producer.begin_step(ProducerStep(plans=[both.plan("a", tokens)], chunks=[ChunkBlocks("a", 0, [3, 1])]))
+    deadline = time.monotonic() + 10
+    while not any(chunk.slot for request in both.producer._requests.values() for chunk in request.chunks.values()):
+        assert time.monotonic() < deadline
+        both.producer._poll()
+    for name in NAMES[:3]:
+        both.producer.layer_computed(name)
+    # The layer that is not computed yet changes; those that are pushed do not any more.
+    both.source.kv[3] += 1
+    assert both.source.gathered == [range(0, 2)]
+    both.producer.layer_computed(NAMES[3])
+    both.producer.end_step()
+    assert both.source.gathered == [range(0, 2), range(2, 4)]
+    both.produce(ProducerStep(finishing=["a"]))
+    assert both.ended("a") is None
+    assert both.consume(load("a", tokens, [0, 1]), "a") == set()
+    assert (both.target.kv[:, :2] == both.source.kv[:, [3, 1]]).all()
+
+
+def test_an_engine_that_skips_its_layers_hooks(pair: Callable[..., Pair]) -> None:
+    # Broken in production: within full CUDA graphs no hook is called, and nothing is sent.
+    both = pair(layer_pushes=4)
+    tokens = list(range(16))
+    chunks = [ChunkBlocks("a", 0, [3, 1])]
+    both.produce(ProducerStep(plans=[both.plan("a", tokens)], chunks=chunks, finishing=["a"]), layers=False)
+    assert both.ended("a") is None
+    assert both.consume(load("a", tokens, [0, 1]), "a") == set()
+    assert (both.target.kv[:, :2] == both.source.kv[:, [3, 1]]).all()
+
+
+def test_blocks_are_given_back_once_they_are_copied(pair: Callable[..., Pair]) -> None:
+    # Broken in production: blocks are freed while their chunk waits for a slot, or never.
+    both = pair(sender_slots=1)
+    tokens = list(range(64))
+    chunks = [ChunkBlocks("a", i, [2 * i, 2 * i + 1]) for i in range(4)]
+    done = both.produce(ProducerStep(plans=[both.plan("a", tokens)], chunks=chunks, finishing=["a"]))
+    # Four chunks through one slot: the engine steps on, and is told once.
+    deadline = time.monotonic() + 20
+    while "a" not in done:
+        assert time.monotonic() < deadline
+        done |= both.produce(ProducerStep())
+    both.source.kv[:] = 0
+    both.produce(ProducerStep())
+    assert both.ended("a") is None
+    expected = Memory(1).kv
+    assert both.consume(load("a", tokens, list(range(8))), "a") == set()
+    assert (both.target.kv[:, :8] == expected[:, :8]).all()
+    both.nothing_left()
+
+
+def test_a_preempted_chunk_is_taken_from_its_new_blocks(pair: Callable[..., Pair]) -> None:
+    # Broken in production: what was preempted before it was copied is sent from blocks of another request.
+    both = pair(layer_pushes=1)
+    tokens = list(range(32))
+    # Not opened yet when the step ends, so nothing is copied: then the blocks are lost.
+    both.producer.begin_step(ProducerStep(plans=[both.plan("a", tokens)], chunks=[ChunkBlocks("a", 0, [3, 1])]))
+    both.producer.begin_step(ProducerStep(preempted=["a"]))
+    both.source.kv[:, [3, 1]] = 0
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline and not producer_slots(both.producer):
+        both.produce(ProducerStep())
+    resumed = [ChunkBlocks("a", 0, [8, 9]), ChunkBlocks("a", 1, [10, 11])]
+    both.produce(ProducerStep(chunks=resumed, finishing=["a"]))
+    assert both.ended("a") is None
+    assert both.consume(load("a", tokens, [0, 1, 2, 3]), "a") == set()
+    assert (both.target.kv[:, :4] == both.source.kv[:, 8:12]).all()
+    both.nothing_left()
+
+
+def producer_slots(producer: ProducerWorker) -> bool:
+    return any(request.opened for request in producer._requests.values())
+
+
+def test_dropped_requests_leave_nothing(pair: Callable[..., Pair]) -> None:
+    # Broken in production: every aborted prompt costs slots at both ends.
+    both = pair()
+    tokens = list(range(32))
+    for number in range(12):
+        request_id = f"a{number}"
+        chunks = [ChunkBlocks(request_id, 0, [3, 1])] if number % 2 else []
+        both.produce(ProducerStep(plans=[both.plan(request_id, tokens)], chunks=chunks))
+        for _ in range(number % 4):
+            time.sleep(0.002)
+            both.produce(ProducerStep())
+        assert both.produce(ProducerStep(dropped=[request_id])) == set()
+    both.nothing_left()
+
+
+def test_a_receiver_that_is_full_fails_the_request_alone(pair: Callable[..., Pair]) -> None:
+    # Broken in production: one request without room takes the engine, or its neighbours, with it.
+    both = pair(receiver_slots=2, slot_wait_s=0.2)
+    big, small = list(range(16 * 5)), list(range(100, 116))
+    both.produce(ProducerStep(plans=[both.plan("big", big)]))
+    error = both.ended("big")
+    assert error is not None and error.startswith("too_large:")
+    # Deferred though it has failed: the engine waits for the report, and gets it.
+    assert both.produce(ProducerStep(finishing=["big"])) == {"big"}
+    chunks = [ChunkBlocks("small", 0, [3, 1])]
+    both.produce(ProducerStep(plans=[both.plan("small", small)], chunks=chunks, finishing=["small"]))
+    assert both.ended("small") is None
+    assert both.consume(load("small", small, [0, 1]), "small") == set()
+    both.nothing_left()
+
+
+def test_only_what_is_missing_is_loaded(pair: Callable[..., Pair]) -> None:
+    # Broken in production: blocks of decode's own prefix cache, which others read, are written again.
+    both = pair()
+    tokens = list(range(40))
+    chunks = [ChunkBlocks("a", 0, [0, 1]), ChunkBlocks("a", 1, [2, 3]), ChunkBlocks("a", 2, [4])]
+    both.produce(ProducerStep(plans=[both.plan("a", tokens)], chunks=chunks, finishing=["a"]))
+    assert both.ended("a") is None
+    before = both.target.kv.copy()
+    assert both.consume(load("a", tokens, [8, 9, 10, 11, 12], first_block=3), "a") == set()
+    assert (both.target.kv[:, :11] == before[:, :11]).all()
+    assert (both.target.kv[:, 11:13] == both.source.kv[:, 3:5]).all()
+    # The same again by key, for whoever comes later.
+    assert both.consume(load("b", tokens, [1, 2, 3, 4, 5], named=False), "b") == set()
+    assert (both.target.kv[:, 1:6] == both.source.kv[:, 0:5]).all()
+    both.nothing_left()
+
+
+def test_an_idle_step_waits_for_an_answer_that_is_on_its_way(pair: Callable[..., Pair]) -> None:
+    # Broken in production: every load takes the engine one more idle step, which is a millisecond of the time to first
+    # token.
+    both = pair()
+    tokens = list(range(16))
+    waited: list[float] = []
+
+    def arrives_meanwhile(timeout_s: float) -> None:
+        waited.append(timeout_s)
+        both.produce(ProducerStep(plans=[both.plan("a", tokens)], chunks=[ChunkBlocks("a", 0, [0, 1])], finishing=["a"]))
+        assert both.ended("a") is None
+        client._pump(10.0)
+
+    step = load("a", tokens, [5, 6])
+    both.consumer.begin_step(step)
+    # Not while there is something to compute.
+    client = both.receiver.client()
+    client.wait_for_news = arrives_meanwhile
+    assert both.consumer.progress() == (set(), set())
+    assert waited == []
+    both.consumer.begin_step(ConsumerStep(idle=True))
+    assert both.consumer.progress() == ({"a"}, set())
+    assert waited == [0.001]
+
+
+def test_another_prompt_is_not_loaded(pair: Callable[..., Pair]) -> None:
+    # Broken in production: a router that confuses two requests gets tokens of the wrong one.
+    both = pair()
+    sent, asked = list(range(16)), list(range(1, 17))
+    both.produce(ProducerStep(plans=[both.plan("a", sent)], chunks=[ChunkBlocks("a", 0, [0, 1])], finishing=["a"]))
+    assert both.ended("a") is None
+    before = both.target.kv.copy()
+    assert both.consume(load("a", asked, [5, 6]), "a") == {5, 6}
+    assert (both.target.kv == before).all()
+    assert both.consume(load("b", asked, [5, 6], named=False), "b") == {5, 6}
+    both.nothing_left()
+
+
+def test_samples_of_one_request_are_all_loaded(pair: Callable[..., Pair]) -> None:
+    # Broken in production: with n = 2 the request is handed out once, and its second sample fails.
+    both = pair()
+    tokens = list(range(20))
+    chunks = [ChunkBlocks("a", 0, [0, 1]), ChunkBlocks("a", 1, [2])]
+    both.produce(ProducerStep(plans=[both.plan("a", tokens)], chunks=chunks, finishing=["a"]))
+    assert both.ended("a") is None
+    step = ConsumerStep()
+    for request_id, blocks in (("x", [4, 5, 6]), ("y", [7, 8, 9])):
+        step.announced.append((request_id, "router-a"))
+        step.loads.append(ReceivePlan(request_id, "router-a", chunk_hashes(tokens, CHUNK), len(tokens), 0, blocks))
+    both.consumer.begin_step(step)
+    through: set[str] = set()
+    deadline = time.monotonic() + 10
+    while through != {"x", "y"}:
+        assert time.monotonic() < deadline
+        finished, failed = both.consumer.progress()
+        assert not failed
+        through |= finished
+    assert (both.target.kv[:, 4:7] == both.source.kv[:, :3]).all()
+    assert (both.target.kv[:, 7:10] == both.source.kv[:, :3]).all()
+    both.nothing_left()
+
+
+def test_nothing_is_sent_before_the_step_has_ended(pair: Callable[..., Pair]) -> None:
+    # Broken in production: with speculative decoding, the draft's layers are sent before they are computed.
+    both = pair(layer_pushes=1)
+    tokens = list(range(16))
+    both.produce(ProducerStep(plans=[both.plan("a", tokens)]))
+    deadline = time.monotonic() + 10
+    while not producer_slots(both.producer):
+        assert time.monotonic() < deadline
+        both.produce(ProducerStep())
+    both.producer.begin_step(ProducerStep(chunks=[ChunkBlocks("a", 0, [0, 1])], finishing=["a"]))
+    while not any(chunk.slot for request in both.producer._requests.values() for chunk in request.chunks.values()):
+        assert time.monotonic() < deadline
+        assert both.producer.finished_sending() == set()
+    assert both.source.gathered == []
+    both.producer.end_step()
+    assert both.source.gathered == [range(0, LAYERS)]
+    assert both.producer.finished_sending() == {"a"}
+    assert both.ended("a") is None
+    assert both.consume(load("a", tokens, [0, 1]), "a") == set()
+
+
+def test_dropped_and_unneeded_loads_leave_nothing(pair: Callable[..., Pair]) -> None:
+    # Broken in production: a client that hangs up while decode loads keeps a lease, or blocks the engine never frees.
+    both = pair()
+    tokens = list(range(16))
+    # Given up while it waits: its blocks are reported, for the engine keeps them until then.
+    both.consumer.begin_step(load("a", tokens, [5, 6]))
+    assert both.consumer.progress() == (set(), set())
+    both.consumer.begin_step(ConsumerStep(dropped=["a"]))
+    assert both.consumer.progress() == ({"a"}, set())
+    # Given up before it had blocks: nothing to report.
+    both.consumer.begin_step(ConsumerStep(announced=[("b", "router-b")]))
+    both.consumer.begin_step(ConsumerStep(dropped=["b"]))
+    assert both.consumer.progress() == (set(), set())
+    # Not needed, but sent.
+    both.consumer.begin_step(ConsumerStep(announced=[("c", "router-c")]))
+    both.consumer.begin_step(ConsumerStep(unneeded=["c"]))
+    both.produce(ProducerStep(plans=[both.plan("c", tokens)], chunks=[ChunkBlocks("c", 0, [0, 1])], finishing=["c"]))
+    assert both.ended("c") is None
+    both.nothing_left()
+
+
+def test_a_daemon_that_dies_fails_its_requests_and_comes_back(pair: Callable[..., Pair]) -> None:
+    # Broken in production: an engine hangs, or has to be restarted, because its daemon died.
+    both = pair()
+    tokens = list(range(16))
+    both.consumer.begin_step(load("a", tokens, [5, 6]))
+    first = both.receiver.ready
+    os.kill(first.pid, signal.SIGKILL)
+    assert both.consume(ConsumerStep(), "a") == {5, 6}
+    restarted(both.receiver, first.pid)
+    # Where it was, for routers know its ports.
+    again = both.receiver.ready
+    assert (again.init_port, again.alloc_port) == (first.init_port, first.alloc_port)
+    assert both.consumer.moved_to() == first.connector
+    old_sender = both.sender.ready.pid
+    both.produce(ProducerStep(plans=[both.plan("b", tokens)]))
+    os.kill(old_sender, signal.SIGKILL)
+    error = both.ended("b")
+    assert error is not None and "daemon_gone" in error
+    assert both.produce(ProducerStep(finishing=["b"])) == {"b"}
+    restarted(both.sender, old_sender)
+    both.produce(ProducerStep(plans=[both.plan("c", tokens)], chunks=[ChunkBlocks("c", 0, [0, 1])], finishing=["c"]))
+    assert both.ended("c") is None
+    assert both.consume(load("c", tokens, [3, 4]), "c") == set()
+    assert (both.consumer.moved_to(), both.consumer.moved_to()) == (again.connector, None)
+    assert (both.target.kv[:, 3:5] == both.source.kv[:, :2]).all()
+    both.nothing_left()
+
+
+def test_a_daemon_that_dies_too_often_stays_down(pair: Callable[..., Pair]) -> None:
+    # Broken in production: a daemon that cannot run is started for ever, and nobody is told.
+    both = pair()
+    for _ in range(2):
+        pid = both.sender.ready.pid
+        os.kill(pid, signal.SIGKILL)
+        restarted(both.sender, pid)
+    os.kill(both.sender.ready.pid, signal.SIGKILL)
+    deadline = time.monotonic() + 10
+    while not both.sender.failed:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    both.produce(ProducerStep(plans=[both.plan("a", list(range(16)))]))
+    error = both.ended("a")
+    assert error is not None and "has ended 3 times within 60 s" in error and "restart the engine" in error
+
+
+def restarted(supervisor: Supervisor[Any], pid: int) -> None:
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            if supervisor.ready.pid != pid:
+                return
+        except PdError:
+            pass
+        assert time.monotonic() < deadline, "it was not started again"
+        time.sleep(0.01)
+
+
+def test_a_daemon_that_cannot_start_says_why() -> None:
+    # Broken in production: the engine waits for a daemon that has told nobody why it ended.
+    with pytest.raises(DaemonStartError) as refused:
+        Supervisor(binary("pd-sender"), ["--set", "pd_bufer_size=1GiB"], LAYOUT.json(), SenderClient, echo_log=False)
+    assert refused.value.exit_code == 2 and "pd_buffer_size" in str(refused.value)
+
+
+def test_closing_ends_the_daemon_and_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Broken in production: an engine that stops leaves its daemon and a folder in /tmp behind.
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    import tempfile
+
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    watched = Supervisor(
+        binary("pd-sender"),
+        ["--set", "pd_buffer_size=1MiB", "--set", "transfer_channel=local"],
+        LAYOUT.json(),
+        SenderClient,
+        echo_log=False,
+    )
+    assert watched.client().attached.role == "sender"
+    pid = watched.ready.pid
+    watched.close()
+    watched.close()
+    assert not Path(f"/proc/{pid}").exists()
+    assert list(tmp_path.iterdir()) == []
