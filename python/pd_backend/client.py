@@ -464,15 +464,21 @@ class Lease:
         With a buffer in GPU memory they have been once `stream` (see `order_by`) has done what is on it now. Nothing here
         waits for that, nor for the daemon's answer; the daemon keeps the chunks until then.
         """
-        lease, self._lease = self._lease, None
-        if lease is None:
+        released = self.start_release(stream=stream)
+        if released is None:
             return
-        after = self._client._after(stream)
-        released = self._client._start(lambda id: m.Release(id=id, lease=lease, after=after), m.Released, _nothing)
-        if after is None:
+        if self._client._order is None:
             released.result()
         else:
             released.abandon()
+
+    def start_release(self, *, stream: int | None = None) -> Pending[None] | None:
+        """As `release`, without waiting; None when it was released before."""
+        lease, self._lease = self._lease, None
+        if lease is None:
+            return None
+        after = self._client._after(stream)
+        return self._client._start(lambda id: m.Release(id=id, lease=lease, after=after), m.Released, _nothing)
 
     def __enter__(self) -> Lease:
         return self
