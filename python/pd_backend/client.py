@@ -482,26 +482,21 @@ class Lease:
         With a buffer in GPU memory they have been once `stream` (see `order_by`) has done what is on it now. Nothing here
         waits for that, nor for the daemon's answer; the daemon keeps the chunks until then.
         """
-        after, released = self._start_release(stream)
+        released = self.start_release(stream=stream)
         if released is None:
             return
-        if after is None:
+        if self._client._order is None:
             released.result()
         else:
             released.abandon()
 
     def start_release(self, *, stream: int | None = None) -> Pending[None] | None:
         """As `release`, without waiting; None when it was released before."""
-        return self._start_release(stream)[1]
-
-    def _start_release(self, stream: int | None) -> tuple[Any, Pending[None] | None]:
-        """What the daemon waits for before it takes the chunks back, and its answer."""
         lease, self._lease = self._lease, None
         if lease is None:
-            return None, None
+            return None
         after = self._client._after(stream)
-        start = self._client._start
-        return after, start(lambda id: m.Release(id=id, lease=lease, after=after), m.Released, _nothing)
+        return self._client._start(lambda id: m.Release(id=id, lease=lease, after=after), m.Released, _nothing)
 
     def __enter__(self) -> Lease:
         return self
