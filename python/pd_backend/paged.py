@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .cuda_buffer import CudaView
+
 if TYPE_CHECKING:
     import torch
 
@@ -160,16 +162,19 @@ class PagedKv:
         """Bytes of a chunk of so many blocks."""
         return self.layers * self.layer_bytes(blocks)
 
-    @staticmethod
-    def memory(array: np.ndarray) -> "torch.Tensor":
+    def memory(self, buffer: "np.ndarray | CudaView") -> "torch.Tensor":
         """A daemon's buffer as `gather` and `scatter` take parts of it. Made once: read-only memory is warned of each
         time.
-        """
-        import torch
 
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.from_numpy(array)
+        Raises `PagedLayoutError` when it is not where the KV is: nothing takes KV on a detour through the host.
+        """
+        tensor = buffer.torch() if isinstance(buffer, CudaView) else _host_tensor(buffer)
+        if tensor.device != self.device:
+            raise PagedLayoutError(
+                f"the engine's KV is on {self.device}, the pd_buffer on {tensor.device}: set pd_buffer_device to where "
+                "the KV is"
+            )
+        return tensor
 
     def gather(
         self,
@@ -179,7 +184,8 @@ class PagedKv:
         layers: range | None = None,
         first_block: int = 0,
     ) -> None:
-        """Copies blocks into the slot of a chunk; the bytes are there when it returns.
+        """Copies blocks into the slot of a chunk: at once in host memory; on a GPU along torch's current stream, behind
+        which `send` waits by itself.
 
         The slot is that of the whole chunk, a one-dimensional array of bytes. `block_ids` are those of the chunk's
         blocks from `first_block` on, `layers` those to copy (all, when left out).
@@ -194,7 +200,8 @@ class PagedKv:
         layers: range | None = None,
         first_block: int = 0,
     ) -> None:
-        """Copies the slot of a chunk into blocks; arguments as for `gather`. The slot may be reused when it returns."""
+        """Copies the slot of a chunk into blocks; arguments as for `gather`. `release` comes after it in the same way.
+        """
         self._copies.scatter(*self._checked(block_ids, slot, layers, first_block))
 
     def _checked(
@@ -202,7 +209,7 @@ class PagedKv:
     ) -> tuple[Sequence[int], "torch.Tensor", range, int, int]:
         import torch
 
-        slot = self.memory(slot) if isinstance(slot, np.ndarray) else slot
+        slot = _host_tensor(slot) if isinstance(slot, np.ndarray) else slot
         blocks = first_block + len(block_ids)
         if slot.dim() != 1 or slot.dtype != torch.uint8 or slot.numel() != self.chunk_bytes(blocks):
             raise ValueError(
@@ -318,8 +325,7 @@ def _cuda_copies(tensors: "Sequence[torch.Tensor]", shapes: Sequence[BlockShape]
     already.
 
     They are called in the worker's thread, with the engine's stream current: after the forward that computed what is
-    gathered, before the one that reads what is scattered. What `gather` has copied must be there for another process
-    when it returns.
+    gathered, before the one that reads what is scattered. The client has the daemon wait for that stream.
     """
     try:
         from . import paged_cuda
@@ -329,6 +335,14 @@ def _cuda_copies(tensors: "Sequence[torch.Tensor]", shapes: Sequence[BlockShape]
             "build of this package that has it"
         ) from error
     return paged_cuda.CudaCopies(tensors, shapes, num_blocks)
+
+
+def _host_tensor(array: np.ndarray) -> "torch.Tensor":
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.from_numpy(array)
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:

@@ -137,16 +137,26 @@ class TestOptions:
     def test_nothing_given_is_fine(self) -> None:
         # Broken in production: the shortest configuration is refused.
         assert Options.parse(None) == Options.parse({}) == Options()
-        assert Options().daemon_args() == []
+        assert Options().daemon_args("cpu") == ["--set", "pd_buffer_device=cpu"]
 
     def test_sets_are_written_as_yaml(self) -> None:
         # Broken in production: a list of ports or a boolean arrives at the daemon as Python writes it.
         given = {"pd_peer_init_port": [7300, 7301], "pd_skip_proxy_notification": True, "a": 1.5}
         options = Options.parse({"set": given})
-        assert options.daemon_args() == [
+        assert options.daemon_args("cpu")[2:] == [
             "--set", "pd_peer_init_port=[7300, 7301]", "--set", "pd_skip_proxy_notification=true", "--set", "a=1.5",
         ]
         assert Options.parse({"set": ["a=b=c"]}).set == (("a", "b=c"),)
+
+    def test_the_buffer_is_where_the_kv_is_unless_said_otherwise(self, tmp_path: Path) -> None:
+        # Broken in production: KV on a GPU meets a buffer in host memory, or a configured device is overruled.
+        assert Options().daemon_args("cuda:1") == ["--set", "pd_buffer_device=cuda:1"]
+        options = Options.parse({"set": {"pd_buffer_device": "cuda:0"}})
+        assert options.daemon_args("cuda:1") == ["--set", "pd_buffer_device=cuda:0"]
+        pytest.importorskip("yaml", reason="PyYAML is where vLLM is; run this file with its Python for this test")
+        file = tmp_path / "c.yaml"
+        file.write_text("pd_buffer_device: cuda\n")
+        assert Options.parse({"config_file": str(file)}).daemon_args("cuda:1") == ["--config", str(file)]
 
     def test_the_chunk_size_is_the_daemons(self, tmp_path: Path) -> None:
         # Broken in production: the connector cuts chunks of another length than the daemon was configured for.

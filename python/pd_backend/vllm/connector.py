@@ -143,7 +143,7 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
             engine=_engine_facts(self._vllm_config, self._kv_cache_config, paged),
         )
         name = "pd-sender" if self._produces else "pd-receiver"
-        arguments = options.daemon_args() + (["--rank", str(rank)] if rank else [])
+        arguments = options.daemon_args(str(paged.device)) + (["--rank", str(rank)] if rank else [])
         limits: dict[str, Any] = {
             "ready_timeout_s": options.ready_timeout_s,
             "restarts_max": options.restarts_max,

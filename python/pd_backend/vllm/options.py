@@ -75,9 +75,14 @@ class Options:
                 return value
         return str(self._yaml().get("model_name") or self.model_name or engine_name)
 
-    def daemon_args(self) -> list[str]:
-        """What the daemon is started with, besides its layout and rank."""
+    def daemon_args(self, kv_device: str) -> list[str]:
+        """What the daemon is started with, besides its layout and rank. `kv_device`: where the engine's KV is, which is
+        where its buffer goes unless the configuration says.
+        """
         args = [] if self.config_file is None else ["--config", self.config_file]
+        said = {*self._yaml(), *(key for key, _ in self.set)}
+        if not said & {"pd_buffer_device", "nixl_buffer_device"}:
+            args += ["--set", f"pd_buffer_device={kv_device}"]
         for key, value in self.set:
             args += ["--set", f"{key}={value}"]
         return args

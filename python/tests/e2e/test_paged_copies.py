@@ -165,6 +165,16 @@ def test_wrong_slots_and_blocks_are_refused() -> None:
         paged.gather([1, 2], slot, layers=range(0, 6))
 
 
+def test_a_buffer_elsewhere_is_refused() -> None:
+    # Broken in production: a kernel on a GPU is given an address of the host.
+    kv = PagedKv({"l.0": torch.zeros(4, 2, 8, dtype=torch.uint8)}, num_blocks=4)
+    buffer = torch.zeros(64, dtype=torch.uint8).numpy()
+    assert kv.memory(buffer).data_ptr() == buffer.ctypes.data
+    kv.device = torch.device("cuda:0")
+    with pytest.raises(PagedLayoutError, match="KV is on cuda:0, the pd_buffer on cpu"):
+        kv.memory(buffer)
+
+
 def test_layers_of_different_shape_are_refused() -> None:
     # Broken in production: a hybrid model's layers are cut as if they were alike.
     kv = {"a.0": torch.zeros(BLOCKS, 4), "a.1": torch.zeros(BLOCKS, 8)}
