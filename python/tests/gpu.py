@@ -71,7 +71,7 @@ def gpu(ordinal: int = 0) -> Device:
         stand_in()
     uuids = driver().uuids()
     if ordinal >= len(uuids):
-        pytest.skip(f"needs {ordinal + 1} GPUs, this machine has {len(uuids)}: run without PD_TEST_GPU for the stand-in's")
+        pytest.skip(f"needs {ordinal + 1} GPUs, here are {len(uuids)}: run without PD_TEST_GPU for the stand-in's")
     return Device.of_uuid(uuids[ordinal])
 
 
