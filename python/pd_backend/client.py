@@ -150,8 +150,8 @@ class Client:
         """Which CUDA stream fills, or reads, the slots of a buffer in GPU memory: `torch.cuda.Stream.cuda_stream`.
 
         What is on it when a call is made comes before what the call says: `send` of slots that it writes, `release` of
-        chunks that it reads. None, as at first: torch's current stream of the calling thread, or without torch the legacy
-        default stream. For a buffer in host memory it means nothing.
+        chunks that it reads. None, as at first: torch's current stream of the calling thread, or without torch the
+        legacy default stream. For a buffer in host memory it means nothing.
         """
         if self._order is not None:
             self._order.stream = stream
@@ -402,8 +402,8 @@ class SenderClient(Client):
     ) -> None:
         """Says that these bytes are final. A staged slot stands for the whole of its chunk.
 
-        With a buffer in GPU memory they are final once `stream` (see `order_by`) has done what is on it now; nothing here
-        waits for that, the daemon does.
+        With a buffer in GPU memory they are final once `stream` (see `order_by`) has done what is on it now; nothing
+        here waits for that, the daemon does.
 
         The event `sent` or `failed` follows once for the whole request, after the call with `last`. Raises
         `RequestRefused`; nothing of a refused call is written.
@@ -479,8 +479,8 @@ class Lease:
     def release(self, *, stream: int | None = None) -> None:
         """Says that the chunks have been copied. Releasing twice does nothing. Raises `RequestRefused`.
 
-        With a buffer in GPU memory they have been once `stream` (see `order_by`) has done what is on it now. Nothing here
-        waits for that, nor for the daemon's answer; the daemon keeps the chunks until then.
+        With a buffer in GPU memory they have been once `stream` (see `order_by`) has done what is on it now. Nothing
+        here waits for that, nor for the daemon's answer; the daemon keeps the chunks until then.
         """
         released = self.start_release(stream=stream)
         if released is None:

@@ -1,7 +1,7 @@
 """The CUDA driver's library through ctypes: what a client of a buffer in GPU memory needs, and no more.
 
-A call works in the context that is current on its thread. Everything here makes the primary context of its device current,
-which is the one that torch uses, and puts back what was current before.
+A call works in the context that is current on its thread. Everything here makes the primary context of its device
+current, which is the one that torch uses, and puts back what was current before.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ class Driver:
         try:
             self._library = ctypes.CDLL("libcuda.so.1")
         except OSError as error:
-            raise CudaError(f"no CUDA driver in this process: {error}; the daemon's pd_buffer is in GPU memory") from error
+            raise CudaError(
+                f"no CUDA driver in this process: {error}; the daemon's pd_buffer is in GPU memory"
+            ) from error
         self.call("cuInit", 0)
 
     def status(self, name: str, *args: Any) -> int:
@@ -47,7 +49,7 @@ class Driver:
         return int(function(*args))
 
     def call(self, name: str, *args: Any) -> None:
-        """Calls a function of the driver. Raises `CudaError` with the name of what it returned, unless that is success."""
+        """Calls a function of the driver. Raises `CudaError` with the name of any status but success."""
         status = self.status(name, *args)
         if status != 0:
             raise CudaError(f"{name}: {self._name_of(status)}")
@@ -94,7 +96,8 @@ class Device:
         if uuid not in seen:
             names = ", ".join(seen) or "none"
             raise CudaError(
-                f"the pd_buffer is on {uuid}, and this process sees {names}; let CUDA_VISIBLE_DEVICES name it here as well"
+                f"the pd_buffer is on {uuid}, and this process sees {names}; let CUDA_VISIBLE_DEVICES name it here as "
+                "well"
             )
         return Device(seen.index(uuid))
 

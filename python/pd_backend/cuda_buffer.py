@@ -15,9 +15,9 @@ from .messages import Attached, DeviceBuffer, ReadyChunk, StagedSlot
 class CudaBuffer:
     """A daemon's buffer in GPU memory.
 
-    Unlike that of a buffer in host memory, a view does not keep the memory: `close` gives it back at once, because as long
-    as it is open here the GPU keeps it, also when the daemon has ended. Whoever still has a view, or a tensor made from
-    one, must not use it then.
+    Unlike that of a buffer in host memory, a view does not keep the memory: `close` gives it back at once, because as
+    long as it is open here the GPU keeps it, also when the daemon has ended. Whoever still has a view, or a tensor made
+    from one, must not use it then.
     """
 
     def __init__(self, handle: DeviceBuffer, *, writable: bool) -> None:
@@ -38,8 +38,8 @@ class CudaBuffer:
             self._mapping: _Mapping | None = _Mapping.acquire(self.device, handle)
         except CudaError as error:
             raise MappingError(
-                f"cannot open {handle.len_bytes} bytes of process {handle.pid} on {handle.device}: {error.text}; the daemon "
-                "must be alive and another process, on a GPU that this process sees"
+                f"cannot open {handle.len_bytes} bytes of process {handle.pid} on {handle.device}: {error.text}; the "
+                "daemon must be alive and another process, on a GPU that this process sees"
             ) from error
         self._offset_bytes = handle.offset_bytes
 
@@ -117,8 +117,8 @@ class CudaView:
     def torch(self, dtype: Any = None) -> Any:
         """A torch tensor of these bytes, without copying: of uint8, or reinterpreted as `dtype`.
 
-        The tensor does not keep the memory: use it before the slot is sent, or the lease released. That of a receiver is
-        to be read; torch knows no read-only tensors.
+        The tensor does not keep the memory: use it before the slot is sent, or the lease released. That of a receiver
+        is to be read; torch knows no read-only tensors.
         """
         import torch
 

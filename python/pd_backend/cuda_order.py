@@ -39,12 +39,13 @@ class StreamOrder:
         self._free, self._told = [], deque()
 
     def _take(self) -> Event:
-        # An event that the GPU has passed can be recorded again: for a daemon that has not looked yet it then stands for
-        # more than it has to, never for less.
+        # An event that the GPU has passed can be recorded again: for a daemon that has not looked yet it then stands
+        # for more than it has to, never for less.
         while self._told and self._told[0].is_done():
             self._free.append(self._told.popleft())
         if self._free:
             return self._free.pop()
         if len(self._told) >= WAITING_MAX:
-            raise RequestRefused(Kind.LIMIT, f"{WAITING_MAX} messages wait for the engine's stream: let it get on first")
+            text = f"{WAITING_MAX} messages wait for the engine's stream: let it get on first"
+            raise RequestRefused(Kind.LIMIT, text)
         return Event(self._device)

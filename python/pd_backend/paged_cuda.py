@@ -1,8 +1,8 @@
 """Copies between an engine's paged KV on a GPU and chunk slots: one kernel for a chunk, all its layers and blocks.
 
-The slot holds `[layers][blocks of the chunk][bytes of a block]`. A layer keeps its blocks at any stride, and the bytes of a
-block in any number of equal dense runs; where each is stands in small tables on the GPU. Needs torch and Triton, which comes
-with torch for CUDA. Nothing here waits: the copies are on torch's current stream.
+The slot holds `[layers][blocks of the chunk][bytes of a block]`. A layer keeps its blocks at any stride, and the bytes
+of a block in any number of equal dense runs; where each is stands in small tables on the GPU. Needs torch and
+Triton, which comes with torch for CUDA. Nothing here waits: the copies are on torch's current stream.
 """
 
 from __future__ import annotations
@@ -88,12 +88,18 @@ class BlockTable:
 
 
 def copy_blocks(
-    to_slot: bool, table: BlockTable, block_ids: torch.Tensor, slot: torch.Tensor, layers: range, first_block: int, blocks: int
+    to_slot: bool,
+    table: BlockTable,
+    block_ids: torch.Tensor,
+    slot: torch.Tensor,
+    layers: range,
+    first_block: int,
+    blocks: int,
 ) -> None:
     """Copies whole blocks to the slot of a chunk, or from it, by one kernel on torch's current stream.
 
-    `block_ids`: int64, on the GPU, those of the chunk from `first_block` on. `slot`: all bytes of a chunk of `blocks` blocks, at
-    a multiple of the table's word.
+    `block_ids`: int64, on the GPU, those of the chunk from `first_block` on. `slot`: all bytes of a chunk of `blocks`
+    blocks, at a multiple of the table's word.
     """
     if len(block_ids) == 0 or len(layers) == 0:
         return

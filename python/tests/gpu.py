@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
+import shutil
 import subprocess
 import tempfile
 from dataclasses import dataclass, fields
@@ -50,6 +52,8 @@ def stand_in() -> Path:
     # A process that a test starts shares the test's GPU.
     given = os.environ.get("PD_FAKE_CUDA_DIR")
     state = Path(given or tempfile.mkdtemp(prefix="pd-fake-cuda-"))
+    if not given:
+        atexit.register(shutil.rmtree, state, ignore_errors=True)
     os.environ.pop("CUDA_VISIBLE_DEVICES", None)
     os.environ.update(PD_FAKE_CUDA_DIR=str(state), PD_FAKE_CUDA_DEVICES="2")
     # Later a look for libcuda.so.1 finds the one that is loaded already.
@@ -71,7 +75,7 @@ def gpu(ordinal: int = 0) -> Device:
         stand_in()
     uuids = driver().uuids()
     if ordinal >= len(uuids):
-        pytest.skip(f"needs {ordinal + 1} GPUs, this machine has {len(uuids)}: run without PD_TEST_GPU for the stand-in's")
+        pytest.skip(f"needs {ordinal + 1} GPUs, here are {len(uuids)}: run without PD_TEST_GPU for the stand-in's")
     return Device.of_uuid(uuids[ordinal])
 
 

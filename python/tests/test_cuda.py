@@ -1,5 +1,5 @@
-"""Buffers in GPU memory, in the processes that they are for. Without a GPU on the stand-in for libcuda; PD_TEST_GPU=1 runs
-them on the machine's own (scripts/gpu-check does)."""
+"""Buffers in GPU memory, in the processes that they are for. Without a GPU on the stand-in for libcuda; PD_TEST_GPU=1
+runs them on the machine's own (scripts/gpu-check does)."""
 
 import json
 import os
@@ -11,7 +11,16 @@ import pytest
 
 from conftest import CHUNK_BYTES, CHUNK_TOKENS, LAYOUT, TOP, binary, nixl_found
 from gpu import REAL, Engine, counts, environment, gpu, stand_in, stand_in_only
-from pd_backend import CudaBuffer, DaemonGone, DaemonStartError, MappingError, RequestFailed, RequestRefused, SendPart, SenderClient
+from pd_backend import (
+    CudaBuffer,
+    DaemonGone,
+    DaemonStartError,
+    MappingError,
+    RequestFailed,
+    RequestRefused,
+    SenderClient,
+    SendPart,
+)
 from pd_backend import messages as m
 from test_end_to_end import content, eventually, keys_of, open_request
 
@@ -76,7 +85,8 @@ def ship(pair, name, data):
 @pytest.mark.parametrize("receiver_sets", [GPU, HOST], ids=["to gpu", "to host"])
 @pytest.mark.parametrize("sender_sets", [GPU, HOST], ids=["gpu", "host"])
 def test_chunks_arrive_whatever_memory_either_end_has(start_gpu_pair, sender_sets, receiver_sets):
-    # Broken in production: a prefill worker with its buffer on a GPU cannot serve a decode worker with one in host memory.
+    # Broken in production: a prefill worker with its buffer on a GPU cannot serve a decode worker with one in host
+    # memory.
     pair = start_gpu_pair(sender_sets, receiver_sets)
     for round in range(3):
         ship(pair, f"r{round}", content(round, 5, 7))
@@ -183,7 +193,8 @@ def test_a_slot_that_is_given_up_is_nobodys_until_the_engine_has_written_it(star
 
 
 def test_requests_in_any_order_keep_their_bytes(start_gpu_pair):
-    # Broken in production: somewhere between cancelled prefills, late kernels and reused slots a prompt gets another's bytes.
+    # Broken in production: somewhere between cancelled prefills, late kernels and reused slots a prompt gets another's
+    # bytes.
     pair = start_gpu_pair(sender_slots=3, receiver_slots=3)
     rng = np.random.default_rng(int(os.environ.get("PD_TEST_SEED", "1")))
     with Engine(gpu(), CHUNK_BYTES) as prefill, Engine(gpu(), CHUNK_BYTES) as decode:
@@ -249,10 +260,12 @@ def test_views_say_what_they_are_and_end_with_the_buffer(start_gpu_pair):
 
 
 def test_torch_fills_and_reads_slots_without_copying(start_gpu_pair):
-    # Broken in production: the engine fills a copy of the slot, or is not waited for because it is on torch's own stream.
-    torch = pytest.importorskip("torch", reason="no torch: scripts/gpu-check with PYTHON that has it, on a machine with a GPU")
+    # Broken in production: the engine fills a copy of the slot, or is not waited for because it is on torch's own
+    # stream.
+    how = "needs torch for CUDA, and a GPU: scripts/gpu-check with a PYTHON that has it"
+    torch = pytest.importorskip("torch", reason=how)
     if not REAL or not torch.cuda.is_available():
-        pytest.skip("needs torch for CUDA and a GPU: scripts/gpu-check with PYTHON that has it")
+        pytest.skip(how)
     pair = start_gpu_pair()
     stream = torch.cuda.Stream()
     for round in range(3):
@@ -317,8 +330,8 @@ def test_killed_and_restarted_daemons_leave_no_memory_taken(start_gpu_pair):
 
 
 def test_a_client_that_dies_with_work_in_flight_costs_nobody_anything(start_gpu_pair):
-    # Broken in production: a prefill worker that crashes leaves a transfer waiting for an event that never comes, and its
-    # daemon a slot short.
+    # Broken in production: a prefill worker that crashes leaves a transfer waiting for an event that never comes, and
+    # its daemon a slot short.
     pair = start_gpu_pair(sender_slots=2)
     code = """
 import os, sys
@@ -365,7 +378,8 @@ def refused_start(role, sets, env, tmp_path):
             [*command, *more], env={**os.environ, **env}, capture_output=True, text=True, timeout=30, check=False
         )
         assert "panicked" not in ended.stderr, ended.stderr
-        said.append((ended.returncode, [line.split("ERROR", 1)[1] for line in ended.stderr.splitlines() if "ERROR" in line]))
+        errors = [line.split("ERROR", 1)[1] for line in ended.stderr.splitlines() if "ERROR" in line]
+        said.append((ended.returncode, errors))
     return said
 
 
@@ -431,7 +445,8 @@ def test_a_gpu_that_is_lost_is_named_by_what_fails(start_gpu_pair):
 
 
 def test_two_gpus_of_a_host_are_one_copy_apart(start_gpu_pair):
-    # Broken in production: a sender on one GPU and a receiver on another do not find each other, or go through the host.
+    # Broken in production: a sender on one GPU and a receiver on another do not find each other, or go through the
+    # host.
     gpu(1)
     pair = start_gpu_pair(receiver_sets=("pd_buffer_device=cuda:1",))
     data = content(9, 3, 5)
@@ -477,7 +492,8 @@ def test_a_gpu_that_cannot_be_reached_is_refused_at_the_handshake(start_gpu_pair
 
 @stand_in_only
 def test_host_memory_meets_a_gpu_without_a_driver_by_name(start_gpu_pair):
-    # Broken in production: a prefill worker without a GPU is told that a handle is bad, and nobody knows what to change.
+    # Broken in production: a prefill worker without a GPU is told that a handle is bad, and nobody knows what to
+    # change.
     pair = start_gpu_pair(HOST, GPU, env={"CUDA_VISIBLE_DEVICES": "-1"}, receiver_env=environment())
     with pytest.raises(RequestRefused) as caught:
         open_request(pair, "r", 1)

@@ -16,7 +16,7 @@ torch = pytest.importorskip(
 ON_GPU = torch.cuda.is_available()
 if not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # Read when the kernel is defined.
-pytest.importorskip("triton", reason="no Triton: `pip install triton` beside torch, which needs no GPU for its interpreter")
+pytest.importorskip("triton", reason="no Triton: `pip install triton` beside torch; its interpreter needs no GPU")
 
 from pd_backend import paged_cuda
 
@@ -99,7 +99,8 @@ def test_some_layers_and_some_blocks_leave_the_rest_alone():
     for layer in range(4):
         for place in range(5):
             written = layer in (1, 2) and place >= 3
-            wanted = block_of(layer, [8, 6][place - 3]) if written else torch.zeros(64, dtype=torch.uint8, device=DEVICE)
+            nothing = torch.zeros(64, dtype=torch.uint8, device=DEVICE)
+            wanted = block_of(layer, [8, 6][place - 3]) if written else nothing
             assert torch.equal(cut[layer, place], wanted), f"layer {layer}, block {place}"
     copies.gather([], slot, range(4), 0, 5)
     copies.gather([1], slot, range(2, 2), 0, 5)

@@ -1,5 +1,5 @@
-//! Transfers whose bytes a GPU is still writing, and messages about slots that it still uses: they wait for an event of the
-//! engine's process, and nobody waits for them.
+//! Transfers whose bytes a GPU is still writing, and messages about slots that it still uses: they wait for an event of
+//! the engine's process, and nobody waits for them.
 
 use std::time::{Duration, Instant};
 
@@ -10,7 +10,8 @@ use crate::ids::{ByteCopy, ConnectionId, Failure, FailureKind, IpcHandle, Transf
 /// that is a moment later.
 pub(super) const WRITER_GONE_AFTER: Duration = Duration::from_secs(1);
 
-/// How many events are asked for at a time: each question costs about a microsecond of the thread that moves everything.
+/// How many events are asked for at a time: each question costs about a microsecond of the thread that moves
+/// everything.
 const LOOKS_MAX: usize = 64;
 
 /// A transfer as it will be posted.

@@ -292,8 +292,8 @@ impl SenderDaemon {
         }
     }
 
-    /// Of a process that dies the socket closes before its GPU context is torn down: what it had put on its streams may be
-    /// written to its slots until then, so that nobody else gets them.
+    /// Of a process that dies the socket closes before its GPU context is torn down: what it had put on its streams may
+    /// be written to its slots until then, so that nobody else gets them.
     fn on_client_gone(&mut self, now: Instant, client: ClientId) {
         match &**self.manager.memory() {
             Memory::Host(_) => self.forget_client(now, client),

@@ -3,8 +3,8 @@
 //
 // "Device memory" is a memfd. Its device pointer is an address that nothing may touch (PROT_NONE), so that a process
 // that dereferences one dies, as with a GPU; copies go through a second mapping. Streams are threads that work late, so
-// that a missing wait shows as wrong bytes. What processes share (who holds which allocation, events, counters) is in the
-// file `state` of the folder PD_FAKE_CUDA_DIR.
+// that a missing wait shows as wrong bytes. What processes share (who holds which allocation, events, counters) is in
+// the file `state` of the folder PD_FAKE_CUDA_DIR.
 
 #include <fcntl.h>
 #include <signal.h>
@@ -46,7 +46,7 @@ enum : Status {
 
 namespace {
 
-// ---- the environment -------------------------------------------------------------------------------------------------
+// ---- the environment ----------------------------------------------------------------------------------------------
 
 const char *text_of(const char *name) {
   const char *value = getenv(name);
@@ -87,7 +87,7 @@ std::vector<int> visible_devices() {
   return devices;
 }
 
-// ---- what processes share --------------------------------------------------------------------------------------------
+// ---- what processes share -----------------------------------------------------------------------------------------
 
 enum Kind { HOST_TO_DEVICE, DEVICE_TO_HOST, DEVICE_TO_DEVICE, PEER_TO_PEER, KINDS };
 
@@ -190,7 +190,7 @@ Shared &shared = *new Shared;
 
 uint64_t total_bytes() { return number_of("PD_FAKE_CUDA_TOTAL_BYTES", 1ull << 30); }
 
-// ---- memory ----------------------------------------------------------------------------------------------------------
+// ---- memory -------------------------------------------------------------------------------------------------------
 
 struct Allocation {
   DevicePointer base = 0;
@@ -241,7 +241,7 @@ bool is_registered(const void *pointer, uint64_t bytes) {
   return start + bytes <= range->first + range->second;
 }
 
-// ---- streams ---------------------------------------------------------------------------------------------------------
+// ---- streams ------------------------------------------------------------------------------------------------------
 
 struct Stream {
   int device = 0;
@@ -340,7 +340,7 @@ void synchronize_device(int device) {
   for (Stream *stream : all) stream->wait_all();
 }
 
-// ---- events ----------------------------------------------------------------------------------------------------------
+// ---- events -------------------------------------------------------------------------------------------------------
 
 struct Event {
   SharedEvent *record;
@@ -348,7 +348,7 @@ struct Event {
   bool ours;
 };
 
-// ---- handles that travel ---------------------------------------------------------------------------------------------
+// ---- handles that travel ------------------------------------------------------------------------------------------
 
 struct MemoryHandle {
   uint32_t magic;
@@ -366,7 +366,7 @@ struct EventHandle {
 static_assert(sizeof(MemoryHandle) == 64 && sizeof(EventHandle) == 64);
 constexpr uint32_t MEMORY_MAGIC = 0x6d656d31, EVENT_MAGIC = 0x65766e31;
 
-// ---- copies ----------------------------------------------------------------------------------------------------------
+// ---- copies -------------------------------------------------------------------------------------------------------
 
 // In pieces, so that somebody who looks too early sees some of the bytes.
 void copy_slowly(unsigned char *to, const unsigned char *from, uint64_t bytes) {
@@ -471,7 +471,7 @@ const char *name_of(Status status) {
 
 }  // namespace
 
-// ---- the driver and its devices --------------------------------------------------------------------------------------
+// ---- the driver and its devices -----------------------------------------------------------------------------------
 
 API Status cuInit(unsigned) {
   if (uint64_t status = number_of("PD_FAKE_CUDA_INIT", 0)) return Status(status);
@@ -562,7 +562,7 @@ API Status cuCtxSynchronize() {
   return SUCCESS;
 }
 
-// ---- memory ----------------------------------------------------------------------------------------------------------
+// ---- memory -------------------------------------------------------------------------------------------------------
 
 API Status cuMemGetInfo_v2(size_t *free, size_t *total) {
   CHECK(ready_with_context());
@@ -643,7 +643,7 @@ API Status cuMemHostUnregister(void *pointer) {
   return registered.erase(reinterpret_cast<uint64_t>(pointer)) ? SUCCESS : HOST_MEMORY_NOT_REGISTERED;
 }
 
-// ---- sharing memory --------------------------------------------------------------------------------------------------
+// ---- sharing memory -----------------------------------------------------------------------------------------------
 
 API Status cuIpcGetMemHandle(MemoryHandle *handle, DevicePointer pointer) {
   CHECK(ready_with_context());
@@ -716,7 +716,7 @@ API Status cuIpcCloseMemHandle(DevicePointer pointer) {
   return SUCCESS;
 }
 
-// ---- streams and events ----------------------------------------------------------------------------------------------
+// ---- streams and events -------------------------------------------------------------------------------------------
 
 API Status cuStreamCreate(Stream **stream, unsigned flags) {
   CHECK(ready_with_context());
@@ -825,7 +825,7 @@ API Status cuStreamWaitEvent(Stream *stream, Event *event, unsigned) {
   return SUCCESS;
 }
 
-// ---- copies ----------------------------------------------------------------------------------------------------------
+// ---- copies -------------------------------------------------------------------------------------------------------
 
 API Status cuMemcpyDtoDAsync_v2(DevicePointer to, DevicePointer from, size_t bytes, Stream *stream) {
   CHECK(ready_with_context());
@@ -868,7 +868,7 @@ API Status cuMemsetD8Async(DevicePointer to, unsigned char byte, size_t bytes, S
   return fill(to, byte, bytes, stream);
 }
 
-// ---- for tests -------------------------------------------------------------------------------------------------------
+// ---- for tests ----------------------------------------------------------------------------------------------------
 
 // Copies and bytes by kind (host to device, device to host, on one device, between two), then violations: nine numbers.
 API Status fakeCudaCounts(uint64_t *out) {

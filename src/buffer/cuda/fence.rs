@@ -17,7 +17,8 @@ pub struct Fences {
 }
 
 impl Fences {
-    /// How many are kept open. An engine has some dozens; a client that makes a new one for each send has others closed.
+    /// How many are kept open. An engine has some dozens; a client that makes a new one for each send has others
+    /// closed.
     const OPEN_MAX: usize = 4096;
 
     /// None yet. Events are of one device: that of the memory whose writes they stand for.

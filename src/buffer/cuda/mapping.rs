@@ -7,8 +7,8 @@ use super::driver::Place;
 use super::{CudaDevice, CudaHandle};
 use crate::buffer::BufferError;
 
-/// The memory that a [`CudaHandle`] names. While it is open the GPU keeps the memory, also when its owner has ended: so it
-/// is closed as soon as the owner is known to be gone.
+/// The memory that a [`CudaHandle`] names. While it is open the GPU keeps the memory, also when its owner has ended: so
+/// it is closed as soon as the owner is known to be gone.
 #[derive(Debug)]
 pub struct CudaMapping {
     /// In whose context it is open: the memory's own, or one that reaches it.
@@ -21,8 +21,8 @@ impl CudaMapping {
     /// Opens it for copies by `device`.
     ///
     /// # Errors
-    /// [`BufferError::OtherDevice`] when `device` cannot reach it; [`BufferError::OpenDevice`] when its process is gone,
-    /// or is this one; [`BufferError::DeviceLost`].
+    /// [`BufferError::OtherDevice`] when `device` cannot reach it; [`BufferError::OpenDevice`] when its process is
+    /// gone, or is this one; [`BufferError::DeviceLost`].
     pub fn open(device: Arc<CudaDevice>, handle: &CudaHandle) -> Result<Self, BufferError> {
         let refuse = |reason: String| BufferError::OpenDevice {
             pid: handle.pid,

@@ -76,7 +76,8 @@ impl Drop for CopyStream {
     }
 }
 
-/// Copies between two memories that end together. Both are kept until they have ended: dropped before, it waits for them.
+/// Copies between two memories that end together. Both are kept until they have ended: dropped before, it waits for
+/// them.
 #[derive(Debug)]
 pub struct CopyBatch {
     stream: Arc<CopyStream>,
@@ -146,8 +147,8 @@ impl Drop for CopyBatch {
     }
 }
 
-/// Another process's host memory, with as much of it as there is pinned where the driver can do that: copies by a device
-/// go on by themselves then, and hold up the calling thread otherwise.
+/// Another process's host memory, with as much of it as there is pinned where the driver can do that: copies by a
+/// device go on by themselves then, and hold up the calling thread otherwise.
 #[derive(Debug)]
 pub struct PinnedHost {
     mapping: HostMapping,

@@ -21,8 +21,8 @@ use crate::transfer::{
 /// What one `poll` copies at most: a fraction of a millisecond, so that transfers take turns and a disconnect is not
 /// waited for. From 2 to 64 MiB it makes no difference to the speed; 1 MiB costs some percent.
 const POLL_LEN_BYTES_MAX: u64 = 4 * 1024 * 1024;
-/// What a process had put on a GPU is torn down with its context, which belongs to its end; a second is for a driver that
-/// takes longer.
+/// What a process had put on a GPU is torn down with its context, which belongs to its end; a second is for a driver
+/// that takes longer.
 const DEVICE_LINGER: Duration = Duration::from_secs(1);
 
 /// Copies into memory of other processes of the same user on the same host.

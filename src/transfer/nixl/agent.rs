@@ -37,8 +37,8 @@ struct Buffer {
     memory: Arc<Memory>,
 }
 
-/// Where peers write to warm their connections, and what we write to warm ours: memory of the buffer's kind, since what is
-/// warmed is the way between two memories.
+/// Where peers write to warm their connections, and what we write to warm ours: memory of the buffer's kind, since what
+/// is warmed is the way between two memories.
 struct Scratch {
     _registration: RegistrationHandle,
     address: u64,

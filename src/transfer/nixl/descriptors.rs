@@ -31,8 +31,8 @@ pub(super) struct BufferDescriptor {
     pub(super) memory_type: u32,
     /// The length that most copies have.
     pub(super) unit_bytes: u64,
-    /// Memory of the same kind, of [`SCRATCH_LEN_BYTES`], that nobody reads: where peers write to warm their connection. LMCache's
-    /// peers have none.
+    /// Memory of the same kind, of [`SCRATCH_LEN_BYTES`], that nobody reads: where peers write to warm their
+    /// connection. LMCache's peers have none.
     pub(super) scratch_address: Option<u64>,
 }
 

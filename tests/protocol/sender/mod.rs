@@ -237,8 +237,8 @@ fn a_failure_can_be_acknowledged_before_its_transfers_have_ended() {
 
 #[test]
 fn what_waits_for_a_gpu_is_given_up_with_its_request_and_keeps_its_slot_until_then() {
-    // Broken in production: after a cancelled prefill its last kernel writes into a slot that is another request's by now;
-    // or a client that died keeps its slots for ever.
+    // Broken in production: after a cancelled prefill its last kernel writes into a slot that is another request's by
+    // now; or a client that died keeps its slots for ever.
     let mut bench = Bench::new();
     let seq = bench.open("r");
     bench.grant(seq, 7);
