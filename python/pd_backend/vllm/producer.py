@@ -308,9 +308,7 @@ class ProducerWorker:
         request = self._requests.get(request_id)
         if request is None:
             return
-        for index, chunk in request.chunks.items():
-            chunk.block_ids = []
-            request.spare[index] = chunk
+        request.spare.update(request.chunks)
         request.chunks = {}
 
     def _drop(self, request_id: str) -> None:
