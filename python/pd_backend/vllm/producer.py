@@ -90,6 +90,8 @@ class ProducerWorker:
         #: Requests of which chunks are being computed in this step.
         self._current: list[_Request] = []
         self._outcomes = SendOutcomes()
+        # Now, and not in the step of the first request: a large buffer takes a while to map.
+        self._attached()
 
     # ---- hooks of a step, in their order
     # ---------------------------------------------------------------------------------
