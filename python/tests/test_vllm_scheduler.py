@@ -99,6 +99,9 @@ class TestProducer:
         scheduler.allocated(request(512))
         resumed = scheduler.build(output(cached=[("a", [7, 8, 9, 5], 0, 512)], resumed=["a"]))
         assert (resumed.plans, told(resumed)) == ([], [(0, [7, 8]), (1, [9, 5])])
+        # Preempted and resumed within one step, which vLLM tells as the second alone.
+        again = scheduler.build(output(cached=[("a", [1, 2, 3, 4], 0, 512)], resumed=["a"]))
+        assert told(again) == [(0, [1, 2]), (1, [3, 4])]
 
     def test_blocks_are_kept_until_every_rank_has_copied_them(self) -> None:
         # Broken in production: blocks are freed, and overwritten, while their chunks wait for slots.

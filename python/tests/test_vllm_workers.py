@@ -193,7 +193,12 @@ def test_layers_are_pushed_as_they_are_computed(pair: Callable[..., Pair]) -> No
     while not any(chunk.slot for request in both.producer._requests.values() for chunk in request.chunks.values()):
         assert time.monotonic() < deadline
         both.producer._poll()
-    for name in NAMES[:3]:
+    # A layer whose predecessors were not seen counts for nothing.
+    both.producer.layer_computed(NAMES[1])
+    both.producer.layer_computed("a layer without KV")
+    both.producer.layer_computed(NAMES[0])
+    assert both.source.gathered == []
+    for name in NAMES[1:3]:
         both.producer.layer_computed(name)
     # The layer that is not computed yet changes; those that are pushed do not any more.
     both.source.kv[3] += 1
@@ -405,6 +410,15 @@ def test_dropped_and_unneeded_loads_leave_nothing(pair: Callable[..., Pair]) -> 
     both.consumer.begin_step(ConsumerStep(announced=[("b", "router-b")]))
     both.consumer.begin_step(ConsumerStep(dropped=["b"]))
     assert both.consumer.progress() == (set(), set())
+    # Given up when its chunks have just come.
+    both.produce(ProducerStep(plans=[both.plan("d", tokens)], chunks=[ChunkBlocks("d", 0, [0, 1])], finishing=["d"]))
+    assert both.ended("d") is None
+    both.consumer.begin_step(ConsumerStep(announced=[("d", "router-d")]))
+    arriving = both.consumer._requests["d"].arriving
+    deadline = time.monotonic() + 10
+    while not arriving.done():
+        assert time.monotonic() < deadline
+    both.consumer.begin_step(ConsumerStep(dropped=["d"]))
     # Not needed, but sent.
     both.consumer.begin_step(ConsumerStep(announced=[("c", "router-c")]))
     both.consumer.begin_step(ConsumerStep(unneeded=["c"]))

@@ -62,6 +62,8 @@ class ConsumerWorker:
         self._failed_blocks: set[int] = set()
         self._moved_to: str | None = None
         self._idle = False
+        # Now, and not in the step of the first request: a large buffer takes a while to map.
+        self._attached()
 
     # ---- hooks of a step, in their order
     # ---------------------------------------------------------------------------------

@@ -90,6 +90,8 @@ class ProducerWorker:
         #: Requests of which chunks are being computed in this step.
         self._current: list[_Request] = []
         self._outcomes = SendOutcomes()
+        # Now, and not in the step of the first request: a large buffer takes a while to map.
+        self._attached()
 
     # ---- hooks of a step, in their order
     # ---------------------------------------------------------------------------------
@@ -308,9 +310,7 @@ class ProducerWorker:
         request = self._requests.get(request_id)
         if request is None:
             return
-        for index, chunk in request.chunks.items():
-            chunk.block_ids = []
-            request.spare[index] = chunk
+        request.spare.update(request.chunks)
         request.chunks = {}
 
     def _drop(self, request_id: str) -> None:
