@@ -349,8 +349,13 @@ impl SenderSession {
         self.note_debt(peer);
         self.end_stock(peer);
         self.note(Note::PeerDown { address: address.clone(), failure: failure.clone() });
+        // Whoever noticed may know one of its ports alone.
+        let told = match failure.text.contains(&address.to_string()) {
+            true => failure,
+            false => Failure::new(failure.kind, format!("receiver {address}: {}", failure.text)),
+        };
         for uid in self.requests_of(peer) {
-            self.fail(uid, failure.clone());
+            self.fail(uid, told.clone());
         }
         self.timers.cancel(&Timer::Handshake(peer));
         self.timers.cancel(&Timer::Ping(peer));

@@ -33,6 +33,20 @@ fn a_request_is_opened_with_slots_for_what_it_has_to_send() {
 }
 
 #[test]
+fn a_request_learns_which_receiver_has_gone() {
+    // Broken in production: a failed request names the port of a socket, and nobody knows which decode worker that was.
+    let mut bench = Bench::new();
+    let seq = bench.open("r");
+    bench.grant(seq, 7);
+    let peer = *bench.opened.last().unwrap();
+    let reason = Failure::new(FailureKind::PeerLost, "tcp://r:2 is gone: the connection is closed");
+    bench.session.handle_peer_closed(bench.now, peer, reason);
+    bench.pump();
+    let [Event::Failed { failure, .. }] = bench.events.as_slice() else { panic!("{:?}", bench.events) };
+    assert_eq!(failure.text, "receiver r:1/2: tcp://r:2 is gone: the connection is closed");
+}
+
+#[test]
 fn opening_with_slots_takes_none_from_those_who_wait() {
     // Broken in production: a long request waits for slots until its deadline while short ones take each that comes free.
     let mut bench = Bench::new();
