@@ -4,8 +4,9 @@ use std::collections::BTreeMap;
 
 use super::engine_thread::{Command, EngineThread};
 use super::error::RuntimeError;
+use crate::buffer::Memory;
 use crate::connector::message::Request;
-use crate::ids::{ClientId, IpcHandle};
+use crate::ids::{ClientId, Failure, FailureKind, Seq};
 
 /// Most messages that are held: an engine has as many as it has leases and cancelled requests, not this many.
 const HELD_MAX: usize = 16_384;
@@ -18,38 +19,55 @@ pub(super) struct Held {
 }
 
 impl Held {
-    /// Whether nothing more is held.
-    pub(super) fn is_full(&self) -> bool {
-        self.messages.len() >= HELD_MAX
-    }
-
-    /// Keeps a message until the GPU has passed an event, which the engine reports by a ticket.
-    pub(super) fn keep<P: Send + 'static>(
+    /// A message that speaks of nothing else than now; none when it is held until the engine reports its ticket.
+    ///
+    /// # Errors
+    /// Which cannot be held, and why.
+    pub(super) fn admit<P: Send + 'static>(
         &mut self,
         client: ClientId,
-        message: Request,
-        after: IpcHandle,
+        mut message: Request,
+        memory: &Memory,
         engine: &EngineThread<P>,
-    ) -> Result<(), RuntimeError> {
+    ) -> Result<Option<Request>, (Seq, Failure)> {
+        let Some(after) = message.take_after() else { return Ok(Some(message)) };
+        if matches!(memory, Memory::Host(_)) {
+            return Err((message.id(), no_event_here()));
+        }
+        if self.messages.len() >= HELD_MAX {
+            let text =
+                "too many messages wait for events that no GPU has passed; let the engine's streams get on first";
+            return Err((message.id(), Failure::new(FailureKind::Limit, text)));
+        }
         self.tickets += 1;
         self.messages.insert(self.tickets, (client, message));
-        engine.send(Command::Await { ticket: self.tickets, after })
+        note_end(engine.send(Command::Await { ticket: self.tickets, after }));
+        Ok(None)
     }
 
-    /// Its time has come.
+    /// The message of a ticket that the engine has reported.
     pub(super) fn take(&mut self, ticket: u64) -> Option<(ClientId, Request)> {
         self.messages.remove(&ticket)
     }
 
     /// What a client that is gone has said counts no more.
-    pub(super) fn forget<P: Send + 'static>(
-        &mut self,
-        client: ClientId,
-        engine: &EngineThread<P>,
-    ) -> Result<(), RuntimeError> {
+    pub(super) fn forget<P: Send + 'static>(&mut self, client: ClientId, engine: &EngineThread<P>) {
         let of_client = self.messages.iter().filter(|(_, (other, _))| *other == client);
         let tickets: Vec<u64> = of_client.map(|(&ticket, _)| ticket).collect();
         self.messages.retain(|_, (other, _)| *other != client);
-        tickets.into_iter().try_for_each(|ticket| engine.send(Command::Unawait { ticket }))
+        note_end(tickets.into_iter().try_for_each(|ticket| engine.send(Command::Unawait { ticket })));
+    }
+}
+
+/// Why an event is refused where there is no GPU.
+pub(super) fn no_event_here() -> Failure {
+    let text = "`after` names an event of a GPU, but this pd_buffer is host memory, which no GPU writes; leave it out";
+    Failure::new(FailureKind::BadRequest, text)
+}
+
+/// An engine's thread that has ended is the daemon's end, as soon as the session asks for something.
+fn note_end(told: Result<(), RuntimeError>) {
+    if let Err(error) = told {
+        tracing::error!(%error, "a message about GPU memory is lost");
     }
 }

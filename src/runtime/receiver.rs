@@ -16,7 +16,7 @@ use super::ports::{PortEvent, Ports, RouteKey};
 use super::ready::ReadyLine;
 use super::setup::Foundation;
 use super::{RunOptions, RuntimeError, identity, notes, process, setup, translate};
-use crate::buffer::{Memory, MemoryManager};
+use crate::buffer::MemoryManager;
 use crate::config::Config;
 use crate::connector::message::{Reply, Request, Status};
 use crate::connector::server::ConnectorEvent;
@@ -246,19 +246,11 @@ impl Daemon for ReceiverDaemon {
 
 impl ReceiverDaemon {
     /// Takes a message in, or keeps it until the GPU has done what it speaks of.
-    fn on_message(&mut self, now: Instant, client: ClientId, mut request: Request) {
-        match request.take_after() {
-            None => self.on_request(now, client, request),
-            Some(_) if matches!(**self.manager.memory(), Memory::Host(_)) => {
-                self.clients.reply(client, &translate::no_event_here(request.id()));
-            }
-            Some(_) if self.held.is_full() => {
-                self.clients.reply(client, &translate::too_many_held(request.id()));
-            }
-            Some(after) => {
-                let kept = self.held.keep(client, request, after, &self.engine);
-                self.note_end_of_engine(kept);
-            }
+    fn on_message(&mut self, now: Instant, client: ClientId, request: Request) {
+        match self.held.admit(client, request, self.manager.memory(), &self.engine) {
+            Ok(Some(request)) => self.on_request(now, client, request),
+            Ok(None) => {}
+            Err((id, failure)) => self.clients.reply(client, &translate::error(id, failure, None)),
         }
     }
 
@@ -271,16 +263,8 @@ impl ReceiverDaemon {
     }
 
     fn forget_client(&mut self, now: Instant, client: ClientId) {
-        let forgotten = self.held.forget(client, &self.engine);
-        self.note_end_of_engine(forgotten);
+        self.held.forget(client, &self.engine);
         self.session.handle_client_gone(now, client);
-    }
-
-    /// An engine's thread that has ended is the daemon's end, as soon as the session asks for something.
-    fn note_end_of_engine(&self, told: Result<(), RuntimeError>) {
-        if let Err(error) = told {
-            tracing::error!(%error, "a message about GPU memory is lost");
-        }
     }
 
     fn on_request(&mut self, now: Instant, client: ClientId, request: Request) {

@@ -8,7 +8,7 @@ use super::clients::Clients;
 use super::driver::{self, Daemon, OUTPUTS_AT_ONCE};
 use super::engine_thread::{Command, EngineEvent, EngineThread};
 use super::fenced::WRITER_GONE_AFTER;
-use super::held::Held;
+use super::held::{Held, no_event_here};
 use super::http::HttpServer;
 use super::inquiry::inquiry;
 use super::lifecycle::{self, Stop};
@@ -268,19 +268,11 @@ impl Daemon for SenderDaemon {
 
 impl SenderDaemon {
     /// Takes a message in, or keeps it until the GPU has done what it speaks of.
-    fn on_message(&mut self, now: Instant, client: ClientId, mut request: Request) {
-        match request.take_after() {
-            None => self.on_request(now, client, request),
-            Some(_) if matches!(**self.manager.memory(), Memory::Host(_)) => {
-                self.clients.reply(client, &translate::no_event_here(request.id()));
-            }
-            Some(_) if self.held.is_full() => {
-                self.clients.reply(client, &translate::too_many_held(request.id()));
-            }
-            Some(after) => {
-                let kept = self.held.keep(client, request, after, &self.engine);
-                self.note_end_of_engine(kept);
-            }
+    fn on_message(&mut self, now: Instant, client: ClientId, request: Request) {
+        match self.held.admit(client, request, self.manager.memory(), &self.engine) {
+            Ok(Some(request)) => self.on_request(now, client, request),
+            Ok(None) => {}
+            Err((id, failure)) => self.clients.reply(client, &translate::error(id, failure, None)),
         }
     }
 
@@ -309,16 +301,8 @@ impl SenderDaemon {
     }
 
     fn forget_client(&mut self, now: Instant, client: ClientId) {
-        let forgotten = self.held.forget(client, &self.engine);
-        self.note_end_of_engine(forgotten);
+        self.held.forget(client, &self.engine);
         self.session.handle_client_gone(now, client);
-    }
-
-    /// An engine's thread that has ended is the daemon's end, as soon as the session asks for something.
-    fn note_end_of_engine(&self, told: Result<(), RuntimeError>) {
-        if let Err(error) = told {
-            tracing::error!(%error, "a message about GPU memory is lost");
-        }
     }
 
     fn on_request(&mut self, now: Instant, client: ClientId, request: Request) {
@@ -344,7 +328,7 @@ impl SenderDaemon {
                 self.session.handle_stage(now, client, id, &req_id, chunks, wait);
             }
             Request::Send { id, after: Some(_), .. } if matches!(**self.manager.memory(), Memory::Host(_)) => {
-                self.clients.reply(client, &translate::no_event_here(id));
+                self.clients.reply(client, &translate::error(id, no_event_here(), None));
             }
             Request::Send { id, req_id, parts, last, after } => {
                 let sending = Sending { parts: &translate::parts(parts), last, after };

@@ -21,18 +21,6 @@ pub(super) fn wrong_daemon(id: Seq, role: &str) -> Reply {
     error(id, Failure::new(FailureKind::BadRequest, text), None)
 }
 
-/// The reply to a `send` that names an event where there is no GPU.
-pub(super) fn no_event_here(id: Seq) -> Reply {
-    let text = "`after` names an event of a GPU, but this pd_buffer is host memory, which no GPU writes; leave it out";
-    error(id, Failure::new(FailureKind::BadRequest, text), None)
-}
-
-/// The reply to a message that would wait for a GPU where too many do.
-pub(super) fn too_many_held(id: Seq) -> Reply {
-    let text = "too many messages wait for events that no GPU has passed; let the engine's streams get on first";
-    error(id, Failure::new(FailureKind::Limit, text), None)
-}
-
 pub(super) fn attached(id: Seq, config: &Config, manager: &MemoryManager) -> Reply {
     Reply::Attached {
         id,

@@ -65,8 +65,7 @@ class ConsumerWorker:
         # Now, and not in the step of the first request: a large buffer takes a while to map.
         self._attached()
 
-    # ---- hooks of a step, in their order
-    # ---------------------------------------------------------------------------------
+    # ---- hooks of a step, in their order ----------------------------------------------------------------------------------
 
     def begin_step(self, step: ConsumerStep) -> None:
         """What has come, what is to be loaded, and what is not needed any more."""
@@ -123,8 +122,7 @@ class ConsumerWorker:
         """The worker ends: its leases go back with its client."""
         self._supervisor.close()
 
-    # ---- towards the daemon
-    # ----------------------------------------------------------------------------------------------
+    # ---- towards the daemon -----------------------------------------------------------------------------------------------
 
     def _attached(self) -> ReceiverClient:
         client = self._supervisor.client()
@@ -215,8 +213,7 @@ class ConsumerWorker:
             except PdError as error:
                 logger.warning("the lease of request %s could not be released: %s", request.req_id, error)
 
-    # ---- ends of requests
-    # ------------------------------------------------------------------------------------------------
+    # ---- ends of requests -------------------------------------------------------------------------------------------------
 
     def _fail(self, request: _Request, plan: ReceivePlan, error: Exception) -> None:
         logger.error("request %s was not loaded: %s", request.req_id or request.request_id, error)

@@ -93,8 +93,7 @@ class ProducerWorker:
         # Now, and not in the step of the first request: a large buffer takes a while to map.
         self._attached()
 
-    # ---- hooks of a step, in their order
-    # ---------------------------------------------------------------------------------
+    # ---- hooks of a step, in their order ----------------------------------------------------------------------------------
 
     def begin_step(self, step: ProducerStep) -> None:
         """Before the forward: what is going to be computed, and what is not any more."""
@@ -181,8 +180,7 @@ class ProducerWorker:
         """The worker ends: what is under way at the daemon ends by the daemon's own rules."""
         self._supervisor.close()
 
-    # ---- towards the daemon
-    # ----------------------------------------------------------------------------------------------
+    # ---- towards the daemon -----------------------------------------------------------------------------------------------
 
     def _attached(self) -> SenderClient:
         client = self._supervisor.client()
@@ -302,8 +300,7 @@ class ProducerWorker:
             request.chunks.clear()
             self._send(request, [])
 
-    # ---- ends of requests
-    # ------------------------------------------------------------------------------------------------
+    # ---- ends of requests -------------------------------------------------------------------------------------------------
 
     def _preempted(self, request_id: str) -> None:
         """The blocks of what was not copied are gone; their slots stay, for when it is computed again."""
