@@ -533,17 +533,19 @@ class ReceiverClient(Client):
             self._wait_of(wait_s),
         )
 
-    def lookup(self, keys: Sequence[str], *, uncommitted: bool = False) -> Lease:
+    def lookup(self, keys: Sequence[str], *, uncommitted: bool = False, fetch: bool = False) -> Lease:
         """Which of these chunks are ready, with a lease on those; `uncommitted` as for `wait`.
 
-        The lease's `granted` has the positions of those that would be ready with it.
+        The lease's `granted` has the positions of those that would be ready with it. `fetch` is for a router that names
+        no requests: those of which every chunk is found need not be kept for a `wait`, which would be told that they
+        were fetched.
         """
-        return self.start_lookup(keys, uncommitted=uncommitted).result()
+        return self.start_lookup(keys, uncommitted=uncommitted, fetch=fetch).result()
 
-    def start_lookup(self, keys: Sequence[str], *, uncommitted: bool = False) -> Pending[Lease]:
+    def start_lookup(self, keys: Sequence[str], *, uncommitted: bool = False, fetch: bool = False) -> Pending[Lease]:
         """As `lookup`, without waiting."""
         return self._start(
-            lambda id: m.Lookup(id=id, keys=list(keys), uncommitted=uncommitted),
+            lambda id: m.Lookup(id=id, keys=list(keys), uncommitted=uncommitted, fetch=fetch),
             m.Found,
             lambda reply: Lease(self, reply.lease, reply.chunks, reply.granted),
         )

@@ -227,6 +227,8 @@ class Lookup(_Message, frozen=True):
     keys: list[str]
     uncommitted: bool = False
     """The caller has heard from the proxy that they are written: what a stock LMCache sender was granted counts as ready."""
+    fetch: bool = False
+    """Nobody will wait for their requests by name: a ready request of which every chunk is found counts as fetched."""
 
 
 class Wait(_Message, frozen=True):

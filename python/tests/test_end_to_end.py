@@ -313,6 +313,21 @@ def test_a_request_is_opened_and_staged_at_once(start_pair, engine):
     check_arrived(pair, "late", [data[0]])
 
 
+def test_a_request_without_a_name_is_fetched_by_its_chunks(start_pair, engine):
+    # Broken in production: with a router that names no requests the receiver's buffer fills with what decode has had.
+    pair = start_pair(engine)
+    data = content(15, 2, 3)
+    ship(pair, "unnamed", data)
+    keys = keys_of("unnamed", 2)
+    with pair.receiver.lookup(keys) as lease:
+        assert None not in lease.chunks
+    assert pair.receiver.status().slots_held == 2, "somebody may wait for it by its name"
+    with pair.receiver.lookup(keys, fetch=True) as lease:
+        for index, expected in enumerate(data):
+            assert np.array_equal(lease.view(index), expected)
+    assert pair.receiver.status().slots_held == 0
+
+
 def test_last_with_bytes_missing_is_refused_and_the_request_goes_on(start_pair, engine):
     # Broken in production: half a chunk is committed, and the decode side computes on garbage.
     pair = start_pair(engine)

@@ -107,6 +107,9 @@ pub enum Request {
         /// ready.
         #[serde(default, skip_serializing_if = "is_false", deserialize_with = "nil_is_left_out")]
         uncommitted: bool,
+        /// Nobody will wait for their requests by name: a ready request of which every chunk is found counts as fetched.
+        #[serde(default, skip_serializing_if = "is_false", deserialize_with = "nil_is_left_out")]
+        fetch: bool,
     },
     /// Receiver: answered by `ready` with a lease on all chunks of the request, or by `error`.
     Wait {

@@ -22,7 +22,7 @@ use crate::connector::message::{Reply, Request, Status};
 use crate::connector::server::ConnectorEvent;
 use crate::ids::{ClientId, Failure};
 use crate::metrics::{Snapshot, Tally};
-use crate::protocol::receiver::{Answer, Note, Output, ReceiverSettings};
+use crate::protocol::receiver::{Answer, Lookup, Note, Output, ReceiverSettings};
 use crate::protocol::{ReceiverSession, Safeguards};
 
 /// The process behind a peer has ended.
@@ -280,8 +280,9 @@ impl ReceiverDaemon {
                 let status = self.status();
                 self.clients.reply(client, &Reply::Status { id, status });
             }
-            Request::Lookup { id, keys, uncommitted } => {
-                self.session.handle_lookup(now, client, id, &keys, uncommitted);
+            Request::Lookup { id, keys, uncommitted, fetch } => {
+                let lookup = Lookup { keys, vouches: uncommitted, fetches: fetch };
+                self.session.handle_lookup(now, client, id, &lookup);
             }
             Request::Wait { id, req_id, wait_ms, uncommitted } => {
                 let wait = translate::wait(wait_ms).map(|wait| wait.min(self.config.deadlines.wait));

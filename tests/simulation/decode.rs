@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use pd_backend::ids::{ChunkKey, ClientId, LeaseId, RequestId, Seq};
-use pd_backend::protocol::receiver::{Answer, ReadyChunk};
+use pd_backend::protocol::receiver::{Answer, Lookup, ReadyChunk};
 use rand::RngExt;
 
 use crate::news::{News, Proc};
@@ -45,7 +45,8 @@ impl World {
         let keys: Vec<ChunkKey> =
             (0..self.plan.keys.min(20)).map(|n| ChunkKey::new(format!("k{n}")).unwrap()).collect();
         let (client, id) = self.reading(at, None, Duration::ZERO);
-        self.receivers[at.index].session.handle_lookup(self.now, client, id, &keys, false);
+        let lookup = Lookup { keys, vouches: false, fetches: false };
+        self.receivers[at.index].session.handle_lookup(self.now, client, id, &lookup);
     }
 
     pub fn reader_cancels(&mut self, at: Proc, request: &RequestId) {

@@ -321,7 +321,7 @@ class _Finder:
                 self._client = ReceiverClient(
                     self._endpoint, name="vllm scheduler", map_buffer=False, reply_timeout_s=_FINDER_REPLY_S
                 )
-            lease = self._client.lookup([self._key(name) for name in hashes])
+            lease = self._client.lookup([self._key(name) for name in hashes], fetch=True)
         except PdError as error:
             logger.warning("chunks are not looked up, and computed here: %s", error)
             self.close()

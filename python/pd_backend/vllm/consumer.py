@@ -152,7 +152,7 @@ class ConsumerWorker:
             if request.req_id is not None:
                 request.arriving = client.start_wait(request.req_id, wait_s=self._receive_wait_s)
             elif request.plan is not None:
-                request.arriving = client.start_lookup(self._keys(request.plan))
+                request.arriving = client.start_lookup(self._keys(request.plan), fetch=True)
         except DaemonGone:
             if request.plan is not None and time.monotonic() - request.began > _RESTART_WAIT_S:
                 raise

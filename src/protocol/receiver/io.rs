@@ -10,6 +10,18 @@ use crate::slot::SlotCounts;
 use crate::wire::Message;
 use crate::wire::message::ProcessIdentity;
 
+/// A reader's question for chunks by their keys.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Lookup {
+    /// Which chunks.
+    pub keys: Vec<ChunkKey>,
+    /// Whether the reader has heard that they are written: also those are ready then that a sender of another make was
+    /// granted.
+    pub vouches: bool,
+    /// Whether nobody will ask for their requests by name: a ready request of which every chunk is found has been fetched.
+    pub fetches: bool,
+}
+
 /// One thing to do.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Output<R> {

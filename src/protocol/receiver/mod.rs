@@ -23,7 +23,7 @@ mod verification;
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 
-pub use io::{Answer, ExpectedChunk, Note, Output, ReadyChunk, ReceiverCounts};
+pub use io::{Answer, ExpectedChunk, Lookup, Note, Output, ReadyChunk, ReceiverCounts};
 
 use self::lost::LostPeers;
 use self::peers::Peer;

@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use super::requests::Stage;
-use super::{Answer, Note, ReadyChunk, ReceiverSession, Timer};
-use crate::ids::{ChunkKey, ClientId, Failure, FailureKind, LeaseId, RequestId, Seq, SlotIndex};
+use super::{Answer, Lookup, Note, ReadyChunk, ReceiverSession, Timer};
+use crate::ids::{ClientId, Failure, FailureKind, LeaseId, RequestId, Seq, SlotIndex};
 use crate::protocol::Port;
 use crate::slot::SlotState;
 use crate::wire::Message;
@@ -65,8 +65,9 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         self.serve_waiters(now, &request);
     }
 
-    /// A reader wants those of `keys` that are ready; if it `vouches`, also those that a sender of another make was granted.
-    pub fn handle_lookup(&mut self, now: Instant, client: ClientId, id: Seq, keys: &[ChunkKey], vouches: bool) {
+    /// A reader wants those chunks that are ready.
+    pub fn handle_lookup(&mut self, now: Instant, client: ClientId, id: Seq, lookup: &Lookup) {
+        let &Lookup { ref keys, vouches, fetches } = lookup;
         if let Err(failure) = self.check_leases(client) {
             return self.answer(client, id, Answer::Failed { failure, peer: None });
         }
@@ -80,12 +81,23 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             self.slots.hold(slot);
         }
         let chunks = slots.into_iter().map(|slot| slot.and_then(|slot| self.ready_chunk(slot))).collect();
+        let fetched = if fetches { self.ready_among(&held) } else { Vec::new() };
         let lease = (!held.is_empty()).then(|| self.open_lease(client, held));
         self.answer(client, id, Answer::Found { lease, chunks, granted });
-        if vouches {
+        for request in &fetched {
+            self.end_fetched(now, request);
+        }
+        if vouches || !fetched.is_empty() {
             // Somebody may have waited for just this.
             self.admit(now);
         }
+    }
+
+    /// Ready requests of which every chunk is among these.
+    fn ready_among(&self, slots: &[SlotIndex]) -> Vec<RequestId> {
+        let found: BTreeSet<SlotIndex> = slots.iter().copied().collect();
+        let all_found = |stage: &Stage| matches!(stage, Stage::Ready { slots, .. } if slots.iter().all(|slot| found.contains(slot)));
+        self.requests.iter().filter(|(_, request)| all_found(&request.stage)).map(|(id, _)| id.clone()).collect()
     }
 
     /// LMCache's question which chunks are held, by page, before it reads them. It takes no lease and never says when it has
@@ -209,17 +221,23 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             return self.serve_waiters(now, id);
         }
         let slots = slots.clone();
-        let after = now.saturating_duration_since(request.since);
-        let instance = request.instance.clone();
         for &slot in &slots {
             self.slots.hold(slot);
         }
         self.waiters.remove(&(client, seq));
         self.timers.cancel(&Timer::Wait(client, seq));
-        self.drop_ready(now, id);
         let chunks = slots.iter().filter_map(|&slot| self.ready_chunk(slot)).collect();
         let lease = self.open_lease(client, slots);
         self.answer(client, seq, Answer::Ready { request: id.clone(), lease, chunks });
+        self.end_fetched(now, id);
+    }
+
+    /// A reader has leases on all chunks of a ready request, which has ended with that.
+    fn end_fetched(&mut self, now: Instant, id: &RequestId) {
+        let Some(request) = self.requests.get(id) else { return };
+        let after = now.saturating_duration_since(request.since);
+        let instance = request.instance.clone();
+        self.drop_ready(now, id);
         self.note(Note::Fetched { request: id.clone(), after });
         let failure =
             Failure::new(FailureKind::Unknown, format!("{id} was fetched already; look its chunks up by key"));

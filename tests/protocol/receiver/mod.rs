@@ -9,11 +9,12 @@ use std::time::Duration;
 use pd_backend::buffer::BufferError;
 use pd_backend::ids::{Checksum, ChecksumMode, ChunkKey, ClientId, FailureKind, GrantId, RequestId, Seq, clip};
 use pd_backend::protocol::Port;
-use pd_backend::protocol::receiver::Answer;
+use pd_backend::protocol::receiver::{Answer, Lookup};
 use pd_backend::wire::Message;
 use pd_backend::wire::message::AllocResponse;
 
 use self::bench::*;
+
 #[test]
 fn a_retry_under_the_same_name_frees_nothing_that_the_first_attempt_still_writes() {
     // Broken in production: a client cancels and opens the same request again, and the slots of the first attempt are
@@ -436,6 +437,31 @@ fn a_wait_ends_by_the_configured_time_and_at_shutdown() {
 }
 
 #[test]
+fn a_request_is_fetched_by_its_chunks_where_nobody_knows_its_name() {
+    // Broken in production: a router names no requests to decode, and their chunks take room until they are too old, while
+    // prefill waits for it.
+    let mut bench = Bench::new(3);
+    for (request, keys) in [("r", &["k0", "k1"][..]), ("s", &["k0", "k2"])] {
+        let (_, answer) = bench.alloc("a", request, keys);
+        bench.commit("a", request, grant_of(&answer));
+    }
+    let keys = |names: &[&str]| names.iter().map(|name| ChunkKey::new(*name).unwrap()).collect::<Vec<_>>();
+    let mut look_up = |id: u64, names: &[&str], fetches: bool| {
+        let lookup = Lookup { keys: keys(names), vouches: false, fetches };
+        bench.session.handle_lookup(bench.now, ClientId(1), Seq(id), &lookup);
+        let Some(Answer::Found { lease: Some(lease), .. }) = answer_of(&mut bench, id) else { panic!("not found") };
+        bench.session.handle_release(bench.now, ClientId(1), Seq(id + 1), lease);
+        bench.drain();
+        bench.session.counts().slots.ready_held
+    };
+    assert_eq!(look_up(10, &["k0", "k1"], false), 3, "another may ask for it by its name");
+    assert_eq!(look_up(20, &["k0"], true), 3, "half of it is not the request");
+    assert_eq!(look_up(30, &["k0", "k1"], true), 2, "the other request needs one of them");
+    assert_eq!(kind_of(wait(&mut bench, 1, "r", None)), Some(FailureKind::Unknown));
+    assert!(matches!(wait(&mut bench, 2, "s", None), Some(Answer::Ready { .. })));
+}
+
+#[test]
 fn leases_are_limited_and_a_request_over_the_limit_stays_ready() {
     // Broken in production: a reader that never releases fills the daemon's memory.
     let mut bench = Bench::new(4);
@@ -443,12 +469,12 @@ fn leases_are_limited_and_a_request_over_the_limit_stays_ready() {
         let (_, answer) = bench.alloc("a", request, &[key]);
         bench.commit("a", request, grant_of(&answer));
     }
-    let key = [ChunkKey::new("k0").unwrap()];
+    let key = Lookup { keys: vec![ChunkKey::new("k0").unwrap()], vouches: false, fetches: false };
     for id in 0..65_536 {
-        bench.session.handle_lookup(bench.now, ClientId(1), Seq(100 + id), &key, false);
+        bench.session.handle_lookup(bench.now, ClientId(1), Seq(100 + id), &key);
     }
     bench.drain();
-    bench.session.handle_lookup(bench.now, ClientId(1), Seq(1), &key, false);
+    bench.session.handle_lookup(bench.now, ClientId(1), Seq(1), &key);
     assert_eq!(kind_of(answer_of(&mut bench, 1)), Some(FailureKind::Limit));
     assert_eq!(kind_of(wait(&mut bench, 2, "s", None)), Some(FailureKind::Limit));
     bench.session.handle_client_gone(bench.now, ClientId(1));

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use pd_backend::ids::{ChunkKey, ClientId, Pages, RequestId, Seq};
 use pd_backend::protocol::Port;
-use pd_backend::protocol::receiver::{Answer, Output};
+use pd_backend::protocol::receiver::{Answer, Lookup, Output};
 use pd_backend::wire::message::{AllocRequest, CacheQueryRequest, CancelNotif, InitRequest, MemRegRequest};
 use pd_backend::wire::{Message, descriptor_list};
 
@@ -93,7 +93,8 @@ fn answer_to(said: &[(&'static str, Message)], route: &str) -> Option<(Vec<u32>,
 /// Lengths of what is found, by key, and which are granted alone.
 fn look_up(bench: &mut Bench, names: &[&str], vouches: bool) -> (Vec<Option<u64>>, Vec<u32>) {
     let id = bench.next_seq();
-    bench.session.handle_lookup(bench.now, ClientId(1), id, &keys(names), vouches);
+    let lookup = Lookup { keys: keys(names), vouches, fetches: false };
+    bench.session.handle_lookup(bench.now, ClientId(1), id, &lookup);
     match answer_of(bench, id.0) {
         Some(Answer::Found { chunks, granted, .. }) => {
             (chunks.iter().map(|chunk| chunk.as_ref().map(|chunk| chunk.len_bytes)).collect(), granted)
@@ -117,7 +118,8 @@ fn granted_chunks_are_not_ready_until_a_reader_vouches_for_them() {
     // Nobody is held up by that.
     assert_eq!(ask(&mut bench, "l", &Ask { names: &["d", "e"], ..SYNC }), Some((vec![], vec![2, 3])));
     let id = bench.next_seq();
-    bench.session.handle_lookup(bench.now, ClientId(1), id, &keys(&["b", "c", "a"]), true);
+    let lookup = Lookup { keys: keys(&["b", "c", "a"]), vouches: true, fetches: false };
+    bench.session.handle_lookup(bench.now, ClientId(1), id, &lookup);
     let (mut lens, mut answered) = (Vec::new(), None);
     while let Some(output) = bench.session.poll_output() {
         match output {
