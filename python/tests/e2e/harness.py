@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,10 @@ from pathlib import Path
 from typing import Any
 
 TOP = Path(__file__).resolve().parents[3]
+sys.path.append(str(TOP / "python" / "tests"))
+
+from free_ports import free_ports
+
 MODEL_NAME = "tiny"
 BLOCK_TOKENS = 128
 CHUNK_TOKENS = 256
@@ -33,18 +36,6 @@ ENVIRONMENT = {
     "VLLM_HOST_IP": "127.0.0.1",
     "VLLM_LOGGING_LEVEL": "INFO",
 }
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of 127.0.0.1 that nobody has now."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
 
 
 class HttpError(Exception):

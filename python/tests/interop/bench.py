@@ -38,7 +38,6 @@ from harness import (
     Addresses,
     Proxy,
     StockProcess,
-    free_ports,
     keys_of,
     missing,
     pattern,
@@ -47,6 +46,7 @@ from harness import (
     token_bytes,
     write_config,
 )
+from free_ports import free_ports
 from pd_backend import PeerAddress, ReceiverClient, SenderClient
 
 # On one host UCX writes by CMA where it is left to choose; each run looks into UCX's own log whether it did.

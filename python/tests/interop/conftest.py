@@ -14,7 +14,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from harness import LAYOUT, Addresses, Proxy, StockProcess, free_ports, missing, start_daemon, wait_listening, write_config
+from harness import LAYOUT, Addresses, Proxy, StockProcess, missing, start_daemon, wait_listening, write_config
+from free_ports import free_ports
 from pd_backend import Daemon, ReceiverClient
 
 

@@ -24,6 +24,7 @@ HERE = Path(__file__).resolve().parent
 TOP = HERE.parents[2]
 # The package need not be installed to be tested.
 sys.path.insert(0, str(TOP / "python"))
+sys.path.append(str(HERE.parent))
 
 from pd_backend import Daemon, find_binary
 
@@ -49,15 +50,6 @@ LAYOUT = {
 def token_bytes(layout: dict[str, Any]) -> int:
     element = {"bfloat16": 2, "float16": 2, "float32": 4}[layout["dtype"]]
     return layout["kv_planes"] * layout["layers"] * layout["kv_heads"] * layout["head_size"] * element
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listened on a moment ago: LMCache cannot be told to take any."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [held.getsockname()[1] for held in sockets]
-    for held in sockets:
-        held.close()
-    return ports
 
 
 def pattern(seed: str, len_bytes: int) -> bytes:
