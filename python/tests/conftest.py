@@ -17,6 +17,7 @@ TOP = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(TOP / "python"), str(TOP / "python" / "tests")]
 
 from fake_daemon import FakeDaemon
+from free_ports import free_ports
 from pd_backend import Daemon, PeerAddress, ReceiverClient, SenderClient, find_binary
 from pd_backend.errors import DaemonStartError
 
@@ -131,12 +132,11 @@ def start_pair(layout_file: Path) -> Iterator[Callable[..., Pair]]:
             def start_sender() -> Daemon:
                 return daemon("sender", engine, sender_slots, layout_file, sender_sets, env)
 
-            decode = start_receiver(PeerAddress(host="127.0.0.1", init_port=0, alloc_port=0))
+            # Ports that it can have again when it is restarted.
+            init_port, alloc_port = free_ports(2)
+            address = PeerAddress(host="127.0.0.1", init_port=init_port, alloc_port=alloc_port)
+            decode = start_receiver(address)
             prefill = start_sender()
-            assert decode.ready.init_port and decode.ready.alloc_port
-            address = PeerAddress(
-                host="127.0.0.1", init_port=decode.ready.init_port, alloc_port=decode.ready.alloc_port
-            )
             return Pair(
                 prefill,
                 decode,

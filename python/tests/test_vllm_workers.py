@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from conftest import binary
+from free_ports import free_ports
 from pd_backend import Client, ReceiverClient, SenderClient
 from pd_backend.errors import DaemonStartError, PdError
 from pd_backend.vllm.consumer import ConsumerWorker
@@ -75,7 +76,9 @@ class Pair:
             stack.callback(watched.close)
             return watched
 
-        ports = ("pd_peer_host=127.0.0.1", "pd_peer_init_port=0", "pd_peer_alloc_port=0")
+        # Ports that it can have again when it is restarted.
+        init_port, alloc_port = free_ports(2)
+        ports = ("pd_peer_host=127.0.0.1", f"pd_peer_init_port={init_port}", f"pd_peer_alloc_port={alloc_port}")
         self.sender = supervisor("pd-sender", SenderClient, sender_slots)
         self.receiver = supervisor("pd-receiver", ReceiverClient, receiver_slots, *ports)
         self.source, self.target = Memory(1), Memory(2)

@@ -108,7 +108,12 @@ def deployment(folder: Path, model: Path) -> Iterator[Deployment]:
         notify_port, proxy_port = harness.free_ports(2)
         shared = {"pd_buffer_size": "64MiB", "transfer_channel": "local", "pd_retention_sec": 60}
         sender = shared | {"pd_proxy_host": "127.0.0.1", "pd_proxy_port": notify_port}
-        receiver = shared | {"pd_peer_host": "127.0.0.1", "pd_peer_init_port": 0, "pd_peer_alloc_port": 0}
+
+        def receiver() -> dict[str, Any]:
+            # Ports that it can have again when it is restarted.
+            init_port, alloc_port = harness.free_ports(2)
+            return shared | {"pd_peer_host": "127.0.0.1", "pd_peer_init_port": init_port, "pd_peer_alloc_port": alloc_port}
+
         blocks = ("--num-gpu-blocks-override", "64", "--max-model-len", "6144")
         # Two long prompts at a time, each a chunk a step.
         chunked = ("--max-num-batched-tokens", "512", "--long-prefill-token-threshold", "256")
@@ -126,10 +131,10 @@ def deployment(folder: Path, model: Path) -> Iterator[Deployment]:
                 expected = answers.result()
         finally:
             single.close()
-        decode = start("decode", harness.consumer(receiver, restarts_max=2, receive_wait_s=60), *blocks)
+        decode = start("decode", harness.consumer(receiver(), restarts_max=2, receive_wait_s=60), *blocks)
         small = start(
             "small_decode",
-            harness.consumer(receiver, policy="recompute", receive_wait_s=60),
+            harness.consumer(receiver(), policy="recompute", receive_wait_s=60),
             "--num-gpu-blocks-override", "32", "--max-model-len", "3900",
         )
         decode.wait_ready()
