@@ -54,7 +54,7 @@ def test_another_engine_is_refused(
         spec["disagg_spec"]["receiver_alloc_port"] = [receiver.ready.alloc_port]
         answer = deployment.prefill.complete(prompts.REFUSED[number], 1, kv_transfer_params=spec)
     error = answer["kv_transfer_params"]["error"]
-    assert re.search(rf"layout_mismatch: {field} is {ours or model} at \S+ and {theirs} at ", error), error
+    assert re.search(rf"layout_mismatch: receiver \S+: {field} is {ours or model} at \S+ and {theirs} at ", error), error
 
 
 def test_a_prefill_server_that_dies_fails_its_requests_or_has_them_computed(

@@ -16,7 +16,7 @@ import harness
 import prompts
 from conftest import Deployment
 from harness import HttpError, Server
-from pd_backend import ReceiverClient, Status
+from pd_backend import ReceiverClient, RequestRefused, Status
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -105,9 +105,10 @@ def test_as_lmcaches_proxy_asks(deployment: Deployment) -> None:
     answer = deployment.decode.complete([*prompt, first], prompts.MAX_TOKENS - 1)
     assert [first, *harness.tokens_of(answer)] == deployment.expected(prompt)
     assert metric(deployment.decode, "vllm:external_prefix_cache_hits_total") - before == len(prompt)
-    # Nobody has asked for the request by its name, so its chunks stay for pd_retention_sec. Not in this test.
+    # Nobody will ask for the request by its name: its chunks need not wait for that.
     with ReceiverClient(deployment.decode.daemon_ready()["connector"], map_buffer=False) as client:
-        client.wait(spec["disagg_spec"]["req_id"], wait_s=5).release()
+        with pytest.raises(RequestRefused, match="was fetched already"):
+            client.wait(spec["disagg_spec"]["req_id"], wait_s=5)
 
 
 def test_a_decode_that_preempts(deployment: Deployment) -> None:
