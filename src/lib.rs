@@ -32,6 +32,8 @@
 //! - who may talk: [`wire::auth`]; what an operator sees: [`metrics`];
 //! - what a daemon can be told: [`config::Config`].
 //!
+//! What a vLLM server does with all of it is `python/pd_backend/vllm`, whose `__init__.py` is the map there.
+//!
 //! One request, end to end, is `python/tests/test_end_to_end.py`; the same in Rust is [`mod@bench`].
 
 pub mod address;
