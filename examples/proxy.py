@@ -9,8 +9,9 @@ the ports are lists by rank, joined by +: 7300+7301. `--prefill` and `--decode` 
 
 A request goes to a prefill server with `max_tokens: 1` and the address of a decode server's receivers. When prefill has
 answered and the pd-senders of all its ranks have said that the KV is across (ProxyNotif), the same request goes to that
-decode server, whose answer is passed on as it comes. What either of them refuses is passed on as well. For production,
-use a real router.
+decode server, whose answer is passed on as it comes. What either of them refuses is passed on as well. With `--overlap`
+both are asked at once, and decode waits for the KV by itself: the first token comes sooner, and decode keeps blocks for
+the request while it is in prefill's queue. For production, use a real router.
 """
 
 from __future__ import annotations
@@ -121,11 +122,14 @@ class Refused(Exception):
 class Proxy:
     """The two endpoints of an OpenAI-compatible server that are worth disaggregating."""
 
-    def __init__(self, prefill: list[str], decode: list[DecodeServer], notify_timeout_s: float) -> None:
+    def __init__(
+        self, prefill: list[str], decode: list[DecodeServer], notify_timeout_s: float, overlap: bool = False
+    ) -> None:
         self._prefill = cycle(prefill)
         self._decode = cycle(decode)
         self._urls = [*prefill, *(server.url for server in decode)]
         self._notify_timeout_s = notify_timeout_s
+        self._overlap = overlap
         self.notifications = Notifications()
         self.session: aiohttp.ClientSession | None = None
 
@@ -143,23 +147,52 @@ class Proxy:
         headers = {name: request.headers[name] for name in _HEADERS if name in request.headers}
         server = next(self._decode)
         req_id = f"proxy-{uuid.uuid4().hex}"
+        answers = self._overlapped if self._overlap else self._in_turn
         try:
-            notified = self.notifications.expect(req_id, len(server.init_ports))
-            try:
-                await self._prefilled(request.path, body, headers, server, req_id)
-                await asyncio.wait_for(notified, self._notify_timeout_s)
-            except asyncio.TimeoutError:
-                text = f"the KV of request {req_id} was not reported across within {self._notify_timeout_s:g} s"
-                raise Refused.because(504, text) from None
-            finally:
-                self.notifications.forget(req_id)
-            return await self._decoded(request, body, headers, server, req_id)
+            async with await answers(request.path, body, headers, server, req_id) as answer:
+                return await _passed_on(request, bool(body.get("stream")), answer)
         except Refused as refused:
             logger.warning("%s: %s %s", req_id, refused.status, refused.body[:500])
             return _response(refused)
         except aiohttp.ClientError as error:
             logger.warning("%s: %s", req_id, error)
             return _response(Refused.because(502, f"a server cannot be reached, or has gone: {error}"))
+
+    async def _in_turn(
+        self, path: str, body: dict[str, object], headers: dict[str, str], server: DecodeServer, req_id: str
+    ) -> aiohttp.ClientResponse:
+        """Decode's answer; it is asked when the KV is across."""
+        notified = self.notifications.expect(req_id, len(server.init_ports))
+        try:
+            await self._prefilled(path, body, headers, server, req_id)
+            await asyncio.wait_for(notified, self._notify_timeout_s)
+        except asyncio.TimeoutError:
+            text = f"the KV of request {req_id} was not reported across within {self._notify_timeout_s:g} s"
+            raise Refused.because(504, text) from None
+        finally:
+            self.notifications.forget(req_id)
+        return await self._decoding(path, body, headers, server, req_id)
+
+    async def _overlapped(
+        self, path: str, body: dict[str, object], headers: dict[str, str], server: DecodeServer, req_id: str
+    ) -> aiohttp.ClientResponse:
+        """Decode's answer; it is asked together with prefill, and given up where prefill fails."""
+        prefilling = asyncio.create_task(self._prefilled(path, body, headers, server, req_id))
+        decoding = asyncio.create_task(self._decoding(path, body, headers, server, req_id))
+        try:
+            await asyncio.wait({prefilling, decoding}, return_when=asyncio.FIRST_EXCEPTION)
+            # The one that failed says why; the other is waited for no longer.
+            for task in (prefilling, decoding):
+                if task.done():
+                    task.result()
+            return decoding.result()
+        except BaseException:
+            prefilling.cancel()
+            decoding.cancel()
+            for answer in await asyncio.gather(prefilling, decoding, return_exceptions=True):
+                if isinstance(answer, aiohttp.ClientResponse):
+                    answer.close()
+            raise
 
     async def _prefilled(
         self, path: str, body: dict[str, object], headers: dict[str, str], server: DecodeServer, req_id: str
@@ -179,22 +212,17 @@ class Proxy:
         if failed:
             raise Refused.because(502, f"prefill could not send the KV of request {req_id}: {failed}")
 
-    async def _decoded(
-        self, request: web.Request, body: dict[str, object], headers: dict[str, str], server: DecodeServer, req_id: str
-    ) -> web.StreamResponse:
+    async def _decoding(
+        self, path: str, body: dict[str, object], headers: dict[str, str], server: DecodeServer, req_id: str
+    ) -> aiohttp.ClientResponse:
+        """The answer, as soon as it begins, which is its reader's to close."""
         decode = {**body, "kv_transfer_params": {"disagg_spec": server.spec(req_id)}}
         assert self.session is not None
-        async with self.session.post(server.url + request.path, json=decode, headers=headers) as answer:
-            if answer.status != 200:
+        answer = await self.session.post(server.url + path, json=decode, headers=headers)
+        if answer.status != 200:
+            async with answer:
                 raise Refused(answer.status, await answer.read(), answer.content_type)
-            if not body.get("stream"):
-                return web.Response(body=await answer.read(), content_type=answer.content_type)
-            response = web.StreamResponse(status=200, headers={"Content-Type": answer.headers["Content-Type"]})
-            await response.prepare(request)
-            async for piece in answer.content.iter_any():
-                await response.write(piece)
-            await response.write_eof()
-            return response
+        return answer
 
     async def health(self, _request: web.Request) -> web.Response:
         """200 when every server answers so."""
@@ -209,13 +237,25 @@ class Proxy:
         return web.Response(text="")
 
 
+async def _passed_on(request: web.Request, stream: bool, answer: aiohttp.ClientResponse) -> web.StreamResponse:
+    """To the client, as it comes where that was asked for."""
+    if not stream:
+        return web.Response(body=await answer.read(), content_type=answer.content_type)
+    response = web.StreamResponse(status=200, headers={"Content-Type": answer.headers["Content-Type"]})
+    await response.prepare(request)
+    async for piece in answer.content.iter_any():
+        await response.write(piece)
+    await response.write_eof()
+    return response
+
+
 def _response(refused: Refused) -> web.Response:
     return web.Response(status=refused.status, body=refused.body, content_type=refused.content_type)
 
 
 def application(given: argparse.Namespace) -> web.Application:
     """The proxy as an aiohttp application, with its listener for notifications."""
-    proxy = Proxy([url.rstrip("/") for url in given.prefill], given.decode, given.notify_timeout)
+    proxy = Proxy([url.rstrip("/") for url in given.prefill], given.decode, given.notify_timeout, given.overlap)
     app = web.Application(client_max_size=256 * 1024 * 1024)
     app.router.add_post("/v1/completions", proxy.handle)
     app.router.add_post("/v1/chat/completions", proxy.handle)
@@ -223,15 +263,18 @@ def application(given: argparse.Namespace) -> web.Application:
 
     async def running(_app: web.Application) -> AsyncIterator[None]:
         context = zmq.asyncio.Context()
-        socket = context.socket(zmq.PULL)
-        socket.setsockopt(zmq.MAXMSGSIZE, 64 * 1024)
-        socket.bind(f"tcp://{given.host}:{given.notify_port}")
-        listener = asyncio.create_task(proxy.notifications.listen(socket))
+        listeners: list[asyncio.Task[None]] = []
+        if not given.overlap:
+            socket = context.socket(zmq.PULL)
+            socket.setsockopt(zmq.MAXMSGSIZE, 64 * 1024)
+            socket.bind(f"tcp://{given.host}:{given.notify_port}")
+            listeners.append(asyncio.create_task(proxy.notifications.listen(socket)))
         timeout = aiohttp.ClientTimeout(total=given.request_timeout, connect=10)
         proxy.session = aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0))
         yield
-        listener.cancel()
-        await asyncio.gather(listener, return_exceptions=True)
+        for listener in listeners:
+            listener.cancel()
+        await asyncio.gather(*listeners, return_exceptions=True)
         await proxy.session.close()
         context.destroy(linger=0)
 
@@ -249,11 +292,13 @@ def main() -> None:
     )
     parser.add_argument("--notify-port", type=int, default=7500, help="pd_proxy_port of the pd-senders")
     parser.add_argument("--notify-timeout", type=float, default=30.0, help="seconds from prefill's answer")
+    parser.add_argument("--overlap", action="store_true", help="ask decode together with prefill; nobody need notify")
     parser.add_argument("--request-timeout", type=float, default=3600.0, help="seconds, of one request to one server")
     given = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     logging.getLogger("aiohttp.access").setLevel(logging.WARNING)
-    web.run_app(application(given), host=given.host, port=given.port, print=None)
+    # A client that hangs up takes its requests to both servers along.
+    web.run_app(application(given), host=given.host, port=given.port, print=None, handler_cancellation=True)
 
 
 if __name__ == "__main__":

@@ -65,8 +65,9 @@ class Deployment:
     decode: Server
     #: Computes them instead; with few blocks.
     small_decode: Server
-    proxy: Process
     proxy_url: str
+    #: Of a proxy that asks both servers at once.
+    overlap_url: str
     _number: Iterator[int]
 
     def expected(self, prompt: list[int], max_tokens: int = prompts.MAX_TOKENS) -> list[int]:
@@ -105,7 +106,7 @@ def deployment(folder: Path, model: Path) -> Iterator[Deployment]:
             stack.callback(server.close)
             return server
 
-        notify_port, proxy_port = harness.free_ports(2)
+        notify_port, proxy_port, overlap_port = harness.free_ports(3)
         shared = {"pd_buffer_size": "64MiB", "transfer_channel": "local", "pd_retention_sec": 60}
         sender = shared | {"pd_proxy_host": "127.0.0.1", "pd_proxy_port": notify_port}
 
@@ -144,14 +145,17 @@ def deployment(folder: Path, model: Path) -> Iterator[Deployment]:
             ready = server.daemon_ready()
             return f"{server.url},127.0.0.1,{ready['init_port']},{ready['alloc_port']}"
 
-        command = [sys.executable, str(TOP / "examples" / "proxy.py"), "--port", str(proxy_port)]
-        command += ["--prefill", prefill.url, "--decode", decoder(decode), "--decode", decoder(small)]
-        command += ["--notify-port", str(notify_port), "--notify-timeout", "20"]
-        proxy = Process(command, folder / "proxy.log", dict(os.environ))
-        stack.callback(proxy.close)
-        yield Deployment(
-            expected, prefill, decode, small, proxy, f"http://127.0.0.1:{proxy_port}", itertools.count()
-        )
+        def proxy(name: str, port: int, *options: str) -> str:
+            command = [sys.executable, str(TOP / "examples" / "proxy.py"), "--port", str(port)]
+            command += ["--prefill", prefill.url, "--decode", decoder(decode), "--decode", decoder(small), *options]
+            process = Process(command, folder / f"{name}.log", dict(os.environ))
+            stack.callback(process.close)
+            process.wait_healthy(f"http://127.0.0.1:{port}", 60)
+            return f"http://127.0.0.1:{port}"
+
+        proxy_url = proxy("proxy", proxy_port, "--notify-port", str(notify_port), "--notify-timeout", "20")
+        overlap_url = proxy("overlap", overlap_port, "--overlap")
+        yield Deployment(expected, prefill, decode, small, proxy_url, overlap_url, itertools.count())
 
 
 def _answers(single: Server) -> dict[tuple[tuple[int, ...], int], list[int]]:

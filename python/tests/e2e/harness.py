@@ -100,6 +100,20 @@ class Process:
     def log(self) -> str:
         return self.log_path.read_text(encoding="utf-8", errors="replace")
 
+    def wait_healthy(self, url: str, timeout_s: float) -> None:
+        """Until `url`/health says so. Raises `RuntimeError` with the end of its log."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            if not self.running():
+                raise RuntimeError(f"{self.log_path.stem} has ended:\n{self.log()[-4000:]}")
+            try:
+                with urllib.request.urlopen(url + "/health", timeout=5) as answer:
+                    if answer.status == 200:
+                        return
+            except OSError:
+                time.sleep(0.2)
+        raise RuntimeError(f"{self.log_path.stem} did not serve within {timeout_s} s:\n{self.log()[-4000:]}")
+
     def kill(self) -> None:
         """SIGKILL to the process alone: what it started has to notice by itself."""
         self._process.kill()
@@ -137,18 +151,8 @@ class Server(Process):
         super().__init__([*command, *args], folder / f"{name}.log", environment)
 
     def wait_ready(self, timeout_s: float = START_TIMEOUT_S) -> None:
-        """Until it serves. Raises `RuntimeError` with the end of its log."""
-        deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline:
-            if not self.running():
-                raise RuntimeError(f"server {self.name} has ended:\n{self.log()[-4000:]}")
-            try:
-                with urllib.request.urlopen(self.url + "/health", timeout=5) as answer:
-                    if answer.status == 200:
-                        return
-            except OSError:
-                time.sleep(0.2)
-        raise RuntimeError(f"server {self.name} did not serve within {timeout_s} s:\n{self.log()[-4000:]}")
+        """Until it serves."""
+        self.wait_healthy(self.url, timeout_s)
 
     def complete(self, prompt: Sequence[int], max_tokens: int, timeout_s: float = 120.0, **more: Any) -> dict[str, Any]:
         return post(self.url + "/v1/completions", completion_body(prompt, max_tokens, **more), timeout_s)

@@ -55,12 +55,18 @@ def test_a_shared_beginning_is_sent_once(deployment: Deployment, status_of: Call
     assert sent == [768 * token_bytes, 256 * token_bytes]
 
 
-def test_eight_clients_through_the_proxy(deployment: Deployment) -> None:
+@pytest.fixture(params=["in turn", "overlap"])
+def proxy_url(request: pytest.FixtureRequest, deployment: Deployment) -> str:
+    """Of the example proxy, as it asks the two servers."""
+    return deployment.proxy_url if request.param == "in turn" else deployment.overlap_url
+
+
+def test_eight_clients_through_the_proxy(deployment: Deployment, proxy_url: str) -> None:
     # Broken in production: requests that run at the same time get each other's KV, or none.
     def ask(number: int) -> list[int]:
         prompt = prompts.CONCURRENT[number]
         body = harness.completion_body(prompt, prompts.MAX_TOKENS)
-        return harness.tokens_of(harness.post(deployment.proxy_url + "/v1/completions", body))
+        return harness.tokens_of(harness.post(proxy_url + "/v1/completions", body))
 
     with ThreadPoolExecutor(8) as pool:
         for _ in range(2):
@@ -68,12 +74,12 @@ def test_eight_clients_through_the_proxy(deployment: Deployment) -> None:
             assert answers == [deployment.expected(prompt) for prompt in prompts.CONCURRENT]
 
 
-def test_the_proxy_streams(deployment: Deployment) -> None:
+def test_the_proxy_streams(deployment: Deployment, proxy_url: str) -> None:
     # Broken in production: a client that asked for a stream gets its first token with the last one.
     prompt = prompts.CONCURRENT[1]
     body = harness.completion_body(prompt, prompts.MAX_TOKENS, stream=True)
     request = urllib.request.Request(
-        deployment.proxy_url + "/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        proxy_url + "/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
     generated: list[int] = []
     with urllib.request.urlopen(request, timeout=120) as answer:
@@ -84,15 +90,32 @@ def test_the_proxy_streams(deployment: Deployment) -> None:
     assert generated == deployment.expected(prompt)
 
 
-def test_the_proxy_passes_errors_on(deployment: Deployment) -> None:
+def test_the_proxy_passes_errors_on(proxy_url: str) -> None:
     # Broken in production: a client's mistake is answered with 200, or with nothing.
     with pytest.raises(HttpError) as refused:
-        harness.post(deployment.proxy_url + "/v1/completions", harness.completion_body([1] * 7000, 5))
+        harness.post(proxy_url + "/v1/completions", harness.completion_body([1] * 7000, 5))
     assert refused.value.status == 400 and "maximum" in refused.value.text
     with pytest.raises(HttpError) as refused:
         body = harness.completion_body([], 5) | {"prompt": [[1, 2], [3, 4]]}
-        harness.post(deployment.proxy_url + "/v1/completions", body)
+        harness.post(proxy_url + "/v1/completions", body)
     assert refused.value.status == 400 and "2 prompts in one request" in refused.value.text
+
+
+def test_a_client_of_the_proxy_that_hangs_up_ends_its_requests(
+    deployment: Deployment, proxy_url: str, status_of: Callable[[Server], Status]
+) -> None:
+    # Broken in production: prefill computes and sends, and decode keeps blocks, for clients that have gone.
+    before = status_of(deployment.prefill)
+    with pytest.raises(OSError):
+        # Of a length that both decode servers take, and that prefill computes for longer than this.
+        body = harness.completion_body(prompts.ABORTED[:3500], 5)
+        harness.post(proxy_url + "/v1/completions", body, timeout_s=0.4)
+    deadline = time.monotonic() + 20
+    # One that goes on is done in two seconds. Decode's part of it would be left behind.
+    while (after := status_of(deployment.prefill)).requests_failed == before.requests_failed:
+        assert after.requests_done == before.requests_done, "it was sent all the same"
+        assert time.monotonic() < deadline, "prefill has not given it up"
+        time.sleep(0.05)
 
 
 def test_as_lmcaches_proxy_asks(deployment: Deployment) -> None:
