@@ -339,7 +339,28 @@ def test_an_idle_step_waits_for_an_answer_that_is_on_its_way(pair: Callable[...,
     assert waited == []
     both.consumer.begin_step(ConsumerStep(idle=True))
     assert both.consumer.progress() == ({"a"}, set())
-    assert waited == [0.001]
+    assert len(waited) == 1
+
+
+def test_idle_steps_become_fewer_while_nothing_comes(pair: Callable[..., Pair]) -> None:
+    # Broken in production: a decode server burns half a core for as long as it waits for a long prefill.
+    both = pair()
+    both.consumer.begin_step(load("a", list(range(16)), [5, 6]))
+    client = both.receiver.client()
+    waited: list[float] = []
+    client.wait_for_news = waited.append
+    (request,) = both.consumer._requests.values()
+    for _ in range(3):
+        both.consumer.begin_step(ConsumerStep(idle=True))
+        assert both.consumer.progress() == (set(), set())
+        request.began -= 0.03
+    request.began -= 60
+    both.consumer.begin_step(ConsumerStep(idle=True))
+    assert both.consumer.progress() == (set(), set())
+    assert 0.001 <= waited[0] < waited[1] < waited[2] <= waited[3] == 0.005
+    both.consumer.begin_step(ConsumerStep(dropped=["a"]))
+    both.consumer.progress()
+    both.nothing_left()
 
 
 def test_another_prompt_is_not_loaded(pair: Callable[..., Pair]) -> None:

@@ -14,13 +14,11 @@ from ..paged import PagedKv
 from .keys import chunk_key
 from .layout import EngineLayout
 from .scheduler import blocks_of
-from .step import ConsumerStep, ReceivePlan
+from .step import ConsumerStep, ReceivePlan, idle_wait_s
 from .supervisor import Supervisor
 
 logger = logging.getLogger("vllm.pd_backend")
 
-#: How long a step that computes nothing waits for chunks. The engine would sleep as long before the next one.
-_IDLE_WAIT_S = 0.001
 #: How long a request whose daemon is being started again waits for it.
 _RESTART_WAIT_S = 30.0
 
@@ -138,7 +136,8 @@ class ConsumerWorker:
         try:
             waiting = [request for request in loading if request.arriving is not None and not request.arriving.done()]
             if waiting and len(waiting) == len(loading) and self._client is not None:
-                self._client.wait_for_news(_IDLE_WAIT_S)
+                newest = max(request.began for request in waiting)
+                self._client.wait_for_news(idle_wait_s(time.monotonic() - newest))
         except PdError:
             pass  # Each request asks for itself, and is told.
 

@@ -6,6 +6,7 @@ Nothing here waits for the daemon: what it has not answered by the end of a step
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,13 +17,10 @@ from ..messages import Failed, SendPart, StagedSlot
 from ..paged import PagedKv
 from .keys import chunk_key
 from .layout import EngineLayout
-from .step import ProducerStep, SendOutcomes, SendPlan
+from .step import ProducerStep, SendOutcomes, SendPlan, idle_wait_s
 from .supervisor import Supervisor
 
 logger = logging.getLogger("vllm.pd_backend")
-
-#: How long a step that computes nothing waits for the daemon. The engine would sleep as long before the next one.
-_IDLE_WAIT_S = 0.001
 
 
 @dataclass
@@ -38,6 +36,7 @@ class _Chunk:
 @dataclass
 class _Request:
     plan: SendPlan
+    began: float
     opening: Pending[Any] | None = None
     already: frozenset[int] | None = None
     staging: Pending[list[StagedSlot]] | None = None
@@ -105,7 +104,7 @@ class ProducerWorker:
         for request_id in step.preempted:
             self._preempted(request_id)
         for plan in step.plans:
-            request = self._requests[plan.request_id] = _Request(plan)
+            request = self._requests[plan.request_id] = _Request(plan, time.monotonic())
             self._by_req_id[plan.spec.req_id] = request
             self._open(request)
         for told in step.chunks:
@@ -232,7 +231,8 @@ class ProducerWorker:
         if self._client is None or not self._by_req_id:
             return
         try:
-            self._client.wait_for_news(_IDLE_WAIT_S)
+            newest = max(request.began for request in self._by_req_id.values())
+            self._client.wait_for_news(idle_wait_s(time.monotonic() - newest))
         except PdError:
             pass  # Each request asks for itself, and is told.
 

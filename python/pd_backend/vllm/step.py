@@ -6,6 +6,18 @@ from dataclasses import dataclass, field
 
 from .spec import DisaggSpec
 
+_IDLE_WAIT_S_MIN = 0.001
+_IDLE_WAIT_S_MAX = 0.005
+
+
+def idle_wait_s(waited_s: float) -> float:
+    """How long a step that computes nothing waits for news of a request that has been waited for so long.
+
+    At first as long as the engine itself sleeps between such steps. Then longer, for each of these steps costs most of a
+    millisecond of a core, and up to what a new request may well be kept waiting.
+    """
+    return min(max(waited_s / 16, _IDLE_WAIT_S_MIN), _IDLE_WAIT_S_MAX)
+
 
 @dataclass(frozen=True)
 class SendPlan:
