@@ -4,7 +4,9 @@
     make bench-vllm [BENCH='--rounds 20 --only ours,single --json bench.json']
 
 Each round asks every way once for each length, with a prompt that no server has seen, so that what else the machine
-does meets all alike. `single` is one server's whole time. All servers run all the time (some 2.5 GB each): `--only`
+does meets all alike. `ours` is asked both ways that its proxy knows: decode after prefill, and both at once, where decode's
+part begins with prefill's answer. `single` is one server's whole time, and as decode's part what the same prompt takes
+once more, with a token behind it: all of its KV is in the prefix cache, and no transport can be faster. All servers run all the time (some 2.5 GB each): `--only`
 where memory is short.
 """
 
@@ -18,7 +20,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,8 +67,10 @@ class Servers:
         self._buffer = 4 * tokens * 8192
         self._number = 0
 
-    def start(self, name: str, kv: dict[str, Any] | None, env: dict[str, str] | None = None) -> Server:
-        server = Server(name, self._folder, self._model, kv=kv, args=self._args, env=env)
+    def start(
+        self, name: str, kv: dict[str, Any] | None, env: dict[str, str] | None = None, args: Sequence[str] = ()
+    ) -> Server:
+        server = Server(name, self._folder, self._model, kv=kv, args=[*self._args, *args], env=env)
         self._stack.callback(server.close)
         return server
 
@@ -73,19 +78,39 @@ class Servers:
         self._number += 1
         return f"bench-{self._number}"
 
-    def single(self) -> Way:
-        server = self.start("single", None)
-        return Way("one instance", [server], lambda prompt: (timed(server, prompt, None)[0], 0.0))
+    def single(self) -> list[Way]:
+        server = self.start("single", None, args=["--enable-prefix-caching"])
 
-    def _named(self, name: str, prefill: Server, decode: Server, ports: Callable[[], dict[str, Any]]) -> Way:
         def ask(prompt: list[int]) -> tuple[float, float]:
-            params = {"disagg_spec": {"req_id": self.req_id(), "receiver_host": "127.0.0.1", **ports()}}
+            return timed(server, prompt, None)[0], timed(server, [*prompt, 3], None)[0]
+
+        return [Way("one instance", [server], ask)]
+
+    def _spec(self, ports: dict[str, Any]) -> dict[str, Any]:
+        return {"disagg_spec": {"req_id": self.req_id(), "receiver_host": "127.0.0.1", **ports}}
+
+    def _in_turn(self, name: str, prefill: Server, decode: Server, ports: Callable[[], dict[str, Any]]) -> Way:
+        def ask(prompt: list[int]) -> tuple[float, float]:
+            params = self._spec(ports())
             first, _ = timed(prefill, prompt, params)
             return first, timed(decode, prompt, params)[0]
 
         return Way(name, [prefill, decode], ask)
 
-    def ours(self) -> Way:
+    def _overlap(self, name: str, prefill: Server, decode: Server, ports: Callable[[], dict[str, Any]]) -> Way:
+        """The idle of these servers is another way's to count."""
+        asking = self._stack.enter_context(ThreadPoolExecutor(1))
+
+        def ask(prompt: list[int]) -> tuple[float, float]:
+            params = self._spec(ports())
+            began = time.perf_counter()
+            decoded = asking.submit(lambda: (timed(decode, prompt, params), time.perf_counter())[1])
+            first, _ = timed(prefill, prompt, params)
+            return first, decoded.result() - began - first
+
+        return Way(name, [], ask)
+
+    def ours(self) -> list[Way]:
         sets = {"pd_buffer_size": self._buffer, "pd_peer_host": "127.0.0.1", "transfer_channel": "local"}
         sets |= {"pd_peer_init_port": 0, "pd_peer_alloc_port": 0}
         prefill = self.start("ours-prefill", harness.producer(sets))
@@ -95,9 +120,10 @@ class Servers:
             ready = decode.daemon_ready()
             return {"receiver_init_port": [int(ready["init_port"])], "receiver_alloc_port": [int(ready["alloc_port"])]}
 
-        return self._named("pd-backend", prefill, decode, ports)
+        both = (prefill, decode, ports)
+        return [self._in_turn("pd-backend", *both), self._overlap("pd-backend, --overlap", *both)]
 
-    def file(self) -> Way:
+    def file(self) -> list[Way]:
         folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(dir="/dev/shm", prefix="pd-bench-")))
 
         def config(role: str) -> dict[str, Any]:
@@ -106,11 +132,10 @@ class Servers:
             return kv
 
         servers = [self.start(f"file-{role}", config(role)) for role in ("kv_producer", "kv_consumer")]
-        return self._named(
-            "files in /dev/shm", *servers, lambda: {"receiver_init_port": [1], "receiver_alloc_port": [1]}
-        )
+        ports = {"receiver_init_port": [1], "receiver_alloc_port": [1]}
+        return [self._in_turn("files in /dev/shm", *servers, lambda: ports)]
 
-    def nixl(self) -> Way:
+    def nixl(self) -> list[Way]:
         servers = []
         for role in ("kv_producer", "kv_consumer"):
             (port,) = harness.free_ports(1)
@@ -128,7 +153,7 @@ class Servers:
             first, answer = timed(prefill, prompt, wanted)
             return first, timed(decode, prompt, answer["kv_transfer_params"])[0]
 
-        return Way("NixlConnector, tamed", servers, ask)
+        return [Way("NixlConnector, tamed", servers, ask)]
 
 
 def cpu_seconds(server: Server) -> float:
@@ -154,7 +179,7 @@ def idle(ways: list[Way], seconds: float) -> dict[str, float]:
     before = [[cpu_seconds(server) for server in way.servers] for way in ways]
     time.sleep(seconds)
     used = {}
-    for way, were in zip(ways, before):
+    for way, were in ((way, were) for way, were in zip(ways, before) if were):
         used[way.name] = max(100 * (cpu_seconds(s) - was) / seconds for s, was in zip(way.servers, were))
     return used
 
@@ -204,7 +229,7 @@ def main() -> None:
         model = folder / "tiny"
         make(model, layers=8, vocabulary=VOCABULARY, dtype="bfloat16", max_tokens=16384, seed=1)
         servers = Servers(stack, folder, model, max(lengths))
-        ways = [getattr(servers, name)() for name in given.only.split(",")]
+        ways = [way for name in given.only.split(",") for way in getattr(servers, name)()]
         for way in ways:
             for server in way.servers:
                 server.wait_ready(600)
