@@ -10,7 +10,7 @@
 //! | `driver` | the loop around a session: events, deadlines, draining |
 //! | `sender`, `receiver` | the two daemons: which event goes where, which output does what |
 //! | `setup`, `identity`, `ready` | before the loop: memory, engine, who we are, the ready line |
-//! | `engine_thread`, `fenced`, `held` | the thread that owns the transfer engine, and what waits there for a GPU |
+//! | `engine_thread`, `engine_server`, `fenced`, `held` | the thread that owns the transfer engine, its loop, and what waits there for a GPU |
 //! | `ports`, `peer_links`, `proxy` | a receiver's ports, a sender's connections, the way to the router |
 //! | `clients`, `translate` | the connector API: who is attached, and its words for the sessions' words |
 //! | `lifecycle`, `process` | signals, the parent, the ends of peers' processes |
@@ -19,6 +19,7 @@
 
 mod clients;
 mod driver;
+mod engine_server;
 mod engine_thread;
 mod error;
 mod fenced;
