@@ -40,7 +40,7 @@ mod tests {
     #[test]
     fn the_limit_is_raised_as_far_as_it_may_be() {
         // Broken in production: a daemon with a thousand peers refuses the next one on a machine that has room for it. What
-        // is said when there is none is in tests/engines.rs, whose cases have processes of their own.
+        // is said when there is none is in tests/engines, whose cases have processes of their own.
         let (before, now) = raise_limit();
         assert_eq!(now, getrlimit(Resource::Nofile).maximum, "was {before:?}");
         assert_eq!(shortage(), None);
