@@ -458,6 +458,26 @@ def test_a_daemon_that_dies_fails_its_requests_and_comes_back(pair: Callable[...
     both.nothing_left()
 
 
+def test_a_receiver_of_another_rank_comes_back_where_it_was() -> None:
+    # Broken in production: only the first rank's receiver is started again, and every request fails from then on.
+    layout = EngineLayout("tests/worker", CHUNK, BLOCK, BLOCK_BYTES, LAYERS, tp_rank=1, tp_size=2)
+    ports = free_ports(4)
+    arguments = ["--rank", "1"]
+    for key in (
+        "transfer_channel=local", f"pd_buffer_size={layout.chunk_bytes}", "pd_peer_host=127.0.0.1",
+        f"pd_peer_init_port={ports[:2]}", f"pd_peer_alloc_port={ports[2:]}",
+    ):
+        arguments += ["--set", key]
+    with ExitStack() as stack:
+        watched = Supervisor(binary("pd-receiver"), arguments, layout.json(), ReceiverClient, echo_log=False)
+        stack.callback(watched.close)
+        for _ in range(2):
+            pid = watched.ready.pid
+            os.kill(pid, signal.SIGKILL)
+            restarted(watched, pid)
+            assert (watched.ready.init_port, watched.ready.alloc_port) == (ports[1], ports[3])
+
+
 def test_a_daemon_that_dies_too_often_stays_down(pair: Callable[..., Pair]) -> None:
     # Broken in production: a daemon that cannot run is started for ever, and nobody is told.
     both = pair()
