@@ -60,7 +60,8 @@ class ConsumerWorker:
         self._buffer: Any = None
         self._finished: set[str] = set()
         self._failed_blocks: set[int] = set()
-        self._moved_to: str | None = None
+        #: Where the scheduler was told that the receiver is.
+        self._told: str | None = None
         self._idle = False
         # Now, and not in the step of the first request: a large buffer takes a while to map.
         self._attached()
@@ -114,9 +115,17 @@ class ConsumerWorker:
         return finished, failed
 
     def moved_to(self) -> str | None:
-        """Where the connector API of the receiver is, once after each start of it."""
-        moved, self._moved_to = self._moved_to, None
-        return moved
+        """Where the connector API of the receiver is, once after each start of it. Nobody may have asked it anything
+        since: where the scheduler finds no chunks, no worker hears of a request.
+        """
+        try:
+            endpoint = self._supervisor.ready.connector
+        except PdError:
+            return None
+        if endpoint == self._told:
+            return None
+        self._told = endpoint
+        return endpoint
 
     def close(self) -> None:
         """The worker ends: its leases go back with its client."""
@@ -128,7 +137,6 @@ class ConsumerWorker:
         client = self._supervisor.client()
         if client is not self._client:
             self._client = client
-            self._moved_to = client.endpoint
             self._buffer = self._paged.memory(client.buffer.range(0, client.buffer.len_bytes))
         return client
 
