@@ -345,6 +345,20 @@ class TestConsumer:
         assert scheduler.matched(one, 0) == (0, False)
         assert shelf.asked == 0
 
+    def test_what_one_rank_could_not_load_is_computed(self) -> None:
+        # Broken in production: with several ranks, the last one to be through hides that another one has failed before.
+        shelf = Shelf(range(512))
+        scheduler = self.scheduler(shelf)
+        one = request(512)
+        scheduler.matched(one, 0)
+        scheduler.allocated(one, [1, 2, 3, 4], 512)
+        scheduler.build(output())
+        scheduler.received([], {3, 4})
+        scheduler.received(["a"], ())
+        scheduler.build(output(preempted=["a"]))
+        assert scheduler.matched(one, 0) == (0, False)
+        assert shelf.asked == 0
+
     def test_embeddings_have_no_names(self) -> None:
         # Broken in production: a prompt of embeddings ends the engine.
         one = request(10)

@@ -317,13 +317,17 @@ class ConsumerScheduler:
         return step
 
     def received(self, request_ids: Iterable[str], failed_block_ids: Collection[int]) -> None:
-        """The workers have loaded these requests, or given up; these blocks are not what they should be."""
+        """All workers have loaded these requests, or given up; these blocks are not what they should be, which one
+        worker may say steps before the last one is through.
+        """
+        for receiving in self._receiving.values() if failed_block_ids else ():
+            if any(block in failed_block_ids for block in receiving.block_ids):
+                receiving.failed = True
         for request_id in request_ids:
             self._forget(request_id)
             receiving = self._receiving.get(request_id)
             if receiving is not None:
                 receiving.loading, receiving.loaded = False, True
-                receiving.failed = any(block in failed_block_ids for block in receiving.block_ids)
                 receiving.block_ids, receiving.hashes = [], []
                 receiving.tokens, receiving.lookup_of = 0, -1
 
