@@ -61,13 +61,21 @@ class PdHandshake(KVConnectorHandshakeMetadata):
 class PdNews(KVConnectorWorkerMetadata):
     """From the workers to the scheduler: what became of requests, and where receivers are now."""
 
-    def __init__(self, outcomes: SendOutcomes | None = None, receivers: Sequence[ReceiverAt] = ()) -> None:
+    def __init__(
+        self,
+        outcomes: SendOutcomes | None = None,
+        returned: Sequence[str] = (),
+        receivers: Sequence[ReceiverAt] = (),
+    ) -> None:
         self.outcomes = outcomes or SendOutcomes()
+        #: Once for each worker that says so.
+        self.returned = list(returned)
         self.receivers = list(receivers)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         assert isinstance(other, PdNews)
         self.outcomes.merge(other.outcomes)
+        self.returned += other.returned
         self.receivers += other.receivers
         return self
 
@@ -116,7 +124,9 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
         elif role == KVConnectorRole.SCHEDULER:
             if self._options.lookup:
                 self._finder = ReceiverFinder(self._key)
-            self._consumer_scheduler = ConsumerScheduler(self._chunk_tokens, self._block_tokens, self._finder)
+            self._consumer_scheduler = ConsumerScheduler(
+                self._chunk_tokens, self._block_tokens, self._tp_size, self._finder
+            )
 
     # ---- worker
     # ----------------------------------------------------------------------------------------------------------
@@ -216,8 +226,11 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
         if self._producer is not None:
             outcomes = self._producer.outcomes()
             return None if outcomes is None else PdNews(outcomes)
-        moved_to = self._consumer.moved_to() if self._consumer is not None else None
-        return None if moved_to is None else PdNews(receivers=[ReceiverAt.here(self._rank, moved_to)])
+        if self._consumer is None:
+            return None
+        returned, moved_to = self._consumer.returned(), self._consumer.moved_to()
+        receivers = [] if moved_to is None else [ReceiverAt.here(self._rank, moved_to)]
+        return PdNews(returned=returned, receivers=receivers) if returned or receivers else None
 
     def shutdown(self) -> None:
         for part in (self._producer, self._consumer, self._finder):
@@ -263,6 +276,8 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
         if isinstance(news, PdNews):
             if self._producer_scheduler is not None:
                 self._producer_scheduler.update(news.outcomes)
+            if self._consumer_scheduler is not None:
+                self._consumer_scheduler.returned(news.returned)
             for receiver in news.receivers if self._finder is not None else ():
                 self._finder.attach(receiver)
         if self._consumer_scheduler is not None:
