@@ -449,9 +449,15 @@ def test_unneeded_chunks_go_back_though_nothing_else_is_asked(pair: Callable[...
             both.consumer.progress()
         while observer.status().leases or observer.status().slots_held:
             assert time.monotonic() < deadline
-    # Of what nobody asked for there is nothing to wait for.
-    both.consumer.begin_step(ConsumerStep(dropped=["b"]))
+    # Of what nobody asked for there is nothing to wait for, nor of what was asked of a daemon that has gone.
+    both.consumer.begin_step(ConsumerStep(announced=[("c", "router-c")], unneeded=["c"], dropped=["b"]))
     assert both.consumer.returned() == ["b"]
+    pid = both.receiver.ready.pid
+    os.kill(pid, signal.SIGKILL)
+    restarted(both.receiver, pid)
+    both.consumer.begin_step(ConsumerStep(announced=[("d", "router-d")], dropped=["d"]))
+    both.consumer.progress()
+    assert "c" in both.consumer.returned()
     both.nothing_left()
 
 
