@@ -63,13 +63,14 @@ def started(name: str, folder: Path, model: Path, *args: str, eager: bool = True
         yield Pair(*servers, itertools.count())
 
 
-@pytest.fixture(scope="module")
+# Of a class: the servers of one are gone before those of the next start.
+@pytest.fixture(scope="class")
 def float32(folder: Path, model: Path) -> Iterator[Pair]:
     with started("float32", folder, model, "--dtype", "float32") as pair:
         yield pair
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="class")
 def compiled(folder: Path, model: Path) -> Iterator[Pair]:
     with started("compiled", folder, model, eager=False) as pair:
         for server in (pair.prefill, pair.decode):
@@ -95,36 +96,37 @@ def block_bytes(pair: Pair) -> int:
     return BLOCK_TOKENS * 8 * 2 * 4 * 64 * (4 if pair.prefill.name.startswith("float32") else 2)
 
 
-@pytest.mark.parametrize("count", LENGTHS)
-def test_float32(float32: Pair, same_tokens: Callable[[Pair, list[int]], None], count: int) -> None:
-    # Broken in production: blocks of another element size are cut at the wrong byte.
-    same_tokens(float32, prompts.tokens(f"float32 {count}", count))
+class TestFloat32:
+    @pytest.mark.parametrize("count", LENGTHS)
+    def test_tokens(self, float32: Pair, same_tokens: Callable[[Pair, list[int]], None], count: int) -> None:
+        # Broken in production: blocks of another element size are cut at the wrong byte.
+        same_tokens(float32, prompts.tokens(f"float32 {count}", count))
+
+    def test_two_samples_of_a_request(self, float32: Pair, status_of: StatusOf) -> None:
+        # Broken in production: the second sample finds its chunks handed out to the first one, and fails.
+        prompt = prompts.tokens("two samples", 300)
+        given = {"n": 2, "temperature": 1.0, "seed": 7}
+        alone, across = (
+            [choice["token_ids"] for choice in asked(prompt, **given)["choices"]] for asked in both_ways(float32)
+        )
+        assert alone == across and alone[0] != alone[1]
+        wait_until_nothing_is_left((float32.prefill, float32.decode), status_of)
+
+    def test_log_probabilities_of_a_prompt(self, float32: Pair, status_of: StatusOf) -> None:
+        # Broken in production: decode needs the prompt's activations for these, and takes the KV without them; or it
+        # computes the prompt, and keeps the chunks that it does not take for good.
+        prompt = prompts.tokens("log probabilities", 300)
+        first, second = (asked(prompt, prompt_logprobs=1)["choices"][0] for asked in both_ways(float32))
+        assert len(first["prompt_logprobs"]) == len(prompt)
+        assert (first["prompt_logprobs"], first["token_ids"]) == (second["prompt_logprobs"], second["token_ids"])
+        wait_until_nothing_is_left((float32.prefill, float32.decode), status_of)
 
 
-@pytest.mark.parametrize("count", LENGTHS)
-def test_compiled(compiled: Pair, same_tokens: Callable[[Pair, list[int]], None], count: int) -> None:
-    # Broken in production: within a compiled model layers are taken before they are computed, or are never sent.
-    same_tokens(compiled, prompts.tokens(f"compiled {count}", count))
-
-
-def test_two_samples_of_a_request(float32: Pair, status_of: StatusOf) -> None:
-    # Broken in production: the second sample finds its chunks handed out to the first one, and fails.
-    prompt = prompts.tokens("two samples", 300)
-    given = {"n": 2, "temperature": 1.0, "seed": 7}
-    samples = [[choice["token_ids"] for choice in asked(prompt, **given)["choices"]] for asked in both_ways(float32)]
-    assert samples[0] == samples[1]
-    assert samples[0][0] != samples[0][1]
-    wait_until_nothing_is_left((float32.prefill, float32.decode), status_of)
-
-
-def test_log_probabilities_of_a_prompt(float32: Pair, status_of: StatusOf) -> None:
-    # Broken in production: decode needs the prompt's activations for these, and takes the KV without them; or it
-    # computes the prompt, and keeps the chunks that it does not take for good.
-    prompt = prompts.tokens("log probabilities", 300)
-    first, second = (asked(prompt, prompt_logprobs=1)["choices"][0] for asked in both_ways(float32))
-    assert len(first["prompt_logprobs"]) == len(prompt)
-    assert (first["prompt_logprobs"], first["token_ids"]) == (second["prompt_logprobs"], second["token_ids"])
-    wait_until_nothing_is_left((float32.prefill, float32.decode), status_of)
+class TestCompiled:
+    @pytest.mark.parametrize("count", LENGTHS)
+    def test_tokens(self, compiled: Pair, same_tokens: Callable[[Pair, list[int]], None], count: int) -> None:
+        # Broken in production: within a compiled model layers are taken before they are computed, or are never sent.
+        same_tokens(compiled, prompts.tokens(f"compiled {count}", count))
 
 
 def both_ways(pair: Pair) -> tuple[Callable[..., dict[str, Any]], Callable[..., dict[str, Any]]]:
