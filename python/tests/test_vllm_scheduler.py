@@ -216,8 +216,8 @@ class Shelf:
 
 
 class TestConsumer:
-    def scheduler(self, shelf: Shelf | None = None) -> ConsumerScheduler:
-        return ConsumerScheduler(CHUNK, BLOCK, shelf)
+    def scheduler(self, shelf: Shelf | None = None, tp_size: int = 1) -> ConsumerScheduler:
+        return ConsumerScheduler(CHUNK, BLOCK, tp_size, shelf)
 
     def test_a_step_that_computes_nothing_says_so(self) -> None:
         # Broken in production: workers wait for chunks while they should compute, or never wait and load a step later.
@@ -274,6 +274,19 @@ class TestConsumer:
         assert scheduler.build(output()).unneeded == ["a"]
         scheduler.finished(one)
         assert scheduler.build(output()).dropped == []
+
+    def test_the_engine_goes_on_until_every_rank_has_given_them_back(self) -> None:
+        # Broken in production: an engine that has nothing else to do sleeps on chunks that nobody needs.
+        scheduler = self.scheduler(tp_size=2)
+        one = request(256)
+        scheduler.arrived(one)
+        scheduler.allocated(one, [1, 2], 0)
+        scheduler.build(output())
+        scheduler.finished(one)
+        for _ in range(2):
+            assert scheduler.pending()
+            scheduler.returned(["a"])
+        assert not scheduler.pending()
 
     def test_an_abort_while_loading_or_before_is_told(self) -> None:
         # Broken in production: an aborted request's lease, or its blocks, are never given back.
@@ -342,6 +355,20 @@ class TestConsumer:
         scheduler.allocated(one, [1, 2, 3, 4], 512)
         scheduler.build(output())
         scheduler.received(["a"], {3, 4})
+        assert scheduler.matched(one, 0) == (0, False)
+        assert shelf.asked == 0
+
+    def test_what_one_rank_could_not_load_is_computed(self) -> None:
+        # Broken in production: with several ranks, the last one to be through hides that another one has failed before.
+        shelf = Shelf(range(512))
+        scheduler = self.scheduler(shelf)
+        one = request(512)
+        scheduler.matched(one, 0)
+        scheduler.allocated(one, [1, 2, 3, 4], 512)
+        scheduler.build(output())
+        scheduler.received([], {3, 4})
+        scheduler.received(["a"], ())
+        scheduler.build(output(preempted=["a"]))
         assert scheduler.matched(one, 0) == (0, False)
         assert shelf.asked == 0
 

@@ -127,6 +127,7 @@ class Pair:
         while True:
             self.produce(ProducerStep())
             self.producer.outcomes()
+            self.consumer.progress()
             statuses = [self.sender.client().status(), self.receiver.client().status()]
             left = [
                 (s.role, s.requests_active, s.leases, s.waits, s.slots_reserved, s.slots_held) for s in statuses
@@ -451,19 +452,51 @@ def test_dropped_and_unneeded_loads_leave_nothing(pair: Callable[..., Pair]) -> 
     both.nothing_left()
 
 
+def test_unneeded_chunks_go_back_though_nothing_else_is_asked(pair: Callable[..., Pair]) -> None:
+    # Broken in production: the chunks of a prompt that was wholly cached fill the receiver until the next request, and
+    # that one never comes, for prefill gets no slots for it.
+    both = pair()
+    tokens = list(range(16))
+    both.consumer.begin_step(ConsumerStep(announced=[("a", "router-a")], unneeded=["a"]))
+    both.consumer.progress()
+    assert both.consumer.returned() == []
+    both.produce(ProducerStep(plans=[both.plan("a", tokens)], chunks=[ChunkBlocks("a", 0, [0, 1])], finishing=["a"]))
+    assert both.ended("a") is None
+    with ReceiverClient(both.receiver.ready.connector, name="test", map_buffer=False) as observer:
+        deadline = time.monotonic() + 10
+        while not both.consumer.returned():
+            assert time.monotonic() < deadline
+            both.consumer.begin_step(ConsumerStep(idle=True))
+            both.consumer.progress()
+        while observer.status().leases or observer.status().slots_held:
+            assert time.monotonic() < deadline
+    # Of what nobody asked for there is nothing to wait for, nor of what was asked of a daemon that has gone.
+    both.consumer.begin_step(ConsumerStep(announced=[("c", "router-c")], unneeded=["c"], dropped=["b"]))
+    assert both.consumer.returned() == ["b"]
+    pid = both.receiver.ready.pid
+    os.kill(pid, signal.SIGKILL)
+    restarted(both.receiver, pid)
+    both.consumer.begin_step(ConsumerStep(announced=[("d", "router-d")], dropped=["d"]))
+    both.consumer.progress()
+    assert "c" in both.consumer.returned()
+    both.nothing_left()
+
+
 def test_a_daemon_that_dies_fails_its_requests_and_comes_back(pair: Callable[..., Pair]) -> None:
     # Broken in production: an engine hangs, or has to be restarted, because its daemon died.
     both = pair()
     tokens = list(range(16))
-    both.consumer.begin_step(load("a", tokens, [5, 6]))
     first = both.receiver.ready
+    assert (both.consumer.moved_to(), both.consumer.moved_to()) == (first.connector, None)
+    both.consumer.begin_step(load("a", tokens, [5, 6]))
     os.kill(first.pid, signal.SIGKILL)
     assert both.consume(ConsumerStep(), "a") == {5, 6}
     restarted(both.receiver, first.pid)
     # Where it was, for routers know its ports.
     again = both.receiver.ready
     assert (again.init_port, again.alloc_port) == (first.init_port, first.alloc_port)
-    assert both.consumer.moved_to() == first.connector
+    # The scheduler, which looks chunks up there, is told before anybody asks for anything.
+    assert (both.consumer.moved_to(), both.consumer.moved_to()) == (again.connector, None)
     old_sender = both.sender.ready.pid
     both.produce(ProducerStep(plans=[both.plan("b", tokens)]))
     os.kill(old_sender, signal.SIGKILL)
@@ -474,9 +507,29 @@ def test_a_daemon_that_dies_fails_its_requests_and_comes_back(pair: Callable[...
     both.produce(ProducerStep(plans=[both.plan("c", tokens)], chunks=[ChunkBlocks("c", 0, [0, 1])], finishing=["c"]))
     assert both.ended("c") is None
     assert both.consume(load("c", tokens, [3, 4]), "c") == set()
-    assert (both.consumer.moved_to(), both.consumer.moved_to()) == (again.connector, None)
+    assert both.consumer.moved_to() is None
     assert (both.target.kv[:, 3:5] == both.source.kv[:, :2]).all()
     both.nothing_left()
+
+
+def test_a_receiver_of_another_rank_comes_back_where_it_was() -> None:
+    # Broken in production: only the first rank's receiver is started again, and every request fails from then on.
+    layout = EngineLayout("tests/worker", CHUNK, BLOCK, BLOCK_BYTES, LAYERS, tp_rank=1, tp_size=2)
+    ports = free_ports(4)
+    arguments = ["--rank", "1"]
+    for key in (
+        "transfer_channel=local", f"pd_buffer_size={layout.chunk_bytes}", "pd_peer_host=127.0.0.1",
+        f"pd_peer_init_port={ports[:2]}", f"pd_peer_alloc_port={ports[2:]}",
+    ):
+        arguments += ["--set", key]
+    with ExitStack() as stack:
+        watched = Supervisor(binary("pd-receiver"), arguments, layout.json(), ReceiverClient, echo_log=False)
+        stack.callback(watched.close)
+        for _ in range(2):
+            pid = watched.ready.pid
+            os.kill(pid, signal.SIGKILL)
+            restarted(watched, pid)
+            assert (watched.ready.init_port, watched.ready.alloc_port) == (ports[1], ports[3])
 
 
 def test_a_daemon_that_dies_too_often_stays_down(pair: Callable[..., Pair]) -> None:

@@ -8,7 +8,9 @@ impl KvLayout {
     /// The fields that the handshake compares, by name. What explains a difference best comes first. The fields of a
     /// group carry its name where there are several: `sliding.layers`.
     pub fn fingerprint(&self) -> Vec<(String, String)> {
-        let mut fields = vec![("model".to_owned(), self.model.clone())];
+        // The size decides how many heads a rank has, and so most of what follows.
+        let mut fields =
+            vec![("model".to_owned(), self.model.clone()), ("tp_size".to_owned(), self.tp_size.to_string())];
         if self.groups.len() > 1 {
             let names: Vec<&str> = self.groups.iter().map(|group| group.name.as_str()).collect();
             fields.push(("groups".to_owned(), names.join(",")));
@@ -20,7 +22,6 @@ impl KvLayout {
         let whole = [
             ("chunk_tokens", self.chunk_tokens.to_string()),
             ("tp_rank", self.tp_rank.to_string()),
-            ("tp_size", self.tp_size.to_string()),
             ("chunk_bytes", self.chunk_bytes().to_string()),
         ];
         fields.extend(whole.map(|(name, value)| (name.to_owned(), value)));
@@ -115,6 +116,16 @@ mod tests {
             let difference = first_difference(&ours.fingerprint(), &theirs.fingerprint()).unwrap();
             assert_eq!(difference.field, field);
         }
+    }
+
+    #[test]
+    fn another_tensor_parallel_size_is_named_before_what_follows_from_it() {
+        // Broken in production: an operator is told of other heads, and looks for another model.
+        let mut theirs = llama3_8b();
+        theirs.tp_size = 2;
+        theirs.groups[0].kv_heads /= 2;
+        let difference = first_difference(&llama3_8b().fingerprint(), &theirs.fingerprint()).unwrap();
+        assert_eq!((difference.field.as_str(), difference.theirs.as_deref()), ("tp_size", Some("2")));
     }
 
     #[test]

@@ -7,7 +7,6 @@ what it is asked to one of four plain objects, by role, and translates between v
 from __future__ import annotations
 
 import platform
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,11 +22,11 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.logger import init_logger
 
-from ..client import Lease, ReceiverClient, SenderClient
+from ..client import ReceiverClient, SenderClient
 from ..daemon import find_binary
-from ..errors import PdError
 from ..paged import PagedKv
 from .consumer import ConsumerWorker
+from .finder import ReceiverAt, ReceiverFinder
 from .keys import chunk_key
 from .layout import EngineLayout
 from .options import Options
@@ -44,10 +43,6 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.pd_backend")
 
-# The scheduler waits for these answers, so it is not made to wait long, nor often for a receiver that has gone.
-_FINDER_REPLY_S = 0.5
-_FINDER_PAUSE_S = 5.0
-
 
 @dataclass
 class PdMetadata(KVConnectorMetadata):
@@ -60,20 +55,28 @@ class PdMetadata(KVConnectorMetadata):
 class PdHandshake(KVConnectorHandshakeMetadata):
     """From a decode worker to the scheduler, at start: where its receiver is."""
 
-    connector: str
+    receiver: ReceiverAt
 
 
 class PdNews(KVConnectorWorkerMetadata):
-    """From the workers to the scheduler: what became of requests, or where the first rank's receiver is now."""
+    """From the workers to the scheduler: what became of requests, and where receivers are now."""
 
-    def __init__(self, outcomes: SendOutcomes | None = None, connector: str | None = None) -> None:
+    def __init__(
+        self,
+        outcomes: SendOutcomes | None = None,
+        returned: Sequence[str] = (),
+        receivers: Sequence[ReceiverAt] = (),
+    ) -> None:
         self.outcomes = outcomes or SendOutcomes()
-        self.connector = connector
+        #: Once for each worker that says so.
+        self.returned = list(returned)
+        self.receivers = list(receivers)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         assert isinstance(other, PdNews)
         self.outcomes.merge(other.outcomes)
-        self.connector = self.connector or other.connector
+        self.returned += other.returned
+        self.receivers += other.receivers
         return self
 
 
@@ -112,7 +115,7 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
         self._consumer_scheduler: ConsumerScheduler | None = None
         self._producer: ProducerWorker | None = None
         self._consumer: ConsumerWorker | None = None
-        self._finder: _Finder | None = None
+        self._finder: ReceiverFinder | None = None
         self._failed_blocks: set[int] = set()
         self._handshake: PdHandshake | None = None
         self._rank = 0
@@ -120,8 +123,10 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
             self._producer_scheduler = ProducerScheduler(self._chunk_tokens, self._block_tokens, self._tp_size)
         elif role == KVConnectorRole.SCHEDULER:
             if self._options.lookup:
-                self._finder = _Finder(self._key)
-            self._consumer_scheduler = ConsumerScheduler(self._chunk_tokens, self._block_tokens, self._finder)
+                self._finder = ReceiverFinder(self._key)
+            self._consumer_scheduler = ConsumerScheduler(
+                self._chunk_tokens, self._block_tokens, self._tp_size, self._finder
+            )
 
     # ---- worker
     # ----------------------------------------------------------------------------------------------------------
@@ -167,7 +172,7 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
             self._consumer = ConsumerWorker(
                 receiver, paged, layout, self._dtype, receive_wait_s=options.receive_wait_s
             )
-            self._handshake = PdHandshake(receiver.ready.connector)
+            self._handshake = PdHandshake(ReceiverAt.here(rank, receiver.ready.connector))
 
     def make_paged(self, kv_caches: dict[str, torch.Tensor]) -> PagedKv:
         """The engine's KV memory as blocks. A subclass may copy otherwise."""
@@ -221,8 +226,11 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
         if self._producer is not None:
             outcomes = self._producer.outcomes()
             return None if outcomes is None else PdNews(outcomes)
-        moved_to = self._consumer.moved_to() if self._consumer is not None else None
-        return None if moved_to is None or self._rank else PdNews(connector=moved_to)
+        if self._consumer is None:
+            return None
+        returned, moved_to = self._consumer.returned(), self._consumer.moved_to()
+        receivers = [] if moved_to is None else [ReceiverAt.here(self._rank, moved_to)]
+        return PdNews(returned=returned, receivers=receivers) if returned or receivers else None
 
     def shutdown(self) -> None:
         for part in (self._producer, self._consumer, self._finder):
@@ -239,9 +247,9 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
     # -------------------------------------------------------------------------------------------------------
 
     def set_xfer_handshake_metadata(self, metadata: dict[int, KVConnectorHandshakeMetadata]) -> None:
-        handshake = metadata.get(0)
-        if self._finder is not None and isinstance(handshake, PdHandshake):
-            self._finder.attach(handshake.connector)
+        for handshake in metadata.values():
+            if self._finder is not None and isinstance(handshake, PdHandshake):
+                self._finder.attach(handshake.receiver)
 
     def on_new_request(self, request: Any) -> None:
         if self._consumer_scheduler is not None:
@@ -268,11 +276,13 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
         if isinstance(news, PdNews):
             if self._producer_scheduler is not None:
                 self._producer_scheduler.update(news.outcomes)
-            if self._finder is not None and news.connector is not None:
-                self._finder.attach(news.connector)
-        if self._consumer_scheduler is not None and connector_output.finished_recving:
+            if self._consumer_scheduler is not None:
+                self._consumer_scheduler.returned(news.returned)
+            for receiver in news.receivers if self._finder is not None else ():
+                self._finder.attach(receiver)
+        if self._consumer_scheduler is not None:
             self._consumer_scheduler.received(
-                connector_output.finished_recving, connector_output.invalid_block_ids or ()
+                connector_output.finished_recving or (), connector_output.invalid_block_ids or ()
             )
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
@@ -291,60 +301,8 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
         scheduler = self._producer_scheduler or self._consumer_scheduler
         return scheduler is not None and scheduler.pending()
 
-    def _key(self, chunk_hash: str) -> str:
-        """As the first rank's receiver has it: the others have theirs at the same time."""
-        return chunk_key(self._model, self._tp_size, 0, chunk_hash, self._dtype)
-
-
-class _Finder:
-    """Looks chunks up at the first rank's receiver, from the scheduler's process."""
-
-    def __init__(self, key: Any) -> None:
-        self._key = key
-        self._endpoint: str | None = None
-        self._client: ReceiverClient | None = None
-        self._leases: dict[str, Lease] = {}
-        self._not_before = 0.0
-
-    def attach(self, endpoint: str) -> None:
-        """Where the receiver is: at first, and whenever it was started again."""
-        if endpoint != self._endpoint:
-            self.close()
-            self._endpoint, self._not_before = endpoint, 0.0
-
-    def find(self, request_id: str, hashes: Sequence[str]) -> int:
-        self.forget(request_id)
-        if self._endpoint is None or time.monotonic() < self._not_before:
-            return 0
-        try:
-            if self._client is None:
-                self._client = ReceiverClient(
-                    self._endpoint, name="vllm scheduler", map_buffer=False, reply_timeout_s=_FINDER_REPLY_S
-                )
-            lease = self._client.lookup([self._key(name) for name in hashes], fetch=True)
-        except PdError as error:
-            logger.warning("chunks are not looked up, and computed here: %s", error)
-            self.close()
-            self._not_before = time.monotonic() + _FINDER_PAUSE_S
-            return 0
-        found = next((i for i, chunk in enumerate(lease.chunks) if chunk is None), len(hashes))
-        self._leases[request_id] = lease
-        return found
-
-    def forget(self, request_id: str) -> None:
-        lease = self._leases.pop(request_id, None)
-        if lease is None:
-            return
-        try:
-            lease.start_release()
-        except PdError as error:
-            logger.warning("a lease could not be released: %s", error)
-
-    def close(self) -> None:
-        client, self._client = self._client, None
-        self._leases.clear()
-        if client is not None:
-            client.close()
+    def _key(self, rank: int, chunk_hash: str) -> str:
+        return chunk_key(self._model, self._tp_size, rank, chunk_hash, self._dtype)
 
 
 def _dtype_name(vllm_config: VllmConfig) -> str:

@@ -58,7 +58,11 @@ class ConsumerWorker:
         self._buffer: Any = None
         self._finished: set[str] = set()
         self._failed_blocks: set[int] = set()
-        self._moved_to: str | None = None
+        #: Where the scheduler was told that the receiver is.
+        self._told: str | None = None
+        #: Of requests that need nothing of it any more: what has not come yet is given back when it comes.
+        self._returning: dict[str, Pending[Lease]] = {}
+        self._returned: list[str] = []
         self._idle = False
         # Now, and not in the step of the first request: a large buffer takes a while to map.
         self._attached()
@@ -79,10 +83,7 @@ class ConsumerWorker:
             request.plan = plan
             self._try_start(request)
         for request_id in step.unneeded:
-            request = self._requests.pop(request_id, None)
-            if request is not None and request.arriving is not None:
-                # Its lease is given back when it comes.
-                request.arriving.abandon()
+            self._return(request_id, self._requests.pop(request_id, None))
         for request_id in step.dropped:
             self._drop(request_id)
 
@@ -90,6 +91,8 @@ class ConsumerWorker:
         """Loads what has arrived. Requests that are through, loaded or not, and the blocks that could not be loaded."""
         if self._requests and self._idle:
             self._wait_a_little()
+        for request_id, arriving in list(self._returning.items()) if self._returning else ():
+            self._try_return(request_id, arriving)
         for request in list(self._requests.values()) if self._requests else ():
             if request.plan is None:
                 continue
@@ -111,10 +114,23 @@ class ConsumerWorker:
         failed, self._failed_blocks = self._failed_blocks, set()
         return finished, failed
 
+    def returned(self) -> list[str]:
+        """Requests that were unneeded or dropped, and of which nothing is kept any more, since the last call."""
+        returned, self._returned = self._returned, []
+        return returned
+
     def moved_to(self) -> str | None:
-        """Where the connector API of the receiver is, once after each start of it."""
-        moved, self._moved_to = self._moved_to, None
-        return moved
+        """Where the connector API of the receiver is, once after each start of it. Nobody may have asked it anything
+        since: where the scheduler finds no chunks, no worker hears of a request.
+        """
+        try:
+            endpoint = self._supervisor.ready.connector
+        except PdError:
+            return None
+        if endpoint == self._told:
+            return None
+        self._told = endpoint
+        return endpoint
 
     def close(self) -> None:
         """The worker ends: its leases go back with its client."""
@@ -126,7 +142,6 @@ class ConsumerWorker:
         client = self._supervisor.client()
         if client is not self._client:
             self._client = client
-            self._moved_to = client.endpoint
             self._buffer = self._paged.memory(client.buffer.range(0, client.buffer.len_bytes))
         return client
 
@@ -218,16 +233,32 @@ class ConsumerWorker:
         logger.error("request %s was not loaded: %s", request.req_id or request.request_id, error)
         self._failed_blocks.update(plan.block_ids[plan.first_block :])
 
+    def _return(self, request_id: str, request: _Request | None) -> None:
+        """What the request asked for is not taken: it is given back now, or once it is here."""
+        if request is None or request.arriving is None:
+            self._returned.append(request_id)
+        else:
+            self._returning[request_id] = request.arriving
+
+    def _try_return(self, request_id: str, arriving: Pending[Lease]) -> None:
+        try:
+            if not arriving.done():
+                return
+            arriving.abandon()
+        except PdError:
+            pass  # The daemon has gone, or this client of it: so has the lease.
+        del self._returning[request_id]
+        self._returned.append(request_id)
+
     def _drop(self, request_id: str) -> None:
         """The engine has given the request up. Its blocks are kept until it is reported, where some were given."""
         request = self._requests.pop(request_id, None)
+        self._return(request_id, request)
         if request is None:
             return
         if request.plan is not None:
             self._finished.add(request_id)
         try:
-            if request.arriving is not None:
-                request.arriving.abandon()
             if request.req_id is not None and self._client is not None:
                 # Nobody else will fetch it: the sender is told, and the slots are free at once.
                 self._client.start_cancel(request.req_id).abandon()
@@ -237,4 +268,4 @@ class ConsumerWorker:
 
 def requests_of(worker: ConsumerWorker) -> Iterable[str]:
     """Requests that the worker still knows of: for tests, that nothing is left behind."""
-    return list(worker._requests)
+    return [*worker._requests, *worker._returning]

@@ -237,12 +237,15 @@ class Finder(Protocol):
 class ConsumerScheduler:
     """Decode: claims the tokens that come from prefill, and tells the workers which blocks they belong into."""
 
-    def __init__(self, chunk_tokens: int, block_tokens: int, finder: Finder | None) -> None:
+    def __init__(self, chunk_tokens: int, block_tokens: int, tp_size: int, finder: Finder | None) -> None:
         """Without a `finder`, requests whose router names none are computed here."""
+        self._tp_size = tp_size
         self._chunk_tokens = chunk_tokens
         self._block_tokens = block_tokens
         self._finder = finder
         self._receiving: dict[str, _Receiving] = {}
+        #: Unneeded or given up, by how many workers may still get chunks for them, and have to give them back.
+        self._returning: dict[str, int] = {}
         self._step = ConsumerStep()
 
     def arrived(self, request: Any) -> None:
@@ -302,6 +305,7 @@ class ConsumerScheduler:
             receiving.block_ids = block_ids[:blocks]
         elif named is not None:
             self._step.unneeded.append(request.request_id)
+            self._returning[request.request_id] = self._tp_size
         receiving.used = True
 
     def build(self, output: Any) -> ConsumerStep:
@@ -317,13 +321,17 @@ class ConsumerScheduler:
         return step
 
     def received(self, request_ids: Iterable[str], failed_block_ids: Collection[int]) -> None:
-        """The workers have loaded these requests, or given up; these blocks are not what they should be."""
+        """All workers have loaded these requests, or given up; these blocks are not what they should be, which one
+        worker may say steps before the last one is through.
+        """
+        for receiving in self._receiving.values() if failed_block_ids else ():
+            if any(block in failed_block_ids for block in receiving.block_ids):
+                receiving.failed = True
         for request_id in request_ids:
             self._forget(request_id)
             receiving = self._receiving.get(request_id)
             if receiving is not None:
                 receiving.loading, receiving.loaded = False, True
-                receiving.failed = any(block in failed_block_ids for block in receiving.block_ids)
                 receiving.block_ids, receiving.hashes = [], []
                 receiving.tokens, receiving.lookup_of = 0, -1
 
@@ -333,10 +341,18 @@ class ConsumerScheduler:
         receiving = self._receiving.pop(request.request_id, None)
         if receiving is not None and (receiving.loading or (receiving.req_id is not None and not receiving.used)):
             self._step.dropped.append(request.request_id)
+            self._returning[request.request_id] = self._tp_size
+
+    def returned(self, request_ids: Iterable[str]) -> None:
+        """So said a worker, or several: nothing of these requests is kept there any more."""
+        for request_id in request_ids:
+            left = self._returning.pop(request_id, 1) - 1
+            if left > 0:
+                self._returning[request_id] = left
 
     def pending(self) -> bool:
-        """Whether the engine has to step once more for the workers to hear what they have to."""
-        return bool(self._step.dropped or self._step.unneeded)
+        """Whether the engine has to go on stepping for the workers to hear what they have to, and to do it."""
+        return bool(self._returning)
 
     def _hashes(self, request: Any, tokens: int) -> list[str]:
         return chunk_hashes(request.all_token_ids[:tokens], self._chunk_tokens, request_context(request))

@@ -170,7 +170,11 @@ class Supervisor(Generic[C]):
         ready = daemon.ready
         if ready.init_port and ready.alloc_port:
             # Routers know the ports by now: a later daemon takes those of the first, also where any were asked for.
-            ports = [f"pd_peer_init_port={ready.init_port}", f"pd_peer_alloc_port={ready.alloc_port}"]
+            # It looks for them where its rank is in the list.
+            ports = [
+                f"{key}=[{', '.join([str(port)] * (1 + int(self._layout.get('tp_rank', 0))))}]"
+                for key, port in (("pd_peer_init_port", ready.init_port), ("pd_peer_alloc_port", ready.alloc_port))
+            ]
             self._args = [*self._given_args, *(word for port in ports for word in ("--set", port))]
         logger.info("%s is ready: %s", self._binary.name, ready)
         return daemon

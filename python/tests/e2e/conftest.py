@@ -9,7 +9,7 @@ import itertools
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -25,6 +25,8 @@ import harness
 import prompts
 from harness import Process, Server
 from pd_backend import Client, ReceiverClient, SenderClient, Status
+
+StatusOf = Callable[..., Status]
 
 _BEGAN = time.monotonic()
 
@@ -166,12 +168,12 @@ def _answers(single: Server) -> dict[tuple[tuple[int, ...], int], list[int]]:
 
 
 @pytest.fixture
-def status_of() -> Iterator[Callable[[Server], Status]]:
-    """The counters of the daemon beside a server."""
+def status_of() -> Iterator[StatusOf]:
+    """The counters of the daemon beside a server, or beside its worker of another rank."""
     clients: dict[str, Client] = {}
 
-    def status(server: Server) -> Status:
-        ready = server.daemon_ready()
+    def status(server: Server, rank: int = 0) -> Status:
+        ready = server.daemon_ready(rank)
         key = f"{ready['connector']} {ready['pid']}"
         if key not in clients:
             kind = SenderClient if ready["role"] == "sender" else ReceiverClient
@@ -183,29 +185,36 @@ def status_of() -> Iterator[Callable[[Server], Status]]:
         client.close()
 
 
-@pytest.fixture
-def nothing_left(deployment: Deployment, status_of: Callable[[Server], Status]) -> Iterator[None]:
-    """After the test, soon, no daemon holds anything for anybody."""
-    yield
-    deadline = time.monotonic() + 20
-    servers = [s for s in (deployment.prefill, deployment.decode, deployment.small_decode) if s.running()]
+def wait_until_nothing_is_left(servers: Iterable[Server], status_of: StatusOf, timeout_s: float = 20) -> None:
+    """Soon, no daemon beside these servers holds anything for anybody."""
+    deadline = time.monotonic() + timeout_s
+    daemons = [(server, rank) for server in servers if server.running() for rank in server.daemons_ready()]
     while True:
         left = {}
-        for server in servers:
-            status = status_of(server)
+        for server, rank in daemons:
+            status = status_of(server, rank)
             held = {
                 "requests_active": status.requests_active, "waits": status.waits, "leases": status.leases,
                 "slots_reserved": status.slots_reserved, "slots_quarantined": status.slots_quarantined,
                 "slots_held": status.slots_held, "transfers_in_flight": status.transfers_in_flight,
             }
-            left.update({(server.name, what): count for what, count in held.items() if count})
+            left.update({(server.name, rank, what): count for what, count in held.items() if count})
         if not left:
             return
         assert time.monotonic() < deadline, f"left behind: {left}"
         time.sleep(0.1)
 
 
+@pytest.fixture
+def nothing_left(deployment: Deployment, status_of: StatusOf) -> Iterator[None]:
+    """After the test, soon, no daemon holds anything for anybody."""
+    yield
+    wait_until_nothing_is_left((deployment.prefill, deployment.decode, deployment.small_decode), status_of)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What needs no server first, what ends one last."""
-    order = ["test_paged_copies", "test_tokens", "test_refused"]
+    """What needs no server first, then what has servers of its own, which are gone before the shared ones start; what
+    ends one of these last.
+    """
+    order = ["test_paged_copies", "test_tensor_parallel", "test_variants", "test_tokens", "test_refused"]
     items.sort(key=lambda item: order.index(Path(str(item.path)).stem) if Path(str(item.path)).stem in order else 1)

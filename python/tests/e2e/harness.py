@@ -34,6 +34,7 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_HOST_IP": "127.0.0.1",
+    "GLOO_SOCKET_IFNAME": "lo",
     "VLLM_LOGGING_LEVEL": "INFO",
 }
 
@@ -136,14 +137,18 @@ class Server(Process):
 
     def __init__(
         self, name: str, folder: Path, model: Path, *, kv: dict[str, Any] | None = None, args: Sequence[str] = (),
-        env: dict[str, str] | None = None,
+        env: dict[str, str] | None = None, tensor_parallel: int = 1, eager: bool = True,
     ) -> None:
         self.name = name
         (self.port,) = free_ports(1)
         self.url = f"http://127.0.0.1:{self.port}"
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
-        command += ["--served-model-name", MODEL_NAME, "--skip-tokenizer-init", "--distributed-executor-backend", "uni"]
-        command += ["--enforce-eager", "--host", "127.0.0.1", "--port", str(self.port)]
+        command += ["--served-model-name", MODEL_NAME, "--skip-tokenizer-init", "--host", "127.0.0.1"]
+        command += ["--port", str(self.port), "--tensor-parallel-size", str(tensor_parallel)]
+        # A worker of its own is a process more: only where there are several.
+        command += ["--distributed-executor-backend", "uni" if tensor_parallel == 1 else "mp"]
+        if eager:
+            command.append("--enforce-eager")
         if kv is not None:
             command += ["--kv-transfer-config", json.dumps(kv)]
         python_path = [str(TOP / "python"), str(TOP / "python" / "tests" / "e2e")]
@@ -157,12 +162,18 @@ class Server(Process):
     def complete(self, prompt: Sequence[int], max_tokens: int, timeout_s: float = 120.0, **more: Any) -> dict[str, Any]:
         return post(self.url + "/v1/completions", completion_body(prompt, max_tokens, **more), timeout_s)
 
-    def daemon_ready(self) -> dict[str, str]:
-        """What the ready line of the latest daemon beside it said, as the connector logs it."""
-        lines = [line for line in self.log().splitlines() if "ReadyLine(" in line]
-        if not lines:
-            raise RuntimeError(f"server {self.name} has logged no ready line:\n{self.log()[-4000:]}")
-        return dict(re.findall(r"(\w+)='?([^',)]+)'?", lines[-1].split("ReadyLine(")[1]))
+    def daemon_ready(self, rank: int = 0) -> dict[str, str]:
+        """What the ready line of the latest daemon beside the worker of this rank said, as the connector logs it."""
+        ready = self.daemons_ready()
+        if rank not in ready:
+            raise RuntimeError(f"server {self.name} has logged no ready line of rank {rank}:\n{self.log()[-4000:]}")
+        return ready[rank]
+
+    def daemons_ready(self) -> dict[int, dict[str, str]]:
+        """The same of every rank that has a daemon."""
+        # A worker that is a process of its own says so before each line.
+        said = re.findall(r"^(?:\(Worker_TP(\d+) pid=\d+\))?.*ReadyLine\((.*)\)", self.log(), re.MULTILINE)
+        return {int(rank or 0): dict(re.findall(r"(\w+)='?([^',)]+)'?", line)) for rank, line in said}
 
 
 def producer(sets: dict[str, Any], **more: Any) -> dict[str, Any]:

@@ -1,0 +1,103 @@
+"""Looks chunks up at the receivers of a decode server, from the scheduler's process."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from ..client import Lease, Pending, ReceiverClient
+from ..errors import PdError
+
+logger = logging.getLogger("vllm.pd_backend")
+
+# The scheduler waits for these answers, so it is not made to wait long, nor often for a receiver that has gone.
+_REPLY_S = 0.5
+_PAUSE_S = 5.0
+
+
+@dataclass(frozen=True)
+class ReceiverAt:
+    """Where the receiver of one rank is."""
+
+    rank: int
+    connector: str
+    host: str
+
+    @classmethod
+    def here(cls, rank: int, connector: str) -> ReceiverAt:
+        """Of a worker, as it tells the scheduler."""
+        return cls(rank, connector, platform.node())
+
+
+class ReceiverFinder:
+    """What is ready at the receiver of every rank: what one of them lacks, its worker could not load.
+
+    A receiver on another machine cannot be asked, and is taken to have what the others have.
+    """
+
+    def __init__(self, key: Callable[[int, str], str]) -> None:
+        """`key`: of a rank, and a chunk's hash."""
+        self._key = key
+        self._endpoints: dict[int, str] = {}
+        self._clients: dict[int, ReceiverClient] = {}
+        #: By request, then by rank.
+        self._leases: dict[str, dict[int, Lease]] = {}
+        self._not_before = 0.0
+
+    def attach(self, receiver: ReceiverAt) -> None:
+        """Where a receiver is: at first, and whenever it was started again."""
+        if receiver.host != platform.node() or receiver.connector == self._endpoints.get(receiver.rank):
+            return
+        self._detach(receiver.rank)
+        self._endpoints[receiver.rank], self._not_before = receiver.connector, 0.0
+
+    def find(self, request_id: str, hashes: Sequence[str]) -> int:
+        """How many of these, from the first on, are ready at all of them."""
+        self.forget(request_id)
+        if not self._endpoints or time.monotonic() < self._not_before:
+            return 0
+        asked: dict[int, Pending[Lease]] = {}
+        found = len(hashes)
+        try:
+            for rank in self._endpoints:
+                keys = [self._key(rank, name) for name in hashes]
+                asked[rank] = self._client(rank).start_lookup(keys, fetch=True)
+            for rank in self._endpoints:
+                lease = self._leases.setdefault(request_id, {})[rank] = asked.pop(rank).result()
+                found = min(found, next((i for i, chunk in enumerate(lease.chunks) if chunk is None), len(hashes)))
+        except PdError as error:
+            logger.warning("chunks are not looked up, and computed here: %s", error)
+            self.close()
+            self._not_before = time.monotonic() + _PAUSE_S
+            return 0
+        return found
+
+    def forget(self, request_id: str) -> None:
+        """What was found for this request is not needed any more."""
+        for lease in self._leases.pop(request_id, {}).values():
+            try:
+                lease.start_release()
+            except PdError as error:
+                logger.warning("a lease could not be released: %s", error)
+
+    def close(self) -> None:
+        """Detaches from all of them: their leases go back."""
+        for rank in list(self._clients):
+            self._detach(rank)
+
+    def _client(self, rank: int) -> ReceiverClient:
+        if rank not in self._clients:
+            self._clients[rank] = ReceiverClient(
+                self._endpoints[rank], name="vllm scheduler", map_buffer=False, reply_timeout_s=_REPLY_S
+            )
+        return self._clients[rank]
+
+    def _detach(self, rank: int) -> None:
+        for leases in self._leases.values():
+            leases.pop(rank, None)
+        client = self._clients.pop(rank, None)
+        if client is not None:
+            client.close()
