@@ -359,8 +359,15 @@ def test_idle_steps_become_fewer_while_nothing_comes(pair: Callable[..., Pair]) 
     both.consumer.begin_step(ConsumerStep(idle=True))
     assert both.consumer.progress() == (set(), set())
     assert 0.001 <= waited[0] < waited[1] < waited[2] <= waited[3] == 0.005
-    both.consumer.begin_step(ConsumerStep(dropped=["a"]))
+    # Nor for as long as the chunks of one that needs them no more have not come.
+    both.consumer.begin_step(ConsumerStep(unneeded=["a"], idle=True))
+    assert both.consumer.progress() == (set(), set())
+    assert waited[4:] == [0.005]
+    del client.wait_for_news
+    client.cancel("a")
+    client._pump(10.0)
     both.consumer.progress()
+    assert both.consumer.returned() == ["a"]
     both.nothing_left()
 
 

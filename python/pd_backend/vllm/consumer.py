@@ -61,7 +61,7 @@ class ConsumerWorker:
         #: Where the scheduler was told that the receiver is.
         self._told: str | None = None
         #: Of requests that need nothing of it any more: what has not come yet is given back when it comes.
-        self._returning: dict[str, Pending[Lease]] = {}
+        self._returning: dict[str, _Request] = {}
         self._returned: list[str] = []
         self._idle = False
         # Now, and not in the step of the first request: a large buffer takes a while to map.
@@ -89,10 +89,10 @@ class ConsumerWorker:
 
     def progress(self) -> tuple[set[str], set[int]]:
         """Loads what has arrived. Requests that are through, loaded or not, and the blocks that could not be loaded."""
-        if self._requests and self._idle:
+        if self._idle and (self._requests or self._returning):
             self._wait_a_little()
-        for request_id, arriving in list(self._returning.items()) if self._returning else ():
-            self._try_return(request_id, arriving)
+        for request in list(self._returning.values()) if self._returning else ():
+            self._try_return(request)
         for request in list(self._requests.values()) if self._requests else ():
             if request.plan is None:
                 continue
@@ -147,10 +147,11 @@ class ConsumerWorker:
 
     def _wait_a_little(self) -> None:
         """Lets an answer that is on its way come in this step instead of the next one."""
-        loading = [request for request in self._requests.values() if request.plan is not None]
+        expected = [request for request in self._requests.values() if request.plan is not None]
+        expected += self._returning.values()
         try:
-            waiting = [request for request in loading if request.arriving is not None and not request.arriving.done()]
-            if waiting and len(waiting) == len(loading) and self._client is not None:
+            waiting = [request for request in expected if request.arriving is not None and not request.arriving.done()]
+            if waiting and len(waiting) == len(expected) and self._client is not None:
                 newest = max(request.began for request in waiting)
                 self._client.wait_for_news(idle_wait_s(time.monotonic() - newest))
         except PdError:
@@ -238,17 +239,18 @@ class ConsumerWorker:
         if request is None or request.arriving is None:
             self._returned.append(request_id)
         else:
-            self._returning[request_id] = request.arriving
+            self._returning[request_id] = request
 
-    def _try_return(self, request_id: str, arriving: Pending[Lease]) -> None:
+    def _try_return(self, request: _Request) -> None:
+        assert request.arriving is not None
         try:
-            if not arriving.done():
+            if not request.arriving.done():
                 return
-            arriving.abandon()
+            request.arriving.abandon()
         except PdError:
             pass  # The daemon has gone, or this client of it: so has the lease.
-        del self._returning[request_id]
-        self._returned.append(request_id)
+        del self._returning[request.request_id]
+        self._returned.append(request.request_id)
 
     def _drop(self, request_id: str) -> None:
         """The engine has given the request up. Its blocks are kept until it is reported, where some were given."""
