@@ -367,6 +367,7 @@ impl SenderDaemon {
             chunks_expired: 0,
             draining: self.draining,
             failures: self.tally.failures(),
+            receivers: self.session.receivers().map(translate::receiver).collect(),
         }
     }
 }
