@@ -97,14 +97,14 @@ def test_a_real_pair_meets_or_refuses_without_a_request(start: Callable[..., Sup
     named = f"pd_receivers=[127.0.0.1:{init_port}:{alloc_port}]"
     alone = start("pd-sender", SenderClient, "0.32.0", named)
     began = time.monotonic()
-    meet_receivers(alone.client())
-    assert time.monotonic() - began < 20
+    meet_receivers(alone.client(), wait_s=60)
+    assert time.monotonic() - began < 50
     assert [receiver.word for receiver in alone.client().status().receivers] == ["unreachable"]
     start("pd-receiver", ReceiverClient, "0.32.0", *ports)
-    meet_receivers(start("pd-sender", SenderClient, "0.32.0", named).client())
+    meet_receivers(start("pd-sender", SenderClient, "0.32.0", named).client(), wait_s=60)
     newer = start("pd-sender", SenderClient, "0.33.0", named)
     with pytest.raises(ReceiverRefused) as caught:
-        meet_receivers(newer.client())
+        meet_receivers(newer.client(), wait_s=60)
     assert caught.value.kind == "layout_mismatch"
     assert f"receiver 127.0.0.1:{init_port}/{alloc_port}: engine.vllm is " in caught.value.text
     assert "0.32.0 at " in caught.value.text and "0.33.0 at " in caught.value.text, caught.value.text
