@@ -91,10 +91,16 @@ serve() {
   children+=($!)
   next=$((next + 1))
 }
+# Prefill servers come first and take a port each; behind them, a decode server takes three: its own, and its receiver's two.
+receivers=''
+for i in $(seq "$decodes"); do
+  init=$((next + prefills + 3 * (i - 1)))
+  receivers+=${receivers:+, }\"127.0.0.1:$init:$((init + 1))\"
+done
 proxy=(--port "$port" --notify-port "$notify")
 urls=()
 for i in $(seq "$prefills"); do
-  serve "prefill-$i" kv_producer "\"pd_proxy_host\": \"127.0.0.1\", \"pd_proxy_port\": $notify"
+  serve "prefill-$i" kv_producer "\"pd_proxy_host\": \"127.0.0.1\", \"pd_proxy_port\": $notify, \"pd_receivers\": [$receivers]"
   proxy+=(--prefill "$url") urls+=("$url")
 done
 for i in $(seq "$decodes"); do

@@ -10,6 +10,7 @@ use std::time::Duration;
 use pd_backend::config::{
     BufferDevice, Config, ConfigError, EngineKind, Loaded, MetricsConfig, Options, ProxyConfig, Role,
 };
+use pd_backend::ids::PeerAddress;
 use proptest::prelude::*;
 
 /// Shipped models with the bytes of their chunk of 256 tokens on one rank.
@@ -236,7 +237,8 @@ fn what_check_prints_means_the_same() {
     let rich = "pd_buffer_size: 1000000007\npd_buffer_device: cuda:3\npd_peer_init_port: 7300\npd_peer_alloc_port: 7400\n\
         pd_peer_query_port: 7600\npd_proxy_host: proxy-0.example\npd_proxy_port: 7500\nkv_cache_dtype: fp8\nchunk_size: 16\n\
         model_name: \"a: odd #name\"\npd_retention_sec: 0.25\ntransfer_channel: local\nnixl_backends: [UCX, POSIX]\n\
-        pd_nixl_lib_dir: /opt/x y\npd_connector_endpoint: ipc:///tmp/{role}.sock\npd_metrics_host: \"::1\"\npd_metrics_port: 9400\n";
+        pd_nixl_lib_dir: /opt/x y\npd_connector_endpoint: ipc:///tmp/{role}.sock\npd_metrics_host: \"::1\"\npd_metrics_port: 9400\n\
+        pd_receivers: [10.0.0.2:7300:7400, \"[::1]:7310:7410\"]\n";
     for role in ROLES {
         let lazy = format!("{MINIMAL}pd_buffer_initial_size: 100MB\n");
         let unwatched = format!("{MINIMAL}pd_metrics_port: none\n");
@@ -292,6 +294,28 @@ fn ranks_take_their_own_ports_and_devices() {
     assert_eq!(config.buffer.device, BufferDevice::Cuda(1));
     assert_eq!((config.layout.tp_rank, config.layout.tp_size, config.layout.first_group().kv_heads), (1, 2, 4));
     assert_eq!(config.connector_endpoint.as_deref(), Some("ipc:///tmp/receiver-1"));
+}
+
+#[test]
+fn a_sender_knows_the_receivers_of_its_rank() {
+    // Broken in production: the second worker of a host meets the first one's receiver, or a receiver meets others.
+    let text = format!("{MINIMAL}pd_receivers: [10.0.0.2:7300+7301:7400+7401, \"[fd00::3]:7310+7311:7410+7411\"]\n");
+    let of = |role, rank: u32| {
+        let change = |options: &mut Options| (options.rank, options.tp_size) = (rank, Some(4));
+        load_text(role, &text, change).map(|loaded| loaded.config.receivers)
+    };
+    let at = |host: &str, init_port, alloc_port| PeerAddress { host: host.to_owned(), init_port, alloc_port };
+    assert_eq!(of(Role::Sender, 0).unwrap(), [at("10.0.0.2", 7300, 7400), at("fd00::3", 7310, 7410)]);
+    assert_eq!(of(Role::Sender, 1).unwrap(), [at("10.0.0.2", 7301, 7401), at("fd00::3", 7311, 7411)]);
+    let refusal = of(Role::Sender, 2).unwrap_err();
+    let expected = ": this is rank 2, and \"10.0.0.2:7300+7301:7400+7401\" has ports for 2 ranks; join one port per rank \
+                    with +, as in 10.0.0.2:7300+7301:7400+7401";
+    assert!(refusal.ends_with(expected), "{refusal}");
+    assert_eq!(of(Role::Receiver, 2).unwrap(), []);
+    let one = |line: &str| load(Role::Sender, &format!("{MINIMAL}{line}\n")).unwrap().config.receivers;
+    assert_eq!(one("pd_receivers: decode-0.example:1:2"), [at("decode-0.example", 1, 2)]);
+    assert_eq!(one("pd_receivers: []"), []);
+    assert_eq!(one("pd_receivers: null"), []);
 }
 
 #[test]
@@ -518,6 +542,19 @@ const REFUSED: &[(&str, &str)] = &[
         "pd_max_peers: {a: 1}",
         "f.yaml:4: pd_max_peers = a map; expected a number from 1 to 65536; write for example `pd_max_peers: 1024`",
     ),
+    // A receiver has no use for them, and a file that is wrong is wrong for both.
+    (
+        "pd_receivers: 10.0.0.2:7300",
+        "f.yaml:4: pd_receivers = \"10.0.0.2:7300\"; expected a list of texts HOST:INIT_PORT:ALLOC_PORT, with ports from 1 to 65535, or one for each rank joined with +, and an IPv6 address in brackets; write for example `pd_receivers: [10.0.0.2:7300:7400]`",
+    ),
+    (
+        "pd_receivers: [\"::1:7300:7400\"]",
+        "f.yaml:4: pd_receivers = [\"::1:7300:7400\"]; expected a list of texts HOST:INIT_PORT:ALLOC_PORT, with ports from 1 to 65535, or one for each rank joined with +, and an IPv6 address in brackets; write for example `pd_receivers: [10.0.0.2:7300:7400]`",
+    ),
+    (
+        "pd_receivers: [a:0:7400]",
+        "f.yaml:4: pd_receivers = [\"a:0:7400\"]; expected a list of texts HOST:INIT_PORT:ALLOC_PORT, with ports from 1 to 65535, or one for each rank joined with +, and an IPv6 address in brackets; write for example `pd_receivers: [10.0.0.2:7300:7400]`",
+    ),
     (
         "pd_peer_query_port: 7400\npd_peer_init_port: 7400",
         "f.yaml:4: pd_peer_query_port = 7400: pd_peer_init_port of rank 0 is 7400 as well; give each its own port, or 0 for a free port",
@@ -551,6 +588,18 @@ fn refusals_that_depend_on_role_rank_and_model() {
     assert_eq!(
         sender("pd_proxy_port: 7500"),
         "f.yaml:2: pd_proxy_port = 7500: `pd_proxy_host` is missing; give both, or neither, or pd_skip_proxy_notification: true"
+    );
+    assert_eq!(
+        sender("pd_receivers: [a:7300:7400, b:7300:7400, a:7300:7400]"),
+        "f.yaml:2: pd_receivers = [\"a:7300:7400\", \"b:7300:7400\", \"a:7300:7400\"]: \"a:7300:7400\" is there twice for rank 0; keep one of them"
+    );
+    assert_eq!(
+        sender("pd_receivers: a:7300:7300"),
+        "f.yaml:2: pd_receivers = \"a:7300:7300\": \"a:7300:7300\" has 7300 twice for rank 0; give the port of the handshake first, then that of allocations, as the receiver's ready line names them"
+    );
+    assert_eq!(
+        sender("pd_receivers: [a:1:2, b:1:2]\npd_max_peers: 1"),
+        "f.yaml:2: pd_receivers = [\"a:1:2\", \"b:1:2\"]: there are 2 of them, and pd_max_peers is 1; raise pd_max_peers, or leave some out"
     );
     let skip = "pd_buffer_size: 1GiB\npd_proxy_port: 7500\npd_skip_proxy_notification: true\n";
     assert_eq!(load(Role::Sender, skip).unwrap().config.proxy, None);

@@ -118,6 +118,24 @@ class BufferUsage(_Value, frozen=True):
     chunks_fit: list[int]
 
 
+class ReceiverStatus(_Value, frozen=True):
+    """A receiver that a sender was told of at start, and how far it has come with it."""
+
+    address: PeerAddress
+    #: `meeting`, `met`, `refused: ` or `unreachable: ` and why.
+    state: str
+
+    @property
+    def word(self) -> str:
+        """The first word of its state."""
+        return self.state.split(":", 1)[0]
+
+    @property
+    def reason(self) -> str:
+        """Why it is refused or unreachable; empty otherwise."""
+        return self.state.partition(": ")[2]
+
+
 class Status(_Value, frozen=True):
     """What a daemon counts; counters start at 0 with its process."""
 
@@ -151,6 +169,8 @@ class Status(_Value, frozen=True):
     draining: bool = False
     #: `requests_failed` by kind; kinds that have not happened are left out.
     failures: dict[str, int] = {}
+    #: Sender: the receivers that it was told of at start (`pd_receivers`), in that order.
+    receivers: list[ReceiverStatus] = []
 
 
 # ---- from the client -------------------------------------------------------------------------------------------------

@@ -109,6 +109,7 @@ def start_pair(layout_file: Path) -> Iterator[Callable[..., Pair]]:
             receiver_sets: Sequence[str] = (),
             env: dict[str, str] | None = None,
             receiver_env: dict[str, str] | None = None,
+            told: bool = False,
         ) -> Pair:
             def daemon(
                 role: str, engine: str, slots: int, layout: Path, sets: Sequence[str], env: dict[str, str] | None
@@ -130,7 +131,8 @@ def start_pair(layout_file: Path) -> Iterator[Callable[..., Pair]]:
                 return daemon("receiver", engine_there, receiver_slots, theirs, [*ports, *receiver_sets], env_there)
 
             def start_sender() -> Daemon:
-                return daemon("sender", engine, sender_slots, layout_file, sender_sets, env)
+                named = [f"pd_receivers=[127.0.0.1:{init_port}:{alloc_port}]"] if told else []
+                return daemon("sender", engine, sender_slots, layout_file, [*named, *sender_sets], env)
 
             # Ports that it can have again when it is restarted.
             init_port, alloc_port = free_ports(2)

@@ -107,6 +107,8 @@ fn read(text: &str) -> Result<Status, String> {
             .filter(|(outcome, count)| !went_well(outcome) && *count > 0)
             .map(|(outcome, count)| (outcome.to_owned(), count))
             .collect(),
+        // Metrics count them, and name none.
+        receivers: Vec::new(),
     })
 }
 
@@ -162,6 +164,9 @@ fn show(status: &Status) -> Table {
         row("transfers in flight", status.transfers_in_flight.to_string());
     }
     row("peers, connectors", format!("{}, {}", status.peers, status.clients));
+    for receiver in &status.receivers {
+        row(&format!("receiver {}", receiver.address), receiver.state.clone());
+    }
     table
 }
 
@@ -178,7 +183,8 @@ mod tests {
     use std::collections::BTreeMap;
 
     use super::*;
-    use crate::ids::{Failure, FailureKind, RequestId};
+    use crate::connector::message::ReceiverStatus;
+    use crate::ids::{Failure, FailureKind, PeerAddress, RequestId};
     use crate::metrics::{Snapshot, Tally, exposition};
     use crate::protocol::receiver::Note;
 
@@ -224,6 +230,7 @@ mod tests {
             chunks_expired: 11,
             draining: true,
             failures: BTreeMap::from([("expired".to_owned(), 1), ("peer_lost".to_owned(), 2)]),
+            receivers: Vec::new(),
         };
         Snapshot { status, tally }
     }
@@ -257,5 +264,10 @@ mod tests {
         ] {
             assert!(table.contains(words), "{words}:\n{table}");
         }
+        let address = PeerAddress { host: "10.0.0.2".into(), init_port: 7300, alloc_port: 7400 };
+        let state = "refused: layout_mismatch: dtype is float16 at r and bfloat16 at s".to_owned();
+        let receivers = vec![ReceiverStatus { address, state }];
+        let table = show(&Status { receivers, ..Status::default() }).to_string();
+        assert!(table.contains("receiver 10.0.0.2:7300/7400") && table.contains("bfloat16 at s"), "{table}");
     }
 }

@@ -41,6 +41,10 @@ keys! {
     PD_PEER_INIT_PORT = "pd_peer_init_port", PORTS, "7300";
     PD_PEER_ALLOC_PORT = "pd_peer_alloc_port", PORTS, "7400";
     PD_PEER_QUERY_PORT = "pd_peer_query_port", PORTS, "7600";
+    PD_RECEIVERS = "pd_receivers",
+        "a list of texts HOST:INIT_PORT:ALLOC_PORT, with ports from 1 to 65535, or one for each rank joined with +, and an IPv6 \
+         address in brackets",
+        "[10.0.0.2:7300:7400]";
     PD_PROXY_HOST = "pd_proxy_host", HOST, "127.0.0.1";
     PD_PROXY_PORT = "pd_proxy_port", "a port from 1 to 65535", "7500";
     PD_SKIP_PROXY_NOTIFICATION = "pd_skip_proxy_notification", BOOLEAN, "true";

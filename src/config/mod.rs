@@ -10,6 +10,7 @@ mod keys;
 mod load;
 mod options;
 mod raw;
+mod receivers;
 mod resolve;
 mod secret;
 mod show;
@@ -19,6 +20,7 @@ mod values;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::ids::PeerAddress;
 pub use crate::ids::{ChecksumMode, EngineKind, SharedSecret};
 use crate::kv_layout::KvLayout;
 
@@ -92,6 +94,8 @@ pub struct Config {
     pub alloc_port: u16,
     /// Receiver: port of cache queries; none: not served.
     pub query_port: Option<u16>,
+    /// Sender: receivers that it meets at start, and keeps; no two are the same.
+    pub receivers: Vec<PeerAddress>,
     /// Sender: the proxy that is told when a request is ready; none: nobody is told.
     pub proxy: Option<ProxyConfig>,
     /// What peers have to prove to know; none: whoever reaches the ports may talk.

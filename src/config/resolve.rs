@@ -6,6 +6,7 @@ use std::time::Duration;
 use super::error::ConfigError;
 use super::keys::{self, Key};
 use super::raw::{Entry, RawConfig, RawValue};
+use super::receivers::receivers;
 use super::size::exact_size;
 use super::{
     BufferConfig, BufferDevice, ChecksumMode, Config, Deadlines, EngineConfig, EngineKind, Limits, MetricsConfig,
@@ -57,6 +58,7 @@ pub(super) fn resolve(
     let rank = layout.tp_rank;
     let buffer = buffer(raw, &layout, rank, &mut notes)?;
     let peers = peer_ports(role, raw, rank)?;
+    let limits = limits(raw)?;
     let config = Config {
         role,
         rank,
@@ -65,12 +67,13 @@ pub(super) fn resolve(
         init_port: peers.init,
         alloc_port: peers.alloc,
         query_port: peers.query,
+        receivers: receivers(role, raw, rank, &limits)?,
         proxy: proxy(role, raw)?,
         shared_secret,
         connector_endpoint: connector_endpoint(role, raw, &layout)?,
         metrics: metrics(raw, rank, &mut notes)?,
         deadlines: deadlines(raw, &mut notes)?,
-        limits: limits(raw)?,
+        limits,
         buffer,
         layout,
     };

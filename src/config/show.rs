@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::size::exact_size;
-use super::{Config, Role, keys};
+use super::{Config, Role, keys, receivers};
 use crate::kv_layout::parse_dtype;
 
 /// One key with its value, and what to know about it.
@@ -126,6 +126,7 @@ impl Config {
                 optional(&keys::PD_PEER_QUERY_PORT, self.query_port, "cache queries are not served"),
             ]),
             Role::Sender => lines.extend([
+                optional(&keys::PD_RECEIVERS, self.receivers_as_yaml(), "receivers are met at their first request"),
                 optional(&keys::PD_PROXY_HOST, self.proxy.as_ref().map(|proxy| quoted(&proxy.host)), "nobody is told"),
                 optional(&keys::PD_PROXY_PORT, self.proxy.as_ref().map(|proxy| proxy.port), "nobody is told"),
             ]),
@@ -156,6 +157,13 @@ impl Config {
             set(&keys::PD_MAX_CLIENTS, limits.clients_max, ""),
         ]);
         lines
+    }
+}
+
+impl Config {
+    fn receivers_as_yaml(&self) -> Option<String> {
+        let texts: Vec<String> = self.receivers.iter().map(|address| quoted(&receivers::text_of(address))).collect();
+        (!texts.is_empty()).then(|| format!("[{}]", texts.join(", ")))
     }
 }
 

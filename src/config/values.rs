@@ -164,7 +164,7 @@ fn printable(text: &str, len_bytes_max: usize) -> bool {
 }
 
 /// A name or an address; not a URL, not `host:port`.
-fn is_host(text: &str) -> bool {
+pub(super) fn is_host(text: &str) -> bool {
     const NAME_LEN_BYTES_MAX: usize = 253;
     let name = text.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_'));
     printable(text, NAME_LEN_BYTES_MAX) && (name || text.parse::<Ipv6Addr>().is_ok())

@@ -478,6 +478,28 @@ pub struct Status {
     /// `requests_failed` by kind of failure; kinds that have not happened are left out.
     #[serde(default)]
     pub failures: BTreeMap<String, u64>,
+    /// Sender: the receivers that it was told of at start (`pd_receivers`), in that order.
+    #[serde(default, deserialize_with = "nil_is_left_out", skip_serializing_if = "Vec::is_empty")]
+    pub receivers: Vec<ReceiverStatus>,
+}
+
+/// A receiver that a sender was told of at start.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReceiverStatus {
+    /// Where it is.
+    pub address: PeerAddress,
+    /// `meeting`, `met`, `refused: ` or `unreachable: ` and why.
+    pub state: String,
+}
+
+impl ReceiverStatus {
+    /// The states, by their first words.
+    pub const STATES: [&str; 4] = ["meeting", "met", "refused", "unreachable"];
+
+    /// The first word of its state.
+    pub fn word(&self) -> &str {
+        self.state.split(':').next().unwrap_or_default()
+    }
 }
 
 /// How full and how fragmented a pd_buffer is, all of one moment.

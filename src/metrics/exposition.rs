@@ -14,6 +14,7 @@ use prometheus_client::registry::{Registry, Unit};
 use super::durations::Durations;
 use super::tally::ByKind;
 use super::{ProcessUsage, Snapshot};
+use crate::connector::message::ReceiverStatus;
 
 /// Content type of the text for whoever accepts it.
 pub const CONTENT_TYPE_OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -130,6 +131,16 @@ impl Daemon {
     fn encode_peers(&self, page: &mut Page<'_>) -> fmt::Result {
         let Snapshot { status, tally } = &self.0;
         page.gauge("pd_peers", "Peers shaken hands with.", None, status.peers.into())?;
+        if !self.is_receiver() {
+            let count = |state| status.receivers.iter().filter(|receiver| receiver.word() == state).count() as u64;
+            page.gauges(
+                "pd_receivers",
+                "Receivers that were named at start, by whether they can be sent to.",
+                None,
+                "state",
+                &ReceiverStatus::STATES.map(|state| (state, count(state))),
+            )?;
+        }
         page.counter("pd_handshakes", "Handshakes that went well.", None, tally.handshakes)?;
         page.counters("pd_peer_failures", "Peers refused, lost or not reached.", "kind", &tally.peer_failures)?;
         page.counter(

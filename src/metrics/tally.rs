@@ -100,7 +100,9 @@ impl Tally {
                 self.handshakes += 1;
                 self.add_phase("handshake", *took);
             }
-            Note::PeerDown { failure, .. } => add(&mut self.peer_failures, failure.kind),
+            Note::PeerDown { failure, .. } | Note::Refused { failure, .. } => {
+                add(&mut self.peer_failures, failure.kind)
+            }
             Note::Opened { chunks, already_sent, took, .. } => {
                 self.count_chunks(*chunks, *already_sent);
                 self.add_phase("alloc", *took);

@@ -8,7 +8,7 @@
 //! connector          SenderSession                    ReceiverSession          connector
 //!   open -------------->|-- NixlInitRequest ---------------->|
 //!                       |<----------------- NixlInitResponse-|
-//!                       |-- NixlMemRegRequest -------------->|      (first request to this receiver only)
+//!                       |-- NixlMemRegRequest -------------->|      (once: at start, or with the first request)
 //!                       |<--------------- NixlMemRegResponse-|
 //!                       |-- AllocRequest ------------------->|
 //!   <-- opened ---------|<-------------------- AllocResponse-|<------------- wait

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use tracing::{debug, info, warn};
+use tracing::{debug, error, info, warn};
 
 use crate::ids::FailureKind;
 use crate::protocol::{receiver, sender};
@@ -65,6 +65,9 @@ pub(super) fn log_sender(note: sender::Note) {
         ),
         Note::PeerDown { address, failure } => {
             warn!(receiver = %address, kind = %failure.kind, "receiver given up: {}", failure.text);
+        }
+        Note::Refused { address, failure } => {
+            error!(receiver = %address, kind = %failure.kind, "receiver refused: {}", failure.text);
         }
         Note::Opened { request, address, chunks, already_sent, took } => debug!(
             %request, receiver = %address, chunks, already_sent, alloc_ms = ms(took), "opened"

@@ -322,6 +322,7 @@ impl ReceiverDaemon {
             chunks_expired: counts.chunks_expired,
             draining: self.draining,
             failures: self.tally.failures(),
+            receivers: Vec::new(),
         }
     }
 }

@@ -87,6 +87,7 @@ pub(super) async fn run(config: Config, options: RunOptions) -> Result<(), Runti
             requests_max: config.limits.requests_max as usize,
             request_chunks_max: config.limits.request_chunks_max as usize,
             peers_max: config.limits.peers_max as usize,
+            receivers: config.receivers.clone(),
             notify_proxy: config.proxy.is_some(),
             heartbeat_interval: config.deadlines.heartbeat,
             peer_timeout: config.deadlines.peer,
@@ -366,6 +367,7 @@ impl SenderDaemon {
             chunks_expired: 0,
             draining: self.draining,
             failures: self.tally.failures(),
+            receivers: self.session.receivers().map(translate::receiver).collect(),
         }
     }
 }

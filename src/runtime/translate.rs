@@ -7,8 +7,10 @@ use crate::address::Snapshot;
 use crate::buffer::{Memory, MemoryManager};
 use crate::config::Config;
 use crate::connector::message::CONNECTOR_API_VERSION;
-use crate::connector::message::{BufferHandle, BufferUsage, Group, ReadyChunk, Reply, SendPart, StagedSlot, Timings};
-use crate::ids::{Failure, FailureKind, Seq};
+use crate::connector::message::{
+    BufferHandle, BufferUsage, Group, ReadyChunk, ReceiverStatus, Reply, SendPart, StagedSlot, Timings,
+};
+use crate::ids::{Failure, FailureKind, PeerAddress, Seq};
 use crate::protocol::{self, receiver, sender};
 
 pub(super) fn error(id: Seq, failure: Failure, peer: Option<String>) -> Reply {
@@ -96,6 +98,17 @@ pub(super) fn parts(parts: Vec<SendPart>) -> Vec<sender::Part> {
     let part =
         |part: SendPart| sender::Part { slot: part.slot, offset_bytes: part.offset_bytes, len_bytes: part.len_bytes };
     parts.into_iter().map(part).collect()
+}
+
+pub(super) fn receiver((address, acquaintance): (&PeerAddress, &sender::Acquaintance)) -> ReceiverStatus {
+    use sender::Acquaintance::{Meeting, Met, Refused, Unreachable};
+    let state = match acquaintance {
+        Meeting => "meeting".to_owned(),
+        Met => "met".to_owned(),
+        Refused(failure) => format!("refused: {failure}"),
+        Unreachable(failure) => format!("unreachable: {failure}"),
+    };
+    ReceiverStatus { address: address.clone(), state }
 }
 
 pub(super) fn sender_answer(id: Seq, answer: sender::Answer) -> Reply {

@@ -32,6 +32,8 @@ pub struct Plan {
     pub settle_ms: u64,
     /// Whether a daemon may know one peer fewer than there are.
     pub crowded: bool,
+    /// Whether senders know the receivers in advance, and meet them before any request.
+    pub told: bool,
     /// Keys are drawn from so many.
     pub keys: u32,
     /// Jobs that take the name of an earlier one.
@@ -89,6 +91,7 @@ impl Plan {
             rough_ms: 900,
             settle_ms: 5000,
             crowded: false,
+            told: false,
             keys: 10,
             reuse_name: some(40),
             retry: 50,
@@ -125,6 +128,7 @@ impl Plan {
             crowded: rng.random_bool(0.2),
             keys: rng.random_range(4..=14),
             checksums: rng.random_bool(0.5),
+            told: rng.random_bool(0.4),
             ..plan
         }
     }
@@ -141,6 +145,7 @@ impl Plan {
             rough_ms: 600,
             settle_ms: 3000,
             crowded: false,
+            told: false,
             keys: 10,
             reuse_name: 0,
             retry: 0,

@@ -16,6 +16,7 @@ use crate::engine::Connection;
 use crate::network::Route;
 use crate::news::{News, Proc};
 use crate::plan::{self, Plan};
+use crate::sender_io::address;
 use crate::truth::Truth;
 
 pub const CHUNK_BYTES: u64 = 16;
@@ -119,6 +120,7 @@ pub fn new_sender(plan: &Plan, at: Proc, now: Instant) -> Sender {
             requests_max: 64,
             request_chunks_max: 64,
             peers_max: peers_max(plan, plan.receivers),
+            receivers: if plan.told { (0..plan.receivers).map(address).collect() } else { Vec::new() },
             notify_proxy: true,
             heartbeat_interval: plan::HEARTBEAT,
             peer_timeout: plan::PEER,

@@ -12,5 +12,6 @@ Only that module imports vLLM; the others here are plain Python:
     scheduler   the two scheduler sides
     producer    the worker's side of prefill
     consumer    the worker's side of decode
+    meetings    whether a pd-sender can talk to the receivers that it is told of, before the engine serves
     supervisor  the daemon of a worker: launched, watched, restarted
 """

@@ -29,6 +29,7 @@ from .consumer import ConsumerWorker
 from .finder import ReceiverAt, ReceiverFinder
 from .keys import chunk_key
 from .layout import EngineLayout
+from .meetings import meet_receivers
 from .options import Options
 from .producer import ProducerWorker
 from .scheduler import ConsumerScheduler, ProducerScheduler
@@ -159,6 +160,11 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
         logger.info("starting %s: chunks of %s", binary, layout)
         if self._produces:
             sender = Supervisor(binary, arguments, layout.json(), SenderClient, **limits)
+            try:
+                meet_receivers(sender.client())
+            except BaseException:
+                sender.close()
+                raise
             self._producer = ProducerWorker(
                 sender,
                 paged,

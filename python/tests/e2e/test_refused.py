@@ -57,6 +57,30 @@ def test_another_engine_is_refused(
     assert re.search(rf"layout_mismatch: receiver \S+: {field} is {ours or model} at \S+ and {theirs} at ", error), error
 
 
+def test_a_prefill_server_that_names_a_receiver_of_another_engine_does_not_start(
+    tmp_path: Path, folder: Path, model: Path
+) -> None:
+    # Broken in production: two servers that cannot work together both report that they serve, and every request fails.
+    layout = EngineLayout("another/model", chunk_tokens=256, block_tokens=128, block_bytes=4096, layers=8)
+    file = tmp_path / "layout.json"
+    file.write_text(json.dumps(layout.json()))
+    arguments = ["--kv-layout", str(file)]
+    for key in ("transfer_channel=local", "pd_buffer_size=16MiB", "pd_peer_init_port=0", "pd_peer_alloc_port=0"):
+        arguments += ["--set", key]
+    with Daemon(find_binary("pd-receiver"), arguments) as receiver:
+        named = f"127.0.0.1:{receiver.ready.init_port}:{receiver.ready.alloc_port}"
+        sets = {"pd_buffer_size": "64MiB", "transfer_channel": "local", "pd_receivers": [named]}
+        blocks = ("--num-gpu-blocks-override", "64", "--max-model-len", "6144")
+        prefill = Server("misled-prefill", folder, model, kv=harness.producer(sets), args=blocks)
+        try:
+            with pytest.raises(RuntimeError, match="server misled-prefill has ended"):
+                prefill.wait_ready()
+        finally:
+            prefill.close()
+    said = rf"layout_mismatch: receiver \S+:{receiver.ready.init_port}/\d+: model is {model} at \S+ and another/model at "
+    assert re.search(said, prefill.log()), prefill.log()[-4000:]
+
+
 def test_a_prefill_server_that_dies_fails_its_requests_or_has_them_computed(
     deployment: Deployment, status_of: Callable[[Server], Status]
 ) -> None:

@@ -19,6 +19,19 @@ pub enum PeerMemory {
     Pages(Pages),
 }
 
+/// How far a receiver has been met that the sender was told of at start.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Acquaintance {
+    /// Not yet, and nothing is known against it.
+    Meeting,
+    /// It can be written to.
+    Met,
+    /// One of the two will not talk to the other, for this reason. Tried again, seldom.
+    Refused(Failure),
+    /// Nobody is there, or nobody any more. Tried again.
+    Unreachable(Failure),
+}
+
 /// A request as its connector opens it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct OpenRequest {
@@ -258,7 +271,7 @@ pub enum Note {
         /// Its length now, in bytes, or why it did not grow.
         result: Result<u64, String>,
     },
-    /// A receiver has shaken hands; the engine connects to its memory next.
+    /// A receiver has shaken hands, and the engine is connected to its memory.
     PeerUp {
         /// Where.
         address: PeerAddress,
@@ -266,11 +279,19 @@ pub enum Note {
         instance: String,
         /// Length of its buffer, in bytes.
         len_bytes: u64,
-        /// How long it took.
+        /// How long it took to shake hands.
         took: Duration,
     },
-    /// A receiver is gone, or was never there.
+    /// A receiver is gone, or was never there. Of one that the sender was told of at start: for the first time since it was
+    /// anything else.
     PeerDown {
+        /// Where.
+        address: PeerAddress,
+        /// Why.
+        failure: Failure,
+    },
+    /// A receiver that the sender was told of at start, and one of the two will not talk to the other; once for each reason.
+    Refused {
         /// Where.
         address: PeerAddress,
         /// Why.

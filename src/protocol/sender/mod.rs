@@ -5,6 +5,7 @@
 //! |---|---|
 //! | `io` | what goes in and comes out: requests, outputs, answers, notes |
 //! | `peers` | handshakes with receivers, and losing them |
+//! | `meetings` | receivers that are known from the start, and met before any request |
 //! | `debts` | what receivers must still be told: that nothing writes any more |
 //! | `requests` | a request from `open` to its acknowledged commit |
 //! | `ending` | how a request ends otherwise |
@@ -16,6 +17,7 @@ mod coverage;
 mod debts;
 mod ending;
 mod io;
+mod meetings;
 mod peers;
 mod requests;
 mod staging;
@@ -26,9 +28,12 @@ mod unwritten;
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 
-pub use io::{Answer, Event, Note, OpenRequest, Output, Part, PeerMemory, Phases, SenderCounts, Sending, StagedSlot};
+pub use io::{
+    Acquaintance, Answer, Event, Note, OpenRequest, Output, Part, PeerMemory, Phases, SenderCounts, Sending, StagedSlot,
+};
 
 use self::debts::Word;
+use self::meetings::Meeting;
 use self::peers::Peer;
 use self::requests::{Request, Stage, Uid, WRITE_DEADLINE_PASSED};
 use self::staging::Staging;
@@ -79,6 +84,8 @@ pub struct SenderSettings {
     pub request_chunks_max: usize,
     /// Most receivers.
     pub peers_max: usize,
+    /// Receivers to meet at start, and to keep; no two are the same.
+    pub receivers: Vec<PeerAddress>,
     /// Whether a proxy wants to know.
     pub notify_proxy: bool,
     /// How far pings to a receiver are apart.
@@ -115,6 +122,8 @@ enum Timer {
     Seek(PeerAddress),
     /// A receiver of LMCache's has not answered for too long.
     Answer(PeerId),
+    /// A receiver that we were told of is met, or met again.
+    Meet(PeerAddress),
 }
 
 /// The sender as a value.
@@ -138,6 +147,8 @@ pub struct SenderSession {
     words: BTreeMap<Seq, Word>,
     /// Lost receivers that hold grants of ours, and how often they were sought in vain.
     debts: BTreeMap<PeerAddress, u32>,
+    /// The receivers that we were told of at start.
+    meetings: BTreeMap<PeerAddress, Meeting>,
     /// What lost receivers of LMCache's hold of ours.
     left: BTreeMap<PeerAddress, Left>,
     transfers: BTreeMap<TransferId, Transfer>,
@@ -155,11 +166,11 @@ pub struct SenderSession {
 }
 
 impl SenderSession {
-    /// A session that knows nobody.
+    /// A session that has met nobody yet.
     pub fn new(now: Instant, settings: SenderSettings) -> Self {
         let slots = SlotPool::new(settings.addresses.clone());
         let growth = Growth::new(settings.len_max_bytes);
-        Self {
+        let mut session = Self {
             settings,
             slots,
             growth,
@@ -172,6 +183,7 @@ impl SenderSession {
             commits: BTreeMap::new(),
             words: BTreeMap::new(),
             debts: BTreeMap::new(),
+            meetings: BTreeMap::new(),
             left: BTreeMap::new(),
             transfers: BTreeMap::new(),
             unacknowledged: BTreeMap::new(),
@@ -182,7 +194,9 @@ impl SenderSession {
             next_id: 1,
             draining: false,
             now,
-        }
+        };
+        session.begin_meetings(now);
+        session
     }
 
     /// A message arrived from a receiver.
@@ -234,6 +248,7 @@ impl SenderSession {
                 Timer::Word(seq) => self.say_again(now, seq),
                 Timer::Seek(address) => self.seek(now, &address),
                 Timer::Answer(peer) => self.answer_timed_out(now, peer),
+                Timer::Meet(address) => self.meet(now, &address),
             }
         }
     }
@@ -328,6 +343,7 @@ impl SenderSession {
     /// What does not.
     pub fn check_invariants(&self) -> Result<(), String> {
         self.slots.check()?;
+        self.check_meetings()?;
         let unacknowledged: usize = self.unacknowledged.values().map(Vec::len).sum();
         let staged = unacknowledged + self.requests.values().map(Request::staged_slots).sum::<usize>();
         let taken = self.slots.taken_count();

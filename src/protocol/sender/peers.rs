@@ -54,8 +54,8 @@ enum PeerState {
     Loading,
     /// Asked where its memory is.
     Registering(Seq, ConnectionId),
-    /// The engine connects.
-    Warming(ConnectionId),
+    /// The engine connects; shaking hands took so long.
+    Warming(ConnectionId, Duration),
     /// It can be written to.
     Up(ConnectionId),
 }
@@ -64,6 +64,16 @@ impl Peer {
     pub(super) fn connection(&self) -> Option<ConnectionId> {
         match self.state {
             PeerState::Up(connection) => Some(connection),
+            _ => None,
+        }
+    }
+
+    /// What the engine has of it, connected or not yet.
+    fn held(&self) -> Option<ConnectionId> {
+        match self.state {
+            PeerState::Registering(_, connection) | PeerState::Warming(connection, _) | PeerState::Up(connection) => {
+                Some(connection)
+            }
             _ => None,
         }
     }
@@ -97,7 +107,7 @@ impl SenderSession {
             }
             return Ok(peer);
         }
-        if self.peers.len() >= self.settings.peers_max && !self.evict_peer() {
+        if self.peers.len() >= self.settings.peers_max && !self.evict_peer(true) {
             let text = format!("{} receivers are connected and busy, the limit; raise pd_max_peers", self.peers.len());
             return Err(Failure::new(FailureKind::Limit, text));
         }
@@ -265,11 +275,8 @@ impl SenderSession {
     fn warm(&mut self, now: Instant, peer: PeerId, connection: ConnectionId, len_bytes: u64, memory: PeerMemory) {
         let Some(record) = self.peers.get_mut(&peer) else { return };
         record.len_bytes = len_bytes;
-        record.state = PeerState::Warming(connection);
-        let (address, instance) = (record.address.clone(), record.name());
-        let took = now.saturating_duration_since(record.since);
+        record.state = PeerState::Warming(connection, now.saturating_duration_since(record.since));
         self.outputs.push_back(Output::ConnectPeer { peer, connection, memory });
-        self.note(Note::PeerUp { address, instance, len_bytes, took });
     }
 
     /// A receiver's buffer has grown. Nothing is granted beyond what the sender was told of, so it is told with a grant.
@@ -305,7 +312,7 @@ impl SenderSession {
     pub fn handle_peer_connected(&mut self, now: Instant, peer: PeerId, result: Result<(), String>) {
         self.now = now;
         let Some(record) = self.peers.get_mut(&peer) else { return };
-        let PeerState::Warming(connection) = record.state else { return };
+        let PeerState::Warming(connection, took) = record.state else { return };
         match result {
             Ok(()) => {
                 record.state = PeerState::Up(connection);
@@ -313,7 +320,10 @@ impl SenderSession {
                 if record.heartbeat {
                     self.timers.set(Timer::Ping(peer), now + self.settings.heartbeat_interval);
                 }
+                let (address, instance, len_bytes) = (record.address.clone(), record.name(), record.len_bytes);
                 self.timers.cancel(&Timer::Handshake(peer));
+                self.met(now, &address);
+                self.note(Note::PeerUp { address, instance, len_bytes, took });
                 for uid in self.requests_of(peer) {
                     self.allocate(now, uid);
                 }
@@ -340,15 +350,10 @@ impl SenderSession {
     fn drop_peer(&mut self, peer: PeerId, failure: Failure) {
         let Some(record) = self.peers.get(&peer) else { return };
         let address = record.address.clone();
-        let connection = match record.state {
-            PeerState::Registering(_, connection) | PeerState::Warming(connection) | PeerState::Up(connection) => {
-                Some(connection)
-            }
-            _ => None,
-        };
+        let connection = record.held();
         self.note_debt(peer);
         self.end_stock(peer);
-        self.note(Note::PeerDown { address: address.clone(), failure: failure.clone() });
+        self.missed(&address, &failure);
         // Whoever noticed may know one of its ports alone.
         let told = match failure.text.contains(&address.to_string()) {
             true => failure,
@@ -472,17 +477,23 @@ impl SenderSession {
         of_peer.map(|(&uid, _)| uid).collect()
     }
 
-    /// Forgets the receiver that was used longest ago, of those with nothing under way.
-    fn evict_peer(&mut self) -> bool {
+    /// Forgets the receiver that was used longest ago, of those with nothing under way; one that we were told of at start
+    /// only where it has to be, and if it may be.
+    pub(super) fn evict_peer(&mut self, awaited_too: bool) -> bool {
         let idle = self.peers.iter().filter(|(peer, record)| {
-            record.connection().is_some()
+            let awaited = self.is_awaited(&record.address);
+            // One that is being met for its own sake has nothing under way either.
+            (if awaited { awaited_too } else { record.connection().is_some() })
                 && !self.requests.values().any(|request| request.peer == **peer)
                 && !self.words.values().any(|word| word.peer == **peer)
                 && !record.stock().is_some_and(Stock::is_busy)
         });
-        let Some((&peer, record)) = idle.min_by_key(|(_, record)| record.last_used) else { return false };
-        let (address, connection) = (record.address.clone(), record.connection());
+        let last = idle.min_by_key(|(_, record)| (self.is_awaited(&record.address), record.last_used));
+        let Some((&peer, record)) = last else { return false };
+        let (address, connection) = (record.address.clone(), record.held());
+        self.timers.cancel(&Timer::Handshake(peer));
         self.timers.cancel(&Timer::Ping(peer));
+        self.put_off_meeting(&address);
         self.peer_by_address.remove(&address);
         if let Some(record) = self.peers.remove(&peer) {
             self.leave_stock(record);

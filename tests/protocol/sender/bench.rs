@@ -1,14 +1,19 @@
 //! One sender of four slots with a receiver of ours, whose grants the test gives by hand.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use pd_backend::address::AddressManager;
-use pd_backend::ids::{ChunkKey, ClientId, ConnectionId, GrantId, PeerAddress, PeerId, RequestId, Seq, TransferId};
-use pd_backend::protocol::sender::{Answer, Event, OpenRequest, Output, Part, SenderSettings, Sending, StagedSlot};
+use pd_backend::ids::{
+    ChunkKey, ClientId, ConnectionId, Failure, FailureKind, GrantId, PeerAddress, PeerId, RequestId, Seq, TransferId,
+};
+use pd_backend::protocol::sender::{
+    Answer, Event, Note, OpenRequest, Output, Part, SenderSettings, Sending, StagedSlot,
+};
 use pd_backend::protocol::{ChunkShape, Port, SenderSession};
 use pd_backend::wire::Message;
 use pd_backend::wire::message::{
-    AllocReplyExtension, AllocResponse, CancelExtension, InitReplyExtension, InitResponse, MemRegReplyExtension,
+    AllocReplyExtension, AllocResponse, CancelExtension, Hello, InitReplyExtension, InitResponse, MemRegReplyExtension,
     MemRegResponse, Pong,
 };
 
@@ -28,6 +33,15 @@ pub struct Bench {
     pub posts: Vec<TransferId>,
     pub abandoned: Vec<(TransferId, bool)>,
     pub opened: Vec<PeerId>,
+    /// Hosts where nobody listens.
+    pub absent: BTreeSet<String>,
+    /// Hosts whose receiver is of this model.
+    pub models: BTreeMap<String, &'static str>,
+    hosts: BTreeMap<PeerId, String>,
+    /// Who was pinged and has not answered.
+    pinged: Vec<PeerId>,
+    /// What was noted of receivers.
+    pub notes: Vec<Note>,
     pub proxy: u32,
 }
 
@@ -60,6 +74,7 @@ pub fn settings() -> SenderSettings {
         requests_max: 10,
         request_chunks_max: 10,
         peers_max: 10,
+        receivers: Vec::new(),
         notify_proxy: true,
         heartbeat_interval: Duration::from_secs(1),
         peer_timeout: Duration::from_secs(5),
@@ -69,8 +84,12 @@ pub fn settings() -> SenderSettings {
 
 impl Bench {
     pub fn new() -> Self {
+        Self::with(settings())
+    }
+
+    pub fn with(settings: SenderSettings) -> Self {
         let now = Instant::now();
-        let session = SenderSession::new(now, settings());
+        let session = SenderSession::new(now, settings);
         Self {
             session,
             now,
@@ -80,6 +99,11 @@ impl Bench {
             posts: Vec::new(),
             abandoned: Vec::new(),
             opened: Vec::new(),
+            absent: BTreeSet::new(),
+            models: BTreeMap::new(),
+            hosts: BTreeMap::new(),
+            pinged: Vec::new(),
+            notes: Vec::new(),
             proxy: 0,
         }
     }
@@ -89,9 +113,15 @@ impl Bench {
         while let Some(output) = self.session.poll_output() {
             let now = self.now;
             match output {
-                Output::OpenPeer { peer, .. } => {
+                Output::OpenPeer { peer, address } => {
                     self.opened.push(peer);
-                    self.session.handle_peer_opened(now, peer);
+                    self.hosts.insert(peer, address.host.clone());
+                    if self.absent.contains(&address.host) {
+                        let nobody = Failure::new(FailureKind::PeerUnreachable, format!("receiver {address}: nobody"));
+                        self.session.handle_peer_closed(now, peer, nobody);
+                    } else {
+                        self.session.handle_peer_opened(now, peer);
+                    }
                 }
                 Output::LoadPeer { peer, .. } => self.session.handle_peer_loaded(now, peer, Ok(ConnectionId(peer.0))),
                 Output::ConnectPeer { peer, .. } => self.session.handle_peer_connected(now, peer, Ok(())),
@@ -101,6 +131,9 @@ impl Bench {
                 Output::Answer { id, answer, .. } => self.answers.push((id, answer)),
                 Output::Event { event, .. } => self.events.push(event),
                 Output::NotifyProxy { .. } => self.proxy += 1,
+                Output::Note(note @ (Note::PeerUp { .. } | Note::PeerDown { .. } | Note::Refused { .. })) => {
+                    self.notes.push(note);
+                }
                 _ => {}
             }
         }
@@ -113,7 +146,7 @@ impl Bench {
             Message::NixlInitRequest(init) => {
                 let pd = InitReplyExtension {
                     seq: init.pd.unwrap().seq,
-                    hello: hello("receiver"),
+                    hello: self.hello_of(peer),
                     agent_name: "agent-r".into(),
                     refusal: None,
                 };
@@ -126,8 +159,18 @@ impl Bench {
                 let response = MemRegResponse { remote_xfer_dlist_bytes: vec![], pd: Some(pd) };
                 self.session.handle_message(self.now, peer, Port::Init, Message::NixlMemRegResponse(response));
             }
-            other => self.said.push(other),
+            other => {
+                if matches!(other, Message::PdPing(_)) {
+                    self.pinged.push(peer);
+                }
+                self.said.push(other);
+            }
         }
+    }
+
+    fn hello_of(&self, peer: PeerId) -> Hello {
+        let model = self.models.get(&self.hosts[&peer]).map(|model| ("model".to_owned(), (*model).to_owned()));
+        Hello { layout: model.into_iter().collect(), ..hello("receiver") }
     }
 
     pub fn hear(&mut self, message: Message) {
@@ -142,12 +185,16 @@ impl Bench {
     }
 
     pub fn ask(&mut self, name: &str, chunks: u32, stage: bool) -> Seq {
+        self.ask_at("r", name, chunks, stage)
+    }
+
+    pub fn ask_at(&mut self, host: &str, name: &str, chunks: u32, stage: bool) -> Seq {
         let open = OpenRequest {
             id: request(name),
             keys: (0..chunks).map(|chunk| ChunkKey::new(format!("k{chunk}")).unwrap()).collect(),
             groups: Vec::new(),
             last_chunk_tokens: 4,
-            receiver: PeerAddress { host: "r".into(), init_port: 1, alloc_port: 2 },
+            receiver: PeerAddress { host: host.into(), init_port: 1, alloc_port: 2 },
             wait: None,
             stage,
         };
@@ -233,10 +280,13 @@ impl Bench {
             self.now += Duration::from_millis(500);
             self.session.handle_timeout(self.now);
             self.pump();
-            let pinged = self.said.iter().any(|message| matches!(message, Message::PdPing(_)));
             self.said.retain(|message| !matches!(message, Message::PdPing(_)));
-            if pinged && answers_pings {
-                self.hear(Message::PdPong(Pong { seq: Seq(0), refusal: None, have_ended: Vec::new() }));
+            for peer in std::mem::take(&mut self.pinged) {
+                if answers_pings {
+                    let pong = Message::PdPong(Pong { seq: Seq(0), refusal: None, have_ended: Vec::new() });
+                    self.session.handle_message(self.now, peer, Port::Alloc, pong);
+                    self.pump();
+                }
             }
         }
     }

@@ -9,6 +9,7 @@ use pd_backend::wire::message::{AllocReplyExtension, AllocResponse, CommitAck, P
 
 mod bench;
 mod lmcache;
+mod meetings;
 mod stock;
 
 use bench::*;

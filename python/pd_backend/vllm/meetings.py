@@ -1,0 +1,44 @@
+"""Before an engine serves: whether its pd-sender can talk to the receivers that its configuration names."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from ..client import SenderClient
+from ..errors import PdError
+
+logger = logging.getLogger("vllm.pd_backend")
+
+#: How long is waited for a receiver that has not answered: it is met later, and decode servers start as they like.
+WAIT_S = 2.0
+_PAUSE_S = 0.01
+
+
+class ReceiverRefused(PdError):
+    """A receiver that the configuration names and this sender will not talk to each other."""
+
+
+def meet_receivers(client: SenderClient, wait_s: float = WAIT_S) -> None:
+    """Returns when each receiver of `pd_receivers` is met, or is not there. At once where none is named.
+
+    Raises `ReceiverRefused`, which names what differs and both values, for those that are reached and refused.
+    """
+    deadline = time.monotonic() + wait_s
+    receivers = client.status().receivers
+    while any(receiver.word == "meeting" for receiver in receivers) and time.monotonic() < deadline:
+        time.sleep(_PAUSE_S)
+        receivers = client.status().receivers
+    refused: list[tuple[str, str]] = []
+    for receiver in receivers:
+        at = receiver.address
+        name = f"{at.host}:{at.init_port}/{at.alloc_port}"
+        if receiver.word == "refused":
+            kind, _, text = receiver.reason.partition(": ")
+            refused.append((kind, f"receiver {name}: {text}"))
+        elif receiver.word == "met":
+            logger.info("receiver %s is met", name)
+        else:
+            logger.warning("receiver %s is not there yet (%s); it is met when it is", name, receiver.state)
+    if refused:
+        raise ReceiverRefused(refused[0][0], "; ".join(text for _, text in refused))

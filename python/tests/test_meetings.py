@@ -1,0 +1,94 @@
+"""A sender that is told of its receivers meets them at start: real daemons, and not one request until it is said."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from test_end_to_end import ENGINES, check_arrived, content, eventually, ship
+
+pytestmark = pytest.mark.parametrize("engine", ENGINES)
+
+
+def state(pair):
+    """How far the sender has come with the one receiver that it was told of."""
+    [receiver] = pair.sender.status().receivers
+    assert receiver.address == pair.address
+    return receiver.state
+
+
+def line_count(daemon, words):
+    return sum(words in line for line in daemon.stderr().splitlines())
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"dtype": "float16"}, "dtype is bfloat16 at {s} and float16 at {r}"),
+        ({"engine": {"vllm": "2"}}, "engine.vllm is 1 at {s} and 2 at {r}"),
+    ],
+)
+def test_a_pair_that_cannot_talk_says_so_before_any_request(start_pair, engine, changed, named):
+    # Broken in production: an operator learns from the first user that two servers were started for different things.
+    pair = start_pair(engine, layout={"engine": {"vllm": "1"}}, receiver_layout=changed, told=True)
+    assert eventually(lambda: state(pair).startswith("refused: layout_mismatch: "))
+    words = state(pair).split()
+    text = state(pair)
+    for role, key in (("receiver", "r"), ("sender", "s")):
+        instance = next(word.rstrip(";") for word in words if word.startswith(f"{role}-"))
+        named = named.replace(f"{{{key}}}", instance)
+    assert named in text, text
+    status = pair.sender.status()
+    assert (status.requests_done, status.requests_failed, status.peers) == (0, 0, 0)
+    # At both ends, once.
+    assert eventually(lambda: line_count(pair.decode, "refused: ") == 1)
+    assert eventually(lambda: line_count(pair.prefill, "receiver refused: ") == 1)
+    assert "ERROR" in next(line for line in pair.prefill.stderr().splitlines() if "receiver refused: " in line)
+
+
+def test_a_pair_that_can_talk_has_met_and_stays_so(start_pair, engine):
+    # Broken in production: the first request waits for a handshake that could have been done.
+    pair = start_pair(engine, told=True)
+    assert eventually(lambda: state(pair) == "met")
+    assert pair.sender.status().peers == pair.receiver.status().peers == 1
+    ship(pair, "first", content(1, 2, 7))
+    check_arrived(pair, "first", content(1, 2, 7))
+    assert eventually(lambda: line_count(pair.prefill, "shook hands") == 1)
+
+
+def test_a_receiver_that_comes_later_or_again_is_met_and_served(start_pair, engine):
+    # Broken in production: after a restart of decode, prefill has to be restarted as well; or waits in the log's noise.
+    pair = start_pair(engine, told=True)
+    assert eventually(lambda: state(pair) == "met")
+    os.kill(pair.decode.pid, signal.SIGKILL)
+    pair.decode.wait()
+    assert eventually(lambda: state(pair).startswith("unreachable: "))
+    pair.restart_receiver()
+    assert eventually(lambda: state(pair) == "met")
+    ship(pair, "after", content(2, 2, 7))
+    check_arrived(pair, "after", content(2, 2, 7))
+    # One that starts before its receiver does.
+    os.kill(pair.decode.pid, signal.SIGKILL)
+    pair.decode.wait()
+    pair.restart_sender()
+    assert eventually(lambda: state(pair).startswith("unreachable: peer_unreachable: "))
+    # It has tried a few times by then, and said so once.
+    time.sleep(1.5)
+    assert eventually(lambda: line_count(pair.prefill, "receiver given up") == 1)
+    pair.restart_receiver()
+    assert eventually(lambda: state(pair) == "met")
+    ship(pair, "late", content(3, 2, 7))
+    check_arrived(pair, "late", content(3, 2, 7))
+
+
+def test_another_receiver_in_the_place_of_one_that_was_met_is_refused(start_pair, layout_file, engine):
+    # Broken in production: a rolling upgrade pairs two releases, and the log says nothing until a request fails.
+    pair = start_pair(engine, told=True)
+    assert eventually(lambda: state(pair) == "met")
+    os.kill(pair.decode.pid, signal.SIGKILL)
+    pair.decode.wait()
+    theirs = layout_file.with_name("receiver.json")
+    theirs.write_text(theirs.read_text().replace("bfloat16", "float16"))
+    pair.restart_receiver()
+    assert eventually(lambda: state(pair).startswith("refused: layout_mismatch: dtype is bfloat16 at sender-"))

@@ -1,0 +1,110 @@
+"""Whether an engine starts whose pd-sender is told of receivers: against scripted daemons and a real pair."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+
+from conftest import binary
+from fake_daemon import FakeDaemon
+from free_ports import free_ports
+from pd_backend import Client, PeerAddress, ReceiverClient, ReceiverStatus, SenderClient, Status
+from pd_backend import messages as m
+from pd_backend.vllm.layout import EngineLayout
+from pd_backend.vllm.meetings import ReceiverRefused, meet_receivers
+from pd_backend.vllm.supervisor import Supervisor
+
+
+def status(states: Iterable[str]) -> Status:
+    """Of a sender that was told of one receiver for each of these."""
+    usage = m.BufferUsage(0, 0, 0, 0, 0, 0, [])
+    receivers = [ReceiverStatus(PeerAddress("10.0.0.2", 7300 + i, 7400), state) for i, state in enumerate(states)]
+    return Status("sender", "local", 4, 4, 0, 0, 0, 0, 0, 0, 0, 0, 1, usage, receivers=receivers)
+
+
+def says(*answers: list[str]) -> Callable[[m.Request], Iterator[m.Reply]]:
+    """Answers each status with the next of these, and then with the last for ever."""
+    left = list(answers)
+
+    def script(request: m.Request) -> Iterator[m.Reply]:
+        states = left.pop(0) if len(left) > 1 else left[0]
+        yield m.StatusReply(id=request.id, status=status(states))
+
+    return script
+
+
+def asked(fake: Callable[..., FakeDaemon], *answers: list[str], wait_s: float = 20.0) -> int:
+    """How often the daemon was asked until it was known."""
+    daemon = fake("sender", says(*answers))
+    with SenderClient(daemon.endpoint) as client:
+        meet_receivers(client, wait_s)
+    return len(daemon.seen_of(m.StatusQuery))
+
+
+def test_who_is_told_of_nobody_waits_for_nobody(fake: Callable[..., FakeDaemon]) -> None:
+    # Broken in production: every engine starts two seconds later, whether it was told of receivers or not.
+    assert asked(fake, []) == 1
+
+
+def test_an_engine_waits_for_an_answer_and_not_for_a_receiver_that_is_not_there(fake: Callable[..., FakeDaemon]) -> None:
+    # Broken in production: the engine serves before it is known whether it can, or never where decode starts later.
+    nobody = "unreachable: peer_unreachable: nobody listens"
+    assert asked(fake, ["meeting", "meeting"], ["meeting", "met"], ["met", "met"]) == 3
+    assert asked(fake, ["meeting", "met"], [nobody, "met"]) == 2
+    began = time.monotonic()
+    asked(fake, ["meeting"], wait_s=0.2)
+    assert time.monotonic() - began < 15, "a receiver that does not answer holds the engine up"
+
+
+def test_all_that_refuse_are_named_with_both_values(fake: Callable[..., FakeDaemon]) -> None:
+    # Broken in production: an engine serves whose every request fails, or is restarted once for each wrong receiver.
+    first = "refused: layout_mismatch: dtype is float16 at r and bfloat16 at s"
+    second = "refused: handshake_refused: the secret is another"
+    with pytest.raises(ReceiverRefused) as caught:
+        asked(fake, ["meeting", first, "met", second], ["met", first, "met", second])
+    assert caught.value.kind == "layout_mismatch"
+    assert caught.value.text == (
+        "receiver 10.0.0.2:7301/7400: dtype is float16 at r and bfloat16 at s; "
+        "receiver 10.0.0.2:7303/7400: the secret is another"
+    )
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Supervisor[Any]]]:
+    """Starts a daemon with a release of vLLM's beside it, as the connector does."""
+    with ExitStack() as stack:
+
+        def supervisor(role: str, client: type[Client], release: str, *sets: str) -> Supervisor[Any]:
+            layout = EngineLayout("tests/worker", 16, 8, 64, 4, engine={"vllm": release})
+            arguments = []
+            for key in ("transfer_channel=local", "pd_buffer_size=1MiB", *sets):
+                arguments += ["--set", key]
+            watched = Supervisor(binary(role), arguments, layout.json(), client, echo_log=False)
+            stack.callback(watched.close)
+            return watched
+
+        yield supervisor
+
+
+def test_a_real_pair_meets_or_refuses_without_a_request(start: Callable[..., Supervisor[Any]]) -> None:
+    # Broken in production: two releases of vLLM are paired, and users find out.
+    init_port, alloc_port = free_ports(2)
+    ports = (f"pd_peer_init_port={init_port}", f"pd_peer_alloc_port={alloc_port}")
+    named = f"pd_receivers=[127.0.0.1:{init_port}:{alloc_port}]"
+    alone = start("pd-sender", SenderClient, "0.32.0", named)
+    began = time.monotonic()
+    meet_receivers(alone.client(), wait_s=60)
+    assert time.monotonic() - began < 50
+    assert [receiver.word for receiver in alone.client().status().receivers] == ["unreachable"]
+    start("pd-receiver", ReceiverClient, "0.32.0", *ports)
+    meet_receivers(start("pd-sender", SenderClient, "0.32.0", named).client(), wait_s=60)
+    newer = start("pd-sender", SenderClient, "0.33.0", named)
+    with pytest.raises(ReceiverRefused) as caught:
+        meet_receivers(newer.client(), wait_s=60)
+    assert caught.value.kind == "layout_mismatch"
+    assert f"receiver 127.0.0.1:{init_port}/{alloc_port}: engine.vllm is " in caught.value.text
+    assert "0.32.0 at " in caught.value.text and "0.33.0 at " in caught.value.text, caught.value.text

@@ -1,0 +1,113 @@
+//! `pd_receivers`: where the receivers are that a sender meets at start.
+
+use std::collections::BTreeSet;
+use std::net::Ipv6Addr;
+
+use super::error::ConfigError;
+use super::keys;
+use super::raw::{Entry, RawConfig, RawValue};
+use super::values::is_host;
+use super::{Limits, Role};
+use crate::ids::PeerAddress;
+
+/// One of the list: its host, and the two ports for each rank.
+struct Written {
+    host: String,
+    init_ports: Vec<u16>,
+    alloc_ports: Vec<u16>,
+}
+
+/// Those of this rank, in the order written. A receiver may have them in its file, and does not use them.
+pub(super) fn receivers(
+    role: Role,
+    raw: &RawConfig,
+    rank: u32,
+    limits: &Limits,
+) -> Result<Vec<PeerAddress>, ConfigError> {
+    let key = &keys::PD_RECEIVERS;
+    let Some(entry) = raw.entry(key) else { return Ok(Vec::new()) };
+    let items = match &entry.value {
+        RawValue::List(items) => items.as_slice(),
+        one => std::slice::from_ref(one),
+    };
+    let text_of = |item: &RawValue| match item {
+        RawValue::Text(text) => Some(text.clone()),
+        _ => None,
+    };
+    // Read by a receiver all the same: a file that is wrong is wrong for both.
+    let mut all = Vec::with_capacity(items.len());
+    for item in items {
+        let text = text_of(item).ok_or_else(|| entry.bad(key))?;
+        let written = parse(&text).ok_or_else(|| entry.bad(key))?;
+        all.push((text, written));
+    }
+    if role == Role::Receiver {
+        return Ok(Vec::new());
+    }
+    let most = limits.peers_max as usize;
+    if all.len() > most {
+        return Err(entry.refused(
+            format!("there are {} of them, and {} is {most}", all.len(), keys::PD_MAX_PEERS.name),
+            format!("raise {}, or leave some out", keys::PD_MAX_PEERS.name),
+        ));
+    }
+    let mut seen = BTreeSet::new();
+    let mut addresses = Vec::with_capacity(all.len());
+    for (text, written) in all {
+        let address = of_rank(entry, &text, written, rank)?;
+        if !seen.insert(address.clone()) {
+            return Err(entry.refused(format!("{text:?} is there twice for rank {rank}"), "keep one of them"));
+        }
+        addresses.push(address);
+    }
+    Ok(addresses)
+}
+
+fn of_rank(entry: &Entry, text: &str, written: Written, rank: u32) -> Result<PeerAddress, ConfigError> {
+    let ports =
+        [&written.init_ports, &written.alloc_ports].map(|ports| (ports.get(rank as usize).copied(), ports.len()));
+    let [(Some(init_port), _), (Some(alloc_port), _)] = ports else {
+        let least = ports.map(|(_, count)| count).into_iter().min().unwrap_or_default();
+        return Err(entry.refused(
+            format!(
+                "this is rank {rank}, and {text:?} has ports for {least} rank{}",
+                if least == 1 { "" } else { "s" }
+            ),
+            "join one port per rank with +, as in 10.0.0.2:7300+7301:7400+7401",
+        ));
+    };
+    if init_port == alloc_port {
+        return Err(entry.refused(
+            format!("{text:?} has {init_port} twice for rank {rank}"),
+            "give the port of the handshake first, then that of allocations, as the receiver's ready line names them",
+        ));
+    }
+    Ok(PeerAddress { host: written.host, init_port, alloc_port })
+}
+
+fn parse(text: &str) -> Option<Written> {
+    let (rest, alloc) = text.rsplit_once(':')?;
+    let (host, init) = rest.rsplit_once(':')?;
+    let host = match host.strip_prefix('[').and_then(|host| host.strip_suffix(']')) {
+        Some(address) => address.parse::<Ipv6Addr>().ok().map(|_| address)?,
+        // An address without brackets would take its last groups for ports.
+        None => (!host.contains(':') && is_host(host)).then_some(host)?,
+    };
+    let ports = |text: &str| text.split('+').map(port).collect::<Option<Vec<u16>>>();
+    Some(Written { host: host.to_owned(), init_ports: ports(init)?, alloc_ports: ports(alloc)? })
+}
+
+fn port(text: &str) -> Option<u16> {
+    let digits = text.bytes().all(|byte| byte.is_ascii_digit());
+    text.parse().ok().filter(|port| digits && *port != 0)
+}
+
+/// As it is written.
+pub(super) fn text_of(address: &PeerAddress) -> String {
+    let PeerAddress { host, init_port, alloc_port } = address;
+    if host.contains(':') {
+        format!("[{host}]:{init_port}:{alloc_port}")
+    } else {
+        format!("{host}:{init_port}:{alloc_port}")
+    }
+}
