@@ -156,7 +156,8 @@ pub fn new_receiver(plan: &Plan, at: Proc) -> Receiver {
         peer_requests_max: 64,
         requests_max: 64,
         request_chunks_max: 64,
-        peers_max: peers_max(plan, plan.senders),
+        // Whoever is told of a receiver takes a place there, whether it has requests or not.
+        peers_max: if plan.told { plan.senders + 2 } else { peers_max(plan, plan.senders) },
         heartbeat_interval: plan::HEARTBEAT,
         peer_timeout: plan::PEER,
         linger: if plan.lingers { plan::LINGER } else { Duration::ZERO },

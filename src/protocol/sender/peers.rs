@@ -265,7 +265,10 @@ impl SenderSession {
             return self.note_unexpected(peer, "NixlMemRegResponse to another question");
         }
         if let Some(refusal) = extension.refusal {
-            return self.peer_failed(peer, clipped(refusal));
+            let Failure { kind, text } = clipped(refusal);
+            // It shook hands a moment ago: it has forgotten us since, or was restarted, which says nothing against the pair.
+            let kind = if kind == FailureKind::HandshakeRefused { FailureKind::PeerLost } else { kind };
+            return self.peer_failed(peer, Failure::new(kind, text));
         }
         let memory = PeerMemory::Descriptors(extension.descriptors);
         self.warm(now, peer, connection, extension.len_bytes, memory);

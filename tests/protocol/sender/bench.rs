@@ -37,6 +37,8 @@ pub struct Bench {
     pub absent: BTreeSet<String>,
     /// Hosts whose receiver is of this model.
     pub models: BTreeMap<String, &'static str>,
+    /// Whether the next receiver forgets the sender in the middle of the handshake.
+    pub forgets: bool,
     hosts: BTreeMap<PeerId, String>,
     /// Who was pinged and has not answered.
     pinged: Vec<PeerId>,
@@ -101,6 +103,7 @@ impl Bench {
             opened: Vec::new(),
             absent: BTreeSet::new(),
             models: BTreeMap::new(),
+            forgets: false,
             hosts: BTreeMap::new(),
             pinged: Vec::new(),
             notes: Vec::new(),
@@ -155,7 +158,9 @@ impl Bench {
             }
             Message::NixlMemRegRequest(register) => {
                 let seq = register.pd.unwrap().seq;
-                let pd = MemRegReplyExtension { seq, descriptors: vec![3], len_bytes: 1024, refusal: None };
+                let refusal = std::mem::take(&mut self.forgets)
+                    .then(|| Failure::new(FailureKind::HandshakeRefused, "it has not shaken hands"));
+                let pd = MemRegReplyExtension { seq, descriptors: vec![3], len_bytes: 1024, refusal };
                 let response = MemRegResponse { remote_xfer_dlist_bytes: vec![], pd: Some(pd) };
                 self.session.handle_message(self.now, peer, Port::Init, Message::NixlMemRegResponse(response));
             }

@@ -220,3 +220,15 @@ fn receivers_that_were_named_do_not_push_each_other_out() {
     let met = ["a", "b"].iter().filter(|host| bench.state(host) == Acquaintance::Met).count();
     assert_eq!(met, 1);
 }
+
+#[test]
+fn one_that_forgets_in_the_middle_of_the_handshake_has_refused_nothing() {
+    // Found by the simulation. Broken in production: a receiver that is restarted at that moment, or makes room for another
+    // sender, is taken for one of another kind: an engine does not start, or nothing is sent for half a minute.
+    let mut bench = Bench::with(told_of(&["r"]));
+    bench.forgets = true;
+    bench.start();
+    assert_eq!(bench.noted(), ["r down: peer_lost: it has not shaken hands"]);
+    bench.later(1, true);
+    assert_eq!((bench.noted(), bench.state("r")), (vec!["r up".to_owned()], Acquaintance::Met));
+}
