@@ -188,6 +188,9 @@ class TestOptions:
         assert Options.parse({"config_file": str(file)}).model("engine's") == "n"
         with pytest.raises(OptionError, match="cannot be read"):
             Options.parse({"config_file": str(tmp_path / "none")}).chunk_tokens()
+        file.write_bytes(b"chunk_size: \xff")
+        with pytest.raises(OptionError, match="c.yaml cannot be read"):
+            Options.parse({"config_file": str(file)}).chunk_tokens()
 
     def test_without_a_file_options_count(self) -> None:
         # Broken in production: chunk_size and model_name of the option are ignored.
