@@ -494,6 +494,14 @@ def test_a_daemon_that_dies_too_often_stays_down(pair: Callable[..., Pair]) -> N
     both.produce(ProducerStep(plans=[both.plan("a", list(range(16)))]))
     error = both.ended("a")
     assert error is not None and "has ended 3 times within 60 s" in error and "restart the engine" in error
+    # Each request is told so in a line, and none makes the error longer: that would be a leak for as long as it is down.
+    assert "\n" not in error
+    raised = []
+    for _ in range(2):
+        with pytest.raises(DaemonStartError) as refused:
+            both.sender.client()
+        raised.append(len(refused.traceback))
+    assert raised[0] == raised[1]
 
 
 def restarted(supervisor: Supervisor[Any], pid: int) -> None:
