@@ -16,7 +16,7 @@ import pytest
 from conftest import binary
 from free_ports import free_ports
 from pd_backend import Client, ReceiverClient, SenderClient
-from pd_backend.errors import DaemonStartError, PdError
+from pd_backend.errors import DaemonStartError, PdError, ReplyTimeout
 from pd_backend.vllm.consumer import ConsumerWorker
 from pd_backend.vllm.consumer import requests_of as consumer_requests
 from pd_backend.vllm.keys import chunk_hashes
@@ -479,6 +479,75 @@ def test_a_daemon_that_dies_fails_its_requests_and_comes_back(pair: Callable[...
     both.nothing_left()
 
 
+def test_nothing_is_loaded_from_a_receiver_started_later(pair: Callable[..., Pair]) -> None:
+    # Broken in production: chunks that were ready before a crash are read from the slots of the next receiver, where
+    # nothing or another request's KV is, and the answer is wrong.
+    both = pair()
+    tokens, keys = list(range(16)), ("a", "c")
+    for request_id in keys:
+        plan = both.plan(request_id, tokens)
+        both.produce(ProducerStep(plans=[plan], chunks=[ChunkBlocks(request_id, 0, [0, 1])], finishing=[request_id]))
+        assert both.ended(request_id) is None
+        # The engine has no blocks for it yet.
+        both.consumer.begin_step(ConsumerStep(announced=[(request_id, f"router-{request_id}")]))
+    deadline = time.monotonic() + 10
+    while not all(both.consumer._requests[request_id].arriving.done() for request_id in keys):
+        assert time.monotonic() < deadline
+    pid = both.receiver.ready.pid
+    os.kill(pid, signal.SIGKILL)
+    restarted(both.receiver, pid)
+    both.consumer.begin_step(ConsumerStep(announced=[("b", "router-b")]))
+    # Its lease cannot be given back, which is no trouble of the engine's.
+    both.consumer.begin_step(ConsumerStep(unneeded=["c"]))
+    plan = ReceivePlan("a", "router-a", chunk_hashes(tokens, CHUNK), len(tokens), 0, [5, 6])
+    assert both.consume(ConsumerStep(loads=[plan]), "a") == {5, 6}
+    both.consumer.begin_step(ConsumerStep(dropped=["b"]))
+    both.nothing_left()
+
+
+def test_nothing_is_written_for_a_sender_that_has_gone_into_the_next_ones_buffer(pair: Callable[..., Pair]) -> None:
+    # Broken in production: a request that had slots of a sender that crashed fills those of another request at the
+    # next sender, and that one is answered from the wrong KV.
+    both = pair()
+    tokens = list(range(16))
+    both.producer.begin_step(ProducerStep(plans=[both.plan("a", tokens)], chunks=[ChunkBlocks("a", 0, [0, 1])]))
+    deadline = time.monotonic() + 10
+    while both.producer._requests["a"].chunks[0].slot is None:
+        both.producer.outcomes()
+        assert time.monotonic() < deadline
+    pid = both.sender.ready.pid
+    os.kill(pid, signal.SIGKILL)
+    restarted(both.sender, pid)
+    both.produce(ProducerStep(plans=[both.plan("b", tokens)]))
+    assert both.source.gathered == []
+    error = both.ended("a")
+    assert error is not None and "daemon_gone" in error
+
+
+def test_a_sender_that_dies_again_at_once_fails_its_requests_alone(
+    pair: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Broken in production: the engine ends because the daemon ended a second time, while it attached to it.
+    both = pair()
+    pid = both.sender.ready.pid
+    both.produce(ProducerStep(plans=[both.plan("a", list(range(16)))]))
+    os.kill(pid, signal.SIGKILL)
+    restarted(both.sender, pid)
+
+    def refuse(*_: Any, **__: Any) -> SenderClient:
+        raise ReplyTimeout("nobody answers")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(both.sender, "_client_type", refuse)
+        both.produce(ProducerStep(plans=[both.plan("b", list(range(16)))]))
+        outcomes = both.producer.outcomes()
+        assert outcomes is not None and set(outcomes.ended) == {"a", "b"}
+    both.produce(ProducerStep(finishing=["a", "b"]))
+    plan = both.plan("c", list(range(16)))
+    both.produce(ProducerStep(plans=[plan], chunks=[ChunkBlocks("c", 0, [0, 1])], finishing=["c"]))
+    assert both.ended("c") is None
+
+
 def test_a_daemon_that_dies_too_often_stays_down(pair: Callable[..., Pair]) -> None:
     # Broken in production: a daemon that cannot run is started for ever, and nobody is told.
     both = pair()
@@ -487,11 +556,23 @@ def test_a_daemon_that_dies_too_often_stays_down(pair: Callable[..., Pair]) -> N
         os.kill(pid, signal.SIGKILL)
         restarted(both.sender, pid)
     os.kill(both.sender.ready.pid, signal.SIGKILL)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while not both.sender.failed:
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    both.produce(ProducerStep(plans=[both.plan("a", list(range(16)))]))
+    plan = both.plan("a", list(range(16)))
+    for _ in range(2):
+        pid = both.receiver.ready.pid
+        os.kill(pid, signal.SIGKILL)
+        restarted(both.receiver, pid)
+    os.kill(both.receiver.ready.pid, signal.SIGKILL)
+    while not both.receiver.failed:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    # The engine goes on, and its requests fail by themselves.
+    assert both.consume(load("a", list(range(16)), [5, 6]), "a") == {5, 6}
+    assert both.consume(load("b", list(range(16)), [3, 4], named=False), "b") == {3, 4}
+    both.produce(ProducerStep(plans=[plan]))
     error = both.ended("a")
     assert error is not None and "has ended 3 times within 60 s" in error and "restart the engine" in error
     # Each request is told so in a line, and none makes the error longer: that would be a leak for as long as it is down.
