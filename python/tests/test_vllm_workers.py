@@ -400,6 +400,20 @@ def test_samples_of_one_request_are_all_loaded(pair: Callable[..., Pair]) -> Non
     both.nothing_left()
 
 
+def test_one_of_two_samples_that_is_given_up_leaves_the_other(pair: Callable[..., Pair]) -> None:
+    # Broken in production: a client that hangs up takes the KV from another one that asked under the same name.
+    both = pair()
+    tokens = list(range(16))
+    both.consumer.begin_step(ConsumerStep(announced=[("x", "router-a"), ("y", "router-a")]))
+    both.consumer.begin_step(ConsumerStep(dropped=["x"]))
+    both.produce(ProducerStep(plans=[both.plan("a", tokens)], chunks=[ChunkBlocks("a", 0, [0, 1])], finishing=["a"]))
+    assert both.ended("a") is None
+    plan = ReceivePlan("y", "router-a", chunk_hashes(tokens, CHUNK), len(tokens), 0, [5, 6])
+    assert both.consume(ConsumerStep(loads=[plan]), "y") == set()
+    assert (both.target.kv[:, 5:7] == both.source.kv[:, :2]).all()
+    both.nothing_left()
+
+
 def test_nothing_is_sent_before_the_step_has_ended(pair: Callable[..., Pair]) -> None:
     # Broken in production: with speculative decoding, the draft's layers are sent before they are computed.
     both = pair(layer_pushes=1)

@@ -234,7 +234,8 @@ class ConsumerWorker:
             self._finished.add(request_id)
         self._abandon(request)
         try:
-            if request.req_id is not None and self._client is not None:
+            wanted = any(other.req_id == request.req_id for other in self._requests.values())
+            if request.req_id is not None and not wanted and self._client is not None:
                 # Nobody else will fetch it: the sender is told, and the slots are free at once.
                 self._client.start_cancel(request.req_id).abandon()
         except PdError as error:
