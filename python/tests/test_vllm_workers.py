@@ -300,6 +300,30 @@ def test_a_receiver_that_is_full_fails_the_request_alone(pair: Callable[..., Pai
     both.nothing_left()
 
 
+def test_why_a_request_failed_is_told_and_not_that_it_has_ended(
+    pair: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Broken in production: the operator reads that a request is unknown, and not that its receiver has gone.
+    both = pair()
+    both.produce(ProducerStep(plans=[both.plan("a", list(range(16)))]))
+    request, client = both.producer._requests["a"], both.sender.client()
+    deadline = time.monotonic() + 10
+    while not request.opened:
+        both.producer.outcomes()
+        assert time.monotonic() < deadline
+    os.kill(both.receiver.ready.pid, signal.SIGKILL)
+    while client.status().requests_failed == 0:
+        assert time.monotonic() < deadline
+    # It comes between the look at the events and the one at the answers.
+    polled, events = [], client.poll_events
+    monkeypatch.setattr(client, "poll_events", lambda: events() if polled else polled.append(True) or [])
+    request.staging = client.start_stage("router-a", [0])
+    while not request.staging.done():
+        assert time.monotonic() < deadline
+    error = both.ended("a")
+    assert error is not None and error.startswith("peer_lost"), error
+
+
 def test_only_what_is_missing_is_loaded(pair: Callable[..., Pair]) -> None:
     # Broken in production: blocks of decode's own prefix cache, which others read, are written again.
     both = pair()

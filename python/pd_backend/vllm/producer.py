@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..client import Pending, SenderClient
-from ..errors import DaemonGone, PdError
+from ..errors import DaemonGone, PdError, RequestRefused
 from ..messages import Failed, SendPart, StagedSlot
 from ..paged import PagedKv
 from .keys import chunk_key
@@ -214,21 +214,27 @@ class ProducerWorker:
         if client is None:
             return
         try:
-            for event in client.poll_events():
-                request = self._by_req_id.get(event.req_id)
-                if request is not None:
-                    error = f"{event.kind}: {event.text}" if isinstance(event, Failed) else None
-                    self._end(request, error)
+            self._ends(client)
+            for request in list(self._by_req_id.values()):
+                try:
+                    self._answers(request)
+                except RequestRefused as refused:
+                    # Why may have come just before this answer, which says no more than that the request has ended.
+                    self._ends(client)
+                    if not request.ended:
+                        self._fail(request, refused)
+                except PdError as error:
+                    self._fail(request, error)
         except PdError as error:
             # It has ended, or our end was closed because of that: nothing is heard of these requests any more.
             self._client = None
             self._lost(error)
-            return
-        for request in list(self._by_req_id.values()):
-            try:
-                self._answers(request)
-            except PdError as error:
-                self._fail(request, error)
+
+    def _ends(self, client: SenderClient) -> None:
+        for event in client.poll_events():
+            request = self._by_req_id.get(event.req_id)
+            if request is not None:
+                self._end(request, f"{event.kind}: {event.text}" if isinstance(event, Failed) else None)
 
     def _lost(self, error: PdError) -> None:
         """Whatever was opened at a daemon that has gone went with it."""
