@@ -94,7 +94,8 @@ class Notifications:
             frames = await socket.recv_multipart()
             try:
                 req_id = msgspec.msgpack.decode(frames[-1], type=ProxyNotif).req_id
-            except msgspec.DecodeError as error:
+            except (ValueError, RecursionError) as error:
+                # Besides its own errors msgspec lets those of a text that is no UTF-8, and of deep nesting, through.
                 logger.warning("a notification that is none: %s", error)
                 continue
             ranks, future = self._waiting.pop(req_id, (0, None))
@@ -157,6 +158,9 @@ class Proxy:
         except aiohttp.ClientError as error:
             logger.warning("%s: %s", req_id, error)
             return _response(Refused.because(502, f"a server cannot be reached, or has gone: {error}"))
+        except asyncio.TimeoutError:
+            logger.warning("%s: not answered in time", req_id)
+            return _response(Refused.because(504, "a server has not answered within the time of --request-timeout"))
 
     async def _in_turn(
         self, path: str, body: dict[str, object], headers: dict[str, str], server: DecodeServer, req_id: str
@@ -165,10 +169,11 @@ class Proxy:
         notified = self.notifications.expect(req_id, len(server.init_ports))
         try:
             await self._prefilled(path, body, headers, server, req_id)
-            await asyncio.wait_for(notified, self._notify_timeout_s)
-        except asyncio.TimeoutError:
-            text = f"the KV of request {req_id} was not reported across within {self._notify_timeout_s:g} s"
-            raise Refused.because(504, text) from None
+            try:
+                await asyncio.wait_for(notified, self._notify_timeout_s)
+            except asyncio.TimeoutError:
+                text = f"the KV of request {req_id} was not reported across within {self._notify_timeout_s:g} s"
+                raise Refused.because(504, text) from None
         finally:
             self.notifications.forget(req_id)
         return await self._decoding(path, body, headers, server, req_id)
@@ -243,8 +248,15 @@ async def _passed_on(request: web.Request, stream: bool, answer: aiohttp.ClientR
         return web.Response(body=await answer.read(), content_type=answer.content_type)
     response = web.StreamResponse(status=200, headers={"Content-Type": answer.headers["Content-Type"]})
     await response.prepare(request)
-    async for piece in answer.content.iter_any():
-        await response.write(piece)
+    try:
+        async for piece in answer.content.iter_any():
+            await response.write(piece)
+    except (aiohttp.ClientError, asyncio.TimeoutError) as error:
+        # The head is out: that the answer is not whole can only be told by not ending it.
+        logger.warning("an answer broke off: %s", error or "not whole in time")
+        if request.transport is not None:
+            request.transport.close()
+        return response
     await response.write_eof()
     return response
 

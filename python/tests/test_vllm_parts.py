@@ -122,6 +122,9 @@ class TestSpec:
             ({"receiver_init_port": [7300]}, "receiver_init_port = [7300]; expected 2 ports"),
             ({"receiver_alloc_port": ["a", "b"]}, "receiver_alloc_port"),
             ({"receiver_alloc_port": [0, 1]}, "receiver_alloc_port"),
+            ({"req_id": "\ud800"}, "req_id = '\\ud800'; expected a text"),
+            ({"receiver_host": "a\udfff"}, "receiver_host = 'a\\udfff'; expected a host"),
+            ({"receiver_host": "h" * 256}, "expected a host name or address, of 1 to 255 bytes"),
         ],
     )
     def test_a_spec_that_cannot_be_followed_says_why(self, change: dict[str, object], text: str) -> None:
@@ -131,6 +134,23 @@ class TestSpec:
         assert text in str(refused.value)
         with pytest.raises(SpecError, match="expected a map"):
             prefill_spec({"disagg_spec": "r"}, 2)
+
+    @pytest.mark.parametrize(
+        "spec",
+        [
+            "r" * 1_000_000,
+            ["r"] * 1_000_000,
+            SPEC | {"req_id": "r" * 1_000_000},
+            SPEC | {"receiver_host": "h" * 1_000_000},
+            SPEC | {"receiver_init_port": [0] * 1_000_000},
+        ],
+        ids=["text", "list", "req_id", "host", "ports"],
+    )
+    def test_a_mistake_of_a_megabyte_is_told_in_a_line(self, spec: object) -> None:
+        # Broken in production: one client's request writes megabytes into the engine's log, and into its own answer.
+        with pytest.raises(SpecError) as refused:
+            prefill_spec({"disagg_spec": spec}, 1)
+        assert len(str(refused.value)) < 300
 
 
 class TestOptions:
@@ -168,6 +188,9 @@ class TestOptions:
         assert Options.parse({"config_file": str(file)}).model("engine's") == "n"
         with pytest.raises(OptionError, match="cannot be read"):
             Options.parse({"config_file": str(tmp_path / "none")}).chunk_tokens()
+        file.write_bytes(b"chunk_size: \xff")
+        with pytest.raises(OptionError, match="c.yaml cannot be read"):
+            Options.parse({"config_file": str(file)}).chunk_tokens()
 
     def test_without_a_file_options_count(self) -> None:
         # Broken in production: chunk_size and model_name of the option are ignored.

@@ -34,6 +34,8 @@ class _Request:
     began: float
     plan: ReceivePlan | None = None
     arriving: Pending[Lease] | None = None
+    #: Whom it was asked of: what that one grants is in its buffer, not in that of a daemon started after it.
+    asked: ReceiverClient | None = None
 
 
 class ConsumerWorker:
@@ -97,7 +99,7 @@ class ConsumerWorker:
             if request.plan is None:
                 continue
             try:
-                self._try_start(request)
+                self._start(request)
                 if request.arriving is None or not request.arriving.done():
                     continue
                 lease = self._arrived(request)
@@ -158,8 +160,14 @@ class ConsumerWorker:
             pass  # Each request asks for itself, and is told.
 
     def _try_start(self, request: _Request) -> None:
-        """Begins to wait for its chunks, or looks them up. Fails only where there is a plan whose failure can be told.
-        """
+        """As `_start`, at the beginning of a step, where no failure can be told: `progress` meets it again."""
+        try:
+            self._start(request)
+        except (PdError, ValueError):
+            pass
+
+    def _start(self, request: _Request) -> None:
+        """Begins to wait for its chunks, or looks them up. A daemon that is being started again is waited for."""
         if request.arriving is not None:
             return
         try:
@@ -168,16 +176,16 @@ class ConsumerWorker:
                 request.arriving = client.start_wait(request.req_id, wait_s=self._receive_wait_s)
             elif request.plan is not None:
                 request.arriving = client.start_lookup(self._keys(request.plan), fetch=True)
+            request.asked = client
         except DaemonGone:
-            if request.plan is not None and time.monotonic() - request.began > _RESTART_WAIT_S:
-                raise
-        except PdError:
-            if request.plan is not None:
+            if time.monotonic() - request.began > _RESTART_WAIT_S:
                 raise
 
     def _arrived(self, request: _Request) -> Lease | None:
         """What the daemon has answered; None where it has to be asked otherwise."""
         assert request.arriving is not None
+        if request.asked is not self._client:
+            raise LoadError("its chunks went with the pd-receiver that had them; another one was started since")
         try:
             return request.arriving.result()
         except RequestRefused as refused:
@@ -261,7 +269,8 @@ class ConsumerWorker:
         if request.plan is not None:
             self._finished.add(request_id)
         try:
-            if request.req_id is not None and self._client is not None:
+            wanted = any(other.req_id == request.req_id for other in self._requests.values())
+            if request.req_id is not None and not wanted and self._client is not None:
                 # Nobody else will fetch it: the sender is told, and the slots are free at once.
                 self._client.start_cancel(request.req_id).abandon()
         except PdError as error:

@@ -94,7 +94,7 @@ class Options:
 
         try:
             read = yaml.safe_load(Path(self.config_file).read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise OptionError(f"config_file {self.config_file} cannot be read: {error}") from error
         if read is None:
             return {}

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..client import Pending, SenderClient
-from ..errors import DaemonGone, PdError
+from ..errors import DaemonGone, PdError, RequestRefused
 from ..messages import Failed, SendPart, StagedSlot
 from ..paged import PagedKv
 from .keys import chunk_key
@@ -37,6 +37,8 @@ class _Chunk:
 class _Request:
     plan: SendPlan
     began: float
+    #: Where it was opened: its slots are in that daemon's buffer, not in that of one started after it.
+    client: SenderClient | None = None
     opening: Pending[Any] | None = None
     already: frozenset[int] | None = None
     staging: Pending[list[StagedSlot]] | None = None
@@ -184,6 +186,7 @@ class ProducerWorker:
     def _attached(self) -> SenderClient:
         client = self._supervisor.client()
         if client is not self._client:
+            self._lost(DaemonGone("the pd-sender that it was opened at has ended; another one was started since"))
             self._client = client
             self._buffer = self._paged.memory(client.buffer.range(0, client.buffer.len_bytes))
         return client
@@ -194,7 +197,8 @@ class ProducerWorker:
             chunk_key(layout.model, layout.tp_size, layout.tp_rank, name, self._dtype) for name in plan.hashes
         ]
         try:
-            request.opening = self._attached().start_open(
+            request.client = self._attached()
+            request.opening = request.client.start_open(
                 plan.spec.req_id,
                 keys,
                 last_chunk_tokens=layout.last_chunk_tokens(plan.tokens),
@@ -210,20 +214,32 @@ class ProducerWorker:
         if client is None:
             return
         try:
-            for event in client.poll_events():
-                request = self._by_req_id.get(event.req_id)
-                if request is not None:
-                    error = f"{event.kind}: {event.text}" if isinstance(event, Failed) else None
-                    self._end(request, error)
-        except DaemonGone as error:
-            self._client = None
+            self._ends(client)
             for request in list(self._by_req_id.values()):
-                self._fail(request, error)
-            return
+                try:
+                    self._answers(request)
+                except RequestRefused as refused:
+                    # Why may have come just before this answer, which says no more than that the request has ended.
+                    self._ends(client)
+                    if not request.ended:
+                        self._fail(request, refused)
+                except PdError as error:
+                    self._fail(request, error)
+        except PdError as error:
+            # It has ended, or our end was closed because of that: nothing is heard of these requests any more.
+            self._client = None
+            self._lost(error)
+
+    def _ends(self, client: SenderClient) -> None:
+        for event in client.poll_events():
+            request = self._by_req_id.get(event.req_id)
+            if request is not None:
+                self._end(request, f"{event.kind}: {event.text}" if isinstance(event, Failed) else None)
+
+    def _lost(self, error: PdError) -> None:
+        """Whatever was opened at a daemon that has gone went with it."""
         for request in list(self._by_req_id.values()):
-            try:
-                self._answers(request)
-            except PdError as error:
+            if request.client is not None:
                 self._fail(request, error)
 
     def _wait_a_little(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -59,7 +60,7 @@ def _spec(params: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
         return None
     if not isinstance(spec, Mapping):
         raise SpecError(
-            f"disagg_spec = {spec!r}; expected a map with req_id, receiver_host, receiver_init_port and "
+            f"disagg_spec = {_shown(spec)}; expected a map with req_id, receiver_host, receiver_init_port and "
             "receiver_alloc_port"
         )
     return spec
@@ -67,14 +68,17 @@ def _spec(params: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
 
 def _req_id(spec: Mapping[str, Any]) -> str:
     req_id = spec.get("req_id")
-    if not isinstance(req_id, str) or not 1 <= len(req_id.encode()) <= 256:
-        raise SpecError(f"disagg_spec.req_id = {req_id!r}; expected a text of 1 to 256 bytes")
+    if not _is_text(req_id, 256):
+        raise SpecError(f"disagg_spec.req_id = {_shown(req_id)}; expected a text of 1 to 256 bytes")
     return req_id
 
 
 def _host(host: Any) -> str:
-    if not isinstance(host, str) or not host:
-        raise SpecError(f"disagg_spec.receiver_host = {host!r}; expected a host name or address")
+    # No name that resolves is longer.
+    if not _is_text(host, 255):
+        raise SpecError(
+            f"disagg_spec.receiver_host = {_shown(host)}; expected a host name or address, of 1 to 255 bytes"
+        )
     return host
 
 
@@ -85,5 +89,19 @@ def _ports(spec: Mapping[str, Any], name: str, tp_size: int) -> tuple[int, ...]:
         isinstance(port, int) and not isinstance(port, bool) and 0 < port < 65536 for port in ports
     )
     if not valid or len(ports) < tp_size:
-        raise SpecError(f"disagg_spec.{name} = {given!r}; expected {tp_size} ports, one for each tensor-parallel rank")
+        raise SpecError(
+            f"disagg_spec.{name} = {_shown(given)}; expected {tp_size} ports, one for each tensor-parallel rank"
+        )
     return tuple(ports)
+
+
+def _is_text(given: Any, len_bytes_max: int) -> bool:
+    try:
+        return isinstance(given, str) and 1 <= len(given.encode()) <= len_bytes_max
+    except UnicodeEncodeError:  # JSON can hold halves of surrogate pairs, which the daemon could not be told.
+        return False
+
+
+def _shown(given: Any) -> str:
+    """For an error: what a stranger sends may be megabytes long."""
+    return reprlib.repr(given)

@@ -103,7 +103,9 @@ class Supervisor(Generic[C]):
         with self._lock:
             daemon, error = self._daemon, self._error
         if error is not None:
-            raise error
+            # A new one each time, for an error that is raised again and again grows by its tracebacks; and without the
+            # daemon's log, which was shown once and is nothing for a request's answer.
+            raise DaemonStartError(error.text, getattr(error, "exit_code", None), "")
         if daemon is None or daemon.exit_code() is not None:
             raise DaemonGone(f"{self._binary.name} has ended and is being started again")
         return daemon
