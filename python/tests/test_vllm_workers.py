@@ -673,7 +673,7 @@ def test_a_daemon_that_dies_too_often_stays_down(pair: Callable[..., Pair]) -> N
     both.produce(ProducerStep(plans=[plan]))
     error = both.ended("a")
     assert error is not None and "has ended 3 times within 60 s" in error and "restart the engine" in error
-    # Each request is told so in a line, and none makes the error longer: that would be a leak for as long as it is down.
+    # Each request is told so in a line, and none makes the error longer: a leak for as long as it is down.
     assert "\n" not in error
     raised = []
     for _ in range(2):
