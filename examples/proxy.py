@@ -94,7 +94,7 @@ class Notifications:
             frames = await socket.recv_multipart()
             try:
                 req_id = msgspec.msgpack.decode(frames[-1], type=ProxyNotif).req_id
-            except (ValueError, RecursionError) as error:
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
                 # Besides its own errors msgspec lets those of a text that is no UTF-8, and of deep nesting, through.
                 logger.warning("a notification that is none: %s", error)
                 continue

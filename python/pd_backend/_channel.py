@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import msgspec
 import zmq
 
 from . import messages as m
@@ -121,7 +120,7 @@ class Channel:
                 raise ProtocolError(f"{self.endpoint} sent {len(frames)} frames, expected an empty one and a payload")
             try:
                 taken.append(m.decode_reply(frames[1]))
-            except msgspec.DecodeError as error:
+            except m.UNDECODABLE as error:
                 raise ProtocolError(f"{self.endpoint} sent what this client does not understand: {error}") from error
 
     @contextmanager

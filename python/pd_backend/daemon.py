@@ -17,6 +17,7 @@ from types import TracebackType
 import msgspec
 
 from .errors import DaemonStartError, PdError
+from .messages import UNDECODABLE
 
 _STDERR_LINES_KEPT = 200
 _READY_LINE_LEN_BYTES_MAX = 64 * 1024
@@ -177,7 +178,7 @@ class Daemon:
             if not isinstance(event, dict) or event.get("event") != "ready":
                 raise self._start_error(f"{self.binary} printed {line[:200]!r}, expected its ready line")
             return msgspec.convert(event, ReadyLine)
-        except msgspec.DecodeError as error:
+        except UNDECODABLE as error:
             raise self._start_error(f"{self.binary} printed {line[:200]!r}, expected its ready line: {error}") from error
 
     def _read_line(self, timeout_s: float) -> bytes:

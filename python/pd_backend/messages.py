@@ -392,6 +392,9 @@ Event = Union[Sent, Failed]
 Reply = Union[Answer, Event]
 
 _encoder = msgspec.msgpack.Encoder()
+#: What decoding raises on any bytes: msgspec lets the errors of a text that is no UTF-8, and of deep nesting, through.
+UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+
 _reply_decoder = msgspec.msgpack.Decoder(Reply)
 _request_decoder = msgspec.msgpack.Decoder(Request)
 
@@ -404,7 +407,7 @@ def encode(message: Request | Reply) -> bytes:
 def decode_reply(payload: bytes) -> Reply:
     """What a daemon says.
 
-    Raises `msgspec.DecodeError` (a `ValidationError` for a well-formed map that is no message of this version).
+    Raises one of `UNDECODABLE` (a `ValidationError` for a well-formed map that is no message of this version).
     """
     return _reply_decoder.decode(payload)
 

@@ -209,7 +209,9 @@ def test_another_role_or_version_is_refused_by_name(fake):
 
 def test_what_is_no_message_is_an_error_not_a_hang(fake):
     # Broken in production: a newer daemon's message is dropped and its request waits for ever.
-    for payload in (b"\xc1", msgspec.msgpack.encode({"type": "surprise", "id": 2}), b""):
+    no_text = b"\x81\xa4type\xa2\xff\xfe"
+    nested = b"\x82\xa4type\xa5error\xa4more" + b"\x91" * 100_000 + b"\xc0"
+    for payload in (b"\xc1", msgspec.msgpack.encode({"type": "surprise", "id": 2}), b"", no_text, nested):
         with SenderClient(fake("sender", lambda request, payload=payload: [payload]).endpoint) as client:
             with pytest.raises(ProtocolError, match="does not understand"):
                 client.status()
