@@ -73,6 +73,11 @@ def test_all_that_refuse_are_named_with_both_values(fake: Callable[..., FakeDaem
     )
 
 
+def test_a_receiver_that_is_full_is_no_reason_not_to_start(fake: Callable[..., FakeDaemon]) -> None:
+    # Broken in production: a prefill server cannot be restarted while a decode server is busy.
+    assert asked(fake, ["refused: limit: 8 senders are connected and busy, the limit; raise pd_max_peers"]) == 1
+
+
 @pytest.fixture
 def start() -> Iterator[Callable[..., Supervisor[Any]]]:
     """Starts a daemon with a release of vLLM's beside it, as the connector does."""

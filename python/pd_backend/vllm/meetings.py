@@ -15,6 +15,10 @@ WAIT_S = 2.0
 _PAUSE_S = 0.01
 
 
+#: Refused for now: a receiver that has no place left may have one later.
+_FOR_NOW = ("limit",)
+
+
 class ReceiverRefused(PdError):
     """A receiver that the configuration names and this sender will not talk to each other."""
 
@@ -35,7 +39,10 @@ def meet_receivers(client: SenderClient, wait_s: float = WAIT_S) -> None:
         name = f"{at.host}:{at.init_port}/{at.alloc_port}"
         if receiver.word == "refused":
             kind, _, text = receiver.reason.partition(": ")
-            refused.append((kind, f"receiver {name}: {text}"))
+            if kind in _FOR_NOW:
+                logger.warning("receiver %s refuses for now (%s); it is asked again", name, text)
+            else:
+                refused.append((kind, f"receiver {name}: {text}"))
         elif receiver.word == "met":
             logger.info("receiver %s is met", name)
         else:
