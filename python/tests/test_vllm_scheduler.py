@@ -216,8 +216,8 @@ class Shelf:
 
 
 class TestConsumer:
-    def scheduler(self, shelf: Shelf | None = None, tp_size: int = 1) -> ConsumerScheduler:
-        return ConsumerScheduler(CHUNK, BLOCK, tp_size, shelf)
+    def scheduler(self, shelf: Shelf | None = None, tp_size: int = 1, num_blocks: int = 1000) -> ConsumerScheduler:
+        return ConsumerScheduler(CHUNK, BLOCK, num_blocks, tp_size, shelf)
 
     def test_a_step_that_computes_nothing_says_so(self) -> None:
         # Broken in production: workers wait for chunks while they should compute, or never wait and load a step later.
@@ -241,6 +241,43 @@ class TestConsumer:
         assert scheduler.build(output()).unneeded == []
         scheduler.finished(one)
         assert not scheduler.pending() and scheduler.build(output()).dropped == []
+
+    def test_few_blocks_wait_for_chunks(self) -> None:
+        # Broken in production: requests that hold all blocks wait for slots, those that hold the slots wait for blocks,
+        # and all of them run into their deadlines.
+        scheduler = self.scheduler(tp_size=2, num_blocks=16)
+        first, second, third = (request(256, request_id=name) for name in "abc")
+        assert scheduler.matched(first, 0) == (256, True)
+        scheduler.allocated(first, [0, 1], 256)
+        # Two of four: there is room for one more.
+        assert scheduler.matched(second, 0) == (256, True)
+        scheduler.allocated(second, [2, 3], 256)
+        assert scheduler.matched(third, 0) == (None, False)
+        assert [plan.request_id for plan in scheduler.build(output()).loads] == ["a", "b"]
+        # What is cached here needs no blocks, and no waiting.
+        assert scheduler.matched(third, 256) == (0, False)
+        # Its own chunks are here, at every worker.
+        scheduler.here(["c"])
+        assert scheduler.matched(third, 0) == (None, False)
+        scheduler.here(["c"])
+        assert scheduler.matched(third, 0) == (256, True)
+        scheduler.allocated(third, [4, 5], 256)
+        assert [plan.request_id for plan in scheduler.build(output()).loads] == ["c"]
+        fourth, fifth, sixth = (request(256, request_id=name) for name in "def")
+        assert scheduler.matched(fourth, 0) == (None, False)
+        # Loaded, or given up: its place is another's.
+        scheduler.received(["a"], ())
+        assert scheduler.matched(fourth, 0) == (256, True)
+        scheduler.allocated(fourth, [6, 7], 256)
+        assert scheduler.matched(fifth, 0) == (None, False)
+        scheduler.finished(second)
+        assert scheduler.matched(fifth, 0) == (256, True)
+        # One that lost its blocks waits for nobody: it is looked up, or computed.
+        scheduler.allocated(fifth, [8, 9], 256)
+        scheduler.received(["e"], ())
+        scheduler.build(output(preempted=["e"]))
+        assert scheduler.matched(fifth, 0) == (0, False)
+        assert scheduler.matched(sixth, 0) == (256, True)
 
     def test_a_prompt_of_one_token_is_loaded_once(self) -> None:
         # Broken in production: vLLM counts nothing of it as computed, asks again, and it is loaded for ever.

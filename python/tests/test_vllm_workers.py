@@ -395,6 +395,42 @@ def test_idle_steps_become_fewer_while_nothing_comes(pair: Callable[..., Pair]) 
     both.nothing_left()
 
 
+def test_the_scheduler_is_told_of_chunks_that_are_here(pair: Callable[..., Pair]) -> None:
+    # Broken in production: a request that was given no blocks yet never gets any.
+    both = pair()
+    tokens = list(range(16))
+    both.consumer.begin_step(ConsumerStep(announced=[("a", "router-a"), ("b", "router-b")]))
+    assert both.consumer.progress() == (set(), set())
+    assert both.consumer.here() == []
+    plan = both.plan("a", tokens)
+    both.produce(ProducerStep(plans=[plan], chunks=[ChunkBlocks("a", 0, [0, 1])], finishing=["a"]))
+    assert both.ended("a") is None
+    here: list[str] = []
+    deadline = time.monotonic() + 10
+    # The idle steps of an engine that has nothing else to do.
+    while "a" not in here:
+        both.consumer.begin_step(ConsumerStep(idle=True))
+        assert both.consumer.progress() == (set(), set())
+        here += both.consumer.here()
+        assert time.monotonic() < deadline, here
+    # Once.
+    both.consumer.begin_step(ConsumerStep(idle=True))
+    both.consumer.progress()
+    assert "a" not in both.consumer.here()
+    assert both.consume(ConsumerStep(loads=[ReceivePlan("a", "router-a", plan.hashes, 16, 0, [5, 6])]), "a") == set()
+    assert (both.target.kv[:, 5:7] == both.source.kv[:, 0:2]).all()
+    # One whose chunks are not going to come is told of as well: it can fail only once it has blocks.
+    both.receiver.client().cancel("router-b")
+    while "b" not in here:
+        both.consumer.begin_step(ConsumerStep(idle=True))
+        assert both.consumer.progress() == (set(), set())
+        here += both.consumer.here()
+        assert time.monotonic() < deadline, here
+    plan = ReceivePlan("b", "router-b", both.plan("b", tokens).hashes, 16, 0, [7, 8])
+    assert both.consume(ConsumerStep(loads=[plan]), "b") == {7, 8}
+    both.nothing_left()
+
+
 def test_another_prompt_is_not_loaded(pair: Callable[..., Pair]) -> None:
     # Broken in production: a router that confuses two requests gets tokens of the wrong one.
     both = pair()

@@ -65,17 +65,20 @@ class PdNews(KVConnectorWorkerMetadata):
     def __init__(
         self,
         outcomes: SendOutcomes | None = None,
+        here: Sequence[str] = (),
         returned: Sequence[str] = (),
         receivers: Sequence[ReceiverAt] = (),
     ) -> None:
         self.outcomes = outcomes or SendOutcomes()
-        #: Once for each worker that says so.
+        #: These two: once for each worker that says so.
+        self.here = list(here)
         self.returned = list(returned)
         self.receivers = list(receivers)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         assert isinstance(other, PdNews)
         self.outcomes.merge(other.outcomes)
+        self.here += other.here
         self.returned += other.returned
         self.receivers += other.receivers
         return self
@@ -126,7 +129,7 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
             if self._options.lookup:
                 self._finder = ReceiverFinder(self._key)
             self._consumer_scheduler = ConsumerScheduler(
-                self._chunk_tokens, self._block_tokens, self._tp_size, self._finder
+                self._chunk_tokens, self._block_tokens, kv_cache_config.num_blocks, self._tp_size, self._finder
             )
 
     # ---- worker
@@ -234,9 +237,11 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
             return None if outcomes is None else PdNews(outcomes)
         if self._consumer is None:
             return None
-        returned, moved_to = self._consumer.returned(), self._consumer.moved_to()
+        here, returned, moved_to = self._consumer.here(), self._consumer.returned(), self._consumer.moved_to()
         receivers = [] if moved_to is None else [ReceiverAt.here(self._rank, moved_to)]
-        return PdNews(returned=returned, receivers=receivers) if returned or receivers else None
+        if not (here or returned or receivers):
+            return None
+        return PdNews(here=here, returned=returned, receivers=receivers)
 
     def shutdown(self) -> None:
         for part in (self._producer, self._consumer, self._finder):
@@ -283,6 +288,7 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
             if self._producer_scheduler is not None:
                 self._producer_scheduler.update(news.outcomes)
             if self._consumer_scheduler is not None:
+                self._consumer_scheduler.here(news.here)
                 self._consumer_scheduler.returned(news.returned)
             for receiver in news.receivers if self._finder is not None else ():
                 self._finder.attach(receiver)

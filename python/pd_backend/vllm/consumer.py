@@ -33,6 +33,8 @@ class _Request:
     req_id: str | None
     began: float
     plan: ReceivePlan | None = None
+    #: Whether the scheduler was told that there is nothing to wait for any more.
+    told: bool = False
     arriving: Pending[Lease] | None = None
     #: Whom it was asked of: what that one grants is in its buffer, not in that of a daemon started after it.
     asked: ReceiverClient | None = None
@@ -65,6 +67,7 @@ class ConsumerWorker:
         #: Of requests that need nothing of it any more: what has not come yet is given back when it comes.
         self._returning: dict[str, _Request] = {}
         self._returned: list[str] = []
+        self._here: list[str] = []
         self._idle = False
         # Now, and not in the step of the first request: a large buffer takes a while to map.
         self._attached()
@@ -97,10 +100,10 @@ class ConsumerWorker:
             self._try_return(request)
         for request in list(self._requests.values()) if self._requests else ():
             if request.plan is None:
+                self._tell_if_here(request)
                 continue
             try:
-                self._start(request)
-                if request.arriving is None or not request.arriving.done():
+                if not self._answered(request):
                     continue
                 lease = self._arrived(request)
                 if lease is None:
@@ -115,6 +118,13 @@ class ConsumerWorker:
         finished, self._finished = self._finished, set()
         failed, self._failed_blocks = self._failed_blocks, set()
         return finished, failed
+
+    def here(self) -> list[str]:
+        """Announced requests whose chunks are here, or are not going to come, since the last call: once they have blocks,
+        nothing of them waits for anybody.
+        """
+        here, self._here = self._here, []
+        return here
 
     def returned(self) -> list[str]:
         """Requests that were unneeded or dropped, and of which nothing is kept any more, since the last call."""
@@ -149,7 +159,7 @@ class ConsumerWorker:
 
     def _wait_a_little(self) -> None:
         """Lets an answer that is on its way come in this step instead of the next one."""
-        expected = [request for request in self._requests.values() if request.plan is not None]
+        expected = [request for request in self._requests.values() if request.plan is not None or not request.told]
         expected += self._returning.values()
         try:
             waiting = [request for request in expected if request.arriving is not None and not request.arriving.done()]
@@ -180,6 +190,21 @@ class ConsumerWorker:
         except DaemonGone:
             if time.monotonic() - request.began > _RESTART_WAIT_S:
                 raise
+
+    def _answered(self, request: _Request) -> bool:
+        """Whether the daemon has said what became of its chunks."""
+        self._start(request)
+        return request.arriving is not None and request.arriving.done()
+
+    def _tell_if_here(self, request: _Request) -> None:
+        if request.told:
+            return
+        try:
+            request.told = self._answered(request)
+        except (PdError, ValueError):
+            request.told = True  # It fails once it is planned.
+        if request.told:
+            self._here.append(request.request_id)
 
     def _arrived(self, request: _Request) -> Lease | None:
         """What the daemon has answered; None where it has to be asked otherwise."""

@@ -210,6 +210,8 @@ class _Receiving:
     req_id: str | None
     #: Set once the router's request has been planned for: its chunks are handed out once.
     used: bool = False
+    #: Workers that wait for none of its chunks any more.
+    here: int = 0
     loading: bool = False
     hashes: list[str] = field(default_factory=list)
     tokens: int = 0
@@ -237,9 +239,16 @@ class Finder(Protocol):
 class ConsumerScheduler:
     """Decode: claims the tokens that come from prefill, and tells the workers which blocks they belong into."""
 
-    def __init__(self, chunk_tokens: int, block_tokens: int, tp_size: int, finder: Finder | None) -> None:
-        """Without a `finder`, requests whose router names none are computed here."""
+    def __init__(
+        self, chunk_tokens: int, block_tokens: int, num_blocks: int, tp_size: int, finder: Finder | None
+    ) -> None:
+        """`num_blocks` are the engine's. Without a `finder`, requests whose router names none are computed here."""
         self._tp_size = tp_size
+        #: Blocks that requests may hold while they wait for chunks. More would keep them from requests whose chunks are
+        #: here, and the slots of those are what the others wait for.
+        self._early_blocks_max = num_blocks // 4
+        #: What they hold, by request.
+        self._early_blocks: dict[str, int] = {}
         self._chunk_tokens = chunk_tokens
         self._block_tokens = block_tokens
         self._finder = finder
@@ -264,8 +273,10 @@ class ConsumerScheduler:
         if req_id is not None:
             self._step.announced.append((request.request_id, req_id))
 
-    def matched(self, request: Any, computed: int) -> tuple[int, bool]:
-        """How many tokens beyond `computed` come from prefill, and whether they come between steps."""
+    def matched(self, request: Any, computed: int) -> tuple[int | None, bool]:
+        """How many tokens beyond `computed` come from prefill, and whether they come between steps. None where it has to
+        wait before it is given blocks.
+        """
         self.arrived(request)
         receiving = self._receiving[request.request_id]
         if not request.prompt_token_ids or receiving.loaded:
@@ -280,7 +291,13 @@ class ConsumerScheduler:
             receiving.lookup_of = request.num_tokens
             receiving.tokens, receiving.hashes = self._look_up(self._finder, request, computed)
         more = receiving.tokens - computed
-        return (more, True) if more > 0 else (0, False)
+        if more <= 0:
+            return 0, False
+        if receiving.req_id is not None and not receiving.used and not self._is_here(receiving):
+            held = sum(self._early_blocks.values()) + self._blocks(more)
+            if held > self._early_blocks_max:
+                return None, False
+        return more, True
 
     def allocated(self, request: Any, block_ids: list[int], external_tokens: int) -> None:
         """The engine has given the request its blocks, and expects so many tokens from us."""
@@ -290,7 +307,9 @@ class ConsumerScheduler:
         named = receiving.req_id if not receiving.used else None
         if external_tokens > 0:
             computed = receiving.tokens - external_tokens
-            blocks = -(-receiving.tokens // self._block_tokens)
+            blocks = self._blocks(receiving.tokens)
+            if named is not None and not self._is_here(receiving):
+                self._early_blocks[request.request_id] = self._blocks(external_tokens)
             self._step.loads.append(
                 ReceivePlan(
                     request.request_id,
@@ -329,6 +348,7 @@ class ConsumerScheduler:
                 receiving.failed = True
         for request_id in request_ids:
             self._forget(request_id)
+            self._early_blocks.pop(request_id, None)
             receiving = self._receiving.get(request_id)
             if receiving is not None:
                 receiving.loading, receiving.loaded = False, True
@@ -338,10 +358,20 @@ class ConsumerScheduler:
     def finished(self, request: Any) -> None:
         """The request has ended, in whatever way."""
         self._forget(request.request_id)
+        self._early_blocks.pop(request.request_id, None)
         receiving = self._receiving.pop(request.request_id, None)
         if receiving is not None and (receiving.loading or (receiving.req_id is not None and not receiving.used)):
             self._step.dropped.append(request.request_id)
             self._returning[request.request_id] = self._tp_size
+
+    def here(self, request_ids: Iterable[str]) -> None:
+        """So said a worker, or several: the chunks of these requests are here, or are not going to come."""
+        for request_id in request_ids:
+            receiving = self._receiving.get(request_id)
+            if receiving is not None:
+                receiving.here += 1
+                if self._is_here(receiving):
+                    self._early_blocks.pop(request_id, None)
 
     def returned(self, request_ids: Iterable[str]) -> None:
         """So said a worker, or several: nothing of these requests is kept there any more."""
@@ -353,6 +383,13 @@ class ConsumerScheduler:
     def pending(self) -> bool:
         """Whether the engine has to go on stepping for the workers to hear what they have to, and to do it."""
         return bool(self._returning)
+
+    def _is_here(self, receiving: _Receiving) -> bool:
+        """Whether no worker waits for its chunks any more. Of what has blocks the workers say only that it is loaded."""
+        return receiving.here >= self._tp_size
+
+    def _blocks(self, tokens: int) -> int:
+        return -(-tokens // self._block_tokens)
 
     def _hashes(self, request: Any, tokens: int) -> list[str]:
         return chunk_hashes(request.all_token_ids[:tokens], self._chunk_tokens, request_context(request))

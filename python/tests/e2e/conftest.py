@@ -65,7 +65,7 @@ class Deployment:
     prefill: Server
     #: Fails requests whose KV cannot be loaded.
     decode: Server
-    #: Computes them instead; with few blocks.
+    #: Computes them instead; with few blocks, and few slots beside it.
     small_decode: Server
     proxy_url: str
     #: Of a proxy that asks both servers at once.
@@ -112,10 +112,10 @@ def deployment(folder: Path, model: Path) -> Iterator[Deployment]:
         shared = {"pd_buffer_size": "64MiB", "transfer_channel": "local", "pd_retention_sec": 60}
         sender = shared | {"pd_proxy_host": "127.0.0.1", "pd_proxy_port": notify_port}
 
-        def receiver() -> dict[str, Any]:
+        def receiver(buffer: str) -> dict[str, Any]:
             # Ports that it can have again when it is restarted.
             init_port, alloc_port = harness.free_ports(2)
-            return shared | {"pd_peer_host": "127.0.0.1", "pd_peer_init_port": init_port, "pd_peer_alloc_port": alloc_port}
+            return shared | {"pd_buffer_size": buffer, "pd_peer_host": "127.0.0.1", "pd_peer_init_port": init_port, "pd_peer_alloc_port": alloc_port}
 
         blocks = ("--num-gpu-blocks-override", "64", "--max-model-len", "6144")
         # Two long prompts at a time, each a chunk a step.
@@ -134,10 +134,10 @@ def deployment(folder: Path, model: Path) -> Iterator[Deployment]:
                 expected = answers.result()
         finally:
             single.close()
-        decode = start("decode", harness.consumer(receiver(), restarts_max=2, receive_wait_s=60), *blocks)
+        decode = start("decode", harness.consumer(receiver("64MiB"), restarts_max=2, receive_wait_s=60), *blocks)
         small = start(
             "small_decode",
-            harness.consumer(receiver(), policy="recompute", receive_wait_s=60),
+            harness.consumer(receiver("32MiB"), policy="recompute", receive_wait_s=60),
             "--num-gpu-blocks-override", "32", "--max-model-len", "3900",
         )
         decode.wait_ready()

@@ -25,6 +25,8 @@ CONCURRENT = [tokens(f"concurrent {i}", 60 + 97 * i) for i in range(8)]
 #: The small decode server has blocks for all of these, but not for what they generate as well.
 PREEMPTED = [tokens(f"preempted {i}", 870) for i in range(4)]
 PREEMPTED_MAX_TOKENS = 260
+#: Of the small decode server's 32 blocks, two of these take 24; of its receiver's 16 slots, 12.
+SCARCE = [tokens(f"scarce {i}", 1500) for i in range(6)]
 SWAPPED = tokens("swapped", 512)
 FIRST_TOKEN = tokens("first token", 600)
 KILLED_RECEIVER = [tokens(f"killed receiver {i}", 700) for i in range(3)]
@@ -38,7 +40,7 @@ OTHER_PROMPT = [tokens("other prompt", 300), tokens("yet another prompt", 300)]
 def all_prompts() -> list[tuple[list[int], int]]:
     """Every prompt whose answer is compared, and how many tokens of it."""
     usual = [
-        *BY_LENGTH.values(), *SHARING, *CONCURRENT, SWAPPED, FIRST_TOKEN, *KILLED_RECEIVER, *KILLED_PREFILL,
+        *BY_LENGTH.values(), *SHARING, *CONCURRENT, *SCARCE, SWAPPED, FIRST_TOKEN, *KILLED_RECEIVER, *KILLED_PREFILL,
         *AFTER_KILL, *OTHER_PROMPT,
     ]
     return [(prompt, MAX_TOKENS) for prompt in usual] + [(prompt, PREEMPTED_MAX_TOKENS) for prompt in PREEMPTED]

@@ -147,6 +147,39 @@ def test_a_decode_that_preempts(deployment: Deployment) -> None:
     assert metric(deployment.small_decode, "vllm:num_preemptions_total") > before
 
 
+def test_few_blocks_and_few_slots_are_no_deadlock(
+    deployment: Deployment, status_of: Callable[[Server], Status]
+) -> None:
+    # Broken in production: requests that wait for slots hold all blocks, those that have the slots wait for blocks, and
+    # both run into their deadlines.
+    decode, prefill = deployment.small_decode, deployment.prefill
+    before = status_of(decode)
+    specs = [deployment.spec(decode) for _ in prompts.SCARCE]
+
+    def ask(number: int) -> list[int]:
+        return harness.tokens_of(
+            decode.complete(prompts.SCARCE[number], prompts.MAX_TOKENS, kv_transfer_params=specs[number])
+        )
+
+    def compute(number: int) -> str | None:
+        answer = prefill.complete(prompts.SCARCE[number], 1, kv_transfer_params=specs[number])
+        return (answer.get("kv_transfer_params") or {}).get("error")
+
+    with ThreadPoolExecutor(2 * len(specs)) as pool:
+        asked = [pool.submit(ask, number) for number in range(len(specs))]
+        # In the order in which decode gives blocks, and prefill slots in the other one.
+        deadline = time.monotonic() + 20
+        while status_of(decode).waits < len(specs):
+            assert time.monotonic() < deadline, "decode has not asked for all of them"
+            time.sleep(0.05)
+        errors = list(pool.map(compute, reversed(range(len(specs)))))
+        answers = [answer.result() for answer in asked]
+    assert answers == [deployment.expected(prompt) for prompt in prompts.SCARCE]
+    assert errors == [None] * len(specs)
+    after = status_of(decode)
+    assert (after.requests_failed, after.requests_done) == (before.requests_failed, before.requests_done + len(specs))
+
+
 def test_another_prompt_under_the_same_name_is_not_answered(deployment: Deployment) -> None:
     # Broken in production: a router that confuses two requests gets an answer to the wrong prompt.
     sent, asked = prompts.OTHER_PROMPT
