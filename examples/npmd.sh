@@ -9,7 +9,7 @@
 #   --logs DIR   where the servers' output goes (a new folder in /tmp)
 #
 # PYTHON is the Python that has vLLM and this package; left out, .deps/e2e is (and is filled, 5.3 GB, on the CPU). PD_BIN_DIR is
-# where pd-sender and pd-receiver are; left out, they are built. On a GPU the KV passes through host memory.
+# where pd-sender and pd-receiver are; left out, they are built. The buffers are where the KV is: in GPU or in host memory.
 set -euo pipefail
 top=$(cd "$(dirname "$0")/.." && pwd)
 
