@@ -43,6 +43,12 @@ class Channel:
 
     def watch(self, daemon_pid: int) -> None:
         """From now on the end of this process ends every wait. A kernel without pidfds leaves the deadlines alone."""
+        if daemon_pid == self._daemon_pid:
+            return
+        if self._pidfd is not None:
+            self._poller.unregister(self._pidfd)
+            os.close(self._pidfd)
+            self._pidfd = None
         self._daemon_pid = daemon_pid
         try:
             self._pidfd = os.pidfd_open(daemon_pid)

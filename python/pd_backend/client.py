@@ -41,26 +41,28 @@ class Pending(Generic[T]):
         self._request = request
         self._expected = expected
         self._convert = convert
-        self._wait_s = wait_s
+        self._deadline = time.monotonic() + wait_s
         self._reply: m.Answer | None = None
         self._abandoned = False
 
     def done(self) -> bool:
         """Whether `result()` would return, or raise, at once. Never waits.
 
+        So it is, too, once a daemon that lives and says nothing (it was stopped, or hangs) has had its time.
+
         Raises `DaemonGone` when no reply can come any more.
         """
         if self._reply is None:
             self._client._pump(0.0)
-        return self._reply is not None
+        return self._reply is not None or time.monotonic() >= self._deadline
 
     def result(self, timeout_s: float | None = None) -> T:
-        """The reply; waits for it, by default a little longer than the daemon itself would.
+        """The reply; waits for it, by default until the daemon has had a little longer than it would wait itself.
 
         Raises `RequestRefused` for an `error`, `ReplyTimeout` when nothing came in time (the reply is then abandoned:
         what it brings late is given back), `DaemonGone` when the daemon has ended.
         """
-        deadline = time.monotonic() + (self._wait_s if timeout_s is None else timeout_s)
+        deadline = self._deadline if timeout_s is None else time.monotonic() + timeout_s
         while self._reply is None:
             left_s = deadline - time.monotonic()
             self._client._pump(max(0.0, left_s))
@@ -106,12 +108,14 @@ class Client:
         map_buffer: bool = True,
         reply_timeout_s: float = 10.0,
         wait_timeout_s: float = 120.0,
+        pid: int | None = None,
     ) -> None:
         """Attaches to the daemon at `endpoint`, the `connector` of its ready line, and maps its buffer.
 
         `reply_timeout_s` bounds every answer that the daemon gives at once, and is what it gets beyond a wait of its
         own. `wait_timeout_s` bounds waits whose length is left to the daemon's configuration. `map_buffer=False` is
-        for a process that only talks (an engine's scheduler).
+        for a process that only talks (an engine's scheduler). Where the daemon's `pid` is known, its end is noticed before
+        it has answered for the first time as well.
 
         Raises `ReplyTimeout` when nobody answers, `ProtocolError` for another version, `ClientMisuse` for the other
         role, `MappingError` when the buffer cannot be mapped.
@@ -126,6 +130,8 @@ class Client:
         self._order: StreamOrder | None = None
         self._channel = Channel(endpoint, reply_timeout_s)
         try:
+            if pid is not None:
+                self._channel.watch(pid)
             #: The daemon's answer to `attach`: chunk and slot sizes, layout.
             self.attached: m.Attached = self._attach(name)
             self._channel.watch(self.attached.buffer.pid)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 
 import msgspec
 import numpy as np
@@ -189,6 +190,28 @@ def test_a_silent_daemon_is_waited_for_no_longer_than_said_and_late_grants_go_ba
         with pytest.raises(RequestRefused):
             client.status()
     assert [release.lease for release in daemon.seen_of(m.Release)] == [5]
+
+
+def test_a_daemon_that_is_stopped_does_not_hold_its_clients_for_ever(fake):
+    # Broken in production: an engine that asks `done()` between its steps waits for ever for a daemon under SIGSTOP.
+    daemon = fake("receiver", lambda request: [])
+    with ReceiverClient(daemon.endpoint, reply_timeout_s=0.2, wait_timeout_s=60.0) as client:
+        left_to_the_daemon, pending = client.start_wait("long"), client.start_wait("r", wait_s=0.1)
+        assert not pending.done()
+        deadline = time.monotonic() + 20
+        while not pending.done():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        with pytest.raises(ReplyTimeout, match="no reply to wait"):
+            pending.result()
+        assert not left_to_the_daemon.done()
+
+
+def test_a_daemon_that_ends_before_it_has_answered_is_gone_at_once():
+    # Broken in production: an engine stands still for ten seconds, because its daemon died right after its ready line.
+    with subprocess.Popen(["sleep", "0.3"]) as daemon:
+        with pytest.raises(DaemonGone, match=f"pid {daemon.pid}"):
+            SenderClient("ipc://@pd-backend/nobody", reply_timeout_s=600.0, pid=daemon.pid)
 
 
 def test_nobody_at_the_endpoint_is_said_within_the_timeout():
