@@ -157,6 +157,7 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
             "ready_timeout_s": options.ready_timeout_s,
             "restarts_max": options.restarts_max,
             "restart_window_s": options.restart_window_s,
+            "wait_timeout_s": options.wait_timeout_s(),
             "echo_log": options.daemon_log,
         }
         binary = find_binary(name, options.binary_dir)

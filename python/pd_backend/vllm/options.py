@@ -9,6 +9,11 @@ from pathlib import Path
 from typing import Any
 
 
+#: How long the daemons wait where nobody says otherwise.
+_DAEMON_WAITS_S = {"pd_wait_timeout_sec": 120.0, "pd_allocation_timeout_sec": 30.0}
+_SECONDS_MAX = 86400.0
+
+
 class OptionError(ValueError):
     """An option that cannot be used, by name."""
 
@@ -75,6 +80,18 @@ class Options:
                 return value
         return str(self._yaml().get("model_name") or self.model_name or engine_name)
 
+    def wait_timeout_s(self) -> float:
+        """The longest that the daemon lets a request wait for slots or chunks: by its defaults, the file and `set`."""
+        given = {**self._yaml(), **dict(self.set)}
+        longest = 0.0
+        for key, default in _DAEMON_WAITS_S.items():
+            value = given.get(key)
+            try:
+                longest = max(longest, default if value in (None, "") else float(value))
+            except (TypeError, ValueError):
+                pass  # The daemon says what is wrong with it.
+        return min(longest or max(_DAEMON_WAITS_S.values()), _SECONDS_MAX)
+
     def daemon_args(self, kv_device: str) -> list[str]:
         """What the daemon is started with, besides its layout and rank. `kv_device`: where the engine's KV is, which is
         where its buffer goes unless the configuration says.
@@ -116,7 +133,7 @@ def _parsed(name: str, value: Any) -> Any:
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise OptionError(f"restarts_max = {value!r}; expected a whole number from 0 up")
         return value
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 86400:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= _SECONDS_MAX:
         raise OptionError(f"{name} = {value!r}; expected seconds, above 0 and at most 86400")
     return float(value)
 

@@ -40,9 +40,13 @@ class Supervisor(Generic[C]):
         ready_timeout_s: float = 60.0,
         restarts_max: int = 3,
         restart_window_s: float = 60.0,
+        wait_timeout_s: float = 120.0,
         echo_log: bool = True,
     ) -> None:
-        """Starts it and returns when it is ready. Raises `DaemonStartError`, with the end of its log."""
+        """Starts it and returns when it is ready. Raises `DaemonStartError`, with the end of its log.
+
+        `wait_timeout_s`: the longest that the daemon's configuration lets it wait for others.
+        """
         self._binary = binary
         self._given_args = self._args = list(args)
         self._layout = dict(layout)
@@ -50,6 +54,7 @@ class Supervisor(Generic[C]):
         self._ready_timeout_s = ready_timeout_s
         self._restarts_max = restarts_max
         self._restart_window_s = restart_window_s
+        self._wait_timeout_s = wait_timeout_s
         self._echo_log = echo_log
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -80,7 +85,12 @@ class Supervisor(Generic[C]):
         daemon = self._running()
         if self._client is None or self._client_of is not daemon:
             self._drop_client()
-            self._client = self._client_type(daemon.ready.connector, name=f"vllm pid {os.getpid()}")
+            self._client = self._client_type(
+                daemon.ready.connector,
+                name=f"vllm pid {os.getpid()}",
+                wait_timeout_s=self._wait_timeout_s,
+                pid=daemon.ready.pid,
+            )
             self._client_of = daemon
         return self._client
 
