@@ -252,7 +252,11 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
 
     @classmethod
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
-        """Full graphs skip the layers' hooks, and the layers are pushed after the step then: slower, but right."""
+        """Full graphs skip the layers' hooks, and the layers are pushed after the step then: slower, but right.
+
+        Where there are graphs this is asked before the model is loaded, so that a misspelt option costs no minutes.
+        """
+        Options.parse(extra_config)
         return False
 
     # ---- scheduler
