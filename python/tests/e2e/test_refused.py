@@ -73,7 +73,7 @@ def test_a_prefill_server_that_names_a_receiver_of_another_engine_does_not_start
         blocks = ("--num-gpu-blocks-override", "64", "--max-model-len", "6144")
         prefill = Server("misled-prefill", folder, model, kv=harness.producer(sets), args=blocks)
         try:
-            with pytest.raises(RuntimeError, match="server misled-prefill has ended"):
+            with pytest.raises(RuntimeError, match="misled-prefill has ended"):
                 prefill.wait_ready()
         finally:
             prefill.close()
