@@ -78,8 +78,12 @@ class _Consumer:
         self._paged, self._folder = paged, folder
         self._chunk_tokens, self._block_tokens = chunk_tokens, block_tokens
         self._plans: dict[str, ReceivePlan] = {}
+        self._here: list[str] = []
+        self._returned: list[str] = []
 
     def begin_step(self, step: ConsumerStep) -> None:
+        self._here += [request_id for request_id, _ in step.announced]
+        self._returned += step.unneeded + step.dropped
         self._plans.update((plan.request_id, plan) for plan in step.loads)
 
     def progress(self) -> tuple[set[str], set[int]]:
@@ -95,6 +99,14 @@ class _Consumer:
             del self._plans[request_id]
             done.add(request_id)
         return done, set()
+
+    def here(self) -> list[str]:
+        here, self._here = self._here, []
+        return here
+
+    def returned(self) -> list[str]:
+        returned, self._returned = self._returned, []
+        return returned
 
     def moved_to(self) -> None:
         return None
