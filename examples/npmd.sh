@@ -35,6 +35,7 @@ if [ -n "$gpus" ] && [ ${#devices[@]} -lt $((prefills + decodes)) ]; then
   say "--gpus names ${#devices[@]} devices, $((prefills + decodes)) servers need one each"; exit 2
 fi
 [ -z "$gpus" ] || [ -n "$model" ] || { say "--gpus needs a --model"; exit 2; }
+[ -z "$gpus" ] || [ -n "${PYTHON:-}" ] || { say "--gpus needs PYTHON, a Python that has vLLM for GPUs: .deps/e2e has it for the CPU"; exit 2; }
 
 if [ -z "${PYTHON:-}" ]; then
   "$top/scripts/setup-e2e"
@@ -48,6 +49,11 @@ if [ -z "${PD_BIN_DIR:-}" ]; then
   PD_BIN_DIR=$top/target/release
 fi
 export PD_BIN_DIR
+if [ -z "${NIXL_LIB_DIR:-}" ] && [ -d "$top/.deps/nixl" ]; then
+  export NIXL_LIB_DIR=$top/.deps/nixl
+fi
+# Each server sees its own GPU alone, and the local engine only those that it sees.
+[ -z "$gpus" ] || [ -n "${NIXL_LIB_DIR:-}" ] || { say "between GPUs NIXL is needed: make setup, or set NIXL_LIB_DIR"; exit 2; }
 [ -n "$logs" ] || logs=$(mktemp -d /tmp/pd-example-XXXXXX)
 mkdir -p "$logs"
 
@@ -132,7 +138,7 @@ if [ -n "$gpus" ]; then
 else
   body='{"model": "example", "prompt": ['$(seq -s ', ' 3 402)'], "max_tokens": 16, "temperature": 0, "ignore_eos": true, "detokenize": false, "return_token_ids": true}'
 fi
-say "  curl http://127.0.0.1:$port/v1/completions -H 'Content-Type: application/json' -d '${body:0:60}...'"
+say "  curl http://127.0.0.1:$port/v1/completions -H 'Content-Type: application/json' -d '$body'"
 curl -sS -f "http://127.0.0.1:$port/v1/completions" -H 'Content-Type: application/json' -d "$body"
 echo
 grep -h 'sent request=' "$logs"/prefill-*.log >&2 || { say "nothing was sent; see $logs"; exit 1; }
