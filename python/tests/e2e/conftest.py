@@ -28,6 +28,9 @@ from pd_backend import Client, ReceiverClient, SenderClient, Status
 
 StatusOf = Callable[..., Status]
 
+#: Of the deployment that the tests share: PD_E2E_ENGINE=nixl has it shipped by NIXL, which NIXL_LIB_DIR names.
+ENGINE = os.environ.get("PD_E2E_ENGINE", "local")
+
 _BEGAN = time.monotonic()
 
 
@@ -109,7 +112,7 @@ def deployment(folder: Path, model: Path) -> Iterator[Deployment]:
             return server
 
         notify_port, proxy_port, overlap_port = harness.free_ports(3)
-        shared = {"pd_buffer_size": "64MiB", "transfer_channel": "local", "pd_retention_sec": 60}
+        shared = {"pd_buffer_size": "64MiB", "transfer_channel": ENGINE, "pd_retention_sec": 60}
         sender = shared | {"pd_proxy_host": "127.0.0.1", "pd_proxy_port": notify_port}
 
         def receiver(buffer: str) -> dict[str, Any]:

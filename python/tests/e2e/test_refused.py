@@ -16,7 +16,7 @@ import pytest
 
 import harness
 import prompts
-from conftest import Deployment
+from conftest import ENGINE, Deployment
 from harness import HttpError, Server
 from pd_backend import Daemon, Status, find_binary
 from pd_backend.vllm.layout import EngineLayout
@@ -46,7 +46,7 @@ def test_another_engine_is_refused(
     file = tmp_path / "layout.json"
     file.write_text(json.dumps(layout))
     arguments = ["--kv-layout", str(file)]
-    for key in ("transfer_channel=local", "pd_buffer_size=16MiB", "pd_peer_init_port=0", "pd_peer_alloc_port=0"):
+    for key in (f"transfer_channel={ENGINE}", "pd_buffer_size=16MiB", "pd_peer_init_port=0", "pd_peer_alloc_port=0"):
         arguments += ["--set", key]
     with Daemon(find_binary("pd-receiver"), arguments) as receiver:
         spec = deployment.spec(deployment.decode)
