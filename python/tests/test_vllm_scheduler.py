@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from types import SimpleNamespace as Fake
 from typing import Any
+
+import pytest
 
 from pd_backend.vllm.keys import chunk_hashes
 from pd_backend.vllm.scheduler import ConsumerScheduler, ProducerScheduler, blocks_of
@@ -383,28 +385,19 @@ class TestConsumer:
         scheduler.build(output(preempted=["a"]))
         assert scheduler.matched(again, 0) == (512, True)
 
-    def test_what_failed_once_is_computed(self) -> None:
-        # Broken in production: a chunk that cannot be loaded is loaded again and again, for ever.
+    @pytest.mark.parametrize("news", [[(["a"], {3, 4})], [([], {3, 4}), (["a"], ())]])
+    def test_what_failed_once_is_computed(self, news: list[tuple[list[str], Collection[int]]]) -> None:
+        # Broken in production: a chunk that cannot be loaded is loaded again and again, for ever. With several ranks the
+        # last one to be through hides that another one has failed before.
         shelf = Shelf(range(512))
         scheduler = self.scheduler(shelf)
         one = request(512)
         scheduler.matched(one, 0)
         scheduler.allocated(one, [1, 2, 3, 4], 512)
         scheduler.build(output())
-        scheduler.received(["a"], {3, 4})
+        for request_ids, failed_blocks in news:
+            scheduler.received(request_ids, failed_blocks)
         assert scheduler.matched(one, 0) == (0, False)
-        assert shelf.asked == 0
-
-    def test_what_one_rank_could_not_load_is_computed(self) -> None:
-        # Broken in production: with several ranks, the last one to be through hides that another one has failed before.
-        shelf = Shelf(range(512))
-        scheduler = self.scheduler(shelf)
-        one = request(512)
-        scheduler.matched(one, 0)
-        scheduler.allocated(one, [1, 2, 3, 4], 512)
-        scheduler.build(output())
-        scheduler.received([], {3, 4})
-        scheduler.received(["a"], ())
         scheduler.build(output(preempted=["a"]))
         assert scheduler.matched(one, 0) == (0, False)
         assert shelf.asked == 0
