@@ -12,7 +12,7 @@ import pytest
 from pd_backend.vllm.finder import ReceiverAt, ReceiverFinder
 from pd_backend.vllm.keys import chunk_hashes, chunk_key
 from pd_backend.vllm.step import ChunkBlocks, ProducerStep
-from test_vllm_workers import CHUNK, LAYOUT, Pair, restarted
+from vllm_pair import CHUNK, LAYOUT, Pair, restarted
 
 TOKENS, OTHERS = list(range(40)), list(range(100, 140))
 HASHES, OTHER_HASHES = chunk_hashes(TOKENS, CHUNK), chunk_hashes(OTHERS, CHUNK)
