@@ -10,6 +10,7 @@ Only that module imports vLLM; the others here are plain Python:
     spec        what a router says of a request: `disagg_spec`
     step        what the scheduler's side tells the workers, step by step
     scheduler   the two scheduler sides
+    finder      look-ups at the receivers of a decode server, for the scheduler
     producer    the worker's side of prefill
     consumer    the worker's side of decode
     meetings    whether a pd-sender can talk to the receivers that it is told of, before the engine serves
