@@ -325,7 +325,7 @@ async fn strangers_who_say_nothing_are_closed() {
 async fn long_messages_are_for_those_who_have_the_secret() {
     // Broken in production: strangers fill the memory that is meant for peers, or peers may not send what they have to.
     let ours = secret("ours");
-    let honest = access(Channel::Init, Some(&ours));
+    let honest = access(Channel::Alloc, Some(&ours));
     let port = Port::open(honest.clone()).await;
     let long = Bytes::from(vec![7; MESSAGE_LEN_BYTES_MAX]);
     let (stranger, mut inbox) = Dealer::connect(&port.endpoint(), SOON).await.unwrap();
