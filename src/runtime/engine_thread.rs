@@ -10,6 +10,7 @@ use tokio::sync::mpsc::UnboundedSender;
 
 use super::engine_server::{Gone, Server};
 use super::error::RuntimeError;
+use super::room::Room;
 use crate::buffer::MemoryManager;
 use crate::ids::{ByteCopy, Checksum, ConnectionId, Failure, GrantId, IpcHandle, Pages, RequestId, TransferId};
 use crate::protocol::receiver::ExpectedChunk;
@@ -72,6 +73,8 @@ pub(super) enum Command<P> {
 /// What reaches the thread.
 pub(super) enum Work<P> {
     Command(Command<P>),
+    /// What a peer's message has led to. Its room is free when that is done.
+    FromPeer(Command<P>, Option<Room>),
     /// The pages of a step are there: it is to be registered.
     Extend {
         step: Range<u64>,
@@ -81,6 +84,9 @@ pub(super) enum Work<P> {
     Grown(Result<Grown, String>),
     /// The driver has gone.
     Stop,
+    /// The thread is busy for as long as this takes.
+    #[cfg(test)]
+    Call(Box<dyn FnOnce() + Send>),
 }
 
 /// Something that the engine has done.
@@ -202,6 +208,17 @@ impl<P: Send + 'static> EngineThread<P> {
     /// Queues a command. A thread that has ended reports nothing more, so that is an error for the driver to act on.
     pub(super) fn send(&self, command: Command<P>) -> Result<(), RuntimeError> {
         self.queue(Work::Command(command))
+    }
+
+    /// As [`send`](Self::send), with what a peer has said in the command, and the room that it takes.
+    pub(super) fn send_with(&self, command: Command<P>, room: Option<Room>) -> Result<(), RuntimeError> {
+        self.queue(Work::FromPeer(command, room))
+    }
+
+    /// The way to keep the thread busy.
+    #[cfg(test)]
+    pub(super) fn work(&self) -> Option<mpsc::Sender<Work<P>>> {
+        self.work.clone()
     }
 
     fn queue(&self, work: Work<P>) -> Result<(), RuntimeError> {

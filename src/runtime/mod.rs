@@ -11,7 +11,7 @@
 //! | `sender`, `receiver` | the two daemons: which event goes where, which output does what |
 //! | `setup`, `identity`, `ready` | before the loop: memory, engine, who we are, the ready line |
 //! | `engine_thread`, `engine_server`, `fenced`, `held` | the thread that owns the transfer engine, its loop, and what waits there for a GPU |
-//! | `ports`, `peer_links`, `proxy` | a receiver's ports, a sender's connections, the way to the router |
+//! | `ports`, `peer_links`, `room`, `proxy` | a receiver's ports, a sender's connections, what waits of what they hear, the way to the router |
 //! | `clients`, `translate` | the connector API: who is attached, and its words for the sessions' words |
 //! | `lifecycle`, `process` | signals, the parent, the ends of peers' processes |
 //! | `notes`, `error` | log lines, and why a daemon could not go on |
@@ -23,6 +23,8 @@ mod engine_server;
 mod engine_thread;
 mod error;
 mod fenced;
+#[cfg(test)]
+mod flood;
 mod held;
 mod http;
 mod identity;
@@ -35,6 +37,7 @@ mod process;
 mod proxy;
 mod ready;
 mod receiver;
+mod room;
 mod sender;
 mod setup;
 mod translate;

@@ -5,12 +5,13 @@ use std::time::Instant;
 use tokio::sync::mpsc::Sender;
 
 use super::error::RuntimeError;
+use super::room::{Room, Rooms};
 use crate::config::Config;
 use crate::ids::clip;
 use crate::protocol::Port;
 use crate::side_channel::{Access, PeerTag, Route, RouterEvent, RouterReceiver, RouterSender, RouterSocket, Seldom};
 use crate::wire::auth::Channel;
-use crate::wire::{Message, decode, encode};
+use crate::wire::{Message, encode};
 
 /// How a message's sender is answered. Two are equal when they name the same connection.
 #[derive(Debug, Clone)]
@@ -30,8 +31,8 @@ impl PartialEq for RouteKey {
 /// What the ports tell the driver.
 #[derive(Debug)]
 pub(super) enum PortEvent {
-    /// A message arrived.
-    Message { port: Port, from: RouteKey, message: Box<Message> },
+    /// A message arrived, which takes its room until it is dealt with.
+    Message { port: Port, from: RouteKey, message: Box<Message>, room: Room },
     /// A connection is gone.
     Gone { route: RouteKey },
 }
@@ -119,13 +120,15 @@ pub(super) const fn channel(port: Port) -> Channel {
 }
 
 async fn read<E: From<PortEvent>>(port: Port, mut receiver: RouterReceiver, events: Sender<E>) {
+    // Each port has its own, so that a flood at one of them holds up no other.
+    let rooms = if port == Port::Init { Rooms::for_handshakes() } else { Rooms::for_messages() };
     let mut unreadable = Seldom::default();
     while let Some(event) = receiver.recv().await {
         let event = match event {
-            RouterEvent::Message { peer: route, payload } => match decode::<Message>(&payload) {
-                Ok(message) => {
+            RouterEvent::Message { peer: route, payload } => match rooms.decode(&payload).await {
+                Ok((message, room)) => {
                     let from = RouteKey { port, tag: route.peer().clone(), route: Some(route) };
-                    PortEvent::Message { port, from, message: Box::new(message) }
+                    PortEvent::Message { port, from, message: Box::new(message), room }
                 }
                 Err(error) => {
                     if let Some(unsaid) = unreadable.permit(Instant::now()) {
