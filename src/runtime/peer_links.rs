@@ -159,3 +159,38 @@ async fn read<E: From<LinkEvent>>(
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use tokio::sync::mpsc;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn links_that_end_while_the_driver_is_behind_are_all_told() {
+        // Broken in production: requests to receivers that were lost together wait for their deadlines.
+        const LINKS: u64 = 1_500;
+        // Nobody listens here any more.
+        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        // As long as the driver's own.
+        let (events, mut inbox) = mpsc::channel::<LinkEvent>(1024);
+        let mut links = PeerLinks::new(events, None, Duration::from_secs(60));
+        for peer in 0..LINKS {
+            let address = PeerAddress { host: "127.0.0.1".into(), init_port: port, alloc_port: port };
+            links.open(PeerId(peer), address);
+        }
+        // All of them have ended, or wait to say so.
+        for _ in 0..20 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        let mut closed = BTreeSet::new();
+        while closed.len() < LINKS as usize {
+            match tokio::time::timeout(Duration::from_secs(60), inbox.recv()).await {
+                Ok(Some(LinkEvent::Closed { peer, .. })) => assert!(closed.insert(peer), "each ends once"),
+                other => panic!("{} of {LINKS} ends were told: {other:?}", closed.len()),
+            }
+        }
+    }
+}
