@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -125,17 +126,20 @@ def test_a_sender_that_dies_again_at_once_fails_its_requests_alone(
     both = pair()
     pid = both.sender.ready.pid
     both.produce(ProducerStep(plans=[both.plan("a", list(range(16)))]))
-    os.kill(pid, signal.SIGKILL)
-    restarted(both.sender, pid)
+    asked = threading.Event()
 
     def refuse(*_: Any, **__: Any) -> SenderClient:
+        asked.set()
         raise ReplyTimeout("nobody answers")
 
     with monkeypatch.context() as patched:
         patched.setattr(both.sender, "_client_type", refuse)
+        os.kill(pid, signal.SIGKILL)
+        assert asked.wait(20)
         both.produce(ProducerStep(plans=[both.plan("b", list(range(16)))]))
         outcomes = both.producer.outcomes()
         assert outcomes is not None and set(outcomes.ended) == {"a", "b"}
+    restarted(both.sender, pid)
     both.produce(ProducerStep(finishing=["a", "b"]))
     plan = both.plan("c", list(range(16)))
     both.produce(ProducerStep(plans=[plan], chunks=[ChunkBlocks("c", 0, [0, 1])], finishing=["c"]))
