@@ -57,6 +57,20 @@ def binary(name: str) -> Path:
     pytest.fail(f"{name} is in neither target/debug nor target/release: run `scripts/cargo build`, or set PD_BIN_DIR")
 
 
+def children(name: str) -> list[int]:
+    """This process's children that run such a program."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            pid, rest = stat.read_text().split(" (", 1)
+        except OSError:
+            continue  # It has ended meanwhile.
+        program, rest = rest.rsplit(") ", 1)
+        if program == name and rest.split()[1] == str(os.getpid()):
+            found.append(int(pid))
+    return found
+
+
 @dataclass
 class Pair:
     """A pd-sender and a pd-receiver with their clients."""

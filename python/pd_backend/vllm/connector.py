@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -158,31 +159,32 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
             "restarts_max": options.restarts_max,
             "restart_window_s": options.restart_window_s,
             "wait_timeout_s": options.wait_timeout_s(),
+            "silence_timeout_s": options.silence_timeout_s,
             "echo_log": options.daemon_log,
         }
         binary = find_binary(name, options.binary_dir)
         logger.info("starting %s: chunks of %s", binary, layout)
-        if self._produces:
-            sender = Supervisor(binary, arguments, layout.json(), SenderClient, **limits)
-            try:
+        with ExitStack() as undo:  # Whatever is raised from here on: the daemon is not left behind.
+            if self._produces:
+                sender = Supervisor(binary, arguments, layout.json(), SenderClient, **limits)
+                undo.callback(sender.close)
                 meet_receivers(sender.client())
-            except BaseException:
-                sender.close()
-                raise
-            self._producer = ProducerWorker(
-                sender,
-                paged,
-                layout,
-                self._dtype,
-                slot_wait_s=options.slot_wait_s,
-                layer_pushes=1 if self._vllm_config.parallel_config.enable_dbo else options.layer_pushes,
-            )
-        else:
-            receiver = Supervisor(binary, arguments, layout.json(), ReceiverClient, **limits)
-            self._consumer = ConsumerWorker(
-                receiver, paged, layout, self._dtype, receive_wait_s=options.receive_wait_s
-            )
-            self._handshake = PdHandshake(ReceiverAt.here(rank, receiver.ready.connector))
+                self._producer = ProducerWorker(
+                    sender,
+                    paged,
+                    layout,
+                    self._dtype,
+                    slot_wait_s=options.slot_wait_s,
+                    layer_pushes=1 if self._vllm_config.parallel_config.enable_dbo else options.layer_pushes,
+                )
+            else:
+                receiver = Supervisor(binary, arguments, layout.json(), ReceiverClient, **limits)
+                undo.callback(receiver.close)
+                self._consumer = ConsumerWorker(
+                    receiver, paged, layout, self._dtype, receive_wait_s=options.receive_wait_s
+                )
+                self._handshake = PdHandshake(ReceiverAt.here(rank, receiver.ready.connector))
+            undo.pop_all()
 
     def make_paged(self, kv_caches: dict[str, torch.Tensor]) -> PagedKv:
         """The engine's KV memory as blocks. A subclass may copy otherwise."""

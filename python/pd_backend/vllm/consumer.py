@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..client import Lease, Pending, ReceiverClient
-from ..errors import DaemonGone, Kind, PdError, RequestRefused
+from ..errors import ClientClosed, DaemonGone, DaemonLost, Kind, PdError, RequestRefused, Unreadable
 from ..paged import PagedKv
 from .keys import chunk_key
 from .layout import EngineLayout
@@ -19,8 +19,11 @@ from .supervisor import Supervisor
 
 logger = logging.getLogger("vllm.pd_backend")
 
-#: How long a request whose daemon is being started again waits for it.
+#: How long a request waits for a daemon that is being started again, or is silent.
 _RESTART_WAIT_S = 30.0
+#: After these nothing is heard through a client any more; nor is it known what an answer that cannot be read has granted,
+#: which goes back with the client.
+_LOST = (DaemonLost, ClientClosed, Unreadable)
 
 
 class LoadError(Exception):
@@ -38,6 +41,8 @@ class _Request:
     arriving: Pending[Lease] | None = None
     #: Whom it was asked of: what that one grants is in its buffer, not in that of a daemon started after it.
     asked: ReceiverClient | None = None
+    #: Why nothing comes of that any more.
+    lost: PdError | None = None
 
 
 class ConsumerWorker:
@@ -69,7 +74,7 @@ class ConsumerWorker:
         self._returned: list[str] = []
         self._here: list[str] = []
         self._idle = False
-        # Now, and not in the step of the first request: a large buffer takes a while to map.
+        # What the buffer and the engine's memory do not have in common is said before the engine serves.
         self._attached()
 
     # ---- hooks of a step, in their order ----------------------------------------------------------------------------------
@@ -153,21 +158,32 @@ class ConsumerWorker:
     def _attached(self) -> ReceiverClient:
         client = self._supervisor.client()
         if client is not self._client:
+            self._let_go(DaemonGone("its chunks went with the pd-receiver that had them; another one was started since"))
             self._client = client
             self._buffer = self._paged.memory(client.buffer.range(0, client.buffer.len_bytes))
         return client
+
+    def _let_go(self, why: PdError) -> None:
+        """Of a client that is of no more use: what was asked of its daemon does not come."""
+        client, self._client, self._buffer = self._client, None, None
+        if client is None:
+            return
+        for request in (*self._requests.values(), *self._returning.values()):
+            if request.asked is client:
+                request.lost = why
+        self._supervisor.lost(client, why)
 
     def _wait_a_little(self) -> None:
         """Lets an answer that is on its way come in this step instead of the next one."""
         expected = [request for request in self._requests.values() if request.plan is not None or not request.told]
         expected += self._returning.values()
         try:
-            waiting = [request for request in expected if request.arriving is not None and not request.arriving.done()]
+            waiting = [request for request in expected if request.arriving is not None and not self._done(request)]
             if waiting and len(waiting) == len(expected) and self._client is not None:
                 newest = max(request.began for request in waiting)
                 self._client.wait_for_news(idle_wait_s(time.monotonic() - newest))
-        except PdError:
-            pass  # Each request asks for itself, and is told.
+        except _LOST as lost:
+            self._let_go(lost)
 
     def _try_start(self, request: _Request) -> None:
         """As `_start`, at the beginning of a step, where no failure can be told: `progress` meets it again."""
@@ -182,19 +198,35 @@ class ConsumerWorker:
             return
         try:
             client = self._attached()
-            if request.req_id is not None:
-                request.arriving = client.start_wait(request.req_id, wait_s=self._receive_wait_s)
-            elif request.plan is not None:
-                request.arriving = client.start_lookup(self._keys(request.plan), fetch=True)
+            try:
+                if request.req_id is not None:
+                    request.arriving = client.start_wait(request.req_id, wait_s=self._receive_wait_s)
+                elif request.plan is not None:
+                    request.arriving = client.start_lookup(self._keys(request.plan), fetch=True)
+            except DaemonLost as lost:
+                self._let_go(lost)
+                raise
             request.asked = client
-        except DaemonGone:
+        except DaemonLost:
             if time.monotonic() - request.began > _RESTART_WAIT_S:
                 raise
 
     def _answered(self, request: _Request) -> bool:
         """Whether the daemon has said what became of its chunks."""
         self._start(request)
-        return request.arriving is not None and request.arriving.done()
+        return request.arriving is not None and self._done(request)
+
+    def _done(self, request: _Request) -> bool:
+        """Whether what it asked for has come. Raises why it does not come any more."""
+        assert request.arriving is not None
+        try:
+            if request.lost is None and request.arriving.done():
+                return True
+        except _LOST as lost:
+            self._let_go(lost)
+        if request.lost is not None:
+            raise request.lost
+        return False
 
     def _tell_if_here(self, request: _Request) -> None:
         if request.told:
@@ -209,8 +241,6 @@ class ConsumerWorker:
     def _arrived(self, request: _Request) -> Lease | None:
         """What the daemon has answered; None where it has to be asked otherwise."""
         assert request.arriving is not None
-        if request.asked is not self._client:
-            raise LoadError("its chunks went with the pd-receiver that had them; another one was started since")
         try:
             return request.arriving.result()
         except RequestRefused as refused:
@@ -277,11 +307,11 @@ class ConsumerWorker:
     def _try_return(self, request: _Request) -> None:
         assert request.arriving is not None
         try:
-            if not request.arriving.done():
+            if not self._done(request):
                 return
             request.arriving.abandon()
         except PdError:
-            pass  # The daemon has gone, or this client of it: so has the lease.
+            pass  # The daemon is lost: so is the lease.
         del self._returning[request.request_id]
         self._returned.append(request.request_id)
 
@@ -293,13 +323,10 @@ class ConsumerWorker:
             return
         if request.plan is not None:
             self._finished.add(request_id)
-        try:
-            wanted = any(other.req_id == request.req_id for other in self._requests.values())
-            if request.req_id is not None and not wanted and self._client is not None:
-                # Nobody else will fetch it: the sender is told, and the slots are free at once.
-                self._client.start_cancel(request.req_id).abandon()
-        except PdError as error:
-            logger.warning("request %s could not be cancelled: %s", request.req_id, error)
+        wanted = any(other.req_id == request.req_id for other in self._requests.values())
+        if request.req_id is not None and not wanted and self._client is not None:
+            # Nobody else will fetch it: the sender is told, and the slots are free at once.
+            self._client.give_up(request.req_id)
 
 
 def requests_of(worker: ConsumerWorker) -> Iterable[str]:

@@ -34,6 +34,8 @@ class Options:
     chunk_size: int = 256
     #: How long a daemon may take to start, its buffer included.
     ready_timeout_s: float = 60.0
+    #: How long a daemon may answer nothing, though it was asked whether it is there, before its requests fail.
+    silence_timeout_s: float = 10.0
     #: A daemon that has ended is started again, so often within so long; after that its requests fail.
     restarts_max: int = 3
     restart_window_s: float = 60.0
