@@ -15,6 +15,7 @@ mod layout;
 mod manager;
 mod mapping;
 mod region;
+mod slices;
 mod steps;
 
 pub use block::Block;
