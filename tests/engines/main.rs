@@ -5,6 +5,7 @@
 
 mod figures;
 mod growth;
+mod large;
 mod peers;
 mod stalled;
 // The bench uses the rest of it.
@@ -27,6 +28,7 @@ use support::{ENVIRONMENT, kind_named, nixl_is_here};
 
 use figures::*;
 use growth::*;
+use large::*;
 use peers::*;
 use stalled::*;
 use transfers::*;
@@ -128,6 +130,7 @@ cases! {
     a_stalled_peer_is_given_up_and_had_again
     disconnected_while_connecting;
     host memory:
+    a_large_peer_costs_what_is_written_to_it
     an_agent_that_says_something_else_is_met_anew
     the_receiver_grows
     the_sender_grows
