@@ -131,8 +131,9 @@ impl LocalEngine {
     /// Starts copies of the flights and takes out those that have ended.
     fn poll_flights(&mut self, ended: &mut Ended) {
         let mut index = 0;
+        let mut held_up = false;
         while let Some(flight) = self.flights.get_mut(index) {
-            match flight.advance() {
+            match flight.advance(&mut held_up) {
                 Ok(false) => index += 1,
                 advanced => {
                     // `remove`, not `swap_remove`: transfers of one peer are reported in the order in which they end.

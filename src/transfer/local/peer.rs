@@ -118,7 +118,7 @@ impl PeerMemory {
                 let mapping = HostMapping::open(handle).map_err(gone)?;
                 let stream = devices.stream(cuda.device()).map_err(gone)?;
                 let pinned = PinnedHost::new(mapping, Arc::clone(cuda.device()), *len_bytes);
-                Ok(Self::Device { stream, target: CopyEnd::Host(Arc::new(pinned)) })
+                Ok(Self::Device { stream, target: CopyEnd::Host(pinned) })
             }
             (BufferDescriptor::Cuda(handle), Memory::Cuda(cuda)) => {
                 let stream = devices.stream(cuda.device()).map_err(gone)?;
