@@ -5,6 +5,7 @@
 
 mod figures;
 mod growth;
+mod large;
 mod peers;
 mod stalled;
 // The bench uses the rest of it.
@@ -27,6 +28,7 @@ use support::{ENVIRONMENT, kind_named, nixl_is_here};
 
 use figures::*;
 use growth::*;
+use large::*;
 use peers::*;
 use stalled::*;
 use transfers::*;
@@ -66,6 +68,12 @@ macro_rules! cases {
         mod local_gpu_to_host {
             use super::*;
             $(#[test] fn $case() { start_gpu_case(stringify!($case), EngineKind::Local, &[SENDER]); })*
+
+            #[test]
+            fn copies_to_memory_that_is_not_pinned() {
+                let faults = ("PD_FAKE_CUDA_FAULTS", "no_host_register");
+                start_gpu_case("copies_anywhere_in_a_large_buffer", EngineKind::Local, &[SENDER, faults]);
+            }
         }
 
         mod local_host_to_gpu {
@@ -126,8 +134,10 @@ cases! {
     shaken_hands_with_twice
     a_stalled_peer_holds_nobody_up
     a_stalled_peer_is_given_up_and_had_again
-    disconnected_while_connecting;
+    disconnected_while_connecting
+    copies_anywhere_in_a_large_buffer;
     host memory:
+    a_large_peer_costs_what_is_written_to_it
     an_agent_that_says_something_else_is_met_anew
     the_receiver_grows
     the_sender_grows
