@@ -3,8 +3,9 @@
 
     make_tiny_model.py FOLDER [--layers 8] [--dtype bfloat16] [--seed 1]
 
-It answers with nonsense, but with the same nonsense every time: greedy output depends on the weights (the seed) and on
-every token of the prompt, so two deployments can be compared token by token.
+It answers with nonsense: greedy output depends on the weights (the seed) and on every token of the prompt. Two deployments
+can be compared token by token where both serve it with --dtype float32. In bfloat16 a server that computes the prompt in
+other steps, or on another processor, rounds differently, and an answer soon differs.
 """
 
 from __future__ import annotations
