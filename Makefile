@@ -36,7 +36,7 @@ test: setup ## every test: Rust, then Python against the real daemons
 
 .PHONY: test-rust
 test-rust:
-	$(CARGO) test --lib --bins --tests
+	$(CARGO) test --no-fail-fast --lib --bins --tests
 
 # Every interleaving of a few threads in the address manager; a package of its own, because loom replaces the lock.
 .PHONY: test-loom

@@ -3,6 +3,9 @@
 
 #![allow(clippy::unwrap_used)]
 
+#[path = "support/skip.rs"]
+mod skip;
+
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::process::{Child, ChildStdin, Command, Stdio};
@@ -14,6 +17,7 @@ use pd_backend::wire::{self, Message, limits::MESSAGE_LEN_BYTES_MAX};
 use rand::rngs::StdRng;
 use rand::{Rng, RngExt, SeedableRng};
 use rustix::process::{Resource, Rlimit, setrlimit};
+use skip::skip;
 
 const SOON: Duration = Duration::from_secs(20);
 const CHILD_FILES_MAX: &str = "PD_TEST_GARBAGE_FILES_MAX";
@@ -419,10 +423,7 @@ fn connections_beyond_the_limit_are_closed_and_places_come_back() {
     let files_max = CONNECTIONS_MAX as u64 + 512;
     let ours = rustix::process::getrlimit(Resource::Nofile);
     if ours.maximum.is_some_and(|maximum| maximum < files_max) {
-        eprintln!(
-            "SKIPPED: this process may open {:?} files; raise `ulimit -Hn` to {files_max} to run it",
-            ours.maximum
-        );
+        skip(&format!("this process may open {:?} files; raise `ulimit -Hn` to {files_max} to run it", ours.maximum));
         return;
     }
     let limit = ours.current.map(|current| current.max(files_max));

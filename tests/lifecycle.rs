@@ -2,6 +2,9 @@
 
 #![allow(clippy::unwrap_used)]
 
+#[path = "support/skip.rs"]
+mod skip;
+
 use std::io::{BufRead, BufReader, Read};
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
@@ -9,6 +12,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
+use skip::skip;
 
 /// Longest that anything here may take before the test calls it a hang.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -215,7 +219,7 @@ fn a_library_that_is_not_nixl_is_an_error_and_no_abort() {
         "/lib/aarch64-linux-gnu/libm.so.6",
     ];
     let Some(library) = libc.iter().find(|path| Path::new(path).exists()) else {
-        eprintln!("SKIPPED: none of {libc:?} is here to stand for a wrong library");
+        skip(&format!("none of {libc:?} is here to stand for a wrong library"));
         return;
     };
     std::fs::copy(library, fake.path().join("libnixl_capi.so")).unwrap();

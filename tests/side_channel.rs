@@ -2,7 +2,10 @@
 
 #![allow(clippy::unwrap_used)]
 
-use std::io::Read;
+#[path = "support/skip.rs"]
+mod skip;
+
+use std::io::{Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -11,6 +14,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use pd_backend::side_channel::{Access, Dealer, IpcName, PushSender, RouterEvent, RouterSocket, SideChannelError};
 use pd_backend::wire::auth::Channel;
+use skip::skip;
 
 const SOON: Duration = Duration::from_secs(10);
 
@@ -305,7 +309,7 @@ const PYTHON_PATH: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/.deps/python");
 /// A Python process with pyzmq; `None`, said aloud, where there is none.
 fn python(script: &str, arguments: &[&str]) -> Option<Child> {
     if !Path::new(PYTHON_PATH).join("zmq").exists() {
-        eprintln!("SKIPPED: no pyzmq in {PYTHON_PATH}; run scripts/setup-deps for the tests against libzmq");
+        skip(&format!("no pyzmq in {PYTHON_PATH}; run scripts/setup-deps for the tests against libzmq"));
         return None;
     }
     let child = Command::new("python3")
@@ -420,7 +424,7 @@ input()
 async fn another_user_is_not_answered_over_ipc() {
     // Broken in production: any user of the machine drives the daemon through its abstract name.
     if !rustix::process::geteuid().is_root() {
-        eprintln!("SKIPPED: only root can become another user; run the tests as root, in a container, for this one");
+        skip("only root can become another user; run the tests as root, in a container, for this one");
         return;
     }
     const SCRIPT: &str = r#"

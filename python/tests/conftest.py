@@ -156,3 +156,21 @@ def start_pair(layout_file: Path) -> Iterator[Callable[..., Pair]]:
 def nixl_found() -> bool:
     """Whether NIXL's library is where the daemons look for it."""
     return bool(os.environ.get("NIXL_LIB_DIR")) or (TOP / ".deps" / "nixl").is_dir()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "nixl: needs NIXL: skipped without it, or failed where PD_REQUIRE_NIXL=1")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("nixl") is not None:
+        need_nixl()
+
+
+def need_nixl() -> None:
+    """Skips the running test where NIXL is missing, or fails it with PD_REQUIRE_NIXL=1."""
+    if nixl_found():
+        return
+    if os.environ.get("PD_REQUIRE_NIXL") == "1":
+        pytest.fail("PD_REQUIRE_NIXL=1, but there is no NIXL in .deps/nixl, and NIXL_LIB_DIR names none")
+    pytest.skip("no NIXL: run `scripts/setup-deps nixl` or set NIXL_LIB_DIR, then again")

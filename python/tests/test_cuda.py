@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from conftest import CHUNK_BYTES, CHUNK_TOKENS, LAYOUT, TOP, binary, nixl_found
+from conftest import CHUNK_BYTES, CHUNK_TOKENS, LAYOUT, TOP, binary
 from gpu import REAL, Engine, counts, environment, gpu, stand_in, stand_in_only
 from pd_backend import (
     CudaBuffer,
@@ -567,7 +567,7 @@ def test_a_lazy_buffer_on_a_gpu_is_refused(start_gpu_pair):
 
 
 @stand_in_only
-@pytest.mark.skipif(not nixl_found(), reason="no NIXL: run `scripts/setup-deps nixl` or set NIXL_LIB_DIR, then again")
+@pytest.mark.nixl
 def test_a_nixl_without_cuda_is_said(start_pair):
     # Broken in production: chunks of a GPU are sent from addresses that UCX takes for the host's, and the daemon dies.
     gpu()

@@ -5,18 +5,10 @@ import time
 import numpy as np
 import pytest
 
-from conftest import CHUNK_BYTES, CHUNK_TOKENS, TOKEN_BYTES, nixl_found
+from conftest import CHUNK_BYTES, CHUNK_TOKENS, TOKEN_BYTES
 from pd_backend import Kind, PdError, RequestFailed, RequestRefused, SendPart
 
-ENGINES = [
-    "local",
-    pytest.param(
-        "nixl",
-        marks=pytest.mark.skipif(
-            not nixl_found(), reason="no NIXL: run `scripts/setup-deps nixl` or set NIXL_LIB_DIR, then again"
-        ),
-    ),
-]
+ENGINES = ["local", pytest.param("nixl", marks=pytest.mark.nixl)]
 pytestmark = pytest.mark.parametrize("engine", ENGINES)
 
 
