@@ -15,7 +15,7 @@ use serde_json::Value;
 use skip::skip;
 
 /// Longest that anything here may take before the test calls it a hang.
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(120);
 
 struct Daemon {
     child: Child,
@@ -106,6 +106,13 @@ fn ends(pid: u32) -> bool {
     false
 }
 
+/// How much shared memory a process has touched, in KiB.
+fn shared_kib(pid: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("RssShmem:"));
+    line.and_then(|line| line.trim().strip_suffix(" kB")?.parse().ok()).unwrap_or(0)
+}
+
 /// Whether any socket or shared memory of this process is still there.
 fn left_behind(pid: u32) -> Vec<String> {
     let sockets = std::fs::read_to_string("/proc/net/unix").unwrap_or_default();
@@ -151,7 +158,12 @@ fn sigterm_before_it_is_ready_ends_it_too() {
         line.clear();
         assert_ne!(log.read_line(&mut line).unwrap(), 0, "it ended before it began");
     }
-    std::thread::sleep(Duration::from_millis(20));
+    // Some pages are there, and most are not.
+    let started = Instant::now();
+    while shared_kib(child.id()) < 64 * 1024 {
+        assert!(child.try_wait().unwrap().is_none() && started.elapsed() < PATIENCE, "it fills no buffer");
+        std::thread::sleep(Duration::from_millis(1));
+    }
     signal(child.id(), rustix::process::Signal::TERM);
     let status = wait(&mut child);
     // On a slow machine the signal may even come before anybody watches for it.

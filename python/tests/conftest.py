@@ -20,6 +20,7 @@ from fake_daemon import FakeDaemon
 from free_ports import free_ports
 from pd_backend import Daemon, PeerAddress, ReceiverClient, SenderClient, find_binary
 from pd_backend.errors import DaemonStartError
+from waiting import PATIENCE_S, PATIENT
 
 # 2 planes x 2 layers x 1 head x 8 elements x 2 bytes = 64 bytes a token, 1024 bytes a chunk.
 LAYOUT = {
@@ -36,6 +37,9 @@ LAYOUT = {
 TOKEN_BYTES = 64
 CHUNK_TOKENS = 16
 CHUNK_BYTES = TOKEN_BYTES * CHUNK_TOKENS
+
+#: How clients wait for daemons that get little of the processors.
+PATIENTLY = {"reply_timeout_s": PATIENCE_S}
 
 
 @pytest.fixture
@@ -74,13 +78,13 @@ class Pair:
         """Another receiver on the ports of the first, which has ended."""
         self.receiver.close()
         self.decode = self.start_receiver(self.address)
-        self.receiver = self.stack.enter_context(ReceiverClient(self.decode.ready.connector))
+        self.receiver = self.stack.enter_context(ReceiverClient(self.decode.ready.connector, **PATIENTLY))
 
     def restart_sender(self) -> None:
         """Another sender in the place of the first, which has ended."""
         self.sender.close()
         self.prefill = self.start_sender()
-        self.sender = self.stack.enter_context(SenderClient(self.prefill.ready.connector))
+        self.sender = self.stack.enter_context(SenderClient(self.prefill.ready.connector, **PATIENTLY))
 
 
 @pytest.fixture
@@ -115,9 +119,9 @@ def start_pair(layout_file: Path) -> Iterator[Callable[..., Pair]]:
                 role: str, engine: str, slots: int, layout: Path, sets: Sequence[str], env: dict[str, str] | None
             ) -> Daemon:
                 arguments = ["--config", str(TOP / "configs" / "loopback.yaml"), "--kv-layout", str(layout)]
-                for key in (f"transfer_channel={engine}", f"pd_buffer_size={slots * CHUNK_BYTES}", *sets):
+                for key in (f"transfer_channel={engine}", f"pd_buffer_size={slots * CHUNK_BYTES}", *PATIENT, *sets):
                     arguments += ["--set", key]
-                return stack.enter_context(Daemon(binary(f"pd-{role}"), arguments, env=env))
+                return stack.enter_context(Daemon(binary(f"pd-{role}"), arguments, ready_timeout_s=PATIENCE_S, env=env))
 
             ours = layout_file
             ours.write_text(json.dumps(LAYOUT | (layout or {})))
@@ -142,8 +146,8 @@ def start_pair(layout_file: Path) -> Iterator[Callable[..., Pair]]:
             return Pair(
                 prefill,
                 decode,
-                stack.enter_context(SenderClient(prefill.ready.connector)),
-                stack.enter_context(ReceiverClient(decode.ready.connector)),
+                stack.enter_context(SenderClient(prefill.ready.connector, **PATIENTLY)),
+                stack.enter_context(ReceiverClient(decode.ready.connector, **PATIENTLY)),
                 address,
                 start_sender,
                 start_receiver,
