@@ -23,6 +23,7 @@ from pd_backend import (
 )
 from pd_backend import messages as m
 from test_end_to_end import content, eventually, keys_of, open_request
+from waiting import PATIENCE_S
 
 GPU = ("pd_buffer_device=cuda:0",)
 HOST = ("pd_buffer_device=cpu",)
@@ -362,7 +363,7 @@ def in_another_process(code, *arguments, **environment_more):
     paths = os.pathsep.join([str(TOP / "python"), str(TOP / "python" / "tests"), *sys.path])
     command = [sys.executable, "-c", code, *arguments]
     environment_there = {**os.environ, **environment(), "PYTHONPATH": paths, **environment_more}
-    return subprocess.run(command, env=environment_there, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, env=environment_there, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
 
 
 def refused_start(role, sets, env, tmp_path):
@@ -375,7 +376,7 @@ def refused_start(role, sets, env, tmp_path):
     said = []
     for more in ([], ["--check"]):
         ended = subprocess.run(
-            [*command, *more], env={**os.environ, **env}, capture_output=True, text=True, timeout=30, check=False
+            [*command, *more], env={**os.environ, **env}, capture_output=True, text=True, timeout=PATIENCE_S, check=False
         )
         assert "panicked" not in ended.stderr, ended.stderr
         errors = [line.split("ERROR", 1)[1] for line in ended.stderr.splitlines() if "ERROR" in line]

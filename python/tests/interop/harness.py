@@ -139,7 +139,7 @@ class Proxy:
         return message["req_id"], at
 
     def quiet(self, for_s: float) -> bool:
-        """Whether nothing comes for so long. For the end of a test: otherwise what comes next is a better proof."""
+        """Whether nothing comes for so long. Where something else follows, that it comes next is a better proof."""
         return not self._socket.poll(int(for_s * 1000))
 
     def close(self) -> None:

@@ -160,10 +160,12 @@ def test_a_full_receiver_says_no_in_time_and_serves_others_meanwhile(start_our_r
     assert fetch(pair, small) == expected(small)
     put(pair, "larger-than-the-buffer", keys_of(LAYOUT, "larger", 9), sender=pair.senders[1])
     # Both are told no, neither is told to the proxy, and both go on.
-    assert pair.proxy.quiet(3.0)
+    for kind in ("too_large", "no_slots"):
+        until(lambda kind=kind: f"kind={kind}" in pair.daemon.stderr(), f"a request that is refused for {kind}")
     assert fetch(pair, first) == expected(first)
-    put(pair, "after", keys_of(LAYOUT, "after", 4))
-    assert pair.proxy.next()[0] == "after"
+    for sender, name in zip(pair.senders, ("after", "last"), strict=True):
+        put(pair, name, keys_of(LAYOUT, name, 2), sender=sender)
+        assert pair.proxy.next()[0] == name
 
 
 @MODES
@@ -172,6 +174,7 @@ def test_another_layout_is_refused_by_name(start_our_receiver: Start, mode: str)
     pair = start_our_receiver(mode, theirs={"layers": 4})
     put(pair, "other", keys_of(LAYOUT | {"layers": 4}, "other", 2))
     until(lambda: "its chunks have 131072 bytes and this receiver's 65536" in pair.daemon.stderr(), "the log names both")
+    # This sender has nothing else to say that could be waited for.
     assert pair.proxy.quiet(0.5) and slots(pair) == (0, 0)
 
 
