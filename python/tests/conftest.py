@@ -20,7 +20,7 @@ from fake_daemon import FakeDaemon
 from free_ports import free_ports
 from pd_backend import Daemon, PeerAddress, ReceiverClient, SenderClient, find_binary
 from pd_backend.errors import DaemonStartError
-from waiting import PATIENCE_S, PATIENT
+from waiting import DEADLINES, PATIENCE_S
 
 # 2 planes x 2 layers x 1 head x 8 elements x 2 bytes = 64 bytes a token, 1024 bytes a chunk.
 LAYOUT = {
@@ -119,7 +119,7 @@ def start_pair(layout_file: Path) -> Iterator[Callable[..., Pair]]:
                 role: str, engine: str, slots: int, layout: Path, sets: Sequence[str], env: dict[str, str] | None
             ) -> Daemon:
                 arguments = ["--config", str(TOP / "configs" / "loopback.yaml"), "--kv-layout", str(layout)]
-                for key in (f"transfer_channel={engine}", f"pd_buffer_size={slots * CHUNK_BYTES}", *PATIENT, *sets):
+                for key in (f"transfer_channel={engine}", f"pd_buffer_size={slots * CHUNK_BYTES}", *DEADLINES, *sets):
                     arguments += ["--set", key]
                 return stack.enter_context(Daemon(binary(f"pd-{role}"), arguments, ready_timeout_s=PATIENCE_S, env=env))
 

@@ -60,7 +60,8 @@ def test_receiver_dead_then_a_put(start_pair, engine):
         pair.restart_receiver()
     ship(pair, "between", data)
     pair.decode.kill()
-    # And one that is dead already.
+    # And one of which it is known already.
+    eventually(lambda: pair.sender.status().peers == 0)
     with pytest.raises(RequestRefused) as caught:
         open_request(pair, "later", 3, 9)
     assert caught.value.kind == Kind.PEER_UNREACHABLE and receiver in caught.value.peer

@@ -17,7 +17,7 @@ from pd_backend import messages as m
 from pd_backend.vllm.layout import EngineLayout
 from pd_backend.vllm.meetings import ReceiverRefused, meet_receivers
 from pd_backend.vllm.supervisor import Supervisor
-from waiting import PATIENCE_S, PATIENT
+from waiting import DEADLINES, PATIENCE_S
 
 
 def status(states: Iterable[str]) -> Status:
@@ -87,7 +87,7 @@ def start() -> Iterator[Callable[..., Supervisor[Any]]]:
         def supervisor(role: str, client: type[Client], release: str, *sets: str) -> Supervisor[Any]:
             layout = EngineLayout("tests/worker", 16, 8, 64, 4, engine={"vllm": release})
             arguments = []
-            for key in ("transfer_channel=local", "pd_buffer_size=1MiB", *PATIENT, *sets):
+            for key in ("transfer_channel=local", "pd_buffer_size=1MiB", *DEADLINES, *sets):
                 arguments += ["--set", key]
             watched = Supervisor(binary(role), arguments, layout.json(), client, echo_log=False)
             stack.callback(watched.close)

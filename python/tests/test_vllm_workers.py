@@ -240,9 +240,12 @@ def test_idle_steps_become_fewer_while_nothing_comes(pair: Callable[..., Pair]) 
     assert waited[4:] == [0.005]
     del client.wait_for_news
     client.cancel("a")
-    client._pump(PATIENCE_S)
-    both.consumer.progress()
-    assert both.consumer.returned() == ["a"]
+
+    def returned() -> list[str]:
+        both.consumer.progress()
+        return both.consumer.returned()
+
+    assert eventually(returned) == ["a"]
     both.nothing_left()
 
 

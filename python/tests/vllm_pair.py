@@ -22,7 +22,7 @@ from pd_backend.vllm.producer import requests_of as producer_requests
 from pd_backend.vllm.spec import DisaggSpec
 from pd_backend.vllm.step import ConsumerStep, ProducerStep, ReceivePlan, SendPlan
 from pd_backend.vllm.supervisor import Supervisor
-from waiting import PATIENCE_S, PATIENT, eventually
+from waiting import DEADLINES, PATIENCE_S, eventually
 
 LAYERS, BLOCKS, BLOCK_BYTES = 4, 16, 64
 CHUNK, BLOCK = 16, 8
@@ -65,7 +65,7 @@ class Pair:
     def __init__(self, stack: ExitStack, sender_slots: int = 8, receiver_slots: int = 16, **options: Any) -> None:
         def supervisor(name: str, client: type[Client], slots: int, *sets: str) -> Supervisor[Any]:
             arguments = []
-            for key in ("transfer_channel=local", f"pd_buffer_size={slots * LAYOUT.chunk_bytes}", *PATIENT, *sets):
+            for key in ("transfer_channel=local", f"pd_buffer_size={slots * LAYOUT.chunk_bytes}", *DEADLINES, *sets):
                 arguments += ["--set", key]
             watched = Supervisor(
                 binary(name), arguments, LAYOUT.json(), client, echo_log=False, restarts_max=2, restart_window_s=3600
