@@ -62,7 +62,14 @@ class Memory:
 class Pair:
     """A prefill and a decode worker, each with its daemon."""
 
-    def __init__(self, stack: ExitStack, sender_slots: int = 8, receiver_slots: int = 16, **options: Any) -> None:
+    def __init__(
+        self,
+        stack: ExitStack,
+        sender_slots: int = 8,
+        receiver_slots: int = 16,
+        receive_wait_s: float = PATIENCE_S,
+        **options: Any,
+    ) -> None:
         def supervisor(name: str, client: type[Client], slots: int, *sets: str) -> Supervisor[Any]:
             arguments = []
             for key in ("transfer_channel=local", f"pd_buffer_size={slots * LAYOUT.chunk_bytes}", *DEADLINES, *sets):
@@ -80,7 +87,7 @@ class Pair:
         self.receiver = supervisor("pd-receiver", ReceiverClient, receiver_slots, *ports)
         self.source, self.target = Memory(1), Memory(2)
         self.producer = ProducerWorker(self.sender, self.source, LAYOUT, "uint8", **options)
-        self.consumer = ConsumerWorker(self.receiver, self.target, LAYOUT, "uint8", receive_wait_s=PATIENCE_S)
+        self.consumer = ConsumerWorker(self.receiver, self.target, LAYOUT, "uint8", receive_wait_s=receive_wait_s)
 
     def plan(self, request_id: str, tokens: Sequence[int]) -> SendPlan:
         ready = self.receiver.ready
