@@ -173,7 +173,7 @@ class TestOptions:
         assert Options().daemon_args("cuda:1") == ["--set", "pd_buffer_device=cuda:1"]
         options = Options.parse({"set": {"pd_buffer_device": "cuda:0"}})
         assert options.daemon_args("cuda:1") == ["--set", "pd_buffer_device=cuda:0"]
-        pytest.importorskip("yaml", reason="PyYAML is where vLLM is; run this file with its Python for this test")
+        pytest.importorskip("yaml", reason="no PyYAML: run `scripts/setup-deps python` for this test")
         file = tmp_path / "c.yaml"
         file.write_text("pd_buffer_device: cuda\n")
         assert Options.parse({"config_file": str(file)}).daemon_args("cuda:1") == ["--config", str(file)]
@@ -188,7 +188,7 @@ class TestOptions:
 
     def test_the_chunk_size_is_the_daemons(self, tmp_path: Path) -> None:
         # Broken in production: the connector cuts chunks of another length than the daemon was configured for.
-        pytest.importorskip("yaml", reason="PyYAML is where vLLM is; run this file with its Python for this test")
+        pytest.importorskip("yaml", reason="no PyYAML: run `scripts/setup-deps python` for this test")
         file = tmp_path / "c.yaml"
         file.write_text("chunk_size: 512\nmodel_name: n\n")
         assert Options.parse({"config_file": str(file)}).chunk_tokens() == 512

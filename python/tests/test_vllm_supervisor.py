@@ -25,6 +25,7 @@ from pd_backend.vllm.layout import EngineLayout
 from pd_backend.vllm.step import ChunkBlocks, ConsumerStep, ProducerStep, ReceivePlan
 from pd_backend.vllm.supervisor import Supervisor
 from vllm_pair import BLOCK, BLOCK_BYTES, CHUNK, LAYERS, LAYOUT, Pair, load, pair, restarted
+from waiting import eventually
 
 
 def test_a_daemon_that_dies_fails_its_requests_and_comes_back(pair: Callable[..., Pair]) -> None:
@@ -88,9 +89,7 @@ def test_nothing_is_loaded_from_a_receiver_started_later(pair: Callable[..., Pai
         assert both.ended(request_id) is None
         # The engine has no blocks for it yet.
         both.consumer.begin_step(ConsumerStep(announced=[(request_id, f"router-{request_id}")]))
-    deadline = time.monotonic() + 10
-    while not all(both.consumer._requests[request_id].arriving.done() for request_id in keys):
-        assert time.monotonic() < deadline
+    eventually(lambda: all(both.consumer._requests[request_id].arriving.done() for request_id in keys))
     pid = both.receiver.ready.pid
     os.kill(pid, signal.SIGKILL)
     restarted(both.receiver, pid)
@@ -109,10 +108,7 @@ def test_nothing_is_written_for_a_sender_that_has_gone_into_the_next_ones_buffer
     both = pair()
     tokens = list(range(16))
     both.producer.begin_step(ProducerStep(plans=[both.plan("a", tokens)], chunks=[ChunkBlocks("a", 0, [0, 1])]))
-    deadline = time.monotonic() + 10
-    while both.producer._requests["a"].chunks[0].slot is None:
-        both.producer.outcomes()
-        assert time.monotonic() < deadline
+    both.polled_until(lambda: both.producer._requests["a"].chunks[0].slot)
     pid = both.sender.ready.pid
     os.kill(pid, signal.SIGKILL)
     restarted(both.sender, pid)
@@ -157,25 +153,20 @@ def test_a_daemon_that_dies_too_often_stays_down(pair: Callable[..., Pair]) -> N
         os.kill(pid, signal.SIGKILL)
         restarted(both.sender, pid)
     os.kill(both.sender.ready.pid, signal.SIGKILL)
-    deadline = time.monotonic() + 30
-    while not both.sender.failed:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    eventually(lambda: both.sender.failed)
     plan = both.plan("a", list(range(16)))
     for _ in range(2):
         pid = both.receiver.ready.pid
         os.kill(pid, signal.SIGKILL)
         restarted(both.receiver, pid)
     os.kill(both.receiver.ready.pid, signal.SIGKILL)
-    while not both.receiver.failed:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    eventually(lambda: both.receiver.failed)
     # The engine goes on, and its requests fail by themselves.
     assert both.consume(load("a", list(range(16)), [5, 6]), "a") == {5, 6}
     assert both.consume(load("b", list(range(16)), [3, 4], named=False), "b") == {3, 4}
     both.produce(ProducerStep(plans=[plan]))
     error = both.ended("a")
-    assert error is not None and "has ended 3 times within 60 s" in error and "restart the engine" in error
+    assert error is not None and "has ended 3 times within 3600 s" in error and "restart the engine" in error
     # Each request is told so in a line, and none makes the error longer: a leak for as long as it is down.
     assert "\n" not in error
     raised = []

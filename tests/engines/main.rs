@@ -24,6 +24,7 @@ use rustix::net::{AddressFamily, Shutdown};
 use rustix::process::{PidfdFlags, PidfdGetfdFlags, Resource, Rlimit, getrlimit, setrlimit};
 use support::receiver::{Receiver, serve_if_asked};
 use support::sender::{Expected, Sender};
+use support::skip::skip;
 use support::{ENVIRONMENT, kind_named, nixl_is_here};
 
 use figures::*;
@@ -201,9 +202,9 @@ fn start_gpu_case(case: &str, kind: EngineKind, ends: &[(&str, &str)]) {
 fn gpu_is_here(what: &str) -> bool {
     let is_real = support::gpu::is_real();
     if !is_real {
-        eprintln!(
-            "SKIPPED, {what} needs a GPU: scripts/gpu-check, or PD_TEST_GPU=1 before the test command, on a machine with one"
-        );
+        skip(&format!(
+            "{what} needs a GPU: scripts/gpu-check, or PD_TEST_GPU=1 before the test command, on a machine with one"
+        ));
     }
     is_real
 }
