@@ -28,7 +28,7 @@ pub(super) fn hello(config: &Config, instance: &str, engine: &str) -> Hello {
         engine: engine.to_owned(),
         layout: config.layout.fingerprint(),
         capabilities,
-        process: process::own_identity(),
+        process: process::own_identity().cloned(),
     }
 }
 

@@ -13,7 +13,7 @@
 //! | `engine_thread`, `engine_server`, `fenced`, `held` | the thread that owns the transfer engine, its loop, and what waits there for a GPU |
 //! | `ports`, `peer_links`, `proxy` | a receiver's ports, a sender's connections, the way to the router |
 //! | `clients`, `translate` | the connector API: who is attached, and its words for the sessions' words |
-//! | `lifecycle`, `process` | signals, the parent, the ends of peers' processes |
+//! | `lifecycle`, `process`, `watches`, `witness` | signals, the parent, the ends of peers' processes |
 //! | `notes`, `error` | log lines, and why a daemon could not go on |
 //! | `http`, `inquiry`, `usage` | metrics and health: the server, how it asks the driver, what the process uses |
 
@@ -39,6 +39,8 @@ mod sender;
 mod setup;
 mod translate;
 mod usage;
+mod watches;
+mod witness;
 
 pub use error::RuntimeError;
 

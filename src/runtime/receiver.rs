@@ -1,6 +1,5 @@
 //! The pd-receiver: a [`ReceiverSession`] with its engine, its ports and its readers.
 
-use std::collections::BTreeSet;
 use std::time::Instant;
 
 use tokio::sync::mpsc::UnboundedSender;
@@ -15,7 +14,8 @@ use super::lifecycle::{self, Stop};
 use super::ports::{PortEvent, Ports, RouteKey};
 use super::ready::ReadyLine;
 use super::setup::Foundation;
-use super::{RunOptions, RuntimeError, identity, notes, process, setup, translate};
+use super::watches::Watches;
+use super::{RunOptions, RuntimeError, identity, notes, setup, translate};
 use crate::buffer::MemoryManager;
 use crate::config::Config;
 use crate::connector::message::{Reply, Request, Status};
@@ -56,8 +56,8 @@ struct ReceiverDaemon {
     notes: Vec<Note>,
     tally: Tally,
     draining: bool,
-    /// Peers whose processes are watched.
-    watched: BTreeSet<String>,
+    /// Peers' processes.
+    watches: Watches,
     news: UnboundedSender<Event>,
 }
 
@@ -126,7 +126,7 @@ pub(super) async fn run(config: Config, options: RunOptions) -> Result<(), Runti
         notes: Vec::new(),
         tally: Tally::receiver(),
         draining: false,
-        watched: BTreeSet::new(),
+        watches: Watches::default(),
         news: mailbox.news.clone(),
     };
     tracing::info!(
@@ -163,7 +163,7 @@ impl Daemon for ReceiverDaemon {
             // A receiver neither connects nor posts.
             Event::Engine(EngineEvent::Connected { .. } | EngineEvent::Updated { .. } | EngineEvent::Done { .. }) => {}
             Event::Process(ProcessEnded { instance }) => {
-                self.watched.remove(&instance);
+                self.watches.forget(&instance);
                 self.session.handle_process_ended(now, &instance);
             }
             Event::Connector(ConnectorEvent::Request { client, request }) => self.on_message(now, client, request),
@@ -198,15 +198,11 @@ impl Daemon for ReceiverDaemon {
                 }
                 Output::GrowBuffer => self.engine.grow()?,
                 Output::ForgetPeer(connection) => self.engine.send(Command::Forget(connection))?,
-                // A peer that shakes hands again is watched already.
-                Output::WatchProcess { instance, .. } if !self.watched.insert(instance.clone()) => {}
                 Output::WatchProcess { instance, process } => {
-                    let news = self.news.clone();
-                    tokio::spawn(async move {
-                        process::ended(process).await;
-                        drop(news.send(ProcessEnded { instance }.into()));
-                    });
+                    let (news, ended) = (self.news.clone(), ProcessEnded { instance: instance.clone() });
+                    self.watches.watch(&instance, &process, move || drop(news.send(ended.into())));
                 }
+                Output::UnwatchProcess { instance } => self.watches.forget(&instance),
                 Output::Answer { client, id, answer } => {
                     if let Answer::Failed { failure, .. } = &answer {
                         self.tally.count_connector_error(failure.kind);

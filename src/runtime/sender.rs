@@ -16,7 +16,8 @@ use super::peer_links::{LinkEvent, PeerLinks};
 use super::proxy::Proxy;
 use super::ready::ReadyLine;
 use super::setup::Foundation;
-use super::{RunOptions, RuntimeError, identity, notes, process, setup, translate};
+use super::witness::{HaveEnded, Witness};
+use super::{RunOptions, RuntimeError, identity, notes, setup, translate};
 use crate::buffer::{Memory, MemoryManager};
 use crate::config::Config;
 use crate::connector::message::{Reply, Request, Status};
@@ -31,12 +32,15 @@ enum Event {
     Link(LinkEvent),
     Engine(EngineEvent<PeerId>),
     Connector(ConnectorEvent),
+    Looked(HaveEnded),
     /// A client whose connection ended a while ago writes to no slot any more.
     WriterGone(ClientId),
     Stop(Stop),
 }
 
-super::event_sources!(Event: Link(LinkEvent), Engine(EngineEvent<PeerId>), Connector(ConnectorEvent), Stop(Stop));
+super::event_sources!(
+    Event: Link(LinkEvent), Engine(EngineEvent<PeerId>), Connector(ConnectorEvent), Looked(HaveEnded), Stop(Stop)
+);
 
 struct SenderDaemon {
     config: Config,
@@ -52,6 +56,7 @@ struct SenderDaemon {
     tally: Tally,
     draining: bool,
     proxy: Option<Proxy>,
+    witness: Witness,
     news: UnboundedSender<Event>,
 }
 
@@ -124,6 +129,7 @@ pub(super) async fn run(config: Config, options: RunOptions) -> Result<(), Runti
         tally: Tally::sender(),
         draining: false,
         proxy,
+        witness: Witness::default(),
         news: mailbox.news.clone(),
     };
     tracing::info!(%instance, engine = started.engine, connector = %ready.connector, "ready");
@@ -175,6 +181,10 @@ impl Daemon for SenderDaemon {
             }
             Event::Connector(ConnectorEvent::Request { client, request }) => self.on_message(now, client, request),
             Event::Connector(ConnectorEvent::Gone { client }) => self.on_client_gone(now, client),
+            Event::Looked(HaveEnded { peer, processes }) => {
+                self.witness.forget(peer);
+                self.session.handle_processes_ended(now, peer, processes);
+            }
             Event::WriterGone(client) => self.forget_client(now, client),
             // Said by whoever refused it.
             Event::Connector(ConnectorEvent::Refused { .. }) => {}
@@ -213,9 +223,9 @@ impl Daemon for SenderDaemon {
                     self.engine.send(Command::UpdatePeer { peer, connection, metadata, descriptors })?;
                 }
                 Output::GrowBuffer => self.engine.grow()?,
-                Output::CheckProcesses { peer, mut processes } => {
-                    processes.retain(process::has_ended);
-                    self.session.handle_processes_ended(Instant::now(), peer, processes);
+                Output::CheckProcesses { peer, processes } => {
+                    let news = self.news.clone();
+                    self.witness.look(peer, processes, move |ended| drop(news.send(ended.into())));
                 }
                 Output::ForgetPeer(connection) => self.engine.send(Command::Forget(connection))?,
                 Output::Post { transfer, connection, copies, summed, after } => {

@@ -71,6 +71,7 @@ impl World {
             }
             Output::ForgetPeer(_) => {}
             Output::WatchProcess { .. } if !self.plan.same_host => {}
+            Output::UnwatchProcess { instance } => drop(self.receivers[at.index].watched.remove(&instance)),
             Output::WatchProcess { instance, process } => {
                 if !self.receivers[at.index].watched.insert(instance.clone()) {
                     return;

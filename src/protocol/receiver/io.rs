@@ -45,12 +45,18 @@ pub enum Output<R> {
     },
     /// Let the engine forget a peer.
     ForgetPeer(ConnectionId),
-    /// Watch a peer's process, if it is on this host; `handle_process_ended` wants to know.
+    /// Watch a peer's process, if it is on this host; `handle_process_ended` wants to know, until `UnwatchProcess`. Asked
+    /// for again when the peer shakes hands anew.
     WatchProcess {
         /// Whose.
         instance: String,
         /// Which.
         process: ProcessIdentity,
+    },
+    /// The end of that process is of no interest any more.
+    UnwatchProcess {
+        /// Whose.
+        instance: String,
     },
     /// Add the next step to the buffer; `handle_grown` wants the result.
     GrowBuffer,

@@ -293,7 +293,16 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             let text = format!("sender {instance} {reason} before it had committed {id}");
             self.fail(now, &id, Failure::new(FailureKind::PeerLost, text));
         }
+        self.unwatch_unless_needed(instance);
         self.admit(now);
+    }
+
+    /// The end of a process matters as long as its peer is connected, or may still be writing.
+    pub(super) fn unwatch_unless_needed(&mut self, instance: &str) {
+        let may_write = || self.closing.values().any(|closing| closing.instance == instance);
+        if !self.peers.contains_key(instance) && !may_write() {
+            self.outputs.push_back(Output::UnwatchProcess { instance: instance.to_owned() });
+        }
     }
 
     /// Refuses a sender whose every commit would be refused.
@@ -354,6 +363,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             self.lost.remember(&oldest, last_seq, process);
             self.outputs.push_back(Output::ForgetPeer(connection));
         }
+        self.unwatch_unless_needed(&oldest);
         let reason = "was idle longest and made room for another".to_owned();
         self.note(Note::PeerLost { instance: oldest, reason });
         true

@@ -290,6 +290,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         for &slot in &closing.slots {
             self.slots.writer_stopped(slot, grant);
         }
+        self.unwatch_unless_needed(&closing.instance);
         self.note(Note::Unquarantined { instance: closing.instance, slots: closing.slots.len() });
         self.admit(now);
     }
