@@ -10,7 +10,8 @@
 //! | `driver` | the loop around a session: events, deadlines, draining |
 //! | `sender`, `receiver` | the two daemons: which event goes where, which output does what |
 //! | `setup`, `identity`, `ready` | before the loop: memory, engine, who we are, the ready line |
-//! | `engine_thread`, `engine_server`, `fenced`, `held` | the thread that owns the transfer engine, its loop, and what waits there for a GPU |
+//! | `engine_thread`, `engine_server`, `probe` | the thread that owns the transfer engine, its loop, and whether it is at work |
+//! | `fenced`, `held`, `sum_queue` | what waits there for a GPU, or for checksums |
 //! | `ports`, `peer_links`, `proxy` | a receiver's ports, a sender's connections, the way to the router |
 //! | `clients`, `translate` | the connector API: who is attached, and its words for the sessions' words |
 //! | `lifecycle`, `process`, `watches`, `witness` | signals, the parent, the ends of peers' processes |
@@ -31,12 +32,14 @@ mod lifecycle;
 mod notes;
 mod peer_links;
 mod ports;
+mod probe;
 mod process;
 mod proxy;
 mod ready;
 mod receiver;
 mod sender;
 mod setup;
+mod sum_queue;
 mod translate;
 mod usage;
 mod watches;

@@ -160,6 +160,7 @@ impl Daemon for ReceiverDaemon {
             Event::Engine(EngineEvent::Verified { request, grant, corrupted }) => {
                 self.session.handle_verified(now, &request, grant, &corrupted);
             }
+            Event::Engine(EngineEvent::Summing) => self.session.handle_verifying(now),
             // A receiver neither connects nor posts.
             Event::Engine(EngineEvent::Connected { .. } | EngineEvent::Updated { .. } | EngineEvent::Done { .. }) => {}
             Event::Process(ProcessEnded { instance }) => {
@@ -196,6 +197,7 @@ impl Daemon for ReceiverDaemon {
                 Output::Verify { request, grant, chunks } => {
                     self.engine.send(Command::Verify { request, grant, chunks })?;
                 }
+                Output::AbandonVerification(grant) => self.engine.send(Command::AbandonVerification(grant))?,
                 Output::GrowBuffer => self.engine.grow()?,
                 Output::ForgetPeer(connection) => self.engine.send(Command::Forget(connection))?,
                 Output::WatchProcess { instance, process } => {

@@ -175,7 +175,7 @@ impl Daemon for SenderDaemon {
                 self.session.handle_peer_connected(now, peer, result);
             }
             // A sender checks nothing.
-            Event::Engine(EngineEvent::Verified { .. }) => {}
+            Event::Engine(EngineEvent::Verified { .. } | EngineEvent::Summing) => {}
             Event::Engine(EngineEvent::Done { transfer, result }) => {
                 self.session.handle_transfer_done(now, transfer, result);
             }

@@ -60,8 +60,8 @@ pub enum Output<R> {
     },
     /// Add the next step to the buffer; `handle_grown` wants the result.
     GrowBuffer,
-    /// Sum these chunks as they are in the buffer now; `handle_verified` wants to know which of them are not as they
-    /// were sent.
+    /// Sum these chunks; `handle_verified` wants to know which of them are not as they were sent, and until then
+    /// `handle_verifying`, now and then, that it is getting on.
     Verify {
         /// Whose.
         request: RequestId,
@@ -70,6 +70,8 @@ pub enum Output<R> {
         /// What to sum, and what it must be.
         chunks: Vec<ExpectedChunk>,
     },
+    /// The result of that is not wanted any more.
+    AbandonVerification(GrantId),
     /// Answer a client of the connector API.
     Answer {
         /// Whom.

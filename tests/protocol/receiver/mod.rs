@@ -3,6 +3,7 @@
 mod bench;
 mod ended;
 mod stock;
+mod verification;
 
 use std::time::Duration;
 
