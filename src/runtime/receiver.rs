@@ -12,6 +12,7 @@ use super::http::HttpServer;
 use super::inquiry::inquiry;
 use super::lifecycle::{self, Stop};
 use super::ports::{PortEvent, Ports, RouteKey};
+use super::probe::Probe;
 use super::ready::ReadyLine;
 use super::setup::Foundation;
 use super::watches::Watches;
@@ -224,8 +225,12 @@ impl Daemon for ReceiverDaemon {
         }
     }
 
-    fn snapshot(&self) -> Snapshot {
+    fn snapshot(&mut self) -> Snapshot {
         Snapshot { status: self.status(), tally: self.tally.clone() }
+    }
+
+    fn probe_engine(&mut self) -> Probe {
+        self.engine.probe()
     }
 
     fn begin_shutdown(&mut self, now: Instant) {
@@ -294,7 +299,8 @@ impl ReceiverDaemon {
         }
     }
 
-    fn status(&self) -> Status {
+    fn status(&mut self) -> Status {
+        let engine_silent_ms = self.engine.probe().silence().as_millis() as u64;
         let counts = self.session.counts();
         let slots = counts.slots;
         Status {
@@ -320,6 +326,7 @@ impl ReceiverDaemon {
             chunks_expired: counts.chunks_expired,
             draining: self.draining,
             failures: self.tally.failures(),
+            engine_silent_ms,
             receivers: Vec::new(),
         }
     }

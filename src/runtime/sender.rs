@@ -13,6 +13,7 @@ use super::http::HttpServer;
 use super::inquiry::inquiry;
 use super::lifecycle::{self, Stop};
 use super::peer_links::{LinkEvent, PeerLinks};
+use super::probe::Probe;
 use super::proxy::Proxy;
 use super::ready::ReadyLine;
 use super::setup::Foundation;
@@ -259,8 +260,12 @@ impl Daemon for SenderDaemon {
         }
     }
 
-    fn snapshot(&self) -> Snapshot {
+    fn snapshot(&mut self) -> Snapshot {
         Snapshot { status: self.status(), tally: self.tally.clone() }
+    }
+
+    fn probe_engine(&mut self) -> Probe {
+        self.engine.probe()
     }
 
     fn begin_shutdown(&mut self, _now: Instant) {
@@ -352,7 +357,8 @@ impl SenderDaemon {
         }
     }
 
-    fn status(&self) -> Status {
+    fn status(&mut self) -> Status {
+        let engine_silent_ms = self.engine.probe().silence().as_millis() as u64;
         let counts = self.session.counts();
         Status {
             role: "sender".into(),
@@ -377,6 +383,7 @@ impl SenderDaemon {
             chunks_expired: 0,
             draining: self.draining,
             failures: self.tally.failures(),
+            engine_silent_ms,
             receivers: self.session.receivers().map(translate::receiver).collect(),
         }
     }
