@@ -419,6 +419,14 @@ fn our_own_messages_have_these_bytes() {
         ]],
     );
     assert_golden(
+        Message::PdVerifying(Verifying { seq: Seq(11), req_id: req("r") }),
+        &[&[
+            b"\x83\xa4type\xabPdVerifying", // map of 3
+            b"\xa3seq\x0b",                 // 11
+            b"\xa6req_id\xa1r",             // "r"
+        ]],
+    );
+    assert_golden(
         Message::PdRevoke(Revoke { req_id: req("r"), grant: GrantId(3), reason: no_slots(), alloc_seq: Some(Seq(9)) }),
         &[
             &[

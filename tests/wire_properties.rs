@@ -183,6 +183,7 @@ fn requests() -> impl Strategy<Value = Message> {
             }),
         (seq(), request_id(), proptest::option::of(failure()))
             .prop_map(|(seq, req_id, refusal)| Message::PdCommitAck(CommitAck { seq, req_id, refusal })),
+        (seq(), request_id()).prop_map(|(seq, req_id)| Message::PdVerifying(Verifying { seq, req_id })),
         (request_id(), grant(), failure(), proptest::option::of(seq())).prop_map(
             |(req_id, grant, reason, alloc_seq)| { Message::PdRevoke(Revoke { req_id, grant, reason, alloc_seq }) }
         ),

@@ -169,6 +169,8 @@ class Status(_Value, frozen=True):
     draining: bool = False
     #: `requests_failed` by kind; kinds that have not happened are left out.
     failures: dict[str, int] = {}
+    #: For how many ms the daemon's engine thread has not taken up what it was asked. Above some seconds it is stuck.
+    engine_silent_ms: int = 0
     #: Sender: the receivers that it was told of at start (`pd_receivers`), in that order.
     receivers: list[ReceiverStatus] = []
 

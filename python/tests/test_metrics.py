@@ -141,7 +141,7 @@ def test_readiness_ends_with_the_first_sigterm_and_health_does_not(start_pair):
     pair = start_pair("local", receiver_sets=["pd_shutdown_timeout_sec=30"])
     for daemon in (pair.prefill, pair.decode):
         assert eventually(lambda: get(daemon, "/readyz")[0] == 200)
-        assert get(daemon, "/healthz") == (200, "text/plain; charset=utf-8", "ok: the driver answers\n")
+        assert get(daemon, "/healthz") == (200, "text/plain; charset=utf-8", "ok: the driver and the engine answer\n")
         assert get(daemon, "/metrics", method="HEAD")[::2] == (200, "")
         assert get(daemon, "/metrics", method="POST")[0] == 405
         assert get(daemon, "/secrets")[0] == 404

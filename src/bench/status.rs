@@ -107,6 +107,7 @@ fn read(text: &str) -> Result<Status, String> {
             .filter(|(outcome, count)| !went_well(outcome) && *count > 0)
             .map(|(outcome, count)| (outcome.to_owned(), count))
             .collect(),
+        engine_silent_ms: one("pd_engine_silent_seconds").unwrap_or(0) * 1000,
         // Metrics count them, and name none.
         receivers: Vec::new(),
     })
@@ -127,6 +128,12 @@ fn show(status: &Status) -> Table {
     };
     let doing = if status.draining { "draining: takes no new requests" } else { "takes requests" };
     row("daemon", format!("pd-{}, engine {}, {doing}", status.role, status.engine));
+    if status.engine_silent_ms > 0 {
+        row(
+            "engine's thread",
+            format!("has taken nothing up for {} s: stuck, or copying", status.engine_silent_ms / 1000),
+        );
+    }
     row("slots", format!("{}: {} available, {} reserved", status.slot_count, status.slots_free, status.slots_reserved));
     if is_receiver {
         row("slots ready", format!("{}, {} of them needed", status.slots_ready, status.slots_held));
@@ -230,6 +237,7 @@ mod tests {
             chunks_expired: 11,
             draining: true,
             failures: BTreeMap::from([("expired".to_owned(), 1), ("peer_lost".to_owned(), 2)]),
+            engine_silent_ms: 4000,
             receivers: Vec::new(),
         };
         Snapshot { status, tally }

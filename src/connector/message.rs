@@ -141,6 +141,10 @@ fn nil_is_left_out<'de, D: Deserializer<'de>, T: Deserialize<'de> + Default>(des
     Ok(Option::deserialize(deserializer)?.unwrap_or_default())
 }
 
+fn is_zero(value: &u64) -> bool {
+    *value == 0
+}
+
 fn is_false(value: &bool) -> bool {
     !*value
 }
@@ -478,6 +482,10 @@ pub struct Status {
     /// `requests_failed` by kind of failure; kinds that have not happened are left out.
     #[serde(default)]
     pub failures: BTreeMap<String, u64>,
+    /// For how many ms the engine's thread has not taken up what it was asked; left out when it is 0. Above some seconds
+    /// it is stuck.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub engine_silent_ms: u64,
     /// Sender: the receivers that it was told of at start (`pd_receivers`), in that order.
     #[serde(default, deserialize_with = "nil_is_left_out", skip_serializing_if = "Vec::is_empty")]
     pub receivers: Vec<ReceiverStatus>,

@@ -119,6 +119,12 @@ impl Daemon {
                 status.transfers_in_flight.into(),
             )?;
         }
+        page.gauge(
+            "pd_engine_silent",
+            "For how long the engine's thread has not taken up what it was asked.",
+            Some(Unit::Seconds),
+            status.engine_silent_ms / 1000,
+        )?;
         page.gauge("pd_clients", "Attached connectors.", None, status.clients.into())?;
         page.counters(
             "pd_connector_errors",

@@ -8,6 +8,7 @@ use tokio::time::{sleep, sleep_until, timeout};
 use super::error::RuntimeError;
 use super::inquiry::{Answerer, Phase};
 use super::lifecycle::Stop;
+use super::probe::Probe;
 use crate::metrics::Snapshot;
 
 /// How many messages from sockets may wait for the driver; then their tasks wait, and their peers with them.
@@ -68,7 +69,9 @@ pub(super) trait Daemon {
     /// Writes what happened to the log, and counts it.
     fn log_notes(&mut self);
     /// What it has counted and what it has.
-    fn snapshot(&self) -> Snapshot;
+    fn snapshot(&mut self) -> Snapshot;
+    /// Asks the engine's thread whether it takes up what it is asked.
+    fn probe_engine(&mut self) -> Probe;
     /// Begins to drain.
     fn begin_shutdown(&mut self, now: Instant);
     /// Whether it has drained.
@@ -86,7 +89,7 @@ pub(super) async fn drive<D: Daemon>(
 ) -> Result<(), RuntimeError> {
     let mut drain_until: Option<Instant> = None;
     let mut phase = Phase::Serving;
-    answerer.answer(phase, daemon.snapshot());
+    answerer.answer(phase, daemon.snapshot(), daemon.probe_engine());
     loop {
         while daemon.perform()? {
             tokio::task::yield_now().await;
@@ -103,7 +106,7 @@ pub(super) async fn drive<D: Daemon>(
             event = inbox.messages.recv() => event,
             event = daemon.listen() => Some(event),
             () = answerer.asked() => {
-                answerer.answer(phase, daemon.snapshot());
+                answerer.answer(phase, daemon.snapshot(), daemon.probe_engine());
                 None
             }
             () = sleep_until_some(deadline) => None,

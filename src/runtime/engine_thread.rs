@@ -10,6 +10,7 @@ use tokio::sync::mpsc::UnboundedSender;
 
 use super::engine_server::{Gone, Server};
 use super::error::RuntimeError;
+use super::probe::{Probe, Prober};
 use super::room::Room;
 use crate::buffer::MemoryManager;
 use crate::ids::{ByteCopy, Checksum, ConnectionId, Failure, GrantId, IpcHandle, Pages, RequestId, TransferId};
@@ -48,7 +49,7 @@ pub(super) enum Command<P> {
         /// Not before this event has been passed.
         after: Option<IpcHandle>,
     },
-    /// A transfer that waits for an event is not posted any more.
+    /// A transfer that waits for an event, or for its checksums, is not posted any more.
     Abandon {
         transfer: TransferId,
         writer_gone: bool,
@@ -68,6 +69,8 @@ pub(super) enum Command<P> {
         grant: GrantId,
         chunks: Vec<ExpectedChunk>,
     },
+    /// Nobody waits for that any more.
+    AbandonVerification(GrantId),
 }
 
 /// What reaches the thread.
@@ -82,6 +85,8 @@ pub(super) enum Work<P> {
     },
     /// The step is over.
     Grown(Result<Grown, String>),
+    /// Somebody asks whether the thread is at work.
+    Probe(u64),
     /// The driver has gone.
     Stop,
     /// The thread is busy for as long as this takes.
@@ -124,6 +129,8 @@ pub(super) enum EngineEvent<P> {
         grant: GrantId,
         corrupted: Vec<u32>,
     },
+    /// Checksums are being summed. Said now and then, as long as there are any.
+    Summing,
 }
 
 /// Our buffer after a step. Its new addresses can be taken already.
@@ -140,6 +147,7 @@ pub(super) struct Grown {
 pub(super) struct EngineThread<P> {
     work: Option<mpsc::Sender<Work<P>>>,
     manager: MemoryManager,
+    prober: Prober,
     thread: Option<thread::JoinHandle<()>>,
 }
 
@@ -169,6 +177,7 @@ impl<P: Send + 'static> EngineThread<P> {
         let (work, inbox) = mpsc::channel();
         let (report, started) = mpsc::channel();
         let ours = manager.clone();
+        let (prober, probed) = Prober::new();
         let body = move || {
             let ready = start_engine(&options).and_then(|StartedEngine { mut engine, note }| {
                 engine.register(Arc::clone(manager.memory()), unit_bytes, manager.usage().present.len_bytes)?;
@@ -188,7 +197,7 @@ impl<P: Send + 'static> EngineThread<P> {
                 Ok((facts, engine)) => {
                     if report.send(Ok(facts)).is_ok() {
                         // It ends when the driver does.
-                        let (Ok(()) | Err(Gone)) = Server::new(engine, manager.memory(), &events).serve(&inbox);
+                        let (Ok(()) | Err(Gone)) = Server::new(engine, manager.memory(), &events, probed).serve(&inbox);
                     }
                 }
                 // Whoever waits for the report has gone: there is nobody to tell.
@@ -202,7 +211,7 @@ impl<P: Send + 'static> EngineThread<P> {
         let started = started
             .recv()
             .map_err(|_| RuntimeError::Bug("the engine's thread ended before it had started".into()))??;
-        Ok((Self { work: Some(work), manager: ours, thread: Some(thread) }, started))
+        Ok((Self { work: Some(work), manager: ours, prober, thread: Some(thread) }, started))
     }
 
     /// Queues a command. A thread that has ended reports nothing more, so that is an error for the driver to act on.
@@ -224,6 +233,13 @@ impl<P: Send + 'static> EngineThread<P> {
     fn queue(&self, work: Work<P>) -> Result<(), RuntimeError> {
         let sent = self.work.as_ref().is_some_and(|queue| queue.send(work).is_ok());
         if sent { Ok(()) } else { Err(RuntimeError::Bug("the engine's thread has ended".into())) }
+    }
+
+    /// Asks the thread whether it takes up what it is asked.
+    pub(super) fn probe(&mut self) -> Probe {
+        let work = self.work.as_ref();
+        // A thread that has ended takes nothing up, which is what whoever asks is to see.
+        self.prober.probe(|number| drop(work.map(|work| work.send(Work::Probe(number)))))
     }
 
     /// Lets our buffer grow by a step: pages, registration, addresses; [`EngineEvent::Grown`] says how it went.

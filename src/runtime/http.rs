@@ -26,6 +26,7 @@ use tokio::time::{sleep, timeout};
 
 use super::error::RuntimeError;
 use super::inquiry::{ANSWER_TIME_MAX, Asker, NoAnswer, Phase};
+use super::probe::ENGINE_TIME_MAX;
 use super::usage::process_usage;
 use crate::config::MetricsConfig;
 use crate::metrics::{CONTENT_TYPE_OPEN_METRICS, CONTENT_TYPE_TEXT, exposition};
@@ -33,8 +34,8 @@ use crate::metrics::{CONTENT_TYPE_OPEN_METRICS, CONTENT_TYPE_TEXT, exposition};
 /// Connections served at a time. When there are more, the oldest whose request has not come is hung up on, so that a
 /// probe is answered although others come and say nothing.
 const CONNECTIONS_MAX: usize = 64;
-/// How long a connection may take from first to last byte. More than the driver may take to answer.
-const CONNECTION_TIME_MAX: Duration = Duration::from_secs(5);
+/// How long a connection may take from first to last byte. More than the driver and the engine's thread may take to answer.
+const CONNECTION_TIME_MAX: Duration = Duration::from_secs(8);
 /// How long a request's headers may take to arrive.
 const HEADERS_TIME_MAX: Duration = Duration::from_secs(2);
 /// Longest request line with headers, in bytes.
@@ -198,10 +199,21 @@ async fn respond(request: &Request<Incoming>, asker: &Asker) -> Response<String>
             return line(StatusCode::SERVICE_UNAVAILABLE, &text);
         }
     };
+    // What is stuck is seen in its metrics as well.
+    if path != "/metrics"
+        && let Some(engine) = answer.engine
+        && !engine.is_taken_in_time().await
+    {
+        let text = format!(
+            "the engine's thread has taken up nothing for {} ms: nothing is transferred; restart the daemon if it stays so",
+            engine.silence().as_millis().max(ENGINE_TIME_MAX.as_millis())
+        );
+        return line(StatusCode::SERVICE_UNAVAILABLE, &text);
+    }
     match (path, answer.phase, answer.snapshot) {
         // Filling a large buffer with pages takes long, and is no reason to be killed.
         ("/healthz", Phase::Starting, _) => line(StatusCode::OK, "ok: starting"),
-        ("/healthz", _, _) => line(StatusCode::OK, "ok: the driver answers"),
+        ("/healthz", _, _) => line(StatusCode::OK, "ok: the driver and the engine answer"),
         ("/readyz", Phase::Serving, _) => line(StatusCode::OK, "ok: takes requests"),
         ("/readyz", Phase::Draining, _) => {
             line(StatusCode::SERVICE_UNAVAILABLE, "draining: told to stop, takes no new requests")
@@ -242,6 +254,7 @@ mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     use super::super::inquiry::{Answerer, inquiry};
+    use super::super::probe::{Probe, Prober};
     use super::*;
     use crate::connector::message::Status;
     use crate::metrics::{Snapshot, Tally};
@@ -252,7 +265,12 @@ mod tests {
     }
 
     fn answer(answerer: &mut Answerer, phase: Phase) {
-        answerer.answer(phase, Snapshot { status: Status::default(), tally: Tally::sender() });
+        let (mut prober, take) = Prober::new();
+        answer_with(answerer, phase, prober.probe(|number| take.send(number).unwrap()));
+    }
+
+    fn answer_with(answerer: &mut Answerer, phase: Phase, engine: Probe) {
+        answerer.answer(phase, Snapshot { status: Status::default(), tally: Tally::sender() }, engine);
     }
 
     async fn get(server: &HttpServer, path: &str) -> String {
@@ -295,6 +313,48 @@ mod tests {
             seen = get(&server, "/readyz") => assert!(seen.starts_with("HTTP/1.1 200 "), "{seen}"),
             () = driver => {}
         }
+    }
+
+    #[tokio::test]
+    async fn an_engine_that_takes_nothing_up_is_not_healthy_until_it_does() {
+        // Broken in production: a daemon whose engine hangs inside a library moves nothing, and is reported healthy for ever.
+        let (server, mut answerer) = start();
+        let (mut prober, take) = Prober::new();
+        let mut asked = Vec::new();
+        let driver = async {
+            loop {
+                let engine = prober.probe(|number| asked.push(number));
+                answer_with(&mut answerer, Phase::Serving, engine);
+                answerer.asked().await;
+            }
+        };
+        let probes = async {
+            let (health, ready, metrics) =
+                tokio::join!(get(&server, "/healthz"), get(&server, "/readyz"), get(&server, "/metrics"));
+            for seen in [health, ready] {
+                assert!(
+                    seen.starts_with("HTTP/1.1 503 ") && seen.contains("the engine's thread has taken up nothing"),
+                    "{seen}"
+                );
+            }
+            assert!(metrics.starts_with("HTTP/1.1 200 "), "{metrics}");
+            take.send_replace(1);
+            // The next question is a new one, and is taken up while it is waited for.
+            let take_up = async {
+                sleep(Duration::from_millis(20)).await;
+                take.send_replace(2);
+            };
+            let (seen, ()) = tokio::join!(get(&server, "/healthz"), take_up);
+            assert!(seen.starts_with("HTTP/1.1 200 "), "{seen}");
+            drop(take);
+            let seen = get(&server, "/healthz").await;
+            assert!(seen.starts_with("HTTP/1.1 503 "), "the thread has ended: {seen}");
+        };
+        tokio::select! {
+            () = probes => {}
+            () = driver => {}
+        }
+        assert_eq!(asked, [1, 2, 3], "one question at a time, however often it is asked");
     }
 
     #[tokio::test]

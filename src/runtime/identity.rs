@@ -8,7 +8,8 @@ use crate::ids::ChecksumMode;
 use crate::kv_layout::KvGroup;
 use crate::protocol::ChunkShape;
 use crate::wire::message::{
-    CAPABILITY_CHECKSUMS, CAPABILITY_COMMIT, CAPABILITY_HEARTBEAT, Hello, PROTOCOL_VERSION, PROTOCOL_VERSION_MIN,
+    CAPABILITY_CHECKSUMS, CAPABILITY_COMMIT, CAPABILITY_HEARTBEAT, CAPABILITY_VERIFYING, Hello, PROTOCOL_VERSION,
+    PROTOCOL_VERSION_MIN,
 };
 
 /// A name for this process that no other has had: a restarted daemon is a new peer.
@@ -17,7 +18,7 @@ pub(super) fn instance_name(config: &Config) -> String {
 }
 
 pub(super) fn hello(config: &Config, instance: &str, engine: &str) -> Hello {
-    let mut capabilities = vec![CAPABILITY_COMMIT.to_owned(), CAPABILITY_HEARTBEAT.to_owned()];
+    let mut capabilities = [CAPABILITY_COMMIT, CAPABILITY_HEARTBEAT, CAPABILITY_VERIFYING].map(str::to_owned).to_vec();
     if config.engine.checksum == ChecksumMode::Full {
         capabilities.push(CAPABILITY_CHECKSUMS.to_owned());
     }
@@ -28,7 +29,7 @@ pub(super) fn hello(config: &Config, instance: &str, engine: &str) -> Hello {
         engine: engine.to_owned(),
         layout: config.layout.fingerprint(),
         capabilities,
-        process: process::own_identity(),
+        process: process::own_identity().cloned(),
     }
 }
 

@@ -6,6 +6,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::timeout;
 
+use super::probe::Probe;
 use crate::metrics::Snapshot;
 
 /// How long a driver may take to answer before it counts as stuck. Nothing in it waits, so a turn takes microseconds.
@@ -30,6 +31,8 @@ pub(super) struct Answer {
     pub(super) phase: Phase,
     /// None while starting.
     pub(super) snapshot: Option<Snapshot>,
+    /// The question to the engine's thread that was open then. None while starting.
+    pub(super) engine: Option<Probe>,
 }
 
 /// The driver has not answered within [`ANSWER_TIME_MAX`].
@@ -53,7 +56,8 @@ pub(super) struct Answerer {
 /// Both ends, of a daemon that is starting.
 pub(super) fn inquiry() -> (Asker, Answerer) {
     let (ask, questions) = watch::channel(0);
-    let (answer, answers) = watch::channel(Answer { question: 0, phase: Phase::Starting, snapshot: None });
+    let (answer, answers) =
+        watch::channel(Answer { question: 0, phase: Phase::Starting, snapshot: None, engine: None });
     (Asker { questions: ask, answers }, Answerer { questions, answers: answer })
 }
 
@@ -87,9 +91,9 @@ impl Answerer {
     }
 
     /// Tells everybody who has asked.
-    pub(super) fn answer(&mut self, phase: Phase, snapshot: Snapshot) {
+    pub(super) fn answer(&mut self, phase: Phase, snapshot: Snapshot, engine: Probe) {
         let question = *self.questions.borrow_and_update();
-        self.answers.send_replace(Answer { question, phase, snapshot: Some(snapshot) });
+        self.answers.send_replace(Answer { question, phase, snapshot: Some(snapshot), engine: Some(engine) });
     }
 }
 
@@ -98,6 +102,7 @@ mod tests {
     use super::*;
     use crate::connector::message::Status;
     use crate::metrics::Tally;
+    use crate::runtime::probe::Prober;
 
     fn snapshot(peers: u32) -> Snapshot {
         Snapshot { status: Status { peers, ..Status::default() }, tally: Tally::sender() }
@@ -109,7 +114,8 @@ mod tests {
         // ever.
         let (asker, mut answerer) = inquiry();
         assert_eq!(asker.ask().await.unwrap().phase, Phase::Starting, "nobody to ask yet");
-        answerer.answer(Phase::Serving, snapshot(1));
+        let engine = Prober::new().0.probe(drop);
+        answerer.answer(Phase::Serving, snapshot(1), engine.clone());
         assert_eq!(asker.ask().await.unwrap_err(), NoAnswer, "an answer from before the question");
         // Two who ask, the question from before included, are told by one answer.
         let asking = tokio::spawn({
@@ -118,7 +124,7 @@ mod tests {
         });
         answerer.asked().await;
         tokio::task::yield_now().await;
-        answerer.answer(Phase::Draining, snapshot(2));
+        answerer.answer(Phase::Draining, snapshot(2), engine);
         let (first, second) = asking.await.unwrap();
         for answer in [first.unwrap(), second.unwrap()] {
             assert_eq!((answer.phase, answer.snapshot.unwrap().status.peers), (Phase::Draining, 2));

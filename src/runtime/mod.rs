@@ -10,10 +10,11 @@
 //! | `driver` | the loop around a session: events, deadlines, draining |
 //! | `sender`, `receiver` | the two daemons: which event goes where, which output does what |
 //! | `setup`, `identity`, `ready` | before the loop: memory, engine, who we are, the ready line |
-//! | `engine_thread`, `engine_server`, `fenced`, `held` | the thread that owns the transfer engine, its loop, and what waits there for a GPU |
+//! | `engine_thread`, `engine_server`, `probe` | the thread that owns the transfer engine, its loop, and whether it is at work |
+//! | `fenced`, `held`, `sum_queue` | what waits there for a GPU, or for checksums |
 //! | `ports`, `peer_links`, `room`, `proxy` | a receiver's ports, a sender's connections, what waits of what they hear, the way to the router |
 //! | `clients`, `translate` | the connector API: who is attached, and its words for the sessions' words |
-//! | `lifecycle`, `process` | signals, the parent, the ends of peers' processes |
+//! | `lifecycle`, `process`, `watches`, `witness` | signals, the parent, the ends of peers' processes |
 //! | `notes`, `error` | log lines, and why a daemon could not go on |
 //! | `http`, `inquiry`, `usage` | metrics and health: the server, how it asks the driver, what the process uses |
 
@@ -33,6 +34,7 @@ mod lifecycle;
 mod notes;
 mod peer_links;
 mod ports;
+mod probe;
 mod process;
 mod proxy;
 mod ready;
@@ -40,8 +42,11 @@ mod receiver;
 mod room;
 mod sender;
 mod setup;
+mod sum_queue;
 mod translate;
 mod usage;
+mod watches;
+mod witness;
 
 pub use error::RuntimeError;
 

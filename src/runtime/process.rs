@@ -1,6 +1,7 @@
 //! Processes: who we are, and when another one ends.
 
 use std::os::fd::OwnedFd;
+use std::sync::LazyLock;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
@@ -9,20 +10,39 @@ use tokio::io::unix::AsyncFd;
 
 use crate::wire::message::ProcessIdentity;
 
-/// This process, as a peer on the same host can find it. None where /proc does not say.
-pub(super) fn own_identity() -> Option<ProcessIdentity> {
-    identity_of(std::process::id())
+/// This process, as a peer on the same host can find it. None where /proc does not say. Looked up once.
+pub(super) fn own_identity() -> Option<&'static ProcessIdentity> {
+    static OWN: LazyLock<Option<ProcessIdentity>> = LazyLock::new(|| {
+        let boot_id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?.trim().to_owned();
+        let pid_namespace = rustix::fs::stat("/proc/self/ns/pid").ok()?.st_ino;
+        let pid = std::process::id();
+        Some(ProcessIdentity { boot_id, pid_namespace, pid, start_ticks: start_ticks_of(pid)? })
+    });
+    OWN.as_ref()
 }
 
-/// Resolves when the process has ended; at once, when it is not there any more. Never, when the process is none of
-/// this host and pid namespace, since then nothing can be known.
-pub(super) async fn ended(process: ProcessIdentity) {
-    match look_at(&process) {
-        Seen::Gone => {}
-        Seen::There(pidfd) => readable(pidfd).await,
-        Seen::Elsewhere => std::future::pending().await,
-        Seen::Hidden(error) => cannot_watch(error).await,
-    }
+/// Whether the process is of this host and pid namespace, so that something can be known of it.
+pub(super) fn is_seen_from_here(process: &ProcessIdentity) -> bool {
+    own_identity().is_some_and(|own| own.sees(process))
+}
+
+/// What resolves when the process has ended; at once, when it is not there any more. None, when the process cannot be
+/// seen from here.
+pub(super) fn watch(process: &ProcessIdentity) -> Option<impl Future<Output = ()> + Send + use<>> {
+    let pidfd = match look_at(process) {
+        Seen::Gone => None,
+        Seen::There(pidfd) => Some(pidfd),
+        Seen::Elsewhere => return None,
+        Seen::Hidden(error) => {
+            note_unwatched(error);
+            return None;
+        }
+    };
+    Some(async move {
+        if let Some(pidfd) = pidfd {
+            readable(pidfd).await;
+        }
+    })
 }
 
 /// Whether the process is known to have ended, as of now.
@@ -51,13 +71,13 @@ enum Seen {
 }
 
 fn look_at(process: &ProcessIdentity) -> Seen {
-    if !own_identity().is_some_and(|own| own.sees(process)) {
+    if !is_seen_from_here(process) {
         return Seen::Elsewhere;
     }
     match open_pidfd(process.pid) {
         // Opened first, compared after: another process under that pid by now means that the one asked after has
         // ended. When /proc will not say, the descriptor is taken at its word.
-        Ok(_) if identity_of(process.pid).is_some_and(|now| now != *process) => Seen::Gone,
+        Ok(_) if start_ticks_of(process.pid).is_some_and(|ticks| ticks != process.start_ticks) => Seen::Gone,
         Ok(pidfd) => Seen::There(pidfd),
         Err(Errno::SRCH) => Seen::Gone,
         Err(error) => Seen::Hidden(error),
@@ -84,8 +104,12 @@ fn open_pidfd(pid: u32) -> Result<OwnedFd, Errno> {
 
 /// Not being able to look is not the same as having ended: nothing is concluded from it.
 async fn cannot_watch(reason: impl std::fmt::Display) {
-    tracing::warn!(%reason, "a process cannot be watched; its end will be noticed by its connections alone");
+    note_unwatched(reason);
     std::future::pending().await
+}
+
+fn note_unwatched(reason: impl std::fmt::Display) {
+    tracing::warn!(%reason, "a process cannot be watched; its end will be noticed by its connections alone");
 }
 
 async fn readable(pidfd: OwnedFd) {
@@ -98,14 +122,11 @@ async fn readable(pidfd: OwnedFd) {
     }
 }
 
-fn identity_of(pid: u32) -> Option<ProcessIdentity> {
-    let boot_id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?.trim().to_owned();
-    let pid_namespace = rustix::fs::stat("/proc/self/ns/pid").ok()?.st_ino;
+fn start_ticks_of(pid: u32) -> Option<u64> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // The name in brackets may hold spaces and brackets; field 22, the start time, is the 20th after the last bracket.
     let after_name = stat.rsplit_once(')')?.1;
-    let start_ticks = after_name.split_whitespace().nth(19)?.parse().ok()?;
-    Some(ProcessIdentity { boot_id, pid_namespace, pid, start_ticks })
+    after_name.split_whitespace().nth(19)?.parse().ok()
 }
 
 #[cfg(test)]
@@ -117,20 +138,26 @@ mod tests {
     async fn the_end_of_a_process_is_noticed_and_a_reused_pid_is_not_taken_for_it() {
         // Broken in production: slots of a killed sender stay quarantined for good, or are freed while it writes.
         let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
-        let identity = identity_of(child.id()).unwrap();
-        assert_ne!(Some(&identity), own_identity().as_ref());
+        let own = own_identity().unwrap().clone();
+        let identity =
+            ProcessIdentity { pid: child.id(), start_ticks: start_ticks_of(child.id()).unwrap(), ..own.clone() };
+        assert_ne!(identity, own);
         let mut later = identity.clone();
         later.start_ticks += 1;
         assert!(has_ended(&later) && !has_ended(&identity));
-        tokio::time::timeout(Duration::from_secs(5), ended(later)).await.expect("another process under that pid");
-        let alive = tokio::time::timeout(Duration::from_millis(50), ended(identity.clone())).await;
+        let ends = |process: &ProcessIdentity| watch(process).expect("it can be seen from here");
+        tokio::time::timeout(Duration::from_secs(5), ends(&later)).await.expect("another process under that pid");
+        let alive = tokio::time::timeout(Duration::from_millis(50), ends(&identity)).await;
         assert!(alive.is_err(), "it has not ended");
         let mut elsewhere = identity.clone();
         elsewhere.boot_id = "another host".into();
+        let watched_alive = ends(&identity);
         child.kill().unwrap();
         child.wait().unwrap();
         assert!(has_ended(&identity) && !has_ended(&elsewhere));
-        tokio::time::timeout(Duration::from_secs(5), ended(identity)).await.expect("it has ended");
-        assert!(tokio::time::timeout(Duration::from_millis(50), ended(elsewhere)).await.is_err());
+        for ended in [watched_alive, ends(&identity)] {
+            tokio::time::timeout(Duration::from_secs(5), ended).await.expect("it has ended");
+        }
+        assert!(watch(&elsewhere).is_none(), "nothing can be known of it");
     }
 }

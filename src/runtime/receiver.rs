@@ -1,6 +1,5 @@
 //! The pd-receiver: a [`ReceiverSession`] with its engine, its ports and its readers.
 
-use std::collections::BTreeSet;
 use std::time::Instant;
 
 use tokio::sync::mpsc::UnboundedSender;
@@ -13,10 +12,12 @@ use super::http::HttpServer;
 use super::inquiry::{Answerer, inquiry};
 use super::lifecycle::{self, Stop};
 use super::ports::{PortEvent, Ports, RouteKey};
+use super::probe::Probe;
 use super::ready::ReadyLine;
 use super::room::Room;
 use super::setup::Foundation;
-use super::{RunOptions, RuntimeError, identity, notes, process, setup, translate};
+use super::watches::Watches;
+use super::{RunOptions, RuntimeError, identity, notes, setup, translate};
 use crate::buffer::MemoryManager;
 use crate::config::Config;
 use crate::connector::message::{Reply, Request, Status};
@@ -59,8 +60,8 @@ struct ReceiverDaemon {
     notes: Vec<Note>,
     tally: Tally,
     draining: bool,
-    /// Peers whose processes are watched.
-    watched: BTreeSet<String>,
+    /// Peers' processes.
+    watches: Watches,
     news: UnboundedSender<Event>,
 }
 
@@ -143,7 +144,7 @@ pub(super) async fn serve(
         notes: Vec::new(),
         tally: Tally::receiver(),
         draining: false,
-        watched: BTreeSet::new(),
+        watches: Watches::default(),
         news,
     };
     tracing::info!(
@@ -178,10 +179,11 @@ impl Daemon for ReceiverDaemon {
             Event::Engine(EngineEvent::Verified { request, grant, corrupted }) => {
                 self.session.handle_verified(now, &request, grant, &corrupted);
             }
+            Event::Engine(EngineEvent::Summing) => self.session.handle_verifying(now),
             // A receiver neither connects nor posts.
             Event::Engine(EngineEvent::Connected { .. } | EngineEvent::Updated { .. } | EngineEvent::Done { .. }) => {}
             Event::Process(ProcessEnded { instance }) => {
-                self.watched.remove(&instance);
+                self.watches.forget(&instance);
                 self.session.handle_process_ended(now, &instance);
             }
             Event::Connector(ConnectorEvent::Request { client, request }) => self.on_message(now, client, request),
@@ -218,17 +220,14 @@ impl Daemon for ReceiverDaemon {
                 Output::Verify { request, grant, chunks } => {
                     self.engine.send(Command::Verify { request, grant, chunks })?;
                 }
+                Output::AbandonVerification(grant) => self.engine.send(Command::AbandonVerification(grant))?,
                 Output::GrowBuffer => self.engine.grow()?,
                 Output::ForgetPeer(connection) => self.engine.send(Command::Forget(connection))?,
-                // A peer that shakes hands again is watched already.
-                Output::WatchProcess { instance, .. } if !self.watched.insert(instance.clone()) => {}
                 Output::WatchProcess { instance, process } => {
-                    let news = self.news.clone();
-                    tokio::spawn(async move {
-                        process::ended(process).await;
-                        drop(news.send(ProcessEnded { instance }.into()));
-                    });
+                    let (news, ended) = (self.news.clone(), ProcessEnded { instance: instance.clone() });
+                    self.watches.watch(&instance, &process, move || drop(news.send(ended.into())));
                 }
+                Output::UnwatchProcess { instance } => self.watches.forget(&instance),
                 Output::Answer { client, id, answer } => {
                     if let Answer::Failed { failure, .. } = &answer {
                         self.tally.count_connector_error(failure.kind);
@@ -248,8 +247,12 @@ impl Daemon for ReceiverDaemon {
         }
     }
 
-    fn snapshot(&self) -> Snapshot {
+    fn snapshot(&mut self) -> Snapshot {
         Snapshot { status: self.status(), tally: self.tally.clone() }
+    }
+
+    fn probe_engine(&mut self) -> Probe {
+        self.engine.probe()
     }
 
     fn begin_shutdown(&mut self, now: Instant) {
@@ -318,7 +321,8 @@ impl ReceiverDaemon {
         }
     }
 
-    fn status(&self) -> Status {
+    fn status(&mut self) -> Status {
+        let engine_silent_ms = self.engine.probe().silence().as_millis() as u64;
         let counts = self.session.counts();
         let slots = counts.slots;
         Status {
@@ -344,6 +348,7 @@ impl ReceiverDaemon {
             chunks_expired: counts.chunks_expired,
             draining: self.draining,
             failures: self.tally.failures(),
+            engine_silent_ms,
             receivers: Vec::new(),
         }
     }

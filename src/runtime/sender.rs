@@ -13,11 +13,13 @@ use super::http::HttpServer;
 use super::inquiry::inquiry;
 use super::lifecycle::{self, Stop};
 use super::peer_links::{LinkEvent, PeerLinks};
+use super::probe::Probe;
 use super::proxy::Proxy;
 use super::ready::ReadyLine;
 use super::room::Room;
 use super::setup::Foundation;
-use super::{RunOptions, RuntimeError, identity, notes, process, setup, translate};
+use super::witness::{HaveEnded, Witness};
+use super::{RunOptions, RuntimeError, identity, notes, setup, translate};
 use crate::buffer::{Memory, MemoryManager};
 use crate::config::Config;
 use crate::connector::message::{Reply, Request, Status};
@@ -32,12 +34,15 @@ enum Event {
     Link(LinkEvent),
     Engine(EngineEvent<PeerId>),
     Connector(ConnectorEvent),
+    Looked(HaveEnded),
     /// A client whose connection ended a while ago writes to no slot any more.
     WriterGone(ClientId),
     Stop(Stop),
 }
 
-super::event_sources!(Event: Link(LinkEvent), Engine(EngineEvent<PeerId>), Connector(ConnectorEvent), Stop(Stop));
+super::event_sources!(
+    Event: Link(LinkEvent), Engine(EngineEvent<PeerId>), Connector(ConnectorEvent), Looked(HaveEnded), Stop(Stop)
+);
 
 struct SenderDaemon {
     config: Config,
@@ -55,6 +60,7 @@ struct SenderDaemon {
     tally: Tally,
     draining: bool,
     proxy: Option<Proxy>,
+    witness: Witness,
     news: UnboundedSender<Event>,
 }
 
@@ -128,6 +134,7 @@ pub(super) async fn run(config: Config, options: RunOptions) -> Result<(), Runti
         tally: Tally::sender(),
         draining: false,
         proxy,
+        witness: Witness::default(),
         news: mailbox.news.clone(),
     };
     tracing::info!(%instance, engine = started.engine, connector = %ready.connector, "ready");
@@ -174,12 +181,16 @@ impl Daemon for SenderDaemon {
                 self.session.handle_peer_connected(now, peer, result);
             }
             // A sender checks nothing.
-            Event::Engine(EngineEvent::Verified { .. }) => {}
+            Event::Engine(EngineEvent::Verified { .. } | EngineEvent::Summing) => {}
             Event::Engine(EngineEvent::Done { transfer, result }) => {
                 self.session.handle_transfer_done(now, transfer, result);
             }
             Event::Connector(ConnectorEvent::Request { client, request }) => self.on_message(now, client, request),
             Event::Connector(ConnectorEvent::Gone { client }) => self.on_client_gone(now, client),
+            Event::Looked(HaveEnded { peer, processes }) => {
+                self.witness.forget(peer);
+                self.session.handle_processes_ended(now, peer, processes);
+            }
             Event::WriterGone(client) => self.forget_client(now, client),
             // Said by whoever refused it.
             Event::Connector(ConnectorEvent::Refused { .. }) => {}
@@ -222,9 +233,9 @@ impl Daemon for SenderDaemon {
                     self.engine.send_with(command, self.room.take())?;
                 }
                 Output::GrowBuffer => self.engine.grow()?,
-                Output::CheckProcesses { peer, mut processes } => {
-                    processes.retain(process::has_ended);
-                    self.session.handle_processes_ended(Instant::now(), peer, processes);
+                Output::CheckProcesses { peer, processes } => {
+                    let news = self.news.clone();
+                    self.witness.look(peer, processes, move |ended| drop(news.send(ended.into())));
                 }
                 Output::ForgetPeer(connection) => self.engine.send(Command::Forget(connection))?,
                 Output::Post { transfer, connection, copies, summed, after } => {
@@ -258,8 +269,12 @@ impl Daemon for SenderDaemon {
         }
     }
 
-    fn snapshot(&self) -> Snapshot {
+    fn snapshot(&mut self) -> Snapshot {
         Snapshot { status: self.status(), tally: self.tally.clone() }
+    }
+
+    fn probe_engine(&mut self) -> Probe {
+        self.engine.probe()
     }
 
     fn begin_shutdown(&mut self, _now: Instant) {
@@ -351,7 +366,8 @@ impl SenderDaemon {
         }
     }
 
-    fn status(&self) -> Status {
+    fn status(&mut self) -> Status {
+        let engine_silent_ms = self.engine.probe().silence().as_millis() as u64;
         let counts = self.session.counts();
         Status {
             role: "sender".into(),
@@ -376,6 +392,7 @@ impl SenderDaemon {
             chunks_expired: 0,
             draining: self.draining,
             failures: self.tally.failures(),
+            engine_silent_ms,
             receivers: self.session.receivers().map(translate::receiver).collect(),
         }
     }

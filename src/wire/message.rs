@@ -17,6 +17,8 @@ pub const PROTOCOL_VERSION_MIN: u16 = 2;
 pub const CAPABILITY_COMMIT: &str = "commit";
 /// Capability: asks and answers with [`Ping`] and [`Pong`], and takes silence for an end.
 pub const CAPABILITY_HEARTBEAT: &str = "heartbeat";
+/// Capability: understands [`Verifying`], and waits for a commit for as long as its receiver says so.
+pub const CAPABILITY_VERIFYING: &str = "verifying";
 /// Capability: sums every chunk that it sends (`pd_checksum: full`).
 pub const CAPABILITY_CHECKSUMS: &str = "checksums";
 
@@ -48,6 +50,8 @@ pub enum Message {
     PdCommit(Commit),
     /// alloc port, the answer.
     PdCommitAck(CommitAck),
+    /// alloc port, for now the answer to a commit that is said again: its chunks are still being summed.
+    PdVerifying(Verifying),
     /// alloc port, receiver to sender, unasked: the grant is withdrawn, say when you have stopped writing.
     PdRevoke(Revoke),
     /// alloc port, sender to receiver: are you there, and do you know me?
@@ -72,6 +76,7 @@ impl Message {
             Self::ProxyNotif(_) => "ProxyNotif",
             Self::PdCommit(_) => "PdCommit",
             Self::PdCommitAck(_) => "PdCommitAck",
+            Self::PdVerifying(_) => "PdVerifying",
             Self::PdRevoke(_) => "PdRevoke",
             Self::PdPing(_) => "PdPing",
             Self::PdPong(_) => "PdPong",
@@ -402,6 +407,15 @@ pub struct CommitAck {
     /// Why the chunks are not ready after all.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub refusal: Option<Failure>,
+}
+
+/// `PdVerifying`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Verifying {
+    /// From the commit.
+    pub seq: Seq,
+    /// Which request.
+    pub req_id: RequestId,
 }
 
 /// `PdRevoke`.

@@ -8,6 +8,7 @@ use pd_backend::wire::Message;
 use rand::RngExt;
 
 use crate::news::{News, Proc};
+use crate::plan::LATE_MS;
 use crate::world::World;
 
 /// How a message's sender is answered: which connection, and which of its two sockets.
@@ -55,7 +56,7 @@ impl World {
         for _ in 0..copies {
             let mut delay = self.ms(0, 12);
             if self.fault(late) {
-                delay += self.ms(0, 700);
+                delay += self.ms(0, LATE_MS);
             }
             let mut arrival = self.now + Duration::from_millis(delay);
             if self.plan.ordered {

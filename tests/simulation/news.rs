@@ -1,6 +1,7 @@
 //! What can happen, and whom to.
 
-use pd_backend::ids::{ClientId, ConnectionId, LeaseId, PeerId, RequestId, TransferId};
+use pd_backend::ids::{ClientId, ConnectionId, GrantId, LeaseId, PeerId, RequestId, TransferId};
+use pd_backend::protocol::receiver::ExpectedChunk;
 use pd_backend::protocol::sender::StagedSlot;
 use pd_backend::wire::Message;
 
@@ -44,6 +45,8 @@ pub enum News {
     RouteGone(Route),
     ReceiverLoads(Proc, String),
     ReceiverGrows(Proc),
+    Verifying(Proc),
+    Verified(Proc, RequestId, GrantId, Vec<ExpectedChunk>),
     ProcessEnded(Proc, String),
     ReceiverTimer(Proc),
     Wait(Proc, RequestId),
@@ -83,6 +86,8 @@ impl News {
             Self::ToReceiver(route, _) | Self::RouteGone(route) => Target::Receiver(route.receiver),
             Self::ReceiverLoads(at, _)
             | Self::ReceiverGrows(at)
+            | Self::Verifying(at)
+            | Self::Verified(at, ..)
             | Self::ProcessEnded(at, _)
             | Self::ReceiverTimer(at)
             | Self::Wait(at, _)

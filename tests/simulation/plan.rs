@@ -15,6 +15,10 @@ pub const RETENTION: Duration = Duration::from_millis(600);
 pub const HEARTBEAT: Duration = Duration::from_millis(100);
 pub const PEER: Duration = Duration::from_millis(350);
 pub const LINGER: Duration = Duration::from_millis(60);
+/// Longest that a message is held up.
+pub const LATE_MS: u64 = 700;
+/// Longest that a process stands still.
+pub const PAUSE_MS: u64 = 900;
 
 /// Numbers without a unit are percentages of the occasions.
 #[derive(Debug, Clone)]
@@ -74,6 +78,8 @@ pub struct Plan {
     pub lingers: bool,
     /// Whether every chunk is summed and checked.
     pub checksums: bool,
+    /// How long a receiver may take to check a commit, in ms: beyond [`COMMIT`], and beyond [`WRITE`].
+    pub verify_ms: u64,
     pub safeguards: Safeguards,
 }
 
@@ -111,6 +117,7 @@ impl Plan {
             reader_cancels: some(15),
             vanish: some(8),
             reader_vanishes: some(15),
+            verify_ms: u64::from(some(900)),
             crashes: some(3),
             pauses: some(3),
             same_host: true,
@@ -170,8 +177,23 @@ impl Plan {
             same_host: true,
             lingers: false,
             checksums: false,
+            verify_ms: 0,
             safeguards: Safeguards::default(),
         }
+    }
+
+    /// How much later than its deadline a commit may end because its receiver says that it is still checking.
+    pub fn patience(&self) -> Duration {
+        if self.verify_ms == 0 {
+            return Duration::ZERO;
+        }
+        let late_ms = u64::from(self.late > 0) * LATE_MS;
+        Duration::from_millis(self.verify_ms + late_ms + u64::from(self.pauses) * PAUSE_MS) + COMMIT
+    }
+
+    /// Nothing goes wrong, and every check takes longer than a commit is waited for, and than a grant may be written.
+    pub fn slow_to_check() -> Self {
+        Self { jobs: 8, receiver_slots: 40, checksums: true, verify_ms: 1300, keys: 30, ..Self::calm() }
     }
 
     /// Hundreds of processes, each with a few requests, and some of everything.

@@ -417,7 +417,7 @@ impl World {
         }
         record.state = State::Open;
         let to_send: VecDeque<u32> = (0..count).filter(|chunk| !already_sent.contains(chunk)).collect();
-        record.due = self.now + plan::WRITE + plan::COMMIT + SLACK;
+        record.due = self.now + plan::WRITE + plan::COMMIT + SLACK + self.plan.patience();
         record.paused_before = paused;
         let staged = !slots.is_empty();
         let right = !staged || slots.iter().map(|slot| slot.chunk).eq(to_send.iter().copied());

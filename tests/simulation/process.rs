@@ -9,7 +9,7 @@ use pd_backend::protocol::receiver::ReceiverSettings;
 use pd_backend::protocol::sender::SenderSettings;
 use pd_backend::protocol::{ChunkShape, ReceiverSession, SenderSession};
 use pd_backend::wire::message::{
-    CAPABILITY_CHECKSUMS, CAPABILITY_COMMIT, CAPABILITY_HEARTBEAT, Hello, ProcessIdentity,
+    CAPABILITY_CHECKSUMS, CAPABILITY_COMMIT, CAPABILITY_HEARTBEAT, CAPABILITY_VERIFYING, Hello, ProcessIdentity,
 };
 
 use crate::engine::Connection;
@@ -79,7 +79,9 @@ fn hello(instance: String, at: Proc, same_host: bool, host: &str) -> Hello {
         instance,
         engine: "test".into(),
         layout: vec![("chunk_bytes".into(), CHUNK_BYTES.to_string())],
-        capabilities: [CAPABILITY_COMMIT, CAPABILITY_HEARTBEAT, CAPABILITY_CHECKSUMS].map(String::from).to_vec(),
+        capabilities: [CAPABILITY_COMMIT, CAPABILITY_HEARTBEAT, CAPABILITY_CHECKSUMS, CAPABILITY_VERIFYING]
+            .map(String::from)
+            .to_vec(),
         process: Some(process),
     }
 }

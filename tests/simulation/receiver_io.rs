@@ -13,6 +13,9 @@ use crate::process::{receiver_name, sender_name};
 use crate::truth::Grant;
 use crate::world::World;
 
+/// How far apart an engine that sums says so.
+const VERIFYING_EVERY_MS: u64 = 50;
+
 impl World {
     pub fn on_receiver_news(&mut self, at: Proc, news: News) {
         let now = self.now;
@@ -36,11 +39,16 @@ impl World {
                 };
                 return self.receivers[at.index].session.handle_peer_loaded(now, &instance, result);
             }
+            News::Verified(_, request, grant, chunks) => {
+                let corrupted = self.corrupted(at, &chunks);
+                return self.receivers[at.index].session.handle_verified(now, &request, grant, &corrupted);
+            }
             _ => {}
         }
         let session = &mut self.receivers[at.index].session;
         match news {
             News::ToReceiver(route, message) => session.handle_message(now, route.port, route, *message),
+            News::Verifying(_) => session.handle_verifying(now),
             News::RouteGone(route) => session.handle_route_gone(now, &route),
             News::ProcessEnded(_, instance) => {
                 self.receivers[at.index].watched.remove(&instance);
@@ -60,8 +68,10 @@ impl World {
     fn on_receiver_output(&mut self, at: Proc, output: Output<Route>) {
         match output {
             Output::Send { to, port, message } => {
-                if let Message::AllocResponse(response) = &message {
-                    self.note_grant(at, to, response);
+                match &message {
+                    Message::AllocResponse(response) => self.note_grant(at, to, response),
+                    Message::PdVerifying(_) => self.tally.verifying += 1,
+                    _ => {}
                 }
                 self.transmit(true, Route { port, ..to }, message);
             }
@@ -71,6 +81,7 @@ impl World {
             }
             Output::ForgetPeer(_) => {}
             Output::WatchProcess { .. } if !self.plan.same_host => {}
+            Output::UnwatchProcess { instance } => drop(self.receivers[at.index].watched.remove(&instance)),
             Output::WatchProcess { instance, process } => {
                 if !self.receivers[at.index].watched.insert(instance.clone()) {
                     return;
@@ -82,14 +93,14 @@ impl World {
                 }
             }
             Output::Verify { request, grant, chunks } => {
-                let (now, receiver) = (self.now, &mut self.receivers[at.index]);
-                let memory = &receiver.truth.memory;
-                let bytes = |start: u64, len_bytes: u64| &memory[start as usize..(start + len_bytes) as usize];
-                let differs =
-                    |chunk: &&ExpectedChunk| Checksum::of(bytes(chunk.offset_bytes, chunk.len_bytes)) != chunk.checksum;
-                let corrupted: Vec<u32> = chunks.iter().filter(differs).map(|chunk| chunk.index).collect();
-                receiver.session.handle_verified(now, &request, grant, &corrupted);
+                let takes_ms = self.verification_ms();
+                for told_ms in (VERIFYING_EVERY_MS..takes_ms).step_by(VERIFYING_EVERY_MS as usize) {
+                    self.schedule(told_ms, News::Verifying(at));
+                }
+                self.schedule(takes_ms, News::Verified(at, request, grant, chunks));
             }
+            // The session takes no notice of a result that comes all the same.
+            Output::AbandonVerification(_) => {}
             Output::GrowBuffer => {
                 let soon = self.ms(0, 20);
                 self.schedule(soon, News::ReceiverGrows(at));
@@ -103,6 +114,22 @@ impl World {
             }
             Output::Note(_) => {}
         }
+    }
+
+    /// How long a receiver's engine sums the chunks of a commit.
+    fn verification_ms(&mut self) -> u64 {
+        let most_ms = self.plan.verify_ms;
+        // The last requests are to be served while their readers wait, whatever came before.
+        if self.settling && self.plan.retry > 0 { self.ms(0, 20) } else { self.ms(most_ms / 3, most_ms + 1) }
+    }
+
+    /// The chunks that are not as they were sent.
+    fn corrupted(&self, at: Proc, chunks: &[ExpectedChunk]) -> Vec<u32> {
+        let memory = &self.receivers[at.index].truth.memory;
+        let bytes = |start: u64, len_bytes: u64| &memory[start as usize..(start + len_bytes) as usize];
+        let differs =
+            |chunk: &&ExpectedChunk| Checksum::of(bytes(chunk.offset_bytes, chunk.len_bytes)) != chunk.checksum;
+        chunks.iter().filter(differs).map(|chunk| chunk.index).collect()
     }
 
     /// The receiver lets somebody write.

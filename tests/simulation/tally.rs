@@ -16,12 +16,13 @@ pub struct Tally {
     pub landed_late: u64,
     pub vanished: u64,
     pub vouched: u64,
+    pub verifying: u64,
 }
 
 impl Tally {
     pub fn add(&mut self, other: &Self) {
         let Self { events, sent, failed, cancelled, fetched, lost_messages, repeated_messages, crashes, .. } = other;
-        let Self { pauses, growths, landed_late, vanished, vouched, .. } = other;
+        let Self { pauses, growths, landed_late, vanished, vouched, verifying, .. } = other;
         self.events += events;
         self.sent += sent;
         self.failed += failed;
@@ -35,12 +36,14 @@ impl Tally {
         self.landed_late += landed_late;
         self.vanished += vanished;
         self.vouched += vouched;
+        self.verifying += verifying;
     }
 
     /// A run in which something never happened has not tested it.
     pub fn assert_everything_happened(&self) {
         let counts = [self.sent, self.failed, self.cancelled, self.fetched, self.lost_messages, self.repeated_messages];
-        let rare = [self.crashes, self.pauses, self.growths, self.landed_late, self.vanished, self.vouched];
+        let rare =
+            [self.crashes, self.pauses, self.growths, self.landed_late, self.vanished, self.vouched, self.verifying];
         assert!(counts.iter().chain(&rare).all(|&count| count >= 20), "too few of something: {self:?}");
     }
 }

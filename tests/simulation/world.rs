@@ -111,7 +111,7 @@ impl World {
         }
         for _ in 0..self.plan.pauses {
             let (sender, index) = self.some_process();
-            let (at, length) = (self.rng.random_range(0..rough_ms), self.rng.random_range(20..900));
+            let (at, length) = (self.rng.random_range(0..rough_ms), self.rng.random_range(20..plan::PAUSE_MS));
             self.schedule(at, News::Pause(sender, index, length));
         }
         for _ in 0..self.plan.partitions {

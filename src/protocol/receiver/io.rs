@@ -45,17 +45,23 @@ pub enum Output<R> {
     },
     /// Let the engine forget a peer.
     ForgetPeer(ConnectionId),
-    /// Watch a peer's process, if it is on this host; `handle_process_ended` wants to know.
+    /// Watch a peer's process, if it is on this host; `handle_process_ended` wants to know, until `UnwatchProcess`. Asked
+    /// for again when the peer shakes hands anew.
     WatchProcess {
         /// Whose.
         instance: String,
         /// Which.
         process: ProcessIdentity,
     },
+    /// The end of that process is of no interest any more.
+    UnwatchProcess {
+        /// Whose.
+        instance: String,
+    },
     /// Add the next step to the buffer; `handle_grown` wants the result.
     GrowBuffer,
-    /// Sum these chunks as they are in the buffer now; `handle_verified` wants to know which of them are not as they
-    /// were sent.
+    /// Sum these chunks; `handle_verified` wants to know which of them are not as they were sent, and until then
+    /// `handle_verifying`, now and then, that it is getting on.
     Verify {
         /// Whose.
         request: RequestId,
@@ -64,6 +70,8 @@ pub enum Output<R> {
         /// What to sum, and what it must be.
         chunks: Vec<ExpectedChunk>,
     },
+    /// The result of that is not wanted any more.
+    AbandonVerification(GrantId),
     /// Answer a client of the connector API.
     Answer {
         /// Whom.

@@ -128,6 +128,8 @@ pub struct ReceiverSession<R> {
     closing: BTreeMap<GrantId, Closing>,
     /// The latest grants that were committed, and whose they were: what is said twice is answered alike.
     committed: BTreeMap<GrantId, (String, RequestId)>,
+    /// When checksums were last known to be getting on; none before that.
+    summed_at: Option<Instant>,
     /// How requests ended lately, for readers that ask after them.
     ended: Ended,
     waiters: BTreeMap<(ClientId, Seq), Waiter>,
@@ -159,6 +161,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             waiting: VecDeque::new(),
             closing: BTreeMap::new(),
             committed: BTreeMap::new(),
+            summed_at: None,
             ended: Ended::default(),
             waiters: BTreeMap::new(),
             leases: BTreeMap::new(),

@@ -10,8 +10,8 @@ use crate::protocol::seen::SeenSeqs;
 use crate::protocol::{PROCESSES_ASKED_MAX, handshake};
 use crate::wire::Message;
 use crate::wire::message::{
-    CAPABILITY_CHECKSUMS, CAPABILITY_HEARTBEAT, Hello, InitExtension, InitReplyExtension, InitRequest, InitResponse,
-    MemRegReplyExtension, MemRegRequest, MemRegResponse, Ping, Pong, ProcessIdentity,
+    CAPABILITY_CHECKSUMS, CAPABILITY_HEARTBEAT, CAPABILITY_VERIFYING, Hello, InitExtension, InitReplyExtension,
+    InitRequest, InitResponse, MemRegReplyExtension, MemRegRequest, MemRegResponse, Ping, Pong, ProcessIdentity,
 };
 
 /// A sender that has shaken hands, or is about to.
@@ -24,6 +24,8 @@ pub(super) struct Peer<R> {
     pub(super) alloc_route: Option<R>,
     /// Whether it pings.
     heartbeat: bool,
+    /// Whether it can be told that a commit is still being checked.
+    pub(super) waits_for_verifying: bool,
     /// Of its handshake: a message with a lower number was sent before it.
     init_seq: Seq,
     /// The highest number seen from it.
@@ -105,12 +107,14 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             );
             return self.refuse_peer(from, extension.seq, instance, Failure::new(FailureKind::Limit, text));
         }
+        let can = |capability| extension.hello.capabilities.iter().any(|name| name == capability);
         let peer = Peer {
             agent_name: extension.agent_name.clone(),
             process: extension.hello.process,
             state: PeerState::Loading { reply_to: from, seq },
             alloc_route: None,
-            heartbeat: extension.hello.capabilities.iter().any(|name| name == CAPABILITY_HEARTBEAT),
+            heartbeat: can(CAPABILITY_HEARTBEAT),
+            waits_for_verifying: can(CAPABILITY_VERIFYING),
             init_seq: seq,
             last_seq: seq,
             allocs: SeenSeqs::above(seq),
@@ -294,7 +298,16 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             let text = format!("sender {instance} {reason} before it had committed {id}");
             self.fail(now, &id, Failure::new(FailureKind::PeerLost, text));
         }
+        self.unwatch_unless_needed(instance);
         self.admit(now);
+    }
+
+    /// The end of a process matters as long as its peer is connected, or may still be writing.
+    pub(super) fn unwatch_unless_needed(&mut self, instance: &str) {
+        let may_write = || self.closing.values().any(|closing| closing.instance == instance);
+        if !self.peers.contains_key(instance) && !may_write() {
+            self.outputs.push_back(Output::UnwatchProcess { instance: instance.to_owned() });
+        }
     }
 
     /// Refuses a sender whose every commit would be refused.
@@ -355,6 +368,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             self.lost.remember(&oldest, last_seq, process);
             self.outputs.push_back(Output::ForgetPeer(connection));
         }
+        self.unwatch_unless_needed(&oldest);
         let reason = "was idle longest and made room for another".to_owned();
         self.note(Note::PeerLost { instance: oldest, reason });
         true

@@ -5,7 +5,8 @@ use std::time::Instant;
 
 use super::piecemeal::Held;
 use super::stock::Batches;
-use super::{Note, Port, ReceiverSession, Timer};
+use super::verification::Verification;
+use super::{Note, Output, Port, ReceiverSession, Timer};
 use crate::ids::{ChunkKey, Failure, FailureKind, GrantId, RequestId, Seq, SlotIndex};
 use crate::protocol::chunks::ChunkSize;
 use crate::wire::Message;
@@ -34,8 +35,8 @@ pub(super) struct Request<R> {
     pub(super) since: Instant,
     /// How many later requests got slots before it.
     pub(super) overtaken: u32,
-    /// Whom to answer, and which commit, once its chunks are summed.
-    pub(super) verifying: Option<(R, Seq)>,
+    /// Its commit, while its chunks are being summed.
+    pub(super) verifying: Option<Verification<R>>,
     /// Of a sender of another make, which writes pages and commits nothing.
     pub(super) batches: Option<Batches>,
     pub(super) stage: Stage,
@@ -155,7 +156,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         let refusal = match self.requests.get(&commit.req_id) {
             Some(request) if known && request.instance == commit.instance => match &request.stage {
                 Stage::Granted { grant, .. } if *grant == commit.grant || any_grant => {
-                    match self.begin_verification(&from, commit.seq, &commit.req_id, &commit.checksums) {
+                    match self.begin_verification(now, &from, &commit) {
                         Ok(true) => return,
                         Ok(false) => {
                             self.make_ready(now, &commit.req_id);
@@ -290,6 +291,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         for &slot in &closing.slots {
             self.slots.writer_stopped(slot, grant);
         }
+        self.unwatch_unless_needed(&closing.instance);
         self.note(Note::Unquarantined { instance: closing.instance, slots: closing.slots.len() });
         self.admit(now);
     }
@@ -368,6 +370,9 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
                 }
             }
             Stage::Granted { grant, own, shared } => {
+                if request.verifying.is_some() {
+                    self.outputs.push_back(Output::AbandonVerification(grant));
+                }
                 for (_, slot) in shared {
                     self.slots.unhold(now, slot);
                 }

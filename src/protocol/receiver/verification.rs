@@ -3,28 +3,35 @@
 use std::time::Instant;
 
 use super::requests::Stage;
-use super::{ExpectedChunk, Note, Output, Port, ReceiverSession};
-use crate::ids::{Checksum, ChecksumMode, Failure, FailureKind, GrantId, RequestId, Seq};
+use super::{ExpectedChunk, Note, Output, Port, ReceiverSession, Timer};
+use crate::ids::{ChecksumMode, Failure, FailureKind, GrantId, RequestId, Seq};
 use crate::wire::Message;
-use crate::wire::message::CommitAck;
+use crate::wire::message::{Commit, CommitAck, Verifying};
+
+/// A commit whose chunks are being summed.
+#[derive(Debug)]
+pub(super) struct Verification<R> {
+    /// Whom to answer.
+    to: R,
+    /// Which commit.
+    seq: Seq,
+    since: Instant,
+}
 
 impl<R: Clone + PartialEq> ReceiverSession<R> {
     /// Has the chunks of a commit summed, if its sender did. False: there is nothing to wait for.
     ///
     /// # Errors
     /// Why the commit cannot be taken as it is.
-    pub(super) fn begin_verification(
-        &mut self,
-        from: &R,
-        seq: Seq,
-        id: &RequestId,
-        checksums: &[Option<Checksum>],
-    ) -> Result<bool, Failure> {
+    pub(super) fn begin_verification(&mut self, now: Instant, from: &R, commit: &Commit) -> Result<bool, Failure> {
+        let Commit { seq, req_id: id, checksums, .. } = commit;
         let Some(request) = self.requests.get_mut(id) else { return Ok(false) };
         let Stage::Granted { grant, own, .. } = &request.stage else { return Ok(false) };
         // Said again while it is looked into: the answer goes to the latest.
-        if request.verifying.is_some() {
-            request.verifying = Some((from.clone(), seq));
+        if let Some(verification) = &mut request.verifying {
+            (verification.to, verification.seq) = (from.clone(), *seq);
+            let since = verification.since;
+            self.tell_verifying(now, from, commit, since);
             return Ok(true);
         }
         let summed = checksums.iter().flatten().count();
@@ -43,26 +50,44 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             let text = format!("{id} comes with {} checksums for {} chunks", checksums.len(), own.len());
             return Err(Failure::new(FailureKind::BadRequest, text));
         }
-        let expected = |(&(index, slot), checksum): (&(u32, _), &Option<Checksum>)| {
+        let expected = |(&(index, slot), checksum): (&(u32, _), &Option<_>)| {
             let range = self.slots.range(slot)?;
             let (offset_bytes, len_bytes) = (range.start, range.len_bytes);
             Some(ExpectedChunk { index, offset_bytes, len_bytes, checksum: (*checksum)? })
         };
         let chunks = own.iter().zip(checksums).filter_map(expected).collect();
         let grant = *grant;
-        request.verifying = Some((from.clone(), seq));
+        request.verifying = Some(Verification { to: from.clone(), seq: *seq, since: now });
+        // Everything is written: what it takes from here on is our time, and not its sender's.
+        self.timers.cancel(&Timer::Write(id.clone()));
         self.outputs.push_back(Output::Verify { request: id.clone(), grant, chunks });
         Ok(true)
     }
 
+    /// Asks a sender for patience, if it is worth it: a commit is waited for as long as checksums get on.
+    fn tell_verifying(&mut self, now: Instant, to: &R, commit: &Commit, since: Instant) {
+        let got_on_at = self.summed_at.map_or(since, |at| at.max(since));
+        let gets_on = now.saturating_duration_since(got_on_at) < self.settings.peer_timeout;
+        if gets_on && self.peers.get(&commit.instance).is_some_and(|peer| peer.waits_for_verifying) {
+            let verifying = Verifying { seq: commit.seq, req_id: commit.req_id.clone() };
+            self.send(to.clone(), Port::Alloc, Message::PdVerifying(verifying));
+        }
+    }
+
+    /// Checksums are being summed.
+    pub fn handle_verifying(&mut self, now: Instant) {
+        self.summed_at = Some(now);
+    }
+
     /// The chunks of a commit were summed; those at `corrupted` are not as they were sent.
     pub fn handle_verified(&mut self, now: Instant, id: &RequestId, grant: GrantId, corrupted: &[u32]) {
+        self.handle_verifying(now);
         let Some(request) = self.requests.get_mut(id) else { return };
         // It may have ended meanwhile, and may have been sent again.
         if !matches!(request.stage, Stage::Granted { grant: current, .. } if current == grant) {
             return;
         }
-        let Some((to, seq)) = request.verifying.take() else { return };
+        let Some(Verification { to, seq, .. }) = request.verifying.take() else { return };
         let bad = corrupted.first().and_then(|&index| Some((index, request.keys.get(index as usize)?.clone())));
         let refusal = bad.map(|(index, key)| {
             let others = corrupted.len() - 1;

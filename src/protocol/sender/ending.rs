@@ -131,7 +131,7 @@ impl SenderSession {
             request.told_by_event = told_by_event;
         }
         if in_flight > 0 {
-            self.abandon_fenced(uid, client.is_none());
+            self.abandon_delayed(uid, client.is_none());
         }
         self.note(Note::Failed { request: id.clone(), address, failure, in_flight });
         if asked {

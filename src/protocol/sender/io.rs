@@ -143,13 +143,13 @@ pub enum Output {
         connection: ConnectionId,
         /// What.
         copies: Vec<ByteCopy>,
-        /// Which of them to sum while their bytes are read, by position.
+        /// Which of them to sum before their bytes are read, by position.
         summed: Vec<u32>,
         /// Not before this event of the connector's process has been passed.
         after: Option<IpcHandle>,
     },
-    /// A transfer that waits for an event is not to be posted any more; `handle_transfer_done` wants to know when the
-    /// event has been passed, for until then its slots are being written.
+    /// A transfer that waits for an event, or to be summed, is not to be posted any more; `handle_transfer_done` wants to
+    /// know when the event has been passed, for until then its slots are being written.
     Abandon {
         /// Which.
         transfer: TransferId,

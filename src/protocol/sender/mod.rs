@@ -72,7 +72,8 @@ pub struct SenderSettings {
     pub allocation_timeout: Duration,
     /// How long connecting to a receiver and shaking hands may take.
     pub handshake_timeout: Duration,
-    /// How long a receiver may take to answer beyond what it was told to wait.
+    /// How long a receiver may take to answer beyond what it was told to wait. One that is still checking a commit says
+    /// so, and has as long again from then on.
     pub commit_timeout: Duration,
     /// How long a grant may be written to whose receiver does not say: LMCache's.
     pub write_timeout: Duration,
@@ -104,7 +105,7 @@ enum Timer {
     Allocation(Uid),
     /// A grant must not be written to any more.
     Write(Uid),
-    /// A commit has not been acknowledged in time.
+    /// Nothing was heard of a commit for too long.
     Commit(Uid),
     /// A cancelled request's transfers have not ended in time.
     Cancel(Uid),
@@ -212,6 +213,7 @@ impl SenderSession {
             (Port::Alloc, Message::AllocResponse(response)) => self.on_alloc_response(now, peer, response),
             (_, message) if self.is_stock(peer) => self.note_unexpected(peer, message.type_name()),
             (Port::Alloc, Message::PdCommitAck(ack)) => self.on_commit_ack(now, peer, ack),
+            (Port::Alloc, Message::PdVerifying(verifying)) => self.on_verifying(now, peer, &verifying),
             (Port::Alloc, Message::PdRevoke(revoke)) => self.on_revoke(peer, revoke),
             (Port::Alloc, Message::PdPong(pong)) => self.on_pong(now, peer, pong),
             (_, message) => self.note_unexpected(peer, message.type_name()),
@@ -230,7 +232,7 @@ impl SenderSession {
                 }
                 Timer::Commit(uid) => {
                     let text = format!(
-                        "the commit was not acknowledged within {} ms (pd_commit_timeout_sec)",
+                        "nothing was heard of the commit for {} ms (pd_commit_timeout_sec)",
                         self.settings.commit_timeout.as_millis()
                     );
                     self.fail(uid, Failure::new(FailureKind::Deadline, text));
@@ -265,7 +267,7 @@ impl SenderSession {
                 matches!(request.stage, Stage::Closing { .. })
             });
             if closing {
-                self.abandon_fenced(uid, true);
+                self.abandon_delayed(uid, true);
             }
             self.fail(uid, Failure::new(FailureKind::Cancelled, "its connector is gone"));
         }

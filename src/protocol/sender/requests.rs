@@ -13,7 +13,7 @@ use crate::ids::{
 use crate::protocol::ChunkShape;
 use crate::protocol::chunks::ChunkSize;
 use crate::wire::Message;
-use crate::wire::message::{AllocExtension, AllocRequest, AllocResponse, Commit, CommitAck};
+use crate::wire::message::{AllocExtension, AllocRequest, AllocResponse, Commit, CommitAck, Verifying};
 
 /// What a request is told that was not sent in time.
 pub(super) const WRITE_DEADLINE_PASSED: &str =
@@ -381,6 +381,15 @@ impl SenderSession {
             return self.fail(uid, clipped(refusal));
         }
         self.finish_sent(now, uid, self.settings.safeguards.commit_before_notify);
+    }
+
+    /// The receiver is still checking what was written.
+    pub(super) fn on_verifying(&mut self, now: Instant, peer: PeerId, verifying: &Verifying) {
+        let Some(&uid) = self.awaited.get(&verifying.seq) else { return };
+        let committing = |request: &Request| request.peer == peer && matches!(request.stage, Stage::Committing { .. });
+        if self.requests.get(&uid).is_some_and(committing) {
+            self.timers.set(Timer::Commit(uid), now + self.settings.commit_timeout);
+        }
     }
 
     /// Everything of a request is at its receiver, as surely as that receiver lets us know.

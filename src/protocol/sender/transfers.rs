@@ -20,8 +20,8 @@ pub(super) struct Transfer {
     /// The receiver's name for itself.
     pub(super) instance: String,
     parts: Vec<PostedPart>,
-    /// It is posted when an event of its client's process has been passed.
-    fenced: bool,
+    /// It is not posted at once: not before an event of its client's process has been passed, or not before it is summed.
+    delayed: bool,
 }
 
 /// What an engine writes of a chunk.
@@ -95,9 +95,10 @@ impl SenderSession {
             summed: checksum.covers(uid, part.chunk),
         };
         let parts: Vec<PostedPart> = checked.iter().map(posted).collect();
-        let summed = (0u32..).zip(&parts).filter(|(_, part)| part.summed).map(|(at, _)| at).collect();
+        let summed: Vec<u32> = (0u32..).zip(&parts).filter(|(_, part)| part.summed).map(|(at, _)| at).collect();
+        let delayed = after.is_some() || !summed.is_empty();
         let instance = self.peers.get(&peer).map(|peer| peer.instance.clone()).unwrap_or_default();
-        self.transfers.insert(transfer, Transfer { uid, peer, address, instance, parts, fenced: after.is_some() });
+        self.transfers.insert(transfer, Transfer { uid, peer, address, instance, parts, delayed });
         let copies = checked.into_iter().map(|part| part.copy).collect();
         self.outputs.push_back(Output::Post { transfer, connection, copies, summed, after });
         // After the post, so that the engine is at work before the client wakes up.
@@ -157,10 +158,10 @@ impl SenderSession {
         self.serve_staging();
     }
 
-    /// What of a request waits for its client's process is not to be written any more.
-    pub(super) fn abandon_fenced(&mut self, uid: Uid, writer_gone: bool) {
-        let fenced = self.transfers.iter().filter(|(_, transfer)| transfer.uid == uid && transfer.fenced);
-        let abandoned: Vec<TransferId> = fenced.map(|(&transfer, _)| transfer).collect();
+    /// What of a request may not have been posted yet is not to be written any more.
+    pub(super) fn abandon_delayed(&mut self, uid: Uid, writer_gone: bool) {
+        let delayed = self.transfers.iter().filter(|(_, transfer)| transfer.uid == uid && transfer.delayed);
+        let abandoned: Vec<TransferId> = delayed.map(|(&transfer, _)| transfer).collect();
         self.outputs.extend(abandoned.into_iter().map(|transfer| Output::Abandon { transfer, writer_gone }));
     }
 

@@ -1,5 +1,6 @@
 //! A receiver's session with two senders, on a bench.
 
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use pd_backend::address::AddressManager;
@@ -31,6 +32,10 @@ pub struct Bench {
     pub process: Option<ProcessIdentity>,
     /// What it asked to be summed.
     pub verifies: Vec<(GrantId, Vec<ExpectedChunk>)>,
+    /// Of those, what it wants no more.
+    pub abandoned: Vec<GrantId>,
+    /// Senders whose processes are watched.
+    pub watched: BTreeSet<String>,
 }
 
 impl Bench {
@@ -88,6 +93,8 @@ impl Bench {
             process: None,
             capabilities: vec![CAPABILITY_CHECKSUMS.into()],
             verifies: Vec::new(),
+            abandoned: Vec::new(),
+            watched: BTreeSet::new(),
         };
         for name in ["a", "b"] {
             let answers = bench.shake_hands(name, Vec::new());
@@ -123,6 +130,9 @@ impl Bench {
             match output {
                 Output::Send { to, message, .. } => said.push((to, message)),
                 Output::Verify { grant, chunks, .. } => self.verifies.push((grant, chunks)),
+                Output::AbandonVerification(grant) => self.abandoned.push(grant),
+                Output::WatchProcess { instance, .. } => drop(self.watched.insert(instance)),
+                Output::UnwatchProcess { instance } => drop(self.watched.remove(&instance)),
                 Output::GrowBuffer => self.grow_outputs += 1,
                 Output::LoadPeer { instance, .. } => {
                     self.session.handle_peer_loaded(self.now, &instance, Ok(ConnectionId(self.seq)));

@@ -91,3 +91,40 @@ fn what_a_dead_writer_had_posted_is_waited_for() {
     later(&mut bench, 1);
     assert_eq!(bench.session.counts().slots.quarantined, 0);
 }
+
+#[test]
+fn a_process_is_watched_for_as_long_as_its_end_matters() {
+    // Broken in production: what watches the process of a sender stays for good, one for every sender that ever came; or
+    // goes too soon, and the slots of a killed sender are never free again.
+    let mut bench = bench_that_lost_a(Duration::ZERO);
+    let watched = |bench: &Bench| bench.watched.iter().cloned().collect::<Vec<_>>().join("");
+    assert_eq!(watched(&bench), "abc", "it may still be writing");
+    bench.session.handle_process_ended(bench.now, "a");
+    bench.drain();
+    assert_eq!((watched(&bench).as_str(), bench.session.counts().slots.quarantined), ("bc", 0));
+    ping(&mut bench, "b");
+    bench.session.handle_route_gone(bench.now, &"b");
+    bench.drain();
+    assert_eq!(watched(&bench), "c", "nothing was granted to it");
+    // Back under the same name: watched again, until it has said that it writes no more.
+    bench.process = Some(process("1", 11));
+    bench.shake_hands("b", Vec::new());
+    let grant = grant_of(&bench.alloc("b", "r2", &["k5"]).1);
+    bench.session.handle_route_gone(bench.now, &"b");
+    bench.drain();
+    assert_eq!(watched(&bench), "bc");
+    bench.cancel("b", "r2", Some(grant), None, true);
+    assert_eq!(watched(&bench), "c");
+}
+
+#[test]
+fn a_peer_that_makes_room_for_another_is_not_watched_any_more() {
+    // Broken in production: senders beyond pd_max_peers that take turns leave something behind each time.
+    let mut bench = Bench::with(4, 4, |settings| settings.peers_max = 2);
+    for (name, pid) in [("c", 12), ("d", 13), ("e", 14), ("c", 15), ("d", 16)] {
+        bench.now += Duration::from_millis(1);
+        bench.process = Some(process("1", pid));
+        assert!(bench.shake_hands(name, Vec::new()).refusal.is_none());
+        assert!(bench.watched.len() <= 2 && bench.watched.contains(name), "{:?}", bench.watched);
+    }
+}

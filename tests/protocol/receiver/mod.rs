@@ -4,6 +4,7 @@ mod bench;
 mod ended;
 mod limits;
 mod stock;
+mod verification;
 
 use std::time::Duration;
 
