@@ -146,7 +146,7 @@ fn the_largest_request_that_a_configuration_allows_can_be_read_by_everybody() {
                 instance: "n".repeat(NAME_LEN_BYTES_MAX),
                 req_id: request_id(),
                 grant: GrantId(u64::MAX),
-                checksums: vec![Some(Checksum(u32::MAX)); count],
+                checksums: vec![Some(Checksum(u64::MAX)); count],
             }),
             Message::CacheQueryRequest(CacheQueryRequest { keys: keys.clone() }),
             Message::CacheQueryResponse(CacheQueryResponse {
