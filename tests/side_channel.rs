@@ -204,6 +204,55 @@ async fn a_name_that_is_taken_stays_with_its_peer() {
 }
 
 #[tokio::test]
+async fn peers_take_turns_whatever_the_others_have_to_say() {
+    // Broken in production: a receiver that is sent long messages by strangers reads all of them first, and its senders
+    // take it for dead.
+    const STRANGERS: usize = 64;
+    let mut router = RouterSocket::bind_tcp("127.0.0.1", 0).await.unwrap();
+    let mut peers = Vec::new();
+    for number in 0..=STRANGERS {
+        let stream = raw_dealer(router.port, format!("peer {number}").as_bytes());
+        assert!(matches!(soon(router.receiver.recv()).await, Some(RouterEvent::Message { .. })));
+        stream.set_nonblocking(true).unwrap();
+        peers.push(stream);
+    }
+    // The runtime has one thread, which is this one: nothing is read before the next await. The honest one is in the middle.
+    for (number, peer) in peers.iter_mut().enumerate() {
+        if number == STRANGERS / 2 {
+            peer.write_all(b"\x01\x00\x00\x04ping").unwrap();
+            continue;
+        }
+        // A message of 16 MiB, and as much of it as finds room.
+        peer.write_all(b"\x01\x00\x02\x00\x00\x00\x00\x01\x00\x00\x00").unwrap();
+        while peer.write(&[0; 64 * 1024]).is_ok() {}
+    }
+    let said = unread_bytes(router.port);
+    let event = soon(router.receiver.recv()).await;
+    assert!(matches!(&event, Some(RouterEvent::Message { payload, .. }) if payload == "ping"), "{event:?}");
+    let read = said.saturating_sub(unread_bytes(router.port));
+    // Each of them had a turn, and some a second one.
+    let turns_bytes = 2 * STRANGERS as u64 * 256 * 1024;
+    assert!(read < turns_bytes, "{read} of {said} bytes of others were read before a message of four");
+}
+
+/// What the connections to a port hold of what was said and not read.
+fn unread_bytes(port: u16) -> u64 {
+    let port = format!(":{port:04X}");
+    let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
+    let of_connection = |line: &str| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        let (to_send, received) = fields[4].split_once(':').unwrap();
+        let held = match (fields[1].ends_with(&port), fields[2].ends_with(&port)) {
+            (true, _) => received,
+            (_, true) => to_send,
+            _ => "0",
+        };
+        u64::from_str_radix(held, 16).unwrap()
+    };
+    table.lines().skip(1).map(of_connection).sum()
+}
+
+#[tokio::test]
 async fn a_message_that_does_not_end_costs_its_sender_the_connection() {
     // Broken in production: whoever begins messages and never ends them keeps places and memory for ever.
     let access = Access { channel: Channel::Init, secret: None, timeout: Duration::from_millis(100) };
