@@ -35,7 +35,7 @@ use stalled::*;
 use transfers::*;
 
 const CASE_VARIABLE: &str = "PD_TEST_CASE";
-const CASE_MAX: Duration = Duration::from_secs(150);
+const CASE_MAX: Duration = Duration::from_secs(600);
 const HIDDEN: [&str; 4] = ["this_process_has_another_role", "--exact", "--nocapture", "--test-threads=1"];
 
 const UNIT_BYTES: u64 = 16 * 1024;
