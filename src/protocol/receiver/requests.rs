@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Instant;
 
+use super::admission::Room;
 use super::piecemeal::Held;
 use super::stock::Batches;
 use super::{Note, Port, ReceiverSession, Timer};
@@ -34,6 +35,8 @@ pub(super) struct Request<R> {
     pub(super) since: Instant,
     /// How many later requests got slots before it.
     pub(super) overtaken: u32,
+    /// Where it was last refused room.
+    pub(super) refused_in: Option<Room>,
     /// Whom to answer, and which commit, once its chunks are summed.
     pub(super) verifying: Option<(R, Seq)>,
     /// Of a sender of another make, which writes pages and commits nothing.

@@ -2,6 +2,7 @@
 
 mod bench;
 mod ended;
+mod eviction;
 mod stock;
 
 use std::time::Duration;

@@ -163,6 +163,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             known_len_bytes: self.stock.known_len_bytes.unwrap_or(0),
             since: now,
             overtaken: 0,
+            refused_in: None,
             verifying: None,
             batches: Some(batches),
             stage: Stage::Waiting { wait, held: None },
@@ -178,12 +179,13 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         id: &RequestId,
         grant: GrantId,
         missing: &[u32],
+        keep: &BTreeSet<SlotIndex>,
     ) -> Option<Vec<SlotIndex>> {
         let request = self.requests.get_mut(id)?;
         let batches = request.batches.as_mut()?;
         let to_come = batches.total.saturating_sub(request.keys.len());
         let (page_bytes, known) = (self.settings.chunk.slot_bytes, request.known_len_bytes);
-        let mut pages = self.slots.reserve_pages(grant, missing.len() + to_come, page_bytes, known).ok()?;
+        let mut pages = self.slots.reserve_pages(grant, missing.len() + to_come, page_bytes, keep, known).ok()?;
         batches.spare = pages.split_off(missing.len());
         for (&index, &slot) in missing.iter().zip(&pages) {
             self.slots.set_chunk_bytes(slot, grant, request.sizes[index as usize].len_bytes);
