@@ -43,13 +43,13 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         let (id, sizes) = match checked {
             Ok(checked) => checked,
             Err(failure) => {
+                let id = request.req_id.clone();
+                self.refuse_alloc(from, extension.seq, &extension.instance, request.req_id, failure.clone());
                 // Whoever waits for it at this end need not wait longer.
-                if let Some(id) = request.req_id.clone().filter(|id| !self.requests.contains_key(id)) {
-                    let instance = clip(&extension.instance);
-                    self.fail_waiters(&id, &failure, &instance);
-                    self.remember_ended(now, id, failure.clone(), instance, None);
+                if let Some(id) = id.filter(|id| !self.requests.contains_key(id)) {
+                    self.tell_end(now, id, failure, clip(&extension.instance), None);
                 }
-                return self.refuse_alloc(from, extension.seq, &extension.instance, request.req_id, failure);
+                return;
             }
         };
         // A name that is ready but not fetched is sent again: the newer request takes its place.
@@ -57,8 +57,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             self.drop_ready(now, &id);
         }
         let text = "its sender is gone, and another has the request now";
-        self.end(now, &id, Failure::new(FailureKind::PeerLost, text), false);
-        self.ended.forget(&id);
+        self.replace(now, &id, &Failure::new(FailureKind::PeerLost, text));
         let wait = Duration::from_millis(extension.wait_ms).min(self.settings.allocation_timeout);
         self.timers.set(Timer::Allocation(id.clone()), now + wait);
         let request = Request {

@@ -3,6 +3,7 @@
 mod bench;
 mod ended;
 mod eviction;
+mod readers;
 mod stock;
 
 use std::time::Duration;

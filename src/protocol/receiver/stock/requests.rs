@@ -40,12 +40,13 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             Ok(sizes) if self.is_next_batch(&instance, &id) => self.take_batch(now, from, id, request, sizes),
             Ok(sizes) => {
                 // An earlier attempt under this name has been given up by whoever tries again, and may still be written.
-                self.end(now, &id, Failure::new(FailureKind::Cancelled, "its sender asked for it again"), false);
+                self.replace(now, &id, &Failure::new(FailureKind::Cancelled, "its sender asked for it again"));
                 self.begin_stock_request(now, from, (id, instance), request, sizes);
             }
             Err(failure) => {
-                if !self.requests.contains_key(&id) {
-                    self.fail_waiters(&id, &failure, &instance);
+                // Readers do not know a name that a request was given here.
+                if !self.requests.contains_key(&id) && request.req_id.is_some() {
+                    self.tell_end(now, id.clone(), failure.clone(), instance.clone(), None);
                 }
                 self.refuse_stock(from, count, &instance, Some(id), failure);
             }
@@ -146,8 +147,6 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         request: AllocRequest,
         sizes: Vec<ChunkSize>,
     ) {
-        self.drop_ready(now, &id);
-        self.ended.forget(&id);
         let wait = self.settings.allocation_timeout;
         self.timers.set(Timer::Allocation(id.clone()), now + wait);
         let complete = request.is_last_batch.unwrap_or(true);
