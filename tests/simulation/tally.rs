@@ -16,12 +16,14 @@ pub struct Tally {
     pub landed_late: u64,
     pub vanished: u64,
     pub vouched: u64,
+    /// Of those fetched: by readers that had asked after an earlier attempt's end was told, and before theirs was granted.
+    pub fetched_again: u64,
 }
 
 impl Tally {
     pub fn add(&mut self, other: &Self) {
         let Self { events, sent, failed, cancelled, fetched, lost_messages, repeated_messages, crashes, .. } = other;
-        let Self { pauses, growths, landed_late, vanished, vouched, .. } = other;
+        let Self { pauses, growths, landed_late, vanished, vouched, fetched_again, .. } = other;
         self.events += events;
         self.sent += sent;
         self.failed += failed;
@@ -35,12 +37,14 @@ impl Tally {
         self.landed_late += landed_late;
         self.vanished += vanished;
         self.vouched += vouched;
+        self.fetched_again += fetched_again;
     }
 
     /// A run in which something never happened has not tested it.
     pub fn assert_everything_happened(&self) {
         let counts = [self.sent, self.failed, self.cancelled, self.fetched, self.lost_messages, self.repeated_messages];
         let rare = [self.crashes, self.pauses, self.growths, self.landed_late, self.vanished, self.vouched];
-        assert!(counts.iter().chain(&rare).all(|&count| count >= 20), "too few of something: {self:?}");
+        let rare = rare.iter().chain([&self.fetched_again]);
+        assert!(counts.iter().chain(rare).all(|&count| count >= 20), "too few of something: {self:?}");
     }
 }
