@@ -201,6 +201,7 @@ fn without_a_safeguard_something_is_found() {
         ("grant check", Safeguards { grant_check: false, ..all }),
         ("whole requests", Safeguards { whole_requests: false, ..all }),
         ("commit before notify", Safeguards { commit_before_notify: false, ..all }),
+        ("ends told once", Safeguards { ends_told_once: false, ..all }),
     ] {
         let found = found_without(safeguards, WITHOUT_SEEDS_MAX);
         let (seed, text) =

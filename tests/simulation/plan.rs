@@ -44,6 +44,8 @@ pub struct Plan {
     pub reuse_name: u32,
     /// Failed requests that are opened again.
     pub retry: u32,
+    /// Attempts whose reader asks before their sender does.
+    pub decode_first: u32,
     /// Whether messages between two ports keep their order.
     pub ordered: bool,
     pub lose: u32,
@@ -101,6 +103,7 @@ impl Plan {
             keys: 10,
             reuse_name: some(40),
             retry: 50,
+            decode_first: some(80),
             ordered: false,
             lose: some(10),
             repeat: some(15),
@@ -156,6 +159,7 @@ impl Plan {
             keys: 10,
             reuse_name: 0,
             retry: 0,
+            decode_first: 0,
             ordered: true,
             lose: 0,
             repeat: 0,
@@ -206,6 +210,7 @@ impl Plan {
             settle_ms: 4000,
             keys: 400,
             retry: 30,
+            decode_first: 30,
             ordered: false,
             lose: 1,
             repeat: 2,

@@ -166,8 +166,10 @@ impl World {
         };
         self.attempts.push(attempt);
         let index = self.attempts.len() - 1;
-        self.schedule(0, News::Open(at, index));
-        let wait_after = self.ms(0, if spec.fresh { 2 } else { 120 });
+        let apart = self.ms(0, if spec.fresh { 2 } else { 120 });
+        let decode_first = self.plan.decode_first;
+        let (open_after, wait_after) = if self.fault(decode_first) { (apart, 0) } else { (0, apart) };
+        self.schedule(open_after, News::Open(at, index));
         self.schedule(wait_after, News::Wait(to, spec.name.clone()));
         let (cancel, vanish, reader_cancels) = (self.plan.cancel, self.plan.vanish, self.plan.reader_cancels);
         if self.fault(cancel) {

@@ -112,6 +112,11 @@ impl World {
                 self.check(checked);
                 *self.committed.entry((instance, request)).or_default() += 1;
             }
+            Output::Note(Note::Granted { request, .. }) => self.attempt_begins(at, &request),
+            Output::Note(Note::Failed { request, .. } | Note::Refused { request: Some(request), .. }) => {
+                self.attempt_ends(at, request, false)
+            }
+            Output::Note(Note::Fetched { request, .. }) => self.attempt_ends(at, request, true),
             Output::Note(_) => {}
         }
     }

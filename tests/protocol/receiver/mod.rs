@@ -2,7 +2,9 @@
 
 mod bench;
 mod ended;
+mod eviction;
 mod limits;
+mod readers;
 mod stock;
 mod verification;
 
