@@ -6,12 +6,10 @@ what it is asked to one of four plain objects, by role, and translates between v
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import vllm
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorHandshakeMetadata,
@@ -26,10 +24,12 @@ from ..client import ReceiverClient, SenderClient
 from ..daemon import find_binary
 from ..paged import PagedKv
 from .consumer import ConsumerWorker
+from .engine import dtype_name, engine_facts, window_tokens
 from .finder import ReceiverAt, ReceiverFinder
 from .keys import chunk_key
 from .layout import EngineLayout
 from .meetings import meet_receivers
+from .naming import Naming
 from .options import Options
 from .producer import ProducerWorker
 from .scheduler import ConsumerScheduler, ProducerScheduler
@@ -113,7 +113,7 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
         self._block_tokens = groups[0].kv_cache_spec.block_size
         self._chunk_tokens = self._options.chunk_tokens()
         self._model = self._options.model(vllm_config.model_config.model)
-        self._dtype = _dtype_name(vllm_config)
+        self._dtype = dtype_name(vllm_config)
 
         self._producer_scheduler: ProducerScheduler | None = None
         self._consumer_scheduler: ConsumerScheduler | None = None
@@ -123,13 +123,14 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
         self._failed_blocks: set[int] = set()
         self._handshake: PdHandshake | None = None
         self._rank = 0
+        naming = Naming(window_tokens=window_tokens(groups[0].kv_cache_spec))
         if role == KVConnectorRole.SCHEDULER and self._produces:
-            self._producer_scheduler = ProducerScheduler(self._chunk_tokens, self._block_tokens, self._tp_size)
+            self._producer_scheduler = ProducerScheduler(self._chunk_tokens, self._block_tokens, self._tp_size, naming)
         elif role == KVConnectorRole.SCHEDULER:
             if self._options.lookup:
                 self._finder = ReceiverFinder(self._key)
             self._consumer_scheduler = ConsumerScheduler(
-                self._chunk_tokens, self._block_tokens, kv_cache_config.num_blocks, self._tp_size, self._finder
+                self._chunk_tokens, self._block_tokens, kv_cache_config.num_blocks, self._tp_size, self._finder, naming
             )
 
     # ---- worker
@@ -149,7 +150,7 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
             layers=paged.layers,
             tp_rank=rank,
             tp_size=self._tp_size,
-            engine=_engine_facts(self._vllm_config, self._kv_cache_config, paged),
+            engine=engine_facts(self._vllm_config, self._kv_cache_config, paged),
         )
         name = "pd-sender" if self._produces else "pd-receiver"
         arguments = options.daemon_args(str(paged.device)) + (["--rank", str(rank)] if rank else [])
@@ -320,31 +321,3 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
 
     def _key(self, rank: int, chunk_hash: str) -> str:
         return chunk_key(self._model, self._tp_size, rank, chunk_hash, self._dtype)
-
-
-def _dtype_name(vllm_config: VllmConfig) -> str:
-    """Element type of the KV, as keys have it."""
-    cache_dtype = str(vllm_config.cache_config.cache_dtype)
-    return (str(vllm_config.model_config.dtype) if cache_dtype == "auto" else cache_dtype).removeprefix("torch.")
-
-
-def _engine_facts(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, paged: PagedKv) -> dict[str, str]:
-    """What the bytes of a block depend on, besides their number."""
-    from vllm.distributed.kv_transfer.kv_connector.utils import get_current_attn_backend
-
-    context = vllm_config.compilation_config.static_forward_context
-    instruction_sets = {str(getattr(context.get(name), "isa", "")) for name in paged.layer_index} - {""}
-    model = vllm_config.model_config
-    facts = {
-        "vllm": vllm.__version__,
-        "dtype": _dtype_name(vllm_config),
-        "attention": get_current_attn_backend(vllm_config, list(paged.layer_index)).get_name(),
-        "block_shape": "x".join(str(count) for count, _ in paged.shape.inner),
-        "device": paged.device.type if paged.device.type != "cpu" else f"cpu {platform.machine()}",
-        "cache_layout": str(getattr(kv_cache_config, "kv_cache_layout", None) or ""),
-        # The packing of a block on a CPU depends on the instructions that read it.
-        "instruction_set": ",".join(sorted(instruction_sets)),
-        "revision": str(getattr(model, "revision", None) or ""),
-        "quantization": str(getattr(model, "quantization", None) or ""),
-    }
-    return {name: value[:256] for name, value in facts.items() if value}
