@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace as Fake
 from typing import Any
 
 import pytest
@@ -79,6 +80,21 @@ class TestWindows:
         prefill.build(output(preempted=["a"]))
         step = prefill.build(output(cached=[("a", [0, 0, 8, 9, 5, 6], 512, 188)], resumed=["a"]))
         assert (told(step), step.dropped) == ([], ["a"])
+
+
+def test_images_that_are_counted_are_computed_at_decode() -> None:
+    # Broken in production: two servers agree by luck on a counter's names, and one image is answered with another's KV.
+    one = request(300, output=[7])
+    one.mm_features = [Fake(mm_position=Fake(offset=3), identifier="renderer0-mm-1-image-0")]
+    prefill, decode = producer(Naming(images_by_count=True)), consumer(Naming(images_by_count=True), Shelf())
+    prefill.allocated(one)
+    assert prefill.build(output(new=[("a", [1, 2, 3], 0, 300)])).plans == []
+    assert "by a counter" in prefill.finished(one)[1]["not_sent"]
+    decode.arrived(one)
+    assert decode.matched(one, 0) == (0, False) and decode.build(output()).announced == []
+    # Text alone has names.
+    assert Naming(images_by_count=True).context(request(300), 300) == Naming().context(request(300), 300)
+    assert Naming().context(one, 300).items[0].offset == 3
 
 
 def test_each_reason_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:

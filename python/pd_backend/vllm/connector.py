@@ -24,7 +24,7 @@ from ..client import ReceiverClient, SenderClient
 from ..daemon import find_binary
 from ..paged import PagedKv
 from .consumer import ConsumerWorker
-from .engine import dtype_name, engine_facts, window_tokens
+from .engine import dtype_name, engine_facts, images_by_count, window_tokens
 from .finder import ReceiverAt, ReceiverFinder
 from .keys import chunk_key
 from .layout import EngineLayout
@@ -123,7 +123,9 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
         self._failed_blocks: set[int] = set()
         self._handshake: PdHandshake | None = None
         self._rank = 0
-        naming = Naming(window_tokens=window_tokens(groups[0].kv_cache_spec))
+        naming = Naming(
+            window_tokens=window_tokens(groups[0].kv_cache_spec), images_by_count=images_by_count(vllm_config)
+        )
         if role == KVConnectorRole.SCHEDULER and self._produces:
             self._producer_scheduler = ProducerScheduler(self._chunk_tokens, self._block_tokens, self._tp_size, naming)
         elif role == KVConnectorRole.SCHEDULER:

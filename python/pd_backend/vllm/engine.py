@@ -42,6 +42,14 @@ def window_tokens(spec: KVCacheSpec) -> int | None:
     return None
 
 
+def images_by_count(vllm_config: VllmConfig) -> bool:
+    """Whether vLLM names multimodal inputs by a counter of its process: nothing there needs them by content."""
+    multimodal = vllm_config.model_config.multimodal_config
+    if multimodal is None or vllm_config.cache_config.enable_prefix_caching:
+        return False
+    return not multimodal.mm_processor_cache_gb
+
+
 def dtype_name(vllm_config: VllmConfig) -> str:
     """Element type of the KV, as keys have it."""
     cache_dtype = str(vllm_config.cache_config.cache_dtype)

@@ -29,9 +29,12 @@ class Unnamed(Exception):
 class Naming:
     """What a server's requests are called, for its scheduler."""
 
-    def __init__(self, *, window_tokens: int | None = None) -> None:
-        """`window_tokens`: no layer sees more tokens than these; None where every layer sees all."""
+    def __init__(self, *, window_tokens: int | None = None, images_by_count: bool = False) -> None:
+        """`window_tokens`: no layer sees more tokens than these; None where every layer sees all. `images_by_count`: the
+        engine calls multimodal inputs by a counter of its process, not by what they are.
+        """
         self._window_tokens = window_tokens
+        self._images_by_count = images_by_count
         self._logged: set[str] = set()
 
     def context(self, request: Any, tokens: int) -> Context:
@@ -56,9 +59,14 @@ class Naming:
                 "window",
                 f"the prompt's {tokens} tokens are not all inside the window of {window}, and vLLM keeps no KV outside it",
             )
-        items = []
-        for feature in getattr(request, "mm_features", None) or ():
-            items.append(Item(int(feature.mm_position.offset), str(feature.identifier)))
+        features = getattr(request, "mm_features", None) or ()
+        if features and self._images_by_count:
+            raise Unnamed(
+                "images",
+                "with prefix caching and the multimodal cache both off, vLLM names multimodal inputs by a counter; switch "
+                "one of them on (--enable-prefix-caching, --mm-processor-cache-gb) at both servers",
+            )
+        items = [Item(int(feature.mm_position.offset), str(feature.identifier)) for feature in features]
         lora = getattr(request, "lora_request", None)
         return Context(
             "" if lora is None else str(lora.lora_name), getattr(request, "cache_salt", None) or "", tuple(items)
