@@ -10,6 +10,7 @@ Only that module and `engine` import vLLM; the others here are plain Python:
     layout      what the two daemons compare before they talk
     spec        what a router says of a request: `disagg_spec`
     step        what the scheduler's side tells the workers, step by step
+    adapters    what a LoRA adapter is
     naming      which requests can be named: the others are computed where they arrived
     scheduler   the two scheduler sides
     finder      look-ups at the receivers of a decode server, for the scheduler

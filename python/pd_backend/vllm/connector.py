@@ -6,7 +6,7 @@ what it is asked to one of four plain objects, by role, and translates between v
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +23,17 @@ from vllm.logger import init_logger
 from ..client import ReceiverClient, SenderClient
 from ..daemon import find_binary
 from ..paged import PagedKv
+from .adapters import Adapters
 from .consumer import ConsumerWorker
-from .engine import dtype_name, engine_facts, images_by_count, window_tokens
+from .engine import (
+    LOADED_ADAPTERS,
+    adapter_folder,
+    dtype_name,
+    engine_facts,
+    images_by_count,
+    watch_adapter_loads,
+    window_tokens,
+)
 from .finder import ReceiverAt, ReceiverFinder
 from .keys import chunk_key
 from .layout import EngineLayout
@@ -68,12 +77,15 @@ class PdNews(KVConnectorWorkerMetadata):
         here: Sequence[str] = (),
         returned: Sequence[str] = (),
         receivers: Sequence[ReceiverAt] = (),
+        adapters: Mapping[int, str] | None = None,
     ) -> None:
         self.outcomes = outcomes or SendOutcomes()
         #: These two: once for each worker that says so.
         self.here = list(here)
         self.returned = list(returned)
         self.receivers = list(receivers)
+        #: Adapters that were loaded, by vLLM's number: what their files were.
+        self.adapters = dict(adapters or {})
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         assert isinstance(other, PdNews)
@@ -81,6 +93,9 @@ class PdNews(KVConnectorWorkerMetadata):
         self.here += other.here
         self.returned += other.returned
         self.receivers += other.receivers
+        for lora_id, signature in other.adapters.items():
+            if self.adapters.setdefault(lora_id, signature) != signature:
+                self.adapters[lora_id] = ""  # They differ from rank to rank: it is nothing that has a name.
         return self
 
 
@@ -123,8 +138,11 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
         self._failed_blocks: set[int] = set()
         self._handshake: PdHandshake | None = None
         self._rank = 0
-        naming = Naming(
-            window_tokens=window_tokens(groups[0].kv_cache_spec), images_by_count=images_by_count(vllm_config)
+        adapters_are_seen = vllm_config.lora_config is not None and watch_adapter_loads()
+        self._naming = naming = Naming(
+            window_tokens=window_tokens(groups[0].kv_cache_spec),
+            images_by_count=images_by_count(vllm_config),
+            adapters=Adapters(adapter_folder) if adapters_are_seen else None,
         )
         if role == KVConnectorRole.SCHEDULER and self._produces:
             self._producer_scheduler = ProducerScheduler(self._chunk_tokens, self._block_tokens, self._tp_size, naming)
@@ -179,11 +197,17 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
                 self._dtype,
                 slot_wait_s=options.slot_wait_s,
                 layer_pushes=1 if self._vllm_config.parallel_config.enable_dbo else options.layer_pushes,
+                adapters=LOADED_ADAPTERS,
             )
         else:
             receiver = Supervisor(binary, arguments, layout.json(), ReceiverClient, **limits)
             self._consumer = ConsumerWorker(
-                receiver, paged, layout, self._dtype, receive_wait_s=options.receive_wait_s
+                receiver,
+                paged,
+                layout,
+                self._dtype,
+                receive_wait_s=options.receive_wait_s,
+                adapters=LOADED_ADAPTERS,
             )
             self._handshake = PdHandshake(ReceiverAt.here(rank, receiver.ready.connector))
 
@@ -236,16 +260,15 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
         return failed
 
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
+        news = PdNews(adapters=LOADED_ADAPTERS.news())
         if self._producer is not None:
-            outcomes = self._producer.outcomes()
-            return None if outcomes is None else PdNews(outcomes)
-        if self._consumer is None:
-            return None
-        here, returned, moved_to = self._consumer.here(), self._consumer.returned(), self._consumer.moved_to()
-        receivers = [] if moved_to is None else [ReceiverAt.here(self._rank, moved_to)]
-        if not (here or returned or receivers):
-            return None
-        return PdNews(here=here, returned=returned, receivers=receivers)
+            news.outcomes = self._producer.outcomes() or news.outcomes
+        if self._consumer is not None:
+            news.here, news.returned = self._consumer.here(), self._consumer.returned()
+            moved_to = self._consumer.moved_to()
+            if moved_to is not None:
+                news.receivers.append(ReceiverAt.here(self._rank, moved_to))
+        return news if any((news.outcomes.ended, news.here, news.returned, news.receivers, news.adapters)) else None
 
     def shutdown(self) -> None:
         for part in (self._producer, self._consumer, self._finder):
@@ -293,6 +316,7 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
     def update_connector_output(self, connector_output: Any) -> None:
         news = connector_output.kv_connector_worker_meta
         if isinstance(news, PdNews):
+            self._naming.adapters_loaded(news.adapters)
             if self._producer_scheduler is not None:
                 self._producer_scheduler.update(news.outcomes)
             if self._consumer_scheduler is not None:

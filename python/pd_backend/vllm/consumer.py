@@ -11,6 +11,7 @@ from typing import Any
 from ..client import Lease, Pending, ReceiverClient
 from ..errors import DaemonGone, Kind, PdError, RequestRefused
 from ..paged import PagedKv
+from .adapters import LoadedAdapters
 from .keys import chunk_key
 from .layout import EngineLayout
 from .scheduler import blocks_of
@@ -51,8 +52,10 @@ class ConsumerWorker:
         dtype: str,
         *,
         receive_wait_s: float | None = None,
+        adapters: LoadedAdapters | None = None,
     ) -> None:
         self._supervisor = supervisor
+        self._adapters = adapters or LoadedAdapters()
         self._paged = paged
         self._layout = layout
         self._dtype = dtype
@@ -237,8 +240,10 @@ class ConsumerWorker:
                 expected = keys[at] if at < len(keys) else "no such chunk"
                 raise LoadError(
                     f"chunk {at} is {seen}, expected {expected}: "
-                    "prefill was given another prompt, or the chunk has gone"
+                    "prefill was given another prompt or has other weights, or the chunk has gone"
                 )
+            if not self._adapters.may_be(plan.adapter):
+                raise LoadError("the files of its LoRA adapter have changed since it was loaded; load it anew")
             for index, chunk in enumerate(chunks):
                 assert chunk is not None
                 where = blocks_of(index, self._layout.chunk_tokens, self._layout.block_tokens, plan.tokens)

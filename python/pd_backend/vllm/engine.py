@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import vllm
 from vllm.v1.kv_cache_interface import (
@@ -15,6 +15,10 @@ from vllm.v1.kv_cache_interface import (
 )
 
 from ..paged import PagedKv
+from .adapters import LoadedAdapters
+
+#: Of the workers of this process.
+LOADED_ADAPTERS = LoadedAdapters()
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -48,6 +52,35 @@ def images_by_count(vllm_config: VllmConfig) -> bool:
     if multimodal is None or vllm_config.cache_config.enable_prefix_caching:
         return False
     return not multimodal.mm_processor_cache_gb
+
+
+def adapter_folder(lora_path: str) -> str:
+    """Where vLLM reads an adapter from."""
+    from vllm.lora.utils import get_adapter_absolute_path
+
+    return get_adapter_absolute_path(lora_path)
+
+
+def watch_adapter_loads() -> bool:
+    """Has `LOADED_ADAPTERS` note what the workers of this process load; false where this vLLM cannot be watched."""
+    from vllm.lora.worker_manager import WorkerLoRAManager
+
+    load = getattr(WorkerLoRAManager, "_load_adapter", None)
+    if load is None:
+        return False
+    if getattr(load, "notes_for_pd_backend", False):
+        return True
+
+    def noting(manager: Any, lora_request: Any) -> Any:
+        return LOADED_ADAPTERS.load(
+            lora_request.lora_int_id,
+            lambda: adapter_folder(lora_request.lora_path),
+            lambda: load(manager, lora_request),
+        )
+
+    noting.notes_for_pd_backend = True  # type: ignore[attr-defined]
+    WorkerLoRAManager._load_adapter = noting
+    return True
 
 
 def dtype_name(vllm_config: VllmConfig) -> str:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 _DIGEST_BYTES = 16
 # Changes with what goes into the hash: old and new releases must not agree by chance.
-_SEED = b"pd-backend chunk 1"
+_SEED = b"pd-backend chunk 2"
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,15 @@ class Item:
 class Context:
     """What changes a prompt's KV besides its tokens. The model is in the key itself, and in the handshake."""
 
-    lora: str = ""
+    #: A LoRA adapter by what it is, not by its name.
+    adapter: str = ""
     salt: str = ""
     items: tuple[Item, ...] = ()
 
 
 def chunk_hashes(token_ids: Sequence[int], chunk_tokens: int, context: Context = Context()) -> list[str]:
     """One hash for each chunk of the prompt, in hexadecimal digits; the last chunk may be short."""
-    running = _digest(_SEED, chunk_tokens.to_bytes(8, "little"), _text(context.lora), _text(context.salt))
+    running = _digest(_SEED, chunk_tokens.to_bytes(8, "little"), _text(context.adapter), _text(context.salt))
     hashes = []
     for first in range(0, len(token_ids), chunk_tokens):
         tokens = token_ids[first : first + chunk_tokens]

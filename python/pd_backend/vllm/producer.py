@@ -15,6 +15,7 @@ from ..client import Pending, SenderClient
 from ..errors import DaemonGone, PdError, RequestRefused
 from ..messages import Failed, SendPart, StagedSlot
 from ..paged import PagedKv
+from .adapters import LoadedAdapters
 from .keys import chunk_key
 from .layout import EngineLayout
 from .step import ProducerStep, SendOutcomes, SendPlan, idle_wait_s
@@ -71,8 +72,10 @@ class ProducerWorker:
         *,
         slot_wait_s: float | None = None,
         layer_pushes: int = 1,
+        adapters: LoadedAdapters | None = None,
     ) -> None:
         self._supervisor = supervisor
+        self._adapters = adapters or LoadedAdapters()
         self._paged = paged
         self._layout = layout
         self._dtype = dtype
@@ -282,6 +285,8 @@ class ProducerWorker:
         """Copies what is computed of staged chunks, up to so many layers, and tells the daemon to send it."""
         if request.ended or request.complete or self._client is None:
             return
+        if not self._adapters.may_be(request.plan.adapter):
+            return self._fail(request, PdError("unnamed", "the files of its LoRA adapter have changed since it was loaded; load it anew"))
         parts: list[SendPart] = []
         for index, chunk in list(request.chunks.items()):
             slot = chunk.slot

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from .adapters import Adapter
 from .keys import chunk_hashes
 from .naming import NULL_BLOCK, Naming, Unnamed
 from .spec import DisaggSpec, SpecError, decode_req_id, prefill_spec
@@ -32,6 +33,8 @@ class _Sending:
     """A prefill request, as far as the scheduler knows."""
 
     plan: SendPlan
+    #: The engine's own cache may have other KV under the request's name.
+    stale_hits: bool = False
     planned: bool = False
     block_ids: list[int] = field(default_factory=list)
     #: Chunks that the workers have been told of.
@@ -75,12 +78,12 @@ class ProducerScheduler:
             return
         try:
             # The last token of the answer is not computed.
-            context = self._naming.context(request, request.num_prompt_tokens + request.max_tokens - 1)
+            named = self._naming.name(request, request.num_prompt_tokens + request.max_tokens - 1)
         except Unnamed as unnamed:
             self._unnamed[request_id] = str(unnamed)
             return
         tokens = list(request.prompt_token_ids)
-        hashes = chunk_hashes(tokens, self._chunk_tokens, context)
+        hashes = chunk_hashes(tokens, self._chunk_tokens, named.context)
         other = self._of(self._by_req_id.get(spec.req_id))
         if other is not None:
             # Another sample of the same request: its chunks are sent already.
@@ -88,7 +91,8 @@ class ProducerScheduler:
                 self._refused[request_id] = f"disagg_spec.req_id = {spec.req_id!r} is that of another prompt under way"
             return
         self._by_req_id[spec.req_id] = request_id
-        self._sending[request_id] = _Sending(SendPlan(request_id, spec, hashes, len(tokens)))
+        plan = SendPlan(request_id, spec, hashes, len(tokens), named.adapter)
+        self._sending[request_id] = _Sending(plan, named.stale_hits)
 
     def build(self, output: Any) -> ProducerStep:
         """What the workers need for this step; `output` is the engine's `SchedulerOutput`."""
@@ -118,6 +122,11 @@ class ProducerScheduler:
             return
         if anew:
             sending.block_ids, sending.told = [], 0
+            if computed and sending.stale_hits:
+                self._give_up(
+                    step, sending, "vLLM's own cache may have KV of another adapter of this name; /reset_prefix_cache"
+                )
+                return
         if blocks is not None:
             sending.block_ids.extend(blocks[0])
         if not sending.planned:
@@ -228,6 +237,7 @@ class _Receiving:
     loading: bool = False
     hashes: list[str] = field(default_factory=list)
     tokens: int = 0
+    adapter: Adapter | None = None
     #: For how many tokens of the request chunks were looked up last.
     lookup_of: int = -1
     #: Of the load under way.
@@ -288,7 +298,7 @@ class ConsumerScheduler:
             req_id = None
         receiving = self._receiving[request.request_id] = _Receiving(req_id)
         try:
-            self._naming.context(request, request.num_prompt_tokens)
+            self._naming.name(request, request.num_prompt_tokens)
         except Unnamed:
             req_id = receiving.req_id = None
             receiving.failed = True
@@ -306,7 +316,7 @@ class ConsumerScheduler:
         if receiving.req_id is not None and not receiving.used:
             if not receiving.hashes and not receiving.failed:
                 try:
-                    receiving.hashes = self._hashes(request, request.num_prompt_tokens)
+                    receiving.hashes, receiving.adapter = self._hashes(request, request.num_prompt_tokens)
                     receiving.tokens = request.num_prompt_tokens
                 except Unnamed:  # It could be when it came. What was announced of it is given back.
                     receiving.failed = True
@@ -314,7 +324,7 @@ class ConsumerScheduler:
             receiving.tokens, receiving.hashes = 0, []
         elif receiving.lookup_of != request.num_tokens:
             receiving.lookup_of = request.num_tokens
-            receiving.tokens, receiving.hashes = self._look_up(self._finder, request, computed)
+            receiving.tokens, receiving.hashes, receiving.adapter = self._look_up(self._finder, request, computed)
         more = receiving.tokens - computed
         if more <= 0:
             return 0, False
@@ -343,6 +353,7 @@ class ConsumerScheduler:
                     receiving.tokens,
                     computed // self._block_tokens,
                     block_ids[:blocks],
+                    receiving.adapter,
                 )
             )
             receiving.loading = True
@@ -416,34 +427,34 @@ class ConsumerScheduler:
     def _blocks(self, tokens: int) -> int:
         return -(-tokens // self._block_tokens)
 
-    def _hashes(self, request: Any, tokens: int) -> list[str]:
-        context = self._naming.context(request, tokens)
-        return chunk_hashes(request.all_token_ids[:tokens], self._chunk_tokens, context)
+    def _hashes(self, request: Any, tokens: int) -> tuple[list[str], Adapter | None]:
+        named = self._naming.name(request, tokens)
+        return chunk_hashes(request.all_token_ids[:tokens], self._chunk_tokens, named.context), named.adapter
 
     def _forget(self, request_id: str) -> None:
         if self._finder is not None:
             self._finder.forget(request_id)
 
-    def _look_up(self, finder: Finder, request: Any, computed: int) -> tuple[int, list[str]]:
+    def _look_up(self, finder: Finder, request: Any, computed: int) -> tuple[int, list[str], Adapter | None]:
         """The longest beginning of the request whose chunks are ready."""
         tokens = request.num_tokens
         # A router that got the first token from prefill sends it along: the last chunk was sent with one token less.
         # After a preemption the prompt may be followed by any number of our own tokens.
-        best: tuple[int, list[str]] = (0, [])
+        best: tuple[int, list[str], Adapter | None] = (0, [], None)
         for length in sorted({tokens, tokens - 1, request.num_prompt_tokens}, reverse=True):
             if length <= max(computed, best[0]):
                 continue
             try:
-                hashes = self._hashes(request, length)
+                hashes, adapter = self._hashes(request, length)
             except Unnamed:
                 continue
             found = finder.find(request.request_id, hashes)
             covered = length if found == len(hashes) else found * self._chunk_tokens
             if covered > best[0]:
-                best = (covered, hashes[:found])
+                best = (covered, hashes[:found], adapter)
             if found == len(hashes):
                 break
         if best[0] <= computed:
             finder.forget(request.request_id)
-            return 0, []
+            return 0, [], None
         return best

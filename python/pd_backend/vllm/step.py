@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from .adapters import Adapter
 from .spec import DisaggSpec
 
 _IDLE_WAIT_S_MIN = 0.001
@@ -27,6 +28,8 @@ class SendPlan:
     spec: DisaggSpec
     hashes: list[str]
     tokens: int
+    #: What has to be loaded for the hashes to be true.
+    adapter: Adapter | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,8 @@ class ReceivePlan:
     first_block: int
     #: All of the request's blocks up to `tokens`, those before `first_block` included.
     block_ids: list[int]
+    #: What has to be loaded for the hashes to be true.
+    adapter: Adapter | None = None
 
 
 @dataclass
