@@ -251,6 +251,12 @@ impl SlotTable {
         true
     }
 
+    /// Lets no ready chunk be found any more: those that nobody holds are freed now, the others with their last hold.
+    pub fn forget_ready(&mut self) {
+        while self.evict_oldest() {}
+        self.by_key.clear();
+    }
+
     /// Frees the idle chunks that were last held before `before`. Returns how many.
     pub fn expire_idle(&mut self, before: Instant) -> u32 {
         let mut expired = 0;

@@ -9,6 +9,7 @@
 //! | `stock` | senders of another make: LMCache's, which commit nothing |
 //! | `verification` | commits whose chunks are summed before they are taken |
 //! | `readers` | waits, look-ups and leases |
+//! | `reset` | everything that was computed before now is void |
 
 mod admission;
 mod io;
@@ -17,6 +18,7 @@ mod peers;
 mod piecemeal;
 mod readers;
 mod requests;
+mod reset;
 mod stock;
 mod verification;
 

@@ -2,6 +2,7 @@
 
 mod bench;
 mod ended;
+mod reset;
 mod stock;
 
 use std::time::Duration;
