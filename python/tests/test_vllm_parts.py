@@ -73,7 +73,9 @@ class TestKeys:
         for tokens in range(1, 300):
             (name,) = chunk_hashes([tokens], 256)
             assert name == format(int(name, 16), "x")
-        assert chunk_key("m/n", 2, 1, "9b41", "bfloat16") == "m/n@2@1@9b41@bfloat16"
+            key = chunk_key("m/n", 2, 1, "w", name, "bfloat16").split("@")
+            assert key[3] == format(int(key[3], 16), "x")
+        assert chunk_key("m/n", 2, 1, "w", "9b41", "bfloat16") == "m/n@2@1@7c3ec6b8ba48db0ec77bbb08536e539f@bfloat16"
 
 
 class TestLayout:

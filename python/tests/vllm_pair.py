@@ -23,6 +23,7 @@ from pd_backend.vllm.producer import requests_of as producer_requests
 from pd_backend.vllm.spec import DisaggSpec
 from pd_backend.vllm.step import ConsumerStep, ProducerStep, ReceivePlan, SendPlan
 from pd_backend.vllm.supervisor import Supervisor
+from pd_backend.vllm.weights import Weights
 
 LAYERS, BLOCKS, BLOCK_BYTES = 4, 16, 64
 CHUNK, BLOCK = 16, 8
@@ -62,7 +63,14 @@ class Memory:
 class Pair:
     """A prefill and a decode worker, each with its daemon."""
 
-    def __init__(self, stack: ExitStack, sender_slots: int = 8, receiver_slots: int = 16, **options: Any) -> None:
+    def __init__(
+        self,
+        stack: ExitStack,
+        sender_slots: int = 8,
+        receiver_slots: int = 16,
+        consumer_weights: Weights | None = None,
+        **options: Any,
+    ) -> None:
         def supervisor(name: str, client: type[Client], slots: int, *sets: str) -> Supervisor[Any]:
             arguments = []
             for key in ("transfer_channel=local", f"pd_buffer_size={slots * LAYOUT.chunk_bytes}", *sets):
@@ -80,7 +88,9 @@ class Pair:
         self.receiver = supervisor("pd-receiver", ReceiverClient, receiver_slots, *ports)
         self.source, self.target = Memory(1), Memory(2)
         self.producer = ProducerWorker(self.sender, self.source, LAYOUT, "uint8", **options)
-        self.consumer = ConsumerWorker(self.receiver, self.target, LAYOUT, "uint8", receive_wait_s=10)
+        self.consumer = ConsumerWorker(
+            self.receiver, self.target, LAYOUT, "uint8", receive_wait_s=10, weights=consumer_weights
+        )
 
     def plan(self, request_id: str, tokens: Sequence[int]) -> SendPlan:
         ready = self.receiver.ready

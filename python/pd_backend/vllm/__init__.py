@@ -13,6 +13,9 @@ Only that module and `engine` import vLLM; the others here are plain Python:
     adapters    what a LoRA adapter is
     naming      which requests can be named: the others are computed where they arrived
     scheduler   the two scheduler sides
+    checkpoint  what a model is that was loaded
+    weights     whether it still is what was loaded
+    whereabouts where the daemons are, for the scheduler, and how it resets them
     finder      look-ups at the receivers of a decode server, for the scheduler
     producer    the worker's side of prefill
     consumer    the worker's side of decode

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import psutil
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorHandshakeMetadata,
@@ -23,6 +24,7 @@ from vllm.logger import init_logger
 from ..client import ReceiverClient, SenderClient
 from ..daemon import find_binary
 from ..paged import PagedKv
+from . import checkpoint
 from .adapters import Adapters
 from .consumer import ConsumerWorker
 from .engine import (
@@ -31,10 +33,11 @@ from .engine import (
     dtype_name,
     engine_facts,
     images_by_count,
+    running_model,
     watch_adapter_loads,
     window_tokens,
 )
-from .finder import ReceiverAt, ReceiverFinder
+from .finder import ReceiverFinder
 from .keys import chunk_key
 from .layout import EngineLayout
 from .meetings import meet_receivers
@@ -44,6 +47,8 @@ from .producer import ProducerWorker
 from .scheduler import ConsumerScheduler, ProducerScheduler
 from .step import ConsumerStep, ProducerStep, SendOutcomes
 from .supervisor import Supervisor
+from .weights import Weights
+from .whereabouts import DaemonAt, Daemons, Whereabouts
 
 if TYPE_CHECKING:
     import torch
@@ -63,27 +68,27 @@ class PdMetadata(KVConnectorMetadata):
 
 @dataclass
 class PdHandshake(KVConnectorHandshakeMetadata):
-    """From a decode worker to the scheduler, at start: where its receiver is."""
+    """From a worker to the scheduler, at start: where its daemon is."""
 
-    receiver: ReceiverAt
+    daemon: DaemonAt
 
 
 class PdNews(KVConnectorWorkerMetadata):
-    """From the workers to the scheduler: what became of requests, and where receivers are now."""
+    """From the workers to the scheduler: what became of requests, and where daemons are now."""
 
     def __init__(
         self,
         outcomes: SendOutcomes | None = None,
         here: Sequence[str] = (),
         returned: Sequence[str] = (),
-        receivers: Sequence[ReceiverAt] = (),
+        daemons: Sequence[DaemonAt] = (),
         adapters: Mapping[int, str] | None = None,
     ) -> None:
         self.outcomes = outcomes or SendOutcomes()
         #: These two: once for each worker that says so.
         self.here = list(here)
         self.returned = list(returned)
-        self.receivers = list(receivers)
+        self.daemons = list(daemons)
         #: Adapters that were loaded, by vLLM's number: what their files were.
         self.adapters = dict(adapters or {})
 
@@ -92,7 +97,7 @@ class PdNews(KVConnectorWorkerMetadata):
         self.outcomes.merge(other.outcomes)
         self.here += other.here
         self.returned += other.returned
-        self.receivers += other.receivers
+        self.daemons += other.daemons
         for lora_id, signature in other.adapters.items():
             if self.adapters.setdefault(lora_id, signature) != signature:
                 self.adapters[lora_id] = ""  # They differ from rank to rank: it is nothing that has a name.
@@ -137,7 +142,10 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
         self._finder: ReceiverFinder | None = None
         self._failed_blocks: set[int] = set()
         self._handshake: PdHandshake | None = None
-        self._rank = 0
+        self._whereabouts: Whereabouts | None = None
+        self._daemons = Daemons(self._tp_size, SenderClient if self._produces else ReceiverClient)
+        self._kv_cache_manager: Any = None
+        self._engine_cache: Any = None
         adapters_are_seen = vllm_config.lora_config is not None and watch_adapter_loads()
         self._naming = naming = Naming(
             window_tokens=window_tokens(groups[0].kv_cache_spec),
@@ -159,8 +167,10 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         from vllm.distributed import get_tensor_model_parallel_rank
 
-        rank = self._rank = get_tensor_model_parallel_rank() if self._tp_size > 1 else 0
+        rank = get_tensor_model_parallel_rank() if self._tp_size > 1 else 0
         options = self._options
+        identity = options.weights_id or checkpoint.identity(self._vllm_config, psutil.Process().create_time())
+        weights = Weights(identity, running_model(self._vllm_config))
         paged = self.make_paged(kv_caches)
         layout = EngineLayout(
             model=self._model,
@@ -170,7 +180,7 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
             layers=paged.layers,
             tp_rank=rank,
             tp_size=self._tp_size,
-            engine=engine_facts(self._vllm_config, self._kv_cache_config, paged),
+            engine=engine_facts(self._vllm_config, self._kv_cache_config, paged, identity),
         )
         name = "pd-sender" if self._produces else "pd-receiver"
         arguments = options.daemon_args(str(paged.device)) + (["--rank", str(rank)] if rank else [])
@@ -198,7 +208,9 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
                 slot_wait_s=options.slot_wait_s,
                 layer_pushes=1 if self._vllm_config.parallel_config.enable_dbo else options.layer_pushes,
                 adapters=LOADED_ADAPTERS,
+                weights=weights,
             )
+            self._whereabouts = Whereabouts(rank, sender, weights)
         else:
             receiver = Supervisor(binary, arguments, layout.json(), ReceiverClient, **limits)
             self._consumer = ConsumerWorker(
@@ -208,8 +220,11 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
                 self._dtype,
                 receive_wait_s=options.receive_wait_s,
                 adapters=LOADED_ADAPTERS,
+                weights=weights,
             )
-            self._handshake = PdHandshake(ReceiverAt.here(rank, receiver.ready.connector))
+            self._whereabouts = Whereabouts(rank, receiver, weights)
+        at = self._whereabouts.news()
+        self._handshake = None if at is None else PdHandshake(at)
 
     def make_paged(self, kv_caches: dict[str, torch.Tensor]) -> PagedKv:
         """The engine's KV memory as blocks. A subclass may copy otherwise."""
@@ -265,10 +280,10 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
             news.outcomes = self._producer.outcomes() or news.outcomes
         if self._consumer is not None:
             news.here, news.returned = self._consumer.here(), self._consumer.returned()
-            moved_to = self._consumer.moved_to()
-            if moved_to is not None:
-                news.receivers.append(ReceiverAt.here(self._rank, moved_to))
-        return news if any((news.outcomes.ended, news.here, news.returned, news.receivers, news.adapters)) else None
+        at = None if self._whereabouts is None else self._whereabouts.news()
+        if at is not None:
+            news.daemons.append(at)
+        return news if any((news.outcomes.ended, news.here, news.returned, news.daemons, news.adapters)) else None
 
     def shutdown(self) -> None:
         for part in (self._producer, self._consumer, self._finder):
@@ -290,8 +305,20 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
 
     def set_xfer_handshake_metadata(self, metadata: dict[int, KVConnectorHandshakeMetadata]) -> None:
         for handshake in metadata.values():
-            if self._finder is not None and isinstance(handshake, PdHandshake):
-                self._finder.attach(handshake.receiver)
+            if isinstance(handshake, PdHandshake):
+                self._daemon_is(handshake.daemon)
+
+    def _daemon_is(self, at: DaemonAt) -> None:
+        self._daemons.attach(at)
+        if self._finder is not None:
+            self._finder.attach(at)
+
+    def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
+        self._kv_cache_manager = kv_cache_manager
+
+    def reset_cache(self) -> bool:
+        """Everything that was computed before is void, at this server's daemons. False where one has not confirmed it."""
+        return self._daemons.reset()
 
     def on_new_request(self, request: Any) -> None:
         if self._consumer_scheduler is not None:
@@ -311,6 +338,8 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         scheduler = self._producer_scheduler or self._consumer_scheduler
         assert scheduler is not None
+        if self._producer_scheduler is not None and self._engine_cache_was_reset():
+            self._producer_scheduler.cache_reset()
         return PdMetadata(scheduler.build(scheduler_output))
 
     def update_connector_output(self, connector_output: Any) -> None:
@@ -322,8 +351,8 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
             if self._consumer_scheduler is not None:
                 self._consumer_scheduler.here(news.here)
                 self._consumer_scheduler.returned(news.returned)
-            for receiver in news.receivers if self._finder is not None else ():
-                self._finder.attach(receiver)
+            for at in news.daemons:
+                self._daemon_is(at)
         if self._consumer_scheduler is not None:
             self._consumer_scheduler.received(
                 connector_output.finished_recving or (), connector_output.invalid_block_ids or ()
@@ -345,5 +374,11 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
         scheduler = self._producer_scheduler or self._consumer_scheduler
         return scheduler is not None and scheduler.pending()
 
-    def _key(self, rank: int, chunk_hash: str) -> str:
-        return chunk_key(self._model, self._tp_size, rank, chunk_hash, self._dtype)
+    def _engine_cache_was_reset(self) -> bool:
+        """Whether vLLM's own cache was emptied since the last call: it makes a new map of what it has then."""
+        cache = getattr(getattr(self._kv_cache_manager, "block_pool", None), "cached_block_hash_to_block", None)
+        before, self._engine_cache = self._engine_cache, cache
+        return cache is not before
+
+    def _key(self, rank: int, weights: str, chunk_hash: str) -> str:
+        return chunk_key(self._model, self._tp_size, rank, weights, chunk_hash, self._dtype)

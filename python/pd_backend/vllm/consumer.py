@@ -17,6 +17,7 @@ from .layout import EngineLayout
 from .scheduler import blocks_of
 from .step import ConsumerStep, ReceivePlan, idle_wait_s
 from .supervisor import Supervisor
+from .weights import Weights
 
 logger = logging.getLogger("vllm.pd_backend")
 
@@ -53,8 +54,10 @@ class ConsumerWorker:
         *,
         receive_wait_s: float | None = None,
         adapters: LoadedAdapters | None = None,
+        weights: Weights | None = None,
     ) -> None:
         self._supervisor = supervisor
+        self._weights = weights or Weights("", None)
         self._adapters = adapters or LoadedAdapters()
         self._paged = paged
         self._layout = layout
@@ -65,8 +68,6 @@ class ConsumerWorker:
         self._buffer: Any = None
         self._finished: set[str] = set()
         self._failed_blocks: set[int] = set()
-        #: Where the scheduler was told that the receiver is.
-        self._told: str | None = None
         #: Of requests that need nothing of it any more: what has not come yet is given back when it comes.
         self._returning: dict[str, _Request] = {}
         self._returned: list[str] = []
@@ -133,19 +134,6 @@ class ConsumerWorker:
         """Requests that were unneeded or dropped, and of which nothing is kept any more, since the last call."""
         returned, self._returned = self._returned, []
         return returned
-
-    def moved_to(self) -> str | None:
-        """Where the connector API of the receiver is, once after each start of it. Nobody may have asked it anything
-        since: where the scheduler finds no chunks, no worker hears of a request.
-        """
-        try:
-            endpoint = self._supervisor.ready.connector
-        except PdError:
-            return None
-        if endpoint == self._told:
-            return None
-        self._told = endpoint
-        return endpoint
 
     def close(self) -> None:
         """The worker ends: its leases go back with its client."""
@@ -225,8 +213,10 @@ class ConsumerWorker:
         return None
 
     def _keys(self, plan: ReceivePlan) -> list[str]:
-        layout = self._layout
-        return [chunk_key(layout.model, layout.tp_size, layout.tp_rank, name, self._dtype) for name in plan.hashes]
+        layout, weights = self._layout, self._weights.identity()
+        return [
+            chunk_key(layout.model, layout.tp_size, layout.tp_rank, weights, name, self._dtype) for name in plan.hashes
+        ]
 
     def _load(self, request: _Request, plan: ReceivePlan, lease: Lease) -> None:
         """Copies the chunks of a lease, as far as they are not here yet, and releases it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import sys
 from typing import TYPE_CHECKING, Any
 
 import vllm
@@ -21,6 +22,7 @@ from .adapters import LoadedAdapters
 LOADED_ADAPTERS = LoadedAdapters()
 
 if TYPE_CHECKING:
+    import torch
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
@@ -89,7 +91,24 @@ def dtype_name(vllm_config: VllmConfig) -> str:
     return (str(vllm_config.model_config.dtype) if cache_dtype == "auto" else cache_dtype).removeprefix("torch.")
 
 
-def engine_facts(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, paged: PagedKv) -> dict[str, str]:
+def running_model(vllm_config: VllmConfig) -> torch.nn.Module | None:
+    """The model whose KV is being registered: that of the model runner that calls; None where its weights move by
+    themselves (experts that are balanced), or no such caller is found.
+    """
+    if vllm_config.parallel_config.enable_eplb:
+        return None
+    frame = sys._getframe(1)
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if callable(getattr(caller, "get_model", None)):
+            return caller.get_model()
+        frame = frame.f_back
+    return None
+
+
+def engine_facts(
+    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, paged: PagedKv, weights: str
+) -> dict[str, str]:
     """What the bytes of a block depend on, besides their number."""
     from vllm.distributed.kv_transfer.kv_connector.utils import get_current_attn_backend
 
@@ -107,6 +126,7 @@ def engine_facts(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, paged:
         "instruction_set": ",".join(sorted(instruction_sets)),
         "revision": str(getattr(model, "revision", None) or ""),
         "quantization": str(getattr(model, "quantization", None) or ""),
+        "weights": weights,
         "window": str(window_tokens(kv_cache_config.kv_cache_groups[0].kv_cache_spec) or ""),
     }
     return {name: value[:256] for name, value in facts.items() if value}

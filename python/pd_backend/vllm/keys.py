@@ -28,7 +28,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Context:
-    """What changes a prompt's KV besides its tokens. The model is in the key itself, and in the handshake."""
+    """What changes a prompt's KV besides its tokens and the model, which is in the key itself, and in the handshake."""
 
     #: A LoRA adapter by what it is, not by its name.
     adapter: str = ""
@@ -47,14 +47,18 @@ def chunk_hashes(token_ids: Sequence[int], chunk_tokens: int, context: Context =
             if first <= item.offset < first + chunk_tokens:
                 parts += [item.offset.to_bytes(8, "little"), _text(item.identifier)]
         running = _digest(*parts)
-        # Without leading zeros, as LMCache writes them: its receivers refuse others.
-        hashes.append(format(int.from_bytes(running, "big"), "x"))
+        hashes.append(_hexadecimal(running))
     return hashes
 
 
-def chunk_key(model: str, tp_size: int, tp_rank: int, chunk_hash: str, dtype: str) -> str:
-    """The key as it goes over the wire, in LMCache's form: a rank's chunks are its own."""
-    return f"{model}@{tp_size}@{tp_rank}@{chunk_hash}@{dtype}"
+def chunk_key(model: str, tp_size: int, tp_rank: int, weights: str, chunk_hash: str, dtype: str) -> str:
+    """The key as it goes over the wire, in LMCache's form: a rank's chunks are its own, and those of its weights."""
+    return f"{model}@{tp_size}@{tp_rank}@{_hexadecimal(_digest(_text(weights), _text(chunk_hash)))}@{dtype}"
+
+
+def _hexadecimal(digest: bytes) -> str:
+    # Without leading zeros, as LMCache writes them: its receivers refuse others.
+    return format(int.from_bytes(digest, "big"), "x")
 
 
 def _digest(*parts: bytes) -> bytes:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from .adapters import Adapter
@@ -131,6 +131,7 @@ class ProducerScheduler:
             sending.block_ids.extend(blocks[0])
         if not sending.planned:
             sending.planned = True
+            sending.plan = replace(sending.plan, cached=computed > 0)
             step.plans.append(sending.plan)
         tokens = sending.plan.tokens
         after = min(computed + output.num_scheduled_tokens[request_id], tokens)
@@ -200,6 +201,11 @@ class ProducerScheduler:
             sending.error = next((error for error in said if error is not None), sending.error)
             if sending.ended >= self._tp_size and self._draining.pop(request_id, None) is not None:
                 self._forget(sending)
+
+    def cache_reset(self) -> None:
+        """The engine's own cache is empty."""
+        self._naming.cache_reset()
+        self._step.cache_reset = True
 
     def pending(self) -> bool:
         """Whether the engine has to go on stepping for what is under way."""

@@ -30,6 +30,8 @@ class SendPlan:
     tokens: int
     #: What has to be loaded for the hashes to be true.
     adapter: Adapter | None = None
+    #: Whether its beginning comes from the engine's own cache.
+    cached: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class ProducerStep:
     dropped: list[str] = field(default_factory=list)
     #: Ended, and their blocks are kept until this worker reports that it has copied them.
     finishing: list[str] = field(default_factory=list)
+    #: The engine's own cache was emptied since the step before.
+    cache_reset: bool = False
     #: The engine computes nothing in this step.
     idle: bool = False
 

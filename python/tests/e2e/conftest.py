@@ -219,5 +219,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What needs no server first, then what has servers of its own, which are gone before the shared ones start; what
     ends one of these last.
     """
-    order = ["test_paged_copies", "test_tensor_parallel", "test_variants", "test_tokens", "test_refused"]
+    order = ["test_paged_copies", "test_engine", "test_tensor_parallel", "test_variants", "test_names", "test_tokens", "test_refused"]
     items.sort(key=lambda item: order.index(Path(str(item.path)).stem) if Path(str(item.path)).stem in order else 1)
