@@ -182,15 +182,25 @@ class Proxy:
     async def _overlapped(
         self, path: str, body: dict[str, object], headers: dict[str, str], server: DecodeServer, req_id: str
     ) -> aiohttp.ClientResponse:
-        """Decode's answer; it is asked together with prefill, and given up where prefill fails."""
+        """Decode's answer; it is asked together with prefill, given up where prefill fails, and asked again, for an answer
+        that it computes alone, where prefill sends nothing.
+        """
         prefilling = asyncio.create_task(self._prefilled(path, body, headers, server, req_id))
         decoding = asyncio.create_task(self._decoding(path, body, headers, server, req_id))
         try:
-            await asyncio.wait({prefilling, decoding}, return_when=asyncio.FIRST_EXCEPTION)
-            # The one that failed says why; the other is waited for no longer.
-            for task in (prefilling, decoding):
-                if task.done():
-                    task.result()
+            waiting: set[asyncio.Task[object]] = {prefilling, decoding}
+            while waiting:
+                _, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                # The one that failed says why; the other is waited for no longer.
+                for task in (prefilling, decoding):
+                    if task.done():
+                        task.result()
+                if prefilling.done() and not prefilling.result() and not decoding.done():
+                    decoding.cancel()
+                    await asyncio.wait({decoding})
+                    decoding = asyncio.create_task(self._decoding(path, body, headers, server, None))
+                    await decoding
+                    break
             return decoding.result()
         except BaseException:
             prefilling.cancel()

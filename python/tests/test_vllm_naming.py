@@ -73,7 +73,7 @@ class TestWindows:
         step = prefill.build(output(new=[("a", blocks, 512, 188)]))
         assert (step.plans, [chunk for chunk, _ in told(step) if chunk == blocks.index(0) // 2], step.dropped) == ([], [], [])
         keep, response = prefill.finished(one)
-        assert not keep and response is not None and "its blocks are skipped" in response["error"]
+        assert not keep and response is not None and "its blocks are skipped" in response["not_sent"]
 
     def test_null_blocks_after_a_preemption_end_what_was_begun(self) -> None:
         # Broken in production: a resumed request, whose first blocks are skipped now, is sent with them.

@@ -20,6 +20,8 @@ logger = logging.getLogger("vllm.pd_backend")
 _PATTERNS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
 _WHOLE_BYTES_MAX = 1 << 30
 _PIECE_BYTES = 4096
+#: A process's start is known to a second.
+_CLOCK_S = 2.0
 #: Together, of a checkpoint that is sampled, where it has no more than half as many tensors: 128 MiB.
 _PIECES_MAX = 1 << 15
 _HEADER_BYTES_MAX = 1 << 27
@@ -68,25 +70,26 @@ def combined(*parts: str) -> str:
     return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
 
 
-def _tensors(file: Path) -> Iterator[tuple[str, str, str, int, int]]:
+def _tensors(file: Path) -> list[tuple[str, str, str, int, int]]:
     """`(name, dtype and shape, path, first byte, bytes)`; a file that is not cut into tensors is one."""
     size = file.stat().st_size
+    whole = [(file.name, "", str(file), 0, size)]
     if file.suffix != ".safetensors":
-        yield file.name, "", str(file), 0, size
-        return
+        return whole
     with file.open("rb") as opened:
         header_bytes = int.from_bytes(opened.read(8), "little")
         if not 0 < header_bytes <= min(size, _HEADER_BYTES_MAX):
-            raise OSError(f"{file} is no safetensors file")
+            return whole
+        begin = 8 + header_bytes
         try:
-            header = json.loads(opened.read(header_bytes))
-            for name, tensor in header.items():
-                if name == "__metadata__":
-                    continue
-                begin, end = tensor["data_offsets"]
-                yield name, f"{tensor['dtype']} {tensor['shape']}", str(file), 8 + header_bytes + begin, end - begin
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise OSError(f"{file} is no safetensors file: {error}") from error
+            return [
+                (name, f"{tensor['dtype']} {tensor['shape']}", str(file), begin + first, end - first)
+                for name, tensor in json.loads(opened.read(header_bytes)).items()
+                if name != "__metadata__"
+                for first, end in [tensor["data_offsets"]]
+            ]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return whole  # It has the name of such a file.
 
 
 def _pieces(length: int, pieces_max: int) -> Iterator[tuple[int, int]]:
@@ -158,7 +161,7 @@ def _folder(model: Any, load_config: Any) -> Path | None:
 
 def _check_unchanged(files: Iterable[Path], started_s: float) -> None:
     for file in files:
-        if file.stat().st_ctime > started_s:
+        if file.stat().st_ctime > started_s + _CLOCK_S:
             raise ValueError(
                 f"{file} has changed since this server was started, so that it is not known what was loaded; start it "
                 "again, or set weights_id"

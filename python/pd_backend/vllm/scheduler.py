@@ -148,12 +148,12 @@ class ProducerScheduler:
             sending.told += 1
 
     def _give_up(self, step: ProducerStep, sending: _Sending, why: str) -> None:
-        """The request is computed, and not sent."""
+        """The request is computed, and not sent: decode computes it as well."""
         request_id = sending.plan.request_id
         logger.warning("request %s is not sent: %s", request_id, why)
         del self._sending[request_id]
         self._forget(sending)
-        self._refused[request_id] = why
+        self._unnamed[request_id] = why
         if sending.plan in step.plans:
             step.plans.remove(sending.plan)  # The workers have not heard of it.
         else:

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +25,8 @@ from safetensors.torch import save_file
 import harness
 import prompts
 from conftest import TOP, StatusOf, wait_until_nothing_is_left
-from harness import HttpError, Server
+from free_ports import free_ports
+from harness import HttpError, Process, Server
 
 WINDOW = 1024
 
@@ -141,6 +145,24 @@ class TestWindow:
         assert pair.complete(prompt) == pair.by_itself(pair.prefill, prompt)
         assert (status_of(pair.decode).bytes > before) == (count < WINDOW)
 
+    @pytest.mark.parametrize("option", [(), ("--overlap",)], ids=["in turn", "overlap"])
+    def test_the_proxy_asks_decode_for_what_is_not_sent(self, pair: Pair, option: tuple[str, ...]) -> None:
+        # Broken in production: the proxy waits for KV that nobody sends, and answers long prompts with an error.
+        notify_port, port = free_ports(2)
+        ready = pair.decode.daemon_ready()
+        decode = f"{pair.decode.url},127.0.0.1,{ready['init_port']},{ready['alloc_port']}"
+        command = [sys.executable, str(TOP / "examples" / "proxy.py"), "--port", str(port), "--prefill", pair.prefill.url]
+        command += ["--decode", decode, "--notify-port", str(notify_port), "--notify-timeout", "5", *option]
+        proxy = Process(command, pair.folder / "proxy.log", dict(os.environ))
+        try:
+            url = f"http://127.0.0.1:{port}"
+            proxy.wait_healthy(url, 60)
+            prompt = prompts.tokens(f"through the proxy {option}", WINDOW + 10)
+            answer = harness.post(url + "/v1/completions", harness.completion_body(prompt, prompts.MAX_TOKENS))
+            assert harness.tokens_of(answer) == pair.by_itself(pair.prefill, prompt)
+        finally:
+            proxy.close()
+
     def test_the_log_says_so_once(self, pair: Pair) -> None:
         # Broken in production: nobody learns why decode computes every long prompt.
         for server in pair.servers:
@@ -192,6 +214,29 @@ class TestAdapters:
         assert status_of(pair.decode).bytes > before
         for server in pair.servers:
             pair.unload_adapter(server)
+
+
+    def test_an_adapter_that_is_unloaded_under_its_request(self, pair: Pair, status_of: StatusOf) -> None:
+        # Broken in production: a request goes on with other weights than it began with, or ends the engine.
+        prompt, count = prompts.tokens("unloaded adapter", 600), 200
+        path = make_adapter(pair.folder / "unloaded", 5)
+        for server in pair.servers:
+            pair.load_adapter(server, path)
+        expected = harness.tokens_of(pair.decode.complete(prompt, count, model="ad", cache_salt="alone"))
+        received = status_of(pair.decode).bytes
+        asked = pair.prefilled(prompt, model="ad")
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(pair.decode.complete, prompt, count, model="ad", **asked)
+            deadline = time.monotonic() + 60
+            while status_of(pair.decode).bytes == received or status_of(pair.decode).requests_active:
+                assert time.monotonic() < deadline, "decode has not fetched it"
+                time.sleep(0.005)
+            for server in pair.servers:
+                pair.unload_adapter(server)
+            assert harness.tokens_of(answer.result()) == expected
+        with pytest.raises(HttpError) as unknown:
+            pair.decode.complete(prompt, 1, model="ad")
+        assert unknown.value.status == 404
 
 
 def spec_of(pair: Pair) -> dict[str, Any]:
