@@ -181,9 +181,9 @@ class Client:
             lambda id: m.Cancel(id=id, req_id=req_id, after=after), m.Cancelled, _nothing, self._wait_timeout_s
         )
 
-    def start_reset(self) -> Pending[None]:
+    def reset(self) -> None:
         """Nothing that was computed before this is to be used: drops ready chunks, and fails what has not ended."""
-        return self._start(lambda id: m.Reset(id=id), m.ResetDone, _nothing)
+        self._start(lambda id: m.Reset(id=id), m.ResetDone, _nothing).result()
 
     def wait_for_news(self, timeout_s: float) -> None:
         """Waits up to `timeout_s` until the daemon has said something, for a caller that has nothing else to do.

@@ -356,6 +356,19 @@ class TestConsumer:
         scheduler.received(["a"], ())
         assert shelf.held == set()
 
+    def test_what_was_found_before_a_reset_is_looked_up_again(self) -> None:
+        # Broken in production: tokens are claimed whose chunks a reset has dropped, and the request fails.
+        shelf = Shelf(range(600))
+        scheduler = self.scheduler(shelf)
+        one, named = request(600, {}), request(600, request_id="b")
+        assert scheduler.matched(one, 0) == scheduler.matched(named, 0) == (600, True)
+        shelf.ready.clear()
+        scheduler.reset()
+        assert shelf.held == set()
+        assert scheduler.matched(one, 0) == (0, False)
+        # What a sender is to bring is waited for all the same.
+        assert scheduler.matched(named, 0) == (600, True)
+
     def test_a_first_token_that_the_router_added_does_not_hide_the_last_chunk(self) -> None:
         # Broken in production: LMCache's proxy appends prefill's token, and the short last chunk is computed anew.
         scheduler = self.scheduler(Shelf(range(600)))

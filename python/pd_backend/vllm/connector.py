@@ -318,6 +318,8 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
 
     def reset_cache(self) -> bool:
         """Everything that was computed before is void, at this server's daemons. False where one has not confirmed it."""
+        if self._consumer_scheduler is not None:
+            self._consumer_scheduler.reset()
         return self._daemons.reset()
 
     def on_new_request(self, request: Any) -> None:

@@ -397,6 +397,13 @@ class ConsumerScheduler:
                 receiving.block_ids, receiving.hashes = [], []
                 receiving.tokens, receiving.lookup_of = 0, -1
 
+    def reset(self) -> None:
+        """What was looked up before this is not there any more."""
+        for request_id, receiving in self._receiving.items():
+            if not receiving.loading and (receiving.req_id is None or receiving.used):
+                self._forget(request_id)
+                receiving.tokens, receiving.hashes, receiving.lookup_of = 0, [], -1
+
     def finished(self, request: Any) -> None:
         """The request has ended, in whatever way."""
         self._forget(request.request_id)

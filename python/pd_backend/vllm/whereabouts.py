@@ -7,7 +7,7 @@ import platform
 from dataclasses import dataclass
 from typing import Any
 
-from ..client import Client, Pending
+from ..client import Client
 from ..errors import PdError
 from .supervisor import Supervisor
 from .weights import Weights
@@ -85,8 +85,7 @@ class Daemons:
                 at.connector, name="vllm scheduler, for a reset", map_buffer=False, reply_timeout_s=_REPLY_S
             )
             with client:
-                pending: Pending[None] = client.start_reset()
-                pending.result()
+                client.reset()
         except PdError as error:
             logger.error("the cache is not reset, try again: the daemon of rank %d: %s", rank, error)
             return False

@@ -33,7 +33,7 @@ fn what_is_being_written_is_dropped_when_it_would_be_ready() {
     bench.session.handle_reset(bench.now, ClientId(1), Seq(2));
     assert_eq!(kind_of(answer_of(&mut bench, 1)), Some(FailureKind::Cancelled), "whoever waits is told at once");
     let said = bench.commit("a", "r", grant);
-    assert_eq!(ack_refusal(&said).map(|refusal| refusal.kind), Some(FailureKind::Unknown));
+    assert_eq!(ack_refusal(&said).map(|refusal| refusal.kind), Some(FailureKind::Cancelled));
     assert_eq!(find(&mut bench, 3, &["k0", "k1"]), (vec![false, false], None));
     assert_eq!(bench.session.counts().slots.quarantined, 2, "its writer has not stopped");
     bench.cancel("a", "r", Some(grant), None, true);
