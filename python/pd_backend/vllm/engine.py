@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 import sys
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,8 @@ from vllm.v1.kv_cache_interface import (
 
 from ..paged import PagedKv
 from .adapters import LoadedAdapters
+
+logger = logging.getLogger("vllm.pd_backend")
 
 #: Of the workers of this process.
 LOADED_ADAPTERS = LoadedAdapters()
@@ -103,6 +106,7 @@ def running_model(vllm_config: VllmConfig) -> torch.nn.Module | None:
         if callable(getattr(caller, "get_model", None)):
             return caller.get_model()
         frame = frame.f_back
+    logger.warning("this vLLM's model is not found: weights that are changed in place are not noticed; reset the cache then")
     return None
 
 
