@@ -24,6 +24,7 @@ _PIECE_BYTES = 4096
 _CLOCK_S = 2.0
 #: Together, of a checkpoint that is sampled, where it has no more than half as many tensors: 128 MiB.
 _PIECES_MAX = 1 << 15
+_NOT_COMPARED = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 _HEADER_BYTES_MAX = 1 << 27
 
 
@@ -60,8 +61,8 @@ def weights_digest(files: Iterable[Path], whole_bytes_max: int = _WHOLE_BYTES_MA
 
 
 def config_digest(config: Mapping[str, Any]) -> str:
-    """Of a model's configuration, without what says where it came from."""
-    said = {key: value for key, value in config.items() if key not in ("_name_or_path", "transformers_version")}
+    """Of a model's configuration, without what says where it came from, and the dtype, which is compared by itself."""
+    said = {key: value for key, value in config.items() if key not in _NOT_COMPARED}
     return hashlib.blake2b(json.dumps(said, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
 
 

@@ -311,7 +311,8 @@ class ProducerWorker:
         if request.ended or request.complete or self._client is None:
             return
         if not self._adapters.may_be(request.plan.adapter):
-            return self._fail(request, PdError("unnamed", "the files of its LoRA adapter have changed since it was loaded; load it anew"))
+            text = "the files of its LoRA adapter have changed since it was loaded; load it anew"
+            return self._fail(request, PdError("unnamed", text))
         parts: list[SendPart] = []
         for index, chunk in list(request.chunks.items()):
             slot = chunk.slot
