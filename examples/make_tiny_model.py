@@ -28,11 +28,14 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32", "float16"))
     parser.add_argument("--max-tokens", type=int, default=16384, help="longest sequence")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--window", type=int, help="make it a Mistral whose layers see only so many tokens")
     given = parser.parse_args()
-    make(given.folder, given.layers, given.vocabulary, given.dtype, given.max_tokens, given.seed)
+    make(given.folder, given.layers, given.vocabulary, given.dtype, given.max_tokens, given.seed, given.window)
 
 
-def make(folder: Path, layers: int, vocabulary: int, dtype: str, max_tokens: int, seed: int) -> None:
+def make(
+    folder: Path, layers: int, vocabulary: int, dtype: str, max_tokens: int, seed: int, window: int | None = None
+) -> None:
     """Writes config.json and model.safetensors."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {
@@ -54,6 +57,8 @@ def make(folder: Path, layers: int, vocabulary: int, dtype: str, max_tokens: int
         "eos_token_id": 2,
         "torch_dtype": dtype,
     }
+    if window is not None:
+        config |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": window}
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     random = torch.Generator().manual_seed(seed)
 

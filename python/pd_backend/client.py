@@ -203,6 +203,10 @@ class Client:
         self._given_up.append(req_id)
         self._say_given_up()
 
+    def reset(self) -> None:
+        """Nothing that was computed before this is to be used: drops ready chunks, and fails what has not ended."""
+        self._start(lambda id: m.Reset(id=id), m.ResetDone, _nothing).result()
+
     def wait_for_news(self, timeout_s: float) -> None:
         """Waits up to `timeout_s` until the daemon has said something, for a caller that has nothing else to do.
 

@@ -24,6 +24,8 @@ from pd_backend.vllm.keys import chunk_hashes
 from pd_backend.vllm.layout import EngineLayout
 from pd_backend.vllm.step import ChunkBlocks, ConsumerStep, ProducerStep, ReceivePlan
 from pd_backend.vllm.supervisor import Supervisor
+from pd_backend.vllm.weights import Weights
+from pd_backend.vllm.whereabouts import DaemonAt, Whereabouts
 from vllm_pair import BLOCK, BLOCK_BYTES, CHUNK, LAYERS, LAYOUT, Pair, load, pair, restarted
 from waiting import eventually
 
@@ -33,7 +35,9 @@ def test_a_daemon_that_dies_fails_its_requests_and_comes_back(pair: Callable[...
     both = pair()
     tokens = list(range(16))
     first = both.receiver.ready
-    assert (both.consumer.moved_to(), both.consumer.moved_to()) == (first.connector, None)
+    weights = Weights("w", None)
+    whereabouts = Whereabouts(0, both.receiver, weights)
+    assert (whereabouts.news(), whereabouts.news()) == (DaemonAt.here(0, first.connector, "w"), None)
     both.consumer.begin_step(load("a", tokens, [5, 6]))
     os.kill(first.pid, signal.SIGKILL)
     assert both.consume(ConsumerStep(), "a") == {5, 6}
@@ -42,7 +46,10 @@ def test_a_daemon_that_dies_fails_its_requests_and_comes_back(pair: Callable[...
     again = both.receiver.ready
     assert (again.init_port, again.alloc_port) == (first.init_port, first.alloc_port)
     # The scheduler, which looks chunks up there, is told before anybody asks for anything.
-    assert (both.consumer.moved_to(), both.consumer.moved_to()) == (again.connector, None)
+    assert (whereabouts.news(), whereabouts.news()) == (DaemonAt.here(0, again.connector, "w"), None)
+    # And of other weights, by which it has to ask.
+    weights.last = "v"
+    assert (whereabouts.news(), whereabouts.news()) == (DaemonAt.here(0, again.connector, "v"), None)
     old_sender = both.sender.ready.pid
     both.produce(ProducerStep(plans=[both.plan("b", tokens)]))
     os.kill(old_sender, signal.SIGKILL)
@@ -53,7 +60,7 @@ def test_a_daemon_that_dies_fails_its_requests_and_comes_back(pair: Callable[...
     both.produce(ProducerStep(plans=[both.plan("c", tokens)], chunks=[ChunkBlocks("c", 0, [0, 1])], finishing=["c"]))
     assert both.ended("c") is None
     assert both.consume(load("c", tokens, [3, 4]), "c") == set()
-    assert both.consumer.moved_to() is None
+    assert whereabouts.news() is None
     assert (both.target.kv[:, 3:5] == both.source.kv[:, :2]).all()
     both.nothing_left()
 

@@ -22,6 +22,7 @@ from pd_backend.vllm.producer import requests_of as producer_requests
 from pd_backend.vllm.spec import DisaggSpec
 from pd_backend.vllm.step import ConsumerStep, ProducerStep, ReceivePlan, SendPlan
 from pd_backend.vllm.supervisor import Supervisor
+from pd_backend.vllm.weights import Weights
 from waiting import DEADLINES, PATIENCE_S, eventually
 
 LAYERS, BLOCKS, BLOCK_BYTES = 4, 16, 64
@@ -68,6 +69,7 @@ class Pair:
         sender_slots: int = 8,
         receiver_slots: int = 16,
         receive_wait_s: float = PATIENCE_S,
+        consumer_weights: Weights | None = None,
         **options: Any,
     ) -> None:
         def supervisor(name: str, client: type[Client], slots: int, *sets: str) -> Supervisor[Any]:
@@ -87,7 +89,9 @@ class Pair:
         self.receiver = supervisor("pd-receiver", ReceiverClient, receiver_slots, *ports)
         self.source, self.target = Memory(1), Memory(2)
         self.producer = ProducerWorker(self.sender, self.source, LAYOUT, "uint8", **options)
-        self.consumer = ConsumerWorker(self.receiver, self.target, LAYOUT, "uint8", receive_wait_s=receive_wait_s)
+        self.consumer = ConsumerWorker(
+            self.receiver, self.target, LAYOUT, "uint8", receive_wait_s=receive_wait_s, weights=consumer_weights
+        )
 
     def plan(self, request_id: str, tokens: Sequence[int]) -> SendPlan:
         ready = self.receiver.ready

@@ -315,6 +315,7 @@ impl ReceiverDaemon {
             }
             Request::Release { id, lease, .. } => self.session.handle_release(now, client, id, lease),
             Request::Cancel { id, req_id, .. } => self.session.handle_cancel(now, client, id, &req_id),
+            Request::Reset { id } => self.session.handle_reset(now, client, id),
             Request::Open { id, .. } | Request::Stage { id, .. } | Request::Send { id, .. } => {
                 self.clients.reply(client, &translate::wrong_daemon(id, "receiver"));
             }

@@ -360,6 +360,7 @@ impl SenderDaemon {
                 self.session.handle_send(now, client, id, &req_id, sending);
             }
             Request::Cancel { id, req_id, .. } => self.session.handle_cancel(now, client, id, &req_id),
+            Request::Reset { id } => self.session.handle_reset(now, client, id),
             Request::Lookup { id, .. } | Request::Wait { id, .. } | Request::Release { id, .. } => {
                 self.clients.reply(client, &translate::wrong_daemon(id, "sender"));
             }

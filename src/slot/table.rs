@@ -240,6 +240,14 @@ impl SlotTable {
         true
     }
 
+    /// Lets no ready chunk be found any more: those that nobody holds are freed now, the others with their last hold.
+    pub fn forget_ready(&mut self) {
+        while let Some((slot, _)) = self.idle.first()
+            && self.free_idle(slot)
+        {}
+        self.by_key.clear();
+    }
+
     /// Frees the idle chunks that were last held before `before`. Returns how many.
     pub fn expire_idle(&mut self, before: Instant) -> u32 {
         let mut expired = 0;

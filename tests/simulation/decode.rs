@@ -73,6 +73,12 @@ impl World {
         self.receivers[at.index].session.handle_cancel(self.now, client, id, request);
     }
 
+    pub fn receiver_resets(&mut self, at: Proc) {
+        let (client, id) = self.reading(at, None, Duration::ZERO);
+        self.receivers[at.index].truth.reset();
+        self.receivers[at.index].session.handle_reset(self.now, client, id);
+    }
+
     /// The reader is done: what it copied must still be what it was given.
     pub fn release(&mut self, at: Proc, client: ClientId, lease: LeaseId) {
         let Some(leased) = self.receivers[at.index].truth.leases.remove(&lease) else { return };
@@ -134,7 +140,7 @@ impl World {
                     end.told = true;
                 }
             }
-            Answer::Released => {}
+            Answer::Released | Answer::Reset => {}
         }
     }
 
@@ -167,7 +173,8 @@ impl World {
 
     fn lease(&mut self, at: Proc, client: ClientId, lease: LeaseId, chunks: &[ReadyChunk]) {
         let chunks = ranges(chunks);
-        let checked = self.receivers[at.index].truth.verify(&chunks);
+        let truth = &self.receivers[at.index].truth;
+        let checked = truth.verify(&chunks).and_then(|()| truth.check_since_reset(&chunks));
         self.check(checked.map_err(|text| format!("a reader was given wrong bytes: {text}")));
         let vanishes = self.plan.reader_vanishes;
         let vanishes = self.fault(vanishes);

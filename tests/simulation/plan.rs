@@ -66,6 +66,8 @@ pub struct Plan {
     pub growth_fails: u32,
     pub cancel: u32,
     pub reader_cancels: u32,
+    /// Requests at whose time the serving engines of both ends reset their caches.
+    pub resets: u32,
     /// Requests whose connector vanishes.
     pub vanish: u32,
     /// Ready requests whose reader vanishes with its lease.
@@ -118,6 +120,7 @@ impl Plan {
             growth_fails: some(40),
             cancel: some(25),
             reader_cancels: some(15),
+            resets: 0,
             vanish: some(8),
             reader_vanishes: some(15),
             verify_ms: u64::from(some(900)),
@@ -174,6 +177,7 @@ impl Plan {
             growth_fails: 0,
             cancel: 0,
             reader_cancels: 0,
+            resets: 0,
             vanish: 0,
             reader_vanishes: 0,
             crashes: 0,

@@ -23,6 +23,7 @@ impl World {
             News::Wait(_, request) => return self.wait(at, request),
             News::Lookup(_) => return self.lookup(at),
             News::ReaderCancels(_, request) => return self.reader_cancels(at, &request),
+            News::ReceiverReset(_) => return self.receiver_resets(at),
             News::Release(_, client, lease) => return self.release(at, client, lease),
             News::ReaderGone(_, client) => return self.reader_gone(at, client),
             News::ReceiverGrows(_) => {

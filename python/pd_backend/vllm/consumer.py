@@ -11,11 +11,13 @@ from typing import Any
 from ..client import Lease, Pending, ReceiverClient
 from ..errors import ClientClosed, DaemonGone, DaemonLost, Kind, PdError, RequestRefused, Unreadable
 from ..paged import PagedKv
+from .adapters import LoadedAdapters
 from .keys import chunk_key
 from .layout import EngineLayout
 from .scheduler import blocks_of
 from .step import ConsumerStep, ReceivePlan, idle_wait_s
 from .supervisor import Supervisor
+from .weights import Weights
 
 logger = logging.getLogger("vllm.pd_backend")
 
@@ -56,8 +58,12 @@ class ConsumerWorker:
         dtype: str,
         *,
         receive_wait_s: float | None = None,
+        adapters: LoadedAdapters | None = None,
+        weights: Weights | None = None,
     ) -> None:
         self._supervisor = supervisor
+        self._weights = weights or Weights("", None)
+        self._adapters = adapters or LoadedAdapters()
         self._paged = paged
         self._layout = layout
         self._dtype = dtype
@@ -67,8 +73,6 @@ class ConsumerWorker:
         self._buffer: Any = None
         self._finished: set[str] = set()
         self._failed_blocks: set[int] = set()
-        #: Where the scheduler was told that the receiver is.
-        self._told: str | None = None
         #: Of requests that need nothing of it any more: what has not come yet is given back when it comes.
         self._returning: dict[str, _Request] = {}
         self._returned: list[str] = []
@@ -135,19 +139,6 @@ class ConsumerWorker:
         """Requests that were unneeded or dropped, and of which nothing is kept any more, since the last call."""
         returned, self._returned = self._returned, []
         return returned
-
-    def moved_to(self) -> str | None:
-        """Where the connector API of the receiver is, once after each start of it. Nobody may have asked it anything
-        since: where the scheduler finds no chunks, no worker hears of a request.
-        """
-        try:
-            endpoint = self._supervisor.ready.connector
-        except PdError:
-            return None
-        if endpoint == self._told:
-            return None
-        self._told = endpoint
-        return endpoint
 
     def close(self) -> None:
         """The worker ends: its leases go back with its client."""
@@ -252,8 +243,10 @@ class ConsumerWorker:
         return None
 
     def _keys(self, plan: ReceivePlan) -> list[str]:
-        layout = self._layout
-        return [chunk_key(layout.model, layout.tp_size, layout.tp_rank, name, self._dtype) for name in plan.hashes]
+        layout, weights = self._layout, self._weights.identity()
+        return [
+            chunk_key(layout.model, layout.tp_size, layout.tp_rank, weights, name, self._dtype) for name in plan.hashes
+        ]
 
     def _load(self, request: _Request, plan: ReceivePlan, lease: Lease) -> None:
         """Copies the chunks of a lease, as far as they are not here yet, and releases it."""
@@ -267,8 +260,10 @@ class ConsumerWorker:
                 expected = keys[at] if at < len(keys) else "no such chunk"
                 raise LoadError(
                     f"chunk {at} is {seen}, expected {expected}: "
-                    "prefill was given another prompt, or the chunk has gone"
+                    "prefill was given another prompt or has other weights, or the chunk has gone"
                 )
+            if not self._adapters.may_be(plan.adapter):
+                raise LoadError("the files of its LoRA adapter have changed since it was loaded; load it anew")
             for index, chunk in enumerate(chunks):
                 assert chunk is not None
                 where = blocks_of(index, self._layout.chunk_tokens, self._layout.block_tokens, plan.tokens)

@@ -15,10 +15,12 @@ from ..client import Pending, SenderClient
 from ..errors import ClientClosed, DaemonGone, DaemonLost, PdError, RequestRefused, Unreadable
 from ..messages import Event, Failed, SendPart, StagedSlot
 from ..paged import PagedKv
+from .adapters import LoadedAdapters
 from .keys import chunk_key
 from .layout import EngineLayout
 from .step import ProducerStep, SendOutcomes, SendPlan, idle_wait_s
 from .supervisor import Supervisor
+from .weights import Weights
 
 logger = logging.getLogger("vllm.pd_backend")
 
@@ -74,8 +76,16 @@ class ProducerWorker:
         *,
         slot_wait_s: float | None = None,
         layer_pushes: int = 1,
+        adapters: LoadedAdapters | None = None,
+        weights: Weights | None = None,
     ) -> None:
         self._supervisor = supervisor
+        self._weights = weights or Weights("", None)
+        #: Those that the keys of requests under way say.
+        self._of_weights = self._weights.last
+        #: They have changed since the engine's own cache was emptied: that may have KV of the former ones.
+        self._cache_is_stale = False
+        self._adapters = adapters or LoadedAdapters()
         self._paged = paged
         self._layout = layout
         self._dtype = dtype
@@ -108,9 +118,17 @@ class ProducerWorker:
             self._drop(request_id)
         for request_id in step.preempted:
             self._preempted(request_id)
+        if step.plans or step.chunks or step.cache_reset:
+            self._look_at_weights()
+        if step.cache_reset:
+            self._cache_is_stale = False
         for plan in step.plans:
             request = self._requests[plan.request_id] = _Request(plan, time.monotonic())
             self._by_req_id[plan.spec.req_id] = request
+            if plan.cached and self._cache_is_stale:
+                text = "vLLM's own cache may have KV of the former weights; /reset_prefix_cache after changing them"
+                self._end(request, text)
+                continue
             self._open(request)
         for told in step.chunks:
             request = self._requests.get(told.request_id)
@@ -127,6 +145,15 @@ class ProducerWorker:
                 request.finishing = True
         if self._requests:
             self._poll()
+
+    def _look_at_weights(self) -> None:
+        """Where the weights have changed, what is still being computed is of both, and has no name."""
+        if self._weights.identity() == self._of_weights:
+            return
+        self._of_weights, self._cache_is_stale = self._weights.last, True
+        for request in list(self._by_req_id.values()):
+            if len(request.sent.union(request.chunks)) < len(request.plan.hashes):
+                self._fail(request, PdError("unnamed", "the weights were changed while it was computed; send it again"))
 
     def layer_computed(self, layer_name: str) -> None:
         """Within the forward: this layer's KV is written. Pushes layers of the chunks that this step completes."""
@@ -208,7 +235,8 @@ class ProducerWorker:
     def _open(self, request: _Request) -> None:
         plan, layout = request.plan, self._layout
         keys = [
-            chunk_key(layout.model, layout.tp_size, layout.tp_rank, name, self._dtype) for name in plan.hashes
+            chunk_key(layout.model, layout.tp_size, layout.tp_rank, self._of_weights, name, self._dtype)
+            for name in plan.hashes
         ]
         try:
             request.client = self._attached()
@@ -301,6 +329,9 @@ class ProducerWorker:
         """Copies what is computed of staged chunks, up to so many layers, and tells the daemon to send it."""
         if request.ended or request.complete or self._client is None:
             return
+        if not self._adapters.may_be(request.plan.adapter):
+            text = "the files of its LoRA adapter have changed since it was loaded; load it anew"
+            return self._fail(request, PdError("unnamed", text))
         parts: list[SendPart] = []
         for index, chunk in list(request.chunks.items()):
             slot = chunk.slot

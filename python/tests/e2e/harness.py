@@ -58,10 +58,15 @@ class HttpError(Exception):
 
 def post(url: str, body: dict[str, Any], timeout_s: float = 120.0) -> dict[str, Any]:
     """The JSON that comes back. Raises `HttpError`, or `OSError` where nobody answers."""
+    return json.loads(post_text(url, body, timeout_s))
+
+
+def post_text(url: str, body: dict[str, Any], timeout_s: float = 120.0) -> str:
+    """As `post`, whatever comes back."""
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
     try:
         with urllib.request.urlopen(request, timeout=timeout_s) as answer:
-            return json.load(answer)
+            return answer.read().decode()
     except urllib.error.HTTPError as error:
         raise HttpError(error.code, error.read().decode("utf-8", "replace")) from None
 
@@ -200,6 +205,10 @@ class Server(Process):
 
     def complete(self, prompt: Sequence[int], max_tokens: int, timeout_s: float = 120.0, **more: Any) -> dict[str, Any]:
         return post(self.url + "/v1/completions", completion_body(prompt, max_tokens, **more), timeout_s)
+
+    def reset(self) -> bool:
+        """Empties its caches, the daemons' included. Whether it says that it did."""
+        return bool(post(self.url + "/reset_prefix_cache?reset_external=true", {})["success"])
 
     def daemon_ready(self, rank: int = 0) -> dict[str, str]:
         """What the ready line of the latest daemon beside the worker of this rank said, as the connector logs it."""

@@ -10,6 +10,7 @@
 //! | `verification` | commits whose chunks are summed before they are taken |
 //! | `readers`, `waiters` | waits, look-ups and leases |
 //! | `ended` | how attempts ended, and who has yet to be told |
+//! | `reset` | everything that was computed before now is void |
 
 mod admission;
 mod ended;
@@ -19,6 +20,7 @@ mod peers;
 mod piecemeal;
 mod readers;
 mod requests;
+mod reset;
 mod stock;
 mod verification;
 mod waiters;

@@ -5,6 +5,7 @@ mod ended;
 mod eviction;
 mod limits;
 mod readers;
+mod reset;
 mod stock;
 mod verification;
 
