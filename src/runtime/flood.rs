@@ -27,8 +27,9 @@ const SOON: Duration = Duration::from_secs(120);
 
 /// Connections of the flood.
 const FLOOD: usize = 1_000;
-/// What the receiver may need at its most, in KiB: itself, what is not complete, and what waits.
-const MEMORY_KIB_MAX: u64 = 256 * 1024;
+/// What the receiver may need at its most, in KiB: itself, what is not complete, what waits, and as much again of what its
+/// allocator keeps of messages that it has let go.
+const MEMORY_KIB_MAX: u64 = 512 * 1024;
 
 /// Lets this process, and those that it starts, open so many files. False: they may not, and the test is skipped.
 pub(super) fn may_open(files: u64) -> bool {

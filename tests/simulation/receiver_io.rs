@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use pd_backend::ids::{Checksum, ChunkKey};
+use pd_backend::ids::{Checksum, ChunkKey, FailureKind};
 use pd_backend::protocol::receiver::{ExpectedChunk, Note, Output};
 use pd_backend::wire::Message;
 use pd_backend::wire::message::AllocResponse;
@@ -114,6 +114,8 @@ impl World {
                 *self.committed.entry((instance, request)).or_default() += 1;
             }
             Output::Note(Note::Granted { request, .. }) => self.attempt_begins(at, &request),
+            // A sender that is not known shakes hands anew, and asks again.
+            Output::Note(Note::Refused { failure, .. }) if failure.kind == FailureKind::HandshakeRefused => {}
             Output::Note(Note::Failed { request, .. } | Note::Refused { request: Some(request), .. }) => {
                 self.attempt_ends(at, request, false)
             }
