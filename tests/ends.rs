@@ -75,7 +75,7 @@ async fn a_port_hears_the_end_of_every_connection() {
         return;
     }
     let mut router = RouterSocket::bind_tcp("127.0.0.1", 0).await.unwrap();
-    let mut greeting = vec![0; 64];
+    let mut greeting = [0; 64];
     (greeting[0], greeting[9], greeting[10]) = (0xff, 0x7f, 3);
     greeting[12..16].copy_from_slice(b"NULL");
     let dealer = [&greeting[..], b"\x04\x1c\x05READY\x0bSocket-Type\x00\x00\x00\x06DEALER\x00\x01x"].concat();

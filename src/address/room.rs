@@ -211,8 +211,11 @@ mod tests {
 
     const SLOT: u64 = 8;
 
+    /// Used bytes, free slots, free ranges, and what is taken.
+    type Picture = (u64, Vec<bool>, Vec<(u64, u64)>, Vec<(u64, Taken)>);
+
     /// Everything that can be seen of a space, in order.
-    fn picture(space: &Space) -> (u64, Vec<bool>, Vec<(u64, u64)>, Vec<(u64, Taken)>) {
+    fn picture(space: &Space) -> Picture {
         let slots = (0..space.slots.count()).map(|slot| space.slots.is_free(slot)).collect();
         let mut taken: Vec<(u64, Taken)> = space.ranges.taken().collect();
         taken.sort_unstable_by_key(|(start, _)| *start);

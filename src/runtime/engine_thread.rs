@@ -239,7 +239,11 @@ impl<P: Send + 'static> EngineThread<P> {
     pub(super) fn probe(&mut self) -> Probe {
         let work = self.work.as_ref();
         // A thread that has ended takes nothing up, which is what whoever asks is to see.
-        self.prober.probe(|number| drop(work.map(|work| work.send(Work::Probe(number)))))
+        self.prober.probe(|number| {
+            if let Some(work) = work {
+                drop(work.send(Work::Probe(number)));
+            }
+        })
     }
 
     /// Lets our buffer grow by a step: pages, registration, addresses; [`EngineEvent::Grown`] says how it went.

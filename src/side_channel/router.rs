@@ -428,7 +428,7 @@ mod tests {
 
     /// Connects as a DEALER of this name of one byte. None: it was closed.
     async fn connect(port: u16, name: u8) -> Option<TcpStream> {
-        let mut greeting = vec![0; 64];
+        let mut greeting = [0; 64];
         (greeting[0], greeting[9], greeting[10]) = (0xff, 0x7f, 3);
         greeting[12..16].copy_from_slice(b"NULL");
         let properties = b"\x0bSocket-Type\x00\x00\x00\x06DEALER\x08Identity\x00\x00\x00\x01";
