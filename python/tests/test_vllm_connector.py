@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -14,6 +15,7 @@ import pytest
 from conftest import binary, children
 from pd_backend.errors import PdError
 from pd_backend.vllm import consumer, producer
+from pd_backend.vllm.adapters import LoadedAdapters
 from vllm_pair import BLOCK, Memory
 
 
@@ -43,9 +45,22 @@ def connector(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
         setattr(played, name, value)
     sys.modules["vllm.distributed"].get_tensor_model_parallel_rank = lambda: 0  # type: ignore[attr-defined]
     sys.modules["vllm.logger"].init_logger = lambda name: SimpleNamespace(info=print)  # type: ignore[attr-defined]
+    process = SimpleNamespace(create_time=time.time)
+    monkeypatch.setitem(sys.modules, "psutil", SimpleNamespace(Process=lambda: process))
+    # What is read of vLLM's configuration.
+    engine = SimpleNamespace(
+        LOADED_ADAPTERS=LoadedAdapters(),
+        adapter_folder=str,
+        dtype_name=lambda _: "bfloat16",
+        engine_facts=lambda *_: {},
+        images_by_count=lambda _: False,
+        running_model=lambda _: None,
+        watch_adapter_loads=lambda: True,
+        window_tokens=lambda _: None,
+    )
+    monkeypatch.setitem(sys.modules, "pd_backend.vllm.engine", engine)
     monkeypatch.delitem(sys.modules, "pd_backend.vllm.connector", raising=False)
     module = importlib.import_module("pd_backend.vllm.connector")
-    monkeypatch.setattr(module, "_engine_facts", lambda *_: {})
     yield module
     sys.modules.pop("pd_backend.vllm.connector")
 
@@ -53,12 +68,12 @@ def connector(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 def config(role: str) -> Any:
     sets = {"transfer_channel": "local", "pd_buffer_size": "1MiB", "pd_peer_host": "127.0.0.1"}
     sets |= {"pd_peer_init_port": 0, "pd_peer_alloc_port": 0} if role == "kv_consumer" else {}
-    extra = {"set": sets, "chunk_size": 2 * BLOCK, "binary_dir": str(Path(binary("pd-sender")).parent)}
+    extra = {"set": sets, "chunk_size": 2 * BLOCK, "binary_dir": str(Path(binary("pd-sender")).parent), "weights_id": "tiny"}
     return SimpleNamespace(
         kv_transfer_config=SimpleNamespace(kv_role=role, kv_connector_extra_config=extra),
         parallel_config=SimpleNamespace(pipeline_parallel_size=1, tensor_parallel_size=1, enable_dbo=False),
-        model_config=SimpleNamespace(model="tests/tiny", dtype="bfloat16"),
-        cache_config=SimpleNamespace(cache_dtype="auto"),
+        model_config=SimpleNamespace(model="tests/tiny"),
+        lora_config=None,
     )
 
 

@@ -19,6 +19,7 @@ from pd_backend import messages as m
 from pd_backend._silence import Silence
 from pd_backend.vllm.consumer import ConsumerWorker
 from pd_backend.vllm.keys import chunk_hashes
+from pd_backend.vllm.naming import Naming
 from pd_backend.vllm.producer import ProducerWorker, requests_of
 from pd_backend.vllm.scheduler import ProducerScheduler
 from pd_backend.vllm.spec import DisaggSpec
@@ -68,7 +69,7 @@ def test_a_sender_that_is_stopped_fails_what_it_had_accepted_and_serves_again(pa
     # use its name no more.
     both = pair()
     pid = both.sender.ready.pid
-    scheduler = ProducerScheduler(CHUNK, BLOCK, 1)
+    scheduler = ProducerScheduler(CHUNK, BLOCK, 1, Naming())
     ready = both.receiver.ready
     params = {
         "disagg_spec": {
@@ -80,7 +81,7 @@ def test_a_sender_that_is_stopped_fails_what_it_had_accepted_and_serves_again(pa
     }
     asked = request(16, params)
     scheduler.allocated(asked)
-    both.producer.begin_step(scheduler.build(output(new=[("a", [0, 1], 0, 16)])))
+    both.producer.begin_step(scheduler.build(output(new=[("a", [1, 2], 0, 16)])))
     eventually(lambda: both.producer._poll() or both.producer._requests["a"].opened)
     # Its receiver does not answer, so that it is not sent before its sender is stopped.
     with stopped(ready.pid):
@@ -114,10 +115,10 @@ def test_a_sender_that_is_stopped_fails_what_it_had_accepted_and_serves_again(pa
     both.source.kv += 1
     # By the name that it had, which the scheduler takes again.
     scheduler.allocated(request(16, params, "c"))
-    step = scheduler.build(output(new=[("c", [0, 1], 0, 16)]))
+    step = scheduler.build(output(new=[("c", [1, 2], 0, 16)]))
     assert [plan.spec.req_id for plan in step.plans] == ["router-a"]
     plan = SendPlan("a", step.plans[0].spec, step.plans[0].hashes, 16)
-    both.produce(ProducerStep(plans=[plan], chunks=[ChunkBlocks("a", 0, [0, 1])], finishing=["a"]))
+    both.produce(ProducerStep(plans=[plan], chunks=[ChunkBlocks("a", 0, [1, 2])], finishing=["a"]))
     assert both.ended("a") is None
     assert both.consume(load("a", TOKENS, [5, 6]), "a") == set()
     both.nothing_left()
