@@ -240,6 +240,8 @@ def connector_config(
     role: str, sets: dict[str, Any], *, policy: str = "fail", module: str = "pd_backend.vllm.connector",
     name: str = "PdConnector", **options: Any,
 ) -> dict[str, Any]:
+    # No test here is about silence, and a daemon that gets no processor for some seconds is not dead.
+    sets = {"pd_peer_timeout_sec": 60, **sets}
     return {
         "kv_connector": name,
         "kv_connector_module_path": module,
