@@ -211,9 +211,12 @@ impl Flood {
         Self { streams: (0..count).map(connect).collect(), message, number_at }
     }
 
-    /// Writes what can be written, and counts the bytes.
+    /// Writes what can be written, and counts the bytes: one message after the other for as long as they are taken, so that
+    /// they are complete.
     fn push(&mut self, pushed: &AtomicU64) {
+        const PATIENCE: u32 = 100;
         let (before, after) = (self.number_at, self.number_at + Self::NUMBER_LEN);
+        let mut patience = PATIENCE;
         for (number, (stream, at)) in self.streams.iter_mut().enumerate() {
             let number = format!("{number:0width$}", width = Self::NUMBER_LEN);
             while *at < self.message.len() {
@@ -225,7 +228,14 @@ impl Flood {
                 match stream.write(rest) {
                     Ok(count) => {
                         *at += count;
+                        if patience > 0 {
+                            patience = PATIENCE;
+                        }
                         pushed.fetch_add(count as u64, Ordering::Relaxed);
+                    }
+                    Err(error) if error.kind() == ErrorKind::WouldBlock && patience > 0 => {
+                        patience -= 1;
+                        thread::sleep(Duration::from_millis(1));
                     }
                     Err(error) if error.kind() == ErrorKind::WouldBlock => break,
                     // The receiver has hung up.
