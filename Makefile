@@ -36,7 +36,7 @@ test: setup ## every test: Rust, then Python against the real daemons
 
 .PHONY: test-rust
 test-rust:
-	$(CARGO) test --lib --bins --tests
+	$(CARGO) test --no-fail-fast --lib --bins --tests
 
 # Every interleaving of a few threads in the address manager; a package of its own, because loom replaces the lock.
 .PHONY: test-loom
@@ -52,15 +52,16 @@ test-python:
 .PHONY: interop
 interop: setup ## against unmodified LMCache, which is fetched (2.2 GB in .deps) and not part of make test
 	@scripts/setup-interop
-	PYTHONPATH=$(CURDIR)/.deps/python:$(CURDIR)/python $(PYTHON) -m pytest -q python/tests/interop
+	$(CARGO) build --bins
+	PD_BIN_DIR=$(CURDIR)/target/debug PYTHONPATH=$(CURDIR)/.deps/python:$(CURDIR)/python $(PYTHON) -m pytest -q python/tests/interop
 
 # Some minutes: real vLLM servers on the CPU. E2E='-k streams' runs some of it.
 E2E ?=
 .PHONY: e2e
 e2e: setup ## two real vLLM servers with the connector, tokens compared, after fetching vLLM for CPU (5.3 GB in .deps)
 	@scripts/setup-e2e
-	$(CARGO) build --release --bins
-	PD_BIN_DIR=$(CURDIR)/target/release LD_LIBRARY_PATH=$$(cat .deps/e2e/library_path) PYTHONPATH=$(CURDIR)/python \
+	$(CARGO) build --profile demo --bins
+	PD_BIN_DIR=$(CURDIR)/target/demo LD_LIBRARY_PATH=$$(cat .deps/e2e/library_path) PYTHONPATH=$(CURDIR)/python \
 	  .deps/e2e/venv/bin/python -m pytest -q --rootdir python/tests/e2e -c python/tests/e2e/pytest.ini python/tests/e2e $(E2E)
 
 SEEDS ?= 20000

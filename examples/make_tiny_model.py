@@ -3,8 +3,9 @@
 
     make_tiny_model.py FOLDER [--layers 8] [--dtype bfloat16] [--seed 1]
 
-It answers with nonsense, but with the same nonsense every time: greedy output depends on the weights (the seed) and on
-every token of the prompt, so two deployments can be compared token by token.
+It answers with nonsense: greedy output depends on the weights (the seed) and on every token of the prompt. Two deployments
+can be compared token by token where both serve it with --dtype float32. In bfloat16 a server that computes the prompt in
+other steps, or on another processor, rounds differently, and an answer soon differs.
 """
 
 from __future__ import annotations
@@ -27,11 +28,14 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32", "float16"))
     parser.add_argument("--max-tokens", type=int, default=16384, help="longest sequence")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--window", type=int, help="make it a Mistral whose layers see only so many tokens")
     given = parser.parse_args()
-    make(given.folder, given.layers, given.vocabulary, given.dtype, given.max_tokens, given.seed)
+    make(given.folder, given.layers, given.vocabulary, given.dtype, given.max_tokens, given.seed, given.window)
 
 
-def make(folder: Path, layers: int, vocabulary: int, dtype: str, max_tokens: int, seed: int) -> None:
+def make(
+    folder: Path, layers: int, vocabulary: int, dtype: str, max_tokens: int, seed: int, window: int | None = None
+) -> None:
     """Writes config.json and model.safetensors."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {
@@ -53,6 +57,8 @@ def make(folder: Path, layers: int, vocabulary: int, dtype: str, max_tokens: int
         "eos_token_id": 2,
         "torch_dtype": dtype,
     }
+    if window is not None:
+        config |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": window}
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     random = torch.Generator().manual_seed(seed)
 

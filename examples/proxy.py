@@ -168,28 +168,39 @@ class Proxy:
         """Decode's answer; it is asked when the KV is across."""
         notified = self.notifications.expect(req_id, len(server.init_ports))
         try:
-            await self._prefilled(path, body, headers, server, req_id)
+            sent = await self._prefilled(path, body, headers, server, req_id)
             try:
-                await asyncio.wait_for(notified, self._notify_timeout_s)
+                if sent:
+                    await asyncio.wait_for(notified, self._notify_timeout_s)
             except asyncio.TimeoutError:
                 text = f"the KV of request {req_id} was not reported across within {self._notify_timeout_s:g} s"
                 raise Refused.because(504, text) from None
         finally:
             self.notifications.forget(req_id)
-        return await self._decoding(path, body, headers, server, req_id)
+        return await self._decoding(path, body, headers, server, req_id if sent else None)
 
     async def _overlapped(
         self, path: str, body: dict[str, object], headers: dict[str, str], server: DecodeServer, req_id: str
     ) -> aiohttp.ClientResponse:
-        """Decode's answer; it is asked together with prefill, and given up where prefill fails."""
+        """Decode's answer; it is asked together with prefill, given up where prefill fails, and asked again, for an answer
+        that it computes alone, where prefill sends nothing.
+        """
         prefilling = asyncio.create_task(self._prefilled(path, body, headers, server, req_id))
         decoding = asyncio.create_task(self._decoding(path, body, headers, server, req_id))
         try:
-            await asyncio.wait({prefilling, decoding}, return_when=asyncio.FIRST_EXCEPTION)
-            # The one that failed says why; the other is waited for no longer.
-            for task in (prefilling, decoding):
-                if task.done():
-                    task.result()
+            waiting: set[asyncio.Task[object]] = {prefilling, decoding}
+            while waiting:
+                _, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                # The one that failed says why; the other is waited for no longer.
+                for task in (prefilling, decoding):
+                    if task.done():
+                        task.result()
+                if prefilling.done() and not prefilling.result() and not decoding.done():
+                    decoding.cancel()
+                    await asyncio.wait({decoding})
+                    decoding = asyncio.create_task(self._decoding(path, body, headers, server, None))
+                    await decoding
+                    break
             return decoding.result()
         except BaseException:
             prefilling.cancel()
@@ -201,7 +212,8 @@ class Proxy:
 
     async def _prefilled(
         self, path: str, body: dict[str, object], headers: dict[str, str], server: DecodeServer, req_id: str
-    ) -> None:
+    ) -> bool:
+        """Whether the KV is sent; decode computes what prefill cannot name."""
         params = {"disagg_spec": server.spec(req_id)}
         prefill = {**body, "max_tokens": 1, "n": 1, "stream": False, "kv_transfer_params": params}
         for option in ("stream_options", "min_tokens"):
@@ -213,15 +225,16 @@ class Proxy:
             content = await answer.read()
             if answer.status != 200:
                 raise Refused(answer.status, content, answer.content_type)
-        failed = (json.loads(content).get("kv_transfer_params") or {}).get("error")
-        if failed:
-            raise Refused.because(502, f"prefill could not send the KV of request {req_id}: {failed}")
+        answered = json.loads(content).get("kv_transfer_params") or {}
+        if answered.get("error"):
+            raise Refused.because(502, f"prefill could not send the KV of request {req_id}: {answered['error']}")
+        return "not_sent" not in answered
 
     async def _decoding(
-        self, path: str, body: dict[str, object], headers: dict[str, str], server: DecodeServer, req_id: str
+        self, path: str, body: dict[str, object], headers: dict[str, str], server: DecodeServer, req_id: str | None
     ) -> aiohttp.ClientResponse:
-        """The answer, as soon as it begins, which is its reader's to close."""
-        decode = {**body, "kv_transfer_params": {"disagg_spec": server.spec(req_id)}}
+        """The answer, as soon as it begins, which is its reader's to close. Without a `req_id` it waits for no KV."""
+        decode = body if req_id is None else {**body, "kv_transfer_params": {"disagg_spec": server.spec(req_id)}}
         assert self.session is not None
         answer = await self.session.post(server.url + path, json=decode, headers=headers)
         if answer.status != 200:

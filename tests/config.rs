@@ -538,9 +538,18 @@ const REFUSED: &[(&str, &str)] = &[
         "model_name: [a]",
         "f.yaml:4: model_name = [\"a\"]; expected text of 1 to 256 bytes; write for example `model_name: meta-llama/Meta-Llama-3-8B`",
     ),
+    // Accepted here, and such a request could not be read by anybody.
+    (
+        "pd_max_request_chunks: 32768",
+        "f.yaml:4: pd_max_request_chunks = 32768; expected a number from 1 to 16384, as many keys as one message carries; write for example `pd_max_request_chunks: 4096`",
+    ),
+    (
+        "pd_max_peers: 4097",
+        "f.yaml:4: pd_max_peers = 4097; expected a number from 1 to 4096, as many connections as one port keeps; write for example `pd_max_peers: 1024`",
+    ),
     (
         "pd_max_peers: {a: 1}",
-        "f.yaml:4: pd_max_peers = a map; expected a number from 1 to 65536; write for example `pd_max_peers: 1024`",
+        "f.yaml:4: pd_max_peers = a map; expected a number from 1 to 4096, as many connections as one port keeps; write for example `pd_max_peers: 1024`",
     ),
     // A receiver has no use for them, and a file that is wrong is wrong for both.
     (

@@ -2,6 +2,9 @@
 
 #![allow(clippy::unwrap_used)]
 
+#[path = "support/skip.rs"]
+mod skip;
+
 use std::io::{BufRead, BufReader, Read};
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
@@ -9,9 +12,10 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
+use skip::skip;
 
 /// Longest that anything here may take before the test calls it a hang.
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(120);
 
 struct Daemon {
     child: Child,
@@ -102,6 +106,13 @@ fn ends(pid: u32) -> bool {
     false
 }
 
+/// How much shared memory a process has touched, in KiB.
+fn shared_kib(pid: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("RssShmem:"));
+    line.and_then(|line| line.trim().strip_suffix(" kB")?.parse().ok()).unwrap_or(0)
+}
+
 /// Whether any socket or shared memory of this process is still there.
 fn left_behind(pid: u32) -> Vec<String> {
     let sockets = std::fs::read_to_string("/proc/net/unix").unwrap_or_default();
@@ -147,7 +158,12 @@ fn sigterm_before_it_is_ready_ends_it_too() {
         line.clear();
         assert_ne!(log.read_line(&mut line).unwrap(), 0, "it ended before it began");
     }
-    std::thread::sleep(Duration::from_millis(20));
+    // Some pages are there, and most are not.
+    let started = Instant::now();
+    while shared_kib(child.id()) < 64 * 1024 {
+        assert!(child.try_wait().unwrap().is_none() && started.elapsed() < PATIENCE, "it fills no buffer");
+        std::thread::sleep(Duration::from_millis(1));
+    }
     signal(child.id(), rustix::process::Signal::TERM);
     let status = wait(&mut child);
     // On a slow machine the signal may even come before anybody watches for it.
@@ -215,7 +231,7 @@ fn a_library_that_is_not_nixl_is_an_error_and_no_abort() {
         "/lib/aarch64-linux-gnu/libm.so.6",
     ];
     let Some(library) = libc.iter().find(|path| Path::new(path).exists()) else {
-        eprintln!("SKIPPED: none of {libc:?} is here to stand for a wrong library");
+        skip(&format!("none of {libc:?} is here to stand for a wrong library"));
         return;
     };
     std::fs::copy(library, fake.path().join("libnixl_capi.so")).unwrap();

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
+from collections.abc import Callable
 
 import numpy as np
 
@@ -13,6 +15,11 @@ from .messages import Attached, HostBuffer, ReadyChunk, StagedSlot
 
 _MADV_POPULATE_READ = 22
 _MADV_POPULATE_WRITE = 23
+# Some milliseconds at a time: whoever else wants to map memory in this process waits for one of them.
+_POPULATED_LEN_BYTES = 8 << 20
+
+_libc = ctypes.CDLL(None)
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 class PdBuffer:
@@ -30,6 +37,7 @@ class PdBuffer:
         """
         self.len_bytes = handle.len_bytes
         self.writable = writable
+        self._present_bytes = handle.present_bytes
         self._bytes: np.ndarray | None = _map(handle, writable)
 
     @classmethod
@@ -53,6 +61,21 @@ class PdBuffer:
                 f"{len_bytes} bytes at {offset_bytes} lie outside of the buffer of {self.len_bytes} bytes"
             )
         return self._bytes[offset_bytes : offset_bytes + len_bytes]
+
+    def populate(self, wanted: Callable[[], bool] = lambda: True) -> None:
+        """Maps every page that is there already, so that the first copy of each slot takes no page faults, for as long as
+        it is `wanted`. Others of this process run meanwhile, and it may be called from another thread than the client's.
+        """
+        # No other pages: a buffer that grows does not have them yet.
+        array = self._bytes
+        advice = _MADV_POPULATE_WRITE if self.writable else _MADV_POPULATE_READ
+        for start in range(0, self._present_bytes, _POPULATED_LEN_BYTES):
+            if array is None or not wanted():
+                return
+            len_bytes = min(_POPULATED_LEN_BYTES, self._present_bytes - start)
+            # Unlike `mmap.madvise`, a foreign function runs without Python's lock.
+            if _libc.madvise(array.ctypes.data + start, len_bytes, advice) != 0:
+                return  # Linux before 5.14: the pages come when they are touched.
 
     def close(self) -> None:
         """Gives the mapping up; the memory goes when the last view of it does. Closing twice does nothing."""
@@ -79,12 +102,6 @@ def _map(handle: HostBuffer, writable: bool) -> np.ndarray:
             mapping = mmap.mmap(fd, handle.len_bytes, mmap.MAP_SHARED, access)
         except (OSError, ValueError) as error:
             raise MappingError(f"cannot map {handle.len_bytes} bytes of {path}: {error}") from error
-        # Every page that is there already, so that the first copy of each slot takes no page faults; and no other, for
-        # a buffer that grows does not have them yet.
-        try:
-            mapping.madvise(_MADV_POPULATE_WRITE if writable else _MADV_POPULATE_READ, 0, handle.present_bytes)
-        except (OSError, ValueError):
-            pass  # Linux before 5.14: the pages come when they are touched.
     finally:
         os.close(fd)
     return np.frombuffer(mapping, dtype=np.uint8)

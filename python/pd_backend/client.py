@@ -12,6 +12,7 @@ import numpy as np
 
 from . import messages as m
 from ._channel import Channel
+from ._silence import Silence
 from .buffer import PdBuffer
 from .cuda_buffer import CudaBuffer, CudaView
 from .cuda_order import StreamOrder
@@ -19,6 +20,7 @@ from .errors import (
     ClientMisuse,
     CudaError,
     DaemonGone,
+    DaemonLost,
     MappingError,
     PdError,
     ProtocolError,
@@ -50,7 +52,7 @@ class Pending(Generic[T]):
 
         So it is, too, once a daemon that lives and says nothing (it was stopped, or hangs) has had its time.
 
-        Raises `DaemonGone` when no reply can come any more.
+        Raises `DaemonLost` when no reply can come any more.
         """
         if self._reply is None:
             self._client._pump(0.0)
@@ -60,7 +62,7 @@ class Pending(Generic[T]):
         """The reply; waits for it, by default until the daemon has had a little longer than it would wait itself.
 
         Raises `RequestRefused` for an `error`, `ReplyTimeout` when nothing came in time (the reply is then abandoned:
-        what it brings late is given back), `DaemonGone` when the daemon has ended.
+        what it brings late is given back), `DaemonLost` when the daemon has ended or answers nobody.
         """
         deadline = self._deadline if timeout_s is None else time.monotonic() + timeout_s
         while self._reply is None:
@@ -85,10 +87,10 @@ class Pending(Generic[T]):
         if self._reply is not None:
             self._client._give_back(self._reply)
 
-    def _resolve(self, reply: m.Answer) -> None:
+    def _resolve(self, reply: m.Answer) -> bool:
+        """Whether anybody wants it."""
         self._reply = reply
-        if self._abandoned:
-            self._client._give_back(reply)
+        return not self._abandoned
 
 
 class Client:
@@ -108,14 +110,18 @@ class Client:
         map_buffer: bool = True,
         reply_timeout_s: float = 10.0,
         wait_timeout_s: float = 120.0,
+        silence_timeout_s: float = 10.0,
         pid: int | None = None,
+        populate: bool = True,
     ) -> None:
         """Attaches to the daemon at `endpoint`, the `connector` of its ready line, and maps its buffer.
 
         `reply_timeout_s` bounds every answer that the daemon gives at once, and is what it gets beyond a wait of its
-        own. `wait_timeout_s` bounds waits whose length is left to the daemon's configuration. `map_buffer=False` is
-        for a process that only talks (an engine's scheduler). Where the daemon's `pid` is known, its end is noticed before
-        it has answered for the first time as well.
+        own. `wait_timeout_s` bounds waits whose length is left to the daemon's configuration. A daemon that has said
+        nothing while it was listened to is asked for its status; if `silence_timeout_s` pass without any word, it is lost
+        (`DaemonSilent`). `map_buffer=False` is for a process that only talks (an engine's scheduler). Where the daemon's
+        `pid` is known, its end is noticed before it has answered for the first time as well. `populate=False` leaves the
+        pages of a buffer in host memory to `PdBuffer.populate`.
 
         Raises `ReplyTimeout` when nobody answers, `ProtocolError` for another version, `ClientMisuse` for the other
         role, `MappingError` when the buffer cannot be mapped.
@@ -128,7 +134,13 @@ class Client:
         self._events: deque[m.Event] = deque()
         self._buffer: PdBuffer | CudaBuffer | None = None
         self._order: StreamOrder | None = None
-        self._channel = Channel(endpoint, reply_timeout_s)
+        #: What is to be cancelled as soon as it can be said.
+        self._given_up: deque[str] = deque()
+        #: None until it has attached: what is not attached is not answered.
+        self._silence: Silence | None = None
+        #: What it was last asked for no other reason than to hear from it.
+        self._ping: int | None = None
+        self._channel = Channel(endpoint)
         try:
             if pid is not None:
                 self._channel.watch(pid)
@@ -137,8 +149,12 @@ class Client:
             self._channel.watch(self.attached.buffer.pid)
             if map_buffer:
                 self._map_buffer()
+                if populate and isinstance(self._buffer, PdBuffer):
+                    self._buffer.populate()
+            self._silence = Silence(silence_timeout_s)
         except BaseException:
             self._channel.close()
+            self._close_buffer()
             raise
 
     @property
@@ -181,23 +197,38 @@ class Client:
             lambda id: m.Cancel(id=id, req_id=req_id, after=after), m.Cancelled, _nothing, self._wait_timeout_s
         )
 
+    def give_up(self, req_id: str) -> None:
+        """As `cancel`, for a caller whom the answer does not concern. Never waits, and raises nothing: of a daemon that is
+        lost nothing has to be given back."""
+        self._given_up.append(req_id)
+        self._say_given_up()
+
+    def reset(self) -> None:
+        """Nothing that was computed before this is to be used: drops ready chunks, and fails what has not ended."""
+        self._start(lambda id: m.Reset(id=id), m.ResetDone, _nothing).result()
+
     def wait_for_news(self, timeout_s: float) -> None:
         """Waits up to `timeout_s` until the daemon has said something, for a caller that has nothing else to do.
 
-        Raises `DaemonGone` when it has ended.
+        Raises `DaemonLost` when nothing more can be heard.
         """
         self._pump(timeout_s)
 
     def poll_events(self) -> list[m.Event]:
         """The events that have arrived since the last call, oldest first. Never waits.
 
-        Raises `DaemonGone` when there are none and the daemon has ended.
+        Raises `DaemonLost` when there are none and nothing more can be heard, and `Unreadable` for what cannot be read;
+        the events before that stay for the next call.
         """
         try:
             self._pump(0.0)
-        except DaemonGone:
+        except DaemonLost:
             if not self._events:
                 raise
+        return self.take_events()
+
+    def take_events(self) -> list[m.Event]:
+        """As `poll_events`, without looking for more: what has come with other answers. Raises nothing."""
         events = list(self._events)
         self._events.clear()
         for event in events:
@@ -209,10 +240,13 @@ class Client:
 
         With a buffer in GPU memory it waits for what this process has on that GPU, which may be using the buffer.
         """
+        if isinstance(self._buffer, CudaBuffer):
+            try:
+                self._buffer.finish()
+            except PdError:
+                pass  # A device that is lost: nothing on it uses the buffer any more.
         if self._channel.usable:
             try:
-                if isinstance(self._buffer, CudaBuffer):
-                    self._buffer.finish()
                 self._start(lambda id: m.Detach(id=id), m.Detached, _nothing).result()
             except PdError:
                 pass  # The daemon notices that the connection ended, and takes everything back all the same.
@@ -265,14 +299,17 @@ class Client:
     ) -> Pending[T]:
         message = request(self._next_id)
         pending = Pending(self, message, expected, convert, wait_s + self._reply_timeout_s)
+        self._send(message)
+        self._pending[self._next_id] = pending
+        self._next_id += 1
+        return pending
+
+    def _send(self, message: m.Request) -> None:
         try:
             self._channel.send(message)
         except DaemonGone:
             self._daemon_has_gone()
             raise
-        self._pending[self._next_id] = pending
-        self._next_id += 1
-        return pending
 
     def _after(self, stream: int | None) -> str | None:
         """An event behind what is on the stream now, for a message that gives slots away; none for host memory."""
@@ -288,37 +325,81 @@ class Client:
 
     def _pump(self, timeout_s: float) -> None:
         """Takes in what has arrived, waiting up to `timeout_s` for the first of it."""
-        try:
-            replies = list(self._channel.receive(timeout_s))
-        except DaemonGone:
-            self._daemon_has_gone()
-            raise
+        deadline = time.monotonic() + timeout_s
+        while True:
+            left_s = max(0.0, deadline - time.monotonic())
+            silence = self._silence
+            try:
+                replies = self._channel.receive(left_s if silence is None else min(left_s, silence.look_s))
+            except DaemonGone:
+                self._daemon_has_gone()
+                raise
+            news = self._take_in(replies)
+            if silence is not None:
+                self._listen(silence, bool(replies))
+            if news or left_s <= 0:
+                break
+        self._say_given_up()
+
+    def _take_in(self, replies: list[m.Reply]) -> bool:
+        """All of them, whatever becomes of one: what is given back is given back afterwards. Whether there is any news."""
+        unwanted: list[m.Answer] = []
+        news = False
         for reply in replies:
+            news = news or isinstance(reply, (m.Sent, m.Failed)) or reply.id != self._ping
             if isinstance(reply, (m.Sent, m.Failed)):
                 self._events.append(reply)
                 continue
             pending = self._pending.pop(reply.id, None)
-            if pending is not None:
-                pending._resolve(reply)
+            if pending is not None and not pending._resolve(reply):
+                unwanted.append(reply)
+        for answer in unwanted:
+            self._give_back(answer)
+        return news
+
+    def _listen(self, silence: Silence, heard: bool) -> None:
+        """Asks a daemon that has said nothing for long whether it is there. Raises `DaemonSilent` for one that is not."""
+        if heard:
+            silence.heard()
+            return
+        silence.looked()
+        if silence.wants_ping():
+            self._ping = self._next_id
+            self._start(lambda id: m.StatusQuery(id=id), m.StatusReply, _nothing).abandon()
+        elif silence.over:
+            self._channel.lose(self._channel.silent(silence.timeout_s))
+            self._channel.raise_loss()
 
     def _acknowledge(self, event: m.Event) -> None:
         """Tells the daemon that this client knows of a failure: it fills none of the request's slots any more."""
-        if isinstance(event, m.Failed) and self._channel.usable:
-            req_id = event.req_id
+        if isinstance(event, m.Failed):
+            self.give_up(event.req_id)
+
+    def _say_given_up(self) -> None:
+        while self._given_up and self._channel.usable:
+            req_id = self._given_up[0]
             try:
                 after = self._after(None)
             except CudaError:
                 after = None  # A device that is lost: nothing on it is written any more.
-            self._start(lambda id: m.Cancel(id=id, req_id=req_id, after=after), m.Cancelled, _nothing).abandon()
+            except RequestRefused:
+                return  # The stream has to get on first.
+            try:
+                self._start(lambda id: m.Cancel(id=id, req_id=req_id, after=after), m.Cancelled, _nothing).abandon()
+            except PdError:
+                return  # Lost, which the next call says: the daemon gives up what was opened here.
+            self._given_up.popleft()
 
     def _give_back(self, reply: m.Answer) -> None:
-        """Returns what a reply that nobody waits for has brought."""
-        if isinstance(reply, (m.Ready, m.Found)) and reply.lease is not None:
+        """Returns what a reply that nobody waits for has brought. Raises nothing, as `give_up`."""
+        if isinstance(reply, m.Opened):
+            self.give_up(reply.req_id)
+        elif isinstance(reply, (m.Ready, m.Found)) and reply.lease is not None:
             lease = reply.lease
-            self._start(lambda id: m.Release(id=id, lease=lease), m.Released, _nothing)
-        elif isinstance(reply, m.Opened):
-            req_id = reply.req_id
-            self._start(lambda id: m.Cancel(id=id, req_id=req_id), m.Cancelled, _nothing)
+            try:
+                self._start(lambda id: m.Release(id=id, lease=lease), m.Released, _nothing).abandon()
+            except PdError:
+                pass  # As there.
 
 
 class SenderClient(Client):
@@ -498,10 +579,11 @@ class Lease:
 
     def start_release(self, *, stream: int | None = None) -> Pending[None] | None:
         """As `release`, without waiting; None when it was released before."""
-        lease, self._lease = self._lease, None
+        lease = self._lease
         if lease is None:
             return None
         after = self._client._after(stream)
+        self._lease = None
         return self._client._start(lambda id: m.Release(id=id, lease=lease, after=after), m.Released, _nothing)
 
     def __enter__(self) -> Lease:

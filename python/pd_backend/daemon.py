@@ -77,13 +77,14 @@ class Daemon:
         binary: str | os.PathLike[str],
         args: Sequence[str] = (),
         *,
-        ready_timeout_s: float = 30.0,
+        ready_timeout_s: float | None = 30.0,
         stop_timeout_s: float = 10.0,
         exit_with_parent: bool = True,
         echo_stderr: bool = False,
         env: dict[str, str] | None = None,
     ) -> None:
-        """Starts `binary` with `args` and waits up to `ready_timeout_s` for its ready line.
+        """Starts `binary` with `args` and waits up to `ready_timeout_s` for its ready line. With None it does not wait, and
+        `wait_ready` is to be called.
 
         `stop_timeout_s` is how long `close` lets it drain. `echo_stderr` copies its log to ours as it comes; the last
         lines are kept either way. `env` is added to this process's environment.
@@ -106,13 +107,28 @@ class Daemon:
             raise DaemonStartError(f"cannot start {self.binary}: {error.strerror}", None, "") from error
         # A pipe that nobody reads would stop the daemon once it is full.
         self._drain = threading.Thread(target=self._drain_stderr, args=(echo_stderr,), name="pd-stderr", daemon=True)
-        self._drain.start()
         try:
-            #: What the daemon said of itself.
-            self.ready: ReadyLine = self._read_ready_line(ready_timeout_s)
+            self._drain.start()
+            if ready_timeout_s is not None:
+                self.wait_ready(ready_timeout_s)
         except BaseException:
             self.kill()
             raise
+
+    def wait_ready(self, timeout_s: float) -> ReadyLine:
+        """Waits for its ready line, which is `ready` from then on. Raises as the constructor does, and ends it then."""
+        try:
+            #: What the daemon said of itself.
+            self.ready: ReadyLine = self._read_ready_line(timeout_s)
+        except BaseException:
+            self.kill()
+            raise
+        return self.ready
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it has said that it is."""
+        return hasattr(self, "ready")
 
     @property
     def pid(self) -> int:
@@ -141,12 +157,17 @@ class Daemon:
                 pass
         return self.kill()
 
+    def interrupt(self) -> None:
+        """SIGKILL, from any thread: what waits for it in another one comes back."""
+        self._process.kill()
+
     def kill(self) -> int:
         """SIGKILL, unless it has ended. Its exit code."""
         if self._process.poll() is None:
             self._process.kill()
         code = self._process.wait()
-        self._drain.join(timeout=1.0)
+        if self._drain.is_alive():
+            self._drain.join(timeout=1.0)
         if self._process.stdout is not None:
             self._process.stdout.close()
         return code

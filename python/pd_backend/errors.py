@@ -33,7 +33,9 @@ class Kind:
     CLIENT_PROTOCOL = "client_protocol"
     CLIENT_MAPPING = "client_mapping"
     CLIENT_CUDA = "client_cuda"
+    DAEMON_LOST = "daemon_lost"
     DAEMON_GONE = "daemon_gone"
+    DAEMON_SILENT = "daemon_silent"
     DAEMON_START = "daemon_start"
 
 
@@ -85,12 +87,30 @@ class ReplyTimeout(PdError):
         self.args = (text,)
 
 
-class DaemonGone(PdError):
+class DaemonLost(PdError):
+    """The client is of no use any more, and the daemon takes back what it held: close it, and attach anew.
+
+    Of this class itself where the daemon lives, and has closed the connection.
+    """
+
+    def __init__(self, text: str, kind: str = Kind.DAEMON_LOST) -> None:
+        super().__init__(kind, text)
+        self.args = (text,)
+
+
+class DaemonGone(DaemonLost):
     """The daemon's process has ended: its slots, leases and requests went with it."""
 
     def __init__(self, text: str) -> None:
-        super().__init__(Kind.DAEMON_GONE, text)
-        self.args = (text,)
+        super().__init__(text, Kind.DAEMON_GONE)
+
+
+class DaemonSilent(DaemonLost):
+    """The daemon's process is there and answers nothing: it is stopped, or hangs. When it goes on it finds the
+    connection closed, and takes everything back that this client had of it."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text, Kind.DAEMON_SILENT)
 
 
 class ClientClosed(PdError):
@@ -115,6 +135,10 @@ class ProtocolError(PdError):
     def __init__(self, text: str) -> None:
         super().__init__(Kind.CLIENT_PROTOCOL, text)
         self.args = (text,)
+
+
+class Unreadable(ProtocolError):
+    """The daemon said something that cannot be read: what it answers, if anything, is not known."""
 
 
 class MappingError(PdError):

@@ -272,6 +272,12 @@ class Release(_Message, frozen=True):
     """An event of this process, in hexadecimal digits: it is said once the GPU has passed it."""
 
 
+class Reset(_Message, frozen=True):
+    """Either: nothing that was computed before is to be used. Answered by `ResetDone`."""
+
+    id: int
+
+
 # ---- from the daemon -------------------------------------------------------------------------------------------------
 
 
@@ -359,6 +365,12 @@ class Released(_Message, frozen=True):
     id: int
 
 
+class ResetDone(_Message, frozen=True, tag="reset"):
+    """To `Reset`: ready chunks are found no more, and what had not ended has failed."""
+
+    id: int
+
+
 class Error(_Message, frozen=True):
     """To any request that was refused or failed."""
 
@@ -386,9 +398,9 @@ class Failed(_Message, frozen=True):
     peer: str
 
 
-Request = Union[Attach, Detach, StatusQuery, Open, Stage, Send, Cancel, Lookup, Wait, Release]
+Request = Union[Attach, Detach, StatusQuery, Open, Stage, Send, Cancel, Lookup, Wait, Release, Reset]
 Answer = Union[
-    Attached, Detached, StatusReply, Opened, Staged, Accepted, Cancelled, Found, Ready, Released, Error
+    Attached, Detached, StatusReply, Opened, Staged, Accepted, Cancelled, Found, Ready, Released, ResetDone, Error
 ]
 Event = Union[Sent, Failed]
 Reply = Union[Answer, Event]

@@ -20,6 +20,7 @@ from fake_daemon import FakeDaemon
 from free_ports import free_ports
 from pd_backend import Daemon, PeerAddress, ReceiverClient, SenderClient, find_binary
 from pd_backend.errors import DaemonStartError
+from waiting import DEADLINES, PATIENCE_S
 
 # 2 planes x 2 layers x 1 head x 8 elements x 2 bytes = 64 bytes a token, 1024 bytes a chunk.
 LAYOUT = {
@@ -36,6 +37,9 @@ LAYOUT = {
 TOKEN_BYTES = 64
 CHUNK_TOKENS = 16
 CHUNK_BYTES = TOKEN_BYTES * CHUNK_TOKENS
+
+#: How clients wait for daemons that get little of the processors.
+PATIENTLY = {"reply_timeout_s": PATIENCE_S}
 
 
 @pytest.fixture
@@ -57,6 +61,20 @@ def binary(name: str) -> Path:
     pytest.fail(f"{name} is in neither target/debug nor target/release: run `scripts/cargo build`, or set PD_BIN_DIR")
 
 
+def children(name: str) -> list[int]:
+    """This process's children that run such a program."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            pid, rest = stat.read_text().split(" (", 1)
+        except OSError:
+            continue  # It has ended meanwhile.
+        program, rest = rest.rsplit(") ", 1)
+        if program == name and rest.split()[1] == str(os.getpid()):
+            found.append(int(pid))
+    return found
+
+
 @dataclass
 class Pair:
     """A pd-sender and a pd-receiver with their clients."""
@@ -74,13 +92,13 @@ class Pair:
         """Another receiver on the ports of the first, which has ended."""
         self.receiver.close()
         self.decode = self.start_receiver(self.address)
-        self.receiver = self.stack.enter_context(ReceiverClient(self.decode.ready.connector))
+        self.receiver = self.stack.enter_context(ReceiverClient(self.decode.ready.connector, **PATIENTLY))
 
     def restart_sender(self) -> None:
         """Another sender in the place of the first, which has ended."""
         self.sender.close()
         self.prefill = self.start_sender()
-        self.sender = self.stack.enter_context(SenderClient(self.prefill.ready.connector))
+        self.sender = self.stack.enter_context(SenderClient(self.prefill.ready.connector, **PATIENTLY))
 
 
 @pytest.fixture
@@ -115,9 +133,9 @@ def start_pair(layout_file: Path) -> Iterator[Callable[..., Pair]]:
                 role: str, engine: str, slots: int, layout: Path, sets: Sequence[str], env: dict[str, str] | None
             ) -> Daemon:
                 arguments = ["--config", str(TOP / "configs" / "loopback.yaml"), "--kv-layout", str(layout)]
-                for key in (f"transfer_channel={engine}", f"pd_buffer_size={slots * CHUNK_BYTES}", *sets):
+                for key in (f"transfer_channel={engine}", f"pd_buffer_size={slots * CHUNK_BYTES}", *DEADLINES, *sets):
                     arguments += ["--set", key]
-                return stack.enter_context(Daemon(binary(f"pd-{role}"), arguments, env=env))
+                return stack.enter_context(Daemon(binary(f"pd-{role}"), arguments, ready_timeout_s=PATIENCE_S, env=env))
 
             ours = layout_file
             ours.write_text(json.dumps(LAYOUT | (layout or {})))
@@ -142,8 +160,8 @@ def start_pair(layout_file: Path) -> Iterator[Callable[..., Pair]]:
             return Pair(
                 prefill,
                 decode,
-                stack.enter_context(SenderClient(prefill.ready.connector)),
-                stack.enter_context(ReceiverClient(decode.ready.connector)),
+                stack.enter_context(SenderClient(prefill.ready.connector, **PATIENTLY)),
+                stack.enter_context(ReceiverClient(decode.ready.connector, **PATIENTLY)),
                 address,
                 start_sender,
                 start_receiver,
@@ -156,3 +174,21 @@ def start_pair(layout_file: Path) -> Iterator[Callable[..., Pair]]:
 def nixl_found() -> bool:
     """Whether NIXL's library is where the daemons look for it."""
     return bool(os.environ.get("NIXL_LIB_DIR")) or (TOP / ".deps" / "nixl").is_dir()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "nixl: needs NIXL: skipped without it, or failed where PD_REQUIRE_NIXL=1")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("nixl") is not None:
+        need_nixl()
+
+
+def need_nixl() -> None:
+    """Skips the running test where NIXL is missing, or fails it with PD_REQUIRE_NIXL=1."""
+    if nixl_found():
+        return
+    if os.environ.get("PD_REQUIRE_NIXL") == "1":
+        pytest.fail("PD_REQUIRE_NIXL=1, but there is no NIXL in .deps/nixl, and NIXL_LIB_DIR names none")
+    pytest.skip("no NIXL: run `scripts/setup-deps nixl` or set NIXL_LIB_DIR, then again")

@@ -33,7 +33,7 @@ class FakeDaemon:
         self.seen: list[m.Request] = []
         self._script = script or (lambda request: ())
         self._version = version
-        self._pid = os.getpid() if pid is None else pid
+        self.pid = os.getpid() if pid is None else pid
         self.fd = os.memfd_create("pd-backend-test")
         os.ftruncate(self.fd, CHUNK_BYTES * SLOT_COUNT)
         self._context = zmq.Context()
@@ -49,7 +49,7 @@ class FakeDaemon:
         """How to map the memfd."""
         inode = os.fstat(self.fd).st_ino
         length = CHUNK_BYTES * SLOT_COUNT
-        return m.HostBuffer(pid=self._pid, fd=self.fd, len_bytes=length, inode=inode, present_bytes=length)
+        return m.HostBuffer(pid=self.pid, fd=self.fd, len_bytes=length, inode=inode, present_bytes=length)
 
     def seen_of(self, kind: type) -> list[m.Request]:
         """The messages of a type that have arrived."""
@@ -59,11 +59,15 @@ class FakeDaemon:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.hang_up()
+        os.close(self.fd)
+
+    def hang_up(self) -> None:
+        """Closes its connections, as if it had ended."""
         self._stop.set()
         self._thread.join(timeout=5)
         self._socket.close()
         self._context.term()
-        os.close(self.fd)
 
     def _serve(self) -> None:
         while not self._stop.is_set():

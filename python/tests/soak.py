@@ -362,14 +362,25 @@ class Soak:
 def left_behind(before: set[str]) -> list[str]:
     """Shared memory that was not there before, and children of this process, dead or alive.
 
-    Whoever else uses NIXL on this machine has shared memory for a moment.
+    What a living process has mapped is another program's, if no child is left.
     """
     deadline = time.monotonic() + 10
     while True:
-        left = [f"/dev/shm/{name}" for name in shared_memory() - before] + children()
+        left = [f"/dev/shm/{name}" for name in shared_memory() - before if not is_mapped(name)] + children()
         if not left or time.monotonic() > deadline:
             return left
         time.sleep(0.1)
+
+
+def is_mapped(name: str) -> bool:
+    """Whether a process that we can see into has this shared memory."""
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        try:
+            if f"/dev/shm/{name}\n" in maps.read_text():
+                return True
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue
+    return False
 
 
 def children() -> list[str]:
@@ -384,8 +395,8 @@ def children() -> list[str]:
 
 
 def shared_memory() -> set[str]:
-    """But for semaphores, which nothing of ours makes: other programs on this machine do."""
-    return {name for name in os.listdir("/dev/shm") if not name.startswith("sem.")}
+    """UCX's, which is all that has a name: other programs on this machine have theirs."""
+    return {name for name in os.listdir("/dev/shm") if name.startswith("ucx")}
 
 
 def engines() -> list[str]:

@@ -1,6 +1,8 @@
 """The mapping of a daemon's buffer."""
 
 import os
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -71,3 +73,38 @@ def test_a_view_outlives_the_mapping_and_the_daemon(fake):
     assert view[0] == 9
     with pytest.raises(MappingError, match="closed"):
         buffer.range(0, 1)
+
+
+def test_others_run_while_pages_are_mapped():
+    # Broken in production: an engine stands still for a second while it maps a large buffer, because Python's lock is held.
+    len_bytes = 512 << 20
+    fd = os.memfd_create("pd-backend-test")
+    try:
+        os.posix_fallocate(fd, 0, len_bytes)
+        handle = HostBuffer(
+            pid=os.getpid(), fd=fd, len_bytes=len_bytes, inode=os.fstat(fd).st_ino, present_bytes=len_bytes
+        )
+        buffer = PdBuffer(handle, writable=True)
+    finally:
+        os.close(fd)
+    ticks, stop = [0], threading.Event()
+
+    def tick():
+        while not stop.is_set():
+            ticks[0] += 1
+            time.sleep(0)
+
+    other = threading.Thread(target=tick)
+    other.start()
+    try:
+        before = ticks[0]
+        buffer.populate()
+        # More than fit in the moments before and after it.
+        assert ticks[0] > before + 10
+    finally:
+        stop.set()
+        other.join()
+    # And it stops where nobody wants it any more.
+    asked = []
+    buffer.populate(lambda: len(asked) < 2 and not asked.append(None))
+    assert len(asked) == 2

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from conftest import CHUNK_BYTES, CHUNK_TOKENS, LAYOUT, TOP, binary, nixl_found
+from conftest import CHUNK_BYTES, CHUNK_TOKENS, LAYOUT, TOP, binary
 from gpu import REAL, Engine, counts, environment, gpu, stand_in, stand_in_only
 from pd_backend import (
     CudaBuffer,
@@ -23,6 +23,7 @@ from pd_backend import (
 )
 from pd_backend import messages as m
 from test_end_to_end import content, eventually, keys_of, open_request
+from waiting import PATIENCE_S
 
 GPU = ("pd_buffer_device=cuda:0",)
 HOST = ("pd_buffer_device=cpu",)
@@ -362,7 +363,7 @@ def in_another_process(code, *arguments, **environment_more):
     paths = os.pathsep.join([str(TOP / "python"), str(TOP / "python" / "tests"), *sys.path])
     command = [sys.executable, "-c", code, *arguments]
     environment_there = {**os.environ, **environment(), "PYTHONPATH": paths, **environment_more}
-    return subprocess.run(command, env=environment_there, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, env=environment_there, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
 
 
 def refused_start(role, sets, env, tmp_path):
@@ -375,7 +376,7 @@ def refused_start(role, sets, env, tmp_path):
     said = []
     for more in ([], ["--check"]):
         ended = subprocess.run(
-            [*command, *more], env={**os.environ, **env}, capture_output=True, text=True, timeout=30, check=False
+            [*command, *more], env={**os.environ, **env}, capture_output=True, text=True, timeout=PATIENCE_S, check=False
         )
         assert "panicked" not in ended.stderr, ended.stderr
         errors = [line.split("ERROR", 1)[1] for line in ended.stderr.splitlines() if "ERROR" in line]
@@ -567,7 +568,7 @@ def test_a_lazy_buffer_on_a_gpu_is_refused(start_gpu_pair):
 
 
 @stand_in_only
-@pytest.mark.skipif(not nixl_found(), reason="no NIXL: run `scripts/setup-deps nixl` or set NIXL_LIB_DIR, then again")
+@pytest.mark.nixl
 def test_a_nixl_without_cuda_is_said(start_pair):
     # Broken in production: chunks of a GPU are sent from addresses that UCX takes for the host's, and the daemon dies.
     gpu()

@@ -5,18 +5,11 @@ import time
 import numpy as np
 import pytest
 
-from conftest import CHUNK_BYTES, CHUNK_TOKENS, TOKEN_BYTES, nixl_found
+from conftest import CHUNK_BYTES, CHUNK_TOKENS, TOKEN_BYTES
 from pd_backend import Kind, PdError, RequestFailed, RequestRefused, SendPart
+from waiting import eventually
 
-ENGINES = [
-    "local",
-    pytest.param(
-        "nixl",
-        marks=pytest.mark.skipif(
-            not nixl_found(), reason="no NIXL: run `scripts/setup-deps nixl` or set NIXL_LIB_DIR, then again"
-        ),
-    ),
-]
+ENGINES = ["local", pytest.param("nixl", marks=pytest.mark.nixl)]
 pytestmark = pytest.mark.parametrize("engine", ENGINES)
 
 
@@ -78,15 +71,6 @@ def refused_kind(call):
     with pytest.raises(RequestRefused) as caught:
         call()
     return caught.value.kind
-
-
-def eventually(probe):
-    """What `probe` returns once it is true; fails after a time that no healthy daemon needs."""
-    deadline = time.monotonic() + 20
-    while not (seen := probe()):
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.02)
-    return seen
 
 
 HYBRID = {

@@ -3,15 +3,14 @@
 import os
 import resource
 import signal
-import time
 
 import msgspec
 import pytest
 import zmq
 
-from conftest import nixl_found
 from pd_backend import PeerAddress, RequestRefused
 from test_end_to_end import ENGINES, check_arrived, content, eventually, fill, open_request, ship
+from waiting import PATIENCE_S
 
 pytestmark = pytest.mark.parametrize("engine", ENGINES)
 
@@ -41,11 +40,10 @@ def test_a_receiver_that_is_not_there_is_said_at_once(start_pair, engine):
         free = socket.bind_to_random_port("tcp://127.0.0.1")
         socket.unbind(f"tcp://127.0.0.1:{free}")
         nobody = PeerAddress(host="127.0.0.1", init_port=free, alloc_port=free)
-        started = time.monotonic()
         with pytest.raises(RequestRefused) as caught:
             pair.sender.open("nobody", ["k"], last_chunk_tokens=1, receiver=nobody)
+        # Of the handshake's deadline it would say that, and the kind would be `deadline`.
         assert caught.value.kind == "peer_unreachable" and str(free) in caught.value.text
-        assert time.monotonic() - started < 20, "it waited although nobody listens"
     ship(pair, "after", content(1, 2, 7))
     check_arrived(pair, "after", content(1, 2, 7))
 
@@ -56,8 +54,9 @@ def open_files(daemon):
 
 def test_losses_that_both_survive_leave_nothing_open(start_pair, engine):
     # Broken in production: each short stop or partition costs both daemons a file, until they refuse every peer.
-    losses = 6
-    deadlines = ["pd_heartbeat_interval_sec=0.1", "pd_peer_timeout_sec=0.5"]
+    losses = 4
+    # As long as a busy machine may need to answer, and no longer: it is waited for once a loss.
+    deadlines = ["pd_heartbeat_interval_sec=0.2", "pd_peer_timeout_sec=2"]
     pair = start_pair(engine, sender_sets=deadlines, receiver_sets=deadlines)
     ship(pair, "first", content(1, 2, 7))
     check_arrived(pair, "first", content(1, 2, 7))
@@ -108,6 +107,14 @@ def test_a_killed_sender_gives_its_slots_back_and_a_new_one_is_served(start_pair
     check_arrived(pair, "half", data)
 
 
+def told_next(proxy):
+    """The request of the next ProxyNotif, which come in order."""
+    assert proxy.poll(PATIENCE_S * 1000), "the proxy was not told"
+    told = msgspec.msgpack.decode(proxy.recv())
+    assert told == {"type": "ProxyNotif", "req_id": told["req_id"]}
+    return told["req_id"]
+
+
 def test_the_proxy_is_told_after_the_commit_once_and_never_for_a_failure(start_pair, engine):
     # Broken in production: a router sends a request to decode before its KV is there.
     with zmq.Context() as context, context.socket(zmq.PULL) as proxy:
@@ -117,20 +124,18 @@ def test_the_proxy_is_told_after_the_commit_once_and_never_for_a_failure(start_p
         pair.sender.cancel("given up")
         data = content(4, 2, 3)
         ship(pair, "told", data)
-        assert proxy.poll(20_000), "the proxy was not told"
-        told = msgspec.msgpack.decode(proxy.recv())
-        assert told == {"type": "ProxyNotif", "req_id": "told"}
+        assert told_next(proxy) == "told"
         lookup = pair.receiver.lookup([f"tests/tiny@1@0@told-{index}@bfloat16" for index in range(2)])
         assert all(lookup.chunks), "told before the chunks were ready"
         lookup.release()
-        assert not proxy.poll(300), "told twice, or for a request that failed"
+        ship(pair, "next", data)
+        assert told_next(proxy) == "next", "told twice, or for a request that failed"
 
 
+@pytest.mark.nixl
 def test_nixl_and_local_do_not_talk_to_each_other(start_pair, engine):
     # Broken in production: a pair starts, and every transfer fails in a way that nobody understands.
     other = "local" if engine == "nixl" else "nixl"
-    if not nixl_found():
-        pytest.skip("no NIXL: run `scripts/setup-deps nixl` or set NIXL_LIB_DIR, then again")
     pair = start_pair(engine, receiver_engine=other)
     with pytest.raises(RequestRefused) as caught:
         open_request(pair, "mixed", 1)

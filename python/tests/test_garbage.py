@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from test_end_to_end import check_arrived, content, ship
+from waiting import PATIENCE_S
 
 #: What a daemon may need beyond what it needed before, in KiB: the budget of a port for unfinished messages (128 MiB) on
 #: each of its three ports, and what decoding takes.
@@ -29,9 +30,9 @@ def peak_kib(pid):
 
 def connect(where):
     if isinstance(where, int):
-        return socket.create_connection(("127.0.0.1", where), timeout=20)
+        return socket.create_connection(("127.0.0.1", where), timeout=PATIENCE_S)
     stranger = socket.socket(socket.AF_UNIX)
-    stranger.settimeout(20)
+    stranger.settimeout(PATIENCE_S)
     stranger.connect(where.removeprefix("ipc://").replace("@", "\0", 1))
     return stranger
 
@@ -95,11 +96,11 @@ def test_garbage_at_every_socket_disturbs_nobody_and_fills_nothing(start_pair, s
         check_arrived(pair, f"r{shipped}", data)
         shipped += 1
     for thread in threads:
-        thread.join(60)
+        thread.join(PATIENCE_S)
         assert not thread.is_alive()
     for daemon in daemons:
         address = urlsplit(daemon.ready.metrics)
-        with socket.create_connection((address.hostname, address.port), timeout=20) as probe:
+        with socket.create_connection((address.hostname, address.port), timeout=PATIENCE_S) as probe:
             probe.sendall(HTTP + b"x\r\n\r\n")
             assert probe.recv(12) == b"HTTP/1.1 200"
         growth = peak_kib(daemon.ready.pid) - before[daemon]

@@ -9,18 +9,19 @@ from contextlib import ExitStack
 
 import pytest
 
-from pd_backend.vllm.finder import ReceiverAt, ReceiverFinder
+from pd_backend.vllm.finder import ReceiverFinder
 from pd_backend.vllm.keys import chunk_hashes, chunk_key
 from pd_backend.vllm.step import ChunkBlocks, ProducerStep
+from pd_backend.vllm.whereabouts import DaemonAt
 from vllm_pair import CHUNK, LAYOUT, Pair, restarted
 
 TOKENS, OTHERS = list(range(40)), list(range(100, 140))
 HASHES, OTHER_HASHES = chunk_hashes(TOKENS, CHUNK), chunk_hashes(OTHERS, CHUNK)
 
 
-def key(rank: int, name: str) -> str:
+def key(rank: int, weights: str, name: str) -> str:
     # Each of the pairs is one of a single rank.
-    return chunk_key(LAYOUT.model, 1, 0, name, "uint8")
+    return chunk_key(LAYOUT.model, 1, 0, weights, name, "uint8")
 
 
 class Ranks:
@@ -31,7 +32,7 @@ class Ranks:
         self.finder = ReceiverFinder(key)
         stack.callback(self.finder.close)
         for rank, pair in enumerate(self.pairs):
-            self.finder.attach(ReceiverAt.here(rank, pair.receiver.ready.connector))
+            self.finder.attach(DaemonAt.here(rank, pair.receiver.ready.connector, ""))
 
     def send(self, rank: int, request_id: str, tokens: Sequence[int]) -> None:
         pair = self.pairs[rank]
@@ -76,7 +77,7 @@ def test_a_receiver_that_has_gone_costs_a_look_up_and_nothing_else(ranks: Ranks)
     ranks.finder.forget("x")
     ranks.pairs[0].nothing_left()
     # Where it is now: nothing is there yet.
-    ranks.finder.attach(ReceiverAt.here(1, receiver.ready.connector))
+    ranks.finder.attach(DaemonAt.here(1, receiver.ready.connector, ""))
     assert ranks.finder.find("y", HASHES) == 0
     ranks.send(1, "b", TOKENS)
     assert ranks.finder.find("y", HASHES) == len(HASHES)
@@ -87,8 +88,8 @@ def test_receivers_on_other_machines_are_not_asked(ranks: Ranks) -> None:
     ranks.send(0, "a", TOKENS)
     assert ranks.finder.find("x", HASHES) == 0
     elsewhere = ReceiverFinder(key)
-    elsewhere.attach(ReceiverAt.here(0, ranks.pairs[0].receiver.ready.connector))
-    elsewhere.attach(ReceiverAt(1, "ipc://@pd-backend/not-here", "another machine"))
+    elsewhere.attach(DaemonAt.here(0, ranks.pairs[0].receiver.ready.connector, ""))
+    elsewhere.attach(DaemonAt(1, "ipc://@pd-backend/not-here", "another machine", ""))
     try:
         assert elsewhere.find("x", HASHES) == len(HASHES)
     finally:

@@ -17,6 +17,7 @@ from pd_backend import messages as m
 from pd_backend.vllm.layout import EngineLayout
 from pd_backend.vllm.meetings import ReceiverRefused, meet_receivers
 from pd_backend.vllm.supervisor import Supervisor
+from waiting import DEADLINES, PATIENCE_S
 
 
 def status(states: Iterable[str]) -> Status:
@@ -37,7 +38,7 @@ def says(*answers: list[str]) -> Callable[[m.Request], Iterator[m.Reply]]:
     return script
 
 
-def asked(fake: Callable[..., FakeDaemon], *answers: list[str], wait_s: float = 20.0) -> int:
+def asked(fake: Callable[..., FakeDaemon], *answers: list[str], wait_s: float = PATIENCE_S) -> int:
     """How often the daemon was asked until it was known."""
     daemon = fake("sender", says(*answers))
     with SenderClient(daemon.endpoint) as client:
@@ -57,7 +58,7 @@ def test_an_engine_waits_for_an_answer_and_not_for_a_receiver_that_is_not_there(
     assert asked(fake, ["meeting", "met"], [nobody, "met"]) == 2
     began = time.monotonic()
     asked(fake, ["meeting"], wait_s=0.2)
-    assert time.monotonic() - began < 15, "a receiver that does not answer holds the engine up"
+    assert time.monotonic() - began < PATIENCE_S, "a receiver that does not answer holds the engine up"
 
 
 def test_all_that_refuse_are_named_with_both_values(fake: Callable[..., FakeDaemon]) -> None:
@@ -86,7 +87,7 @@ def start() -> Iterator[Callable[..., Supervisor[Any]]]:
         def supervisor(role: str, client: type[Client], release: str, *sets: str) -> Supervisor[Any]:
             layout = EngineLayout("tests/worker", 16, 8, 64, 4, engine={"vllm": release})
             arguments = []
-            for key in ("transfer_channel=local", "pd_buffer_size=1MiB", *sets):
+            for key in ("transfer_channel=local", "pd_buffer_size=1MiB", *DEADLINES, *sets):
                 arguments += ["--set", key]
             watched = Supervisor(binary(role), arguments, layout.json(), client, echo_log=False)
             stack.callback(watched.close)
@@ -102,14 +103,14 @@ def test_a_real_pair_meets_or_refuses_without_a_request(start: Callable[..., Sup
     named = f"pd_receivers=[127.0.0.1:{init_port}:{alloc_port}]"
     alone = start("pd-sender", SenderClient, "0.32.0", named)
     began = time.monotonic()
-    meet_receivers(alone.client(), wait_s=60)
-    assert time.monotonic() - began < 50
+    meet_receivers(alone.client(), wait_s=10 * PATIENCE_S)
+    assert time.monotonic() - began < PATIENCE_S, "nobody is there, and it waits all the same"
     assert [receiver.word for receiver in alone.client().status().receivers] == ["unreachable"]
     start("pd-receiver", ReceiverClient, "0.32.0", *ports)
-    meet_receivers(start("pd-sender", SenderClient, "0.32.0", named).client(), wait_s=60)
+    meet_receivers(start("pd-sender", SenderClient, "0.32.0", named).client(), wait_s=PATIENCE_S)
     newer = start("pd-sender", SenderClient, "0.33.0", named)
     with pytest.raises(ReceiverRefused) as caught:
-        meet_receivers(newer.client(), wait_s=60)
+        meet_receivers(newer.client(), wait_s=PATIENCE_S)
     assert caught.value.kind == "layout_mismatch"
     assert f"receiver 127.0.0.1:{init_port}/{alloc_port}: engine.vllm is " in caught.value.text
     assert "0.32.0 at " in caught.value.text and "0.33.0 at " in caught.value.text, caught.value.text

@@ -20,10 +20,10 @@ class TestKeys:
     def test_both_engines_compute_the_same(self) -> None:
         # Broken in production: an upgrade of one end changes the keys, and nothing that the other end sends is found.
         assert chunk_hashes([1, 2, 3, 4, 5], 4) == [
-            "d4d41a600790a8c9af145eeb5c758a9b", "6cf2a4f688c583f1a008aff3be49f042"
+            "c0f59ca40332ca3f9cce01b51c058d3a", "70dc302950c3a1398b53ce40be521aaf"
         ]
         assert chunk_hashes([1, 2, 3, 4, 5], 4, Context("l", "s", (Item(4, "i"),))) == [
-            "72d92da5a9e4ea169b7a3eef24b720a", "c24935bca7661d5397ad90a9afbd8fc0"
+            "d09779a0a57a052a2eba616aa8d64651", "61a3aa51b926476a26e79af0272b6477"
         ]
 
     def test_shared_beginnings_have_equal_keys(self) -> None:
@@ -45,7 +45,7 @@ class TestKeys:
     @pytest.mark.parametrize(
         "context",
         [
-            Context(lora="a"),
+            Context(adapter="a"),
             Context(salt="a"),
             Context(items=(Item(3, "image"),)),
             Context(items=(Item(4, "image"),)),
@@ -61,7 +61,7 @@ class TestKeys:
 
     def test_lora_and_salt_are_not_confused(self) -> None:
         # Broken in production: a tenant chooses a salt that makes its keys those of another's LoRA.
-        assert chunk_hashes([5], 4, Context(lora="ab")) != chunk_hashes([5], 4, Context(lora="a", salt="b"))
+        assert chunk_hashes([5], 4, Context(adapter="ab")) != chunk_hashes([5], 4, Context(adapter="a", salt="b"))
 
     def test_a_later_image_leaves_earlier_chunks_alone(self) -> None:
         # Broken in production: an image at the end of a prompt makes the whole of it new.
@@ -73,7 +73,9 @@ class TestKeys:
         for tokens in range(1, 300):
             (name,) = chunk_hashes([tokens], 256)
             assert name == format(int(name, 16), "x")
-        assert chunk_key("m/n", 2, 1, "9b41", "bfloat16") == "m/n@2@1@9b41@bfloat16"
+            key = chunk_key("m/n", 2, 1, "w", name, "bfloat16").split("@")
+            assert key[3] == format(int(key[3], 16), "x")
+        assert chunk_key("m/n", 2, 1, "w", "9b41", "bfloat16") == "m/n@2@1@7c3ec6b8ba48db0ec77bbb08536e539f@bfloat16"
 
 
 class TestLayout:
@@ -173,7 +175,7 @@ class TestOptions:
         assert Options().daemon_args("cuda:1") == ["--set", "pd_buffer_device=cuda:1"]
         options = Options.parse({"set": {"pd_buffer_device": "cuda:0"}})
         assert options.daemon_args("cuda:1") == ["--set", "pd_buffer_device=cuda:0"]
-        pytest.importorskip("yaml", reason="PyYAML is where vLLM is; run this file with its Python for this test")
+        pytest.importorskip("yaml", reason="no PyYAML: run `scripts/setup-deps python` for this test")
         file = tmp_path / "c.yaml"
         file.write_text("pd_buffer_device: cuda\n")
         assert Options.parse({"config_file": str(file)}).daemon_args("cuda:1") == ["--config", str(file)]
@@ -188,7 +190,7 @@ class TestOptions:
 
     def test_the_chunk_size_is_the_daemons(self, tmp_path: Path) -> None:
         # Broken in production: the connector cuts chunks of another length than the daemon was configured for.
-        pytest.importorskip("yaml", reason="PyYAML is where vLLM is; run this file with its Python for this test")
+        pytest.importorskip("yaml", reason="no PyYAML: run `scripts/setup-deps python` for this test")
         file = tmp_path / "c.yaml"
         file.write_text("chunk_size: 512\nmodel_name: n\n")
         assert Options.parse({"config_file": str(file)}).chunk_tokens() == 512

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from pd_backend.vllm.keys import chunk_hashes
+from pd_backend.vllm.naming import Naming
 from pd_backend.vllm.scheduler import ConsumerScheduler, ProducerScheduler, blocks_of
 from pd_backend.vllm.step import SendOutcomes
 
@@ -27,6 +28,7 @@ def request(
         output_token_ids=list(output),
         num_prompt_tokens=tokens,
         num_tokens=tokens + len(output),
+        max_tokens=1,
         kv_transfer_params={"disagg_spec": SPEC} if params is None else params,
         status=Fake(name="FINISHED_LENGTH_CAPPED"),
         lora_request=None,
@@ -70,7 +72,7 @@ def test_blocks_of_a_chunk() -> None:
 
 class TestProducer:
     def scheduler(self, tp_size: int = 1) -> ProducerScheduler:
-        return ProducerScheduler(CHUNK, BLOCK, tp_size)
+        return ProducerScheduler(CHUNK, BLOCK, tp_size, Naming())
 
     def test_chunks_are_told_as_soon_as_they_are_computed(self) -> None:
         # Broken in production: with chunked prefill, nothing crosses before the whole prompt is computed.
@@ -219,11 +221,11 @@ class Shelf:
 
 class TestConsumer:
     def scheduler(self, shelf: Shelf | None = None, tp_size: int = 1, num_blocks: int = 1000) -> ConsumerScheduler:
-        return ConsumerScheduler(CHUNK, BLOCK, num_blocks, tp_size, shelf)
+        return ConsumerScheduler(CHUNK, BLOCK, num_blocks, tp_size, shelf, Naming())
 
     def test_a_step_that_computes_nothing_says_so(self) -> None:
         # Broken in production: workers wait for chunks while they should compute, or never wait and load a step later.
-        for scheduler in (self.scheduler(), ProducerScheduler(CHUNK, BLOCK, 1)):
+        for scheduler in (self.scheduler(), ProducerScheduler(CHUNK, BLOCK, 1, Naming())):
             assert scheduler.build(output()).idle
             assert not scheduler.build(output(new=[("z", [1], 0, 10)])).idle
 
@@ -353,6 +355,19 @@ class TestConsumer:
         assert (load.req_id, load.hashes) == (None, chunk_hashes(list(range(600)), CHUNK))
         scheduler.received(["a"], ())
         assert shelf.held == set()
+
+    def test_what_was_found_before_a_reset_is_looked_up_again(self) -> None:
+        # Broken in production: tokens are claimed whose chunks a reset has dropped, and the request fails.
+        shelf = Shelf(range(600))
+        scheduler = self.scheduler(shelf)
+        one, named = request(600, {}), request(600, request_id="b")
+        assert scheduler.matched(one, 0) == scheduler.matched(named, 0) == (600, True)
+        shelf.ready.clear()
+        scheduler.reset()
+        assert shelf.held == set()
+        assert scheduler.matched(one, 0) == (0, False)
+        # What a sender is to bring is waited for all the same.
+        assert scheduler.matched(named, 0) == (600, True)
 
     def test_a_first_token_that_the_router_added_does_not_hide_the_last_chunk(self) -> None:
         # Broken in production: LMCache's proxy appends prefill's token, and the short last chunk is computed anew.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Callable
 
 import pytest
@@ -14,6 +13,7 @@ from pd_backend.vllm.keys import chunk_hashes
 from pd_backend.vllm.producer import ProducerWorker
 from pd_backend.vllm.step import ChunkBlocks, ConsumerStep, ProducerStep, ReceivePlan
 from vllm_pair import BLOCKS, CHUNK, LAYERS, Memory, NAMES, Pair, load, pair, restarted
+from waiting import PATIENCE_S, eventually
 
 
 def test_chunks_go_from_blocks_to_blocks(pair: Callable[..., Pair]) -> None:
@@ -38,15 +38,10 @@ def test_a_chunk_is_across_before_the_next_one_is_computed(pair: Callable[..., P
     both = pair()
     tokens = list(range(32))
     both.produce(ProducerStep(plans=[both.plan("a", tokens)], chunks=[ChunkBlocks("a", 0, [3, 1])]))
-    deadline = time.monotonic() + 10
-    sent = False
-    while not sent:
-        assert time.monotonic() < deadline
-        both.produce(ProducerStep())
-        # Its slot is free again, which it is once it was written to the receiver.
-        sender = both.sender.client().status()
-        sent = both.source.gathered != [] and sender.slots_free == sender.slot_count
-    assert sender.requests_active == 1 and both.receiver.client().status().slots_reserved == 2
+    status = both.sender.client().status
+    # Its slot is free again, which it is once it was written to the receiver.
+    both.stepped_until(lambda: both.source.gathered != [] and status().slots_free == status().slot_count)
+    assert status().requests_active == 1 and both.receiver.client().status().slots_reserved == 2
     both.produce(ProducerStep(chunks=[ChunkBlocks("a", 1, [7, 0])], finishing=["a"]))
     assert both.ended("a") is None
 
@@ -56,10 +51,7 @@ def test_layers_are_pushed_as_they_are_computed(pair: Callable[..., Pair]) -> No
     both = pair(layer_pushes=2)
     tokens = list(range(16))
     both.producer.begin_step(ProducerStep(plans=[both.plan("a", tokens)], chunks=[ChunkBlocks("a", 0, [3, 1])]))
-    deadline = time.monotonic() + 10
-    while not any(chunk.slot for request in both.producer._requests.values() for chunk in request.chunks.values()):
-        assert time.monotonic() < deadline
-        both.producer._poll()
+    both.polled_until(lambda: has_slot(both.producer))
     # A layer whose predecessors were not seen counts for nothing.
     both.producer.layer_computed(NAMES[1])
     both.producer.layer_computed("a layer without KV")
@@ -97,10 +89,7 @@ def test_blocks_are_given_back_once_they_are_copied(pair: Callable[..., Pair]) -
     chunks = [ChunkBlocks("a", i, [2 * i, 2 * i + 1]) for i in range(4)]
     done = both.produce(ProducerStep(plans=[both.plan("a", tokens)], chunks=chunks, finishing=["a"]))
     # Four chunks through one slot: the engine steps on, and is told once.
-    deadline = time.monotonic() + 20
-    while "a" not in done:
-        assert time.monotonic() < deadline
-        done |= both.produce(ProducerStep())
+    eventually(lambda: "a" in done or done.update(both.produce(ProducerStep())), 0)
     both.source.kv[:] = 0
     both.produce(ProducerStep())
     assert both.ended("a") is None
@@ -118,9 +107,7 @@ def test_a_preempted_chunk_is_taken_from_its_new_blocks(pair: Callable[..., Pair
     both.producer.begin_step(ProducerStep(plans=[both.plan("a", tokens)], chunks=[ChunkBlocks("a", 0, [3, 1])]))
     both.producer.begin_step(ProducerStep(preempted=["a"]))
     both.source.kv[:, [3, 1]] = 0
-    deadline = time.monotonic() + 5
-    while time.monotonic() < deadline and not producer_slots(both.producer):
-        both.produce(ProducerStep())
+    both.stepped_until(lambda: is_opened(both.producer))
     resumed = [ChunkBlocks("a", 0, [8, 9]), ChunkBlocks("a", 1, [10, 11])]
     both.produce(ProducerStep(chunks=resumed, finishing=["a"]))
     assert both.ended("a") is None
@@ -129,8 +116,12 @@ def test_a_preempted_chunk_is_taken_from_its_new_blocks(pair: Callable[..., Pair
     both.nothing_left()
 
 
-def producer_slots(producer: ProducerWorker) -> bool:
+def is_opened(producer: ProducerWorker) -> bool:
     return any(request.opened for request in producer._requests.values())
+
+
+def has_slot(producer: ProducerWorker) -> bool:
+    return any(chunk.slot for request in producer._requests.values() for chunk in request.chunks.values())
 
 
 def test_dropped_requests_leave_nothing(pair: Callable[..., Pair]) -> None:
@@ -141,9 +132,11 @@ def test_dropped_requests_leave_nothing(pair: Callable[..., Pair]) -> None:
         request_id = f"a{number}"
         chunks = [ChunkBlocks(request_id, 0, [3, 1])] if number % 2 else []
         both.produce(ProducerStep(plans=[both.plan(request_id, tokens)], chunks=chunks))
-        for _ in range(number % 4):
-            time.sleep(0.002)
-            both.produce(ProducerStep())
+        # At once, when it is opened, or when its chunk, if it has one, was copied.
+        both.source.gathered.clear()
+        request = both.producer._requests[request_id]
+        stages = [lambda: True, lambda: request.opened, lambda: both.source.gathered or not chunks]
+        both.stepped_until(stages[number // 2 % 3])
         assert both.produce(ProducerStep(dropped=[request_id])) == set()
     both.nothing_left()
 
@@ -171,19 +164,14 @@ def test_why_a_request_failed_is_told_and_not_that_it_has_ended(
     both = pair()
     both.produce(ProducerStep(plans=[both.plan("a", list(range(16)))]))
     request, client = both.producer._requests["a"], both.sender.client()
-    deadline = time.monotonic() + 10
-    while not request.opened:
-        both.producer.outcomes()
-        assert time.monotonic() < deadline
+    both.polled_until(lambda: request.opened)
     os.kill(both.receiver.ready.pid, signal.SIGKILL)
-    while client.status().requests_failed == 0:
-        assert time.monotonic() < deadline
+    eventually(lambda: client.status().requests_failed)
     # It comes between the look at the events and the one at the answers.
     polled, events = [], client.poll_events
     monkeypatch.setattr(client, "poll_events", lambda: events() if polled else polled.append(True) or [])
     request.staging = client.start_stage("router-a", [0])
-    while not request.staging.done():
-        assert time.monotonic() < deadline
+    eventually(lambda: request.staging.done())
     error = both.ended("a")
     assert error is not None and error.startswith("peer_lost"), error
 
@@ -216,7 +204,7 @@ def test_an_idle_step_waits_for_an_answer_that_is_on_its_way(pair: Callable[...,
         waited.append(timeout_s)
         both.produce(ProducerStep(plans=[both.plan("a", tokens)], chunks=[ChunkBlocks("a", 0, [0, 1])], finishing=["a"]))
         assert both.ended("a") is None
-        client._pump(10.0)
+        client._pump(PATIENCE_S)
 
     step = load("a", tokens, [5, 6])
     both.consumer.begin_step(step)
@@ -232,7 +220,7 @@ def test_an_idle_step_waits_for_an_answer_that_is_on_its_way(pair: Callable[...,
 
 def test_idle_steps_become_fewer_while_nothing_comes(pair: Callable[..., Pair]) -> None:
     # Broken in production: a decode server burns half a core for as long as it waits for a long prefill.
-    both = pair()
+    both = pair(receive_wait_s=10)
     both.consumer.begin_step(load("a", list(range(16)), [5, 6]))
     client = both.receiver.client()
     waited: list[float] = []
@@ -251,10 +239,13 @@ def test_idle_steps_become_fewer_while_nothing_comes(pair: Callable[..., Pair]) 
     assert both.consumer.progress() == (set(), set())
     assert waited[4:] == [0.005]
     del client.wait_for_news
-    client.cancel("a")
-    client._pump(10.0)
-    both.consumer.progress()
-    assert both.consumer.returned() == ["a"]
+    client.cancel("router-a")
+
+    def returned() -> list[str]:
+        both.consumer.progress()
+        return both.consumer.returned()
+
+    assert eventually(returned) == ["a"]
     both.nothing_left()
 
 
@@ -269,13 +260,15 @@ def test_the_scheduler_is_told_of_chunks_that_are_here(pair: Callable[..., Pair]
     both.produce(ProducerStep(plans=[plan], chunks=[ChunkBlocks("a", 0, [0, 1])], finishing=["a"]))
     assert both.ended("a") is None
     here: list[str] = []
-    deadline = time.monotonic() + 10
-    # The idle steps of an engine that has nothing else to do.
-    while "a" not in here:
+
+    def is_here(request_id: str) -> bool:
+        # The idle steps of an engine that has nothing else to do.
         both.consumer.begin_step(ConsumerStep(idle=True))
         assert both.consumer.progress() == (set(), set())
-        here += both.consumer.here()
-        assert time.monotonic() < deadline, here
+        here.extend(both.consumer.here())
+        return request_id in here
+
+    eventually(lambda: is_here("a"), 0)
     # Once.
     both.consumer.begin_step(ConsumerStep(idle=True))
     both.consumer.progress()
@@ -284,11 +277,7 @@ def test_the_scheduler_is_told_of_chunks_that_are_here(pair: Callable[..., Pair]
     assert (both.target.kv[:, 5:7] == both.source.kv[:, 0:2]).all()
     # One whose chunks are not going to come is told of as well: it can fail only once it has blocks.
     both.receiver.client().cancel("router-b")
-    while "b" not in here:
-        both.consumer.begin_step(ConsumerStep(idle=True))
-        assert both.consumer.progress() == (set(), set())
-        here += both.consumer.here()
-        assert time.monotonic() < deadline, here
+    eventually(lambda: is_here("b"), 0)
     plan = ReceivePlan("b", "router-b", both.plan("b", tokens).hashes, 16, 0, [7, 8])
     assert both.consume(ConsumerStep(loads=[plan]), "b") == {7, 8}
     both.nothing_left()
@@ -320,12 +309,14 @@ def test_samples_of_one_request_are_all_loaded(pair: Callable[..., Pair]) -> Non
         step.loads.append(ReceivePlan(request_id, "router-a", chunk_hashes(tokens, CHUNK), len(tokens), 0, blocks))
     both.consumer.begin_step(step)
     through: set[str] = set()
-    deadline = time.monotonic() + 10
-    while through != {"x", "y"}:
-        assert time.monotonic() < deadline
+
+    def are_through() -> bool:
         finished, failed = both.consumer.progress()
         assert not failed
-        through |= finished
+        through.update(finished)
+        return through == {"x", "y"}
+
+    eventually(are_through)
     assert (both.target.kv[:, 4:7] == both.source.kv[:, :3]).all()
     assert (both.target.kv[:, 7:10] == both.source.kv[:, :3]).all()
     both.nothing_left()
@@ -350,14 +341,10 @@ def test_nothing_is_sent_before_the_step_has_ended(pair: Callable[..., Pair]) ->
     both = pair(layer_pushes=1)
     tokens = list(range(16))
     both.produce(ProducerStep(plans=[both.plan("a", tokens)]))
-    deadline = time.monotonic() + 10
-    while not producer_slots(both.producer):
-        assert time.monotonic() < deadline
-        both.produce(ProducerStep())
+    both.stepped_until(lambda: is_opened(both.producer))
     both.producer.begin_step(ProducerStep(chunks=[ChunkBlocks("a", 0, [0, 1])], finishing=["a"]))
-    while not any(chunk.slot for request in both.producer._requests.values() for chunk in request.chunks.values()):
-        assert time.monotonic() < deadline
-        assert both.producer.finished_sending() == set()
+    both.polled_until(lambda: has_slot(both.producer))
+    assert both.producer.finished_sending() == set()
     assert both.source.gathered == []
     both.producer.end_step()
     assert both.source.gathered == [range(0, LAYERS)]
@@ -384,9 +371,7 @@ def test_dropped_and_unneeded_loads_leave_nothing(pair: Callable[..., Pair]) -> 
     assert both.ended("d") is None
     both.consumer.begin_step(ConsumerStep(announced=[("d", "router-d")]))
     arriving = both.consumer._requests["d"].arriving
-    deadline = time.monotonic() + 10
-    while not arriving.done():
-        assert time.monotonic() < deadline
+    eventually(arriving.done)
     both.consumer.begin_step(ConsumerStep(dropped=["d"]))
     # Not needed, but sent.
     both.consumer.begin_step(ConsumerStep(announced=[("c", "router-c")]))
@@ -407,13 +392,14 @@ def test_unneeded_chunks_go_back_though_nothing_else_is_asked(pair: Callable[...
     both.produce(ProducerStep(plans=[both.plan("a", tokens)], chunks=[ChunkBlocks("a", 0, [0, 1])], finishing=["a"]))
     assert both.ended("a") is None
     with ReceiverClient(both.receiver.ready.connector, name="test", map_buffer=False) as observer:
-        deadline = time.monotonic() + 10
-        while not both.consumer.returned():
-            assert time.monotonic() < deadline
+
+        def is_returned() -> bool:
             both.consumer.begin_step(ConsumerStep(idle=True))
             both.consumer.progress()
-        while observer.status().leases or observer.status().slots_held:
-            assert time.monotonic() < deadline
+            return bool(both.consumer.returned())
+
+        eventually(is_returned, 0)
+        eventually(lambda: not observer.status().leases and not observer.status().slots_held)
     # Of what nobody asked for there is nothing to wait for, nor of what was asked of a daemon that has gone.
     both.consumer.begin_step(ConsumerStep(announced=[("c", "router-c")], unneeded=["c"], dropped=["b"]))
     assert both.consumer.returned() == ["b"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -23,6 +22,8 @@ from pd_backend.vllm.producer import requests_of as producer_requests
 from pd_backend.vllm.spec import DisaggSpec
 from pd_backend.vllm.step import ConsumerStep, ProducerStep, ReceivePlan, SendPlan
 from pd_backend.vllm.supervisor import Supervisor
+from pd_backend.vllm.weights import Weights
+from waiting import DEADLINES, PATIENCE_S, eventually
 
 LAYERS, BLOCKS, BLOCK_BYTES = 4, 16, 64
 CHUNK, BLOCK = 16, 8
@@ -62,13 +63,21 @@ class Memory:
 class Pair:
     """A prefill and a decode worker, each with its daemon."""
 
-    def __init__(self, stack: ExitStack, sender_slots: int = 8, receiver_slots: int = 16, **options: Any) -> None:
+    def __init__(
+        self,
+        stack: ExitStack,
+        sender_slots: int = 8,
+        receiver_slots: int = 16,
+        receive_wait_s: float = PATIENCE_S,
+        consumer_weights: Weights | None = None,
+        **options: Any,
+    ) -> None:
         def supervisor(name: str, client: type[Client], slots: int, *sets: str) -> Supervisor[Any]:
             arguments = []
-            for key in ("transfer_channel=local", f"pd_buffer_size={slots * LAYOUT.chunk_bytes}", *sets):
+            for key in ("transfer_channel=local", f"pd_buffer_size={slots * LAYOUT.chunk_bytes}", *DEADLINES, *sets):
                 arguments += ["--set", key]
             watched = Supervisor(
-                binary(name), arguments, LAYOUT.json(), client, echo_log=False, restarts_max=2, restart_window_s=60
+                binary(name), arguments, LAYOUT.json(), client, echo_log=False, restarts_max=2, restart_window_s=3600
             )
             stack.callback(watched.close)
             return watched
@@ -80,7 +89,9 @@ class Pair:
         self.receiver = supervisor("pd-receiver", ReceiverClient, receiver_slots, *ports)
         self.source, self.target = Memory(1), Memory(2)
         self.producer = ProducerWorker(self.sender, self.source, LAYOUT, "uint8", **options)
-        self.consumer = ConsumerWorker(self.receiver, self.target, LAYOUT, "uint8", receive_wait_s=10)
+        self.consumer = ConsumerWorker(
+            self.receiver, self.target, LAYOUT, "uint8", receive_wait_s=receive_wait_s, weights=consumer_weights
+        )
 
     def plan(self, request_id: str, tokens: Sequence[int]) -> SendPlan:
         ready = self.receiver.ready
@@ -97,43 +108,46 @@ class Pair:
 
     def ended(self, request_id: str, step: Callable[[], Any] = lambda: None) -> str | None:
         """Steps on until it is known how a request ended."""
-        deadline = time.monotonic() + 20
-        while time.monotonic() < deadline:
+
+        def end() -> tuple[str | None, ...] | None:
             step()
             self.produce(ProducerStep())
             outcomes = self.producer.outcomes()
-            if outcomes is not None and request_id in outcomes.ended:
-                return outcomes.ended[request_id][0]
-            time.sleep(0.001)
-        pytest.fail(f"request {request_id} has not ended")
+            return outcomes and outcomes.ended.get(request_id)
+
+        return eventually(end, 0.001)[0]
+
+    def polled_until(self, probe: Callable[[], Any]) -> None:
+        """Lets prefill's worker look at the daemon's answers until something is true, all of it within one step."""
+        eventually(lambda: (self.producer._poll(), probe())[1], 0.001)
+
+    def stepped_until(self, probe: Callable[[], Any]) -> None:
+        """Steps on with nothing new until something is true."""
+        eventually(lambda: (self.produce(ProducerStep()), probe())[1], 0.001)
 
     def consume(self, step: ConsumerStep, until: str) -> set[int]:
         """Steps of a decode engine until a request is through; the blocks that failed."""
         self.consumer.begin_step(step)
-        deadline = time.monotonic() + 20
-        while time.monotonic() < deadline:
+
+        def through() -> list[set[int]]:
             finished, failed = self.consumer.progress()
-            if until in finished:
-                return failed
-            time.sleep(0.001)
-        pytest.fail(f"request {until} is not through")
+            return [failed] if until in finished else []
+
+        return eventually(through, 0.001)[0]
 
     def nothing_left(self) -> None:
         """Neither worker nor daemon keeps anything of any request."""
-        deadline = time.monotonic() + 10
-        while True:
+
+        def left() -> list[Any]:
             self.produce(ProducerStep())
             self.producer.outcomes()
             self.consumer.progress()
             statuses = [self.sender.client().status(), self.receiver.client().status()]
-            left = [
-                (s.role, s.requests_active, s.leases, s.waits, s.slots_reserved, s.slots_held) for s in statuses
-            ]
+            counts = [(s.requests_active, s.leases, s.waits, s.slots_reserved, s.slots_held) for s in statuses]
             known = [*producer_requests(self.producer), *consumer_requests(self.consumer)]
-            if not known and all(not any(counts[1:]) for counts in left):
-                return
-            assert time.monotonic() < deadline, (left, known)
-            time.sleep(0.01)
+            return known + [count for count in counts if any(count)]
+
+        eventually(lambda: not left(), left=left)
 
 
 @pytest.fixture
@@ -151,12 +165,10 @@ def load(
 
 
 def restarted(supervisor: Supervisor[Any], pid: int) -> None:
-    deadline = time.monotonic() + 20
-    while True:
+    def is_restarted() -> bool:
         try:
-            if supervisor.ready.pid != pid:
-                return
+            return supervisor.ready.pid != pid
         except PdError:
-            pass
-        assert time.monotonic() < deadline, "it was not started again"
-        time.sleep(0.01)
+            return False
+
+    eventually(is_restarted)

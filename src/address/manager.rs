@@ -2,7 +2,7 @@
 
 use super::space::Space;
 use super::sync::{Arc, Mutex, MutexGuard};
-use super::{AddressError, AddressRange, Snapshot, Usage};
+use super::{AddressError, AddressRange, MadeRoom, Snapshot, Usage};
 
 /// A virtual address space behind one lock. Clones are handles of the same space.
 ///
@@ -123,6 +123,48 @@ impl AddressManager {
         let mut ranges = Vec::new();
         lock(&self.shared).open()?.allocate_slots_below(count, end_bytes, &mut ranges)?;
         Ok(ranges)
+    }
+
+    /// As [`allocate_each`](Self::allocate_each), in bytes before `end_bytes`. Where there is no room, ranges of `spare`,
+    /// which are all handed out, are given back: as few as will do, the first before the others, and of those only the ones
+    /// whose bytes are taken for this (or all, where the rest finds no place without). When all of them are too few, or
+    /// what was found ends beyond `end_bytes`, nothing has changed.
+    ///
+    /// # Errors
+    /// As [`allocate_each`](Self::allocate_each).
+    ///
+    /// # Panics
+    /// When a spare range is not one that was handed out.
+    pub fn allocate_each_or_free(
+        &self,
+        lens_bytes: &[u64],
+        end_bytes: u64,
+        spare: impl Iterator<Item = AddressRange>,
+    ) -> Result<MadeRoom, AddressError> {
+        let least_bytes = lens_bytes.iter().fold(0, |sum: u64, len_bytes| sum.saturating_add(*len_bytes));
+        let take = |space: &mut Space, out: &mut Vec<AddressRange>| space.allocate_each(lens_bytes, out);
+        lock(&self.shared).open()?.make_room(least_bytes, end_bytes, spare, take)
+    }
+
+    /// As [`allocate_slots_below`](Self::allocate_slots_below), giving back ranges of `spare` as
+    /// [`allocate_each_or_free`](Self::allocate_each_or_free) does.
+    ///
+    /// # Errors
+    /// As [`allocate_slots_below`](Self::allocate_slots_below).
+    ///
+    /// # Panics
+    /// As [`allocate_each_or_free`](Self::allocate_each_or_free).
+    pub fn allocate_slots_below_or_free(
+        &self,
+        count: usize,
+        end_bytes: u64,
+        spare: impl Iterator<Item = AddressRange>,
+    ) -> Result<MadeRoom, AddressError> {
+        let take = |space: &mut Space, out: &mut Vec<AddressRange>| space.allocate_slots_below(count, end_bytes, out);
+        let mut shared = lock(&self.shared);
+        let space = shared.open()?;
+        let least_bytes = space.slots.slot_bytes().saturating_mul(count as u64);
+        space.make_room(least_bytes, end_bytes, spare, take)
     }
 
     /// Gives a range back: exactly one that was handed out. Works after [`close`](Self::close), too.

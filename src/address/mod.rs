@@ -5,6 +5,7 @@
 //!
 //! - [`AddressManager`] (`manager`): one lock, and handles that give their range back when dropped;
 //! - `space`: the decisions, without a lock. Most ranges have one length, a slot, and come from
+//! - `room`: which ranges to give back for a request that finds no room;
 //! - `slots`: a grid of slots, free or not, one bit each (`bitmap`). Every other length comes from
 //! - `ranges`: free ranges of any length, found by best fit, in slots lent by the grid and handed back once whole.
 //!
@@ -15,6 +16,7 @@ mod error;
 mod manager;
 mod range;
 mod ranges;
+mod room;
 mod slots;
 mod space;
 mod sync;
@@ -23,4 +25,5 @@ mod usage;
 pub use error::AddressError;
 pub use manager::{AddressManager, OwnedRange};
 pub use range::AddressRange;
+pub use room::MadeRoom;
 pub use usage::{Snapshot, Usage};

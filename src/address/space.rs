@@ -17,12 +17,12 @@ const NOT_YET: u64 = u64::MAX;
 pub(super) struct Space {
     alignment: u64,
     len_bytes: u64,
-    used_bytes: u64,
-    slots: Slots,
-    ranges: Ranges,
+    pub(super) used_bytes: u64,
+    pub(super) slots: Slots,
+    pub(super) ranges: Ranges,
     /// A search for this length, or a longer one, has failed since bytes were last freed or added: callers ask a full
     /// space often.
-    no_room_from_bytes: u64,
+    pub(super) no_room_from_bytes: u64,
 }
 
 impl Space {
@@ -438,7 +438,7 @@ impl Space {
     }
 
     /// Adds free bytes that no free range touches. Slots that are whole go to the grid.
-    fn insert_free(&mut self, start: u64, end: u64) {
+    pub(super) fn insert_free(&mut self, start: u64, end: u64) {
         let whole = self.slots.within(start, end);
         if whole.is_empty() {
             self.ranges.insert_free(start, end);
@@ -493,7 +493,7 @@ impl Space {
     }
 
     #[cold]
-    fn out_of_memory(&self, count: usize, len_bytes: u64) -> AddressError {
+    pub(super) fn out_of_memory(&self, count: usize, len_bytes: u64) -> AddressError {
         AddressError::OutOfMemory { count, len_bytes, free_bytes: self.free_bytes() }
     }
 }

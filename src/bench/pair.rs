@@ -24,8 +24,11 @@ enum Mapping {
 impl Mapping {
     fn open(buffer: BufferHandle) -> Result<Self, BufferError> {
         match buffer {
-            BufferHandle::Host { pid, fd, len_bytes, inode, .. } => {
-                Ok(Self::Host(HostMapping::open(&HostHandle { pid, fd, len_bytes, inode })?))
+            BufferHandle::Host { pid, fd, len_bytes, inode, present_bytes } => {
+                let mapping = HostMapping::open(&HostHandle { pid, fd, len_bytes, inode })?;
+                // No round is to pay for page faults.
+                mapping.populate(0..present_bytes)?;
+                Ok(Self::Host(mapping))
             }
             BufferHandle::Cuda { pid, device, ordinal, ipc_handle, offset_bytes, allocation_bytes, len_bytes } => {
                 let ipc = ipc_handle;

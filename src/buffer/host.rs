@@ -10,6 +10,7 @@ use crate::ids::Summing;
 
 use super::available::available_memory_bytes;
 use super::region::{Content, Region};
+use super::slices::{for_slices, thread_count};
 use super::{BufferError, HostHandle, HostMapping};
 
 /// A sealed memfd, mapped in one piece. Its pages are there from the start, or come in ranges.
@@ -59,7 +60,8 @@ impl HostMemory {
         Ok(Self { region, fd, inode })
     }
 
-    /// Makes every page of `range` present. The range has not been populated before.
+    /// Makes every page of `range` present, with as many threads as the machine has room for. The range has not been
+    /// populated before.
     ///
     /// # Errors
     /// [`BufferError::Allocate`] when the machine, or this process's control group, has less memory free: asked first,
@@ -71,7 +73,15 @@ impl HostMemory {
         if available.is_some_and(|available| len_bytes > available) {
             return Err(refuse(describe_free(available)));
         }
-        self.region.populate(range.clone(), Content::Fresh).map_err(|error| {
+        let populate = |slice: Range<u64>| {
+            // Pages that are there need no page fault each to be mapped, so both together take less time than the second.
+            let len_bytes = slice.end - slice.start;
+            rustix::io::retry_on_intr(|| {
+                rustix::fs::fallocate(&self.fd, FallocateFlags::empty(), slice.start, len_bytes)
+            })?;
+            self.region.populate(slice, Content::Fresh)
+        };
+        for_slices(range.clone(), thread_count(), populate).map_err(|error| {
             self.release(range);
             refuse(format!("populating it: {error}; {}", describe_free(available)))
         })

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::os::fd::{AsRawFd, OwnedFd};
 
-use rustix::fs::{FileType, Mode, OFlags, SealFlags, SeekFrom};
+use rustix::fs::{FileType, Mode, OFlags, SealFlags};
 
 use super::region::{Content, Region};
 use super::{BufferError, HostHandle};
@@ -17,8 +17,8 @@ pub struct HostMapping {
 }
 
 impl HostMapping {
-    /// Maps it for reading and writing. The pages that its owner has populated, from the start on, are mapped at once;
-    /// the owner of a lazy buffer populates more later, and says so.
+    /// Maps it for reading and writing, which takes no longer for a large one: pages are mapped when they are first
+    /// touched, one by one, or before with [`populate`](Self::populate).
     ///
     /// # Errors
     /// [`BufferError::Map`] when the process or its descriptor is gone, belongs to another user, or is not the sealed
@@ -28,15 +28,11 @@ impl HostMapping {
             |reason: String| BufferError::Map { pid: handle.pid, fd: handle.fd, len_bytes: handle.len_bytes, reason };
         let fd = open_file(handle).map_err(refuse)?;
         let region = Region::map(&fd, handle.len_bytes).map_err(|error| refuse(format!("mapping it: {error}")))?;
-        // Not beyond: populating takes memory for what is not there yet. A system that cannot tell is left to fault.
-        let present_end = rustix::fs::seek(&fd, SeekFrom::Hole(0)).unwrap_or(0);
-        region
-            .populate(0..present_end.min(handle.len_bytes), Content::Shared)
-            .map_err(|error| refuse(format!("populating it: {error}")))?;
         Ok(Self { region, handle: *handle })
     }
 
-    /// Maps the pages of a range that its owner has populated since.
+    /// Maps the pages of a range, which its owner has populated: what is not there takes memory. It takes a fraction of
+    /// what copying the range takes.
     ///
     /// # Errors
     /// [`BufferError::OutOfRange`], or [`BufferError::Map`] when the system refuses.
@@ -158,6 +154,32 @@ mod tests {
         memory.read(4 * page, &mut seen).unwrap();
         assert_eq!(&seen, b"late");
         assert!(matches!(mapping.populate(63 * page..65 * page), Err(BufferError::OutOfRange { .. })));
+    }
+
+    /// How many bytes of it have their pages mapped in this process.
+    fn mapped_bytes(mapping: &HostMapping) -> u64 {
+        let text = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let own = format!("{:x}-", mapping.address());
+        let mut lines = text.lines().skip_while(|line| !line.starts_with(&own));
+        let line = lines.find_map(|line| line.strip_prefix("Rss:")).unwrap();
+        line.split_whitespace().next().unwrap().parse::<u64>().unwrap() * 1024
+    }
+
+    #[test]
+    fn opening_maps_no_page_however_large_the_buffer_is() {
+        // Broken in production: the first request to a decode worker of 40 GiB stops the transfers to all others for
+        // seconds, or its handshake never ends in time.
+        const MIB: u64 = 1024 * 1024;
+        let memory = HostMemory::reserve(64 * 1024 * MIB).unwrap();
+        memory.populate(0..32 * MIB).unwrap();
+        let mapping = HostMapping::open(&memory.handle()).unwrap();
+        assert_eq!(mapped_bytes(&mapping), 0);
+        mapping.populate(5 * MIB..6 * MIB).unwrap();
+        let mapped = mapped_bytes(&mapping);
+        assert!((MIB..2 * MIB).contains(&mapped), "{mapped}");
+        mapping.write(5 * MIB, &[7; MIB as usize]).unwrap();
+        assert_eq!(mapped_bytes(&mapping), mapped, "what was populated takes no page faults");
+        assert_eq!(memory.present_bytes(), 32 * MIB);
     }
 
     #[test]

@@ -8,6 +8,7 @@
 mod available;
 mod block;
 mod cuda;
+mod elsewhere;
 mod error;
 mod handle;
 mod host;
@@ -15,6 +16,7 @@ mod layout;
 mod manager;
 mod mapping;
 mod region;
+mod slices;
 mod steps;
 
 pub use block::Block;
@@ -22,6 +24,7 @@ pub use cuda::{
     CopyBatch, CopyEnd, CopyStream, CudaDevice, CudaHandle, CudaMapping, CudaMemory, Fences, PinnedHost,
     check_cuda_device,
 };
+pub(crate) use elsewhere::DroppedElsewhere;
 pub use error::BufferError;
 pub use handle::HostHandle;
 pub use host::HostMemory;

@@ -51,15 +51,20 @@ impl Region {
         Ok(region)
     }
 
-    /// Makes every page of `range` present, so that no transfer takes page faults. The range is inside the mapping; an
+    /// Makes every page of `range` present, and maps it, so that no copy takes page faults. The range is inside the mapping; an
     /// empty one needs nothing. After an error some of the pages may be present.
     pub(super) fn populate(&self, range: Range<u64>, content: Content) -> std::io::Result<()> {
         if range.is_empty() {
             return Ok(());
         }
+        let advice = match content {
+            Content::Fresh => Advice::PopulateWrite,
+            // A page fault that only looks maps the pages around it as well, and they can be written from then on.
+            Content::Shared => Advice::PopulateRead,
+        };
         let start = usize::try_from(range.start).map_err(std::io::Error::other)?;
         let end = usize::try_from(range.end.min(self.len_bytes)).map_err(std::io::Error::other)?;
-        match self.map.advise_range(Advice::PopulateWrite, start, end - start) {
+        match self.map.advise_range(advice, start, end - start) {
             // Linux before 5.14 does not know it.
             Err(error) if error.raw_os_error() == Some(rustix::io::Errno::INVAL.raw_os_error()) => {
                 self.touch(start, end, content);

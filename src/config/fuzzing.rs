@@ -6,7 +6,8 @@ use super::{Config, Role};
 
 const LAYOUT: &str = r#"{"model": "m", "chunk_bytes": 65536}"#;
 
-fn read(role: Role, text: &str) -> Option<Config> {
+/// What the text means to a daemon of this role whose chunks have 64 KiB; none where it is refused.
+pub(crate) fn read(role: Role, text: &str) -> Option<Config> {
     let raw = RawConfig::parse(Some(("pd.yaml", text)), &[]).ok()?;
     let worker = Worker { rank: 0, tp_size: None, model_name: Some("m") };
     let source = LayoutSource::Given { file: "layout.json", text: LAYOUT };

@@ -77,8 +77,9 @@ keys! {
         "the path of a file with 32 to 4096 bytes that others cannot read", "/etc/pd-backend/secret";
     PD_MAX_REQUESTS = "pd_max_requests", "a number from 1 to 1048576", "1024";
     PD_MAX_PEER_REQUESTS = "pd_max_peer_requests", "a number from 1 to 1048576", "512";
-    PD_MAX_REQUEST_CHUNKS = "pd_max_request_chunks", "a number from 1 to 65536", "4096";
-    PD_MAX_PEERS = "pd_max_peers", "a number from 1 to 65536", "1024";
+    PD_MAX_REQUEST_CHUNKS = "pd_max_request_chunks",
+        "a number from 1 to 16384, as many keys as one message carries", "4096";
+    PD_MAX_PEERS = "pd_max_peers", "a number from 1 to 4096, as many connections as one port keeps", "1024";
     PD_MAX_CLIENTS = "pd_max_clients", "a number from 1 to 1024", "16";
 }
 

@@ -12,7 +12,7 @@ use super::{
     BufferConfig, BufferDevice, ChecksumMode, Config, Deadlines, EngineConfig, EngineKind, Limits, MetricsConfig,
     ProxyConfig, Role, SLOT_COUNT_MAX, SecretFile,
 };
-use crate::ids::BUFFER_PIECES_MAX;
+use crate::ids::{BUFFER_PIECES_MAX, PEERS_MAX, REQUEST_CHUNKS_MAX};
 use crate::kv_layout::{
     CHUNK_TOKENS_MAX, GivenDefaults, KvLayout, MODEL_LEN_BYTES_MAX, ModelOptions, from_layout_json, from_model_config,
     parse_dtype,
@@ -478,8 +478,8 @@ fn limits(raw: &RawConfig) -> Result<Limits, ConfigError> {
     Ok(Limits {
         requests_max: limit(&keys::PD_MAX_REQUESTS, 1 << 20, 1024)?,
         peer_requests_max: limit(&keys::PD_MAX_PEER_REQUESTS, 1 << 20, 512)?,
-        request_chunks_max: limit(&keys::PD_MAX_REQUEST_CHUNKS, 65_536, 4096)?,
-        peers_max: limit(&keys::PD_MAX_PEERS, 65_536, 1024)?,
+        request_chunks_max: limit(&keys::PD_MAX_REQUEST_CHUNKS, REQUEST_CHUNKS_MAX, 4096)?,
+        peers_max: limit(&keys::PD_MAX_PEERS, PEERS_MAX, 1024)?,
         clients_max: limit(&keys::PD_MAX_CLIENTS, 1024, 16)?,
     })
 }

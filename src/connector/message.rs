@@ -134,6 +134,11 @@ pub enum Request {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         after: Option<IpcHandle>,
     },
+    /// Either: nothing that was computed before this is to be used. Ready chunks are dropped, and what has not ended fails.
+    Reset {
+        /// Pairs the reply.
+        id: Seq,
+    },
 }
 
 /// A field that may be left out may be nil as well.
@@ -162,7 +167,8 @@ impl Request {
             | Self::Cancel { id, .. }
             | Self::Lookup { id, .. }
             | Self::Wait { id, .. }
-            | Self::Release { id, .. } => *id,
+            | Self::Release { id, .. }
+            | Self::Reset { id } => *id,
         }
     }
 
@@ -286,6 +292,11 @@ pub enum Reply {
         /// From the request.
         id: Seq,
     },
+    /// To `reset`.
+    Reset {
+        /// From the request.
+        id: Seq,
+    },
     /// To any request that was refused or failed.
     Error {
         /// From the request.
@@ -336,6 +347,7 @@ impl Reply {
             | Self::Found { id, .. }
             | Self::Ready { id, .. }
             | Self::Released { id }
+            | Self::Reset { id }
             | Self::Error { id, .. } => Some(*id),
             Self::Sent { .. } | Self::Failed { .. } => None,
         }

@@ -44,6 +44,12 @@ macro_rules! number {
 /// Most pieces that a pd_buffer is registered in: its first length, and the steps that it grows by. Each costs an engine
 /// a registration, and every peer its address and key in the metadata.
 pub const BUFFER_PIECES_MAX: usize = 256;
+/// Most chunks of one request: as many keys as one message carries.
+pub const REQUEST_CHUNKS_MAX: u32 = 16_384;
+/// Most peers of one daemon: as many connections as one port has places for.
+pub const PEERS_MAX: u32 = 4096;
+/// Longest metadata of a peer's engine, in bytes. Some hundred bytes for each backend and each registered piece are usual.
+pub const METADATA_LEN_BYTES_MAX: usize = 1 << 20;
 
 number! {
     /// A slot of one pd_buffer: the bytes handed out for one chunk. It says which, not where: a short chunk's slot is as

@@ -1,6 +1,6 @@
 //! Whether two daemons may talk: versions, engine, and what a chunk is.
 
-use crate::ids::{Failure, FailureKind};
+use crate::ids::{Failure, FailureKind, METADATA_LEN_BYTES_MAX, PEERS_MAX};
 use crate::wire::message::{CAPABILITY_COMMIT, Hello};
 
 /// Refuses a peer that does not mean the same thing by a chunk, naming both values.
@@ -53,23 +53,44 @@ pub(super) fn check(ours: &Hello, theirs: &Hello) -> Result<(), Failure> {
 
 /// Longest name in a handshake, in bytes: of a process, an agent, an engine, a capability, a boot id.
 pub(super) const NAME_LEN_BYTES_MAX: usize = 256;
-/// Longest value of a layout field, in bytes. A model's name is the longest.
+/// Longest name or value of a layout field, in bytes. The names of all groups together are the longest.
 const VALUE_LEN_BYTES_MAX: usize = 1024;
-/// Most layout fields or capabilities.
-const FIELDS_MAX: usize = 64;
+/// Most layout fields or capabilities. A layout with as many groups and facts of its serving engine as there may be has 86.
+const FIELDS_MAX: usize = 128;
+
+/// Most receivers that a handshake names: as many as can be connected, and as many again that are lost and still written to.
+pub(super) const CONNECTED_MAX: usize = 2 * PEERS_MAX as usize;
 
 /// Refuses what would be kept for as long as the peer is known, and is longer than anybody needs.
 fn check_bounds(theirs: &Hello) -> Result<(), Failure> {
     let boot_id = theirs.process.as_ref().map_or("", |process| process.boot_id.as_str());
     let names = [theirs.instance.as_str(), theirs.engine.as_str(), boot_id];
     let names_fit = names.into_iter().chain(theirs.capabilities.iter().map(String::as_str)).all(name_fits);
-    let fields_fit = theirs.layout.iter().all(|(name, value)| name_fits(name) && value.len() <= VALUE_LEN_BYTES_MAX);
+    let field_fits = |(name, value): &(String, String)| {
+        name.len().max(value.len()) <= VALUE_LEN_BYTES_MAX && !name.chars().any(char::is_control)
+    };
+    let fields_fit = theirs.layout.iter().all(field_fits);
     if names_fit && fields_fit && theirs.layout.len().max(theirs.capabilities.len()) <= FIELDS_MAX {
         return Ok(());
     }
     let text = format!(
         "the handshake holds more than {FIELDS_MAX} fields, a name of more than {NAME_LEN_BYTES_MAX} bytes or with control \
-         characters, or a value of more than {VALUE_LEN_BYTES_MAX}; no release of ours sends that"
+         characters, or a layout field of more than {VALUE_LEN_BYTES_MAX}; no release of ours sends that"
+    );
+    Err(Failure::new(FailureKind::Limit, text))
+}
+
+/// Refuses an engine's metadata by its length, before anything else is looked at.
+///
+/// # Errors
+/// A refusal that the peer can log as it stands.
+pub(super) fn check_metadata(metadata: &[u8]) -> Result<(), Failure> {
+    if metadata.len() <= METADATA_LEN_BYTES_MAX {
+        return Ok(());
+    }
+    let text = format!(
+        "the handshake holds {} bytes of engine metadata; at most {METADATA_LEN_BYTES_MAX} are read: give the engine fewer          backends (nixl_backends), or the buffer fewer pieces (a larger pd_buffer_growth_step)",
+        metadata.len()
     );
     Err(Failure::new(FailureKind::Limit, text))
 }

@@ -1,4 +1,4 @@
-//! What keeps bytes whole, switchable.
+//! What keeps bytes whole and answers right, switchable.
 
 /// Each of these is always on. The simulation switches them off one by one, to show that it would notice their absence.
 #[doc(hidden)]
@@ -12,10 +12,18 @@ pub struct Safeguards {
     pub whole_requests: bool,
     /// The proxy is told after the commit was acknowledged.
     pub commit_before_notify: bool,
+    /// A reader that asks after another was told of a failure waits for the next attempt.
+    pub ends_told_once: bool,
 }
 
 impl Default for Safeguards {
     fn default() -> Self {
-        Self { quarantine: true, grant_check: true, whole_requests: true, commit_before_notify: true }
+        Self {
+            quarantine: true,
+            grant_check: true,
+            whole_requests: true,
+            commit_before_notify: true,
+            ends_told_once: true,
+        }
     }
 }

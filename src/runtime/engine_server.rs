@@ -224,6 +224,11 @@ impl<'a, P, E: From<EngineEvent<P>>> Server<'a, P, E> {
     fn take(&mut self, work: Work<P>) -> Result<(), Gone> {
         match work {
             Work::Command(command) => self.execute(command),
+            Work::FromPeer(command, room) => {
+                let executed = self.execute(command);
+                drop(room);
+                executed
+            }
             Work::Extend { step, reply } => {
                 // Whoever fills the step waits for this.
                 drop(reply.send(self.engine.extend(step).map_err(|error| error.to_string())));
@@ -235,6 +240,11 @@ impl<'a, P, E: From<EngineEvent<P>>> Server<'a, P, E> {
                 Ok(())
             }
             Work::Stop => Err(Gone),
+            #[cfg(test)]
+            Work::Call(call) => {
+                call();
+                Ok(())
+            }
         }
     }
 

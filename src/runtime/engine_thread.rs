@@ -11,6 +11,7 @@ use tokio::sync::mpsc::UnboundedSender;
 use super::engine_server::{Gone, Server};
 use super::error::RuntimeError;
 use super::probe::{Probe, Prober};
+use super::room::Room;
 use crate::buffer::MemoryManager;
 use crate::ids::{ByteCopy, Checksum, ConnectionId, Failure, GrantId, IpcHandle, Pages, RequestId, TransferId};
 use crate::protocol::receiver::ExpectedChunk;
@@ -75,6 +76,8 @@ pub(super) enum Command<P> {
 /// What reaches the thread.
 pub(super) enum Work<P> {
     Command(Command<P>),
+    /// What a peer's message has led to. Its room is free when that is done.
+    FromPeer(Command<P>, Option<Room>),
     /// The pages of a step are there: it is to be registered.
     Extend {
         step: Range<u64>,
@@ -86,6 +89,9 @@ pub(super) enum Work<P> {
     Probe(u64),
     /// The driver has gone.
     Stop,
+    /// The thread is busy for as long as this takes.
+    #[cfg(test)]
+    Call(Box<dyn FnOnce() + Send>),
 }
 
 /// Something that the engine has done.
@@ -213,6 +219,17 @@ impl<P: Send + 'static> EngineThread<P> {
         self.queue(Work::Command(command))
     }
 
+    /// As [`send`](Self::send), with what a peer has said in the command, and the room that it takes.
+    pub(super) fn send_with(&self, command: Command<P>, room: Option<Room>) -> Result<(), RuntimeError> {
+        self.queue(Work::FromPeer(command, room))
+    }
+
+    /// The way to keep the thread busy.
+    #[cfg(test)]
+    pub(super) fn work(&self) -> Option<mpsc::Sender<Work<P>>> {
+        self.work.clone()
+    }
+
     fn queue(&self, work: Work<P>) -> Result<(), RuntimeError> {
         let sent = self.work.as_ref().is_some_and(|queue| queue.send(work).is_ok());
         if sent { Ok(()) } else { Err(RuntimeError::Bug("the engine's thread has ended".into())) }
@@ -222,7 +239,11 @@ impl<P: Send + 'static> EngineThread<P> {
     pub(super) fn probe(&mut self) -> Probe {
         let work = self.work.as_ref();
         // A thread that has ended takes nothing up, which is what whoever asks is to see.
-        self.prober.probe(|number| drop(work.map(|work| work.send(Work::Probe(number)))))
+        self.prober.probe(|number| {
+            if let Some(work) = work {
+                drop(work.send(Work::Probe(number)));
+            }
+        })
     }
 
     /// Lets our buffer grow by a step: pages, registration, addresses; [`EngineEvent::Grown`] says how it went.

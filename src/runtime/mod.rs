@@ -12,7 +12,7 @@
 //! | `setup`, `identity`, `ready` | before the loop: memory, engine, who we are, the ready line |
 //! | `engine_thread`, `engine_server`, `probe` | the thread that owns the transfer engine, its loop, and whether it is at work |
 //! | `fenced`, `held`, `sum_queue` | what waits there for a GPU, or for checksums |
-//! | `ports`, `peer_links`, `proxy` | a receiver's ports, a sender's connections, the way to the router |
+//! | `ports`, `peer_links`, `room`, `proxy` | a receiver's ports, a sender's connections, what waits of what they hear, the way to the router |
 //! | `clients`, `translate` | the connector API: who is attached, and its words for the sessions' words |
 //! | `lifecycle`, `process`, `watches`, `witness` | signals, the parent, the ends of peers' processes |
 //! | `notes`, `error` | log lines, and why a daemon could not go on |
@@ -24,6 +24,8 @@ mod engine_server;
 mod engine_thread;
 mod error;
 mod fenced;
+#[cfg(test)]
+mod flood;
 mod held;
 mod http;
 mod identity;
@@ -39,6 +41,7 @@ mod process;
 mod proxy;
 mod ready;
 mod receiver;
+mod room;
 mod sender;
 mod setup;
 mod sum_queue;

@@ -7,10 +7,11 @@ use tokio::sync::mpsc::Sender;
 use tokio::task::JoinHandle;
 
 use super::ports::channel;
+use super::room::{Room, Rooms};
 use crate::ids::{Failure, FailureKind, PeerAddress, PeerId, SharedSecret};
 use crate::protocol::Port;
 use crate::side_channel::{Access, Dealer, DealerReceiver, DealerSender, SideChannelError, tcp_address};
-use crate::wire::{LmcacheMode, Message, decode, encode, lmcache_mode};
+use crate::wire::{LmcacheMode, Message, encode, lmcache_mode};
 
 /// What the links tell the driver.
 #[derive(Debug)]
@@ -18,7 +19,8 @@ pub(super) enum LinkEvent {
     /// Both sockets are connected.
     Opened { peer: PeerId, links: Box<Links> },
     /// A message arrived. Where it is one that shows in which mode LMCache runs there, it says so.
-    Message { peer: PeerId, port: Port, message: Box<Message>, lmcache_mode: Option<LmcacheMode> },
+    /// It takes its room until it is dealt with.
+    Message { peer: PeerId, port: Port, message: Box<Message>, lmcache_mode: Option<LmcacheMode>, room: Room },
     /// The connections could not be made, or are gone.
     Closed { peer: PeerId, failure: Failure },
 }
@@ -36,20 +38,23 @@ pub(super) struct PeerLinks<E> {
     links: BTreeMap<PeerId, Links>,
     tasks: BTreeMap<PeerId, JoinHandle<()>>,
     events: Sender<E>,
+    /// Of all links' init and alloc sockets.
+    rooms: [Rooms; 2],
     secret: Option<SharedSecret>,
     timeout: Duration,
 }
 
 impl<E: From<LinkEvent> + Send + 'static> PeerLinks<E> {
     pub(super) fn new(events: Sender<E>, secret: Option<SharedSecret>, timeout: Duration) -> Self {
-        Self { links: BTreeMap::new(), tasks: BTreeMap::new(), events, secret, timeout }
+        let rooms = [Rooms::for_handshakes(), Rooms::for_messages()];
+        Self { links: BTreeMap::new(), tasks: BTreeMap::new(), events, rooms, secret, timeout }
     }
 
     /// Begins to connect; [`LinkEvent::Opened`] or [`LinkEvent::Closed`] follows.
     pub(super) fn open(&mut self, peer: PeerId, address: PeerAddress) {
         let access = |port| Access { channel: channel(port), secret: self.secret.clone(), timeout: self.timeout };
         let access = [access(Port::Init), access(Port::Alloc)];
-        let task = tokio::spawn(run_links(peer, address, access, self.events.clone()));
+        let task = tokio::spawn(run_links(peer, address, access, self.rooms.clone(), self.events.clone()));
         self.tasks.insert(peer, task);
     }
 
@@ -81,7 +86,13 @@ impl<E: From<LinkEvent> + Send + 'static> PeerLinks<E> {
 }
 
 /// Connects, then reads both sockets until one of them ends.
-async fn run_links<E: From<LinkEvent>>(peer: PeerId, address: PeerAddress, access: [Access; 2], events: Sender<E>) {
+async fn run_links<E: From<LinkEvent>>(
+    peer: PeerId,
+    address: PeerAddress,
+    access: [Access; 2],
+    [for_init, for_alloc]: [Rooms; 2],
+    events: Sender<E>,
+) {
     let failure = match connect(&address, &access).await {
         Ok((links, init, alloc)) => {
             if events.send(LinkEvent::Opened { peer, links: Box::new(links) }.into()).await.is_err() {
@@ -89,8 +100,8 @@ async fn run_links<E: From<LinkEvent>>(peer: PeerId, address: PeerAddress, acces
             }
             // Reading is cancel-safe here: whichever ends, the other is dropped with its connection.
             tokio::select! {
-                failure = read(peer, Port::Init, init, &events) => failure,
-                failure = read(peer, Port::Alloc, alloc, &events) => failure,
+                failure = read(peer, Port::Init, init, &for_init, &events) => failure,
+                failure = read(peer, Port::Alloc, alloc, &for_alloc, &events) => failure,
             }
         }
         Err(failure) => failure,
@@ -121,24 +132,65 @@ fn link_failure(otherwise: FailureKind, error: &SideChannelError) -> Failure {
     Failure::new(kind, error.to_string())
 }
 
-async fn read<E: From<LinkEvent>>(peer: PeerId, port: Port, mut socket: DealerReceiver, events: &Sender<E>) -> Failure {
+async fn read<E: From<LinkEvent>>(
+    peer: PeerId,
+    port: Port,
+    mut socket: DealerReceiver,
+    rooms: &Rooms,
+    events: &Sender<E>,
+) -> Failure {
     loop {
         let payload = match socket.recv().await {
             Ok(payload) => payload,
             Err(error) => return link_failure(FailureKind::PeerLost, &error),
         };
-        match decode::<Message>(&payload) {
-            Ok(message) => {
+        match rooms.decode(&payload).await {
+            Ok((message, room)) => {
                 let lmcache_mode = match &message {
                     Message::AllocResponse(response) if response.pd.is_none() => lmcache_mode(&payload),
                     _ => None,
                 };
-                let event = LinkEvent::Message { peer, port, message: Box::new(message), lmcache_mode };
+                let event = LinkEvent::Message { peer, port, message: Box::new(message), lmcache_mode, room };
                 if events.send(event.into()).await.is_err() {
                     return Failure::new(FailureKind::ShuttingDown, "this sender is shutting down");
                 }
             }
             Err(error) => tracing::warn!(%peer, ?port, %error, "a message that cannot be read, ignored"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use tokio::sync::mpsc;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn links_that_end_while_the_driver_is_behind_are_all_told() {
+        // Broken in production: requests to receivers that were lost together wait for their deadlines.
+        const LINKS: u64 = 1_500;
+        // Nobody listens here any more.
+        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        // As long as the driver's own.
+        let (events, mut inbox) = mpsc::channel::<LinkEvent>(1024);
+        let mut links = PeerLinks::new(events, None, Duration::from_secs(60));
+        for peer in 0..LINKS {
+            let address = PeerAddress { host: "127.0.0.1".into(), init_port: port, alloc_port: port };
+            links.open(PeerId(peer), address);
+        }
+        // All of them have ended, or wait to say so.
+        for _ in 0..20 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        let mut closed = BTreeSet::new();
+        while closed.len() < LINKS as usize {
+            match tokio::time::timeout(Duration::from_secs(60), inbox.recv()).await {
+                Ok(Some(LinkEvent::Closed { peer, .. })) => assert!(closed.insert(peer), "each ends once"),
+                other => panic!("{} of {LINKS} ends were told: {other:?}", closed.len()),
+            }
         }
     }
 }

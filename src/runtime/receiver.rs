@@ -5,15 +5,16 @@ use std::time::Instant;
 use tokio::sync::mpsc::UnboundedSender;
 
 use super::clients::Clients;
-use super::driver::{self, Daemon, OUTPUTS_AT_ONCE};
+use super::driver::{self, Daemon, Inbox, OUTPUTS_AT_ONCE};
 use super::engine_thread::{Command, EngineEvent, EngineThread};
 use super::held::Held;
 use super::http::HttpServer;
-use super::inquiry::inquiry;
+use super::inquiry::{Answerer, inquiry};
 use super::lifecycle::{self, Stop};
 use super::ports::{PortEvent, Ports, RouteKey};
 use super::probe::Probe;
 use super::ready::ReadyLine;
+use super::room::Room;
 use super::setup::Foundation;
 use super::watches::Watches;
 use super::{RunOptions, RuntimeError, identity, notes, setup, translate};
@@ -27,12 +28,12 @@ use crate::protocol::receiver::{Answer, Lookup, Note, Output, ReceiverSettings};
 use crate::protocol::{ReceiverSession, Safeguards};
 
 /// The process behind a peer has ended.
-struct ProcessEnded {
+pub(super) struct ProcessEnded {
     instance: String,
 }
 
 /// What can happen to a receiver.
-enum Event {
+pub(super) enum Event {
     Port(PortEvent),
     Engine(EngineEvent<String>),
     Process(ProcessEnded),
@@ -52,6 +53,8 @@ struct ReceiverDaemon {
     engine: EngineThread<String>,
     /// Messages that wait for a GPU.
     held: Held,
+    /// Of the message from a peer whose outputs are being done.
+    room: Option<Room>,
     ports: Ports,
     clients: Clients,
     notes: Vec<Note>,
@@ -73,13 +76,26 @@ pub(super) async fn run(config: Config, options: RunOptions) -> Result<(), Runti
     // Ports first: a port that is taken is found before gigabytes are allocated.
     let ports = Ports::bind(&config, &mailbox.messages).await?;
     let foundation = setup::lay_foundation(&config, &instance, &mailbox.news, &mut inbox).await?;
-    let Some(Foundation { manager, engine, started }) = foundation else {
+    let Some(foundation) = foundation else {
         tracing::info!("told to stop before it was ready");
         return Ok(());
     };
+    serve(config, &instance, (mailbox.news, inbox), ports, foundation, (http, answerer)).await
+}
+
+/// Serves with what has been prepared.
+pub(super) async fn serve(
+    config: Config,
+    instance: &str,
+    (news, inbox): (UnboundedSender<Event>, Inbox<Event>),
+    ports: Ports,
+    foundation: Foundation<String>,
+    (http, answerer): (Option<HttpServer>, Answerer),
+) -> Result<(), RuntimeError> {
+    let Foundation { manager, engine, started } = foundation;
     let clients = Clients::bind(&config).await?;
     let session = ReceiverSession::new(ReceiverSettings {
-        hello: identity::hello(&config, &instance, started.engine),
+        hello: identity::hello(&config, instance, started.engine),
         agent_name: started.export.agent_name,
         metadata: started.export.metadata,
         descriptors: started.export.descriptors,
@@ -122,13 +138,14 @@ pub(super) async fn run(config: Config, options: RunOptions) -> Result<(), Runti
         session,
         engine,
         held: Held::default(),
+        room: None,
         ports,
         clients,
         notes: Vec::new(),
         tally: Tally::receiver(),
         draining: false,
         watches: Watches::default(),
-        news: mailbox.news.clone(),
+        news,
     };
     tracing::info!(
         %instance, engine = started.engine, connector = %ready.connector,
@@ -147,7 +164,8 @@ impl Daemon for ReceiverDaemon {
 
     fn handle(&mut self, now: Instant, event: Event) -> Option<Stop> {
         match event {
-            Event::Port(PortEvent::Message { port, from, message }) => {
+            Event::Port(PortEvent::Message { port, from, message, room }) => {
+                self.room = Some(room);
                 self.session.handle_message(now, port, from, *message);
             }
             Event::Port(PortEvent::Gone { route }) => self.session.handle_route_gone(now, &route),
@@ -189,11 +207,15 @@ impl Daemon for ReceiverDaemon {
 
     fn perform(&mut self) -> Result<bool, RuntimeError> {
         for _ in 0..OUTPUTS_AT_ONCE {
-            let Some(output) = self.session.poll_output() else { return Ok(false) };
+            let Some(output) = self.session.poll_output() else {
+                self.room = None;
+                return Ok(false);
+            };
             match output {
                 Output::Send { to, port, message } => self.ports.send(port, &to, &message),
                 Output::LoadPeer { instance, agent_name, metadata } => {
-                    self.engine.send(Command::LoadPeer { peer: instance, agent_name, metadata })?;
+                    let command = Command::LoadPeer { peer: instance, agent_name, metadata };
+                    self.engine.send_with(command, self.room.take())?;
                 }
                 Output::Verify { request, grant, chunks } => {
                     self.engine.send(Command::Verify { request, grant, chunks })?;
@@ -293,6 +315,7 @@ impl ReceiverDaemon {
             }
             Request::Release { id, lease, .. } => self.session.handle_release(now, client, id, lease),
             Request::Cancel { id, req_id, .. } => self.session.handle_cancel(now, client, id, &req_id),
+            Request::Reset { id } => self.session.handle_reset(now, client, id),
             Request::Open { id, .. } | Request::Stage { id, .. } | Request::Send { id, .. } => {
                 self.clients.reply(client, &translate::wrong_daemon(id, "receiver"));
             }

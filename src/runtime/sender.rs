@@ -16,6 +16,7 @@ use super::peer_links::{LinkEvent, PeerLinks};
 use super::probe::Probe;
 use super::proxy::Proxy;
 use super::ready::ReadyLine;
+use super::room::Room;
 use super::setup::Foundation;
 use super::witness::{HaveEnded, Witness};
 use super::{RunOptions, RuntimeError, identity, notes, setup, translate};
@@ -51,6 +52,8 @@ struct SenderDaemon {
     engine: EngineThread<PeerId>,
     /// Messages that wait for a GPU.
     held: Held,
+    /// Of the message from a peer whose outputs are being done.
+    room: Option<Room>,
     links: PeerLinks<Event>,
     clients: Clients,
     notes: Vec<Note>,
@@ -124,6 +127,7 @@ pub(super) async fn run(config: Config, options: RunOptions) -> Result<(), Runti
         session,
         engine,
         held: Held::default(),
+        room: None,
         links,
         clients,
         notes: Vec::new(),
@@ -152,7 +156,8 @@ impl Daemon for SenderDaemon {
                     self.session.handle_peer_opened(now, peer);
                 }
             }
-            Event::Link(LinkEvent::Message { peer, port, message, lmcache_mode }) => {
+            Event::Link(LinkEvent::Message { peer, port, message, lmcache_mode, room }) => {
+                self.room = Some(room);
                 if let Some(mode) = lmcache_mode {
                     self.session.handle_lmcache_mode(peer, mode);
                 }
@@ -204,7 +209,10 @@ impl Daemon for SenderDaemon {
 
     fn perform(&mut self) -> Result<bool, RuntimeError> {
         for _ in 0..OUTPUTS_AT_ONCE {
-            let Some(output) = self.session.poll_output() else { return Ok(false) };
+            let Some(output) = self.session.poll_output() else {
+                self.room = None;
+                return Ok(false);
+            };
             match output {
                 Output::OpenPeer { peer, address } => self.links.open(peer, address),
                 Output::ClosePeer(peer) => self.links.close(peer),
@@ -215,13 +223,14 @@ impl Daemon for SenderDaemon {
                     }
                 }
                 Output::LoadPeer { peer, agent_name, metadata } => {
-                    self.engine.send(Command::LoadPeer { peer, agent_name, metadata })?;
+                    self.engine.send_with(Command::LoadPeer { peer, agent_name, metadata }, self.room.take())?;
                 }
                 Output::ConnectPeer { peer, connection, memory } => {
-                    self.engine.send(Command::Connect { peer, connection, memory })?;
+                    self.engine.send_with(Command::Connect { peer, connection, memory }, self.room.take())?;
                 }
                 Output::UpdatePeer { peer, connection, metadata, descriptors } => {
-                    self.engine.send(Command::UpdatePeer { peer, connection, metadata, descriptors })?;
+                    let command = Command::UpdatePeer { peer, connection, metadata, descriptors };
+                    self.engine.send_with(command, self.room.take())?;
                 }
                 Output::GrowBuffer => self.engine.grow()?,
                 Output::CheckProcesses { peer, processes } => {
@@ -351,6 +360,7 @@ impl SenderDaemon {
                 self.session.handle_send(now, client, id, &req_id, sending);
             }
             Request::Cancel { id, req_id, .. } => self.session.handle_cancel(now, client, id, &req_id),
+            Request::Reset { id } => self.session.handle_reset(now, client, id),
             Request::Lookup { id, .. } | Request::Wait { id, .. } | Request::Release { id, .. } => {
                 self.clients.reply(client, &translate::wrong_daemon(id, "sender"));
             }

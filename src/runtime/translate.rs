@@ -119,6 +119,7 @@ pub(super) fn sender_answer(id: Seq, answer: sender::Answer) -> Reply {
         sender::Answer::Staged { slots } => Reply::Staged { id, slots: staged(slots) },
         sender::Answer::Accepted => Reply::Accepted { id },
         sender::Answer::Cancelled { request } => Reply::Cancelled { id, req_id: request },
+        sender::Answer::Reset => Reply::Reset { id },
         sender::Answer::Failed { failure, peer } => error(id, failure, peer),
     }
 }
@@ -168,6 +169,7 @@ pub(super) fn receiver_answer(id: Seq, answer: receiver::Answer) -> Reply {
         }
         receiver::Answer::Released => Reply::Released { id },
         receiver::Answer::Cancelled { request } => Reply::Cancelled { id, req_id: request },
+        receiver::Answer::Reset => Reply::Reset { id },
         receiver::Answer::Failed { failure, peer } => error(id, failure, peer),
     }
 }

@@ -187,7 +187,7 @@ impl DealerReceiver {
                 biased;
                 message = self.half.recv() => message.map_err(|error| Gone::Closed(error.to_string()))?,
                 event = self.monitor.next() => match event {
-                    None | Some(SocketEvent::Disconnected(_)) => {
+                    None | Some(SocketEvent::Disconnected(..)) => {
                         return Err(Gone::Closed("it closed the connection".to_owned()));
                     }
                     Some(_) => continue,

@@ -31,6 +31,7 @@ use std::time::Duration;
 
 use zeromq::{SocketOptions, ZmqError};
 
+use crate::ids::PEERS_MAX;
 use crate::wire::auth::AuthError;
 use crate::wire::limits::MESSAGE_LEN_BYTES_MAX;
 
@@ -49,7 +50,7 @@ const READ_LEN_BYTES_MAX: usize = 64 * 1024;
 const ACCEPT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Connections that one bound socket keeps at a time, those still shaking hands included.
-const CONNECTIONS_MAX: usize = 4096;
+const CONNECTIONS_MAX: usize = PEERS_MAX as usize;
 
 /// What all connections of one socket may hold together of messages that are not complete, beyond four reads of
 /// [`READ_LEN_BYTES`] each: six messages of the largest size, or hundreds of ordinary long ones. The oldest makes room.

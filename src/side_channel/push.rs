@@ -47,7 +47,7 @@ impl PushSender {
     pub async fn closed(&mut self) {
         while !self.is_closed {
             let event = self.monitor.next().await;
-            self.is_closed = matches!(event, None | Some(SocketEvent::Disconnected(_)));
+            self.is_closed = matches!(event, None | Some(SocketEvent::Disconnected(..)));
         }
     }
 }

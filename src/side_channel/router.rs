@@ -13,8 +13,9 @@ use zeromq::{RouterRecvHalf, RouterSendHalf, Socket, SocketEvent, SocketOptions,
 use super::bind::{self, BoundPath, IpcName};
 use super::guard::{self, Access, Guard, Verdict};
 use super::seldom::Seldom;
-use super::{STRANGER_LEN_BYTES_MAX, SideChannelError, options, send_error};
+use super::{ENVELOPE_LEN_BYTES_MAX, STRANGER_LEN_BYTES_MAX, SideChannelError, options, send_error};
 use crate::wire::auth::{self, Channel};
+use crate::wire::limits::{INIT_MESSAGE_LEN_BYTES_MAX, MESSAGE_LEN_BYTES_MAX};
 
 /// One connection of a ROUTER, for as long as it lasts.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -101,12 +102,17 @@ impl RouterSocket {
     /// # Errors
     /// As there.
     pub async fn bind_port(host: &str, port: u16, access: Access) -> Result<Self, SideChannelError> {
+        let len_bytes_max = match access.channel {
+            Channel::Init => INIT_MESSAGE_LEN_BYTES_MAX,
+            Channel::Alloc | Channel::Query => MESSAGE_LEN_BYTES_MAX,
+        };
         let mut options = options();
-        options.message_timeout(access.timeout);
+        options.message_timeout(access.timeout).max_message_size(len_bytes_max + ENVELOPE_LEN_BYTES_MAX);
         if access.secret.is_some() {
             options.max_stranger_message_size(STRANGER_LEN_BYTES_MAX);
         }
         let Self { mut sender, mut receiver, endpoint, port } = Self::bind_tcp_with(options, host, port).await?;
+        receiver.message_len_bytes_max = len_bytes_max;
         receiver.door = match access.secret {
             None => {
                 Door::Unguarded { channel: access.channel, way_back: sender.clone(), complaints: Seldom::default() }
@@ -148,7 +154,16 @@ impl RouterSocket {
         let (send_half, receive_half) = socket.split();
         Ok(Self {
             sender: RouterSender { half: send_half, guard: None },
-            receiver: RouterReceiver { half: receive_half, monitor, door: Door::Open, malformed_count: 0, _path: path },
+            receiver: RouterReceiver {
+                half: receive_half,
+                monitor,
+                door: Door::Open,
+                malformed_count: 0,
+                endpoint: endpoint.clone(),
+                message_len_bytes_max: MESSAGE_LEN_BYTES_MAX,
+                complaints: Seldom::default(),
+                _path: path,
+            },
             endpoint,
             port,
         })
@@ -313,6 +328,10 @@ pub struct RouterReceiver {
     monitor: mpsc::Receiver<SocketEvent>,
     door: Door,
     malformed_count: u64,
+    /// Where it listens, and how long a message may be there: for the log.
+    endpoint: String,
+    message_len_bytes_max: usize,
+    complaints: Seldom,
     _path: Option<BoundPath>,
 }
 
@@ -320,23 +339,27 @@ impl RouterReceiver {
     /// The next message, or the news that a peer is gone. Messages without a payload or with frames that no REQ or
     /// DEALER of ours or LMCache's sends are dropped and counted. `None`: the socket is closed.
     ///
-    /// Nothing is lost when the future is dropped before it is ready. It should be called again soon: the library
-    /// keeps the news of the last thousand connections and no more.
+    /// Nothing is lost when the future is dropped before it is ready, nor when it is not called again for long: a
+    /// connection that has ended keeps its place until that has been heard here.
     pub async fn recv(&mut self) -> Option<RouterEvent> {
         loop {
             // News of a connection that ended comes first: its identity may belong to another one by now.
             let message = tokio::select! {
                 biased;
                 event = self.monitor.next() => match event? {
-                    SocketEvent::Disconnected(peer) => {
+                    SocketEvent::Disconnected(peer, _) => {
                         let peer = PeerTag(peer.into());
                         if self.door.forget(&peer) {
                             return Some(RouterEvent::Gone { peer });
                         }
                         continue;
                     }
-                    SocketEvent::Accepted(endpoint, peer) => {
+                    SocketEvent::Accepted(endpoint, peer, _) => {
                         self.door.admit(PeerTag(peer.into()), endpoint.to_string());
+                        continue;
+                    }
+                    SocketEvent::Unreadable(peer, error) => {
+                        self.log_unreadable(&PeerTag(peer.into()), &error);
                         continue;
                     }
                     SocketEvent::AcceptFailed(error) => {
@@ -359,6 +382,13 @@ impl RouterReceiver {
                 }
                 None => self.malformed_count += 1,
             }
+        }
+    }
+
+    fn log_unreadable(&mut self, peer: &PeerTag, error: &ZmqError) {
+        if let Some(unsaid) = self.complaints.permit(Instant::now()) {
+            let (port, len_bytes_max) = (&self.endpoint, self.message_len_bytes_max);
+            tracing::warn!(%port, %peer, unsaid, "closed a connection: {error}; a message here has at most {len_bytes_max} bytes");
         }
     }
 
@@ -385,4 +415,53 @@ fn parse(message: ZmqMessage) -> Option<(Route, Bytes)> {
     }
     let payload = frames.pop_front().filter(|payload| frames.is_empty() && !payload.is_empty())?;
     Some((Route { peer, delimited }, payload))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::TcpStream;
+
+    use super::*;
+
+    /// Connects as a DEALER of this name of one byte. None: it was closed.
+    async fn connect(port: u16, name: u8) -> Option<TcpStream> {
+        let mut greeting = [0; 64];
+        (greeting[0], greeting[9], greeting[10]) = (0xff, 0x7f, 3);
+        greeting[12..16].copy_from_slice(b"NULL");
+        let properties = b"\x0bSocket-Type\x00\x00\x00\x06DEALER\x08Identity\x00\x00\x00\x01";
+        let ready = [&b"\x05READY"[..], properties, &[name]].concat();
+        let hello = [&greeting[..], &[4, ready.len() as u8], &ready].concat();
+        let mut stream = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
+        stream.write_all(&hello).await.ok()?;
+        stream.read_exact(&mut [0; 64 + 8]).await.ok()?;
+        Some(stream)
+    }
+
+    #[tokio::test]
+    async fn connections_that_end_unheard_keep_their_places() {
+        // Broken in production: connections that come and go while a daemon is busy fill its memory with their ends.
+        const PLACES: u8 = 4;
+        let mut options = options();
+        options.max_connections(PLACES.into());
+        let RouterSocket { sender, mut receiver, port, .. } =
+            RouterSocket::bind_tcp_with(options, "127.0.0.1", 0).await.unwrap();
+        for name in 0..PLACES {
+            drop(connect(port, name).await.unwrap());
+            // That it has ended is noticed by what cannot be written, since nobody listens.
+            let route = Route { peer: PeerTag(Bytes::copy_from_slice(&[name])), delimited: false };
+            while sender.try_send(&route, Bytes::from_static(b"x")).is_ok() {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        }
+        assert!(connect(port, PLACES).await.is_none(), "there is a place, and as many ends are kept as one likes");
+        for name in 0..PLACES {
+            let end = RouterEvent::Gone { peer: PeerTag(Bytes::copy_from_slice(&[name])) };
+            assert_eq!(receiver.recv().await, Some(end));
+        }
+        // Places come back when that has been heard.
+        assert!(connect(port, PLACES).await.is_some());
+    }
 }

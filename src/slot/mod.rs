@@ -4,8 +4,9 @@
 //! no more.
 //! [`SlotTable`] adds what a receiver must know of each slot: who may write it, and what can be read from it.
 
+mod idle;
 mod pool;
 mod table;
 
-pub use pool::{NoRoom, SlotPool};
+pub use pool::{NoRoom, SlotPool, Taken};
 pub use table::{SlotCounts, SlotState, SlotTable, Tenant};

@@ -1,6 +1,6 @@
 //! Slots as a pool: all or nothing, each with a generation.
 
-use crate::address::{AddressManager, AddressRange};
+use crate::address::{AddressManager, AddressRange, MadeRoom};
 use crate::ids::{Generation, SlotIndex};
 
 /// Too little room for a request. Nothing was taken.
@@ -17,6 +17,15 @@ pub struct NoRoom {
     pub free_bytes: u64,
     /// Bytes in the buffer.
     pub len_bytes: u64,
+}
+
+/// Slots that were taken, and the slots that were freed for them. A freed slot's name may be a taken slot's name already.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Taken {
+    /// In the order in which they were asked for.
+    pub slots: Vec<SlotIndex>,
+    /// In the order in which they could be spared.
+    pub freed: Vec<SlotIndex>,
 }
 
 /// The slots of one pd_buffer: ranges of its addresses, of the lengths that were asked for.
@@ -60,15 +69,61 @@ impl SlotPool {
         }
     }
 
-    /// Takes `count` whole pages, at multiples of their length, that end at or before `end_bytes`, or none.
+    /// As [`take`](Self::take), in bytes before `end_bytes`. Where there is no room, gives slots of `spare` back, which are
+    /// taken and whose owner can do without them: as few as will do, the first before the others, and none in vain.
     ///
     /// # Errors
-    /// [`NoRoom`].
-    pub fn take_pages(&mut self, count: usize, page_bytes: u64, end_bytes: u64) -> Result<Vec<SlotIndex>, NoRoom> {
-        match self.addresses.allocate_slots_below(count, end_bytes) {
-            Ok(ranges) => Ok(ranges.into_iter().map(|range| self.name(range)).collect()),
-            Err(_) => Err(self.no_room(&vec![page_bytes; count])),
+    /// [`NoRoom`]: all of them are too few, or what was found ends beyond `end_bytes`. Nothing was given back.
+    pub fn take_or_free(
+        &mut self,
+        lens_bytes: &[u64],
+        end_bytes: u64,
+        spare: impl Iterator<Item = SlotIndex>,
+    ) -> Result<Taken, NoRoom> {
+        let (mut seen, addresses) = (Vec::new(), self.addresses.clone());
+        let made = addresses.allocate_each_or_free(lens_bytes, end_bytes, self.ranges_of(spare, &mut seen));
+        made.map(|made| self.taken(made, &seen)).map_err(|_| self.no_room(lens_bytes))
+    }
+
+    /// As [`take_or_free`](Self::take_or_free), `count` whole pages at multiples of their length.
+    ///
+    /// # Errors
+    /// As [`take_or_free`](Self::take_or_free).
+    pub fn take_pages_or_free(
+        &mut self,
+        count: usize,
+        page_bytes: u64,
+        end_bytes: u64,
+        spare: impl Iterator<Item = SlotIndex>,
+    ) -> Result<Taken, NoRoom> {
+        let (mut seen, addresses) = (Vec::new(), self.addresses.clone());
+        // A slot that begins behind the last page that the peer knows cannot help it.
+        let can_help = |slot: &SlotIndex| self.range(*slot).is_some_and(|range| range.start < end_bytes);
+        let ranges = self.ranges_of(spare.filter(can_help), &mut seen);
+        let made = addresses.allocate_slots_below_or_free(count, end_bytes, ranges);
+        made.map(|made| self.taken(made, &seen)).map_err(|_| self.no_room(&vec![page_bytes; count]))
+    }
+
+    /// All bytes of these slots; notes which slots they are of.
+    fn ranges_of<'a>(
+        &'a self,
+        slots: impl Iterator<Item = SlotIndex> + 'a,
+        seen: &'a mut Vec<SlotIndex>,
+    ) -> impl Iterator<Item = AddressRange> + 'a {
+        slots.filter_map(move |slot| {
+            let range = self.slots.get(slot.0 as usize)?.range?;
+            seen.push(slot);
+            Some(range)
+        })
+    }
+
+    fn taken(&mut self, made: MadeRoom, spare: &[SlotIndex]) -> Taken {
+        let freed: Vec<SlotIndex> = made.given_back.into_iter().map(|position| spare[position]).collect();
+        for slot in &freed {
+            self.slots[slot.0 as usize].range = None;
+            self.vacant.push(*slot);
         }
+        Taken { slots: made.ranges.into_iter().map(|range| self.name(range)).collect(), freed }
     }
 
     /// Says how much of a taken page is the chunk's.

@@ -8,7 +8,7 @@ use serde::Serialize;
 use serde::de::value::MapDeserializer;
 use serde::de::{self, DeserializeOwned};
 
-use super::limits::MESSAGE_LEN_BYTES_MAX;
+use super::limits::{self, MESSAGE_LEN_BYTES_MAX};
 use super::scan::{Fields, Head};
 
 /// A payload that is no message of ours. Nothing has been allocated for it but this error.
@@ -93,7 +93,7 @@ pub fn encode<T: Serialize + ?Sized>(message: &T) -> Vec<u8> {
 /// # Errors
 /// [`DecodeError`] says what was seen; nothing larger than a small multiple of `payload` has been allocated then.
 pub fn decode<T: DeserializeOwned>(payload: &[u8]) -> Result<T, DecodeError> {
-    let type_name = check(payload)?;
+    let (type_name, _) = check(payload)?;
     rmp_serde::from_slice(payload).map_err(|error| {
         if knows::<T>(type_name) {
             DecodeError::Invalid { type_name: type_name.to_owned(), reason: error.to_string() }
@@ -105,7 +105,15 @@ pub fn decode<T: DeserializeOwned>(payload: &[u8]) -> Result<T, DecodeError> {
 
 /// The `type` of a payload, even of one that [`decode`] refuses for its fields.
 pub fn type_name(payload: &[u8]) -> Option<&str> {
-    check(payload).ok()
+    check(payload).ok().map(|(type_name, _)| type_name)
+}
+
+/// What the message in this payload takes at most once it is decoded, in bytes.
+///
+/// # Errors
+/// Those of [`decode`] that hold before anything is decoded.
+pub fn decoded_len_bytes(payload: &[u8]) -> Result<usize, DecodeError> {
+    check(payload).map(|(_, value_count)| limits::decoded_len_bytes(payload.len(), value_count))
 }
 
 /// A field of the message's own map that holds a number which is not negative: what an answer to a refused message
@@ -128,8 +136,8 @@ pub fn unsigned_field(payload: &[u8], name: &str) -> Option<u64> {
     None
 }
 
-/// Holds the whole payload against the limits and returns its `type`.
-fn check(payload: &[u8]) -> Result<&str, DecodeError> {
+/// Holds the whole payload against the limits; returns its `type`, and how many values it has.
+fn check(payload: &[u8]) -> Result<(&str, usize), DecodeError> {
     if payload.len() > MESSAGE_LEN_BYTES_MAX {
         return Err(DecodeError::TooLong { len_bytes: payload.len(), len_bytes_max: MESSAGE_LEN_BYTES_MAX });
     }
@@ -141,7 +149,7 @@ fn check(payload: &[u8]) -> Result<&str, DecodeError> {
         }
     }
     match fields.rest_len_bytes() {
-        0 => type_name.ok_or(DecodeError::NoType),
+        0 => type_name.map(|name| (name, fields.value_count())).ok_or(DecodeError::NoType),
         trailing_bytes => Err(DecodeError::Trailing { trailing_bytes }),
     }
 }

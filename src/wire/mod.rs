@@ -9,6 +9,6 @@ mod lmcache_mode;
 pub mod message;
 mod scan;
 
-pub use codec::{DecodeError, decode, encode, type_name, unsigned_field};
+pub use codec::{DecodeError, decode, decoded_len_bytes, encode, type_name, unsigned_field};
 pub use lmcache_mode::{LmcacheMode, lmcache_mode};
 pub use message::Message;

@@ -97,6 +97,11 @@ impl<'a> Scanner<'a> {
         Ok(head)
     }
 
+    /// Values that have been read.
+    pub(super) fn value_count(&self) -> usize {
+        self.value_count
+    }
+
     /// Bytes that have not been read.
     pub(super) fn rest_len_bytes(&self) -> usize {
         self.rest.len()
@@ -190,6 +195,10 @@ impl<'a> Fields<'a> {
             _ => &[],
         };
         Ok(Some((name, self.scanner.value(DEPTH_MAX - 1)?)))
+    }
+
+    pub(super) fn value_count(&self) -> usize {
+        self.scanner.value_count()
     }
 
     pub(super) fn rest_len_bytes(&self) -> usize {

@@ -5,6 +5,7 @@
 
 mod figures;
 mod growth;
+mod large;
 mod peers;
 mod stalled;
 // The bench uses the rest of it.
@@ -23,16 +24,18 @@ use rustix::net::{AddressFamily, Shutdown};
 use rustix::process::{PidfdFlags, PidfdGetfdFlags, Resource, Rlimit, getrlimit, setrlimit};
 use support::receiver::{Receiver, serve_if_asked};
 use support::sender::{Expected, Sender};
+use support::skip::skip;
 use support::{ENVIRONMENT, kind_named, nixl_is_here};
 
 use figures::*;
 use growth::*;
+use large::*;
 use peers::*;
 use stalled::*;
 use transfers::*;
 
 const CASE_VARIABLE: &str = "PD_TEST_CASE";
-const CASE_MAX: Duration = Duration::from_secs(150);
+const CASE_MAX: Duration = Duration::from_secs(600);
 const HIDDEN: [&str; 4] = ["this_process_has_another_role", "--exact", "--nocapture", "--test-threads=1"];
 
 const UNIT_BYTES: u64 = 16 * 1024;
@@ -66,6 +69,12 @@ macro_rules! cases {
         mod local_gpu_to_host {
             use super::*;
             $(#[test] fn $case() { start_gpu_case(stringify!($case), EngineKind::Local, &[SENDER]); })*
+
+            #[test]
+            fn copies_to_memory_that_is_not_pinned() {
+                let faults = ("PD_FAKE_CUDA_FAULTS", "no_host_register");
+                start_gpu_case("copies_anywhere_in_a_large_buffer", EngineKind::Local, &[SENDER, faults]);
+            }
         }
 
         mod local_host_to_gpu {
@@ -126,8 +135,10 @@ cases! {
     shaken_hands_with_twice
     a_stalled_peer_holds_nobody_up
     a_stalled_peer_is_given_up_and_had_again
-    disconnected_while_connecting;
+    disconnected_while_connecting
+    copies_anywhere_in_a_large_buffer;
     host memory:
+    a_large_peer_costs_what_is_written_to_it
     an_agent_that_says_something_else_is_met_anew
     the_receiver_grows
     the_sender_grows
@@ -191,9 +202,9 @@ fn start_gpu_case(case: &str, kind: EngineKind, ends: &[(&str, &str)]) {
 fn gpu_is_here(what: &str) -> bool {
     let is_real = support::gpu::is_real();
     if !is_real {
-        eprintln!(
-            "SKIPPED, {what} needs a GPU: scripts/gpu-check, or PD_TEST_GPU=1 before the test command, on a machine with one"
-        );
+        skip(&format!(
+            "{what} needs a GPU: scripts/gpu-check, or PD_TEST_GPU=1 before the test command, on a machine with one"
+        ));
     }
     is_real
 }

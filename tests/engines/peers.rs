@@ -63,19 +63,24 @@ pub(super) fn killed_during_writes(kind: EngineKind) {
     const LARGE: u64 = 128 * 1024 * 1024;
     let (mut sender, mut receiver, _, connection) = pair(kind, LARGE);
     let agent_name = receiver.export.agent_name.clone();
+    // When two writes have ended, in the middle of the third.
+    let (wrote, written) = std::sync::mpsc::channel();
     let killer = std::thread::spawn(move || {
-        std::thread::sleep(Duration::from_millis(25));
+        written.iter().take(2).for_each(drop);
         receiver.kill();
         receiver
     });
     let started = Instant::now();
     let error = loop {
-        assert!(started.elapsed() < Duration::from_secs(60), "writes to a dead peer go on succeeding");
+        assert!(started.elapsed() < Duration::from_secs(240), "writes to a dead peer go on succeeding");
         if let Err(error) = sender.ship(connection, &[copy(0, 0, LARGE)]) {
             break error;
         }
+        // The killer stops listening once it has heard enough.
+        let _ = wrote.send(());
     };
     assert!(matches!(&error, TransferError::Peer { agent, .. } if *agent == agent_name), "{error}");
+    drop(wrote);
     killer.join().unwrap();
     sender.engine.disconnect(connection);
 }

@@ -241,6 +241,17 @@ bool is_registered(const void *pointer, uint64_t bytes) {
   return start + bytes <= range->first + range->second;
 }
 
+// A range of which some is registered, and not all of it at once: the driver copies inside one registration.
+bool is_registered_in_part(const void *pointer, uint64_t bytes) {
+  if (is_registered(pointer, bytes)) return false;
+  std::lock_guard<std::mutex> guard(memory_mutex);
+  uint64_t start = reinterpret_cast<uint64_t>(pointer);
+  auto range = registered.lower_bound(start + bytes);
+  if (range == registered.begin()) return false;
+  --range;
+  return range->first + range->second > start;
+}
+
 // ---- streams ------------------------------------------------------------------------------------------------------
 
 struct Stream {
@@ -432,6 +443,7 @@ Status copy_in(DevicePointer to, const void *from, uint64_t bytes, Stream *strea
 Status copy_out(void *to, DevicePointer from, uint64_t bytes, Stream *stream, bool wait) {
   Held source = find(from, bytes);
   if (!source || find(reinterpret_cast<DevicePointer>(to), 0)) return INVALID_VALUE;
+  if (is_registered_in_part(to, bytes)) return INVALID_VALUE;
   unsigned char *source_bytes = source->alias + (from - source->base);
   count(DEVICE_TO_HOST, bytes);
   uint64_t turn = enqueue(stream, [=, source = Use(source)] {

@@ -20,6 +20,22 @@ pub struct Reading {
     request: Option<RequestId>,
     due: Instant,
     paused_before: Duration,
+    /// The number of the news with which it was asked.
+    asked_with: u64,
+    /// Whether the latest attempt under the name had ended, and that was told.
+    again: bool,
+}
+
+/// The end of an attempt at a receiver.
+#[derive(Debug)]
+pub struct End {
+    /// The number of the news that it came with.
+    came_with: u64,
+    handed_out: bool,
+    /// Whether a reader was told, or has given the attempt up.
+    told: bool,
+    /// Whether another attempt under the name was granted since.
+    past: bool,
 }
 
 fn ranges(chunks: &[ReadyChunk]) -> Vec<(Range<u64>, ChunkKey)> {
@@ -32,7 +48,10 @@ impl World {
         let id = Seq(self.fresh_id());
         let paused_before = self.receivers[at.index].process.paused_for;
         let due = self.now + within + SLACK;
-        self.readings.insert((at, client, id), Reading { request, due, paused_before });
+        let end = request.as_ref().and_then(|request| self.ends.get(&(at, request.clone())));
+        let again = end.is_some_and(|end| end.told && !end.past);
+        let asked_with = self.handled;
+        self.readings.insert((at, client, id), Reading { request, due, paused_before, asked_with, again });
         (client, id)
     }
 
@@ -54,14 +73,21 @@ impl World {
         self.receivers[at.index].session.handle_cancel(self.now, client, id, request);
     }
 
+    pub fn receiver_resets(&mut self, at: Proc) {
+        let (client, id) = self.reading(at, None, Duration::ZERO);
+        self.receivers[at.index].truth.reset();
+        self.receivers[at.index].session.handle_reset(self.now, client, id);
+    }
+
     /// The reader is done: what it copied must still be what it was given.
     pub fn release(&mut self, at: Proc, client: ClientId, lease: LeaseId) {
         let Some(leased) = self.receivers[at.index].truth.leases.remove(&lease) else { return };
         let checked = self.receivers[at.index].truth.verify(&leased.chunks);
         self.check(checked.map_err(|text| format!("under a lease: {text}")));
         let id = Seq(self.fresh_id());
-        let paused_before = self.receivers[at.index].process.paused_for;
-        self.readings.insert((at, client, id), Reading { request: None, due: self.now + SLACK, paused_before });
+        let (paused_before, asked_with) = (self.receivers[at.index].process.paused_for, self.handled);
+        let reading = Reading { request: None, due: self.now + SLACK, paused_before, asked_with, again: false };
+        self.readings.insert((at, client, id), reading);
         self.receivers[at.index].session.handle_release(self.now, client, id, lease);
     }
 
@@ -94,6 +120,7 @@ impl World {
                     self.wrong(format!("{request} is ready with chunks that nobody sent under that name: {keys:?}"));
                 }
                 self.tally.fetched += 1;
+                self.tally.fetched_again += u64::from(reading.again);
                 self.fresh_fetched.insert(request);
                 self.lease(at, client, lease, &chunks);
             }
@@ -103,13 +130,51 @@ impl World {
                     self.lease(at, client, lease, &found);
                 }
             }
-            Answer::Released | Answer::Cancelled { .. } | Answer::Failed { .. } => {}
+            Answer::Failed { .. } => {
+                if let Some(request) = reading.request {
+                    self.reader_is_told(at, request, reading.asked_with == self.handled);
+                }
+            }
+            Answer::Cancelled { request } => {
+                if let Some(end) = self.ends.get_mut(&(at, request)) {
+                    end.told = true;
+                }
+            }
+            Answer::Released | Answer::Reset => {}
+        }
+    }
+
+    pub fn attempt_begins(&mut self, at: Proc, request: &RequestId) {
+        if let Some(end) = self.ends.get_mut(&(at, request.clone())) {
+            end.past = true;
+        }
+    }
+
+    pub fn attempt_ends(&mut self, at: Proc, request: RequestId, handed_out: bool) {
+        let end = End { came_with: self.handled, handed_out, told: false, past: false };
+        self.ends.insert((at, request), end);
+    }
+
+    /// A reader is told of an end that comes now. One that asks later is told of it only if nobody was.
+    fn reader_is_told(&mut self, at: Proc, request: RequestId, at_once: bool) {
+        let Some(end) = self.ends.get_mut(&(at, request.clone())) else {
+            if at_once {
+                self.wrong(format!("a reader that asks for {request} is told of an end that there never was"));
+            }
+            return;
+        };
+        let comes_now = end.came_with == self.handled;
+        if comes_now || (at_once && !end.told) {
+            end.told = !end.handed_out;
+        } else if at_once {
+            self.wrong(format!("a reader of the next attempt at {request} is told how the one before ended"));
         }
     }
 
     fn lease(&mut self, at: Proc, client: ClientId, lease: LeaseId, chunks: &[ReadyChunk]) {
         let chunks = ranges(chunks);
-        let checked = self.receivers[at.index].truth.verify(&chunks);
+        let truth = &self.receivers[at.index].truth;
+        let checked = truth.verify(&chunks).and_then(|()| truth.check_since_reset(&chunks));
         self.check(checked.map_err(|text| format!("a reader was given wrong bytes: {text}")));
         let vanishes = self.plan.reader_vanishes;
         let vanishes = self.fault(vanishes);

@@ -148,6 +148,21 @@ fn a_receiver_that_is_slow_to_check_is_waited_for() {
 }
 
 #[test]
+fn caches_are_reset_in_rough_worlds() {
+    // Broken in production: after an update of the weights a decode worker reads what was computed with the former ones;
+    // or a reset leaves a request without an end, or slots that are nobody's.
+    if replays_one() {
+        return;
+    }
+    for seed in 0..200 {
+        let mut rng = StdRng::seed_from_u64(seed);
+        let plan = Plan { resets: 30, ..Plan::draw(&mut rng) };
+        let result = World::with_plan(rng, plan, false).run();
+        assert!(result.is_ok(), "seed {seed}: {result:?}");
+    }
+}
+
+#[test]
 fn hundreds_of_senders_and_receivers() {
     // Broken in production: what holds between two daemons does not between hundreds.
     if replays_one() {
@@ -201,6 +216,7 @@ fn without_a_safeguard_something_is_found() {
         ("grant check", Safeguards { grant_check: false, ..all }),
         ("whole requests", Safeguards { whole_requests: false, ..all }),
         ("commit before notify", Safeguards { commit_before_notify: false, ..all }),
+        ("ends told once", Safeguards { ends_told_once: false, ..all }),
     ] {
         let found = found_without(safeguards, WITHOUT_SEEDS_MAX);
         let (seed, text) =

@@ -39,6 +39,7 @@ pub enum News {
     Fill(Proc, usize, Vec<StagedSlot>),
     Cancel(Proc, usize),
     Acknowledge(Proc, usize),
+    SenderReset(Proc, usize),
     ConnectorGone(Proc, ClientId),
     // To a receiver.
     ToReceiver(Route, Box<Message>),
@@ -52,6 +53,7 @@ pub enum News {
     Wait(Proc, RequestId),
     Lookup(Proc),
     ReaderCancels(Proc, RequestId),
+    ReceiverReset(Proc),
     Release(Proc, ClientId, LeaseId),
     ReaderGone(Proc, ClientId),
     // To everything else.
@@ -81,6 +83,7 @@ impl News {
             | Self::Fill(at, ..)
             | Self::Cancel(at, _)
             | Self::Acknowledge(at, _)
+            | Self::SenderReset(at, _)
             | Self::ConnectorGone(at, _) => Target::Sender(*at),
             Self::ToSender(route, _) => Target::Sender(route.sender),
             Self::ToReceiver(route, _) | Self::RouteGone(route) => Target::Receiver(route.receiver),
@@ -93,6 +96,7 @@ impl News {
             | Self::Wait(at, _)
             | Self::Lookup(at)
             | Self::ReaderCancels(at, _)
+            | Self::ReceiverReset(at)
             | Self::Release(at, ..)
             | Self::ReaderGone(at, _) => Target::Receiver(*at),
             Self::Start(_)

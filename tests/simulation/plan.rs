@@ -44,6 +44,8 @@ pub struct Plan {
     pub reuse_name: u32,
     /// Failed requests that are opened again.
     pub retry: u32,
+    /// Attempts whose reader asks before their sender does.
+    pub decode_first: u32,
     /// Whether messages between two ports keep their order.
     pub ordered: bool,
     pub lose: u32,
@@ -64,6 +66,8 @@ pub struct Plan {
     pub growth_fails: u32,
     pub cancel: u32,
     pub reader_cancels: u32,
+    /// Requests at whose time the serving engines of both ends reset their caches.
+    pub resets: u32,
     /// Requests whose connector vanishes.
     pub vanish: u32,
     /// Ready requests whose reader vanishes with its lease.
@@ -101,6 +105,7 @@ impl Plan {
             keys: 10,
             reuse_name: some(40),
             retry: 50,
+            decode_first: some(80),
             ordered: false,
             lose: some(10),
             repeat: some(15),
@@ -115,6 +120,7 @@ impl Plan {
             growth_fails: some(40),
             cancel: some(25),
             reader_cancels: some(15),
+            resets: 0,
             vanish: some(8),
             reader_vanishes: some(15),
             verify_ms: u64::from(some(900)),
@@ -156,6 +162,7 @@ impl Plan {
             keys: 10,
             reuse_name: 0,
             retry: 0,
+            decode_first: 0,
             ordered: true,
             lose: 0,
             repeat: 0,
@@ -170,6 +177,7 @@ impl Plan {
             growth_fails: 0,
             cancel: 0,
             reader_cancels: 0,
+            resets: 0,
             vanish: 0,
             reader_vanishes: 0,
             crashes: 0,
@@ -206,6 +214,7 @@ impl Plan {
             settle_ms: 4000,
             keys: 400,
             retry: 30,
+            decode_first: 30,
             ordered: false,
             lose: 1,
             repeat: 2,

@@ -65,6 +65,7 @@ enum Kind {
     Send,
     Cancel,
     Acknowledge,
+    Reset,
 }
 
 /// A question to a sender that has not been answered.
@@ -166,8 +167,10 @@ impl World {
         };
         self.attempts.push(attempt);
         let index = self.attempts.len() - 1;
-        self.schedule(0, News::Open(at, index));
-        let wait_after = self.ms(0, if spec.fresh { 2 } else { 120 });
+        let apart = self.ms(0, if spec.fresh { 2 } else { 120 });
+        let decode_first = self.plan.decode_first;
+        let (open_after, wait_after) = if self.fault(decode_first) { (apart, 0) } else { (0, apart) };
+        self.schedule(open_after, News::Open(at, index));
         self.schedule(wait_after, News::Wait(to, spec.name.clone()));
         let (cancel, vanish, reader_cancels) = (self.plan.cancel, self.plan.vanish, self.plan.reader_cancels);
         if self.fault(cancel) {
@@ -181,6 +184,12 @@ impl World {
         if self.fault(reader_cancels) {
             let after = self.ms(0, 200);
             self.schedule(after, News::ReaderCancels(to, spec.name));
+        }
+        let resets = self.plan.resets;
+        if self.fault(resets) {
+            let (one, other) = (self.ms(0, 200), self.ms(0, 200));
+            self.schedule(one, News::SenderReset(at, index));
+            self.schedule(other, News::ReceiverReset(to));
         }
         if self.fault(20) {
             self.schedule(wait_after, News::Lookup(to));
@@ -271,6 +280,11 @@ impl World {
         let (client, id) = self.call(at, attempt, Kind::Cancel, plan::COMMIT);
         let name = self.jobs[self.attempts[attempt].job].name.clone();
         self.senders[at.index].session.handle_cancel(self.now, client, id, &name);
+    }
+
+    pub fn sender_resets(&mut self, at: Proc, attempt: usize) {
+        let (client, id) = self.call(at, attempt, Kind::Reset, Duration::ZERO);
+        self.senders[at.index].session.handle_reset(self.now, client, id);
     }
 
     pub fn acknowledge(&mut self, at: Proc, attempt: usize) {
@@ -395,7 +409,7 @@ impl World {
                 FailureKind::Unknown if self.attempts[attempt].state == State::Ended => {}
                 _ => self.wrong(format!("a cancel of an open request fails: {failure}")),
             },
-            (Kind::Acknowledge, Answer::Cancelled { .. } | Answer::Failed { .. }) => {}
+            (Kind::Acknowledge, Answer::Cancelled { .. } | Answer::Failed { .. }) | (Kind::Reset, Answer::Reset) => {}
             (kind, answer) => self.wrong(format!("{kind:?} is answered by {answer:?}")),
         }
     }

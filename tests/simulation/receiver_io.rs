@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use pd_backend::ids::{Checksum, ChunkKey};
+use pd_backend::ids::{Checksum, ChunkKey, FailureKind};
 use pd_backend::protocol::receiver::{ExpectedChunk, Note, Output};
 use pd_backend::wire::Message;
 use pd_backend::wire::message::AllocResponse;
@@ -23,6 +23,7 @@ impl World {
             News::Wait(_, request) => return self.wait(at, request),
             News::Lookup(_) => return self.lookup(at),
             News::ReaderCancels(_, request) => return self.reader_cancels(at, &request),
+            News::ReceiverReset(_) => return self.receiver_resets(at),
             News::Release(_, client, lease) => return self.release(at, client, lease),
             News::ReaderGone(_, client) => return self.reader_gone(at, client),
             News::ReceiverGrows(_) => {
@@ -112,6 +113,13 @@ impl World {
                 self.check(checked);
                 *self.committed.entry((instance, request)).or_default() += 1;
             }
+            Output::Note(Note::Granted { request, .. }) => self.attempt_begins(at, &request),
+            // A sender that is not known shakes hands anew, and asks again.
+            Output::Note(Note::Refused { failure, .. }) if failure.kind == FailureKind::HandshakeRefused => {}
+            Output::Note(Note::Failed { request, .. } | Note::Refused { request: Some(request), .. }) => {
+                self.attempt_ends(at, request, false)
+            }
+            Output::Note(Note::Fetched { request, .. }) => self.attempt_ends(at, request, true),
             Output::Note(_) => {}
         }
     }

@@ -31,6 +31,7 @@ impl World {
             News::Open(_, attempt) => return self.open(at, attempt),
             News::Fill(_, attempt, slots) => return self.fill_and_send(at, attempt, &slots),
             News::Cancel(_, attempt) => return self.cancel(at, attempt),
+            News::SenderReset(_, attempt) => return self.sender_resets(at, attempt),
             News::Acknowledge(_, attempt) => return self.acknowledge(at, attempt),
             News::SenderGrows(_) => {
                 let addresses = self.senders[at.index].addresses.clone();

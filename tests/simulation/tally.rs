@@ -17,12 +17,14 @@ pub struct Tally {
     pub vanished: u64,
     pub vouched: u64,
     pub verifying: u64,
+    /// Of those fetched: by readers that had asked after an earlier attempt's end was told, and before theirs was granted.
+    pub fetched_again: u64,
 }
 
 impl Tally {
     pub fn add(&mut self, other: &Self) {
         let Self { events, sent, failed, cancelled, fetched, lost_messages, repeated_messages, crashes, .. } = other;
-        let Self { pauses, growths, landed_late, vanished, vouched, verifying, .. } = other;
+        let Self { pauses, growths, landed_late, vanished, vouched, verifying, fetched_again, .. } = other;
         self.events += events;
         self.sent += sent;
         self.failed += failed;
@@ -37,13 +39,14 @@ impl Tally {
         self.vanished += vanished;
         self.vouched += vouched;
         self.verifying += verifying;
+        self.fetched_again += fetched_again;
     }
 
     /// A run in which something never happened has not tested it.
     pub fn assert_everything_happened(&self) {
         let counts = [self.sent, self.failed, self.cancelled, self.fetched, self.lost_messages, self.repeated_messages];
-        let rare =
-            [self.crashes, self.pauses, self.growths, self.landed_late, self.vanished, self.vouched, self.verifying];
-        assert!(counts.iter().chain(&rare).all(|&count| count >= 20), "too few of something: {self:?}");
+        let rare = [self.crashes, self.pauses, self.growths, self.landed_late, self.vanished, self.vouched];
+        let rare = rare.iter().chain([&self.verifying, &self.fetched_again]);
+        assert!(counts.iter().chain(rare).all(|&count| count >= 20), "too few of something: {self:?}");
     }
 }

@@ -43,6 +43,8 @@ pub struct Truth {
     /// The latest grant of each range that was ever granted, by its start.
     pub owners: BTreeMap<u64, (u64, GrantId)>,
     pub leases: BTreeMap<LeaseId, Leased>,
+    /// The last grant before the latest reset: what it and those before it brought is void.
+    pub void_up_to: Option<GrantId>,
 }
 
 fn overlap(left: &Range<u64>, right: &Range<u64>) -> bool {
@@ -78,6 +80,25 @@ impl Truth {
             self.owners.insert(range.start, (range.end, id));
         }
         self.grants.insert(id, grant);
+        Ok(())
+    }
+
+    /// The serving engine resets its cache.
+    pub fn reset(&mut self) {
+        self.void_up_to = self.grants.keys().next_back().copied();
+    }
+
+    /// Whether what a reader is given now was granted since the latest reset.
+    pub fn check_since_reset(&self, chunks: &[(Range<u64>, ChunkKey)]) -> Result<(), String> {
+        for (range, key) in chunks {
+            let grant = self.owners.get(&range.start).map(|(_, grant)| *grant);
+            if grant <= self.void_up_to && self.void_up_to.is_some() {
+                return Err(format!(
+                    "{key} came with grant {grant:?}, before the reset that voids {:?}",
+                    self.void_up_to
+                ));
+            }
+        }
         Ok(())
     }
 

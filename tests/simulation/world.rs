@@ -10,7 +10,7 @@ use pd_backend::protocol::Grown;
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
-use crate::decode::Reading;
+use crate::decode::{End, Reading};
 use crate::engine::{Asked, Write};
 use crate::network::{Link, Route};
 use crate::news::{News, Proc, Target};
@@ -29,6 +29,8 @@ pub struct World {
     pub now: Instant,
     queue: BTreeMap<(Instant, u64), News>,
     order: u64,
+    /// How many news processes have handled: one that stood still handles many in one event.
+    pub handled: u64,
     /// No more faults: the world settles.
     pub settling: bool,
     pub senders: Vec<Sender>,
@@ -42,6 +44,8 @@ pub struct World {
     pub open: BTreeMap<(Proc, RequestId), usize>,
     pub calls: BTreeMap<(Proc, ClientId, Seq), Call>,
     pub readings: BTreeMap<(Proc, ClientId, Seq), Reading>,
+    /// How the latest attempt under each name ended at a receiver.
+    pub ends: BTreeMap<(Proc, RequestId), End>,
     /// Commits that a receiver has announced, and the proxy has not heard of.
     pub committed: BTreeMap<(String, RequestId), u64>,
     /// What allocations ask for, by who asks and the number of the question.
@@ -69,6 +73,7 @@ impl World {
             now,
             queue: BTreeMap::new(),
             order: 0,
+            handled: 0,
             settling: false,
             senders: (0..plan.senders).map(|index| new_sender(&plan, first(index), now)).collect(),
             receivers: (0..plan.receivers).map(|index| new_receiver(&plan, first(index))).collect(),
@@ -81,6 +86,7 @@ impl World {
             open: BTreeMap::new(),
             calls: BTreeMap::new(),
             readings: BTreeMap::new(),
+            ends: BTreeMap::new(),
             committed: BTreeMap::new(),
             asked: BTreeMap::new(),
             fresh_fetched: BTreeSet::new(),
@@ -245,6 +251,7 @@ impl World {
     }
 
     fn handle(&mut self, target: Target, news: News) {
+        self.handled += 1;
         let is_timer = matches!(news, News::SenderTimer(_) | News::ReceiverTimer(_));
         if !is_timer && self.log.is_some() {
             self.say(|| format!("{news:?}"));

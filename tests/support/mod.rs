@@ -5,6 +5,7 @@ pub mod hex;
 pub mod memory;
 pub mod receiver;
 pub mod sender;
+pub mod skip;
 
 use std::path::PathBuf;
 
@@ -25,9 +26,7 @@ pub fn nixl_is_here() -> bool {
         return true;
     };
     assert!(std::env::var("PD_REQUIRE_NIXL").as_deref() != Ok("1"), "PD_REQUIRE_NIXL=1, but {error}");
-    eprintln!(
-        "SKIPPED, this machine has no NIXL: {error}\nto run it: make test, or the pip command above; PD_REQUIRE_NIXL=1 makes this a failure"
-    );
+    skip::skip(&format!("no NIXL: {error}; `make test` fetches it, and PD_REQUIRE_NIXL=1 makes this a failure"));
     false
 }
 

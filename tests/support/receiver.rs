@@ -17,7 +17,7 @@ pub const MEMORY_VARIABLE: &str = "PD_TEST_RECEIVER_MEMORY";
 const ENGINE_VARIABLE: &str = "PD_TEST_RECEIVER_ENGINE";
 const LENGTHS_VARIABLE: &str = "PD_TEST_RECEIVER_LENGTHS";
 const MARK: &str = "pd-receiver-says:";
-const ANSWER_MAX: Duration = Duration::from_secs(60);
+const ANSWER_MAX: Duration = Duration::from_secs(240);
 
 /// Runs the receiver if this process was started as one, and says whether it was. Ends when stdin does.
 pub fn serve_if_asked() -> bool {

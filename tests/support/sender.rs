@@ -16,7 +16,7 @@ use super::receiver::Receiver;
 /// `gpu` for a sender whose buffer is on a GPU.
 pub const MEMORY_VARIABLE: &str = "PD_TEST_SENDER_MEMORY";
 
-const COMPLETION_MAX: Duration = Duration::from_secs(60);
+const COMPLETION_MAX: Duration = Duration::from_secs(240);
 
 /// An engine with registered memory full of random bytes.
 pub struct Sender {

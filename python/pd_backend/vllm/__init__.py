@@ -2,14 +2,20 @@
 
     --kv-transfer-config '{"kv_connector": "PdConnector", "kv_connector_module_path": "pd_backend.vllm.connector", ...}'
 
-Only that module imports vLLM; the others here are plain Python:
+Only that module and `engine` import vLLM; the others here are plain Python:
 
     options     what `kv_connector_extra_config` may say
     keys        names of chunks, that prefill and decode compute independently
+    engine      what is read of vLLM's configuration
     layout      what the two daemons compare before they talk
     spec        what a router says of a request: `disagg_spec`
     step        what the scheduler's side tells the workers, step by step
+    adapters    what a LoRA adapter is
+    naming      which requests can be named: the others are computed where they arrived
     scheduler   the two scheduler sides
+    checkpoint  what a model is that was loaded
+    weights     whether it still is what was loaded
+    whereabouts where the daemons are, for the scheduler, and how it resets them
     finder      look-ups at the receivers of a decode server, for the scheduler
     producer    the worker's side of prefill
     consumer    the worker's side of decode

@@ -6,12 +6,12 @@ what it is asked to one of four plain objects, by role, and translates between v
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import vllm
+import psutil
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorHandshakeMetadata,
@@ -25,16 +25,31 @@ from vllm.logger import init_logger
 from ..client import ReceiverClient, SenderClient
 from ..daemon import find_binary
 from ..paged import PagedKv
+from . import checkpoint
+from .adapters import Adapters
 from .consumer import ConsumerWorker
-from .finder import ReceiverAt, ReceiverFinder
+from .engine import (
+    LOADED_ADAPTERS,
+    adapter_folder,
+    dtype_name,
+    engine_facts,
+    images_by_count,
+    running_model,
+    watch_adapter_loads,
+    window_tokens,
+)
+from .finder import ReceiverFinder
 from .keys import chunk_key
 from .layout import EngineLayout
 from .meetings import meet_receivers
+from .naming import Naming
 from .options import Options
 from .producer import ProducerWorker
 from .scheduler import ConsumerScheduler, ProducerScheduler
 from .step import ConsumerStep, ProducerStep, SendOutcomes
 from .supervisor import Supervisor
+from .weights import Weights
+from .whereabouts import DaemonAt, Daemons, Whereabouts
 
 if TYPE_CHECKING:
     import torch
@@ -54,33 +69,39 @@ class PdMetadata(KVConnectorMetadata):
 
 @dataclass
 class PdHandshake(KVConnectorHandshakeMetadata):
-    """From a decode worker to the scheduler, at start: where its receiver is."""
+    """From a worker to the scheduler, at start: where its daemon is."""
 
-    receiver: ReceiverAt
+    daemon: DaemonAt
 
 
 class PdNews(KVConnectorWorkerMetadata):
-    """From the workers to the scheduler: what became of requests, and where receivers are now."""
+    """From the workers to the scheduler: what became of requests, and where daemons are now."""
 
     def __init__(
         self,
         outcomes: SendOutcomes | None = None,
         here: Sequence[str] = (),
         returned: Sequence[str] = (),
-        receivers: Sequence[ReceiverAt] = (),
+        daemons: Sequence[DaemonAt] = (),
+        adapters: Mapping[int, str] | None = None,
     ) -> None:
         self.outcomes = outcomes or SendOutcomes()
         #: These two: once for each worker that says so.
         self.here = list(here)
         self.returned = list(returned)
-        self.receivers = list(receivers)
+        self.daemons = list(daemons)
+        #: Adapters that were loaded, by vLLM's number: what their files were.
+        self.adapters = dict(adapters or {})
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         assert isinstance(other, PdNews)
         self.outcomes.merge(other.outcomes)
         self.here += other.here
         self.returned += other.returned
-        self.receivers += other.receivers
+        self.daemons += other.daemons
+        for lora_id, signature in other.adapters.items():
+            if self.adapters.setdefault(lora_id, signature) != signature:
+                self.adapters[lora_id] = ""  # They differ from rank to rank: it is nothing that has a name.
         return self
 
 
@@ -113,7 +134,7 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
         self._block_tokens = groups[0].kv_cache_spec.block_size
         self._chunk_tokens = self._options.chunk_tokens()
         self._model = self._options.model(vllm_config.model_config.model)
-        self._dtype = _dtype_name(vllm_config)
+        self._dtype = dtype_name(vllm_config)
 
         self._producer_scheduler: ProducerScheduler | None = None
         self._consumer_scheduler: ConsumerScheduler | None = None
@@ -122,14 +143,23 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
         self._finder: ReceiverFinder | None = None
         self._failed_blocks: set[int] = set()
         self._handshake: PdHandshake | None = None
-        self._rank = 0
+        self._whereabouts: Whereabouts | None = None
+        self._daemons = Daemons(self._tp_size, SenderClient if self._produces else ReceiverClient)
+        self._kv_cache_manager: Any = None
+        self._engine_cache: Any = None
+        adapters_are_seen = vllm_config.lora_config is not None and watch_adapter_loads()
+        self._naming = naming = Naming(
+            window_tokens=window_tokens(groups[0].kv_cache_spec),
+            images_by_count=images_by_count(vllm_config),
+            adapters=Adapters(adapter_folder) if adapters_are_seen else None,
+        )
         if role == KVConnectorRole.SCHEDULER and self._produces:
-            self._producer_scheduler = ProducerScheduler(self._chunk_tokens, self._block_tokens, self._tp_size)
+            self._producer_scheduler = ProducerScheduler(self._chunk_tokens, self._block_tokens, self._tp_size, naming)
         elif role == KVConnectorRole.SCHEDULER:
             if self._options.lookup:
                 self._finder = ReceiverFinder(self._key)
             self._consumer_scheduler = ConsumerScheduler(
-                self._chunk_tokens, self._block_tokens, kv_cache_config.num_blocks, self._tp_size, self._finder
+                self._chunk_tokens, self._block_tokens, kv_cache_config.num_blocks, self._tp_size, self._finder, naming
             )
 
     # ---- worker
@@ -138,8 +168,10 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         from vllm.distributed import get_tensor_model_parallel_rank
 
-        rank = self._rank = get_tensor_model_parallel_rank() if self._tp_size > 1 else 0
+        rank = get_tensor_model_parallel_rank() if self._tp_size > 1 else 0
         options = self._options
+        identity = options.weights_id or checkpoint.identity(self._vllm_config, psutil.Process().create_time())
+        weights = Weights(identity, running_model(self._vllm_config))
         paged = self.make_paged(kv_caches)
         layout = EngineLayout(
             model=self._model,
@@ -149,7 +181,7 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
             layers=paged.layers,
             tp_rank=rank,
             tp_size=self._tp_size,
-            engine=_engine_facts(self._vllm_config, self._kv_cache_config, paged),
+            engine=engine_facts(self._vllm_config, self._kv_cache_config, paged, identity),
         )
         name = "pd-sender" if self._produces else "pd-receiver"
         arguments = options.daemon_args(str(paged.device)) + (["--rank", str(rank)] if rank else [])
@@ -158,31 +190,43 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
             "restarts_max": options.restarts_max,
             "restart_window_s": options.restart_window_s,
             "wait_timeout_s": options.wait_timeout_s(),
+            "silence_timeout_s": options.silence_timeout_s,
             "echo_log": options.daemon_log,
         }
         binary = find_binary(name, options.binary_dir)
         logger.info("starting %s: chunks of %s", binary, layout)
-        if self._produces:
-            sender = Supervisor(binary, arguments, layout.json(), SenderClient, **limits)
-            try:
+        with ExitStack() as undo:  # Whatever is raised from here on: the daemon is not left behind.
+            if self._produces:
+                sender = Supervisor(binary, arguments, layout.json(), SenderClient, **limits)
+                undo.callback(sender.close)
                 meet_receivers(sender.client())
-            except BaseException:
-                sender.close()
-                raise
-            self._producer = ProducerWorker(
-                sender,
-                paged,
-                layout,
-                self._dtype,
-                slot_wait_s=options.slot_wait_s,
-                layer_pushes=1 if self._vllm_config.parallel_config.enable_dbo else options.layer_pushes,
-            )
-        else:
-            receiver = Supervisor(binary, arguments, layout.json(), ReceiverClient, **limits)
-            self._consumer = ConsumerWorker(
-                receiver, paged, layout, self._dtype, receive_wait_s=options.receive_wait_s
-            )
-            self._handshake = PdHandshake(ReceiverAt.here(rank, receiver.ready.connector))
+                self._producer = ProducerWorker(
+                    sender,
+                    paged,
+                    layout,
+                    self._dtype,
+                    slot_wait_s=options.slot_wait_s,
+                    layer_pushes=1 if self._vllm_config.parallel_config.enable_dbo else options.layer_pushes,
+                    adapters=LOADED_ADAPTERS,
+                    weights=weights,
+                )
+                self._whereabouts = Whereabouts(rank, sender, weights)
+            else:
+                receiver = Supervisor(binary, arguments, layout.json(), ReceiverClient, **limits)
+                undo.callback(receiver.close)
+                self._consumer = ConsumerWorker(
+                    receiver,
+                    paged,
+                    layout,
+                    self._dtype,
+                    receive_wait_s=options.receive_wait_s,
+                    adapters=LOADED_ADAPTERS,
+                    weights=weights,
+                )
+                self._whereabouts = Whereabouts(rank, receiver, weights)
+            at = self._whereabouts.news()
+            self._handshake = None if at is None else PdHandshake(at)
+            undo.pop_all()
 
     def make_paged(self, kv_caches: dict[str, torch.Tensor]) -> PagedKv:
         """The engine's KV memory as blocks. A subclass may copy otherwise."""
@@ -233,16 +277,15 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
         return failed
 
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
+        news = PdNews(adapters=LOADED_ADAPTERS.news())
         if self._producer is not None:
-            outcomes = self._producer.outcomes()
-            return None if outcomes is None else PdNews(outcomes)
-        if self._consumer is None:
-            return None
-        here, returned, moved_to = self._consumer.here(), self._consumer.returned(), self._consumer.moved_to()
-        receivers = [] if moved_to is None else [ReceiverAt.here(self._rank, moved_to)]
-        if not (here or returned or receivers):
-            return None
-        return PdNews(here=here, returned=returned, receivers=receivers)
+            news.outcomes = self._producer.outcomes() or news.outcomes
+        if self._consumer is not None:
+            news.here, news.returned = self._consumer.here(), self._consumer.returned()
+        at = None if self._whereabouts is None else self._whereabouts.news()
+        if at is not None:
+            news.daemons.append(at)
+        return news if any((news.outcomes.ended, news.here, news.returned, news.daemons, news.adapters)) else None
 
     def shutdown(self) -> None:
         for part in (self._producer, self._consumer, self._finder):
@@ -264,8 +307,22 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
 
     def set_xfer_handshake_metadata(self, metadata: dict[int, KVConnectorHandshakeMetadata]) -> None:
         for handshake in metadata.values():
-            if self._finder is not None and isinstance(handshake, PdHandshake):
-                self._finder.attach(handshake.receiver)
+            if isinstance(handshake, PdHandshake):
+                self._daemon_is(handshake.daemon)
+
+    def _daemon_is(self, at: DaemonAt) -> None:
+        self._daemons.attach(at)
+        if self._finder is not None:
+            self._finder.attach(at)
+
+    def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
+        self._kv_cache_manager = kv_cache_manager
+
+    def reset_cache(self) -> bool:
+        """Everything that was computed before is void, at this server's daemons. False where one has not confirmed it."""
+        if self._consumer_scheduler is not None:
+            self._consumer_scheduler.reset()
+        return self._daemons.reset()
 
     def on_new_request(self, request: Any) -> None:
         if self._consumer_scheduler is not None:
@@ -285,18 +342,21 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         scheduler = self._producer_scheduler or self._consumer_scheduler
         assert scheduler is not None
+        if self._producer_scheduler is not None and self._engine_cache_was_reset():
+            self._producer_scheduler.cache_reset()
         return PdMetadata(scheduler.build(scheduler_output))
 
     def update_connector_output(self, connector_output: Any) -> None:
         news = connector_output.kv_connector_worker_meta
         if isinstance(news, PdNews):
+            self._naming.adapters_loaded(news.adapters)
             if self._producer_scheduler is not None:
                 self._producer_scheduler.update(news.outcomes)
             if self._consumer_scheduler is not None:
                 self._consumer_scheduler.here(news.here)
                 self._consumer_scheduler.returned(news.returned)
-            for receiver in news.receivers if self._finder is not None else ():
-                self._finder.attach(receiver)
+            for at in news.daemons:
+                self._daemon_is(at)
         if self._consumer_scheduler is not None:
             self._consumer_scheduler.received(
                 connector_output.finished_recving or (), connector_output.invalid_block_ids or ()
@@ -318,33 +378,11 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
         scheduler = self._producer_scheduler or self._consumer_scheduler
         return scheduler is not None and scheduler.pending()
 
-    def _key(self, rank: int, chunk_hash: str) -> str:
-        return chunk_key(self._model, self._tp_size, rank, chunk_hash, self._dtype)
+    def _engine_cache_was_reset(self) -> bool:
+        """Whether vLLM's own cache was emptied since the last call: it makes a new map of what it has then."""
+        cache = getattr(getattr(self._kv_cache_manager, "block_pool", None), "cached_block_hash_to_block", None)
+        before, self._engine_cache = self._engine_cache, cache
+        return cache is not before
 
-
-def _dtype_name(vllm_config: VllmConfig) -> str:
-    """Element type of the KV, as keys have it."""
-    cache_dtype = str(vllm_config.cache_config.cache_dtype)
-    return (str(vllm_config.model_config.dtype) if cache_dtype == "auto" else cache_dtype).removeprefix("torch.")
-
-
-def _engine_facts(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, paged: PagedKv) -> dict[str, str]:
-    """What the bytes of a block depend on, besides their number."""
-    from vllm.distributed.kv_transfer.kv_connector.utils import get_current_attn_backend
-
-    context = vllm_config.compilation_config.static_forward_context
-    instruction_sets = {str(getattr(context.get(name), "isa", "")) for name in paged.layer_index} - {""}
-    model = vllm_config.model_config
-    facts = {
-        "vllm": vllm.__version__,
-        "dtype": _dtype_name(vllm_config),
-        "attention": get_current_attn_backend(vllm_config, list(paged.layer_index)).get_name(),
-        "block_shape": "x".join(str(count) for count, _ in paged.shape.inner),
-        "device": paged.device.type if paged.device.type != "cpu" else f"cpu {platform.machine()}",
-        "cache_layout": str(getattr(kv_cache_config, "kv_cache_layout", None) or ""),
-        # The packing of a block on a CPU depends on the instructions that read it.
-        "instruction_set": ",".join(sorted(instruction_sets)),
-        "revision": str(getattr(model, "revision", None) or ""),
-        "quantization": str(getattr(model, "quantization", None) or ""),
-    }
-    return {name: value[:256] for name, value in facts.items() if value}
+    def _key(self, rank: int, weights: str, chunk_hash: str) -> str:
+        return chunk_key(self._model, self._tp_size, rank, weights, chunk_hash, self._dtype)

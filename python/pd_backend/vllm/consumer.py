@@ -9,18 +9,23 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..client import Lease, Pending, ReceiverClient
-from ..errors import DaemonGone, Kind, PdError, RequestRefused
+from ..errors import ClientClosed, DaemonGone, DaemonLost, Kind, PdError, RequestRefused, Unreadable
 from ..paged import PagedKv
+from .adapters import LoadedAdapters
 from .keys import chunk_key
 from .layout import EngineLayout
 from .scheduler import blocks_of
 from .step import ConsumerStep, ReceivePlan, idle_wait_s
 from .supervisor import Supervisor
+from .weights import Weights
 
 logger = logging.getLogger("vllm.pd_backend")
 
-#: How long a request whose daemon is being started again waits for it.
+#: How long a request waits for a daemon that is being started again, or is silent.
 _RESTART_WAIT_S = 30.0
+#: After these nothing is heard through a client any more; nor is it known what an answer that cannot be read has granted,
+#: which goes back with the client.
+_LOST = (DaemonLost, ClientClosed, Unreadable)
 
 
 class LoadError(Exception):
@@ -38,6 +43,8 @@ class _Request:
     arriving: Pending[Lease] | None = None
     #: Whom it was asked of: what that one grants is in its buffer, not in that of a daemon started after it.
     asked: ReceiverClient | None = None
+    #: Why nothing comes of that any more.
+    lost: PdError | None = None
 
 
 class ConsumerWorker:
@@ -51,8 +58,12 @@ class ConsumerWorker:
         dtype: str,
         *,
         receive_wait_s: float | None = None,
+        adapters: LoadedAdapters | None = None,
+        weights: Weights | None = None,
     ) -> None:
         self._supervisor = supervisor
+        self._weights = weights or Weights("", None)
+        self._adapters = adapters or LoadedAdapters()
         self._paged = paged
         self._layout = layout
         self._dtype = dtype
@@ -62,14 +73,12 @@ class ConsumerWorker:
         self._buffer: Any = None
         self._finished: set[str] = set()
         self._failed_blocks: set[int] = set()
-        #: Where the scheduler was told that the receiver is.
-        self._told: str | None = None
         #: Of requests that need nothing of it any more: what has not come yet is given back when it comes.
         self._returning: dict[str, _Request] = {}
         self._returned: list[str] = []
         self._here: list[str] = []
         self._idle = False
-        # Now, and not in the step of the first request: a large buffer takes a while to map.
+        # What the buffer and the engine's memory do not have in common is said before the engine serves.
         self._attached()
 
     # ---- hooks of a step, in their order ----------------------------------------------------------------------------------
@@ -131,19 +140,6 @@ class ConsumerWorker:
         returned, self._returned = self._returned, []
         return returned
 
-    def moved_to(self) -> str | None:
-        """Where the connector API of the receiver is, once after each start of it. Nobody may have asked it anything
-        since: where the scheduler finds no chunks, no worker hears of a request.
-        """
-        try:
-            endpoint = self._supervisor.ready.connector
-        except PdError:
-            return None
-        if endpoint == self._told:
-            return None
-        self._told = endpoint
-        return endpoint
-
     def close(self) -> None:
         """The worker ends: its leases go back with its client."""
         self._supervisor.close()
@@ -153,21 +149,32 @@ class ConsumerWorker:
     def _attached(self) -> ReceiverClient:
         client = self._supervisor.client()
         if client is not self._client:
+            self._let_go(DaemonGone("its chunks went with the pd-receiver that had them; another one was started since"))
             self._client = client
             self._buffer = self._paged.memory(client.buffer.range(0, client.buffer.len_bytes))
         return client
+
+    def _let_go(self, why: PdError) -> None:
+        """Of a client that is of no more use: what was asked of its daemon does not come."""
+        client, self._client, self._buffer = self._client, None, None
+        if client is None:
+            return
+        for request in (*self._requests.values(), *self._returning.values()):
+            if request.asked is client:
+                request.lost = why
+        self._supervisor.lost(client, why)
 
     def _wait_a_little(self) -> None:
         """Lets an answer that is on its way come in this step instead of the next one."""
         expected = [request for request in self._requests.values() if request.plan is not None or not request.told]
         expected += self._returning.values()
         try:
-            waiting = [request for request in expected if request.arriving is not None and not request.arriving.done()]
+            waiting = [request for request in expected if request.arriving is not None and not self._done(request)]
             if waiting and len(waiting) == len(expected) and self._client is not None:
                 newest = max(request.began for request in waiting)
                 self._client.wait_for_news(idle_wait_s(time.monotonic() - newest))
-        except PdError:
-            pass  # Each request asks for itself, and is told.
+        except _LOST as lost:
+            self._let_go(lost)
 
     def _try_start(self, request: _Request) -> None:
         """As `_start`, at the beginning of a step, where no failure can be told: `progress` meets it again."""
@@ -182,19 +189,35 @@ class ConsumerWorker:
             return
         try:
             client = self._attached()
-            if request.req_id is not None:
-                request.arriving = client.start_wait(request.req_id, wait_s=self._receive_wait_s)
-            elif request.plan is not None:
-                request.arriving = client.start_lookup(self._keys(request.plan), fetch=True)
+            try:
+                if request.req_id is not None:
+                    request.arriving = client.start_wait(request.req_id, wait_s=self._receive_wait_s)
+                elif request.plan is not None:
+                    request.arriving = client.start_lookup(self._keys(request.plan), fetch=True)
+            except DaemonLost as lost:
+                self._let_go(lost)
+                raise
             request.asked = client
-        except DaemonGone:
+        except DaemonLost:
             if time.monotonic() - request.began > _RESTART_WAIT_S:
                 raise
 
     def _answered(self, request: _Request) -> bool:
         """Whether the daemon has said what became of its chunks."""
         self._start(request)
-        return request.arriving is not None and request.arriving.done()
+        return request.arriving is not None and self._done(request)
+
+    def _done(self, request: _Request) -> bool:
+        """Whether what it asked for has come. Raises why it does not come any more."""
+        assert request.arriving is not None
+        try:
+            if request.lost is None and request.arriving.done():
+                return True
+        except _LOST as lost:
+            self._let_go(lost)
+        if request.lost is not None:
+            raise request.lost
+        return False
 
     def _tell_if_here(self, request: _Request) -> None:
         if request.told:
@@ -209,8 +232,6 @@ class ConsumerWorker:
     def _arrived(self, request: _Request) -> Lease | None:
         """What the daemon has answered; None where it has to be asked otherwise."""
         assert request.arriving is not None
-        if request.asked is not self._client:
-            raise LoadError("its chunks went with the pd-receiver that had them; another one was started since")
         try:
             return request.arriving.result()
         except RequestRefused as refused:
@@ -222,8 +243,10 @@ class ConsumerWorker:
         return None
 
     def _keys(self, plan: ReceivePlan) -> list[str]:
-        layout = self._layout
-        return [chunk_key(layout.model, layout.tp_size, layout.tp_rank, name, self._dtype) for name in plan.hashes]
+        layout, weights = self._layout, self._weights.identity()
+        return [
+            chunk_key(layout.model, layout.tp_size, layout.tp_rank, weights, name, self._dtype) for name in plan.hashes
+        ]
 
     def _load(self, request: _Request, plan: ReceivePlan, lease: Lease) -> None:
         """Copies the chunks of a lease, as far as they are not here yet, and releases it."""
@@ -237,8 +260,10 @@ class ConsumerWorker:
                 expected = keys[at] if at < len(keys) else "no such chunk"
                 raise LoadError(
                     f"chunk {at} is {seen}, expected {expected}: "
-                    "prefill was given another prompt, or the chunk has gone"
+                    "prefill was given another prompt or has other weights, or the chunk has gone"
                 )
+            if not self._adapters.may_be(plan.adapter):
+                raise LoadError("the files of its LoRA adapter have changed since it was loaded; load it anew")
             for index, chunk in enumerate(chunks):
                 assert chunk is not None
                 where = blocks_of(index, self._layout.chunk_tokens, self._layout.block_tokens, plan.tokens)
@@ -277,11 +302,11 @@ class ConsumerWorker:
     def _try_return(self, request: _Request) -> None:
         assert request.arriving is not None
         try:
-            if not request.arriving.done():
+            if not self._done(request):
                 return
             request.arriving.abandon()
         except PdError:
-            pass  # The daemon has gone, or this client of it: so has the lease.
+            pass  # The daemon is lost: so is the lease.
         del self._returning[request.request_id]
         self._returned.append(request.request_id)
 
@@ -293,13 +318,10 @@ class ConsumerWorker:
             return
         if request.plan is not None:
             self._finished.add(request_id)
-        try:
-            wanted = any(other.req_id == request.req_id for other in self._requests.values())
-            if request.req_id is not None and not wanted and self._client is not None:
-                # Nobody else will fetch it: the sender is told, and the slots are free at once.
-                self._client.start_cancel(request.req_id).abandon()
-        except PdError as error:
-            logger.warning("request %s could not be cancelled: %s", request.req_id, error)
+        wanted = any(other.req_id == request.req_id for other in self._requests.values())
+        if request.req_id is not None and not wanted and self._client is not None:
+            # Nobody else will fetch it: the sender is told, and the slots are free at once.
+            self._client.give_up(request.req_id)
 
 
 def requests_of(worker: ConsumerWorker) -> Iterable[str]:

@@ -6,10 +6,10 @@ import logging
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from ..client import Lease, Pending, ReceiverClient
 from ..errors import PdError
+from .whereabouts import DaemonAt
 
 logger = logging.getLogger("vllm.pd_backend")
 
@@ -18,37 +18,25 @@ _REPLY_S = 0.5
 _PAUSE_S = 5.0
 
 
-@dataclass(frozen=True)
-class ReceiverAt:
-    """Where the receiver of one rank is."""
-
-    rank: int
-    connector: str
-    host: str
-
-    @classmethod
-    def here(cls, rank: int, connector: str) -> ReceiverAt:
-        """Of a worker, as it tells the scheduler."""
-        return cls(rank, connector, platform.node())
-
-
 class ReceiverFinder:
     """What is ready at the receiver of every rank: what one of them lacks, its worker could not load.
 
     A receiver on another machine cannot be asked, and is taken to have what the others have.
     """
 
-    def __init__(self, key: Callable[[int, str], str]) -> None:
-        """`key`: of a rank, and a chunk's hash."""
+    def __init__(self, key: Callable[[int, str, str], str]) -> None:
+        """`key`: of a rank, its weights, and a chunk's hash."""
         self._key = key
         self._endpoints: dict[int, str] = {}
+        self._weights: dict[int, str] = {}
         self._clients: dict[int, ReceiverClient] = {}
         #: By request, then by rank.
         self._leases: dict[str, dict[int, Lease]] = {}
         self._not_before = 0.0
 
-    def attach(self, receiver: ReceiverAt) -> None:
-        """Where a receiver is: at first, and whenever it was started again."""
+    def attach(self, receiver: DaemonAt) -> None:
+        """Where a receiver is: at first, and whenever it was started again; or other weights of its rank."""
+        self._weights[receiver.rank] = receiver.weights
         if receiver.host != platform.node() or receiver.connector == self._endpoints.get(receiver.rank):
             return
         self._detach(receiver.rank)
@@ -63,7 +51,7 @@ class ReceiverFinder:
         found = len(hashes)
         try:
             for rank in self._endpoints:
-                keys = [self._key(rank, name) for name in hashes]
+                keys = [self._key(rank, self._weights[rank], name) for name in hashes]
                 asked[rank] = self._client(rank).start_lookup(keys, fetch=True)
             for rank in self._endpoints:
                 lease = self._leases.setdefault(request_id, {})[rank] = asked.pop(rank).result()

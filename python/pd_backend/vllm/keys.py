@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 _DIGEST_BYTES = 16
 # Changes with what goes into the hash: old and new releases must not agree by chance.
-_SEED = b"pd-backend chunk 1"
+_SEED = b"pd-backend chunk 2"
 
 
 @dataclass(frozen=True)
@@ -28,16 +28,17 @@ class Item:
 
 @dataclass(frozen=True)
 class Context:
-    """What changes a prompt's KV besides its tokens. The model is in the key itself, and in the handshake."""
+    """What changes a prompt's KV besides its tokens and the model, which is in the key itself, and in the handshake."""
 
-    lora: str = ""
+    #: A LoRA adapter by what it is, not by its name.
+    adapter: str = ""
     salt: str = ""
     items: tuple[Item, ...] = ()
 
 
 def chunk_hashes(token_ids: Sequence[int], chunk_tokens: int, context: Context = Context()) -> list[str]:
     """One hash for each chunk of the prompt, in hexadecimal digits; the last chunk may be short."""
-    running = _digest(_SEED, chunk_tokens.to_bytes(8, "little"), _text(context.lora), _text(context.salt))
+    running = _digest(_SEED, chunk_tokens.to_bytes(8, "little"), _text(context.adapter), _text(context.salt))
     hashes = []
     for first in range(0, len(token_ids), chunk_tokens):
         tokens = token_ids[first : first + chunk_tokens]
@@ -46,14 +47,18 @@ def chunk_hashes(token_ids: Sequence[int], chunk_tokens: int, context: Context =
             if first <= item.offset < first + chunk_tokens:
                 parts += [item.offset.to_bytes(8, "little"), _text(item.identifier)]
         running = _digest(*parts)
-        # Without leading zeros, as LMCache writes them: its receivers refuse others.
-        hashes.append(format(int.from_bytes(running, "big"), "x"))
+        hashes.append(_hexadecimal(running))
     return hashes
 
 
-def chunk_key(model: str, tp_size: int, tp_rank: int, chunk_hash: str, dtype: str) -> str:
-    """The key as it goes over the wire, in LMCache's form: a rank's chunks are its own."""
-    return f"{model}@{tp_size}@{tp_rank}@{chunk_hash}@{dtype}"
+def chunk_key(model: str, tp_size: int, tp_rank: int, weights: str, chunk_hash: str, dtype: str) -> str:
+    """The key as it goes over the wire, in LMCache's form: a rank's chunks are its own, and those of its weights."""
+    return f"{model}@{tp_size}@{tp_rank}@{_hexadecimal(_digest(_text(weights), _text(chunk_hash)))}@{dtype}"
+
+
+def _hexadecimal(digest: bytes) -> str:
+    # Without leading zeros, as LMCache writes them: its receivers refuse others.
+    return format(int.from_bytes(digest, "big"), "x")
 
 
 def _digest(*parts: bytes) -> bytes:

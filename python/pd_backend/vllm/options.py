@@ -30,10 +30,14 @@ class Options:
     binary_dir: str | None = None
     #: What both ends call the model; the engine's own name of it otherwise.
     model_name: str | None = None
+    #: What both ends call the weights; a digest of the checkpoint otherwise.
+    weights_id: str | None = None
     #: Tokens of a chunk, where neither `set` nor the file says.
     chunk_size: int = 256
     #: How long a daemon may take to start, its buffer included.
     ready_timeout_s: float = 60.0
+    #: How long a daemon may answer nothing, though it was asked whether it is there, before its requests fail.
+    silence_timeout_s: float = 10.0
     #: A daemon that has ended is started again, so often within so long; after that its requests fail.
     restarts_max: int = 3
     restart_window_s: float = 60.0
@@ -123,7 +127,7 @@ class Options:
 def _parsed(name: str, value: Any) -> Any:
     if name == "set":
         return _sets(value)
-    if name in ("config_file", "binary_dir", "model_name"):
+    if name in ("config_file", "binary_dir", "model_name", "weights_id"):
         return _typed(name, value, str, "text")
     if name in ("lookup", "daemon_log"):
         return _typed(name, value, bool, "true or false")

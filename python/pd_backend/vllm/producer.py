@@ -12,15 +12,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..client import Pending, SenderClient
-from ..errors import DaemonGone, PdError, RequestRefused
-from ..messages import Failed, SendPart, StagedSlot
+from ..errors import ClientClosed, DaemonGone, DaemonLost, PdError, RequestRefused, Unreadable
+from ..messages import Event, Failed, SendPart, StagedSlot
 from ..paged import PagedKv
+from .adapters import LoadedAdapters
 from .keys import chunk_key
 from .layout import EngineLayout
 from .step import ProducerStep, SendOutcomes, SendPlan, idle_wait_s
 from .supervisor import Supervisor
+from .weights import Weights
 
 logger = logging.getLogger("vllm.pd_backend")
+
+#: After these nothing is heard through a client any more.
+_LOST = (DaemonLost, ClientClosed)
 
 
 @dataclass
@@ -71,8 +76,16 @@ class ProducerWorker:
         *,
         slot_wait_s: float | None = None,
         layer_pushes: int = 1,
+        adapters: LoadedAdapters | None = None,
+        weights: Weights | None = None,
     ) -> None:
         self._supervisor = supervisor
+        self._weights = weights or Weights("", None)
+        #: Those that the keys of requests under way say.
+        self._of_weights = self._weights.last
+        #: They have changed since the engine's own cache was emptied: that may have KV of the former ones.
+        self._cache_is_stale = False
+        self._adapters = adapters or LoadedAdapters()
         self._paged = paged
         self._layout = layout
         self._dtype = dtype
@@ -91,7 +104,7 @@ class ProducerWorker:
         #: Requests of which chunks are being computed in this step.
         self._current: list[_Request] = []
         self._outcomes = SendOutcomes()
-        # Now, and not in the step of the first request: a large buffer takes a while to map.
+        # What the buffer and the engine's memory do not have in common is said before the engine serves.
         self._attached()
 
     # ---- hooks of a step, in their order ----------------------------------------------------------------------------------
@@ -105,9 +118,17 @@ class ProducerWorker:
             self._drop(request_id)
         for request_id in step.preempted:
             self._preempted(request_id)
+        if step.plans or step.chunks or step.cache_reset:
+            self._look_at_weights()
+        if step.cache_reset:
+            self._cache_is_stale = False
         for plan in step.plans:
             request = self._requests[plan.request_id] = _Request(plan, time.monotonic())
             self._by_req_id[plan.spec.req_id] = request
+            if plan.cached and self._cache_is_stale:
+                text = "vLLM's own cache may have KV of the former weights; /reset_prefix_cache after changing them"
+                self._end(request, text)
+                continue
             self._open(request)
         for told in step.chunks:
             request = self._requests.get(told.request_id)
@@ -124,6 +145,15 @@ class ProducerWorker:
                 request.finishing = True
         if self._requests:
             self._poll()
+
+    def _look_at_weights(self) -> None:
+        """Where the weights have changed, what is still being computed is of both, and has no name."""
+        if self._weights.identity() == self._of_weights:
+            return
+        self._of_weights, self._cache_is_stale = self._weights.last, True
+        for request in list(self._by_req_id.values()):
+            if len(request.sent.union(request.chunks)) < len(request.plan.hashes):
+                self._fail(request, PdError("unnamed", "the weights were changed while it was computed; send it again"))
 
     def layer_computed(self, layer_name: str) -> None:
         """Within the forward: this layer's KV is written. Pushes layers of the chunks that this step completes."""
@@ -146,9 +176,7 @@ class ProducerWorker:
         self._current = []
         if not self._requests:
             return
-        if self._idle:
-            self._wait_a_little()
-        self._poll()
+        self._poll(self._idle_wait_s() if self._idle else 0.0)
         for request in list(self._requests.values()):
             self._push(request, self._paged.layers)
 
@@ -186,15 +214,29 @@ class ProducerWorker:
     def _attached(self) -> SenderClient:
         client = self._supervisor.client()
         if client is not self._client:
-            self._lost(DaemonGone("the pd-sender that it was opened at has ended; another one was started since"))
+            self._let_go(DaemonGone("the pd-sender that it was opened at has ended; another one was started since"))
             self._client = client
             self._buffer = self._paged.memory(client.buffer.range(0, client.buffer.len_bytes))
         return client
 
+    def _let_go(self, why: PdError) -> None:
+        """Of a client that is of no more use: what was opened there goes with it, but for what has been heard of."""
+        client, self._client, self._buffer = self._client, None, None
+        if client is None:
+            return
+        try:
+            client.wait_for_news(0.0)
+        except PdError:
+            pass
+        self._ends(client, client.take_events())
+        self._fail_all(client, why)
+        self._supervisor.lost(client, why)
+
     def _open(self, request: _Request) -> None:
         plan, layout = request.plan, self._layout
         keys = [
-            chunk_key(layout.model, layout.tp_size, layout.tp_rank, name, self._dtype) for name in plan.hashes
+            chunk_key(layout.model, layout.tp_size, layout.tp_rank, self._of_weights, name, self._dtype)
+            for name in plan.hashes
         ]
         try:
             request.client = self._attached()
@@ -208,49 +250,54 @@ class ProducerWorker:
         except PdError as error:
             self._fail(request, error)
 
-    def _poll(self) -> None:
-        """Takes in what the daemon has said. Never waits."""
+    def _poll(self, wait_s: float = 0.0) -> None:
+        """Takes in what the daemon has said. Waits only as long as it is told to, for an answer that is on its way."""
         client = self._client
         if client is None:
             return
         try:
-            self._ends(client)
+            if wait_s > 0:
+                client.wait_for_news(wait_s)
+            self._ends(client, client.poll_events())
             for request in list(self._by_req_id.values()):
+                if request.client is not client:
+                    continue
                 try:
                     self._answers(request)
                 except RequestRefused as refused:
                     # Why may have come just before this answer, which says no more than that the request has ended.
-                    self._ends(client)
+                    self._ends(client, client.poll_events())
                     if not request.ended:
                         self._fail(request, refused)
+                except (*_LOST, Unreadable):
+                    raise
                 except PdError as error:
                     self._fail(request, error)
+        except _LOST as lost:
+            self._let_go(lost)
         except PdError as error:
-            # It has ended, or our end was closed because of that: nothing is heard of these requests any more.
-            self._client = None
-            self._lost(error)
+            # What could not be read may have been about any of them. The daemon lives, and is told.
+            self._ends(client, client.take_events())
+            self._fail_all(client, error)
 
-    def _ends(self, client: SenderClient) -> None:
-        for event in client.poll_events():
+    def _ends(self, client: SenderClient, events: Iterable[Event]) -> None:
+        for event in events:
             request = self._by_req_id.get(event.req_id)
-            if request is not None:
+            # One that was asked for again has the name of what it takes the place of.
+            if request is not None and request.client is client:
                 self._end(request, f"{event.kind}: {event.text}" if isinstance(event, Failed) else None)
 
-    def _lost(self, error: PdError) -> None:
-        """Whatever was opened at a daemon that has gone went with it."""
+    def _fail_all(self, client: SenderClient, error: PdError) -> None:
         for request in list(self._by_req_id.values()):
-            if request.client is not None:
+            if request.client is client:
                 self._fail(request, error)
 
-    def _wait_a_little(self) -> None:
-        """Lets an answer that is on its way come in this step instead of the next one."""
-        if self._client is None or not self._by_req_id:
-            return
-        try:
-            newest = max(request.began for request in self._by_req_id.values())
-            self._client.wait_for_news(idle_wait_s(time.monotonic() - newest))
-        except PdError:
-            pass  # Each request asks for itself, and is told.
+    def _idle_wait_s(self) -> float:
+        """How long a step that computes nothing waits for an answer, so that it need not wait for the next step."""
+        if not self._by_req_id:
+            return 0.0
+        newest = max(request.began for request in self._by_req_id.values())
+        return idle_wait_s(time.monotonic() - newest)
 
     def _answers(self, request: _Request) -> None:
         if request.opening is not None and request.opening.done():
@@ -282,6 +329,9 @@ class ProducerWorker:
         """Copies what is computed of staged chunks, up to so many layers, and tells the daemon to send it."""
         if request.ended or request.complete or self._client is None:
             return
+        if not self._adapters.may_be(request.plan.adapter):
+            text = "the files of its LoRA adapter have changed since it was loaded; load it anew"
+            return self._fail(request, PdError("unnamed", text))
         parts: list[SendPart] = []
         for index, chunk in list(request.chunks.items()):
             slot = chunk.slot
@@ -336,22 +386,18 @@ class ProducerWorker:
 
     def _fail(self, request: _Request, error: PdError) -> None:
         """This request alone: the engine goes on, and so do the others."""
-        if not isinstance(error, DaemonGone):
-            self._cancel(request)
+        self._cancel(request)
         self._end(request, str(error))
 
     def _cancel(self, request: _Request) -> None:
-        """At the daemon: its slots are given back there, and the receiver's."""
-        client = self._client
-        if client is None:
+        """At the daemon: its slots are given back there, and the receiver's. One that is lost does so by itself."""
+        client = request.client
+        if client is None or client is not self._client:
             return
-        try:
-            if request.opening is not None:
-                # What it brings late is cancelled when it comes.
-                request.opening.abandon()
-            client.start_cancel(request.plan.spec.req_id).abandon()
-        except PdError as error:
-            logger.warning("request %s could not be cancelled: %s", request.plan.spec.req_id, error)
+        if request.opening is not None:
+            # What it brings late is cancelled when it comes.
+            request.opening.abandon()
+        client.give_up(request.plan.spec.req_id)
 
     def _end(self, request: _Request, error: str | None) -> None:
         request.ended = True

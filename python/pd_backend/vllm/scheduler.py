@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from .keys import Context, Item, chunk_hashes
+from .adapters import Adapter
+from .keys import chunk_hashes
+from .naming import NULL_BLOCK, Naming, Unnamed
 from .spec import DisaggSpec, SpecError, decode_req_id, prefill_spec
 from .step import ChunkBlocks, ConsumerStep, ProducerStep, ReceivePlan, SendOutcomes, SendPlan
 
@@ -18,17 +20,6 @@ logger = logging.getLogger("vllm.pd_backend")
 
 #: States in which the engine has a request's whole prompt computed, by the names that it gives them.
 _COMPLETE = frozenset({"FINISHED_STOPPED", "FINISHED_LENGTH_CAPPED", "FINISHED_REPETITION"})
-
-
-def request_context(request: Any) -> Context:
-    """What changes this request's KV besides its tokens."""
-    lora = getattr(request, "lora_request", None)
-    items = []
-    for feature in getattr(request, "mm_features", None) or ():
-        items.append(Item(int(feature.mm_position.offset), str(feature.identifier)))
-    return Context(
-        "" if lora is None else str(lora.lora_name), getattr(request, "cache_salt", None) or "", tuple(items)
-    )
 
 
 def blocks_of(chunk: int, chunk_tokens: int, block_tokens: int, tokens: int) -> range:
@@ -42,6 +33,8 @@ class _Sending:
     """A prefill request, as far as the scheduler knows."""
 
     plan: SendPlan
+    #: The engine's own cache may have other KV under the request's name.
+    stale_hits: bool = False
     planned: bool = False
     block_ids: list[int] = field(default_factory=list)
     #: Chunks that the workers have been told of.
@@ -54,13 +47,16 @@ class _Sending:
 class ProducerScheduler:
     """Prefill: tells the workers of each chunk once its tokens are computed."""
 
-    def __init__(self, chunk_tokens: int, block_tokens: int, tp_size: int) -> None:
+    def __init__(self, chunk_tokens: int, block_tokens: int, tp_size: int, naming: Naming) -> None:
         self._chunk_tokens = chunk_tokens
         self._block_tokens = block_tokens
         self._tp_size = tp_size
+        self._naming = naming
         self._sending: dict[str, _Sending] = {}
         #: Requests whose `disagg_spec` cannot be followed, and why.
         self._refused: dict[str, str] = {}
+        #: Requests that are not sent because decode computes them, and why.
+        self._unnamed: dict[str, str] = {}
         #: Ended at the engine, under way at the workers.
         self._draining: dict[str, _Sending] = {}
         #: What is under way, by the router's names.
@@ -70,7 +66,7 @@ class ProducerScheduler:
     def allocated(self, request: Any) -> None:
         """The engine has given the request its first blocks: it is going to be computed."""
         request_id = request.request_id
-        if request_id in self._sending or request_id in self._refused:
+        if request_id in self._sending or request_id in self._refused or request_id in self._unnamed:
             return
         try:
             spec = prefill_spec(request.kv_transfer_params, self._tp_size)
@@ -80,11 +76,14 @@ class ProducerScheduler:
             return
         if spec is None:
             return
-        if not request.prompt_token_ids:
-            self._refused[request_id] = "prompts given as embeddings cannot be sent: their chunks have no names"
+        try:
+            # The last token of the answer is not computed.
+            named = self._naming.name(request, request.num_prompt_tokens + request.max_tokens - 1)
+        except Unnamed as unnamed:
+            self._unnamed[request_id] = str(unnamed)
             return
         tokens = list(request.prompt_token_ids)
-        hashes = chunk_hashes(tokens, self._chunk_tokens, request_context(request))
+        hashes = chunk_hashes(tokens, self._chunk_tokens, named.context)
         other = self._of(self._by_req_id.get(spec.req_id))
         if other is not None:
             # Another sample of the same request: its chunks are sent already.
@@ -92,7 +91,8 @@ class ProducerScheduler:
                 self._refused[request_id] = f"disagg_spec.req_id = {spec.req_id!r} is that of another prompt under way"
             return
         self._by_req_id[spec.req_id] = request_id
-        self._sending[request_id] = _Sending(SendPlan(request_id, spec, hashes, len(tokens)))
+        plan = SendPlan(request_id, spec, hashes, len(tokens), named.adapter)
+        self._sending[request_id] = _Sending(plan, named.stale_hits)
 
     def build(self, output: Any) -> ProducerStep:
         """What the workers need for this step; `output` is the engine's `SchedulerOutput`."""
@@ -122,10 +122,16 @@ class ProducerScheduler:
             return
         if anew:
             sending.block_ids, sending.told = [], 0
+            if computed and sending.stale_hits:
+                self._give_up(
+                    step, sending, "vLLM's own cache may have KV of another adapter of this name; /reset_prefix_cache"
+                )
+                return
         if blocks is not None:
             sending.block_ids.extend(blocks[0])
         if not sending.planned:
             sending.planned = True
+            sending.plan = replace(sending.plan, cached=computed > 0)
             step.plans.append(sending.plan)
         tokens = sending.plan.tokens
         after = min(computed + output.num_scheduled_tokens[request_id], tokens)
@@ -134,10 +140,24 @@ class ProducerScheduler:
             if end > after:
                 break
             where = blocks_of(sending.told, self._chunk_tokens, self._block_tokens, tokens)
-            step.chunks.append(
-                ChunkBlocks(request_id, sending.told, sending.block_ids[where.start : where.stop])
-            )
+            block_ids = sending.block_ids[where.start : where.stop]
+            if NULL_BLOCK in block_ids:
+                self._give_up(step, sending, f"vLLM keeps no KV of chunk {sending.told}: its blocks are skipped")
+                return
+            step.chunks.append(ChunkBlocks(request_id, sending.told, block_ids))
             sending.told += 1
+
+    def _give_up(self, step: ProducerStep, sending: _Sending, why: str) -> None:
+        """The request is computed, and not sent: decode computes it as well."""
+        request_id = sending.plan.request_id
+        logger.warning("request %s is not sent: %s", request_id, why)
+        del self._sending[request_id]
+        self._forget(sending)
+        self._unnamed[request_id] = why
+        if sending.plan in step.plans:
+            step.plans.remove(sending.plan)  # The workers have not heard of it.
+        else:
+            step.dropped.append(request_id)
 
     def finished(self, request: Any) -> tuple[bool, dict[str, Any] | None]:
         """Whether the engine has to keep the request's blocks until the workers report it, and what its response says.
@@ -146,6 +166,9 @@ class ProducerScheduler:
         refused = self._refused.pop(request_id, None)
         if refused is not None:
             return False, self._response(request, refused)
+        unnamed = self._unnamed.pop(request_id, None)
+        if unnamed is not None:
+            return False, self._response(request, None) | {"not_sent": unnamed}
         sending = self._sending.pop(request_id, None)
         if sending is None:
             return False, None
@@ -166,7 +189,7 @@ class ProducerScheduler:
             self._draining[request_id] = sending
         else:
             self._forget(sending)
-        return True, self._response(request, sending.error)
+        return True, self._response(request, sending.error) or None
 
     def update(self, outcomes: SendOutcomes) -> None:
         """What the workers have said."""
@@ -178,6 +201,11 @@ class ProducerScheduler:
             sending.error = next((error for error in said if error is not None), sending.error)
             if sending.ended >= self._tp_size and self._draining.pop(request_id, None) is not None:
                 self._forget(sending)
+
+    def cache_reset(self) -> None:
+        """The engine's own cache is empty."""
+        self._naming.cache_reset()
+        self._step.cache_reset = True
 
     def pending(self) -> bool:
         """Whether the engine has to go on stepping for what is under way."""
@@ -193,14 +221,14 @@ class ProducerScheduler:
         self._by_req_id.pop(sending.plan.spec.req_id, None)
 
     @staticmethod
-    def _response(request: Any, error: str | None) -> dict[str, Any] | None:
+    def _response(request: Any, error: str | None) -> dict[str, Any]:
         """`kv_transfer_params` of the response: what LMCache's proxies ask for, and what went wrong."""
         response: dict[str, Any] = {}
         if (request.kv_transfer_params or {}).get("ret_first_tok") and request.output_token_ids:
             response["first_tok"] = request.output_token_ids[0]
         if error is not None:
             response["error"] = error
-        return response or None
+        return response
 
 
 @dataclass
@@ -215,6 +243,7 @@ class _Receiving:
     loading: bool = False
     hashes: list[str] = field(default_factory=list)
     tokens: int = 0
+    adapter: Adapter | None = None
     #: For how many tokens of the request chunks were looked up last.
     lookup_of: int = -1
     #: Of the load under way.
@@ -222,7 +251,7 @@ class _Receiving:
     #: It was loaded, and nothing more is claimed until a preemption takes that away: of a prompt of one token the
     #: engine counts nothing as computed after its load, and asks again.
     loaded: bool = False
-    #: What was loaded could not be used: the engine computes it, and nothing is looked up for it again.
+    #: It cannot be named, or what was loaded could not be used: the engine computes it, and nothing is looked up for it.
     failed: bool = False
 
 
@@ -240,7 +269,13 @@ class ConsumerScheduler:
     """Decode: claims the tokens that come from prefill, and tells the workers which blocks they belong into."""
 
     def __init__(
-        self, chunk_tokens: int, block_tokens: int, num_blocks: int, tp_size: int, finder: Finder | None
+        self,
+        chunk_tokens: int,
+        block_tokens: int,
+        num_blocks: int,
+        tp_size: int,
+        finder: Finder | None,
+        naming: Naming,
     ) -> None:
         """`num_blocks` are the engine's. Without a `finder`, requests whose router names none are computed here."""
         self._tp_size = tp_size
@@ -252,6 +287,7 @@ class ConsumerScheduler:
         self._chunk_tokens = chunk_tokens
         self._block_tokens = block_tokens
         self._finder = finder
+        self._naming = naming
         self._receiving: dict[str, _Receiving] = {}
         #: Unneeded or given up, by how many workers may still get chunks for them, and have to give them back.
         self._returning: dict[str, int] = {}
@@ -266,10 +302,12 @@ class ConsumerScheduler:
         except SpecError as error:
             logger.warning("request %s is computed here: %s", request.request_id, error)
             req_id = None
-        if not request.prompt_token_ids:
-            # Prompts given as embeddings have no names for their chunks.
-            req_id = None
-        self._receiving[request.request_id] = _Receiving(req_id)
+        receiving = self._receiving[request.request_id] = _Receiving(req_id)
+        try:
+            self._naming.name(request, request.num_prompt_tokens)
+        except Unnamed:
+            req_id = receiving.req_id = None
+            receiving.failed = True
         if req_id is not None:
             self._step.announced.append((request.request_id, req_id))
 
@@ -279,17 +317,20 @@ class ConsumerScheduler:
         """
         self.arrived(request)
         receiving = self._receiving[request.request_id]
-        if not request.prompt_token_ids or receiving.loaded:
+        if receiving.loaded:
             return 0, False
         if receiving.req_id is not None and not receiving.used:
-            if not receiving.hashes:
-                receiving.hashes = self._hashes(request, request.num_prompt_tokens)
-                receiving.tokens = request.num_prompt_tokens
+            if not receiving.hashes and not receiving.failed:
+                try:
+                    receiving.hashes, receiving.adapter = self._hashes(request, request.num_prompt_tokens)
+                    receiving.tokens = request.num_prompt_tokens
+                except Unnamed:  # It could be when it came. What was announced of it is given back.
+                    receiving.failed = True
         elif receiving.failed or self._finder is None:
             receiving.tokens, receiving.hashes = 0, []
         elif receiving.lookup_of != request.num_tokens:
             receiving.lookup_of = request.num_tokens
-            receiving.tokens, receiving.hashes = self._look_up(self._finder, request, computed)
+            receiving.tokens, receiving.hashes, receiving.adapter = self._look_up(self._finder, request, computed)
         more = receiving.tokens - computed
         if more <= 0:
             return 0, False
@@ -318,6 +359,7 @@ class ConsumerScheduler:
                     receiving.tokens,
                     computed // self._block_tokens,
                     block_ids[:blocks],
+                    receiving.adapter,
                 )
             )
             receiving.loading = True
@@ -355,6 +397,13 @@ class ConsumerScheduler:
                 receiving.block_ids, receiving.hashes = [], []
                 receiving.tokens, receiving.lookup_of = 0, -1
 
+    def reset(self) -> None:
+        """What was looked up before this is not there any more."""
+        for request_id, receiving in self._receiving.items():
+            if not receiving.loading and (receiving.req_id is None or receiving.used):
+                self._forget(request_id)
+                receiving.tokens, receiving.hashes, receiving.lookup_of = 0, [], -1
+
     def finished(self, request: Any) -> None:
         """The request has ended, in whatever way."""
         self._forget(request.request_id)
@@ -391,30 +440,34 @@ class ConsumerScheduler:
     def _blocks(self, tokens: int) -> int:
         return -(-tokens // self._block_tokens)
 
-    def _hashes(self, request: Any, tokens: int) -> list[str]:
-        return chunk_hashes(request.all_token_ids[:tokens], self._chunk_tokens, request_context(request))
+    def _hashes(self, request: Any, tokens: int) -> tuple[list[str], Adapter | None]:
+        named = self._naming.name(request, tokens)
+        return chunk_hashes(request.all_token_ids[:tokens], self._chunk_tokens, named.context), named.adapter
 
     def _forget(self, request_id: str) -> None:
         if self._finder is not None:
             self._finder.forget(request_id)
 
-    def _look_up(self, finder: Finder, request: Any, computed: int) -> tuple[int, list[str]]:
+    def _look_up(self, finder: Finder, request: Any, computed: int) -> tuple[int, list[str], Adapter | None]:
         """The longest beginning of the request whose chunks are ready."""
         tokens = request.num_tokens
         # A router that got the first token from prefill sends it along: the last chunk was sent with one token less.
         # After a preemption the prompt may be followed by any number of our own tokens.
-        best: tuple[int, list[str]] = (0, [])
+        best: tuple[int, list[str], Adapter | None] = (0, [], None)
         for length in sorted({tokens, tokens - 1, request.num_prompt_tokens}, reverse=True):
             if length <= max(computed, best[0]):
                 continue
-            hashes = self._hashes(request, length)
+            try:
+                hashes, adapter = self._hashes(request, length)
+            except Unnamed:
+                continue
             found = finder.find(request.request_id, hashes)
             covered = length if found == len(hashes) else found * self._chunk_tokens
             if covered > best[0]:
-                best = (covered, hashes[:found])
+                best = (covered, hashes[:found], adapter)
             if found == len(hashes):
                 break
         if best[0] <= computed:
             finder.forget(request.request_id)
-            return 0, []
+            return 0, [], None
         return best

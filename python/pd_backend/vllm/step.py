@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from .adapters import Adapter
 from .spec import DisaggSpec
 
 _IDLE_WAIT_S_MIN = 0.001
@@ -27,6 +28,10 @@ class SendPlan:
     spec: DisaggSpec
     hashes: list[str]
     tokens: int
+    #: What has to be loaded for the hashes to be true.
+    adapter: Adapter | None = None
+    #: Whether its beginning comes from the engine's own cache.
+    cached: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,8 @@ class ProducerStep:
     dropped: list[str] = field(default_factory=list)
     #: Ended, and their blocks are kept until this worker reports that it has copied them.
     finishing: list[str] = field(default_factory=list)
+    #: The engine's own cache was emptied since the step before.
+    cache_reset: bool = False
     #: The engine computes nothing in this step.
     idle: bool = False
 
@@ -67,6 +74,8 @@ class ReceivePlan:
     first_block: int
     #: All of the request's blocks up to `tokens`, those before `first_block` included.
     block_ids: list[int]
+    #: What has to be loaded for the hashes to be true.
+    adapter: Adapter | None = None
 
 
 @dataclass

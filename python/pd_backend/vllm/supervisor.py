@@ -17,6 +17,7 @@ from typing import Any, Generic, TypeVar
 from ..client import Client
 from ..daemon import Daemon, ReadyLine
 from ..errors import DaemonGone, DaemonStartError, PdError
+from .attacher import Attacher
 
 logger = logging.getLogger("vllm.pd_backend")
 
@@ -41,11 +42,14 @@ class Supervisor(Generic[C]):
         restarts_max: int = 3,
         restart_window_s: float = 60.0,
         wait_timeout_s: float = 120.0,
+        silence_timeout_s: float = 10.0,
         echo_log: bool = True,
     ) -> None:
-        """Starts it and returns when it is ready. Raises `DaemonStartError`, with the end of its log.
+        """Starts it and returns when it is ready and attached to. Raises `DaemonStartError`, with the end of its log, or
+        why it cannot be attached to.
 
-        `wait_timeout_s`: the longest that the daemon's configuration lets it wait for others.
+        `wait_timeout_s`: the longest that the daemon's configuration lets it wait for others. `silence_timeout_s`: how
+        long it may answer nothing.
         """
         self._binary = binary
         self._given_args = self._args = list(args)
@@ -55,44 +59,41 @@ class Supervisor(Generic[C]):
         self._restarts_max = restarts_max
         self._restart_window_s = restart_window_s
         self._wait_timeout_s = wait_timeout_s
+        self._silence_timeout_s = silence_timeout_s
         self._echo_log = echo_log
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._daemon: Daemon | None = None
         self._error: PdError | None = None
-        #: Set while there is news that `client` has not looked at: a daemon that came, or that will not come back.
-        self._first = threading.Event()
-        self._client: C | None = None
-        self._client_of: Daemon | None = None
+        self._attacher: Attacher[C] = Attacher(binary.name, self._attach)
         self._thread = threading.Thread(target=self._watch, name=f"{binary.name}-supervisor", daemon=True)
-        self._thread.start()
-        # The daemon's own deadline ends this wait.
-        self._first.wait()
-        if self._daemon is None:
-            self._thread.join()
-            raise self._error or DaemonStartError(f"{binary} did not start", None, "")
+        try:
+            self._thread.start()
+            # The deadlines of the daemon's start and of the client end this wait.
+            self._attacher.wait()
+            if self._error is not None:
+                raise self._error
+            self._attacher.ready()
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def ready(self) -> ReadyLine:
-        """Of the daemon that runs. Raises `DaemonGone` while there is none."""
-        return self._running().ready
+        """Of the daemon that `client` is a client of. Raises as `client` does."""
+        return self._attacher.ready()
 
     def client(self) -> C:
-        """A client of the daemon that runs, attached anew after a restart; for one thread.
+        """A client of the daemon that runs, for one thread. Never waits.
 
-        Raises `DaemonGone` while there is none, which is soon over or, after too many restarts, final.
+        Raises `DaemonLost` while there is none, which is soon over; or, after too many restarts, `DaemonStartError`.
         """
-        daemon = self._running()
-        if self._client is None or self._client_of is not daemon:
-            self._drop_client()
-            self._client = self._client_type(
-                daemon.ready.connector,
-                name=f"vllm pid {os.getpid()}",
-                wait_timeout_s=self._wait_timeout_s,
-                pid=daemon.ready.pid,
-            )
-            self._client_of = daemon
-        return self._client
+        return self._attacher.client()
+
+    def lost(self, client: C, why: PdError) -> None:
+        """Nobody uses this client any more, and nothing of its buffer. It is closed beside the engine's steps, and the
+        daemon, where it lives, attached to anew; until then `client` raises `why`."""
+        self._attacher.lost(client, why)
 
     @property
     def failed(self) -> bool:
@@ -100,30 +101,28 @@ class Supervisor(Generic[C]):
         return self._error is not None
 
     def close(self) -> None:
-        """Detaches, ends the daemon, and returns when it has ended. Closing twice does nothing."""
-        self._drop_client()
+        """Detaches, ends the daemon, one that is being started as well, and returns when it has ended. Closing twice does
+        nothing."""
         self._stop.set()
+        self._attacher.detach()
         with self._lock:
             daemon = self._daemon
         if daemon is not None:
-            daemon.close()
-        self._thread.join(timeout=15.0)
+            # One that is not ready serves nobody yet, and does not listen yet either.
+            daemon.close() if daemon.is_ready else daemon.interrupt()
+        if self._thread.ident is not None:
+            self._thread.join()
+        self._attacher.join()
 
-    def _running(self) -> Daemon:
-        with self._lock:
-            daemon, error = self._daemon, self._error
-        if error is not None:
-            # A new one each time, for an error that is raised again and again grows by its tracebacks; and without the
-            # daemon's log, which was shown once and is nothing for a request's answer.
-            raise DaemonStartError(error.text, getattr(error, "exit_code", None), "")
-        if daemon is None or daemon.exit_code() is not None:
-            raise DaemonGone(f"{self._binary.name} has ended and is being started again")
-        return daemon
-
-    def _drop_client(self) -> None:
-        client, self._client, self._client_of = self._client, None, None
-        if client is not None:
-            client.close()
+    def _attach(self, ready: ReadyLine) -> C:
+        return self._client_type(
+            ready.connector,
+            name=f"vllm pid {os.getpid()}",
+            wait_timeout_s=self._wait_timeout_s,
+            silence_timeout_s=self._silence_timeout_s,
+            pid=ready.pid,
+            populate=False,
+        )
 
     def _watch(self) -> None:
         """The thread: start, wait for the end, start again."""
@@ -132,17 +131,15 @@ class Supervisor(Generic[C]):
             try:
                 daemon = self._start()
             except PdError as error:
-                self._give_up(error)
+                if not self._stop.is_set():
+                    self._give_up(error)
                 return
             except Exception as error:  # A thread that ends in silence would leave the engine waiting.
                 self._give_up(DaemonStartError(f"{self._binary} could not be started: {error}", None, ""))
                 return
-            with self._lock:
-                self._daemon = daemon
-            self._first.set()
+            self._attacher.started(daemon.ready)
             code = daemon.wait()
-            with self._lock:
-                self._daemon = None
+            self._attacher.ended(DaemonGone(f"{self._binary.name} has ended and is being started again"))
             daemon.close()
             if self._stop.is_set():
                 return
@@ -174,25 +171,35 @@ class Supervisor(Generic[C]):
             daemon = Daemon(
                 self._binary,
                 [*self._args, "--kv-layout", str(layout)],
-                ready_timeout_s=self._ready_timeout_s,
+                ready_timeout_s=None,
                 echo_stderr=self._echo_log,
             )
+            try:
+                with self._lock:
+                    self._daemon = daemon
+                if self._stop.is_set():
+                    daemon.interrupt()
+                self._keep_ports(daemon.wait_ready(self._ready_timeout_s))
+            except BaseException:
+                daemon.kill()
+                raise
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-        ready = daemon.ready
+        logger.info("%s is ready: %s", self._binary.name, daemon.ready)
+        return daemon
+
+    def _keep_ports(self, ready: ReadyLine) -> None:
+        """Routers know the ports by now: a later daemon takes those of the first, also where any were asked for."""
         if ready.init_port and ready.alloc_port:
-            # Routers know the ports by now: a later daemon takes those of the first, also where any were asked for.
             # It looks for them where its rank is in the list.
             ports = [
                 f"{key}=[{', '.join([str(port)] * (1 + int(self._layout.get('tp_rank', 0))))}]"
                 for key, port in (("pd_peer_init_port", ready.init_port), ("pd_peer_alloc_port", ready.alloc_port))
             ]
             self._args = [*self._given_args, *(word for port in ports for word in ("--set", port))]
-        logger.info("%s is ready: %s", self._binary.name, ready)
-        return daemon
 
     def _give_up(self, error: PdError) -> None:
         logger.error("%s", error)
-        with self._lock:
-            self._error = error
-        self._first.set()
+        self._error = error
+        # Without the daemon's log, which was shown once and is nothing for a request's answer.
+        self._attacher.ended(DaemonStartError(error.text, getattr(error, "exit_code", None), ""))

@@ -70,7 +70,7 @@ class Servers:
     def start(
         self, name: str, kv: dict[str, Any] | None, env: dict[str, str] | None = None, args: Sequence[str] = ()
     ) -> Server:
-        server = Server(name, self._folder, self._model, kv=kv, args=[*self._args, *args], env=env)
+        server = Server(name, self._folder, self._model, kv=kv, args=[*self._args, *args], env=env, dtype="bfloat16")
         self._stack.callback(server.close)
         return server
 

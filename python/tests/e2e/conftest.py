@@ -23,6 +23,7 @@ sys.path[:0] = [str(TOP / "python"), str(Path(__file__).resolve().parent)]
 
 import harness
 import prompts
+from answers import right_answer
 from harness import Process, Server
 from pd_backend import Client, ReceiverClient, SenderClient, Status
 
@@ -56,6 +57,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from make_tiny_model import make
 
     path = tmp_path_factory.mktemp("model") / "tiny"
+    # Weights that are the same in either of the types that servers compute in.
     make(path, layers=8, vocabulary=prompts.VOCABULARY, dtype="bfloat16", max_tokens=16384, seed=1)
     return path
 
@@ -91,14 +93,17 @@ class Deployment:
             }
         }
 
-    def complete(
-        self, prompt: list[int], decode: Server, max_tokens: int = prompts.MAX_TOKENS, prefix: str = "e2e"
-    ) -> list[int]:
-        """Prefill, then decode, as a router does it that waits for nothing in between."""
+    def sent(self, prompt: list[int], decode: Server, prefix: str = "e2e", **more: Any) -> dict[str, Any]:
+        """Has a prompt prefilled. Returns the `kv_transfer_params` that decode is to be asked with."""
         spec = self.spec(decode, prefix)
-        answer = self.prefill.complete(prompt, 1, kv_transfer_params=spec)
+        answer = self.prefill.complete(prompt, 1, kv_transfer_params=spec, **more)
         assert not (answer.get("kv_transfer_params") or {}).get("error"), answer
-        return harness.tokens_of(decode.complete(prompt, max_tokens, kv_transfer_params=spec))
+        return spec
+
+    def complete(self, prompt: list[int], decode: Server, prefix: str = "e2e", **more: Any) -> list[int]:
+        """Prefill, then decode, as a router does it that waits for nothing in between."""
+        spec = self.sent(prompt, decode, prefix, **more)
+        return harness.tokens_of(decode.complete(prompt, prompts.MAX_TOKENS, kv_transfer_params=spec, **more))
 
 
 @pytest.fixture(scope="session")
@@ -112,7 +117,7 @@ def deployment(folder: Path, model: Path) -> Iterator[Deployment]:
             return server
 
         notify_port, proxy_port, overlap_port = harness.free_ports(3)
-        shared = {"pd_buffer_size": "64MiB", "transfer_channel": ENGINE, "pd_retention_sec": 60}
+        shared = {"pd_buffer_size": "128MiB", "transfer_channel": ENGINE, "pd_retention_sec": 60}
         sender = shared | {"pd_proxy_host": "127.0.0.1", "pd_proxy_port": notify_port}
 
         def receiver(buffer: str) -> dict[str, Any]:
@@ -127,7 +132,7 @@ def deployment(folder: Path, model: Path) -> Iterator[Deployment]:
         try:
             prefill = start(
                 "prefill",
-                harness.producer(sender, module="swapping", name="SwappingConnector"),
+                harness.producer(sender),
                 *blocks, *chunked,
             )
             single.wait_ready()
@@ -137,10 +142,16 @@ def deployment(folder: Path, model: Path) -> Iterator[Deployment]:
                 expected = answers.result()
         finally:
             single.close()
-        decode = start("decode", harness.consumer(receiver("64MiB"), restarts_max=2, receive_wait_s=60), *blocks)
+        decode = start(
+            "decode",
+            harness.consumer(
+                receiver("128MiB"), restarts_max=2, receive_wait_s=60, module="swapping", name="SwappingConnector"
+            ),
+            *blocks,
+        )
         small = start(
             "small_decode",
-            harness.consumer(receiver("32MiB"), policy="recompute", receive_wait_s=60),
+            harness.consumer(receiver("64MiB"), policy="recompute", receive_wait_s=60),
             "--num-gpu-blocks-override", "32", "--max-model-len", "3900",
         )
         decode.wait_ready()
@@ -158,14 +169,14 @@ def deployment(folder: Path, model: Path) -> Iterator[Deployment]:
             process.wait_healthy(f"http://127.0.0.1:{port}", 60)
             return f"http://127.0.0.1:{port}"
 
-        proxy_url = proxy("proxy", proxy_port, "--notify-port", str(notify_port), "--notify-timeout", "20")
+        proxy_url = proxy("proxy", proxy_port, "--notify-port", str(notify_port), "--notify-timeout", "60")
         overlap_url = proxy("overlap", overlap_port, "--overlap")
         yield Deployment(expected, prefill, decode, small, proxy_url, overlap_url, itertools.count())
 
 
 def _answers(single: Server) -> dict[tuple[tuple[int, ...], int], list[int]]:
     return {
-        (tuple(prompt), max_tokens): harness.tokens_of(single.complete(prompt, max_tokens))
+        (tuple(prompt), max_tokens): right_answer(single, prompt, max_tokens)
         for prompt, max_tokens in prompts.all_prompts()
     }
 
@@ -188,12 +199,13 @@ def status_of() -> Iterator[StatusOf]:
         client.close()
 
 
-def wait_until_nothing_is_left(servers: Iterable[Server], status_of: StatusOf, timeout_s: float = 20) -> None:
+def wait_until_nothing_is_left(servers: Iterable[Server], status_of: StatusOf) -> None:
     """Soon, no daemon beside these servers holds anything for anybody."""
-    deadline = time.monotonic() + timeout_s
     daemons = [(server, rank) for server in servers if server.running() for rank in server.daemons_ready()]
-    while True:
-        left = {}
+    left: dict[tuple[str, int, str], int] = {}
+
+    def nothing() -> bool:
+        left.clear()
         for server, rank in daemons:
             status = status_of(server, rank)
             held = {
@@ -202,10 +214,9 @@ def wait_until_nothing_is_left(servers: Iterable[Server], status_of: StatusOf, t
                 "slots_held": status.slots_held, "transfers_in_flight": status.transfers_in_flight,
             }
             left.update({(server.name, rank, what): count for what, count in held.items() if count})
-        if not left:
-            return
-        assert time.monotonic() < deadline, f"left behind: {left}"
-        time.sleep(0.1)
+        return not left
+
+    harness.until(nothing, {"left behind": left})
 
 
 @pytest.fixture
@@ -217,7 +228,9 @@ def nothing_left(deployment: Deployment, status_of: StatusOf) -> Iterator[None]:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What needs no server first, then what has servers of its own, which are gone before the shared ones start; what
-    ends one of these last.
+    ends one of these last. No prompts of one token where KV is misplaced: decode computes that token in any case.
     """
-    order = ["test_paged_copies", "test_tensor_parallel", "test_variants", "test_tokens", "test_refused"]
+    if harness.MISPLACED:
+        items[:] = [item for item in items if not item.name.endswith("[1]")]
+    order = ["test_paged_copies", "test_engine", "test_tensor_parallel", "test_variants", "test_names", "test_tokens", "test_refused"]
     items.sort(key=lambda item: order.index(Path(str(item.path)).stem) if Path(str(item.path)).stem in order else 1)

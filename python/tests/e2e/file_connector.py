@@ -108,8 +108,5 @@ class _Consumer:
         returned, self._returned = self._returned, []
         return returned
 
-    def moved_to(self) -> None:
-        return None
-
     def close(self) -> None:
         pass

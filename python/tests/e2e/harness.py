@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import re
@@ -11,7 +12,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,10 @@ from free_ports import free_ports
 
 MODEL_NAME = "tiny"
 BLOCK_TOKENS = 128
-CHUNK_TOKENS = 256
 START_TIMEOUT_S = 240.0
+#: A block of each request is not sent from its place, and answers that are right otherwise have to be wrong: an
+#: expectation that these meet as well shows so.
+MISPLACED = os.environ.get("PD_E2E_MISPLACE") == "1"
 
 ENVIRONMENT = {
     # The engine's core in the server's own process: half the memory, half the start.
@@ -38,6 +41,12 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "INFO",
 }
 
+#: By PD_E2E_ISA: servers do without the newer instructions that this processor has, and round as an older one does.
+_OLDER_PROCESSOR = {
+    "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
+    "avx512": {"ATEN_CPU_CAPABILITY": "avx512", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE"},
+}
+
 
 class HttpError(Exception):
     """An answer that is no 200."""
@@ -49,12 +58,43 @@ class HttpError(Exception):
 
 def post(url: str, body: dict[str, Any], timeout_s: float = 120.0) -> dict[str, Any]:
     """The JSON that comes back. Raises `HttpError`, or `OSError` where nobody answers."""
+    return json.loads(post_text(url, body, timeout_s))
+
+
+def post_text(url: str, body: dict[str, Any], timeout_s: float = 120.0) -> str:
+    """As `post`, whatever comes back."""
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
     try:
         with urllib.request.urlopen(request, timeout=timeout_s) as answer:
-            return json.load(answer)
+            return answer.read().decode()
     except urllib.error.HTTPError as error:
         raise HttpError(error.code, error.read().decode("utf-8", "replace")) from None
+
+
+def until(holds: Callable[[], bool], otherwise: object, timeout_s: float = 60.0) -> None:
+    """Waits for what is to come. Raises `AssertionError` with `otherwise`, as it is by then, where it does not."""
+    deadline = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < deadline, otherwise
+        time.sleep(0.01)
+
+
+def runs(pid: int) -> bool:
+    """Whether there is such a process that is not only waiting to be collected."""
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+def hang_up(url: str, body: dict[str, Any], under_way: Callable[[], bool]) -> None:
+    """Asks for a completion, and closes the connection as soon as it is under way."""
+    connection = http.client.HTTPConnection(url.removeprefix("http://"))
+    try:
+        connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+        until(under_way, f"what {url} was asked for is not under way")
+    finally:
+        connection.close()
 
 
 def completion_body(prompt: Sequence[int], max_tokens: int, **more: Any) -> dict[str, Any]:
@@ -137,14 +177,14 @@ class Server(Process):
 
     def __init__(
         self, name: str, folder: Path, model: Path, *, kv: dict[str, Any] | None = None, args: Sequence[str] = (),
-        env: dict[str, str] | None = None, tensor_parallel: int = 1, eager: bool = True,
+        env: dict[str, str] | None = None, tensor_parallel: int = 1, eager: bool = True, dtype: str = "float32",
     ) -> None:
         self.name = name
         (self.port,) = free_ports(1)
         self.url = f"http://127.0.0.1:{self.port}"
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
         command += ["--served-model-name", MODEL_NAME, "--skip-tokenizer-init", "--host", "127.0.0.1"]
-        command += ["--port", str(self.port), "--tensor-parallel-size", str(tensor_parallel)]
+        command += ["--port", str(self.port), "--tensor-parallel-size", str(tensor_parallel), "--dtype", dtype]
         # A worker of its own is a process more: only where there are several.
         command += ["--distributed-executor-backend", "uni" if tensor_parallel == 1 else "mp"]
         if eager:
@@ -152,7 +192,11 @@ class Server(Process):
         if kv is not None:
             command += ["--kv-transfer-config", json.dumps(kv)]
         python_path = [str(TOP / "python"), str(TOP / "python" / "tests" / "e2e")]
-        environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join(python_path), **(env or {})}
+        environment = {**os.environ, **ENVIRONMENT, **(env or {})}
+        if "PD_E2E_ISA" in environment:
+            python_path.append(str(TOP / "python" / "tests" / "e2e" / "older_processor"))
+            environment |= _OLDER_PROCESSOR[environment["PD_E2E_ISA"]]
+        environment["PYTHONPATH"] = os.pathsep.join(python_path)
         super().__init__([*command, *args], folder / f"{name}.log", environment)
 
     def wait_ready(self, timeout_s: float = START_TIMEOUT_S) -> None:
@@ -161,6 +205,10 @@ class Server(Process):
 
     def complete(self, prompt: Sequence[int], max_tokens: int, timeout_s: float = 120.0, **more: Any) -> dict[str, Any]:
         return post(self.url + "/v1/completions", completion_body(prompt, max_tokens, **more), timeout_s)
+
+    def reset(self) -> bool:
+        """Empties its caches, the daemons' included. Whether it says that it did."""
+        return bool(post(self.url + "/reset_prefix_cache?reset_external=true", {})["success"])
 
     def daemon_ready(self, rank: int = 0) -> dict[str, str]:
         """What the ready line of the latest daemon beside the worker of this rank said, as the connector logs it."""
@@ -178,6 +226,8 @@ class Server(Process):
 
 def producer(sets: dict[str, Any], **more: Any) -> dict[str, Any]:
     """`--kv-transfer-config` of a prefill server."""
+    if MISPLACED:
+        more |= {"module": "swapping", "name": "MisplacingConnector"}
     return connector_config("kv_producer", sets, **more)
 
 

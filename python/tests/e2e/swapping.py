@@ -1,32 +1,46 @@
-"""A prefill connector that misplaces what it sends, on request: the negative control of the end-to-end tests."""
+"""Connectors that misplace KV, on request: the negative controls of the end-to-end tests."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from pd_backend.vllm.connector import PdConnector, PdMetadata
-from pd_backend.vllm.step import ProducerStep
+from pd_backend.vllm.step import ConsumerStep, ProducerStep, ReceivePlan
+
+_CHUNK_BLOCKS = 2
+#: A block that vLLM gives to no request.
+_NULL_BLOCK = 0
 
 
 class SwappingConnector(PdConnector):
-    """Of requests that the router calls `swap-...`, the first two chunks are exchanged on their way; all others are not
-    touched.
+    """Decode: of requests that the router calls `swap-...`, the first two chunks are exchanged, as far as the second one
+    has blocks. All others are not touched.
     """
 
     def bind_connector_metadata(self, connector_metadata: PdMetadata) -> None:
         step = connector_metadata.step
-        if isinstance(step, ProducerStep):
-            for plan in step.plans:
-                if plan.spec.req_id.startswith("swap-"):
-                    self._swap(step, plan.request_id)
+        if isinstance(step, ConsumerStep):
+            step.loads = [
+                _exchanged(plan) if (plan.req_id or "").startswith("swap-") else plan for plan in step.loads
+            ]
         super().bind_connector_metadata(connector_metadata)
 
-    @staticmethod
-    def _swap(step: ProducerStep, request_id: str) -> None:
-        first, second = (
-            next(i for i, told in enumerate(step.chunks) if (told.request_id, told.chunk) == (request_id, chunk))
-            for chunk in (0, 1)
-        )
-        one, other = step.chunks[first], step.chunks[second]
-        step.chunks[first] = replace(one, block_ids=other.block_ids)
-        step.chunks[second] = replace(other, block_ids=one.block_ids)
+
+class MisplacingConnector(PdConnector):
+    """Prefill: in place of the first block of each request another one is sent."""
+
+    def bind_connector_metadata(self, connector_metadata: PdMetadata) -> None:
+        step = connector_metadata.step
+        if isinstance(step, ProducerStep):
+            step.chunks = [
+                replace(told, block_ids=[_NULL_BLOCK, *told.block_ids[1:]]) if told.chunk == 0 else told
+                for told in step.chunks
+            ]
+        super().bind_connector_metadata(connector_metadata)
+
+
+def _exchanged(plan: ReceivePlan) -> ReceivePlan:
+    blocks = plan.block_ids
+    first, second, others = blocks[:_CHUNK_BLOCKS], blocks[_CHUNK_BLOCKS : 2 * _CHUNK_BLOCKS], blocks[2 * _CHUNK_BLOCKS :]
+    count = len(second)
+    return replace(plan, block_ids=[*second, *first[count:], *first[:count], *others])

@@ -8,8 +8,6 @@ import os
 import re
 import signal
 import sys
-import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -21,15 +19,16 @@ import pytest
 
 import harness
 import prompts
+from answers import assert_right, right_answer
 from conftest import TOP, StatusOf, wait_until_nothing_is_left
-from harness import BLOCK_TOKENS, HttpError, Process, Server
+from harness import BLOCK_TOKENS, HttpError, Process, Server, hang_up, runs, until
 from pd_backend import Daemon, ReceiverClient, find_binary
 from pd_backend.vllm.layout import EngineLayout
 from test_tokens import metric
 
 RANKS = (0, 1)
-#: Of a block of all layers at one rank: 8 layers, K and V, two of the four heads, 64 elements of two bytes.
-BLOCK_BYTES = BLOCK_TOKENS * 8 * 2 * 2 * 64 * 2
+#: Of a block of all layers at one rank: 8 layers, K and V, two of the four heads, 64 elements of four bytes.
+BLOCK_BYTES = BLOCK_TOKENS * 8 * 2 * 2 * 64 * 4
 
 
 @dataclass
@@ -63,7 +62,7 @@ class Pair:
     def expected(self, prompt: list[int]) -> list[int]:
         """What a server of this size answers by itself, from blocks that it shares with no other request."""
         salt = f"by itself {next(self._numbers)}"
-        return harness.tokens_of(self.prefill.complete(prompt, prompts.MAX_TOKENS, cache_salt=salt))
+        return right_answer(self.prefill, prompt, prompts.MAX_TOKENS, cache_salt=salt)
 
     def complete(self, prompt: list[int]) -> list[int]:
         """Prefill, then decode."""
@@ -85,7 +84,7 @@ class Pair:
 def servers(folder: Path, model: Path) -> Iterator[Pair]:
     """Both, started together and taken down when this module ends."""
     *ports, notify_port = harness.free_ports(5)
-    shared: dict[str, Any] = {"pd_buffer_size": "32MiB", "transfer_channel": "local", "pd_retention_sec": 60}
+    shared: dict[str, Any] = {"pd_buffer_size": "64MiB", "transfer_channel": "local", "pd_retention_sec": 60}
     sender = shared | {"pd_proxy_host": "127.0.0.1", "pd_proxy_port": notify_port}
     receiver = shared | {"pd_peer_host": "127.0.0.1", "pd_peer_init_port": ports[:2], "pd_peer_alloc_port": ports[2:]}
     blocks = ("--num-gpu-blocks-override", "64", "--max-model-len", "6144")
@@ -121,16 +120,16 @@ def proxy(pair: Pair, folder: Path) -> Iterator[Callable[..., str]]:
     """Starts the example proxy, with ports of the receivers by rank, and returns its URL."""
     with ExitStack() as stack:
 
-        def start(init_ports: list[int], alloc_ports: list[int]) -> str:
+        def start(init_ports: list[int], alloc_ports: list[int], notify_timeout_s: int = 60) -> str:
             (port,) = harness.free_ports(1)
             init, alloc = ("+".join(map(str, ports)) for ports in (init_ports, alloc_ports))
             command = [sys.executable, str(TOP / "examples" / "proxy.py"), "--port", str(port)]
             command += ["--prefill", pair.prefill.url, "--decode", f"{pair.decode.url},127.0.0.1,{init},{alloc}"]
-            command += ["--notify-port", str(pair.notify_port), "--notify-timeout", "5"]
+            command += ["--notify-port", str(pair.notify_port), "--notify-timeout", str(notify_timeout_s)]
             process = Process(command, folder / "tp_proxy.log", dict(os.environ))
             stack.callback(process.close)
             url = f"http://127.0.0.1:{port}"
-            until(lambda: answers(url + "/health"), "the proxy does not serve")
+            process.wait_healthy(url, 60)
             return url
 
         yield start
@@ -142,10 +141,11 @@ def test_prompts_of_every_kind(pair: Pair, status_of: StatusOf, count: int) -> N
     prompt = prompts.tokens(f"tensor parallel {count}", count)
     loaded, failed = pair.loaded_tokens(), pair.failed_loads()
     sent = [status_of(pair.prefill, rank).bytes for rank in RANKS]
-    assert pair.complete(prompt) == pair.expected(prompt)
+    assert_right([pair.complete(prompt)], [pair.expected(prompt)])
     # The KV came from prefill, half of it from each rank.
     assert (pair.loaded_tokens() - loaded, pair.failed_loads() - failed) == (count, 0)
     blocks = -(-count // BLOCK_TOKENS)
+    until(lambda: all_sent(pair, status_of), "it is not sent")
     assert [status_of(pair.prefill, rank).bytes - sent[rank] for rank in RANKS] == [blocks * BLOCK_BYTES] * 2
 
 
@@ -161,7 +161,7 @@ def test_clients_through_the_proxy(pair: Pair, proxy: Callable[..., str]) -> Non
 
     with ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(ask, asked))
-    assert answers == [pair.expected(prompt) for prompt in asked]
+    assert_right(answers, [pair.expected(prompt) for prompt in asked])
     assert (pair.loaded_tokens() - loaded, pair.failed_loads() - failed) == (sum(map(len, asked)), 0)
 
 
@@ -169,7 +169,7 @@ def test_the_proxy_waits_for_every_rank(pair: Pair, proxy: Callable[..., str]) -
     # Broken in production: a request goes on to decode when the first rank's KV is across, and the other's never is.
     init_ports, alloc_ports = pair.ports
     # The second rank's sender is led to the first rank's receiver, which refuses it.
-    url = proxy([init_ports[0]] * 2, [alloc_ports[0]] * 2)
+    url = proxy([init_ports[0]] * 2, [alloc_ports[0]] * 2, notify_timeout_s=5)
     before = pair.prefill.log().count("was not sent")
     with pytest.raises(HttpError) as failed:
         prompt = prompts.tokens("tensor parallel, half across", 300)
@@ -227,21 +227,21 @@ def test_another_size_is_refused(pair: Pair, tmp_path: Path) -> None:
     assert re.search(r"layout_mismatch: receiver \S+: tp_size is 2 at \S+ and 1 at ", error), error
 
 
-def test_clients_that_hang_up_leave_nothing(pair: Pair) -> None:
+def test_clients_that_hang_up_leave_nothing(pair: Pair, status_of: StatusOf) -> None:
     # Broken in production: each client that gives up costs blocks, slots or a lease at one of the ranks.
     prompt = prompts.tokens("tensor parallel, aborted", 5000)
-    with pytest.raises(OSError):
-        # Nothing is sent under this name: decode waits until its client goes.
-        pair.decode.complete(prompt, 5, timeout_s=1.0, kv_transfer_params=pair.spec())
-    with pytest.raises(OSError):
-        pair.prefill.complete(prompt, 1, timeout_s=0.4, kv_transfer_params=pair.spec())
+    # Nothing is sent under this name: decode waits until its client goes.
+    body = harness.completion_body(prompt, 5, kv_transfer_params=pair.spec())
+    hang_up(pair.decode.url, body, lambda: [status_of(pair.decode, rank).waits for rank in RANKS] == [1, 1])
+    body = harness.completion_body(prompt, 1, kv_transfer_params=pair.spec())
+    hang_up(pair.prefill.url, body, lambda: status_of(pair.prefill, 1).requests_active == 1)
     # All blocks are free again: this needs most of them.
-    assert pair.complete(prompt) == pair.expected(prompt)
+    assert_right([pair.complete(prompt)], [pair.expected(prompt)])
 
 
 def test_a_receiver_of_one_rank_that_dies(pair: Pair, status_of: StatusOf) -> None:
     # Broken in production: one rank has its KV and the other has not, and the answer is made of both.
-    prompt, spec = prompts.tokens("tensor parallel, killed", 3000), pair.spec()
+    prompt, spec = prompts.tokens("tensor parallel, one killed", 5000), pair.spec()
     expected = pair.expected(prompt)
     given = {"kv_transfer_params": spec}
     pool = ThreadPoolExecutor(2)
@@ -260,21 +260,24 @@ def test_a_receiver_of_one_rank_that_dies(pair: Pair, status_of: StatusOf) -> No
     again = receiver_again(pair, 1, ready)
     assert (again["init_port"], again["alloc_port"]) == (ready["init_port"], ready["alloc_port"])
     sent, failed = status_of(pair.prefill, 1).bytes, pair.failed_loads()
-    prompt = prompts.tokens("tensor parallel, after", 400)
-    assert pair.complete(prompt) == pair.expected(prompt)
+    prompt = prompts.tokens("tensor parallel, then", 400)
+    assert_right([pair.complete(prompt)], [pair.expected(prompt)])
+    until(lambda: all_sent(pair, status_of), "it is not sent")
     assert (status_of(pair.prefill, 1).bytes - sent, pair.failed_loads() - failed) == (4 * BLOCK_BYTES, 0)
 
 
-def test_what_one_rank_has_lost_is_not_looked_up(pair: Pair) -> None:
+def test_what_one_rank_has_lost_is_not_looked_up(pair: Pair, status_of: StatusOf) -> None:
     # Broken in production: a receiver comes back empty, and requests whose chunks the other rank has still fail, or
     # nothing is found any more.
     def prefilled(prompt: list[int]) -> list[int]:
         """As LMCache's proxy does it: the prompt with prefill's token, for decode."""
         spec = pair.spec() | {"ret_first_tok": True}
-        return [*prompt, pair.prefill.complete(prompt, 1, kv_transfer_params=spec)["kv_transfer_params"]["first_tok"]]
+        first = pair.prefill.complete(prompt, 1, kv_transfer_params=spec)["kv_transfer_params"]["first_tok"]
+        until(lambda: all_sent(pair, status_of), "it is not sent")
+        return [*prompt, first]
 
     def decoded(asked: list[int]) -> list[int]:
-        return [asked[-1], *harness.tokens_of(pair.decode.complete(asked, prompts.MAX_TOKENS - 1))]
+        return harness.tokens_of(pair.decode.complete(asked, prompts.MAX_TOKENS - 1))
 
     lost, kept = (prompts.tokens(f"tensor parallel, {what}", 600) for what in ("lost", "kept"))
     asked = prefilled(lost)
@@ -282,11 +285,16 @@ def test_what_one_rank_has_lost_is_not_looked_up(pair: Pair) -> None:
     # Its scheduler hears of it with any step.
     pair.decode.complete(prompts.tokens("tensor parallel, any", 5), 3)
     loaded, failed = pair.loaded_tokens(), pair.failed_loads()
-    assert decoded(asked) == pair.expected(lost)
+    assert [asked[-1], *decoded(asked)] == pair.expected(lost)
     assert (pair.loaded_tokens(), pair.failed_loads()) == (loaded, failed)
     asked = prefilled(kept)
-    assert decoded(asked) == pair.expected(kept)
+    assert_right([decoded(asked)], [pair.expected(kept)[1:]])
     assert (pair.loaded_tokens() - loaded, pair.failed_loads()) == (len(kept), failed)
+
+
+def all_sent(pair: Pair, status_of: StatusOf) -> bool:
+    """Whether no rank has anything under way."""
+    return all(status_of(pair.prefill, rank).requests_active == 0 for rank in RANKS)
 
 
 def kill_receiver(pair: Pair, rank: int) -> dict[str, str]:
@@ -300,26 +308,3 @@ def receiver_again(pair: Pair, rank: int, before: dict[str, str]) -> dict[str, s
     """The ready line of the one that was started after it."""
     until(lambda: pair.decode.daemon_ready(rank)["pid"] != before["pid"], "the receiver was not started again")
     return pair.decode.daemon_ready(rank)
-
-
-def until(holds: Callable[[], bool], otherwise: str, timeout_s: float = 30) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < deadline, otherwise
-        time.sleep(0.05)
-
-
-def answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=5) as answer:
-            return answer.status == 200
-    except OSError:
-        return False
-
-
-def runs(pid: int) -> bool:
-    """Whether there is such a process that is not only waiting to be collected."""
-    try:
-        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return False

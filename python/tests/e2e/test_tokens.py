@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
-import threading
-import time
+import signal
 import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,8 +14,9 @@ import pytest
 
 import harness
 import prompts
+from answers import MARGIN_MIN, assert_right
 from conftest import Deployment
-from harness import HttpError, Server
+from harness import HttpError, Server, hang_up, until
 from pd_backend import ReceiverClient, RequestRefused, Status
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -33,15 +34,35 @@ def test_prompts_of_every_length(deployment: Deployment, count: int) -> None:
     # Broken in production: answers that are wrong, or wrong at a boundary of blocks, chunks or prefill steps.
     prompt = prompts.BY_LENGTH[count]
     before = metric(deployment.decode, "vllm:external_prefix_cache_hits_total")
-    assert deployment.complete(prompt, deployment.decode) == deployment.expected(prompt)
+    assert_right([deployment.complete(prompt, deployment.decode)], [deployment.expected(prompt)])
     # The KV came from prefill: decode has not computed it by itself.
     assert metric(deployment.decode, "vllm:external_prefix_cache_hits_total") - before == count
 
 
-def test_misplaced_chunks_show_in_the_tokens(deployment: Deployment) -> None:
+def asked_next(deployment: Deployment, prompt: list[int], **more: str) -> list[int]:
+    """What decode answers to the next prompt, of which it has the first chunk since it has answered this one."""
+    before = metric(deployment.decode, "vllm:prefix_cache_hits_total")
+    answer = deployment.decode.complete(prompts.next_of(prompt), prompts.MAX_TOKENS, **more)
+    assert metric(deployment.decode, "vllm:prefix_cache_hits_total") - before == prompts.CHUNK_TOKENS
+    return harness.tokens_of(answer)
+
+
+def test_the_next_prompt_begins_with_loaded_blocks(deployment: Deployment) -> None:
+    # Broken in production: a conversation's next turn is answered from blocks that are not those of its beginning.
+    for prompt in prompts.OF_TWO_CHUNKS[:3]:
+        deployment.complete(prompt, deployment.decode)
+        assert_right([asked_next(deployment, prompt)], [deployment.expected(prompts.next_of(prompt))])
+
+
+def test_exchanged_chunks_show_in_the_tokens(deployment: Deployment) -> None:
     # Broken in production: this test suite, which would not notice chunks that arrive at each other's place.
-    swapped = deployment.complete(prompts.SWAPPED, deployment.decode, prefix="swap")
-    assert swapped != deployment.expected(prompts.SWAPPED)
+    for prompt in prompts.OF_TWO_CHUNKS:
+        # The prompt's own answer need not show two whole chunks that are exchanged: attention goes by what is in a key,
+        # its position included, and not by where the key lies. The next prompt has the first of them only.
+        answer = deployment.complete(prompt, deployment.decode, prefix="swap", cache_salt="exchanged")
+        answers = [answer, asked_next(deployment, prompt, cache_salt="exchanged")]
+        right = [deployment.expected(prompt), deployment.expected(prompts.next_of(prompt))]
+        assert answers != right, f"two chunks of the prompt of {len(prompt)} tokens were exchanged, and nothing shows it"
 
 
 def test_a_shared_beginning_is_sent_once(deployment: Deployment, status_of: Callable[[Server], Status]) -> None:
@@ -49,9 +70,10 @@ def test_a_shared_beginning_is_sent_once(deployment: Deployment, status_of: Call
     sent = []
     for prompt in prompts.SHARING:
         before = status_of(deployment.prefill).bytes
-        assert deployment.complete(prompt, deployment.decode) == deployment.expected(prompt)
+        assert_right([deployment.complete(prompt, deployment.decode)], [deployment.expected(prompt)])
+        until(lambda: status_of(deployment.prefill).requests_active == 0, "it is not sent")
         sent.append(status_of(deployment.prefill).bytes - before)
-    token_bytes = 8 * 2 * 4 * 64 * 2
+    token_bytes = 8 * 2 * 4 * 64 * 4
     assert sent == [768 * token_bytes, 256 * token_bytes]
 
 
@@ -71,7 +93,7 @@ def test_eight_clients_through_the_proxy(deployment: Deployment, proxy_url: str)
     with ThreadPoolExecutor(8) as pool:
         for _ in range(2):
             answers = list(pool.map(ask, range(8)))
-            assert answers == [deployment.expected(prompt) for prompt in prompts.CONCURRENT]
+            assert_right(answers, [deployment.expected(prompt) for prompt in prompts.CONCURRENT])
 
 
 def test_the_proxy_streams(deployment: Deployment, proxy_url: str) -> None:
@@ -87,7 +109,7 @@ def test_the_proxy_streams(deployment: Deployment, proxy_url: str) -> None:
         for line in answer:
             if line.startswith(b"data: {"):
                 generated += json.loads(line[6:])["choices"][0].get("token_ids") or []
-    assert generated == deployment.expected(prompt)
+    assert_right([generated], [deployment.expected(prompt)])
 
 
 def test_the_proxy_passes_errors_on(proxy_url: str) -> None:
@@ -105,28 +127,31 @@ def test_a_client_of_the_proxy_that_hangs_up_ends_its_requests(
     deployment: Deployment, proxy_url: str, status_of: Callable[[Server], Status]
 ) -> None:
     # Broken in production: prefill computes and sends, and decode keeps blocks, for clients that have gone.
-    before = status_of(deployment.prefill)
-    with pytest.raises(OSError):
-        # Of a length that both decode servers take, and that prefill computes for longer than this.
-        body = harness.completion_body(prompts.ABORTED[:3500], 5)
-        harness.post(proxy_url + "/v1/completions", body, timeout_s=0.4)
-    deadline = time.monotonic() + 20
-    # One that goes on is done in two seconds. Decode's part of it would be left behind.
-    while (after := status_of(deployment.prefill)).requests_failed == before.requests_failed:
-        assert after.requests_done == before.requests_done, "it was sent all the same"
-        assert time.monotonic() < deadline, "prefill has not given it up"
-        time.sleep(0.05)
+    prefill = deployment.prefill
+    for attempt in range(10):
+        failed = status_of(prefill).requests_failed
+        # Of a length that both decode servers take. Decode's part of it would be left behind.
+        prompt = prompts.tokens(f"hangs up {proxy_url} {attempt}", 3500)
+        hang_up(proxy_url, harness.completion_body(prompt, 5), lambda: status_of(prefill).requests_active > 0)
+        until(lambda: status_of(prefill).requests_active == 0, "prefill goes on")
+        if status_of(prefill).requests_failed > failed:
+            return
+        # It can have been sent before the proxy heard of it: that takes a second.
+    pytest.fail("whether its client hangs up or not, the request is sent")
 
 
-def test_as_lmcaches_proxy_asks(deployment: Deployment) -> None:
+def test_as_lmcaches_proxy_asks(deployment: Deployment, status_of: Callable[[Server], Status]) -> None:
     # Broken in production: LMCache's proxy names nothing to decode and appends prefill's token to the prompt; nothing
     # is found.
     prompt = prompts.FIRST_TOKEN
     spec = {"ret_first_tok": True, **deployment.spec(deployment.decode)}
     first = deployment.prefill.complete(prompt, 1, kv_transfer_params=spec)["kv_transfer_params"]["first_tok"]
+    # Decode is asked once it is all across, and looks it up.
+    until(lambda: status_of(deployment.prefill).requests_active == 0, "it is not sent")
     before = metric(deployment.decode, "vllm:external_prefix_cache_hits_total")
     answer = deployment.decode.complete([*prompt, first], prompts.MAX_TOKENS - 1)
-    assert [first, *harness.tokens_of(answer)] == deployment.expected(prompt)
+    assert_right([harness.tokens_of(answer)], [deployment.expected(prompt)[1:]])
+    assert first == deployment.expected(prompt)[0]
     assert metric(deployment.decode, "vllm:external_prefix_cache_hits_total") - before == len(prompt)
     # Nobody will ask for the request by its name: its chunks need not wait for that.
     with ReceiverClient(deployment.decode.daemon_ready()["connector"], map_buffer=False) as client:
@@ -136,15 +161,19 @@ def test_as_lmcaches_proxy_asks(deployment: Deployment) -> None:
 
 def test_a_decode_that_preempts(deployment: Deployment) -> None:
     # Broken in production: a request that lost its blocks to another one goes on with what is left in them.
-    before = metric(deployment.small_decode, "vllm:num_preemptions_total")
+    decode = deployment.small_decode
+    before = metric(decode, "vllm:num_preemptions_total")
+    # All of it is there before decode is asked, so that its requests run at the same time.
+    specs = [deployment.sent(prompt, decode) for prompt in prompts.PREEMPTED]
 
-    def ask(prompt: list[int]) -> list[int]:
-        return deployment.complete(prompt, deployment.small_decode, prompts.PREEMPTED_MAX_TOKENS)
+    def ask(number: int) -> list[int]:
+        asked = (prompts.PREEMPTED[number], prompts.PREEMPTED_MAX_TOKENS)
+        return harness.tokens_of(decode.complete(*asked, kv_transfer_params=specs[number]))
 
-    with ThreadPoolExecutor(len(prompts.PREEMPTED)) as pool:
-        answers = list(pool.map(ask, prompts.PREEMPTED))
-    assert answers == [deployment.expected(prompt, prompts.PREEMPTED_MAX_TOKENS) for prompt in prompts.PREEMPTED]
-    assert metric(deployment.small_decode, "vllm:num_preemptions_total") > before
+    with ThreadPoolExecutor(len(specs)) as pool:
+        answers = list(pool.map(ask, range(len(specs))))
+    assert_right(answers, [deployment.expected(prompt, prompts.PREEMPTED_MAX_TOKENS) for prompt in prompts.PREEMPTED])
+    assert metric(decode, "vllm:num_preemptions_total") > before
 
 
 def test_few_blocks_and_few_slots_are_no_deadlock(
@@ -168,13 +197,10 @@ def test_few_blocks_and_few_slots_are_no_deadlock(
     with ThreadPoolExecutor(2 * len(specs)) as pool:
         asked = [pool.submit(ask, number) for number in range(len(specs))]
         # In the order in which decode gives blocks, and prefill slots in the other one.
-        deadline = time.monotonic() + 20
-        while status_of(decode).waits < len(specs):
-            assert time.monotonic() < deadline, "decode has not asked for all of them"
-            time.sleep(0.05)
+        until(lambda: status_of(decode).waits == len(specs), "decode has not asked for all of them")
         errors = list(pool.map(compute, reversed(range(len(specs)))))
         answers = [answer.result() for answer in asked]
-    assert answers == [deployment.expected(prompt) for prompt in prompts.SCARCE]
+    assert_right(answers, [deployment.expected(prompt) for prompt in prompts.SCARCE])
     assert errors == [None] * len(specs)
     after = status_of(decode)
     assert (after.requests_failed, after.requests_done) == (before.requests_failed, before.requests_done + len(specs))
@@ -198,47 +224,71 @@ def test_another_prompt_under_the_same_name_is_not_answered(deployment: Deployme
 
 def test_clients_that_hang_up_leave_nothing(deployment: Deployment, status_of: Callable[[Server], Status]) -> None:
     # Broken in production: each client that gives up costs a slot, a lease or a waiting request for good.
-    spec = deployment.spec(deployment.decode)
-    with pytest.raises(OSError):
-        # Nothing is sent under this name: decode waits until its client goes.
-        deployment.decode.complete(prompts.ABORTED, 5, timeout_s=1.0, kv_transfer_params=spec)
-    with pytest.raises(OSError):
-        # 5000 tokens take longer than this: prefill is in the midst of them when its client goes.
-        deployment.prefill.complete(
-            prompts.ABORTED, 1, timeout_s=0.4, kv_transfer_params=deployment.spec(deployment.decode)
+    decode, prefill = deployment.decode, deployment.prefill
+    # Nothing is sent under this name: decode waits until its client goes.
+    body = harness.completion_body(prompts.ABORTED, 5, kv_transfer_params=deployment.spec(decode))
+    hang_up(decode.url, body, lambda: status_of(decode).waits == 1)
+    # Prefill has just begun with these 5000 tokens when its client goes.
+    body = harness.completion_body(prompts.ABORTED, 1, kv_transfer_params=deployment.spec(decode))
+    hang_up(prefill.url, body, lambda: status_of(prefill).requests_active == 1)
+
+
+def test_two_samples_of_a_request(deployment: Deployment) -> None:
+    # Broken in production: the second sample finds its chunks handed out to the first one, and fails.
+    # Short enough for one step: vLLM's servers on the CPU end where a prompt with a seed takes two.
+    prompt, given = prompts.tokens("two samples", 200), {"temperature": 1.0, "seed": 7}
+    spec = deployment.sent(prompt, deployment.decode, **given)
+    alone, across = (
+        [choice["token_ids"] for choice in server.complete(prompt, 4, n=2, **given, **more)["choices"]]
+        for server, more in (
+            (deployment.prefill, {"cache_salt": "two samples"}), (deployment.decode, {"kv_transfer_params": spec})
         )
+    )
+    assert_right(across, alone)
+    assert alone[0] != alone[1]
 
 
-def test_a_receiver_that_dies_fails_its_requests_or_has_them_computed(deployment: Deployment) -> None:
+def test_log_probabilities_of_a_prompt(deployment: Deployment) -> None:
+    # Broken in production: decode needs the prompt's activations for these, and takes the KV without them; or it
+    # computes the prompt, and keeps the chunks that it does not take for good.
+    prompt = prompts.tokens("log probabilities", 300)
+    spec = deployment.sent(prompt, deployment.decode)
+    alone, across = (
+        [found[str(token)]["logprob"] for token, found in zip(prompt[1:], choice["prompt_logprobs"][1:], strict=True)]
+        for choice in (
+            server.complete(prompt, 1, prompt_logprobs=0, **more)["choices"][0]
+            for server, more in (
+                (deployment.prefill, {"cache_salt": "by itself"}), (deployment.decode, {"kv_transfer_params": spec})
+            )
+        )
+    )
+    assert across == pytest.approx(alone, abs=MARGIN_MIN)
+
+
+def test_a_receiver_that_dies_fails_its_requests_or_has_them_computed(
+    deployment: Deployment, status_of: Callable[[Server], Status]
+) -> None:
     # Broken in production: decode hangs with its receiver, answers from empty blocks, or never recovers.
-    import os
-    import signal
-
     for number, decode in enumerate((deployment.decode, deployment.small_decode)):
         prompt = prompts.KILLED_RECEIVER[number]
-        spec = deployment.spec(decode)
-        outcome: list[object] = []
-
-        def ask(decode: Server = decode, prompt: list[int] = prompt, spec: dict[str, object] = spec) -> None:
-            try:
-                outcome.append(harness.tokens_of(decode.complete(prompt, prompts.MAX_TOKENS, kv_transfer_params=spec)))
-            except HttpError as error:
-                outcome.append(error.status)
-
-        asking = threading.Thread(target=ask)
-        asking.start()
+        given = {"kv_transfer_params": deployment.spec(decode)}
         ready = decode.daemon_ready()
-        time.sleep(1.0)
-        os.kill(int(ready["pid"]), signal.SIGKILL)
-        asking.join(90)
-        assert not asking.is_alive()
-        assert outcome == ([500] if decode is deployment.decode else [deployment.expected(prompt)])
-        deadline = time.monotonic() + 30
-        while decode.daemon_ready()["pid"] == ready["pid"]:
-            assert time.monotonic() < deadline, "the receiver was not started again"
-            time.sleep(0.1)
+        pool = ThreadPoolExecutor(1)
+        try:
+            asked = pool.submit(decode.complete, prompt, prompts.MAX_TOKENS, **given)
+            until(lambda: status_of(decode).waits == 1, "decode does not wait")
+            os.kill(int(ready["pid"]), signal.SIGKILL)
+            if decode is deployment.decode:
+                with pytest.raises(HttpError) as failed:
+                    asked.result(90)
+                assert failed.value.status == 500
+            else:
+                assert harness.tokens_of(asked.result(90)) == deployment.expected(prompt)
+        finally:
+            pool.shutdown(wait=False)
+        until(lambda: decode.daemon_ready()["pid"] != ready["pid"], "the receiver was not started again")
         # Where it was: routers need not be told.
         again = decode.daemon_ready()
         assert (again["init_port"], again["alloc_port"]) == (ready["init_port"], ready["alloc_port"])
         prompt = prompts.AFTER_KILL[number]
-        assert deployment.complete(prompt, decode) == deployment.expected(prompt)
+        assert_right([deployment.complete(prompt, decode)], [deployment.expected(prompt)])

@@ -30,8 +30,8 @@ from pd_backend import Daemon, find_binary
 
 ENVIRONMENT = TOP / ".deps" / "interop"
 # How long a process may take to import torch and LMCache, and how long anything else may.
-START_TIMEOUT_S = 120.0
-TIMEOUT_S = 30.0
+START_TIMEOUT_S = 240.0
+TIMEOUT_S = 120.0
 
 # 2 planes x 2 layers x 8 heads x 4 elements x 2 bytes = 256 bytes a token, 64 KiB a chunk.
 LAYOUT = {
@@ -139,7 +139,7 @@ class Proxy:
         return message["req_id"], at
 
     def quiet(self, for_s: float) -> bool:
-        """Whether nothing comes for so long."""
+        """Whether nothing comes for so long. Where something else follows, that it comes next is a better proof."""
         return not self._socket.poll(int(for_s * 1000))
 
     def close(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from harness import LAYOUT, Addresses, Proxy, keys_of, pattern, start_daemon, token_bytes, write_config
-from pd_backend import Opened, PeerAddress, Pending, ReceiverClient, SenderClient
+from pd_backend import PeerAddress, ReceiverClient, SenderClient
+from waiting import eventually
 
 TOKEN_BYTES = token_bytes(LAYOUT)
 CHUNK_TOKENS = int(LAYOUT["chunk_tokens"])
@@ -92,9 +92,10 @@ def test_two_senders_with_the_same_keys_at_once_both_deliver(pair: OurPair) -> N
         client.start_open(f"request-{index}", keys, last_chunk_tokens=CHUNK_TOKENS, receiver=pair.at)
         for index, client in enumerate((first, second))
     ]
-    # Neither has sent anything, so nobody is told that anything is there.
-    granted = [index for index, one in enumerate(pending) if settle(one) and not one.result().already_sent]
-    assert granted and pair.proxy.quiet(0.1)
+    # Neither has sent anything, so nobody is told that anything is there. Each is granted, or waits for the other's commit.
+    eventually(lambda: sum(one.done() for one in pending) + pair.receiver.status().requests_waiting == 2)
+    granted = [index for index, one in enumerate(pending) if one.done() and not one.result().already_sent]
+    assert granted
     for index in granted:
         client = pair.senders[index]
         slots = client.stage(f"request-{index}", range(16))
@@ -107,16 +108,6 @@ def test_two_senders_with_the_same_keys_at_once_both_deliver(pair: OurPair) -> N
     assert {pair.proxy.next()[0] for _ in pending} == {"request-0", "request-1"}
     for index in range(2):
         pair.check(f"request-{index}", keys, CHUNK_TOKENS)
-
-
-def settle(pending: Pending[Opened], limit_s: float = 1.0) -> bool:
-    """Whether an answer comes within a time in which one would come that does not wait for another request."""
-    deadline = time.monotonic() + limit_s
-    while not pending.done():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.01)
-    return True
 
 
 def test_a_cancel_gives_every_slot_back(pair: OurPair) -> None:

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from harness import LAYOUT, TOP, StockProcess, keys_of, pattern, token_bytes, wa
 sys.path.insert(0, str(TOP / "python"))
 
 from pd_backend import Daemon, Kind, PdError, PeerAddress, RequestRefused, SenderClient, find_binary
+from waiting import eventually
 
 TOKEN_BYTES = token_bytes(LAYOUT)
 CHUNK_TOKENS = int(LAYOUT["chunk_tokens"])
@@ -108,13 +108,6 @@ def start_ours(start_stock_pair: Callable[..., StockPair], tmp_path: Path) -> Ca
         return start_sender(stock, tmp_path, mode, layout or {}, **settings)
 
     return start
-
-
-def eventually(probe: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not probe():
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.02)
 
 
 @both_modes

@@ -102,7 +102,6 @@ def test_a_cancelled_request_gives_its_pages_back(start_stock_pair: Callable[...
     assert pair.proxy.next()[0] == "after"
     assert pair.receiver.ask("contains", keys=keys)["contains"] == [False] * 4
     assert pair.receiver.ask("status")["pages_free"] == 79
-    assert pair.proxy.quiet(0.2)
 
 
 def test_a_synchronous_sender_reads_what_the_receiver_has(start_stock_pair: Callable[..., StockPair]) -> None:

@@ -6,6 +6,7 @@
 //! | `device` | which GPU, and its primary context |
 //! | `handle` | what travels to another process |
 //! | `memory`, `mapping` | memory of ours, and memory of another process, opened here |
+//! | `pinned` | host memory of another process, which copies go to |
 //! | `stream` | copies that go on after the call, and how their end is noticed |
 //! | `fence` | events of another process: what its streams have yet to do |
 //!
@@ -17,6 +18,7 @@ mod fence;
 mod handle;
 mod mapping;
 mod memory;
+mod pinned;
 mod stream;
 
 pub use device::{CudaDevice, check_cuda_device};
@@ -24,4 +26,5 @@ pub use fence::Fences;
 pub use handle::CudaHandle;
 pub use mapping::CudaMapping;
 pub use memory::CudaMemory;
-pub use stream::{CopyBatch, CopyEnd, CopyStream, PinnedHost};
+pub use pinned::PinnedHost;
+pub use stream::{CopyBatch, CopyEnd, CopyStream};

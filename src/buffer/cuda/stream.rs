@@ -4,8 +4,8 @@
 use std::sync::Arc;
 
 use super::driver::{Event, Place, Stream};
-use super::{CudaDevice, CudaMapping};
-use crate::buffer::{BufferError, HostMapping, Memory};
+use super::{CudaDevice, CudaMapping, PinnedHost};
+use crate::buffer::{BufferError, Memory};
 
 /// Where bytes come from or go to: kept alive by whatever copies them.
 #[derive(Debug, Clone)]
@@ -23,7 +23,7 @@ impl CopyEnd {
     pub fn len_bytes(&self) -> u64 {
         match self {
             Self::Memory(memory) => memory.len_bytes(),
-            Self::Host(pinned) => pinned.mapping.len_bytes(),
+            Self::Host(pinned) => pinned.len_bytes(),
             Self::Cuda(mapping) => mapping.len_bytes(),
         }
     }
@@ -38,7 +38,7 @@ impl CopyEnd {
                 Memory::Host(host) => Place::Host(host.address() + offset),
                 Memory::Cuda(cuda) => cuda.place(offset),
             },
-            Self::Host(pinned) => Place::Host(pinned.mapping.address() + offset),
+            Self::Host(pinned) => Place::Host(pinned.address() + offset),
             Self::Cuda(mapping) => mapping.place(offset),
         })
     }
@@ -94,6 +94,15 @@ impl CopyBatch {
         Self { stream, source, target, event: None, ended: true }
     }
 
+    /// How long a copy to `target_offset` may be, and whether it goes on by itself: otherwise it holds up the thread that
+    /// starts it.
+    pub fn reach_at(&self, target_offset: u64) -> (u64, bool) {
+        match &self.target {
+            CopyEnd::Host(pinned) => pinned.reach_at(target_offset),
+            CopyEnd::Memory(_) | CopyEnd::Cuda(_) => (u64::MAX, true),
+        }
+    }
+
     /// Starts a copy. Those of a batch may end in any order.
     ///
     /// # Errors
@@ -143,45 +152,6 @@ impl Drop for CopyBatch {
         if let Some(event) = self.event {
             // SAFETY: made by `seal`, and what it was recorded behind has ended.
             let _ = unsafe { device.context().close_event(event) };
-        }
-    }
-}
-
-/// Another process's host memory, with as much of it as there is pinned where the driver can do that: copies by a
-/// device go on by themselves then, and hold up the calling thread otherwise.
-#[derive(Debug)]
-pub struct PinnedHost {
-    mapping: HostMapping,
-    device: Arc<CudaDevice>,
-    pinned: bool,
-}
-
-impl PinnedHost {
-    /// Pins the first `len_bytes`.
-    pub fn new(mapping: HostMapping, device: Arc<CudaDevice>, len_bytes: u64) -> Self {
-        // SAFETY: the mapping is dropped after `drop` has unpinned it.
-        let pinned = unsafe { device.context().register_host(mapping.address(), len_bytes) };
-        if let Err(error) = &pinned {
-            tracing::info!(%device, %error, "a peer's host memory is not pinned: copies to it are slower");
-        }
-        Self { mapping, device, pinned: pinned.is_ok() }
-    }
-
-    /// The memory.
-    pub const fn mapping(&self) -> &HostMapping {
-        &self.mapping
-    }
-}
-
-impl Drop for PinnedHost {
-    fn drop(&mut self) {
-        if !self.pinned {
-            return;
-        }
-        // SAFETY: pinned by `new`; batches that copy from or to it hold it.
-        let unpinned = unsafe { self.device.context().unregister_host(self.mapping.address()) };
-        if let Err(error) = unpinned {
-            tracing::debug!(device = %self.device, %error, "a peer's host memory stays pinned");
         }
     }
 }

@@ -17,6 +17,14 @@ const OVERTAKEN_MAX: u32 = 8;
 /// How many waiting requests are looked at whenever slots become free.
 const LOOKAHEAD_MAX: usize = 8;
 
+/// What decides, beside the request, whether it finds room.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Room {
+    version: u64,
+    described_len_bytes: u64,
+    can_grow: bool,
+}
+
 impl<R: Clone + PartialEq> ReceiverSession<R> {
     pub(super) fn on_alloc(&mut self, now: Instant, from: R, request: AllocRequest) {
         let Some(extension) = request.pd.clone() else { return self.on_stock_alloc(now, from, request) };
@@ -35,13 +43,13 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         let (id, sizes) = match checked {
             Ok(checked) => checked,
             Err(failure) => {
+                let id = request.req_id.clone();
+                self.refuse_alloc(from, extension.seq, &extension.instance, request.req_id, failure.clone());
                 // Whoever waits for it at this end need not wait longer.
-                if let Some(id) = request.req_id.clone().filter(|id| !self.requests.contains_key(id)) {
-                    let instance = clip(&extension.instance);
-                    self.fail_waiters(&id, &failure, &instance);
-                    self.remember_ended(now, id, failure.clone(), instance, None);
+                if let Some(id) = id.filter(|id| !self.requests.contains_key(id)) {
+                    self.tell_end(now, id, failure, clip(&extension.instance), None);
                 }
-                return self.refuse_alloc(from, extension.seq, &extension.instance, request.req_id, failure);
+                return;
             }
         };
         // A name that is ready but not fetched is sent again: the newer request takes its place.
@@ -49,8 +57,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             self.drop_ready(now, &id);
         }
         let text = "its sender is gone, and another has the request now";
-        self.end(now, &id, Failure::new(FailureKind::PeerLost, text), false);
-        self.ended.forget(&id);
+        self.replace(now, &id, &Failure::new(FailureKind::PeerLost, text));
         let wait = Duration::from_millis(extension.wait_ms).min(self.settings.allocation_timeout);
         self.timers.set(Timer::Allocation(id.clone()), now + wait);
         let request = Request {
@@ -62,6 +69,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             known_len_bytes: extension.known_len_bytes,
             since: now,
             overtaken: 0,
+            refused_in: None,
             verifying: None,
             batches: None,
             stage: Stage::Waiting { wait, held: None },
@@ -92,7 +100,13 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
                 at += 1;
                 continue;
             }
-            if !self.try_grant(now, &id) {
+            // A request that was refused is refused again until there may be more room, or it needs less.
+            let room = self.room();
+            let refused = self.requests.get(&id).is_some_and(|request| request.refused_in == Some(room));
+            if refused || !self.try_grant(now, &id) {
+                if let Some(request) = self.requests.get_mut(&id) {
+                    request.refused_in = Some(room);
+                }
                 // Whoever knows the buffer as it was cannot use what is added.
                 if !self.is_of_stock(&id) {
                     self.ask_to_grow();
@@ -245,8 +259,16 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         }
         // What is shared stays where it is, perhaps in the middle of the room that the rest needs: then, if the buffer
         // cannot grow around it, it is written again.
-        let can_grow = self.growth.can_grow(self.slots.addresses().len_bytes());
+        let can_grow = self.room().can_grow;
         self.try_reserve(now, id, true) || (!can_grow && self.try_reserve(now, id, false))
+    }
+
+    fn room(&self) -> Room {
+        Room {
+            version: self.slots.version(),
+            described_len_bytes: self.described_len_bytes,
+            can_grow: self.growth.can_grow(self.slots.addresses().len_bytes()),
+        }
     }
 
     /// Grants a waiting request all its slots, sharing ready chunks with others or not.
@@ -255,36 +277,19 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         let shared = if share { self.ready_of(&request.keys, &request.sizes) } else { Vec::new() };
         let is_shared: BTreeSet<u32> = shared.iter().map(|&(index, _)| index).collect();
         let missing: Vec<u32> = (0..request.keys.len() as u32).filter(|index| !is_shared.contains(index)).collect();
-        let pages = request.batches.is_some();
-        // Held first, so that making room does not evict what this very request needs.
+        let grant = GrantId(self.next_grant);
+        // The chunks that this request shares do not make room for it.
+        let keep: BTreeSet<SlotIndex> = shared.iter().map(|&(_, slot)| slot).collect();
+        let reserved = if request.batches.is_some() {
+            self.reserve_pages(id, grant, &missing, &keep)
+        } else {
+            let lens: Vec<u64> = missing.iter().map(|&index| request.sizes[index as usize].len_bytes).collect();
+            // The addresses may be ahead of what the session was told of the buffer. Once it is told, this is tried again.
+            self.slots.reserve(grant, &lens, &keep, self.described_len_bytes).ok()
+        };
+        let Some(reserved) = reserved else { return false };
         for &(_, slot) in &shared {
             self.slots.hold(slot);
-        }
-        let grant = GrantId(self.next_grant);
-        let lens: Vec<u64> = missing.iter().map(|&index| request.sizes[index as usize].len_bytes).collect();
-        let reserved = match pages {
-            true => self.reserve_pages(id, grant, &missing),
-            false => self.slots.reserve(grant, &lens).ok(),
-        };
-        let Some(reserved) = reserved else {
-            for &(_, slot) in &shared {
-                self.slots.unhold(now, slot);
-            }
-            return false;
-        };
-        // The buffer has just grown, and the session has not heard of it yet: it will, and then this is tried again.
-        if reserved
-            .iter()
-            .filter_map(|&slot| self.slots.range(slot))
-            .any(|range| range.end() > self.described_len_bytes)
-        {
-            for &slot in &reserved {
-                self.slots.writer_stopped(slot, grant);
-            }
-            for &(_, slot) in &shared {
-                self.slots.unhold(now, slot);
-            }
-            return false;
         }
         self.next_grant += 1;
         let own: Vec<(u32, SlotIndex)> = missing.into_iter().zip(reserved).collect();

@@ -113,6 +113,8 @@ pub enum Answer {
         /// Which request.
         request: RequestId,
     },
+    /// To `reset`.
+    Reset,
     /// To any of them.
     Failed {
         /// Why.

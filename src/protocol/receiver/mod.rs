@@ -8,28 +8,35 @@
 //! | `requests` | a request from its grant to its end: commit, cancel, quarantine |
 //! | `stock` | senders of another make: LMCache's, which commit nothing |
 //! | `verification` | commits whose chunks are summed before they are taken |
-//! | `readers` | waits, look-ups and leases |
+//! | `readers`, `waiters` | waits, look-ups and leases |
+//! | `ended` | how attempts ended, and who has yet to be told |
+//! | `reset` | everything that was computed before now is void |
 
 mod admission;
+mod ended;
 mod io;
 mod lost;
 mod peers;
 mod piecemeal;
 mod readers;
 mod requests;
+mod reset;
 mod stock;
 mod verification;
+mod waiters;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 
 pub use io::{Answer, ExpectedChunk, Lookup, Note, Output, ReadyChunk, ReceiverCounts};
 
+use self::ended::Ended;
 use self::lost::LostPeers;
 use self::peers::Peer;
-use self::readers::{Lease, Waiter};
-use self::requests::{Closing, Ended, Request};
+use self::readers::Lease;
+use self::requests::{Closing, Request};
 use self::stock::Stock;
+use self::waiters::Waiters;
 use super::growth::{GROW_AGAIN_AFTER, Growth};
 use super::timers::Timers;
 use super::{ChunkShape, Grown, Port, Safeguards};
@@ -132,7 +139,7 @@ pub struct ReceiverSession<R> {
     summed_at: Option<Instant>,
     /// How requests ended lately, for readers that ask after them.
     ended: Ended,
-    waiters: BTreeMap<(ClientId, Seq), Waiter>,
+    waiters: Waiters,
     leases: BTreeMap<(ClientId, LeaseId), Lease>,
     /// How many leases each client has.
     lease_counts: BTreeMap<ClientId, usize>,
@@ -163,7 +170,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             committed: BTreeMap::new(),
             summed_at: None,
             ended: Ended::default(),
-            waiters: BTreeMap::new(),
+            waiters: Waiters::default(),
             leases: BTreeMap::new(),
             lease_counts: BTreeMap::new(),
             timers: Timers::new(),

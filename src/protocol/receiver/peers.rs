@@ -54,7 +54,8 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             let failure = Failure::new(FailureKind::ShuttingDown, "this receiver is shutting down; use another");
             return self.refuse_peer(from, extension.seq, instance, failure);
         }
-        let checked = handshake::check(&self.settings.hello, &extension.hello).and_then(|()| {
+        let checked = handshake::check_metadata(&request.local_meta_bytes);
+        let checked = checked.and_then(|()| handshake::check(&self.settings.hello, &extension.hello)).and_then(|()| {
             let fits = handshake::name_fits(&extension.agent_name);
             let text = format!("an agent's name has more than {} bytes", handshake::NAME_LEN_BYTES_MAX);
             fits.then_some(()).ok_or_else(|| Failure::new(FailureKind::Limit, text))
@@ -101,7 +102,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         self.free_closing_of(now, &instance, seq);
         if self.peers.len() >= self.settings.peers_max && !self.evict_peer() {
             let text = format!(
-                "{} peers are connected and busy, the limit; raise pd_max_peers or use another receiver",
+                "{} peers are connected and busy or shake hands, the limit; raise pd_max_peers or use another receiver",
                 self.peers.len()
             );
             return self.refuse_peer(from, extension.seq, instance, Failure::new(FailureKind::Limit, text));

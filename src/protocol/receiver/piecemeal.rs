@@ -1,6 +1,7 @@
 //! Admission slot by slot: what happens without [`Safeguards::whole_requests`](crate::protocol::Safeguards). Requests
 //! hold what they have while they wait for the rest, and can wait for each other.
 
+use std::collections::BTreeSet;
 use std::time::Instant;
 
 use super::ReceiverSession;
@@ -27,7 +28,9 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
                     Held { grant: GrantId(self.next_grant - 1), slots: Vec::new() }
                 });
                 let len_bytes = request.sizes[held.slots.len()].len_bytes;
-                let Ok(slots) = self.slots.reserve(held.grant, &[len_bytes]) else { continue };
+                let Ok(slots) = self.slots.reserve(held.grant, &[len_bytes], &BTreeSet::new(), u64::MAX) else {
+                    continue;
+                };
                 progress = true;
                 held.slots.extend(slots);
                 if held.slots.len() == request.keys.len() {

@@ -3,9 +3,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
-use super::requests::Stage;
+use super::ended::Audience;
+use super::requests::{Request, Stage};
+use super::waiters::Waiter;
 use super::{Answer, Lookup, Note, ReadyChunk, ReceiverSession, Timer};
-use crate::ids::{ClientId, Failure, FailureKind, LeaseId, RequestId, Seq, SlotIndex};
+use crate::ids::{ClientId, Failure, FailureKind, GrantId, LeaseId, RequestId, Seq, SlotIndex};
 use crate::protocol::Port;
 use crate::slot::SlotState;
 use crate::wire::Message;
@@ -17,15 +19,6 @@ const QUERIES: ClientId = ClientId(u64::MAX);
 const WAITS_PER_CLIENT_MAX: usize = 65_536;
 /// Most leases that one client may hold.
 const LEASES_PER_CLIENT_MAX: usize = 65_536;
-
-/// A reader that waits for a request.
-#[derive(Debug)]
-pub(super) struct Waiter {
-    request: RequestId,
-    wait: Duration,
-    /// It knows that a sender which commits nothing has written the request.
-    vouches: bool,
-}
 
 /// Chunks that a reader copies.
 #[derive(Debug)]
@@ -45,23 +38,21 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         wait: Option<Duration>,
         vouches: bool,
     ) {
-        if let Some((failure, instance)) = self.ended.find(&request, now.checked_sub(self.settings.retention)) {
-            let answer = Answer::Failed { failure: failure.clone(), peer: Some(instance.clone()) };
-            return self.answer(client, id, answer);
+        if let Some((failure, instance)) = self.ended.tell(&request, now.checked_sub(self.settings.retention)) {
+            return self.answer(client, id, Answer::Failed { failure, peer: Some(instance) });
         }
         if self.draining && !self.requests.contains_key(&request) {
             let failure = Failure::new(FailureKind::ShuttingDown, "this receiver is shutting down; use another");
             return self.answer(client, id, Answer::Failed { failure, peer: None });
         }
-        let open = self.waiters.range((client, Seq(0))..=(client, Seq(u64::MAX)));
-        if open.take(WAITS_PER_CLIENT_MAX).count() == WAITS_PER_CLIENT_MAX || self.waiters.contains_key(&(client, id)) {
+        if self.waiters.count_of(client) == WAITS_PER_CLIENT_MAX || self.waiters.contains(client, id) {
             let text = format!("id {id} waits already, or {WAITS_PER_CLIENT_MAX} waits are open, the limit");
             let failure = Failure::new(FailureKind::Limit, text);
             return self.answer(client, id, Answer::Failed { failure, peer: None });
         }
         let wait = wait.map_or(self.settings.wait_timeout, |wait| wait.min(self.settings.wait_timeout));
         self.timers.set(Timer::Wait(client, id), now + wait);
-        self.waiters.insert((client, id), Waiter { request: request.clone(), wait, vouches });
+        self.waiters.insert(client, id, Waiter { request: request.clone(), wait, vouches });
         self.serve_waiters(now, &request);
     }
 
@@ -160,13 +151,15 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
 
     /// A reader gives a request up. Slots that its sender may still write stay quarantined until that has stopped.
     pub fn handle_cancel(&mut self, now: Instant, client: ClientId, id: Seq, request: &RequestId) {
+        let failure = Failure::new(FailureKind::Cancelled, "the decode worker cancelled it");
         if self.requests.contains_key(request) {
-            self.fail(now, request, Failure::new(FailureKind::Cancelled, "the decode worker cancelled it"));
+            self.fail(now, request, failure);
         } else {
             // Whoever waits for it has no use for it any more, and a sender that announces it later is served as any.
-            let failure = Failure::new(FailureKind::Cancelled, "the decode worker cancelled it");
             self.fail_waiters(request, &failure, "");
         }
+        // The reader knows of the end: a wait that comes after this is for the next attempt.
+        self.ended.told(request);
         self.answer(client, id, Answer::Cancelled { request: request.clone() });
         self.admit(now);
     }
@@ -178,17 +171,14 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         for lease in leases {
             self.end_lease(now, client, lease);
         }
-        let waits: Vec<_> =
-            self.waiters.range((client, Seq(0))..=(client, Seq(u64::MAX))).map(|(key, _)| *key).collect();
-        for (client, id) in waits {
-            self.waiters.remove(&(client, id));
-            self.timers.cancel(&Timer::Wait(client, id));
+        for id in self.waiters.of_client(client) {
+            self.end_wait(client, id);
         }
         self.admit(now);
     }
 
     pub(super) fn wait_timed_out(&mut self, client: ClientId, id: Seq) {
-        let Some(waiter) = self.waiters.remove(&(client, id)) else { return };
+        let Some(waiter) = self.waiters.remove(client, id) else { return };
         let (state, peer) = match self.requests.get(&waiter.request) {
             None => ("no sender has announced it", None),
             Some(request) => match request.stage {
@@ -201,35 +191,30 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         self.answer(client, id, Answer::Failed { failure, peer });
     }
 
-    /// Gives a ready request to the first reader that waits for it; the request has ended then.
+    /// Gives a ready request to the reader that has waited longest for it; the request has ended then.
     pub(super) fn serve_waiters(&mut self, now: Instant, id: &RequestId) {
-        if self.can_be_vouched_for(id) && self.waiters.values().any(|waiter| waiter.vouches && waiter.request == *id) {
+        if self.can_be_vouched_for(id) && self.waiters.is_vouched_for(id) {
             // It serves the waiters.
             return self.make_ready(now, id);
         }
-        let Some(request) = self.requests.get(id) else { return };
-        let Stage::Ready { slots, .. } = &request.stage else { return };
-        let Some(&(client, seq)) = self.waiters.iter().find(|(_, waiter)| waiter.request == *id).map(|(key, _)| key)
-        else {
-            return;
-        };
-        if let Err(failure) = self.check_leases(client) {
-            // It stays ready, for a reader that gives leases back.
-            self.waiters.remove(&(client, seq));
-            self.timers.cancel(&Timer::Wait(client, seq));
-            self.answer(client, seq, Answer::Failed { failure, peer: None });
-            return self.serve_waiters(now, id);
+        while let Some((client, seq)) = self.waiters.first_for(id) {
+            let Some(Request { stage: Stage::Ready { slots, .. }, .. }) = self.requests.get(id) else { return };
+            if let Err(failure) = self.check_leases(client) {
+                // It stays ready, for a reader that gives leases back.
+                self.end_wait(client, seq);
+                self.answer(client, seq, Answer::Failed { failure, peer: None });
+                continue;
+            }
+            let slots = slots.clone();
+            self.end_wait(client, seq);
+            for &slot in &slots {
+                self.slots.hold(slot);
+            }
+            let chunks = slots.iter().filter_map(|&slot| self.ready_chunk(slot)).collect();
+            let lease = self.open_lease(client, slots);
+            self.answer(client, seq, Answer::Ready { request: id.clone(), lease, chunks });
+            return self.end_fetched(now, id);
         }
-        let slots = slots.clone();
-        for &slot in &slots {
-            self.slots.hold(slot);
-        }
-        self.waiters.remove(&(client, seq));
-        self.timers.cancel(&Timer::Wait(client, seq));
-        let chunks = slots.iter().filter_map(|&slot| self.ready_chunk(slot)).collect();
-        let lease = self.open_lease(client, slots);
-        self.answer(client, seq, Answer::Ready { request: id.clone(), lease, chunks });
-        self.end_fetched(now, id);
     }
 
     /// A reader has leases on all chunks of a ready request, which has ended with that.
@@ -242,27 +227,52 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         let failure =
             Failure::new(FailureKind::Unknown, format!("{id} was fetched already; look its chunks up by key"));
         self.fail_waiters(id, &failure, &instance);
-        self.remember_ended(now, id.clone(), failure, instance, None);
+        // Another sample of the same request may still ask: it finds the chunks by key.
+        self.remember_ended(now, id.clone(), failure, instance, None, Audience::Everybody);
     }
 
-    pub(super) fn fail_waiters(&mut self, id: &RequestId, failure: &Failure, instance: &str) {
-        let waiting: Vec<_> =
-            self.waiters.iter().filter(|(_, waiter)| waiter.request == *id).map(|(key, _)| *key).collect();
-        for (client, seq) in waiting {
-            self.waiters.remove(&(client, seq));
-            self.timers.cancel(&Timer::Wait(client, seq));
+    /// Tells readers how an attempt has ended: all that wait for it now or, where none waits, the next that asks.
+    pub(super) fn tell_end(
+        &mut self,
+        now: Instant,
+        id: RequestId,
+        failure: Failure,
+        instance: String,
+        grant: Option<GrantId>,
+    ) {
+        let told = self.fail_waiters(&id, &failure, &instance);
+        let once = self.settings.safeguards.ends_told_once;
+        let audience = match (once, told) {
+            (false, _) => Audience::Everybody,
+            (true, true) => Audience::Nobody,
+            (true, false) => Audience::Next,
+        };
+        self.remember_ended(now, id, failure, instance, grant, audience);
+    }
+
+    /// Answers every wait for a request with this failure. False: no reader waited.
+    pub(super) fn fail_waiters(&mut self, id: &RequestId, failure: &Failure, instance: &str) -> bool {
+        let mut told = false;
+        while let Some((client, seq)) = self.waiters.first_for(id) {
+            told = true;
+            self.end_wait(client, seq);
             let peer = (!instance.is_empty()).then(|| instance.to_owned());
             self.answer(client, seq, Answer::Failed { failure: failure.clone(), peer });
         }
+        told
     }
 
     /// Waits that nothing will end: for requests that no sender has announced, when no sender can announce one any more.
     pub(super) fn fail_waiters_for_nothing(&mut self, failure: &Failure) {
-        let unannounced = self.waiters.values().filter(|waiter| !self.requests.contains_key(&waiter.request));
-        let ids: BTreeSet<RequestId> = unannounced.map(|waiter| waiter.request.clone()).collect();
-        for id in ids {
+        let unannounced = self.waiters.requests().filter(|request| !self.requests.contains_key(request));
+        for id in unannounced.cloned().collect::<Vec<_>>() {
             self.fail_waiters(&id, failure, "");
         }
+    }
+
+    fn end_wait(&mut self, client: ClientId, id: Seq) {
+        self.waiters.remove(client, id);
+        self.timers.cancel(&Timer::Wait(client, id));
     }
 
     fn check_leases(&self, client: ClientId) -> Result<(), Failure> {

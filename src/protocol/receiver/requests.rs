@@ -1,8 +1,9 @@
 //! A request from its grant to its end: commit, cancel, failure, quarantine.
 
-use std::collections::{BTreeMap, VecDeque};
 use std::time::Instant;
 
+use super::admission::Room;
+use super::ended::{Audience, End};
 use super::piecemeal::Held;
 use super::stock::Batches;
 use super::verification::Verification;
@@ -12,8 +13,6 @@ use crate::protocol::chunks::ChunkSize;
 use crate::wire::Message;
 use crate::wire::message::{AllocReplyExtension, AllocResponse, CancelNotif, Commit, CommitAck, Revoke};
 
-/// How many ended requests are remembered for readers that ask after them.
-const ENDED_MAX: usize = 4096;
 /// How many committed grants are remembered, for commits that are said again.
 const COMMITTED_MAX: usize = 4096;
 
@@ -35,6 +34,8 @@ pub(super) struct Request<R> {
     pub(super) since: Instant,
     /// How many later requests got slots before it.
     pub(super) overtaken: u32,
+    /// Where it was last refused room.
+    pub(super) refused_in: Option<Room>,
     /// Its commit, while its chunks are being summed.
     pub(super) verifying: Option<Verification<R>>,
     /// Of a sender of another make, which writes pages and commits nothing.
@@ -62,54 +63,6 @@ pub(super) struct Closing {
     /// To ask its writer again whether it has stopped.
     request: RequestId,
     reason: Failure,
-}
-
-/// How the latest requests ended.
-#[derive(Debug, Default)]
-pub(super) struct Ended {
-    ends: BTreeMap<RequestId, End>,
-    order: VecDeque<(RequestId, Instant)>,
-}
-
-#[derive(Debug)]
-struct End {
-    failure: Failure,
-    instance: String,
-    /// What had been granted.
-    grant: Option<GrantId>,
-    at: Instant,
-}
-
-impl Ended {
-    /// How a request ended, and whose it was, unless that was before `after`.
-    pub(super) fn find(&self, id: &RequestId, after: Option<Instant>) -> Option<(&Failure, &String)> {
-        let end = self.ends.get(id)?;
-        after.is_none_or(|after| end.at >= after).then_some((&end.failure, &end.instance))
-    }
-
-    /// How the attempt that a commit names ended.
-    fn of_commit(&self, commit: &Commit) -> Option<&Failure> {
-        let end = self.ends.get(&commit.req_id)?;
-        (end.instance == commit.instance && end.grant == Some(commit.grant)).then_some(&end.failure)
-    }
-
-    pub(super) fn forget(&mut self, id: &RequestId) {
-        self.ends.remove(id);
-    }
-
-    /// Remembers an end of this moment, and forgets those before `after`.
-    fn remember(&mut self, after: Option<Instant>, id: RequestId, end: End) {
-        self.order.push_back((id.clone(), end.at));
-        self.ends.insert(id, end);
-        let too_old = |at: &Instant| after.is_some_and(|after| *at < after);
-        while self.order.len() > ENDED_MAX || self.order.front().is_some_and(|(_, at)| too_old(at)) {
-            let Some((oldest, at)) = self.order.pop_front() else { break };
-            // The name may have been forgotten, or have ended again, since.
-            if self.ends.get(&oldest).is_some_and(|latest| latest.at == at) {
-                self.ends.remove(&oldest);
-            }
-        }
-    }
 }
 
 impl Stage {
@@ -269,8 +222,9 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         failure: Failure,
         instance: String,
         grant: Option<GrantId>,
+        audience: Audience,
     ) {
-        let end = End { failure, instance, grant, at: now };
+        let end = End { failure, instance, grant, at: now, audience };
         self.ended.remember(now.checked_sub(self.settings.retention), id, end);
     }
 
@@ -341,9 +295,28 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         self.serve_waiters(now, id);
     }
 
-    /// The one place where a request ends without having been fetched.
+    /// Ends a request that was not fetched, and tells its readers.
     pub(super) fn end(&mut self, now: Instant, id: &RequestId, failure: Failure, tell_sender: bool) {
-        let Some(request) = self.requests.remove(id) else { return };
+        if let Some((instance, grant)) = self.retire(now, id, &failure, tell_sender) {
+            self.tell_end(now, id.clone(), failure, instance, grant);
+        }
+    }
+
+    /// Ends an attempt in favour of another under the same name: its readers go on waiting, for the other attempt.
+    pub(super) fn replace(&mut self, now: Instant, id: &RequestId, failure: &Failure) {
+        self.retire(now, id, failure, false);
+        self.ended.forget(id);
+    }
+
+    /// The one place where an attempt ends that was not fetched. Answers its sender's instance, and its grant.
+    fn retire(
+        &mut self,
+        now: Instant,
+        id: &RequestId,
+        failure: &Failure,
+        tell_sender: bool,
+    ) -> Option<(String, Option<GrantId>)> {
+        let request = self.requests.remove(id)?;
         for timer in [Timer::Allocation(id.clone()), Timer::Write(id.clone()), Timer::Retention(id.clone())] {
             self.timers.cancel(&timer);
         }
@@ -409,9 +382,9 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         }
         self.counts.requests_failed += 1;
         let instance = request.instance;
-        self.remember_ended(now, id.clone(), failure.clone(), instance.clone(), grant);
-        self.fail_waiters(id, &failure, &instance);
-        self.note(Note::Failed { request: id.clone(), instance, failure, quarantined });
+        let (request, failure) = (id.clone(), failure.clone());
+        self.note(Note::Failed { request, instance: instance.clone(), failure, quarantined });
+        Some((instance, grant))
     }
 }
 

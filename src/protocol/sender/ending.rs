@@ -26,6 +26,16 @@ impl SenderSession {
         }
     }
 
+    /// A client's serving engine has reset its cache: what was computed before, and is not sent, never is.
+    pub fn handle_reset(&mut self, now: Instant, client: ClientId, id: Seq) {
+        self.now = now;
+        let open: Vec<Uid> = self.request_by_name.values().copied().collect();
+        for uid in open {
+            self.fail(uid, Failure::new(FailureKind::Cancelled, "the prefill server reset its cache"));
+        }
+        self.answer(client, id, Answer::Reset);
+    }
+
     pub(super) fn on_revoke(&mut self, peer: PeerId, revoke: Revoke) {
         let of_grant = |request: &Request| match &request.stage {
             Stage::Open { grant, .. } | Stage::Committing { grant } => request.peer == peer && *grant == revoke.grant,

@@ -160,6 +160,15 @@ impl SenderSession {
         }
         record.state = PeerState::Introducing(seq);
         let connected = self.connected_instances();
+        if connected.len() > handshake::CONNECTED_MAX {
+            let text = format!(
+                "{} receivers are connected or still written to, more than the {} that a handshake can name; try again when \
+                 transfers to lost receivers have ended",
+                connected.len(),
+                handshake::CONNECTED_MAX
+            );
+            return self.peer_failed(peer, Failure::new(FailureKind::Limit, text));
+        }
         let request = InitRequest {
             local_meta_bytes: self.settings.metadata.clone(),
             pd: Some(InitExtension {
@@ -192,7 +201,8 @@ impl SenderSession {
         if let Some(refusal) = extension.refusal {
             return self.peer_failed(peer, clipped(refusal));
         }
-        if let Err(failure) = handshake::check(&self.settings.hello, &extension.hello) {
+        let checked = handshake::check_metadata(&response.remote_meta_bytes);
+        if let Err(failure) = checked.and_then(|()| handshake::check(&self.settings.hello, &extension.hello)) {
             return self.peer_failed(peer, failure);
         }
         record.heartbeat = extension.hello.capabilities.iter().any(|name| name == CAPABILITY_HEARTBEAT);
@@ -208,7 +218,8 @@ impl SenderSession {
     /// No receiver of ours leaves `pd` out: this one is LMCache's.
     fn on_stock_init_response(&mut self, peer: PeerId, response: InitResponse) {
         let Some(address) = self.peers.get(&peer).map(|record| record.address.clone()) else { return };
-        let make = match self.meet_stock(&address, &response) {
+        let checked = handshake::check_metadata(&response.remote_meta_bytes);
+        let make = match checked.and_then(|()| self.meet_stock(&address, &response)) {
             Ok(make) => make,
             Err(failure) => return self.peer_failed(peer, failure),
         };

@@ -21,6 +21,11 @@ impl Cursor {
         self.copies.len()
     }
 
+    /// Where the next piece will go.
+    pub(super) fn next_remote_offset(&self) -> Option<u64> {
+        Some(self.copies.get(self.index)?.remote_offset + self.done_bytes)
+    }
+
     /// The next piece, of at most `len_bytes_max` bytes; `None` when all have been handed out.
     pub(super) fn take(&mut self, len_bytes_max: u64) -> Option<ByteCopy> {
         let copy = self.copies.get(self.index)?;

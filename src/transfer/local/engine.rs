@@ -86,8 +86,8 @@ impl LocalEngine {
     }
 
     /// Copies up to `budget` bytes of one transfer.
-    fn advance(&self, queued: &mut Queued, budget: &mut u64) -> Result<(), TransferError> {
-        let connected = self.connections.get(&queued.connection);
+    fn advance(&mut self, queued: &mut Queued, budget: &mut u64) -> Result<(), TransferError> {
+        let connected = self.connections.get_mut(&queued.connection);
         let (Some(Connection { agent_name, peer: Some(peer), .. }), Some(Registered { memory, .. })) =
             (connected, &self.registered)
         else {
@@ -101,16 +101,11 @@ impl LocalEngine {
             descriptor_count,
             reason,
         };
-        let (Memory::Host(memory), Some(mapping)) = (&**memory, peer.host()) else {
-            return Err(failed("the memory of either end is a GPU's".to_owned()));
-        };
         while *budget > 0
             && let Some(piece) = queued.cursor.take(*budget)
         {
             *budget -= piece.len_bytes;
-            memory
-                .copy_to(piece.local_offset, mapping, piece.remote_offset, piece.len_bytes)
-                .map_err(|error| failed(error.to_string()))?;
+            peer.write(memory, &piece).map_err(failed)?;
         }
         // After the bytes: they count only if somebody was there to have them.
         peer.check_alive().map_err(failed)
@@ -136,8 +131,9 @@ impl LocalEngine {
     /// Starts copies of the flights and takes out those that have ended.
     fn poll_flights(&mut self, ended: &mut Ended) {
         let mut index = 0;
+        let mut held_up = false;
         while let Some(flight) = self.flights.get_mut(index) {
-            match flight.advance() {
+            match flight.advance(&mut held_up) {
                 Ok(false) => index += 1,
                 advanced => {
                     // `remove`, not `swap_remove`: transfers of one peer are reported in the order in which they end.
@@ -243,7 +239,7 @@ impl TransferEngine for LocalEngine {
             .ok_or(TransferError::NotConnected { engine: LOCAL_ENGINE_NAME, connection })?;
         let opened = Peer::open(known.pid, descriptors, &registered.memory, &mut self.devices);
         known.peer = Some(opened.map_err(|error| peer_error(&known.agent_name, error))?);
-        // Mapping is all there is to it.
+        // Mapping is all there is to it; pages come with the copies.
         self.ended.connections.push(Connected { connection, result: Ok(()) });
         Ok(())
     }

@@ -40,16 +40,22 @@ impl Flight {
         !self.sealed
     }
 
-    /// Starts more copies, or looks whether they have ended: whether all have.
-    pub(super) fn advance(&mut self) -> Result<bool, TransferError> {
+    /// Starts more copies, or looks whether they have ended: whether all have. A copy that holds up this thread is only
+    /// started when none has before; it is told in `held_up`.
+    pub(super) fn advance(&mut self, held_up: &mut bool) -> Result<bool, TransferError> {
         let failed =
             |error: BufferError| TransferError::Device { engine: LOCAL_ENGINE_NAME, reason: error.to_string() };
         if !self.sealed {
             let mut room = COPIES_AT_ONCE_MAX;
             while !self.leaving
                 && room > 0
-                && let Some(copy) = self.cursor.take(u64::MAX)
+                && let Some(target_offset) = self.cursor.next_remote_offset()
             {
+                let (len_bytes_max, goes_on) = self.batch.reach_at(target_offset);
+                if !goes_on && std::mem::replace(held_up, true) {
+                    break;
+                }
+                let Some(copy) = self.cursor.take(len_bytes_max) else { break };
                 self.batch.push(copy.local_offset, copy.remote_offset, copy.len_bytes).map_err(failed)?;
                 room -= 1;
             }

@@ -12,6 +12,7 @@ mod flight;
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) mod fuzzing;
 mod identity;
+mod mapped;
 mod peer;
 
 pub use engine::LocalEngine;

@@ -8,7 +8,9 @@ use rustix::process::{Pid, PidfdFlags};
 
 use super::descriptor::{BufferDescriptor, HostDescriptor};
 use super::devices::Devices;
-use crate::buffer::{CopyBatch, CopyEnd, CopyStream, HostMapping, Memory, PinnedHost};
+use super::mapped::MappedBlocks;
+use crate::buffer::{BufferError, CopyBatch, CopyEnd, CopyStream, DroppedElsewhere, HostMapping, Memory, PinnedHost};
+use crate::ids::ByteCopy;
 
 /// A process whose memory is open here. It stays valid when the process is gone; only then nobody reads it any more, so
 /// bytes written there do not count.
@@ -24,8 +26,8 @@ pub(super) struct Peer {
 /// How bytes get there.
 #[derive(Debug)]
 enum PeerMemory {
-    /// By the thread that polls.
-    Host(HostMapping),
+    /// By the thread that polls, which maps pages as it comes to them: mapping all of a large buffer takes seconds.
+    Host { mapping: DroppedElsewhere<HostMapping>, mapped: MappedBlocks },
     /// By a GPU, where either end is on one.
     Device { stream: Arc<CopyStream>, target: CopyEnd },
 }
@@ -55,11 +57,8 @@ impl Peer {
     /// The peer's buffer has grown.
     pub(super) fn update(&mut self, descriptors: &[u8]) -> Result<(), PeerError> {
         let after = BufferDescriptor::decode(descriptors).map_err(PeerError::Descriptors)?;
-        let piece = after.check_grown_from(&self.descriptor).map_err(PeerError::Descriptors)?;
+        after.check_grown_from(&self.descriptor).map_err(PeerError::Descriptors)?;
         // The mapping covers the ceiling: only its pages are new.
-        if let Some(mapping) = self.memory.mapping() {
-            mapping.populate(piece).map_err(|error| PeerError::Gone(error.to_string()))?;
-        }
         self.descriptor = after;
         Ok(())
     }
@@ -69,18 +68,25 @@ impl Peer {
         self.descriptor.len_bytes()
     }
 
-    /// The mapping that this thread writes to; none where a GPU does.
-    pub(super) const fn host(&self) -> Option<&HostMapping> {
-        match &self.memory {
-            PeerMemory::Host(mapping) => Some(mapping),
-            PeerMemory::Device { .. } => None,
+    /// Copies out of our host memory into the peer's, by this thread.
+    pub(super) fn write(&mut self, ours: &Memory, copy: &ByteCopy) -> Result<(), String> {
+        let (Memory::Host(ours), PeerMemory::Host { mapping, mapped }) = (ours, &mut self.memory) else {
+            return Err("the memory of either end is a GPU's".to_owned());
+        };
+        let failed = |error: BufferError| error.to_string();
+        let target = copy.remote_offset..copy.remote_offset + copy.len_bytes;
+        // Not behind what the peer told of: the pages there would be taken from its machine's memory.
+        if let Some(missing) = mapped.missing(&target, self.descriptor.len_bytes()) {
+            mapping.populate(missing.clone()).map_err(failed)?;
+            mapped.insert(&missing);
         }
+        ours.copy_to(copy.local_offset, mapping, copy.remote_offset, copy.len_bytes).map_err(failed)
     }
 
     /// An empty batch of copies by a GPU; none where this thread copies.
     pub(super) fn batch(&self, ours: &Arc<Memory>) -> Option<CopyBatch> {
         match &self.memory {
-            PeerMemory::Host(_) => None,
+            PeerMemory::Host { .. } => None,
             PeerMemory::Device { stream, target } => {
                 Some(CopyBatch::new(Arc::clone(stream), CopyEnd::Memory(Arc::clone(ours)), target.clone()))
             }
@@ -105,13 +111,14 @@ impl PeerMemory {
         let gone = |error: crate::buffer::BufferError| PeerError::Gone(error.to_string());
         match (descriptor, &**ours) {
             (BufferDescriptor::Host(HostDescriptor { handle, .. }), Memory::Host(_)) => {
-                Ok(Self::Host(HostMapping::open(handle).map_err(gone)?))
+                let mapping = DroppedElsewhere::new(HostMapping::open(handle).map_err(gone)?);
+                Ok(Self::Host { mapping, mapped: MappedBlocks::default() })
             }
             (BufferDescriptor::Host(HostDescriptor { handle, len_bytes }), Memory::Cuda(cuda)) => {
                 let mapping = HostMapping::open(handle).map_err(gone)?;
                 let stream = devices.stream(cuda.device()).map_err(gone)?;
                 let pinned = PinnedHost::new(mapping, Arc::clone(cuda.device()), *len_bytes);
-                Ok(Self::Device { stream, target: CopyEnd::Host(Arc::new(pinned)) })
+                Ok(Self::Device { stream, target: CopyEnd::Host(pinned) })
             }
             (BufferDescriptor::Cuda(handle), Memory::Cuda(cuda)) => {
                 let stream = devices.stream(cuda.device()).map_err(gone)?;
@@ -130,14 +137,6 @@ impl PeerMemory {
                 let mapping = devices.open(&device, handle).map_err(mixed)?;
                 Ok(Self::Device { stream, target: CopyEnd::Cuda(mapping) })
             }
-        }
-    }
-
-    fn mapping(&self) -> Option<&HostMapping> {
-        match self {
-            Self::Host(mapping) => Some(mapping),
-            Self::Device { target: CopyEnd::Host(pinned), .. } => Some(pinned.mapping()),
-            Self::Device { .. } => None,
         }
     }
 }

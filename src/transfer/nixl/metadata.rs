@@ -6,8 +6,8 @@
 
 use std::collections::BTreeSet;
 
-/// Longest metadata that is accepted: some hundred bytes for each backend and each registered range are usual.
-const METADATA_LEN_BYTES_MAX: usize = 1 << 20;
+use crate::ids::METADATA_LEN_BYTES_MAX;
+
 /// Longest agent name that is accepted.
 const AGENT_NAME_LEN_BYTES_MAX: usize = 256;
 /// Most backends, and most lists of ranges.

@@ -9,6 +9,7 @@ pub mod address {
     mod manager;
     mod range;
     mod ranges;
+    mod room;
     mod slots;
     mod space;
     mod sync {
@@ -19,5 +20,6 @@ pub mod address {
     pub use error::AddressError;
     pub use manager::{AddressManager, OwnedRange};
     pub use range::AddressRange;
+    pub use room::MadeRoom;
     pub use usage::{Snapshot, Usage};
 }

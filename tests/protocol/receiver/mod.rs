@@ -2,6 +2,10 @@
 
 mod bench;
 mod ended;
+mod eviction;
+mod limits;
+mod readers;
+mod reset;
 mod stock;
 mod verification;
 

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use pd_backend::ids::{ChunkKey, ClientId, Pages, RequestId, Seq};
+use pd_backend::ids::{ChunkKey, ClientId, FailureKind, Pages, RequestId, Seq};
 use pd_backend::protocol::Port;
 use pd_backend::protocol::receiver::{Answer, Lookup, Output};
 use pd_backend::wire::message::{AllocRequest, CacheQueryRequest, CancelNotif, InitRequest, MemRegRequest};
@@ -62,21 +62,26 @@ struct Ask<'a> {
 
 const SYNC: Ask<'_> = Ask { names: &[], req_id: None, total: None, last: None, last_tokens: 4, dtype: "uint8" };
 
+impl Ask<'_> {
+    fn message(&self) -> Message {
+        let tokens = if self.names.len() == 1 { self.last_tokens } else { 4 };
+        Message::AllocRequest(AllocRequest {
+            keys: keys(self.names),
+            fmt: 1,
+            shape: vec![2, 1, tokens, 2],
+            dtype: self.dtype.into(),
+            last_chunk_toks: self.last_tokens,
+            req_id: self.req_id.map(|id| RequestId::new(id).unwrap()),
+            is_last_batch: self.last,
+            total_chunks: self.total,
+            pd: None,
+        })
+    }
+}
+
 /// Positions that need not be sent, and page indexes; none when there is no answer yet.
 fn ask(bench: &mut Bench, route: &'static str, ask: &Ask<'_>) -> Option<(Vec<u32>, Vec<i64>)> {
-    let tokens = if ask.names.len() == 1 { ask.last_tokens } else { 4 };
-    let request = AllocRequest {
-        keys: keys(ask.names),
-        fmt: 1,
-        shape: vec![2, 1, tokens, 2],
-        dtype: ask.dtype.into(),
-        last_chunk_toks: ask.last_tokens,
-        req_id: ask.req_id.map(|id| RequestId::new(id).unwrap()),
-        is_last_batch: ask.last,
-        total_chunks: ask.total,
-        pd: None,
-    };
-    let said = bench.say(Port::Alloc, route, Message::AllocRequest(request));
+    let said = bench.say(Port::Alloc, route, ask.message());
     answer_to(&said, route)
 }
 
@@ -346,6 +351,34 @@ fn a_restarted_sender_takes_its_request_up_again() {
     bench.session.handle_route_gone(bench.now, &"m");
     let (_, answers) = bench.alloc("a", "r", &["k"]);
     assert!(answers[0].1.pd.as_ref().unwrap().refusal.is_none(), "a pd-sender may take it up as well");
+}
+
+#[test]
+fn a_reader_goes_on_waiting_when_its_request_is_asked_for_again() {
+    // Broken in production: a stock sender, or the one that takes its place, tries again, and decode, which has waited since
+    // before, is told that the first attempt has ended.
+    let mut bench = stock_bench(6);
+    let named = Ask { names: &["a"], req_id: Some("r"), total: Some(1), last: Some(true), ..SYNC };
+    assert_eq!(wait(&mut bench, 50, "r", None), None);
+    for route in ["l", "l", "m"] {
+        if route == "m" {
+            bench.session.handle_route_gone(bench.now, &"l");
+        }
+        bench.session.handle_message(bench.now, Port::Alloc, route, named.message());
+        assert_eq!(answer_of(&mut bench, 50), None, "{route} asks for it");
+    }
+    bench.session.handle_wait(bench.now, ClientId(2), Seq(51), RequestId::new("r").unwrap(), None, true);
+    assert!(matches!(answer_of(&mut bench, 50), Some(Answer::Ready { .. })));
+}
+
+#[test]
+fn a_refusal_is_told_to_decode_as_well() {
+    // Broken in production: a stock sender is refused, tells nobody, and decode waits for its deadline.
+    let mut bench = stock_bench(2);
+    let large = Ask { names: &["a", "b", "c"], req_id: Some("r"), ..SYNC };
+    assert_eq!(ask(&mut bench, "l", &large), Some((vec![], vec![-1; 3])));
+    assert_eq!(kind_of(wait(&mut bench, 50, "r", None)), Some(FailureKind::TooLarge));
+    assert_eq!(wait(&mut bench, 51, "r", None), None, "once");
 }
 
 #[test]

@@ -334,3 +334,28 @@ fn what_waits_for_a_gpu_is_given_up_with_its_request_and_keeps_its_slot_until_th
     assert_eq!(bench.session.counts().slots_staged, 0);
     assert!(bench.session.is_drained());
 }
+
+#[test]
+fn a_reset_ends_what_is_not_sent() {
+    // Broken in production: chunks that were computed with the former weights are committed after these were changed.
+    let mut bench = Bench::new();
+    let seq = bench.open("r");
+    bench.grant(seq, 7);
+    bench.send("r");
+    bench.open("not granted yet");
+    bench.pump();
+    bench.session.handle_reset(bench.now, CLIENT, Seq(90));
+    bench.pump();
+    assert!(bench.answers.iter().any(|(id, answer)| *id == Seq(90) && *answer == Answer::Reset), "{:?}", bench.answers);
+    assert_eq!(bench.session.counts().requests_failed, 2);
+    for transfer in bench.posts.clone() {
+        bench.session.handle_transfer_done(bench.now, transfer, Ok(Vec::new()));
+    }
+    bench.pump();
+    assert!(bench.session.is_drained(), "nothing of it is committed");
+    assert_eq!(bench.session.counts().requests_sent, 0);
+    // What is opened from now on is sent.
+    let seq = bench.open("later");
+    bench.grant(seq, 8);
+    assert_eq!(bench.session.counts().requests_active, 1);
+}

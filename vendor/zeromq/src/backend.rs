@@ -4,7 +4,8 @@ use crate::fair_queue::QueueInner;
 use crate::util::PeerIdentity;
 use crate::write_queue::write_message_queue;
 use crate::{
-    MultiPeerBackend, SocketBackend, SocketEvent, SocketOptions, SocketType, ZmqError, ZmqResult,
+    notify, MultiPeerBackend, Place, SocketBackend, SocketEvent, SocketOptions, SocketType,
+    ZmqError, ZmqResult,
 };
 
 use async_trait::async_trait;
@@ -23,6 +24,7 @@ pub(crate) type DisconnectNotifier = mpsc::Sender<PeerIdentity>;
 pub(crate) struct Peer {
     pub(crate) send_queue: mpsc::Sender<Message>,
     pub(crate) max_message_size: Arc<AtomicUsize>,
+    pub(crate) place: Option<Arc<Place>>,
 }
 
 #[derive(Clone)]
@@ -237,6 +239,17 @@ impl GenericSocketBackend {
         })
     }
 
+    /// Disconnects a peer that has said what cannot be read, or whose connection has failed. Only
+    /// the former is news, which is lost when nobody listens.
+    pub(crate) fn peer_unreadable(&self, peer_id: &PeerIdentity, error: CodecError) {
+        if !matches!(error, CodecError::Io(_)) {
+            if let Some(monitor) = self.monitor().lock().as_mut() {
+                let _ = monitor.try_send(SocketEvent::Unreadable(peer_id.clone(), error.into()));
+            }
+        }
+        self.peer_disconnected(peer_id);
+    }
+
     fn try_send_cached_single_peer(
         &self,
         message: Message,
@@ -358,6 +371,7 @@ impl MultiPeerBackend for GenericSocketBackend {
                 Peer {
                     send_queue: queue_sender,
                     max_message_size: recv_queue.max_message_size().clone(),
+                    place: recv_queue.place.clone(),
                 },
             )
             .await;
@@ -409,7 +423,7 @@ impl MultiPeerBackend for GenericSocketBackend {
     }
 
     fn peer_disconnected(&self, peer_id: &PeerIdentity) {
-        let peer_removed = self.peers.remove_sync(peer_id).is_some();
+        let removed = self.peers.remove_sync(peer_id);
         self.refresh_single_peer_cache();
         match &self.fair_queue_inner {
             None => {}
@@ -418,10 +432,11 @@ impl MultiPeerBackend for GenericSocketBackend {
             }
         };
 
-        if peer_removed {
-            if let Some(monitor) = self.monitor().lock().as_mut() {
-                let _ = monitor.try_send(SocketEvent::Disconnected(peer_id.clone()));
-            }
+        if let Some((peer_id, peer)) = removed {
+            notify(
+                self.monitor(),
+                SocketEvent::Disconnected(peer_id, peer.place),
+            );
         }
 
         // Notify reconnection task if registered
@@ -464,6 +479,7 @@ mod tests {
                 Peer {
                     send_queue,
                     max_message_size: Arc::default(),
+                    place: None,
                 },
             )
             .await;
@@ -554,6 +570,7 @@ mod tests {
                 Peer {
                     send_queue,
                     max_message_size: Arc::default(),
+                    place: None,
                 },
             )
             .await;
@@ -591,6 +608,7 @@ mod tests {
                 Peer {
                     send_queue,
                     max_message_size: Arc::default(),
+                    place: None,
                 },
             )
             .await;
@@ -622,7 +640,7 @@ mod tests {
         let event = monitor_receiver.next().await.expect("disconnect event");
         assert!(matches!(
             event,
-            SocketEvent::Disconnected(disconnected_peer) if disconnected_peer == peer_id
+            SocketEvent::Disconnected(disconnected_peer, _) if disconnected_peer == peer_id
         ));
 
         backend.peer_disconnected(&peer_id);

@@ -1,3 +1,5 @@
+use crate::async_rt;
+
 use futures::task::{waker_ref, ArcWake};
 use futures::Stream;
 use parking_lot::Mutex;
@@ -125,6 +127,10 @@ where
         };
 
         while remaining_ready > 0 {
+            // Without it no stream can read, and all that are left would lose their places.
+            if !async_rt::task::may_go_on() {
+                break;
+            }
             remaining_ready -= 1;
             let (event, mut io_stream) = {
                 let mut inner = fair_queue.inner.lock();

@@ -344,11 +344,22 @@ pub enum SocketEvent {
     ConnectDelayed,
     ConnectRetried,
     Listening(Endpoint),
-    Accepted(Endpoint, PeerIdentity),
+    /// Never dropped, however far whoever listens is behind: the connection keeps its place until then.
+    Accepted(Endpoint, PeerIdentity, Option<Arc<Place>>),
     AcceptFailed(ZmqError),
     Closed,
     CloseFailed,
-    Disconnected(PeerIdentity),
+    /// A split ROUTER could not read what the peer sent, and disconnects it.
+    Unreadable(PeerIdentity, ZmqError),
+    /// As `Accepted`.
+    Disconnected(PeerIdentity, Option<Arc<Place>>),
+}
+
+/// Tells what must not be lost. A sender of its own has room for a message of its own, whatever waits already.
+pub(crate) fn notify(monitor: &Mutex<Option<mpsc::Sender<SocketEvent>>>, event: SocketEvent) {
+    if let Some(monitor) = monitor.lock().as_ref() {
+        let _ = monitor.clone().try_send(event);
+    }
 }
 
 pub const DEFAULT_CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
@@ -371,8 +382,10 @@ pub struct SocketOptions {
     pub(crate) connections: Arc<AtomicUsize>,
 }
 
-/// A connection's place under [`SocketOptions::max_connections`], held by both its halves.
-pub(crate) struct Place(Arc<AtomicUsize>);
+/// A connection's place under [`SocketOptions::max_connections`], held by both its halves, and by what its
+/// socket's monitor has not been told of it yet.
+#[derive(Debug)]
+pub struct Place(Arc<AtomicUsize>);
 
 impl Drop for Place {
     fn drop(&mut self) {
@@ -594,21 +607,20 @@ where
         async move {
             let result = match result {
                 // A peer that connects and says nothing gives its descriptor back.
-                Ok((io, endpoint)) => util::run_with_timeout(
-                    backend.socket_options().connect_timeout,
-                    util::peer_connected(io, backend.clone()),
-                )
-                .await
-                .map(|peer_id| (endpoint, peer_id)),
+                Ok((io, endpoint)) => {
+                    let place = io.read_half.place.clone();
+                    util::run_with_timeout(
+                        backend.socket_options().connect_timeout,
+                        util::peer_connected(io, backend.clone()),
+                    )
+                    .await
+                    .map(|peer_id| SocketEvent::Accepted(endpoint, peer_id, place))
+                }
                 Err(error) => Err(error),
             };
 
             match result {
-                Ok((endpoint, peer_id)) => {
-                    if let Some(monitor) = backend.monitor().lock().as_mut() {
-                        let _ = monitor.try_send(SocketEvent::Accepted(endpoint, peer_id));
-                    }
-                }
+                Ok(accepted) => notify(backend.monitor(), accepted),
                 Err(error) => {
                     if let Some(monitor) = backend.monitor().lock().as_mut() {
                         let _ = monitor.try_send(SocketEvent::AcceptFailed(error));

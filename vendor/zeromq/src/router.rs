@@ -221,8 +221,8 @@ impl SocketRecv for RouterRecvHalf {
                     return Ok(message);
                 }
                 Some((_peer_id, Ok(_))) => {}
-                Some((peer_id, Err(_e))) => {
-                    self.inner.backend.peer_disconnected(&peer_id);
+                Some((peer_id, Err(error))) => {
+                    self.inner.backend.peer_unreadable(&peer_id, error);
                 }
                 None => {
                     return Err(ZmqError::NoMessage);

@@ -305,7 +305,7 @@ impl MultiPeerBackend for SubSocketBackend {
 
     fn peer_disconnected(&self, peer_id: &PeerIdentity) {
         if let Some(monitor) = self.monitor().lock().as_mut() {
-            let _ = monitor.try_send(SocketEvent::Disconnected(peer_id.clone()));
+            let _ = monitor.try_send(SocketEvent::Disconnected(peer_id.clone(), None));
         }
 
         self.peers.remove_sync(peer_id);

@@ -3,19 +3,18 @@
 use super::super::{Note, Output, Port, ReceiverSession};
 use super::{Agent, AgentState, STOCK_PREFIX};
 use crate::ids::{ChecksumMode, ConnectionId, Failure, FailureKind, Pages, clip};
+use crate::protocol::handshake;
 use crate::wire::message::{InitResponse, MemRegRequest, MemRegResponse};
 use crate::wire::{Message, descriptor_list};
 
 impl<R: Clone + PartialEq> ReceiverSession<R> {
     /// `NixlInitRequest` without our part.
     pub(in crate::protocol::receiver) fn on_stock_init(&mut self, from: R, metadata: Vec<u8>) {
-        if let Err(failure) = self.check_stock_served() {
+        let checked = handshake::check_metadata(&metadata).and_then(|()| self.check_stock_served());
+        if let Err(failure) = checked.and_then(|()| self.make_room_for_agent()) {
             self.note(Note::PeerRefused { instance: "a sender of another make".into(), failure });
             let refusal = InitResponse { remote_agent_name: Vec::new(), remote_meta_bytes: Vec::new(), pd: None };
             return self.send(from, Port::Init, Message::NixlInitResponse(refusal));
-        }
-        if self.stock.agents.len() >= self.settings.peers_max {
-            self.forget_oldest_agent();
         }
         let number = self.stock.fresh();
         let instance = format!("{STOCK_PREFIX}agent-{number}");
@@ -42,15 +41,27 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         Ok(())
     }
 
-    fn forget_oldest_agent(&mut self) {
-        let met = self.stock.agents.iter().filter(|(_, agent)| !matches!(agent.state, AgentState::Loading { .. }));
-        let oldest = met.min_by_key(|(_, agent)| agent.number).map(|(instance, _)| instance.clone());
-        if let Some(instance) = oldest
-            && let Some(Agent { state: AgentState::Met(connection) | AgentState::Told(connection), .. }) =
-                self.stock.agents.remove(&instance)
-        {
-            self.outputs.push_back(Output::ForgetPeer(connection));
+    /// Forgets the one that shook hands first, where there are as many as may be. Those that the engine is reading cannot be
+    /// forgotten.
+    fn make_room_for_agent(&mut self) -> Result<(), Failure> {
+        let count = self.stock.agents.len();
+        if count < self.settings.peers_max {
+            return Ok(());
         }
+        let met = |agent: &Agent<R>| match agent.state {
+            AgentState::Loading { .. } => None,
+            AgentState::Met(connection) | AgentState::Told(connection) => Some(connection),
+        };
+        let agents = self.stock.agents.iter();
+        let oldest = agents.filter_map(|(name, agent)| Some((agent.number, name.clone(), met(agent)?))).min();
+        let Some((_, instance, connection)) = oldest else {
+            let text =
+                format!("{count} senders shake hands at this moment, the limit; raise pd_max_peers, or try again");
+            return Err(Failure::new(FailureKind::Limit, text));
+        };
+        self.stock.agents.remove(&instance);
+        self.outputs.push_back(Output::ForgetPeer(connection));
+        Ok(())
     }
 
     /// The engine has met a sender of another make, or could not. False: this is none.

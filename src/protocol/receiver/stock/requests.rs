@@ -40,12 +40,13 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             Ok(sizes) if self.is_next_batch(&instance, &id) => self.take_batch(now, from, id, request, sizes),
             Ok(sizes) => {
                 // An earlier attempt under this name has been given up by whoever tries again, and may still be written.
-                self.end(now, &id, Failure::new(FailureKind::Cancelled, "its sender asked for it again"), false);
+                self.replace(now, &id, &Failure::new(FailureKind::Cancelled, "its sender asked for it again"));
                 self.begin_stock_request(now, from, (id, instance), request, sizes);
             }
             Err(failure) => {
-                if !self.requests.contains_key(&id) {
-                    self.fail_waiters(&id, &failure, &instance);
+                // Readers do not know a name that a request was given here.
+                if !self.requests.contains_key(&id) && request.req_id.is_some() {
+                    self.tell_end(now, id.clone(), failure.clone(), instance.clone(), None);
                 }
                 self.refuse_stock(from, count, &instance, Some(id), failure);
             }
@@ -146,8 +147,6 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         request: AllocRequest,
         sizes: Vec<ChunkSize>,
     ) {
-        self.drop_ready(now, &id);
-        self.ended.forget(&id);
         let wait = self.settings.allocation_timeout;
         self.timers.set(Timer::Allocation(id.clone()), now + wait);
         let complete = request.is_last_batch.unwrap_or(true);
@@ -163,6 +162,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             known_len_bytes: self.stock.known_len_bytes.unwrap_or(0),
             since: now,
             overtaken: 0,
+            refused_in: None,
             verifying: None,
             batches: Some(batches),
             stage: Stage::Waiting { wait, held: None },
@@ -178,12 +178,13 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         id: &RequestId,
         grant: GrantId,
         missing: &[u32],
+        keep: &BTreeSet<SlotIndex>,
     ) -> Option<Vec<SlotIndex>> {
         let request = self.requests.get_mut(id)?;
         let batches = request.batches.as_mut()?;
         let to_come = batches.total.saturating_sub(request.keys.len());
         let (page_bytes, known) = (self.settings.chunk.slot_bytes, request.known_len_bytes);
-        let mut pages = self.slots.reserve_pages(grant, missing.len() + to_come, page_bytes, known).ok()?;
+        let mut pages = self.slots.reserve_pages(grant, missing.len() + to_come, page_bytes, keep, known).ok()?;
         batches.spare = pages.split_off(missing.len());
         for (&index, &slot) in missing.iter().zip(&pages) {
             self.slots.set_chunk_bytes(slot, grant, request.sizes[index as usize].len_bytes);

@@ -17,6 +17,9 @@ use std::sync::atomic::AtomicUsize;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
+/// How often one connection is read before it is another's turn.
+const READS_PER_TURN: usize = 4;
+
 // Enables us to have multiple bounds on the dyn trait in `InnerFramed`
 pub trait FrameableRead: AsyncRead + Unpin + Send + Sync {}
 impl<T> FrameableRead for T where T: AsyncRead + Unpin + Send + Sync {}
@@ -87,7 +90,7 @@ impl ZmqFramedRead {
             return Poll::Ready(Some(Ok(item)));
         }
 
-        loop {
+        for _ in 0..READS_PER_TURN {
             let min_read_size = self.codec.bytes_needed(self.buffer.len());
             self.buffer_size = self
                 .buffer_size
@@ -117,6 +120,9 @@ impl ZmqFramedRead {
                 None => {}
             }
         }
+        // Others have waited: a long message is read in turns with theirs.
+        cx.waker().wake_by_ref();
+        Poll::Pending
     }
 
     fn decode(&mut self) -> CodecResult<Option<Message>> {

@@ -52,6 +52,14 @@ impl From<tokio::task::JoinError> for JoinError {
     }
 }
 
+/// Whether the running task may read and write, or has to let others run first. Only tokio counts that.
+pub fn may_go_on() -> bool {
+    #[cfg(feature = "tokio-runtime")]
+    return tokio::task::coop::has_budget_remaining();
+    #[cfg(not(feature = "tokio-runtime"))]
+    true
+}
+
 pub async fn sleep(duration: std::time::Duration) {
     #[cfg(feature = "tokio-runtime")]
     ::tokio::time::sleep(duration).await;

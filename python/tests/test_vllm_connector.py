@@ -1,0 +1,118 @@
+"""`PdConnector` without vLLM, whose modules are played: what becomes of its daemon."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from conftest import binary, children
+from pd_backend.errors import PdError
+from pd_backend.vllm import consumer, producer
+from pd_backend.vllm.adapters import LoadedAdapters
+from vllm_pair import BLOCK, Memory
+
+
+class Base:
+    """What vLLM's base class of connectors does, as far as it is used."""
+
+    def __init__(self, config: Any, role: Any, kv_cache_config: Any) -> None:
+        self._vllm_config, self._kv_cache_config = config, kv_cache_config
+        self._kv_transfer_config = config.kv_transfer_config
+
+
+@pytest.fixture
+def connector(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """`pd_backend.vllm.connector`, imported with vLLM's modules played."""
+    base = "vllm.distributed.kv_transfer.kv_connector.v1.base"
+    names = [base.rsplit(".", depth)[0] for depth in range(1, 6)]
+    for name in [*names, base, "vllm.logger"]:
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    played = sys.modules[base]
+    for name in ("Handshake", "", "Worker"):
+        setattr(played, f"KVConnector{name}Metadata", type(f"KVConnector{name}Metadata", (), {}))
+    for name, value in {
+        "KVConnectorBase_V1": Base,
+        "SupportsHMA": type("SupportsHMA", (), {}),
+        "KVConnectorRole": SimpleNamespace(SCHEDULER=0, WORKER=1),
+    }.items():
+        setattr(played, name, value)
+    sys.modules["vllm.distributed"].get_tensor_model_parallel_rank = lambda: 0  # type: ignore[attr-defined]
+    sys.modules["vllm.logger"].init_logger = lambda name: SimpleNamespace(info=print)  # type: ignore[attr-defined]
+    process = SimpleNamespace(create_time=time.time)
+    monkeypatch.setitem(sys.modules, "psutil", SimpleNamespace(Process=lambda: process))
+    # What is read of vLLM's configuration.
+    engine = SimpleNamespace(
+        LOADED_ADAPTERS=LoadedAdapters(),
+        adapter_folder=str,
+        dtype_name=lambda _: "bfloat16",
+        engine_facts=lambda *_: {},
+        images_by_count=lambda _: False,
+        running_model=lambda _: None,
+        watch_adapter_loads=lambda: True,
+        window_tokens=lambda _: None,
+    )
+    monkeypatch.setitem(sys.modules, "pd_backend.vllm.engine", engine)
+    monkeypatch.delitem(sys.modules, "pd_backend.vllm.connector", raising=False)
+    module = importlib.import_module("pd_backend.vllm.connector")
+    yield module
+    sys.modules.pop("pd_backend.vllm.connector")
+
+
+def config(role: str) -> Any:
+    sets = {"transfer_channel": "local", "pd_buffer_size": "1MiB", "pd_peer_host": "127.0.0.1"}
+    sets |= {"pd_peer_init_port": 0, "pd_peer_alloc_port": 0} if role == "kv_consumer" else {}
+    extra = {"set": sets, "chunk_size": 2 * BLOCK, "binary_dir": str(Path(binary("pd-sender")).parent), "weights_id": "tiny"}
+    return SimpleNamespace(
+        kv_transfer_config=SimpleNamespace(kv_role=role, kv_connector_extra_config=extra),
+        parallel_config=SimpleNamespace(pipeline_parallel_size=1, tensor_parallel_size=1, enable_dbo=False),
+        model_config=SimpleNamespace(model="tests/tiny"),
+        lora_config=None,
+    )
+
+
+def caches() -> Any:
+    group = SimpleNamespace(kv_cache_spec=SimpleNamespace(block_size=BLOCK))
+    return SimpleNamespace(kv_cache_groups=[group], num_blocks=16, kv_cache_tensors=[])
+
+
+class Refused(PdError):
+    """What is raised at some point of the start."""
+
+
+@pytest.mark.parametrize("role, program", [("kv_producer", "pd-sender"), ("kv_consumer", "pd-receiver")])
+@pytest.mark.parametrize("where", ["nowhere", "memory", "worker", "after"])
+def test_a_daemon_is_not_left_by_an_engine_that_does_not_start(
+    connector: ModuleType, monkeypatch: pytest.MonkeyPatch, role: str, program: str, where: str
+) -> None:
+    # Broken in production: an engine whose start fails after its daemon's leaves the daemon, with its ports and the memory
+    # of its buffer, and the next one does not start either.
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise Refused("test", where)
+
+    made = connector.PdConnector(config(role), 1, caches())
+    paged = Memory(1)
+    paged.block_bytes, paged.device = 64, "cpu"
+    made.make_paged = lambda _: paged
+    if where == "memory":
+        paged.memory = refuse
+    elif where == "worker":
+        for part in (producer.ProducerWorker, consumer.ConsumerWorker):
+            monkeypatch.setattr(part, "_attached", refuse)
+    elif where == "after":
+        monkeypatch.setattr(connector, "meet_receivers", refuse)
+        monkeypatch.setattr(connector, "PdHandshake", refuse)
+    if where == "nowhere":
+        made.register_kv_caches({})
+        assert len(children(program)) == 1
+        made.shutdown()
+    else:
+        with pytest.raises(Refused):
+            made.register_kv_caches({})
+    assert children(program) == []
