@@ -6,7 +6,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use rustix::fs::{FallocateFlags, MemfdFlags, Mode, SealFlags};
 use rustix::io::Errno;
 
-use crate::ids::Checksum;
+use crate::ids::Summing;
 
 use super::available::available_memory_bytes;
 use super::region::{Content, Region};
@@ -151,12 +151,12 @@ impl HostMemory {
         self.region.write(offset, bytes)
     }
 
-    /// Sums bytes.
+    /// Adds bytes to a sum.
     ///
     /// # Errors
-    /// [`BufferError::OutOfRange`].
-    pub fn checksum(&self, offset: u64, len_bytes: u64) -> Result<Checksum, BufferError> {
-        self.region.checksum(offset, len_bytes)
+    /// [`BufferError::OutOfRange`]; nothing is added then.
+    pub fn sum(&self, offset: u64, len_bytes: u64, sum: &mut Summing) -> Result<(), BufferError> {
+        self.region.sum(offset, len_bytes, sum)
     }
 
     /// Copies bytes into another process's memory.

@@ -33,7 +33,7 @@ pub use manager::{MemoryManager, MemoryOptions, MemoryUsage, Registrar, Space};
 pub use mapping::HostMapping;
 pub use steps::{MachineSteps, StepSource};
 
-use crate::ids::Checksum;
+use crate::ids::Summing;
 
 /// The memory behind a pd_buffer.
 #[derive(Debug)]
@@ -83,14 +83,14 @@ impl Memory {
         }
     }
 
-    /// Sums bytes.
+    /// Adds bytes to a sum.
     ///
     /// # Errors
-    /// [`BufferError::OutOfRange`], and those of a GPU.
-    pub fn checksum(&self, offset: u64, len_bytes: u64) -> Result<Checksum, BufferError> {
+    /// [`BufferError::OutOfRange`], and those of a GPU. The sum is of no use then.
+    pub fn sum(&self, offset: u64, len_bytes: u64, sum: &mut Summing) -> Result<(), BufferError> {
         match self {
-            Self::Host(memory) => memory.checksum(offset, len_bytes),
-            Self::Cuda(memory) => memory.checksum(offset, len_bytes),
+            Self::Host(memory) => memory.sum(offset, len_bytes, sum),
+            Self::Cuda(memory) => memory.sum(offset, len_bytes, sum),
         }
     }
 

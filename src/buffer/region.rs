@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use memmap2::{Advice, MmapOptions, MmapRaw};
 
 use super::BufferError;
-use crate::ids::{Checksum, Summing};
+use crate::ids::Summing;
 
 /// Below this length huge pages would waste more than they save.
 const HUGE_PAGE_LEN_BYTES: u64 = 2 * 1024 * 1024;
@@ -128,11 +128,10 @@ impl Region {
         Ok(())
     }
 
-    /// Sums bytes, in pieces that stay in a core's cache.
-    pub(super) fn checksum(&self, offset: u64, len_bytes: u64) -> Result<Checksum, BufferError> {
+    /// Adds bytes to a sum, in pieces that stay in a core's cache.
+    pub(super) fn sum(&self, offset: u64, len_bytes: u64, sum: &mut Summing) -> Result<(), BufferError> {
         self.check(offset, len_bytes)?;
         let mut piece = vec![0; PIECE_LEN_BYTES.min(len_bytes as usize)];
-        let mut sum = Summing::default();
         let mut at = offset;
         let end = offset + len_bytes;
         while at < end {
@@ -141,7 +140,7 @@ impl Region {
             sum.add(&piece[..len]);
             at += len as u64;
         }
-        Ok(sum.finish())
+        Ok(())
     }
 
     /// Copies between two mappings, or inside one.

@@ -60,7 +60,8 @@ impl Checksum {
     }
 }
 
-/// Sums bytes that come in pieces.
+/// Sums bytes that come in pieces, which costs less than to combine the checksums of the pieces: that takes some 100 µs.
+#[derive(Debug)]
 pub struct Summing(crc_fast::Digest);
 
 impl Default for Summing {

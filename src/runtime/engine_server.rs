@@ -335,94 +335,15 @@ fn transfer_failure(error: &TransferError) -> Failure {
 
 #[cfg(test)]
 mod tests {
-    use std::ops::Range;
     use std::sync::{Arc, Mutex};
 
     use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
+    use super::super::played_engine::PlayedEngine;
     use super::super::sum_queue::SLICE_LEN_BYTES_MAX;
     use super::*;
     use crate::buffer::HostMemory;
-    use crate::ids::{ByteCopy, Pages};
-    use crate::transfer::Export;
-
-    /// An engine whose transfers end with the next poll, in which it can be kept.
-    struct Played {
-        memory: Arc<Memory>,
-        posted: Arc<Mutex<Vec<TransferId>>>,
-        ended: Ended,
-        /// A poll takes one; none: it takes as many as it likes.
-        gate: Option<mpsc::Receiver<()>>,
-    }
-
-    impl TransferEngine for Played {
-        fn name(&self) -> &'static str {
-            "played"
-        }
-
-        fn linger(&self) -> Duration {
-            Duration::ZERO
-        }
-
-        fn register(&mut self, _: Arc<Memory>, _: u64, _: u64) -> Result<(), TransferError> {
-            Ok(())
-        }
-
-        fn extend(&mut self, _: Range<u64>) -> Result<Export, TransferError> {
-            self.export()
-        }
-
-        fn export(&mut self) -> Result<Export, TransferError> {
-            Err(TransferError::NotRegistered { engine: "played" })
-        }
-
-        fn load_peer(&mut self, _: &str, _: &[u8]) -> Result<ConnectionId, TransferError> {
-            Ok(ConnectionId(1))
-        }
-
-        fn agent_name_in(&self, _: &[u8]) -> Result<String, TransferError> {
-            Ok("peer".to_owned())
-        }
-
-        fn pages(&self, _: u64) -> Option<Pages> {
-            None
-        }
-
-        fn describe(&self, _: &Pages) -> Result<Vec<u8>, TransferError> {
-            Ok(Vec::new())
-        }
-
-        fn connect(&mut self, _: ConnectionId, _: &[u8]) -> Result<(), TransferError> {
-            Ok(())
-        }
-
-        fn update_peer(&mut self, _: ConnectionId, _: &[u8], _: &[u8]) -> Result<(), TransferError> {
-            Ok(())
-        }
-
-        /// Writes what it may not have read yet: whoever sums later sums something else.
-        fn post(&mut self, transfer: TransferId, _: ConnectionId, copies: &[ByteCopy]) -> Result<(), TransferError> {
-            for copy in copies {
-                self.memory.write(copy.local_offset, &[0xff]).unwrap();
-            }
-            self.posted.lock().unwrap().push(transfer);
-            self.ended.transfers.push(Completion { transfer, result: Ok(()) });
-            Ok(())
-        }
-
-        fn poll(&mut self, ended: &mut Ended) {
-            if let Some(gate) = &self.gate {
-                gate.recv().unwrap();
-            }
-            ended.append(&mut self.ended);
-        }
-
-        fn in_flight(&self) -> usize {
-            self.ended.len()
-        }
-
-        fn disconnect(&mut self, _: ConnectionId) {}
-    }
+    use crate::ids::ByteCopy;
 
     type Event = EngineEvent<&'static str>;
 
@@ -442,7 +363,8 @@ mod tests {
         fn start(commands: Vec<Command<&'static str>>, gate: Option<mpsc::Receiver<()>>) -> Self {
             let memory = Arc::new(Memory::Host(HostMemory::allocate(2 * CHECKED_LEN_BYTES).unwrap()));
             let posted = Arc::new(Mutex::new(Vec::new()));
-            let engine = Played { memory: memory.clone(), posted: posted.clone(), ended: Ended::default(), gate };
+            let ended = Ended::default();
+            let engine = PlayedEngine { memory: memory.clone(), posted: posted.clone(), ended, gate };
             let (work, inbox) = mpsc::channel();
             let (events, heard) = unbounded_channel();
             let (probed, taken) = watch::channel(0);

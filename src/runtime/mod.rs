@@ -33,6 +33,8 @@ mod inquiry;
 mod lifecycle;
 mod notes;
 mod peer_links;
+#[cfg(test)]
+mod played_engine;
 mod ports;
 mod probe;
 mod process;

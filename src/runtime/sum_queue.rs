@@ -4,7 +4,7 @@
 use std::collections::VecDeque;
 
 use crate::buffer::{BufferError, Memory};
-use crate::ids::Checksum;
+use crate::ids::{Checksum, Summing};
 
 /// What one turn sums at most: as many bytes as one poll of the local engine copies, a fraction of a millisecond.
 pub(super) const SLICE_LEN_BYTES_MAX: u64 = 4 * 1024 * 1024;
@@ -33,8 +33,9 @@ struct Job<T> {
     ranges: Vec<SumRange>,
     /// Of the ranges that are summed.
     sums: Sums,
-    /// How much of the next range is summed, and its checksum.
-    done: Option<(u64, Checksum)>,
+    /// Of the next range: how much of it is summed, and the sum.
+    done_bytes: u64,
+    summing: Summing,
 }
 
 impl<T> Job<T> {
@@ -48,19 +49,16 @@ impl<T> Job<T> {
         while budget_bytes > 0
             && let Some(&SumRange { offset_bytes, len_bytes }) = self.ranges.get(self.sums.len())
         {
-            let done = self.done.take();
-            let done_bytes = done.map_or(0, |(done_bytes, _)| done_bytes);
-            let slice_bytes = (len_bytes - done_bytes).min(budget_bytes);
+            let slice_bytes = (len_bytes - self.done_bytes).min(budget_bytes);
             budget_bytes = budget_bytes.saturating_sub(slice_bytes.max(RANGE_COST_BYTES));
-            let sum = memory
-                .checksum(offset_bytes + done_bytes, slice_bytes)
-                .map(|sum| done.map_or(sum, |(_, so_far)| so_far.followed_by(sum, slice_bytes)));
-            match sum {
-                Ok(so_far) if done_bytes + slice_bytes < len_bytes => {
-                    self.done = Some((done_bytes + slice_bytes, so_far));
-                }
-                sum => self.sums.push(sum),
+            let summed = memory.sum(offset_bytes + self.done_bytes, slice_bytes, &mut self.summing);
+            self.done_bytes += slice_bytes;
+            if summed.is_ok() && self.done_bytes < len_bytes {
+                continue;
             }
+            let summing = std::mem::take(&mut self.summing);
+            self.done_bytes = 0;
+            self.sums.push(summed.map(|()| summing.finish()));
         }
     }
 }
@@ -76,7 +74,7 @@ impl<T> SumQueue<T> {
 
     pub(super) fn push(&mut self, purpose: T, ranges: Vec<SumRange>) {
         let sums = Vec::with_capacity(ranges.len());
-        self.jobs.push_back(Job { purpose, ranges, sums, done: None });
+        self.jobs.push_back(Job { purpose, ranges, sums, done_bytes: 0, summing: Summing::default() });
     }
 
     /// Sums one slice of the job whose turn it is. Returns the job if that was its last.

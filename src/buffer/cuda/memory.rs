@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::driver::Place;
 use super::{CudaDevice, CudaHandle};
 use crate::buffer::BufferError;
-use crate::ids::{Checksum, Summing};
+use crate::ids::Summing;
 
 /// What is copied to the host at a time for a checksum.
 const PIECE_LEN_BYTES: u64 = 1024 * 1024;
@@ -91,14 +91,13 @@ impl CudaMemory {
         unsafe { self.device.context().write(self.address + offset, bytes) }.map_err(|error| self.device.failed(error))
     }
 
-    /// Sums bytes, which takes them through the host.
+    /// Adds bytes to a sum, which takes them through the host.
     ///
     /// # Errors
-    /// As [`read`](Self::read).
-    pub fn checksum(&self, offset: u64, len_bytes: u64) -> Result<Checksum, BufferError> {
+    /// As [`read`](Self::read). The sum is of no use then.
+    pub fn sum(&self, offset: u64, len_bytes: u64, sum: &mut Summing) -> Result<(), BufferError> {
         self.check(offset, len_bytes)?;
         let mut piece = vec![0; PIECE_LEN_BYTES.min(len_bytes) as usize];
-        let mut sum = Summing::default();
         let mut done_bytes = 0;
         while done_bytes < len_bytes {
             let len = PIECE_LEN_BYTES.min(len_bytes - done_bytes) as usize;
@@ -106,7 +105,7 @@ impl CudaMemory {
             sum.add(&piece[..len]);
             done_bytes += len as u64;
         }
-        Ok(sum.finish())
+        Ok(())
     }
 
     pub(super) const fn place(&self, offset: u64) -> Place {
