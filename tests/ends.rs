@@ -87,7 +87,7 @@ async fn hear_ends(receiver: &mut RouterReceiver, routes: &[Route]) {
 
 /// What a DEALER says at first.
 fn hello() -> Vec<u8> {
-    let mut greeting = vec![0; 64];
+    let mut greeting = [0; 64];
     (greeting[0], greeting[9], greeting[10]) = (0xff, 0x7f, 3);
     greeting[12..16].copy_from_slice(b"NULL");
     [&greeting[..], b"\x04\x1c\x05READY\x0bSocket-Type\x00\x00\x00\x06DEALER"].concat()
@@ -167,7 +167,7 @@ async fn whoever_connects_while_nobody_listens_has_to_prove_itself_in_time() {
             stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
             !matches!(stream.read(&mut [0]), Err(error) if error.kind() == ErrorKind::WouldBlock)
         };
-        clients.into_iter().map(is_closed).all(|closed| closed)
+        clients.into_iter().all(is_closed)
     });
     assert!(soon(closed).await.unwrap(), "somebody who has said nothing is still connected");
     listening.abort();
