@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::time::Instant;
 
-use super::stock::STOCK_PREFIX;
+use super::lmcache::NAME_PREFIX;
 use super::{Note, Output, Port, ReceiverSession, Timer};
 use crate::ids::{ChecksumMode, ConnectionId, Failure, FailureKind, RequestId, Seq, clip};
 use crate::protocol::seen::SeenSeqs;
@@ -11,7 +11,7 @@ use crate::protocol::{PROCESSES_ASKED_MAX, handshake};
 use crate::wire::Message;
 use crate::wire::message::{
     CAPABILITY_CHECKSUMS, CAPABILITY_HEARTBEAT, CAPABILITY_VERIFYING, Hello, InitExtension, InitReplyExtension,
-    InitRequest, InitResponse, MemRegReplyExtension, MemRegRequest, MemRegResponse, Ping, Pong, ProcessIdentity,
+    InitResponse, MemRegExtension, MemRegReplyExtension, MemRegResponse, Ping, Pong, ProcessIdentity,
 };
 
 /// A sender that has shaken hands, or is about to.
@@ -47,22 +47,21 @@ enum PeerState<R> {
 }
 
 impl<R: Clone + PartialEq> ReceiverSession<R> {
-    pub(super) fn on_init(&mut self, now: Instant, from: R, request: InitRequest) {
-        let Some(extension) = request.pd else { return self.on_stock_init(from, request.local_meta_bytes) };
+    pub(super) fn on_init(&mut self, now: Instant, from: R, extension: InitExtension, metadata: Vec<u8>) {
         let instance = extension.hello.instance.clone();
         if self.draining {
             let failure = Failure::new(FailureKind::ShuttingDown, "this receiver is shutting down; use another");
             return self.refuse_peer(from, extension.seq, instance, failure);
         }
-        let checked = handshake::check_metadata(&request.local_meta_bytes);
+        let checked = handshake::check_metadata(&metadata);
         let checked = checked.and_then(|()| handshake::check(&self.settings.hello, &extension.hello)).and_then(|()| {
             let fits = handshake::name_fits(&extension.agent_name);
             let text = format!("an agent's name has more than {} bytes", handshake::NAME_LEN_BYTES_MAX);
             fits.then_some(()).ok_or_else(|| Failure::new(FailureKind::Limit, text))
         });
         let checked = checked.and_then(|()| self.check_checksums(&extension.hello)).and_then(|()| {
-            let text = format!("names that begin with {STOCK_PREFIX} are given to LMCache's senders here");
-            let ours = !instance.starts_with(STOCK_PREFIX);
+            let text = format!("names that begin with {NAME_PREFIX} are given to LMCache's senders here");
+            let ours = !instance.starts_with(NAME_PREFIX);
             ours.then_some(()).ok_or_else(|| Failure::new(FailureKind::BadRequest, text))
         });
         if let Err(failure) = checked {
@@ -122,15 +121,11 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             last_used: now,
         };
         self.peers.insert(instance.clone(), peer);
-        self.outputs.push_back(Output::LoadPeer {
-            instance,
-            agent_name: Some(extension.agent_name),
-            metadata: request.local_meta_bytes,
-        });
+        self.outputs.push_back(Output::LoadPeer { instance, agent_name: Some(extension.agent_name), metadata });
     }
 
     pub(super) fn on_peer_loaded(&mut self, now: Instant, instance: &str, result: Result<ConnectionId, String>) {
-        if self.on_stock_loaded(instance, &result) {
+        if self.on_lmcache_loaded(instance, &result) {
             return;
         }
         let Some(peer) = self.peers.get_mut(instance) else {
@@ -178,8 +173,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         self.note(Note::PeerMet { instance: instance.to_owned() });
     }
 
-    pub(super) fn on_mem_reg(&mut self, now: Instant, from: R, request: MemRegRequest) {
-        let Some(extension) = request.pd else { return self.on_stock_mem_reg(from, &request) };
+    pub(super) fn on_mem_reg(&mut self, now: Instant, from: R, extension: &MemRegExtension) {
         let met = self.touch_peer(now, &extension.instance, extension.seq);
         let refusal = (!met).then(|| unknown_peer(&extension.instance));
         let response = MemRegResponse {
@@ -223,16 +217,16 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             peer.alloc_route = Some(from.clone());
         }
         let refusal = (!known).then(|| unknown_peer(&ping.instance));
-        let have_ended = if known { self.take_word_of_ended(now, &ping) } else { Vec::new() };
+        let have_ended = if known { self.take_ended(now, &ping) } else { Vec::new() };
         self.send(from, Port::Alloc, Message::PdPong(Pong { seq: ping.seq, refusal, have_ended }));
     }
 
-    /// A peer vouches for the end of others on its host. Returns those that it is asked about next.
-    fn take_word_of_ended(&mut self, now: Instant, ping: &Ping) -> Vec<ProcessIdentity> {
+    /// A peer says which processes on its host have ended. Returns those that it is asked about next.
+    fn take_ended(&mut self, now: Instant, ping: &Ping) -> Vec<ProcessIdentity> {
         let Some(witness) = self.peers.get(&ping.instance).and_then(|peer| peer.process.clone()) else {
             return Vec::new();
         };
-        // What can be seen from here needs no witness.
+        // What can be seen from here need not be asked.
         let seen_from_here =
             |process: &ProcessIdentity| self.settings.hello.process.as_ref().is_some_and(|own| own.sees(process));
         let mut asked = BTreeSet::new();

@@ -90,8 +90,7 @@ impl SenderSession {
     /// Notes that a receiver that is being lost holds grants of ours, if it may.
     pub(super) fn note_debt(&mut self, peer: PeerId) {
         let Some(record) = self.peers.get(&peer) else { return };
-        // To one of LMCache's a handshake says nothing.
-        if record.stock().is_some() {
+        if !record.link.takes_word() {
             return;
         }
         let address = record.address.clone();

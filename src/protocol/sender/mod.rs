@@ -11,19 +11,24 @@
 //! | `ending` | how a request ends otherwise |
 //! | `staging` | who waits for local slots, and who gets them |
 //! | `transfers`, `coverage` | `send`: parts into copies, and which bytes were given to the engine |
-//! | `stock`, `unwritten` | receivers of LMCache's: what they are told and say, which pages of theirs wait for our bytes |
+//! | `link` | what differs with the dialect of a receiver: ours, or LMCache's |
+//! | `lmcache` | LMCache's receivers: what they are told and say, which pages of theirs wait for our bytes |
 
 mod coverage;
 mod debts;
 mod ending;
 mod io;
+mod link;
+#[cfg(feature = "lmcache")]
+mod lmcache;
+#[cfg(not(feature = "lmcache"))]
+#[path = "lmcache/absent.rs"]
+mod lmcache;
 mod meetings;
 mod peers;
 mod requests;
 mod staging;
-mod stock;
 mod transfers;
-mod unwritten;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
@@ -33,11 +38,11 @@ pub use io::{
 };
 
 use self::debts::Word;
+use self::lmcache::RememberedReceivers;
 use self::meetings::Meeting;
 use self::peers::Peer;
 use self::requests::{Request, Stage, Uid, WRITE_DEADLINE_PASSED};
 use self::staging::Staging;
-use self::stock::Left;
 use self::transfers::Transfer;
 use super::growth::{GROW_AGAIN_AFTER, Growth};
 use super::timers::Timers;
@@ -121,7 +126,7 @@ enum Timer {
     Word(Seq),
     /// A receiver that was lost is sought, because it must be told that nothing writes any more.
     Seek(PeerAddress),
-    /// A receiver of LMCache's has not answered for too long.
+    /// An LMCache receiver has not answered for too long.
     Answer(PeerId),
     /// A receiver that we were told of is met, or met again.
     Meet(PeerAddress),
@@ -150,8 +155,8 @@ pub struct SenderSession {
     debts: BTreeMap<PeerAddress, u32>,
     /// The receivers that we were told of at start.
     meetings: BTreeMap<PeerAddress, Meeting>,
-    /// What lost receivers of LMCache's hold of ours.
-    left: BTreeMap<PeerAddress, Left>,
+    /// What LMCache receivers that were lost hold of ours.
+    lmcache: RememberedReceivers,
     transfers: BTreeMap<TransferId, Transfer>,
     /// Slots of failed requests that their clients may be filling, until these say that they know.
     unacknowledged: BTreeMap<(ClientId, RequestId), Vec<SlotIndex>>,
@@ -185,7 +190,7 @@ impl SenderSession {
             words: BTreeMap::new(),
             debts: BTreeMap::new(),
             meetings: BTreeMap::new(),
-            left: BTreeMap::new(),
+            lmcache: RememberedReceivers::default(),
             transfers: BTreeMap::new(),
             unacknowledged: BTreeMap::new(),
             staging: VecDeque::new(),
@@ -207,15 +212,7 @@ impl SenderSession {
         match (port, message) {
             (Port::Init, Message::NixlInitResponse(response)) => self.on_init_response(peer, response),
             (Port::Init, Message::NixlMemRegResponse(response)) => self.on_mem_reg_response(now, peer, response),
-            (Port::Alloc, Message::AllocResponse(response)) if self.is_stock(peer) => {
-                self.on_stock_answer(now, peer, &response);
-            }
-            (Port::Alloc, Message::AllocResponse(response)) => self.on_alloc_response(now, peer, response),
-            (_, message) if self.is_stock(peer) => self.note_unexpected(peer, message.type_name()),
-            (Port::Alloc, Message::PdCommitAck(ack)) => self.on_commit_ack(now, peer, ack),
-            (Port::Alloc, Message::PdVerifying(verifying)) => self.on_verifying(now, peer, &verifying),
-            (Port::Alloc, Message::PdRevoke(revoke)) => self.on_revoke(peer, revoke),
-            (Port::Alloc, Message::PdPong(pong)) => self.on_pong(now, peer, pong),
+            (Port::Alloc, message) => self.on_alloc_message(now, peer, message),
             (_, message) => self.note_unexpected(peer, message.type_name()),
         }
     }

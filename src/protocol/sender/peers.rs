@@ -3,16 +3,17 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
+use super::link::Link;
+use super::lmcache::LMCACHE_INSTANCE;
 use super::requests::{Stage, Uid, clipped};
-use super::stock::{STOCK_INSTANCE, Stock};
 use super::{Note, Output, PeerMemory, Port, SenderSession, Timer};
 use crate::ids::{ConnectionId, Failure, FailureKind, PeerAddress, PeerId, Seq, clip};
 use crate::protocol::{PROCESSES_ASKED_MAX, handshake};
-use crate::wire::Message;
 use crate::wire::message::{
-    CAPABILITY_HEARTBEAT, InitExtension, InitRequest, InitResponse, MemRegExtension, MemRegRequest, MemRegResponse,
-    MemoryUpdate, Ping, Pong, ProcessIdentity,
+    CAPABILITY_HEARTBEAT, InitExtension, InitRequest, InitResponse, MemRegResponse, MemoryUpdate, Ping, Pong,
+    ProcessIdentity,
 };
+use crate::wire::{LmcacheMode, Message};
 
 /// A receiver, from the first request to it until it is lost.
 #[derive(Debug)]
@@ -25,20 +26,13 @@ pub(super) struct Peer {
     /// How much of its buffer the engine knows, in bytes.
     pub(super) len_bytes: u64,
     last_used: Instant,
-    pub(super) make: Make,
+    pub(super) link: Link,
+    /// The mode of LMCache, if LMCache runs there.
+    pub(super) lmcache_mode: LmcacheMode,
     /// Whether it answers pings.
     heartbeat: bool,
     /// When anything was last heard of it.
     last_heard: Instant,
-}
-
-/// Whose receiver it is.
-#[derive(Debug)]
-pub(super) enum Make {
-    /// Ours, as far as is known.
-    Ours,
-    /// LMCache's.
-    Stock(Box<Stock>),
 }
 
 #[derive(Debug)]
@@ -78,23 +72,9 @@ impl Peer {
         }
     }
 
-    pub(super) fn stock(&self) -> Option<&Stock> {
-        match &self.make {
-            Make::Ours => None,
-            Make::Stock(stock) => Some(stock),
-        }
-    }
-
-    pub(super) fn stock_mut(&mut self) -> Option<&mut Stock> {
-        match &mut self.make {
-            Make::Ours => None,
-            Make::Stock(stock) => Some(stock),
-        }
-    }
-
     /// Its name for itself, or what stands for one.
-    fn name(&self) -> String {
-        if self.stock().is_some() { STOCK_INSTANCE.to_owned() } else { self.instance.clone() }
+    pub(super) fn name(&self) -> String {
+        if self.link.lmcache().is_some() { LMCACHE_INSTANCE.to_owned() } else { self.instance.clone() }
     }
 }
 
@@ -119,7 +99,8 @@ impl SenderSession {
             instance: String::new(),
             len_bytes: 0,
             last_used: now,
-            make: Make::Ours,
+            link: Link::Pd,
+            lmcache_mode: LmcacheMode::Sync,
             heartbeat: false,
             last_heard: now,
         };
@@ -150,8 +131,8 @@ impl SenderSession {
         }
     }
 
-    /// The sockets to a receiver are connected.
-    pub fn handle_peer_opened(&mut self, now: Instant, peer: PeerId) {
+    /// The sockets to a receiver are connected. If it turns out to be LMCache's, it runs in this mode.
+    pub fn handle_peer_opened(&mut self, now: Instant, peer: PeerId, lmcache_mode: LmcacheMode) {
         self.now = now;
         let seq = Seq(self.fresh());
         let Some(record) = self.peers.get_mut(&peer) else { return };
@@ -159,6 +140,7 @@ impl SenderSession {
             return;
         }
         record.state = PeerState::Introducing(seq);
+        record.lmcache_mode = lmcache_mode;
         let connected = self.connected_instances();
         if connected.len() > handshake::CONNECTED_MAX {
             let text = format!(
@@ -194,7 +176,8 @@ impl SenderSession {
         let PeerState::Introducing(seq) = record.state else {
             return self.note_unexpected(peer, "NixlInitResponse");
         };
-        let Some(extension) = response.pd else { return self.on_stock_init_response(peer, response) };
+        // No receiver of ours leaves `pd` out.
+        let Some(extension) = response.pd else { return self.on_lmcache_init_response(peer, response) };
         if extension.seq != seq {
             return self.note_unexpected(peer, "NixlInitResponse to another question");
         }
@@ -207,29 +190,19 @@ impl SenderSession {
         }
         record.heartbeat = extension.hello.capabilities.iter().any(|name| name == CAPABILITY_HEARTBEAT);
         record.instance = extension.hello.instance;
-        record.state = PeerState::Loading;
-        let metadata = response.remote_meta_bytes;
-        // It has taken our handshake as the word that nothing of ours is in flight.
-        let address = record.address.clone();
-        self.forget_debt(&address);
-        self.outputs.push_back(Output::LoadPeer { peer, agent_name: Some(extension.agent_name), metadata });
+        self.load(peer, Link::Pd, Some(extension.agent_name), response.remote_meta_bytes);
     }
 
-    /// No receiver of ours leaves `pd` out: this one is LMCache's.
-    fn on_stock_init_response(&mut self, peer: PeerId, response: InitResponse) {
-        let Some(address) = self.peers.get(&peer).map(|record| record.address.clone()) else { return };
-        let checked = handshake::check_metadata(&response.remote_meta_bytes);
-        let make = match checked.and_then(|()| self.meet_stock(&address, &response)) {
-            Ok(make) => make,
-            Err(failure) => return self.peer_failed(peer, failure),
-        };
-        if let Some(record) = self.peers.get_mut(&peer) {
-            record.make = make;
-            record.state = PeerState::Loading;
-        }
-        // Whoever was there before is not any more.
+    /// A receiver has introduced itself: the engine reads its metadata.
+    pub(super) fn load(&mut self, peer: PeerId, link: Link, agent_name: Option<String>, metadata: Vec<u8>) {
+        let Some(record) = self.peers.get_mut(&peer) else { return };
+        record.link = link;
+        record.state = PeerState::Loading;
+        // A receiver of ours has taken our handshake as the word that nothing of ours is in flight; behind an LMCache
+        // receiver's address there is no receiver of ours any more.
+        let address = record.address.clone();
         self.forget_debt(&address);
-        self.outputs.push_back(Output::LoadPeer { peer, agent_name: None, metadata: response.remote_meta_bytes });
+        self.outputs.push_back(Output::LoadPeer { peer, agent_name, metadata });
     }
 
     /// The engine has met a receiver, or could not.
@@ -242,15 +215,7 @@ impl SenderSession {
             (None, Err(_)) => {}
             (Some(record), Ok(connection)) => {
                 record.state = PeerState::Registering(seq, connection);
-                let instance = self.settings.hello.instance.clone();
-                let ours = || MemRegRequest {
-                    remote_agent_name: self.settings.agent_name.clone().into_bytes(),
-                    local_id: instance.clone(),
-                    local_xfer_dlist_bytes: Vec::new(),
-                    pd: Some(MemRegExtension { seq, instance: instance.clone() }),
-                };
-                let request = self.stock_registration(peer).unwrap_or_else(ours);
-                self.send(peer, Port::Init, Message::NixlMemRegRequest(request));
+                self.register(peer, seq);
             }
             (Some(_), Err(text)) => {
                 self.peer_failed(peer, Failure::new(FailureKind::HandshakeRefused, text));
@@ -259,34 +224,22 @@ impl SenderSession {
     }
 
     pub(super) fn on_mem_reg_response(&mut self, now: Instant, peer: PeerId, response: MemRegResponse) {
-        let Some(record) = self.peers.get_mut(&peer) else { return };
+        let Some(record) = self.peers.get(&peer) else { return };
         let PeerState::Registering(seq, connection) = record.state else {
             return self.note_unexpected(peer, "NixlMemRegResponse");
         };
-        if record.stock().is_some() {
-            return match self.stock_pages(peer, &response) {
-                Ok(pages) => self.warm(now, peer, connection, pages.len_bytes(), PeerMemory::Pages(pages)),
-                Err(failure) => self.peer_failed(peer, failure),
-            };
-        }
-        let Some(extension) = response.pd else {
-            return self.note_unexpected(peer, "NixlMemRegResponse");
-        };
-        if extension.seq != seq {
-            return self.note_unexpected(peer, "NixlMemRegResponse to another question");
-        }
-        if let Some(refusal) = extension.refusal {
-            let Failure { kind, text } = clipped(refusal);
-            // It shook hands a moment ago: it has forgotten us since, or was restarted, which says nothing against the pair.
-            let kind = if kind == FailureKind::HandshakeRefused { FailureKind::PeerLost } else { kind };
-            return self.peer_failed(peer, Failure::new(kind, text));
-        }
-        let memory = PeerMemory::Descriptors(extension.descriptors);
-        self.warm(now, peer, connection, extension.len_bytes, memory);
+        self.on_registered(now, peer, (seq, connection), response);
     }
 
     /// A receiver has said where its memory is.
-    fn warm(&mut self, now: Instant, peer: PeerId, connection: ConnectionId, len_bytes: u64, memory: PeerMemory) {
+    pub(super) fn warm(
+        &mut self,
+        now: Instant,
+        peer: PeerId,
+        connection: ConnectionId,
+        len_bytes: u64,
+        memory: PeerMemory,
+    ) {
         let Some(record) = self.peers.get_mut(&peer) else { return };
         record.len_bytes = len_bytes;
         record.state = PeerState::Warming(connection, now.saturating_duration_since(record.since));
@@ -339,7 +292,7 @@ impl SenderSession {
                 self.met(now, &address);
                 self.note(Note::PeerUp { address, instance, len_bytes, took });
                 for uid in self.requests_of(peer) {
-                    self.allocate(now, uid);
+                    self.ask_for_room(now, uid);
                 }
             }
             Err(text) => self.peer_failed(peer, Failure::new(FailureKind::PeerUnreachable, text)),
@@ -366,7 +319,7 @@ impl SenderSession {
         let address = record.address.clone();
         let connection = record.held();
         self.note_debt(peer);
-        self.end_stock(peer);
+        self.end_lmcache(peer);
         self.missed(&address, &failure);
         // Whoever noticed may know one of its ports alone.
         let told = match failure.text.contains(&address.to_string()) {
@@ -381,7 +334,7 @@ impl SenderSession {
         self.forget_words(peer);
         self.peer_by_address.remove(&address);
         if let Some(record) = self.peers.remove(&peer) {
-            self.leave_stock(record);
+            self.remember_lmcache(record);
         }
         if let Some(connection) = connection {
             self.outputs.push_back(Output::ForgetPeer(connection));
@@ -500,7 +453,7 @@ impl SenderSession {
             (if awaited { awaited_too } else { record.connection().is_some() })
                 && !self.requests.values().any(|request| request.peer == **peer)
                 && !self.words.values().any(|word| word.peer == **peer)
-                && !record.stock().is_some_and(Stock::is_busy)
+                && !record.link.is_busy()
         });
         let last = idle.min_by_key(|(_, record)| (self.is_awaited(&record.address), record.last_used));
         let Some((&peer, record)) = last else { return false };
@@ -510,7 +463,7 @@ impl SenderSession {
         self.put_off_meeting(&address);
         self.peer_by_address.remove(&address);
         if let Some(record) = self.peers.remove(&peer) {
-            self.leave_stock(record);
+            self.remember_lmcache(record);
         }
         self.outputs.push_back(Output::ClosePeer(peer));
         if let Some(connection) = connection {

@@ -193,7 +193,7 @@ impl SenderSession {
         self.requests.insert(uid, request);
         self.request_by_name.insert(open.id, uid);
         if self.connection_of(peer).is_some() {
-            self.allocate(now, uid);
+            self.ask_for_room(now, uid);
         }
     }
 
@@ -208,12 +208,8 @@ impl SenderSession {
         )
     }
 
-    /// Asks the receiver for slots.
+    /// Asks a receiver of ours for slots.
     pub(super) fn allocate(&mut self, now: Instant, uid: Uid) {
-        let peer = self.requests.get(&uid).map(|request| request.peer);
-        if let Some(peer) = peer.filter(|peer| self.is_stock(*peer)) {
-            return self.queue_allocation(now, peer, uid);
-        }
         let seq = Seq(self.fresh());
         let Some(request) = self.requests.get_mut(&uid) else { return };
         let Stage::Peer { open_id, wait } = request.stage else { return };
@@ -238,7 +234,7 @@ impl SenderSession {
     }
 
     pub(super) fn allocation_timed_out(&mut self, uid: Uid) {
-        if let Some(failure) = self.stock_allocation_timed_out(uid) {
+        if let Some(failure) = self.lmcache_allocation_timed_out(uid) {
             return self.fail(uid, failure);
         }
         let Some(Request { stage: Stage::Allocating { wait, .. }, .. }) = self.requests.get(&uid) else { return };
@@ -330,18 +326,12 @@ impl SenderSession {
         }
     }
 
-    /// Everything is written: tells the receiver.
+    /// Everything is written: tells a receiver of ours.
     pub(super) fn commit(&mut self, now: Instant, uid: Uid) {
         let seq = Seq(self.fresh());
         let Some(request) = self.requests.get_mut(&uid) else { return };
         let Stage::Open { grant, last: true, .. } = request.stage else { return };
-        request.phases.transfer = now.saturating_duration_since(request.since);
-        request.since = now;
         let peer = request.peer;
-        if self.is_stock(peer) {
-            return self.finish_sent(now, uid, true);
-        }
-        let Some(request) = self.requests.get_mut(&uid) else { return };
         request.stage = Stage::Committing { grant };
         let granted = request.chunks.iter().filter(|chunk| chunk.remote.is_some());
         let mut checksums: Vec<Option<Checksum>> = granted.map(Chunk::checksum).collect();
@@ -393,7 +383,7 @@ impl SenderSession {
     }
 
     /// Everything of a request is at its receiver, as surely as that receiver lets us know.
-    fn finish_sent(&mut self, now: Instant, uid: Uid, notify: bool) {
+    pub(super) fn finish_sent(&mut self, now: Instant, uid: Uid, notify: bool) {
         let Some(mut request) = self.remove(uid) else { return };
         request.phases.commit = now.saturating_duration_since(request.since);
         let chunks = request.chunks.iter().filter(|chunk| chunk.remote.is_some()).count() as u32;

@@ -8,9 +8,11 @@ use pd_backend::wire::Message;
 use pd_backend::wire::message::{AllocReplyExtension, AllocResponse, CommitAck, Pong, Revoke, Verifying};
 
 mod bench;
+#[cfg(feature = "lmcache")]
 mod lmcache;
+#[cfg(feature = "lmcache")]
+mod lmcache_bench;
 mod meetings;
-mod stock;
 
 use bench::*;
 
