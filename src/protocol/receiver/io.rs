@@ -161,7 +161,7 @@ pub enum Note {
         result: Result<u64, String>,
     },
     /// A peer shook hands.
-    PeerMet {
+    PeerConnected {
         /// Which.
         instance: String,
     },

@@ -1,4 +1,4 @@
-//! The receiver's session: shakes hands, grants slots, takes commits, hands ready chunks to readers.
+//! The receiver's session: handshakes, grants of slots, commits, ready chunks for readers.
 //!
 //! | file | what is in it |
 //! |---|---|
@@ -117,7 +117,7 @@ enum Timer {
     Linger(String),
     /// A lease that nobody gives back is over.
     Lease(ClientId, LeaseId),
-    /// A writer has not said yet that it has stopped: it is asked again.
+    /// A writer has not acknowledged yet that it has stopped: it is asked again.
     Revoke(GrantId),
 }
 
@@ -224,7 +224,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         }
     }
 
-    /// The engine has met the peer `instance`, or could not.
+    /// The engine has loaded the metadata of the peer `instance`, or could not.
     pub fn handle_peer_loaded(&mut self, now: Instant, instance: &str, result: Result<ConnectionId, String>) {
         self.on_peer_loaded(now, instance, result);
     }

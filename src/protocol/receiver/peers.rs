@@ -1,4 +1,4 @@
-//! Shaking hands with senders, and losing them.
+//! Handshakes with senders, and losing them.
 
 use std::collections::BTreeSet;
 use std::time::Instant;
@@ -43,7 +43,7 @@ enum PeerState<R> {
     /// The engine reads its metadata; then it is answered.
     Loading { reply_to: R, seq: Seq },
     /// Both sides know each other.
-    Met(ConnectionId),
+    Connected(ConnectionId),
 }
 
 impl<R: Clone + PartialEq> ReceiverSession<R> {
@@ -136,7 +136,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         };
         let PeerState::Loading { reply_to, seq } = &peer.state else {
             // Two handshakes ran into each other: the engine knows the peer by its latest connection.
-            if let (PeerState::Met(old), Ok(new)) = (&mut peer.state, result) {
+            if let (PeerState::Connected(old), Ok(new)) = (&mut peer.state, result) {
                 let old = std::mem::replace(old, new);
                 self.outputs.push_back(Output::ForgetPeer(old));
             }
@@ -151,7 +151,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
                 return self.refuse_peer(to, seq, instance.to_owned(), failure);
             }
         };
-        peer.state = PeerState::Met(connection);
+        peer.state = PeerState::Connected(connection);
         peer.last_seen = now;
         if peer.heartbeat {
             self.timers.set(Timer::Silence(instance.to_owned()), now + self.settings.peer_timeout);
@@ -170,7 +170,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             self.outputs.push_back(Output::WatchProcess { instance: instance.to_owned(), process });
         }
         self.send(to, Port::Init, Message::NixlInitResponse(response));
-        self.note(Note::PeerMet { instance: instance.to_owned() });
+        self.note(Note::PeerConnected { instance: instance.to_owned() });
     }
 
     pub(super) fn on_mem_reg(&mut self, now: Instant, from: R, extension: &MemRegExtension) {
@@ -191,7 +191,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
     /// Whether this peer has shaken hands, and did so before it sent message `seq`; notes that it was heard of.
     pub(super) fn touch_peer(&mut self, now: Instant, instance: &str, seq: Seq) -> bool {
         match self.peers.get_mut(instance) {
-            Some(peer) if matches!(peer.state, PeerState::Met(_)) && seq > peer.init_seq => {
+            Some(peer) if matches!(peer.state, PeerState::Connected(_)) && seq > peer.init_seq => {
                 peer.last_seen = now;
                 peer.last_seq = peer.last_seq.max(seq);
                 true
@@ -278,7 +278,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         let Some(peer) = self.peers.remove(instance) else { return };
         self.timers.cancel(&Timer::Silence(instance.to_owned()));
         self.lost.remember(instance, peer.last_seq, peer.process);
-        if let PeerState::Met(connection) = peer.state {
+        if let PeerState::Connected(connection) = peer.state {
             self.outputs.push_back(Output::ForgetPeer(connection));
         }
         self.note(Note::PeerLost { instance: instance.to_owned(), reason: reason.to_owned() });
@@ -353,11 +353,13 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         let idle = self
             .peers
             .iter()
-            .filter(|(instance, peer)| matches!(peer.state, PeerState::Met(_)) && !busy(instance.as_str()));
+            .filter(|(instance, peer)| matches!(peer.state, PeerState::Connected(_)) && !busy(instance.as_str()));
         let Some(oldest) = idle.min_by_key(|(_, peer)| peer.last_used).map(|(instance, _)| instance.clone()) else {
             return false;
         };
-        if let Some(Peer { state: PeerState::Met(connection), last_seq, process, .. }) = self.peers.remove(&oldest) {
+        if let Some(Peer { state: PeerState::Connected(connection), last_seq, process, .. }) =
+            self.peers.remove(&oldest)
+        {
             self.timers.cancel(&Timer::Silence(oldest.clone()));
             self.lost.remember(&oldest, last_seq, process);
             self.outputs.push_back(Output::ForgetPeer(connection));

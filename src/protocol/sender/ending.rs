@@ -58,7 +58,7 @@ impl SenderSession {
                 if let Some(uid) = self.requests.iter().find(|(_, request)| asks(request)).map(|(&uid, _)| uid) {
                     self.fail(uid, clipped(revoke.reason));
                 }
-                self.say_stopped(peer, revoke.req_id, Some(revoke.grant), None, true);
+                self.acknowledge_quiesce(peer, revoke.req_id, Some(revoke.grant), None, true);
             }
         }
     }

@@ -1,5 +1,5 @@
-//! What a receiver speaks. A pd-receiver takes allocations at any time, commits, and the word that nothing is written any
-//! more; an LMCache receiver knows none of these. This file is the boundary between the two: what it asks of an LMCache
+//! What a receiver speaks. A pd-receiver takes allocations at any time, commits, and quiesce acknowledgements; an LMCache
+//! receiver knows none of these. This file is the boundary between the two: what it asks of an LMCache
 //! receiver is in [`lmcache`](super::lmcache).
 
 use std::time::Instant;
@@ -22,8 +22,8 @@ pub(super) enum Link {
 }
 
 impl Link {
-    /// Whether the receiver takes the word that nothing is written any more, as a message or by a handshake.
-    pub(super) const fn takes_word(&self) -> bool {
+    /// Whether the receiver takes quiesce acknowledgements, as messages or by a handshake.
+    pub(super) const fn takes_quiesce_ack(&self) -> bool {
         matches!(self, Self::Pd)
     }
 
@@ -141,8 +141,8 @@ impl SenderSession {
 
     /// A request has failed and transfers of it are in flight: decode need not wait for their end to learn of it.
     pub(super) fn tell_failed(&mut self, peer: PeerId, id: RequestId, grant: Option<GrantId>, alloc_seq: Option<Seq>) {
-        if self.peers.contains_key(&peer) && self.link_of(peer).takes_word() {
-            self.say_stopped(peer, id, grant, alloc_seq, false);
+        if self.peers.contains_key(&peer) && self.link_of(peer).takes_quiesce_ack() {
+            self.acknowledge_quiesce(peer, id, grant, alloc_seq, false);
         }
     }
 
@@ -158,7 +158,7 @@ impl SenderSession {
             return;
         }
         match self.link_of(peer) {
-            Link::Pd => self.say_stopped(peer, id, grant, alloc_seq, true),
+            Link::Pd => self.acknowledge_quiesce(peer, id, grant, alloc_seq, true),
             // An allocation that was not answered yet is given back when it is.
             Link::Lmcache(_) if grant.is_some() => self.give_back_pages(peer, id, keys),
             Link::Lmcache(_) => {}

@@ -1,4 +1,4 @@
-//! Shaking hands with receivers, and losing them.
+//! Handshakes with receivers, and losing them.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -37,9 +37,9 @@ pub(super) struct Peer {
 
 #[derive(Debug)]
 enum PeerState {
-    /// Transfers to a lost peer at the same address have not ended yet. A receiver takes a new handshake as our word
-    /// that nothing of the old connection is in flight, so it has to wait.
-    Parked,
+    /// Transfers to a lost peer at the same address have not ended yet. A handshake tells a receiver that nothing of the old
+    /// connection is in flight, so the handshake has to wait for their end.
+    Draining,
     /// The sockets are being connected.
     Connecting,
     /// Asked who it is.
@@ -48,7 +48,7 @@ enum PeerState {
     Loading,
     /// Asked where its memory is.
     Registering(Seq, ConnectionId),
-    /// The engine connects; shaking hands took so long.
+    /// The engine connects; the handshake took so long.
     Warming(ConnectionId, Duration),
     /// It can be written to.
     Up(ConnectionId),
@@ -94,7 +94,7 @@ impl SenderSession {
         let peer = PeerId(self.fresh());
         let record = Peer {
             address: address.clone(),
-            state: PeerState::Parked,
+            state: PeerState::Draining,
             since: now,
             instance: String::new(),
             len_bytes: 0,
@@ -107,14 +107,14 @@ impl SenderSession {
         self.peers.insert(peer, record);
         self.peer_by_address.insert(address.clone(), peer);
         self.timers.set(Timer::Handshake(peer), now + self.settings.handshake_timeout);
-        self.unpark(peer);
+        self.connect_when_drained(peer);
         Ok(peer)
     }
 
     /// Starts connecting once nothing is in flight to an earlier peer at the same address.
-    fn unpark(&mut self, peer: PeerId) {
+    fn connect_when_drained(&mut self, peer: PeerId) {
         let Some(record) = self.peers.get_mut(&peer) else { return };
-        if !matches!(record.state, PeerState::Parked)
+        if !matches!(record.state, PeerState::Draining)
             || self.transfers.values().any(|transfer| transfer.peer != peer && transfer.address == record.address)
         {
             return;
@@ -124,10 +124,10 @@ impl SenderSession {
         self.outputs.push_back(Output::OpenPeer { peer, address });
     }
 
-    /// A transfer to `address` has ended: a parked peer there may go on.
-    pub(super) fn unpark_at(&mut self, address: &PeerAddress) {
+    /// A transfer to `address` has ended: a peer that waits for it may connect.
+    pub(super) fn drained_at(&mut self, address: &PeerAddress) {
         if let Some(&peer) = self.peer_by_address.get(address) {
-            self.unpark(peer);
+            self.connect_when_drained(peer);
         }
     }
 
@@ -198,14 +198,14 @@ impl SenderSession {
         let Some(record) = self.peers.get_mut(&peer) else { return };
         record.link = link;
         record.state = PeerState::Loading;
-        // A receiver of ours has taken our handshake as the word that nothing of ours is in flight; behind an LMCache
-        // receiver's address there is no receiver of ours any more.
+        // Our handshake has told a receiver of ours that nothing is in flight. Where an LMCache receiver is now, there is
+        // none of ours any more.
         let address = record.address.clone();
-        self.forget_debt(&address);
+        self.forget_owed_ack(&address);
         self.outputs.push_back(Output::LoadPeer { peer, agent_name, metadata });
     }
 
-    /// The engine has met a receiver, or could not.
+    /// The engine has loaded a receiver's metadata, or could not.
     pub fn handle_peer_loaded(&mut self, now: Instant, peer: PeerId, result: Result<ConnectionId, String>) {
         self.now = now;
         let seq = Seq(self.fresh());
@@ -259,7 +259,7 @@ impl SenderSession {
         }
     }
 
-    /// The engine knows a receiver's buffer as it is now, or could not learn it: then it is met anew.
+    /// The engine knows a receiver's buffer as it is now, or could not learn it: then the receiver is connected to again.
     pub fn handle_peer_updated(
         &mut self,
         now: Instant,
@@ -289,7 +289,7 @@ impl SenderSession {
                 }
                 let (address, instance, len_bytes) = (record.address.clone(), record.name(), record.len_bytes);
                 self.timers.cancel(&Timer::Handshake(peer));
-                self.met(now, &address);
+                self.note_connected(now, &address);
                 self.note(Note::PeerUp { address, instance, len_bytes, took });
                 for uid in self.requests_of(peer) {
                     self.ask_for_room(now, uid);
@@ -318,10 +318,10 @@ impl SenderSession {
         let Some(record) = self.peers.get(&peer) else { return };
         let address = record.address.clone();
         let connection = record.held();
-        self.note_debt(peer);
+        self.note_owed_ack(peer);
         self.end_lmcache(peer);
-        self.missed(&address, &failure);
-        // Whoever noticed may know one of its ports alone.
+        self.note_lost(&address, &failure);
+        // The text may name one of its ports alone.
         let told = match failure.text.contains(&address.to_string()) {
             true => failure,
             false => Failure::new(failure.kind, format!("receiver {address}: {}", failure.text)),
@@ -331,7 +331,7 @@ impl SenderSession {
         }
         self.timers.cancel(&Timer::Handshake(peer));
         self.timers.cancel(&Timer::Ping(peer));
-        self.forget_words(peer);
+        self.forget_pending_acks(peer);
         self.peer_by_address.remove(&address);
         if let Some(record) = self.peers.remove(&peer) {
             self.remember_lmcache(record);
@@ -343,8 +343,8 @@ impl SenderSession {
 
     pub(super) fn handshake_timed_out(&mut self, peer: PeerId) {
         let limit_ms = self.settings.handshake_timeout.as_millis();
-        let parked = self.peers.get(&peer).is_some_and(|record| matches!(record.state, PeerState::Parked));
-        let why = if parked { ": transfers to it from before have not ended yet" } else { "" };
+        let draining = self.peers.get(&peer).is_some_and(|record| matches!(record.state, PeerState::Draining));
+        let why = if draining { ": transfers to it from before have not ended yet" } else { "" };
         let text = format!("no handshake within {limit_ms} ms (pd_handshake_timeout_sec){why}");
         self.peer_failed(peer, Failure::new(FailureKind::PeerUnreachable, text));
     }
@@ -382,7 +382,7 @@ impl SenderSession {
 
     pub(super) fn on_pong(&mut self, now: Instant, peer: PeerId, pong: Pong) {
         if let Some(refusal) = pong.refusal {
-            return self.meet_anew(now, peer, clipped(refusal));
+            return self.reconnect(now, peer, clipped(refusal));
         }
         let mut processes = pong.have_ended;
         processes.truncate(PROCESSES_ASKED_MAX);
@@ -401,15 +401,15 @@ impl SenderSession {
     }
 
     /// The receiver does not know us: it has given us up, has forgotten us in favour of another, or was restarted
-    /// behind the same connection. Requests without slots are asked for anew, once; the others have lost theirs.
-    pub(super) fn meet_anew(&mut self, now: Instant, peer: PeerId, refusal: Failure) {
+    /// behind the same connection. Requests without slots ask again, once; the others have lost theirs.
+    pub(super) fn reconnect(&mut self, now: Instant, peer: PeerId, refusal: Failure) {
         let Some(record) = self.peers.get(&peer) else { return };
         let address = record.address.clone();
         let mut again = Vec::new();
         for uid in self.requests_of(peer) {
             let Some(request) = self.requests.get_mut(&uid) else { continue };
             let Stage::Allocating { open_id, seq, wait } = request.stage else { continue };
-            if std::mem::replace(&mut request.met_anew, true) {
+            if std::mem::replace(&mut request.reconnected, true) {
                 continue;
             }
             request.set_aside(now, open_id, wait);
@@ -444,23 +444,23 @@ impl SenderSession {
         of_peer.map(|(&uid, _)| uid).collect()
     }
 
-    /// Forgets the receiver that was used longest ago, of those with nothing under way; one that we were told of at start
-    /// only where it has to be, and if it may be.
-    pub(super) fn evict_peer(&mut self, awaited_too: bool) -> bool {
+    /// Forgets the receiver that was used longest ago, of those with nothing under way. One that the configuration names goes
+    /// last, and only with `configured_too`.
+    pub(super) fn evict_peer(&mut self, configured_too: bool) -> bool {
         let idle = self.peers.iter().filter(|(peer, record)| {
-            let awaited = self.is_awaited(&record.address);
-            // One that is being met for its own sake has nothing under way either.
-            (if awaited { awaited_too } else { record.connection().is_some() })
+            let configured = self.is_configured(&record.address);
+            // One that is connecting because the configuration names it has nothing under way either.
+            (if configured { configured_too } else { record.connection().is_some() })
                 && !self.requests.values().any(|request| request.peer == **peer)
-                && !self.words.values().any(|word| word.peer == **peer)
+                && !self.pending_acks.values().any(|ack| ack.peer == **peer)
                 && !record.link.is_busy()
         });
-        let last = idle.min_by_key(|(_, record)| (self.is_awaited(&record.address), record.last_used));
+        let last = idle.min_by_key(|(_, record)| (self.is_configured(&record.address), record.last_used));
         let Some((&peer, record)) = last else { return false };
         let (address, connection) = (record.address.clone(), record.held());
         self.timers.cancel(&Timer::Handshake(peer));
         self.timers.cancel(&Timer::Ping(peer));
-        self.put_off_meeting(&address);
+        self.postpone_connecting(&address);
         self.peer_by_address.remove(&address);
         if let Some(record) = self.peers.remove(&peer) {
             self.remember_lmcache(record);

@@ -57,8 +57,8 @@ pub(super) struct Request {
     /// When the current phase began.
     pub(super) since: Instant,
     pub(super) phases: Phases,
-    /// Whether its receiver had forgotten us once and was met anew.
-    pub(super) met_anew: bool,
+    /// Whether its receiver had forgotten us once, and was connected to again.
+    pub(super) reconnected: bool,
     pub(super) stage: Stage,
 }
 
@@ -132,7 +132,7 @@ impl Request {
     pub(super) fn set_aside(&mut self, now: Instant, open_id: Seq, wait: Duration) {
         let wait = wait.saturating_sub(now.saturating_duration_since(self.opened_at));
         self.stage = Stage::Peer { open_id, wait };
-        // Nobody's for a moment, so that the end of the old peer is not its end.
+        // Detach the request from the peer, so that dropping the peer does not fail it.
         self.peer = PeerId(0);
     }
 
@@ -185,7 +185,7 @@ impl SenderSession {
             opened_at: now,
             since: now,
             phases: Phases::default(),
-            met_anew: false,
+            reconnected: false,
             stage: Stage::Peer { open_id: id, wait: self.allocation_wait(open.wait) },
             id: open.id.clone(),
         };
@@ -250,7 +250,7 @@ impl SenderSession {
         let Some(extension) = response.pd else {
             return self.note_unexpected(peer, "AllocResponse without `pd`");
         };
-        if self.word_answered(peer, extension.seq) {
+        if self.ack_answered(peer, extension.seq) {
             return;
         }
         let Some(&uid) = self.awaited.get(&extension.seq) else {
@@ -273,7 +273,7 @@ impl SenderSession {
             });
             if failure.kind == FailureKind::HandshakeRefused {
                 self.awaited.insert(seq, uid);
-                return self.meet_anew(now, peer, failure);
+                return self.reconnect(now, peer, failure);
             }
             return self.fail(uid, failure);
         };
@@ -347,17 +347,17 @@ impl SenderSession {
         self.commits.insert(uid, commit.clone());
         self.timers.cancel(&Timer::Write(uid));
         self.timers.set(Timer::Commit(uid), now + self.settings.commit_timeout);
-        self.timers.set(Timer::Recommit(uid), now + self.repeat_after());
+        self.timers.set(Timer::Recommit(uid), now + self.retransmit_after());
         self.send(peer, Port::Alloc, Message::PdCommit(commit));
     }
 
-    /// Says a commit again that was not answered: it, or its answer, may have been lost.
-    pub(super) fn commit_again(&mut self, now: Instant, uid: Uid) {
+    /// Sends a commit again that was not answered: it, or its answer, may have been lost.
+    pub(super) fn retransmit_commit(&mut self, now: Instant, uid: Uid) {
         let Some(commit) = self.commits.get(&uid).cloned() else { return };
         let Some(request) = self.requests.get(&uid) else { return };
         if matches!(request.stage, Stage::Committing { .. }) {
             self.send(request.peer, Port::Alloc, Message::PdCommit(commit));
-            self.timers.set(Timer::Recommit(uid), now + self.repeat_after());
+            self.timers.set(Timer::Recommit(uid), now + self.retransmit_after());
         }
     }
 

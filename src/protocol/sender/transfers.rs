@@ -108,7 +108,7 @@ impl SenderSession {
     /// The engine has written a transfer, or has given it up. The checksums are those that were asked for, in that order.
     ///
     /// A failure of kind [`FailureKind::PeerLost`] is one of the connection: every request to that receiver fails with it,
-    /// and the next one meets the receiver anew.
+    /// and the next one connects to the receiver again.
     pub fn handle_transfer_done(&mut self, now: Instant, transfer: TransferId, result: Result<Vec<Checksum>, Failure>) {
         self.now = now;
         let Some(Transfer { uid, peer, address, parts, .. }) = self.transfers.remove(&transfer) else {
@@ -151,7 +151,7 @@ impl SenderSession {
             self.peer_failed(peer, Failure::new(kind, text));
         }
         self.finish_closing(uid);
-        self.unpark_at(&address);
+        self.drained_at(&address);
         self.serve_staging();
     }
 

@@ -12,7 +12,7 @@ mod bench;
 mod lmcache;
 #[cfg(feature = "lmcache")]
 mod lmcache_bench;
-mod meetings;
+mod reconnects;
 
 use bench::*;
 

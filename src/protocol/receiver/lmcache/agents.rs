@@ -76,7 +76,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         let response = match result {
             Ok(connection) => {
                 agent.state = AgentState::Connected(*connection);
-                self.note(Note::PeerMet { instance: instance.to_owned() });
+                self.note(Note::PeerConnected { instance: instance.to_owned() });
                 // It names itself by this in its next message.
                 let remote_agent_name = instance.as_bytes().to_vec();
                 InitResponse { remote_agent_name, remote_meta_bytes: self.settings.metadata.clone(), pd: None }
