@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::origin::Origin;
 use super::peers::unknown_peer;
-use super::requests::{Request, Stage};
+use super::request::{Request, Room, Stage};
 use super::{Note, Port, ReceiverSession, Timer};
 use crate::ids::{ChunkKey, Failure, FailureKind, GrantId, RequestId, Seq, SlotIndex, clip};
 use crate::protocol::chunks::ChunkSize;
@@ -17,14 +17,6 @@ use crate::wire::message::{AllocExtension, AllocReplyExtension, AllocRequest, Al
 const OVERTAKEN_MAX: u32 = 8;
 /// How many waiting requests are looked at whenever slots become free.
 const LOOKAHEAD_MAX: usize = 8;
-
-/// What decides, beside the request, whether it finds room.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Room {
-    version: u64,
-    described_len_bytes: u64,
-    can_grow: bool,
-}
 
 impl<R: Clone + PartialEq> ReceiverSession<R> {
     pub(super) fn on_alloc(&mut self, now: Instant, from: R, request: AllocRequest) {
@@ -73,7 +65,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             refused_in: None,
             verifying: None,
             origin: Origin::Pd,
-            stage: Stage::Waiting { wait, held: None },
+            stage: Stage::Waiting { wait, partial: None },
         };
         self.requests.insert(id.clone(), request);
         self.waiting.push_back(id);

@@ -5,15 +5,16 @@
 //! | `io` | what comes out: outputs, answers, notes |
 //! | `peers`, `lost` | handshakes with senders, and losing them |
 //! | `admission` | who gets slots, and when (`piecemeal`: how it must not be done) |
-//! | `requests` | a request from its grant to its end: commit, cancel, quarantine |
+//! | `request`, `requests` | a request, and its way from the grant to its end: commit, cancel, quarantine |
 //! | `lmcache` | LMCache's senders, which commit nothing |
-//! | `origin` | what differs with the dialect of a request's sender: ours, or LMCache's |
+//! | `origin`, `dialect` | what differs with the dialect of a request's sender: ours, or LMCache's |
 //! | `verification` | commits whose chunks are summed before they are taken |
 //! | `readers`, `waiters` | waits, look-ups and leases |
 //! | `ended` | how attempts ended, and who has yet to be told |
 //! | `reset` | everything that was computed before now is void |
 
 mod admission;
+mod dialect;
 mod ended;
 mod io;
 #[cfg(feature = "lmcache")]
@@ -26,6 +27,7 @@ mod origin;
 mod peers;
 mod piecemeal;
 mod readers;
+mod request;
 mod requests;
 mod reset;
 mod verification;
@@ -41,7 +43,7 @@ use self::lmcache::Senders;
 use self::lost::LostPeers;
 use self::peers::Peer;
 use self::readers::Lease;
-use self::requests::{Closing, Request};
+use self::request::{Closing, Request};
 use self::waiters::Waiters;
 use super::growth::{GROW_AGAIN_AFTER, Growth};
 use super::timers::Timers;

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use super::ended::Audience;
-use super::requests::{Request, Stage};
+use super::request::{Request, Stage};
 use super::waiters::Waiter;
 use super::{Answer, Lookup, Note, ReadyChunk, ReceiverSession, Timer};
 use crate::ids::{ClientId, Failure, FailureKind, GrantId, LeaseId, RequestId, Seq, SlotIndex};

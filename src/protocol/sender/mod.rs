@@ -11,10 +11,11 @@
 //! | `ending` | how a request ends otherwise |
 //! | `staging` | who waits for local slots, and who gets them |
 //! | `transfers`, `coverage` | `send`: parts into copies, and which bytes were given to the engine |
-//! | `link` | what differs with the dialect of a receiver: ours, or LMCache's |
+//! | `link`, `dialect` | what differs with the dialect of a receiver: ours, or LMCache's |
 //! | `lmcache` | LMCache's receivers: what they are told and say, which pages of theirs wait for our bytes |
 
 mod coverage;
+mod dialect;
 mod ending;
 mod io;
 mod link;

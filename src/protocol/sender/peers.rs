@@ -3,8 +3,7 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
-use super::link::Link;
-use super::lmcache::LMCACHE_INSTANCE;
+use super::link::{LMCACHE_INSTANCE, Link};
 use super::requests::{Stage, Uid, clipped};
 use super::{Note, Output, PeerMemory, Port, SenderSession, Timer};
 use crate::ids::{ConnectionId, Failure, FailureKind, PeerAddress, PeerId, Seq, clip};

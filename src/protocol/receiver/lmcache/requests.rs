@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::time::Instant;
 
 use super::super::origin::Origin;
-use super::super::requests::{Request, Stage};
+use super::super::request::{Request, Stage};
 use super::super::{Note, Port, ReceiverSession, Timer};
 use super::{Batches, NAME_PREFIX};
 use crate::ids::{Failure, FailureKind, GrantId, RequestId, Seq, SlotIndex, clip};
@@ -166,7 +166,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             refused_in: None,
             verifying: None,
             origin: Origin::Lmcache(batches),
-            stage: Stage::Waiting { wait, held: None },
+            stage: Stage::Waiting { wait, partial: None },
         };
         self.requests.insert(id.clone(), request);
         self.waiting.push_back(id);

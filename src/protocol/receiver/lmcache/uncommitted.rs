@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::time::Instant;
 
 use super::super::ReceiverSession;
-use super::super::requests::{Request, Stage};
+use super::super::request::{Request, Stage};
 use crate::ids::{ChunkKey, Failure, FailureKind, RequestId};
 
 impl<R: Clone + PartialEq> ReceiverSession<R> {

@@ -1,8 +1,8 @@
 //! LMCache's receivers in a build without the feature `lmcache`: they are refused at their handshake.
 
-use std::convert::Infallible;
 use std::time::Instant;
 
+use self::receiver::LmcacheReceiver;
 use super::SenderSession;
 use super::peers::Peer;
 use super::requests::Uid;
@@ -10,22 +10,23 @@ use crate::ids::{ChunkKey, Failure, FailureKind, Pages, PeerId, RequestId};
 use crate::wire::Message;
 use crate::wire::message::{InitResponse, MemRegRequest, MemRegResponse};
 
-/// What an LMCache receiver is called.
-pub(super) const LMCACHE_INSTANCE: &str = "LMCache";
+pub(super) mod receiver {
+    use std::convert::Infallible;
 
-/// There are none.
-#[derive(Debug)]
-pub(super) struct LmcacheReceiver(Infallible);
+    /// There are none.
+    #[derive(Debug)]
+    pub(in crate::protocol::sender) struct LmcacheReceiver(pub(super) Infallible);
+
+    impl LmcacheReceiver {
+        pub(in crate::protocol::sender) const fn is_busy(&self) -> bool {
+            match self.0 {}
+        }
+    }
+}
 
 /// There are none.
 #[derive(Debug, Default)]
 pub(super) struct RememberedReceivers(());
-
-impl LmcacheReceiver {
-    pub(super) fn is_busy(&self) -> bool {
-        match self.0 {}
-    }
-}
 
 impl SenderSession {
     pub(super) fn on_lmcache_init_response(&mut self, peer: PeerId, _: InitResponse) {

@@ -8,11 +8,13 @@
 //!
 //! Nothing named `Pd...` is ever sent to it: a synchronous receiver would be disabled by it.
 
+pub(super) mod receiver;
 mod unwritten;
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
+use self::receiver::{Asked, LmcacheReceiver, Question};
 use self::unwritten::{Claim, Unwritten};
 use super::link::Link;
 use super::peers::Peer;
@@ -23,51 +25,12 @@ use crate::protocol::{handshake, lmcache_terms};
 use crate::wire::message::{AllocResponse, CancelNotif, InitResponse, MemRegRequest, MemRegResponse};
 use crate::wire::{LmcacheMode, Message, descriptor_list};
 
-/// What such a receiver is called where others have a name of their own.
-pub(super) const LMCACHE_INSTANCE: &str = "LMCache";
-
 /// How long a question may go unanswered before its connection is given up. A receiver that is full answers when its
 /// engine has freed pages, and giving up has a price: see [`Unwritten::orphaned`].
 const ANSWER_TIME_MAX: Duration = Duration::from_secs(300);
 
-/// Most keys that are remembered for one receiver, unless its buffer has more pages than half of this.
-const UNWRITTEN_MAX: usize = 65_536;
-
 /// For how many lost receivers what they hold is remembered.
 const REMEMBERED_MAX: usize = 4096;
-
-/// What is known of an LMCache receiver.
-#[derive(Debug)]
-pub(super) struct LmcacheReceiver {
-    /// What it calls us.
-    our_name: Vec<u8>,
-    /// Of its engine: another process has other metadata.
-    metadata: Vec<u8>,
-    pages: Option<Pages>,
-    mode: LmcacheMode,
-    /// In the order of their arrival.
-    waiting: VecDeque<Question>,
-    asked: Option<Asked>,
-    unwritten: Unwritten,
-    /// It is being given up: nothing more is said.
-    ending: bool,
-}
-
-/// What waits for its turn.
-#[derive(Debug)]
-enum Question {
-    /// Room for a request, which has waited long enough then.
-    Alloc { uid: Uid, until: Instant },
-    /// These are not written any more.
-    Cancel { request: RequestId, keys: Vec<ChunkKey> },
-}
-
-/// What an answer is waited for.
-#[derive(Debug)]
-enum Asked {
-    Alloc { uid: Uid, seq: Seq, request: RequestId, keys: Vec<ChunkKey>, since: Instant },
-    Cancel { keys: Vec<ChunkKey>, since: Instant },
-}
 
 /// What a lost receiver holds of ours, for when it is met again.
 #[derive(Debug)]
@@ -88,34 +51,6 @@ enum NoPlaces {
     Refused,
     /// It does not add up.
     Malformed,
-}
-
-impl LmcacheReceiver {
-    fn new(mode: LmcacheMode, our_name: Vec<u8>, metadata: Vec<u8>) -> Self {
-        Self {
-            our_name,
-            metadata,
-            pages: None,
-            mode,
-            waiting: VecDeque::new(),
-            asked: None,
-            unwritten: Unwritten::default(),
-            ending: false,
-        }
-    }
-
-    /// Whether it has been asked something, or is about to be.
-    pub(super) fn is_busy(&self) -> bool {
-        self.asked.is_some() || !self.waiting.is_empty()
-    }
-
-    fn page_count(&self) -> u64 {
-        self.pages.map_or(0, |pages| pages.count)
-    }
-
-    fn unwritten_max(&self) -> usize {
-        UNWRITTEN_MAX.max((2 * self.page_count()) as usize)
-    }
 }
 
 /// What LMCache receivers that were lost hold of ours, by their addresses.
