@@ -38,6 +38,10 @@ test: setup ## every test: Rust, then Python against the real daemons
 test-rust:
 	$(CARGO) test --no-fail-fast --lib --bins --tests
 
+.PHONY: test-without-lmcache
+test-without-lmcache: ## the Rust tests of a build that has no LMCache in it
+	$(CARGO) test --no-fail-fast --no-default-features --features nixl --lib --bins --tests
+
 # Every interleaving of a few threads in the address manager; a package of its own, because loom replaces the lock.
 .PHONY: test-loom
 test-loom:
@@ -78,6 +82,7 @@ soak: setup ## kill, stop and restart daemons and connectors under load for SECO
 lint: ## formatting and clippy, as CI has them
 	cargo fmt --check
 	$(CARGO) clippy --all-targets -- -D warnings
+	$(CARGO) clippy --all-targets --no-default-features --features nixl -- -D warnings
 
 .PHONY: bench
 bench: ## the benches: ratios within one run, for docs/benchmarks.md

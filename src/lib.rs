@@ -28,7 +28,7 @@
 //!   `runtime::fenced`;
 //! - which chunk is where: [`slot::SlotTable`]; which bytes are taken: [`address::AddressManager`]; how the memory under
 //!   them grows: [`buffer::MemoryManager`];
-//! - what is different with LMCache's own peers: `protocol::receiver::stock` and `protocol::sender::stock`;
+//! - what is different with LMCache's own peers: `protocol::receiver::origin` and `protocol::sender::link`;
 //! - who may talk: [`wire::auth`]; what an operator sees: [`metrics`];
 //! - what a daemon can be told: [`config::Config`].
 //!

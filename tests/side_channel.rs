@@ -379,7 +379,7 @@ async fn output(child: Child) -> String {
 
 #[tokio::test]
 async fn libzmq_senders_are_answered_the_way_they_asked() {
-    // Broken in production: a stock LMCache sender, synchronous or not, or the Python client, gets no answer.
+    // Broken in production: an LMCache sender, synchronous or not, or the Python client, gets no answer.
     const SCRIPT: &str = r#"
 import sys, zmq
 for endpoint in sys.argv[1:]:
@@ -413,7 +413,8 @@ print("answered")
 
 #[tokio::test]
 async fn libzmq_receivers_hear_a_dealer_and_are_heard() {
-    // Broken in production: our sender cannot allocate at a stock receiver of either kind.
+    // Broken in production: our sender cannot allocate at an LMCache receiver of either mode, or takes one mode for the
+    // other and disables a synchronous receiver with a cancel.
     const SCRIPT: &str = r#"
 import sys, zmq
 rep, router = (zmq.Context.instance().socket(kind) for kind in (zmq.REP, zmq.ROUTER))
@@ -435,6 +436,7 @@ sys.stdin.read()
         let (sender, mut receiver) = Dealer::connect(&endpoint, SOON).await.unwrap();
         sender.try_send(Bytes::from("asked")).unwrap();
         assert_eq!(soon(receiver.recv()).await.unwrap(), expected);
+        assert_eq!(receiver.peer_is_rep(), expected == "asked by rep");
     }
     drop(child.stdin.take());
     output(child).await;

@@ -103,7 +103,7 @@ pub enum Request {
         id: Seq,
         /// Which chunks.
         keys: Vec<ChunkKey>,
-        /// The caller has heard from the proxy that they are written: what a stock LMCache sender was granted counts as
+        /// The caller has heard from the proxy that they are written: what an LMCache sender was granted counts as
         /// ready.
         #[serde(default, skip_serializing_if = "is_false", deserialize_with = "nil_is_left_out")]
         uncommitted: bool,
@@ -271,7 +271,7 @@ pub enum Reply {
         lease: Option<LeaseId>,
         /// One for each key asked for, in that order; nil where there is no ready chunk.
         chunks: Vec<Option<ReadyChunk>>,
-        /// Positions of keys that a stock LMCache sender was granted: written, perhaps, and not committed, since such a
+        /// Positions of keys that an LMCache sender was granted: written, perhaps, and not committed, since such a
         /// sender does not say.
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
         granted: Vec<u32>,

@@ -15,7 +15,7 @@ use crate::wire::auth::{
     Channel, DealerHandshake, Opener, RouterHandshake, RouterStep, Sealed, Sealer, is_handshake, refusal_of,
 };
 use crate::wire::{Message, decode, encode, type_name, unsigned_field};
-use crate::{config, connector, transfer, wire};
+use crate::{config, connector, transfer};
 
 /// A decoder under test.
 pub struct Entry {
@@ -31,6 +31,7 @@ pub struct Entry {
 pub const ENTRIES: &[Entry] = &[
     Entry { name: "wire_message", play: wire_message, seeds: seeds::wire_messages },
     Entry { name: "connector_message", play: connector_message, seeds: seeds::connector_messages },
+    #[cfg(feature = "lmcache")]
     Entry { name: "descriptor_list", play: descriptor_list, seeds: seeds::descriptor_lists },
     Entry { name: "layout_json", play: layout_json, seeds: seeds::layouts },
     Entry { name: "model_config", play: model_config, seeds: seeds::models },
@@ -84,11 +85,12 @@ fn message<T: Serialize + DeserializeOwned>(bytes: &[u8]) {
 }
 
 /// A pickle where LMCache's peers say where their pages are.
+#[cfg(feature = "lmcache")]
 fn descriptor_list(bytes: &[u8]) {
-    if let Ok((module, pages)) = wire::descriptor_list::decode(bytes) {
+    if let Ok((module, pages)) = crate::wire::descriptor_list::decode(bytes) {
         assert!(pages.address.checked_add(pages.len_bytes()).is_some());
-        let written = wire::descriptor_list::encode(&module, &pages);
-        assert_eq!(wire::descriptor_list::decode(&written), Ok((module, pages)));
+        let written = crate::wire::descriptor_list::encode(&module, &pages);
+        assert_eq!(crate::wire::descriptor_list::decode(&written), Ok((module, pages)));
     }
 }
 

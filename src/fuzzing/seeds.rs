@@ -23,6 +23,7 @@ pub(super) fn wire_messages() -> Vec<Vec<u8>> {
 }
 
 /// LMCache's own, as they stand in its messages.
+#[cfg(feature = "lmcache")]
 pub(super) fn descriptor_lists() -> Vec<Vec<u8>> {
     files("tests/fixtures/lmcache-wire", ".pickle")
 }

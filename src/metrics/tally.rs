@@ -123,7 +123,7 @@ impl Tally {
         use receiver::Note;
         match note {
             Note::Grown { result } => self.count_growth(result),
-            Note::PeerMet { .. } => self.handshakes += 1,
+            Note::PeerConnected { .. } => self.handshakes += 1,
             Note::PeerRefused { failure, .. } => add(&mut self.peer_failures, failure.kind),
             Note::PeerLost { .. } => add(&mut self.peer_failures, FailureKind::PeerLost),
             // The failure of its request is counted.

@@ -19,17 +19,21 @@
 //! ```
 //!
 //! Messages may be lost, repeated, reordered and late: a message counts for what it names (an instance, a grant, the
-//! number of an allocation), a repeated one is answered like the first, and what must arrive (a commit, the word that
-//! a writer has stopped) is said again until it is answered. A connected sender pings; whoever hears nothing for long
-//! enough gives the other up.
+//! number of an allocation), a repeated one is answered like the first, and what must arrive (a commit, the acknowledgement
+//! that a writer has stopped) is retransmitted until it is answered. A connected sender pings; a side that hears nothing for
+//! `peer_timeout` gives the other up.
 
 mod chunks;
 mod growth;
 mod handshake;
+#[cfg(feature = "lmcache")]
 mod lmcache_terms;
+// Without LMCache nothing makes the variants that stand for it.
+#[cfg_attr(not(feature = "lmcache"), allow(dead_code))]
 pub mod receiver;
 mod safeguards;
 mod seen;
+#[cfg_attr(not(feature = "lmcache"), allow(dead_code))]
 pub mod sender;
 mod timers;
 

@@ -15,7 +15,7 @@ use crate::buffer::{BufferError, Memory};
 use crate::ids::{Checksum, ConnectionId, Failure, FailureKind, GrantId, RequestId, TransferId};
 use crate::protocol::receiver::ExpectedChunk;
 use crate::protocol::sender::PeerMemory;
-use crate::transfer::{Backoff, Completion, Connected, Ended, TransferEngine, TransferError, Wait};
+use crate::transfer::{Backoff, Completion, Connected, Ended, LmcacheEngine, TransferEngine, TransferError, Wait};
 
 /// How far apart the driver is told that checksums are being summed.
 const SUMMING_TOLD_EVERY: Duration = Duration::from_millis(250);
@@ -161,10 +161,15 @@ impl<'a, P, E: From<EngineEvent<P>>> Server<'a, P, E> {
         match memory {
             PeerMemory::Descriptors(descriptors) => self.engine.connect(connection, descriptors),
             PeerMemory::Pages(pages) => {
-                let descriptors = self.engine.describe(pages)?;
+                let descriptors = self.lmcache()?.describe(pages);
                 self.engine.connect(connection, &descriptors)
             }
         }
+    }
+
+    fn lmcache(&self) -> Result<&dyn LmcacheEngine, TransferError> {
+        let reason = "LMCache's peers cannot reach this engine".to_owned();
+        self.engine.lmcache().ok_or(TransferError::Unavailable { engine: self.engine.name(), reason })
     }
 
     /// Takes a transfer whose bytes are final: posts it, after summing what its peer will check.
@@ -252,7 +257,7 @@ impl<'a, P, E: From<EngineEvent<P>>> Server<'a, P, E> {
     fn execute(&mut self, command: Command<P>) -> Result<(), Gone> {
         match command {
             Command::LoadPeer { peer, agent_name, metadata } => {
-                let agent_name = agent_name.map_or_else(|| self.engine.agent_name_in(&metadata), Ok);
+                let agent_name = agent_name.map_or_else(|| self.lmcache()?.agent_name_in(&metadata), Ok);
                 let loaded = agent_name.and_then(|agent_name| self.engine.load_peer(&agent_name, &metadata));
                 let result = loaded.map_err(|error| error.to_string());
                 self.send(EngineEvent::PeerLoaded { peer, result })

@@ -160,7 +160,7 @@ pub(super) struct Started {
     pub(super) export: Export,
     /// [`TransferEngine::linger`].
     pub(super) linger: Duration,
-    /// [`TransferEngine::pages`], one for each chunk.
+    /// [`LmcacheEngine::pages`](crate::transfer::LmcacheEngine::pages), one for each chunk.
     pub(super) pages: Option<Pages>,
 }
 
@@ -188,7 +188,7 @@ impl<P: Send + 'static> EngineThread<P> {
                         note,
                         export,
                         linger: engine.linger(),
-                        pages: engine.pages(unit_bytes),
+                        pages: engine.lmcache().and_then(|lmcache| lmcache.pages(unit_bytes)),
                     },
                     engine,
                 ))

@@ -45,7 +45,7 @@ pub(super) fn may_open(files: u64) -> bool {
 
 fn config(role: Role) -> Config {
     let text = "pd_buffer_size: 4MiB\ntransfer_channel: local\npd_metrics_port: none\npd_peer_init_port: 0\n\
-                pd_peer_alloc_port: 0\npd_handshake_timeout_sec: 120\n";
+                pd_peer_alloc_port: 0\npd_handshake_timeout_sec: 120\npd_peer_timeout_sec: 120\n";
     fuzzing::read(role, text).unwrap()
 }
 

@@ -23,7 +23,7 @@ pub(super) fn log_receiver(note: receiver::Note) {
     use receiver::Note;
     match note {
         Note::Grown { result } => log_grown(result),
-        Note::PeerMet { instance } => info!(sender = %instance, "shook hands"),
+        Note::PeerConnected { instance } => info!(sender = %instance, "shook hands"),
         Note::PeerRefused { instance, failure } => {
             warn!(sender = %instance, kind = %failure.kind, "refused: {}", failure.text);
         }

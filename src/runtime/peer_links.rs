@@ -11,16 +11,15 @@ use super::room::{Room, Rooms};
 use crate::ids::{Failure, FailureKind, PeerAddress, PeerId, SharedSecret};
 use crate::protocol::Port;
 use crate::side_channel::{Access, Dealer, DealerReceiver, DealerSender, SideChannelError, tcp_address};
-use crate::wire::{LmcacheMode, Message, encode, lmcache_mode};
+use crate::wire::{LmcacheMode, Message, encode};
 
 /// What the links tell the driver.
 #[derive(Debug)]
 pub(super) enum LinkEvent {
     /// Both sockets are connected.
     Opened { peer: PeerId, links: Box<Links> },
-    /// A message arrived. Where it is one that shows in which mode LMCache runs there, it says so.
-    /// It takes its room until it is dealt with.
-    Message { peer: PeerId, port: Port, message: Box<Message>, lmcache_mode: Option<LmcacheMode>, room: Room },
+    /// A message arrived. It takes its room until it is dealt with.
+    Message { peer: PeerId, port: Port, message: Box<Message>, room: Room },
     /// The connections could not be made, or are gone.
     Closed { peer: PeerId, failure: Failure },
 }
@@ -30,6 +29,8 @@ pub(super) enum LinkEvent {
 pub(super) struct Links {
     init: DealerSender,
     alloc: DealerSender,
+    /// The mode of LMCache, if LMCache runs there.
+    pub(super) lmcache_mode: LmcacheMode,
 }
 
 /// All receivers that are connected or being connected.
@@ -120,7 +121,8 @@ async fn connect(
     let [for_init, for_alloc] = access;
     let (init, init_inbox) = Dealer::connect_port(&endpoint(address.init_port), for_init).await.map_err(failed)?;
     let (alloc, alloc_inbox) = Dealer::connect_port(&endpoint(address.alloc_port), for_alloc).await.map_err(failed)?;
-    Ok((Links { init, alloc }, init_inbox, alloc_inbox))
+    let lmcache_mode = if alloc_inbox.peer_is_rep() { LmcacheMode::Sync } else { LmcacheMode::Async };
+    Ok((Links { init, alloc, lmcache_mode }, init_inbox, alloc_inbox))
 }
 
 /// A link's end as a request's: `otherwise`, unless it is about who may talk.
@@ -146,11 +148,7 @@ async fn read<E: From<LinkEvent>>(
         };
         match rooms.decode(&payload).await {
             Ok((message, room)) => {
-                let lmcache_mode = match &message {
-                    Message::AllocResponse(response) if response.pd.is_none() => lmcache_mode(&payload),
-                    _ => None,
-                };
-                let event = LinkEvent::Message { peer, port, message: Box::new(message), lmcache_mode, room };
+                let event = LinkEvent::Message { peer, port, message: Box::new(message), room };
                 if events.send(event.into()).await.is_err() {
                     return Failure::new(FailureKind::ShuttingDown, "this sender is shutting down");
                 }

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, mpsc};
 use std::time::Duration;
 
 use crate::buffer::Memory;
-use crate::ids::{ByteCopy, ConnectionId, Pages, TransferId};
+use crate::ids::{ByteCopy, ConnectionId, TransferId};
 use crate::transfer::{Completion, Ended, Export, TransferEngine, TransferError};
 
 /// An engine whose transfers end with the next poll, in which it can be kept.
@@ -41,18 +41,6 @@ impl TransferEngine for PlayedEngine {
 
     fn load_peer(&mut self, _: &str, _: &[u8]) -> Result<ConnectionId, TransferError> {
         Ok(ConnectionId(1))
-    }
-
-    fn agent_name_in(&self, _: &[u8]) -> Result<String, TransferError> {
-        Ok("peer".to_owned())
-    }
-
-    fn pages(&self, _: u64) -> Option<Pages> {
-        None
-    }
-
-    fn describe(&self, _: &Pages) -> Result<Vec<u8>, TransferError> {
-        Ok(Vec::new())
     }
 
     fn connect(&mut self, _: ConnectionId, _: &[u8]) -> Result<(), TransferError> {

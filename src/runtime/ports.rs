@@ -61,7 +61,11 @@ impl Ports {
         let init = bind_one(config, config.init_port, Port::Init, events).await?;
         let alloc = bind_one(config, config.alloc_port, Port::Alloc, events).await?;
         let query = match config.query_port {
-            Some(port) => Some(bind_one(config, port, Port::Query, events).await?),
+            Some(port) if cfg!(feature = "lmcache") => Some(bind_one(config, port, Port::Query, events).await?),
+            Some(_) => {
+                tracing::warn!("pd_peer_query_port is ignored: this build has no LMCache (cargo feature lmcache)");
+                None
+            }
             None => None,
         };
         Ok(Self { init, alloc, query })

@@ -306,7 +306,7 @@ impl ReceiverDaemon {
                 self.clients.reply(client, &Reply::Status { id, status });
             }
             Request::Lookup { id, keys, uncommitted, fetch } => {
-                let lookup = Lookup { keys, vouches: uncommitted, fetches: fetch };
+                let lookup = Lookup { keys, uncommitted, fetches: fetch };
                 self.session.handle_lookup(now, client, id, &lookup);
             }
             Request::Wait { id, req_id, wait_ms, uncommitted } => {

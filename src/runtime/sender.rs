@@ -152,15 +152,13 @@ impl Daemon for SenderDaemon {
     fn handle(&mut self, now: Instant, event: Event) -> Option<Stop> {
         match event {
             Event::Link(LinkEvent::Opened { peer, links }) => {
+                let lmcache_mode = links.lmcache_mode;
                 if self.links.keep(peer, *links) {
-                    self.session.handle_peer_opened(now, peer);
+                    self.session.handle_peer_opened(now, peer, lmcache_mode);
                 }
             }
-            Event::Link(LinkEvent::Message { peer, port, message, lmcache_mode, room }) => {
+            Event::Link(LinkEvent::Message { peer, port, message, room }) => {
                 self.room = Some(room);
-                if let Some(mode) = lmcache_mode {
-                    self.session.handle_lmcache_mode(peer, mode);
-                }
                 self.session.handle_message(now, peer, port, *message);
             }
             Event::Link(LinkEvent::Closed { peer, failure }) => {

@@ -100,11 +100,11 @@ pub(super) fn parts(parts: Vec<SendPart>) -> Vec<sender::Part> {
     parts.into_iter().map(part).collect()
 }
 
-pub(super) fn receiver((address, acquaintance): (&PeerAddress, &sender::Acquaintance)) -> ReceiverStatus {
-    use sender::Acquaintance::{Meeting, Met, Refused, Unreachable};
-    let state = match acquaintance {
-        Meeting => "meeting".to_owned(),
-        Met => "met".to_owned(),
+pub(super) fn receiver((address, state): (&PeerAddress, &sender::ConnectState)) -> ReceiverStatus {
+    use sender::ConnectState::{Connected, Connecting, Refused, Unreachable};
+    let state = match state {
+        Connecting => "meeting".to_owned(),
+        Connected => "met".to_owned(),
         Refused(failure) => format!("refused: {failure}"),
         Unreachable(failure) => format!("unreachable: {failure}"),
     };

@@ -5,9 +5,9 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use futures::StreamExt;
 use futures::channel::mpsc;
-use zeromq::{DealerRecvHalf, DealerSendHalf, DealerSocket, Socket, SocketEvent, SocketRecv, ZmqMessage};
+use futures::{FutureExt, StreamExt};
+use zeromq::{DealerRecvHalf, DealerSendHalf, DealerSocket, Socket, SocketEvent, SocketRecv, SocketType, ZmqMessage};
 
 use super::guard::Access;
 use super::{SideChannelError, connect_error, library_endpoint, options, send_error};
@@ -31,14 +31,22 @@ impl Dealer {
         let mut options = options();
         options.connect_timeout(timeout);
         let mut socket = DealerSocket::with_options(options);
-        let monitor = socket.monitor();
+        let mut monitor = socket.monitor();
         socket.connect(&library_endpoint(endpoint)).await.map_err(|error| connect_error(endpoint, timeout, error))?;
+        let mut peer_socket = None;
+        while let Some(Some(event)) = monitor.next().now_or_never() {
+            if let SocketEvent::Connected(_, _, socket_type) = event {
+                peer_socket = socket_type;
+                break;
+            }
+        }
         let (send_half, receive_half) = socket.split();
         Ok((
             DealerSender { half: send_half, endpoint: endpoint.to_owned(), sealer: None },
             DealerReceiver {
                 half: receive_half,
                 monitor,
+                is_rep: peer_socket == Some(SocketType::REP),
                 endpoint: endpoint.to_owned(),
                 malformed_count: 0,
                 trust: Trust::Anything,
@@ -130,6 +138,7 @@ impl fmt::Debug for DealerSender {
 pub struct DealerReceiver {
     half: DealerRecvHalf,
     monitor: mpsc::Receiver<SocketEvent>,
+    is_rep: bool,
     endpoint: String,
     malformed_count: u64,
     trust: Trust,
@@ -153,6 +162,11 @@ enum Gone {
 }
 
 impl DealerReceiver {
+    /// Whether the peer listens with a REP socket, as LMCache's synchronous backend does. ZMTP's READY says so (RFC 23).
+    pub const fn peer_is_rep(&self) -> bool {
+        self.is_rep
+    }
+
     /// The next message, without the empty frame in front. Messages with other frames are dropped and counted.
     /// Nothing is lost when the future is dropped before it is ready.
     ///

@@ -20,6 +20,7 @@ mod backoff;
 mod blob;
 mod cut;
 mod join;
+mod lmcache;
 pub mod local;
 pub mod nixl;
 pub mod open_files;
@@ -29,6 +30,7 @@ pub use backoff::{Backoff, Wait};
 pub use cut::cut;
 use join::check_next_piece;
 pub use join::{check_ranges, join};
+pub use lmcache::LmcacheEngine;
 pub use start::{EngineOptions, StartedEngine, start_engine};
 
 use std::ops::Range;
@@ -36,7 +38,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::buffer::Memory;
-use crate::ids::{ConnectionId, Pages, TransferId};
+use crate::ids::{ConnectionId, TransferId};
 
 pub use crate::ids::{ByteCopy, EngineKind};
 
@@ -135,21 +137,10 @@ pub trait TransferEngine: Send {
     /// [`TransferError::BadExport`] when the bytes are not what this engine writes.
     fn load_peer(&mut self, agent_name: &str, metadata: &[u8]) -> Result<ConnectionId, TransferError>;
 
-    /// Whose metadata this is, for a peer that does not say: LMCache's.
-    ///
-    /// # Errors
-    /// [`TransferError::BadExport`] when the bytes are not what this engine writes.
-    fn agent_name_in(&self, metadata: &[u8]) -> Result<String, TransferError>;
-
-    /// The registered memory as pages of `page_bytes`, the rest left out, for LMCache's peers; none where they cannot write
-    /// to it.
-    fn pages(&self, page_bytes: u64) -> Option<Pages>;
-
-    /// The descriptors, for [`connect`](Self::connect), of a peer that has said where its pages are.
-    ///
-    /// # Errors
-    /// [`TransferError::BadExport`] when this engine cannot write there.
-    fn describe(&self, pages: &Pages) -> Result<Vec<u8>, TransferError>;
+    /// What LMCache's peers need of the engine; none where they cannot reach it.
+    fn lmcache(&self) -> Option<&dyn LmcacheEngine> {
+        None
+    }
 
     /// Step two: learns where the peer's memory is, and begins to warm the connection, so that the first transfer costs
     /// what the others cost. It comes back from [`poll`](Self::poll) exactly once unless this returns an error; a peer

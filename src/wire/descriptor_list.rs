@@ -379,4 +379,22 @@ mod tests {
             assert!(decode(&encode(ANY_FLAVOUR, &pages)).is_err(), "{pages:?}");
         }
     }
+
+    #[test]
+    fn lists_are_those_of_nixls_python_binding() {
+        // Broken in production: an LMCache peer cannot load our pages, or we take other bytes for its.
+        let recorded = [
+            &include_bytes!(
+                "../../tests/fixtures/lmcache-wire/sync_init_NixlMemRegRequest.local_xfer_dlist_bytes.pickle"
+            )[..],
+            include_bytes!(
+                "../../tests/fixtures/lmcache-wire/sync_init_NixlMemRegResponse.remote_xfer_dlist_bytes.pickle"
+            ),
+        ];
+        for recorded in recorded {
+            let (module, pages) = decode(recorded).unwrap();
+            assert_eq!((module.as_str(), pages.memory_type, pages.device), ("nixl_cu12._bindings", 0, 0));
+            assert_eq!(encode(&module, &pages), recorded);
+        }
+    }
 }

@@ -2,7 +2,7 @@
 //!
 //! A payload is a msgpack map; the key `type` carries the name, then come the fields. LMCache's messages keep its
 //! names, fields and types (observed on LMCache 0.5.6). What its wire lacks travels in one optional field, `pd`, which
-//! stock peers ignore. The messages named `Pd...` are ours and go only to peers whose [`Hello`] announced them.
+//! LMCache's peers ignore. The messages named `Pd...` are ours and go only to peers whose [`Hello`] announced them.
 
 use serde::{Deserialize, Serialize};
 

@@ -3,6 +3,7 @@
 
 pub mod auth;
 pub mod codec;
+#[cfg(feature = "lmcache")]
 pub mod descriptor_list;
 pub mod limits;
 mod lmcache_mode;
@@ -10,5 +11,5 @@ pub mod message;
 mod scan;
 
 pub use codec::{DecodeError, decode, decoded_len_bytes, encode, type_name, unsigned_field};
-pub use lmcache_mode::{LmcacheMode, lmcache_mode};
+pub use lmcache_mode::LmcacheMode;
 pub use message::Message;

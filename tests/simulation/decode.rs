@@ -64,7 +64,7 @@ impl World {
         let keys: Vec<ChunkKey> =
             (0..self.plan.keys.min(20)).map(|n| ChunkKey::new(format!("k{n}")).unwrap()).collect();
         let (client, id) = self.reading(at, None, Duration::ZERO);
-        let lookup = Lookup { keys, vouches: false, fetches: false };
+        let lookup = Lookup { keys, uncommitted: false, fetches: false };
         self.receivers[at.index].session.handle_lookup(self.now, client, id, &lookup);
     }
 

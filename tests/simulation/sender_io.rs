@@ -2,8 +2,8 @@
 
 use pd_backend::ids::{Failure, FailureKind, PeerAddress, PeerId};
 use pd_backend::protocol::sender::{Output, PeerMemory};
-use pd_backend::wire::Message;
 use pd_backend::wire::message::ProcessIdentity;
+use pd_backend::wire::{LmcacheMode, Message};
 
 use crate::engine::{Asked, Connection};
 use crate::network::Route;
@@ -62,7 +62,7 @@ impl World {
         };
         let session = &mut sender.session;
         match news {
-            News::Opened(_, peer) => session.handle_peer_opened(now, peer),
+            News::Opened(_, peer) => session.handle_peer_opened(now, peer, LmcacheMode::Async),
             News::Closed(_, peer) => session.handle_peer_closed(now, peer, Self::link_failure()),
             News::ToSender(route, message) if open => session.handle_message(now, route.peer, route.port, *message),
             News::Done(_, transfer, good) => {

@@ -3,31 +3,24 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
+use super::origin::Origin;
 use super::peers::unknown_peer;
-use super::requests::{Request, Stage};
+use super::request::{Request, Room, Stage};
 use super::{Note, Port, ReceiverSession, Timer};
 use crate::ids::{ChunkKey, Failure, FailureKind, GrantId, RequestId, Seq, SlotIndex, clip};
 use crate::protocol::chunks::ChunkSize;
 use crate::slot::SlotState;
 use crate::wire::Message;
-use crate::wire::message::{AllocExtension, AllocReplyExtension, AllocRequest, AllocResponse, MemoryUpdate};
+use crate::wire::message::{AllocExtension, AllocReplyExtension, AllocRequest, AllocResponse};
 
 /// How often the request at the head of the queue may be overtaken by a smaller one.
 const OVERTAKEN_MAX: u32 = 8;
 /// How many waiting requests are looked at whenever slots become free.
 const LOOKAHEAD_MAX: usize = 8;
 
-/// What decides, beside the request, whether it finds room.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Room {
-    version: u64,
-    described_len_bytes: u64,
-    can_grow: bool,
-}
-
 impl<R: Clone + PartialEq> ReceiverSession<R> {
     pub(super) fn on_alloc(&mut self, now: Instant, from: R, request: AllocRequest) {
-        let Some(extension) = request.pd.clone() else { return self.on_stock_alloc(now, from, request) };
+        let Some(extension) = request.pd.clone() else { return };
         if !self.touch_peer(now, &extension.instance, extension.seq) {
             let failure = unknown_peer(&extension.instance);
             return self.refuse_alloc(from, extension.seq, &extension.instance, request.req_id, failure);
@@ -71,8 +64,8 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             overtaken: 0,
             refused_in: None,
             verifying: None,
-            batches: None,
-            stage: Stage::Waiting { wait, held: None },
+            origin: Origin::Pd,
+            stage: Stage::Waiting { wait, partial: None },
         };
         self.requests.insert(id.clone(), request);
         self.waiting.push_back(id);
@@ -96,7 +89,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             }
             let id = self.waiting[at].clone();
             // It is not slots that this one waits for.
-            if self.waits_for_vouching(&id) {
+            if self.waits_for_a_reader(&id) {
                 at += 1;
                 continue;
             }
@@ -107,8 +100,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
                 if let Some(request) = self.requests.get_mut(&id) {
                     request.refused_in = Some(room);
                 }
-                // Whoever knows the buffer as it was cannot use what is added.
-                if !self.is_of_stock(&id) {
+                if self.requests.get(&id).is_some_and(|request| request.origin.can_use_growth()) {
                     self.ask_to_grow();
                 }
                 passed.push(id);
@@ -127,7 +119,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
     pub(super) fn allocation_timed_out(&mut self, now: Instant, id: &RequestId) {
         let Some(request) = self.requests.get(id) else { return };
         let Stage::Waiting { wait, .. } = &request.stage else { return };
-        if self.waits_for_vouching(id) {
+        if self.waits_for_a_reader(id) {
             let text = format!(
                 "another request was granted some of its chunks {} ms ago or more, and nobody has fetched them since (pd_allocation_timeout_sec)",
                 wait.as_millis()
@@ -184,7 +176,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         let open = |request: &&Request<R>| {
             request.instance == instance
                 && !request.is_ready()
-                && (request.batches.is_none() || !request.writes_nothing())
+                && (request.origin.commits() || !request.writes_nothing())
         };
         let open_count = self.requests.values().filter(open).count();
         if open_count < self.settings.peer_requests_max {
@@ -240,7 +232,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             return Err(Failure::new(FailureKind::Limit, text));
         }
         match self.requests.get(&id) {
-            Some(open) if !open.is_ready() && !self.is_of_lost_stock(open) => {
+            Some(open) if !open.is_ready() && !self.is_abandoned(open) => {
                 bad(format!("{id} is open already, or its last attempt is still ending"))
             }
             _ if self.requests.len() >= self.settings.requests_max => Err(Failure::new(
@@ -280,14 +272,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         let grant = GrantId(self.next_grant);
         // The chunks that this request shares do not make room for it.
         let keep: BTreeSet<SlotIndex> = shared.iter().map(|&(_, slot)| slot).collect();
-        let reserved = if request.batches.is_some() {
-            self.reserve_pages(id, grant, &missing, &keep)
-        } else {
-            let lens: Vec<u64> = missing.iter().map(|&index| request.sizes[index as usize].len_bytes).collect();
-            // The addresses may be ahead of what the session was told of the buffer. Once it is told, this is tried again.
-            self.slots.reserve(grant, &lens, &keep, self.described_len_bytes).ok()
-        };
-        let Some(reserved) = reserved else { return false };
+        let Some(reserved) = self.reserve(id, grant, &missing, &keep) else { return false };
         for &(_, slot) in &shared {
             self.slots.hold(slot);
         }
@@ -319,45 +304,15 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         shared: Vec<(u32, SlotIndex)>,
     ) {
         let Some(request) = self.requests.get(id) else { return };
-        let count = request.keys.len();
-        let stock = request.batches.is_some();
-        let response = AllocResponse {
-            already_sent_indexes: shared.iter().map(|&(index, _)| index).collect(),
-            remote_indexes: Vec::new(),
-            pd: Some(AllocReplyExtension {
-                grant: Some(grant),
-                offsets: own.iter().filter_map(|&(_, slot)| self.slots.range(slot)).map(|range| range.start).collect(),
-                write_within_ms: self.settings.write_timeout.as_millis() as u64,
-                memory: self.news_of_memory(request.known_len_bytes),
-                ..AllocReplyExtension::empty(request.seq)
-            }),
-        };
-        let (to, instance) = (request.route.clone(), request.instance.clone());
+        let (count, instance) = (request.keys.len(), request.instance.clone());
         let waited = now.saturating_duration_since(request.since);
         self.note(Note::Granted { request: id.clone(), instance, chunks: count, already_sent: shared.len(), waited });
-        let granted = own.clone();
         if let Some(request) = self.requests.get_mut(id) {
             request.since = now;
             request.stage = Stage::Granted { grant, own, shared };
         }
         self.timers.cancel(&Timer::Allocation(id.clone()));
-        if stock {
-            self.timers.set(Timer::Write(id.clone()), now + self.settings.retention);
-            self.answer_stock(id, &granted, response.already_sent_indexes);
-            return self.serve_waiters(now, id);
-        }
-        self.timers.set(Timer::Write(id.clone()), now + self.settings.write_timeout);
-        self.send(to, Port::Alloc, Message::AllocResponse(response));
-    }
-
-    /// What a sender must learn that knows only so much of the buffer.
-    fn news_of_memory(&self, known_len_bytes: u64) -> Option<MemoryUpdate> {
-        let len_bytes = self.described_len_bytes;
-        (known_len_bytes < len_bytes).then(|| MemoryUpdate {
-            len_bytes,
-            metadata: self.settings.metadata.clone(),
-            descriptors: self.settings.descriptors.clone(),
-        })
+        self.tell_granted(now, id);
     }
 }
 

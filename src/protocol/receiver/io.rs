@@ -15,9 +15,9 @@ use crate::wire::message::ProcessIdentity;
 pub struct Lookup {
     /// Which chunks.
     pub keys: Vec<ChunkKey>,
-    /// Whether the reader has heard that they are written: also those are ready then that a sender of another make was
-    /// granted.
-    pub vouches: bool,
+    /// Whether the reader has heard from the proxy that they are written: then also those are ready that an LMCache sender
+    /// was granted.
+    pub uncommitted: bool,
     /// Whether nobody will ask for their requests by name: a ready request of which every chunk is found has been fetched.
     pub fetches: bool,
 }
@@ -38,7 +38,7 @@ pub enum Output<R> {
     LoadPeer {
         /// [`Hello::instance`](crate::wire::message::Hello::instance) of the peer.
         instance: String,
-        /// Name of its agent; a sender of another make has not said, and its metadata does.
+        /// Name of its agent; an LMCache sender has not said, and its metadata does.
         agent_name: Option<String>,
         /// Its engine's metadata.
         metadata: Vec<u8>,
@@ -103,7 +103,7 @@ pub enum Answer {
         lease: Option<LeaseId>,
         /// One for each key.
         chunks: Vec<Option<ReadyChunk>>,
-        /// Positions of keys that a sender of another make was granted, and that nobody has vouched for.
+        /// Positions of keys that an LMCache sender was granted, and that no reader has taken.
         granted: Vec<u32>,
     },
     /// To `release`.
@@ -161,7 +161,7 @@ pub enum Note {
         result: Result<u64, String>,
     },
     /// A peer shook hands.
-    PeerMet {
+    PeerConnected {
         /// Which.
         instance: String,
     },

@@ -1,27 +1,35 @@
-//! The receiver's session: shakes hands, grants slots, takes commits, hands ready chunks to readers.
+//! The receiver's session: handshakes, grants of slots, commits, ready chunks for readers.
 //!
 //! | file | what is in it |
 //! |---|---|
 //! | `io` | what comes out: outputs, answers, notes |
 //! | `peers`, `lost` | handshakes with senders, and losing them |
 //! | `admission` | who gets slots, and when (`piecemeal`: how it must not be done) |
-//! | `requests` | a request from its grant to its end: commit, cancel, quarantine |
-//! | `stock` | senders of another make: LMCache's, which commit nothing |
+//! | `request`, `requests` | a request, and its way from the grant to its end: commit, cancel, quarantine |
+//! | `lmcache` | LMCache's senders, which commit nothing |
+//! | `origin`, `dialect` | what differs with the dialect of a request's sender: ours, or LMCache's |
 //! | `verification` | commits whose chunks are summed before they are taken |
 //! | `readers`, `waiters` | waits, look-ups and leases |
 //! | `ended` | how attempts ended, and who has yet to be told |
 //! | `reset` | everything that was computed before now is void |
 
 mod admission;
+mod dialect;
 mod ended;
 mod io;
+#[cfg(feature = "lmcache")]
+mod lmcache;
+#[cfg(not(feature = "lmcache"))]
+#[path = "lmcache/absent.rs"]
+mod lmcache;
 mod lost;
+mod origin;
 mod peers;
 mod piecemeal;
 mod readers;
+mod request;
 mod requests;
 mod reset;
-mod stock;
 mod verification;
 mod waiters;
 
@@ -31,11 +39,11 @@ use std::time::{Duration, Instant};
 pub use io::{Answer, ExpectedChunk, Lookup, Note, Output, ReadyChunk, ReceiverCounts};
 
 use self::ended::Ended;
+use self::lmcache::Senders;
 use self::lost::LostPeers;
 use self::peers::Peer;
 use self::readers::Lease;
-use self::requests::{Closing, Request};
-use self::stock::Stock;
+use self::request::{Closing, Request};
 use self::waiters::Waiters;
 use super::growth::{GROW_AGAIN_AFTER, Growth};
 use super::timers::Timers;
@@ -44,7 +52,7 @@ use crate::address::AddressManager;
 use crate::ids::{ChecksumMode, ClientId, ConnectionId, Failure, FailureKind, GrantId, LeaseId, Pages, RequestId, Seq};
 use crate::slot::SlotTable;
 use crate::wire::Message;
-use crate::wire::message::{Hello, InitRequest};
+use crate::wire::message::{AllocRequest, CancelNotif, Hello, InitRequest, MemRegRequest};
 
 /// What a receiver session is told at start.
 #[derive(Debug, Clone)]
@@ -109,9 +117,9 @@ enum Timer {
     Silence(String),
     /// Nothing of a process that has ended is under way any more.
     Linger(String),
-    /// What LMCache's peers have asked about need not be held any more.
-    Query(LeaseId),
-    /// A writer has not said yet that it has stopped: it is asked again.
+    /// A lease that nobody gives back is over.
+    Lease(ClientId, LeaseId),
+    /// A writer has not acknowledged yet that it has stopped: it is asked again.
     Revoke(GrantId),
 }
 
@@ -125,8 +133,8 @@ pub struct ReceiverSession<R> {
     described_len_bytes: u64,
     /// By [`Hello::instance`].
     peers: BTreeMap<String, Peer<R>>,
-    /// Senders of another make.
-    stock: Stock<R>,
+    /// LMCache's senders.
+    lmcache: Senders<R>,
     lost: LostPeers,
     requests: BTreeMap<RequestId, Request<R>>,
     /// Requests that wait for slots, in the order of their arrival.
@@ -162,7 +170,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             slots,
             growth,
             peers: BTreeMap::new(),
-            stock: Stock::default(),
+            lmcache: Senders::default(),
             lost: LostPeers::default(),
             requests: BTreeMap::new(),
             waiting: VecDeque::new(),
@@ -185,25 +193,31 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
     /// A message arrived at one of our ports.
     pub fn handle_message(&mut self, now: Instant, port: Port, from: R, message: Message) {
         match (port, message) {
-            (Port::Init, Message::NixlInitRequest(request)) => self.on_init(now, from, request),
-            (Port::Init, Message::NixlMemRegRequest(request)) => self.on_mem_reg(now, from, request),
+            (Port::Init, Message::NixlInitRequest(InitRequest { pd: Some(extension), local_meta_bytes })) => {
+                self.on_init(now, from, extension, local_meta_bytes);
+            }
+            (Port::Init, Message::NixlMemRegRequest(MemRegRequest { pd: Some(extension), .. })) => {
+                self.on_mem_reg(now, from, &extension);
+            }
             (Port::Alloc, Message::NixlInitRequest(InitRequest { pd: Some(extension), .. })) => {
                 self.on_misdirected_init(from, extension);
             }
-            (Port::Alloc, Message::AllocRequest(request)) => self.on_alloc(now, from, request),
-            (Port::Alloc, Message::PdCommit(commit)) => self.on_commit(now, from, commit),
-            (Port::Alloc, Message::CancelNotif(cancel)) => self.on_cancel(now, from, cancel),
-            (Port::Alloc, Message::PdPing(ping)) => self.on_ping(now, from, ping),
-            (Port::Query, Message::CacheQueryRequest(query)) => self.on_query(now, from, query),
-            (port, message) => {
-                self.note(Note::Unexpected { port, message: message.type_name() });
+            (Port::Alloc, Message::AllocRequest(request @ AllocRequest { pd: Some(_), .. })) => {
+                self.on_alloc(now, from, request);
             }
+            (Port::Alloc, Message::PdCommit(commit)) => self.on_commit(now, from, commit),
+            (Port::Alloc, Message::CancelNotif(CancelNotif { req_id, pd: Some(extension), .. })) => {
+                self.on_cancel(now, from, &req_id, extension);
+            }
+            (Port::Alloc, Message::PdPing(ping)) => self.on_ping(now, from, ping),
+            // Nothing of ours leaves `pd` out.
+            (port, message) => self.on_lmcache_message(now, port, from, message),
         }
     }
 
     /// The connection that messages from `route` came through is gone.
     pub fn handle_route_gone(&mut self, now: Instant, route: &R) {
-        if self.on_stock_route_gone(now, route) {
+        if self.on_lmcache_route_gone(now, route) {
             return;
         }
         let lost = self.peers.iter().find(|(_, peer)| peer.alloc_route.as_ref() == Some(route));
@@ -212,7 +226,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         }
     }
 
-    /// The engine has met the peer `instance`, or could not.
+    /// The engine has loaded the metadata of the peer `instance`, or could not.
     pub fn handle_peer_loaded(&mut self, now: Instant, instance: &str, result: Result<ConnectionId, String>) {
         self.on_peer_loaded(now, instance, result);
     }
@@ -228,12 +242,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         while let Some((due, timer)) = self.timers.pop_due(now) {
             match timer {
                 Timer::Allocation(id) => self.allocation_timed_out(now, &id),
-                Timer::Write(id) if self.is_of_stock(&id) => self.nobody_vouched(now, &id),
-                Timer::Write(id) => {
-                    let timeout_ms = self.settings.write_timeout.as_millis();
-                    let text = format!("not committed within {timeout_ms} ms of the grant (pd_write_timeout_sec)");
-                    self.fail(now, &id, Failure::new(FailureKind::Deadline, text));
-                }
+                Timer::Write(id) => self.write_timed_out(now, &id),
                 Timer::Retention(id) => self.retention_passed(now, &id),
                 Timer::Wait(client, seq) => self.wait_timed_out(client, seq),
                 Timer::Grow => {
@@ -243,7 +252,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
                     }
                 }
                 Timer::Silence(instance) => self.check_silence(now, due, &instance),
-                Timer::Query(lease) => self.query_passed(now, lease),
+                Timer::Lease(client, lease) => drop(self.end_lease(now, client, lease)),
                 Timer::Linger(instance) => self.free_closing_of(now, &instance, Seq(u64::MAX)),
                 Timer::Revoke(grant) => self.revoke_again(now, grant),
             }
@@ -321,7 +330,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             requests_active: self.requests.len(),
             requests_waiting: self.waiting.len(),
             readers_waiting: self.waiters.len(),
-            peers: self.peers.len() + self.stock.len(),
+            peers: self.peers.len() + self.lmcache.len(),
             leases: self.leases.len(),
             ..self.counts
         }

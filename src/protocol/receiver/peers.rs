@@ -1,9 +1,9 @@
-//! Shaking hands with senders, and losing them.
+//! Handshakes with senders, and losing them.
 
 use std::collections::BTreeSet;
 use std::time::Instant;
 
-use super::stock::STOCK_PREFIX;
+use super::lmcache::NAME_PREFIX;
 use super::{Note, Output, Port, ReceiverSession, Timer};
 use crate::ids::{ChecksumMode, ConnectionId, Failure, FailureKind, RequestId, Seq, clip};
 use crate::protocol::seen::SeenSeqs;
@@ -11,7 +11,7 @@ use crate::protocol::{PROCESSES_ASKED_MAX, handshake};
 use crate::wire::Message;
 use crate::wire::message::{
     CAPABILITY_CHECKSUMS, CAPABILITY_HEARTBEAT, CAPABILITY_VERIFYING, Hello, InitExtension, InitReplyExtension,
-    InitRequest, InitResponse, MemRegReplyExtension, MemRegRequest, MemRegResponse, Ping, Pong, ProcessIdentity,
+    InitResponse, MemRegExtension, MemRegReplyExtension, MemRegResponse, Ping, Pong, ProcessIdentity,
 };
 
 /// A sender that has shaken hands, or is about to.
@@ -43,26 +43,25 @@ enum PeerState<R> {
     /// The engine reads its metadata; then it is answered.
     Loading { reply_to: R, seq: Seq },
     /// Both sides know each other.
-    Met(ConnectionId),
+    Connected(ConnectionId),
 }
 
 impl<R: Clone + PartialEq> ReceiverSession<R> {
-    pub(super) fn on_init(&mut self, now: Instant, from: R, request: InitRequest) {
-        let Some(extension) = request.pd else { return self.on_stock_init(from, request.local_meta_bytes) };
+    pub(super) fn on_init(&mut self, now: Instant, from: R, extension: InitExtension, metadata: Vec<u8>) {
         let instance = extension.hello.instance.clone();
         if self.draining {
             let failure = Failure::new(FailureKind::ShuttingDown, "this receiver is shutting down; use another");
             return self.refuse_peer(from, extension.seq, instance, failure);
         }
-        let checked = handshake::check_metadata(&request.local_meta_bytes);
+        let checked = handshake::check_metadata(&metadata);
         let checked = checked.and_then(|()| handshake::check(&self.settings.hello, &extension.hello)).and_then(|()| {
             let fits = handshake::name_fits(&extension.agent_name);
             let text = format!("an agent's name has more than {} bytes", handshake::NAME_LEN_BYTES_MAX);
             fits.then_some(()).ok_or_else(|| Failure::new(FailureKind::Limit, text))
         });
         let checked = checked.and_then(|()| self.check_checksums(&extension.hello)).and_then(|()| {
-            let text = format!("names that begin with {STOCK_PREFIX} are given to LMCache's senders here");
-            let ours = !instance.starts_with(STOCK_PREFIX);
+            let text = format!("names that begin with {NAME_PREFIX} are given to LMCache's senders here");
+            let ours = !instance.starts_with(NAME_PREFIX);
             ours.then_some(()).ok_or_else(|| Failure::new(FailureKind::BadRequest, text))
         });
         if let Err(failure) = checked {
@@ -122,15 +121,11 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             last_used: now,
         };
         self.peers.insert(instance.clone(), peer);
-        self.outputs.push_back(Output::LoadPeer {
-            instance,
-            agent_name: Some(extension.agent_name),
-            metadata: request.local_meta_bytes,
-        });
+        self.outputs.push_back(Output::LoadPeer { instance, agent_name: Some(extension.agent_name), metadata });
     }
 
     pub(super) fn on_peer_loaded(&mut self, now: Instant, instance: &str, result: Result<ConnectionId, String>) {
-        if self.on_stock_loaded(instance, &result) {
+        if self.on_lmcache_loaded(instance, &result) {
             return;
         }
         let Some(peer) = self.peers.get_mut(instance) else {
@@ -141,7 +136,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         };
         let PeerState::Loading { reply_to, seq } = &peer.state else {
             // Two handshakes ran into each other: the engine knows the peer by its latest connection.
-            if let (PeerState::Met(old), Ok(new)) = (&mut peer.state, result) {
+            if let (PeerState::Connected(old), Ok(new)) = (&mut peer.state, result) {
                 let old = std::mem::replace(old, new);
                 self.outputs.push_back(Output::ForgetPeer(old));
             }
@@ -156,7 +151,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
                 return self.refuse_peer(to, seq, instance.to_owned(), failure);
             }
         };
-        peer.state = PeerState::Met(connection);
+        peer.state = PeerState::Connected(connection);
         peer.last_seen = now;
         if peer.heartbeat {
             self.timers.set(Timer::Silence(instance.to_owned()), now + self.settings.peer_timeout);
@@ -175,11 +170,10 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             self.outputs.push_back(Output::WatchProcess { instance: instance.to_owned(), process });
         }
         self.send(to, Port::Init, Message::NixlInitResponse(response));
-        self.note(Note::PeerMet { instance: instance.to_owned() });
+        self.note(Note::PeerConnected { instance: instance.to_owned() });
     }
 
-    pub(super) fn on_mem_reg(&mut self, now: Instant, from: R, request: MemRegRequest) {
-        let Some(extension) = request.pd else { return self.on_stock_mem_reg(from, &request) };
+    pub(super) fn on_mem_reg(&mut self, now: Instant, from: R, extension: &MemRegExtension) {
         let met = self.touch_peer(now, &extension.instance, extension.seq);
         let refusal = (!met).then(|| unknown_peer(&extension.instance));
         let response = MemRegResponse {
@@ -197,7 +191,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
     /// Whether this peer has shaken hands, and did so before it sent message `seq`; notes that it was heard of.
     pub(super) fn touch_peer(&mut self, now: Instant, instance: &str, seq: Seq) -> bool {
         match self.peers.get_mut(instance) {
-            Some(peer) if matches!(peer.state, PeerState::Met(_)) && seq > peer.init_seq => {
+            Some(peer) if matches!(peer.state, PeerState::Connected(_)) && seq > peer.init_seq => {
                 peer.last_seen = now;
                 peer.last_seq = peer.last_seq.max(seq);
                 true
@@ -223,16 +217,16 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             peer.alloc_route = Some(from.clone());
         }
         let refusal = (!known).then(|| unknown_peer(&ping.instance));
-        let have_ended = if known { self.take_word_of_ended(now, &ping) } else { Vec::new() };
+        let have_ended = if known { self.take_ended(now, &ping) } else { Vec::new() };
         self.send(from, Port::Alloc, Message::PdPong(Pong { seq: ping.seq, refusal, have_ended }));
     }
 
-    /// A peer vouches for the end of others on its host. Returns those that it is asked about next.
-    fn take_word_of_ended(&mut self, now: Instant, ping: &Ping) -> Vec<ProcessIdentity> {
+    /// A peer says which processes on its host have ended. Returns those that it is asked about next.
+    fn take_ended(&mut self, now: Instant, ping: &Ping) -> Vec<ProcessIdentity> {
         let Some(witness) = self.peers.get(&ping.instance).and_then(|peer| peer.process.clone()) else {
             return Vec::new();
         };
-        // What can be seen from here needs no witness.
+        // What can be seen from here need not be asked.
         let seen_from_here =
             |process: &ProcessIdentity| self.settings.hello.process.as_ref().is_some_and(|own| own.sees(process));
         let mut asked = BTreeSet::new();
@@ -284,7 +278,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         let Some(peer) = self.peers.remove(instance) else { return };
         self.timers.cancel(&Timer::Silence(instance.to_owned()));
         self.lost.remember(instance, peer.last_seq, peer.process);
-        if let PeerState::Met(connection) = peer.state {
+        if let PeerState::Connected(connection) = peer.state {
             self.outputs.push_back(Output::ForgetPeer(connection));
         }
         self.note(Note::PeerLost { instance: instance.to_owned(), reason: reason.to_owned() });
@@ -359,11 +353,13 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         let idle = self
             .peers
             .iter()
-            .filter(|(instance, peer)| matches!(peer.state, PeerState::Met(_)) && !busy(instance.as_str()));
+            .filter(|(instance, peer)| matches!(peer.state, PeerState::Connected(_)) && !busy(instance.as_str()));
         let Some(oldest) = idle.min_by_key(|(_, peer)| peer.last_used).map(|(instance, _)| instance.clone()) else {
             return false;
         };
-        if let Some(Peer { state: PeerState::Met(connection), last_seq, process, .. }) = self.peers.remove(&oldest) {
+        if let Some(Peer { state: PeerState::Connected(connection), last_seq, process, .. }) =
+            self.peers.remove(&oldest)
+        {
             self.timers.cancel(&Timer::Silence(oldest.clone()));
             self.lost.remember(&oldest, last_seq, process);
             self.outputs.push_back(Output::ForgetPeer(connection));

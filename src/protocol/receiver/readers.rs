@@ -1,20 +1,15 @@
 //! The decode worker's side: waiting for requests, leases on chunks, giving them back.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use super::ended::Audience;
-use super::requests::{Request, Stage};
+use super::request::{Request, Stage};
 use super::waiters::Waiter;
 use super::{Answer, Lookup, Note, ReadyChunk, ReceiverSession, Timer};
 use crate::ids::{ClientId, Failure, FailureKind, GrantId, LeaseId, RequestId, Seq, SlotIndex};
-use crate::protocol::Port;
 use crate::slot::SlotState;
-use crate::wire::Message;
-use crate::wire::message::{CacheQueryRequest, CacheQueryResponse};
 
-/// Who holds what LMCache's peers have asked about.
-const QUERIES: ClientId = ClientId(u64::MAX);
 /// Most waits that one client may have open.
 const WAITS_PER_CLIENT_MAX: usize = 65_536;
 /// Most leases that one client may hold.
@@ -23,12 +18,12 @@ const LEASES_PER_CLIENT_MAX: usize = 65_536;
 /// Chunks that a reader copies.
 #[derive(Debug)]
 pub(super) struct Lease {
-    slots: Vec<SlotIndex>,
+    pub(super) slots: Vec<SlotIndex>,
 }
 
 impl<R: Clone + PartialEq> ReceiverSession<R> {
-    /// A reader wants to know when `request` is ready, which no sender need have announced yet. One that `vouches` has
-    /// heard from the proxy that it is written: that makes ready what a sender of another make was granted.
+    /// A reader wants to know when `request` is ready, which no sender need have announced yet. With `uncommitted` it has
+    /// heard from the proxy that the request is written: that makes ready what an LMCache sender was granted.
     pub fn handle_wait(
         &mut self,
         now: Instant,
@@ -36,7 +31,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         id: Seq,
         request: RequestId,
         wait: Option<Duration>,
-        vouches: bool,
+        uncommitted: bool,
     ) {
         if let Some((failure, instance)) = self.ended.tell(&request, now.checked_sub(self.settings.retention)) {
             return self.answer(client, id, Answer::Failed { failure, peer: Some(instance) });
@@ -52,20 +47,20 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         }
         let wait = wait.map_or(self.settings.wait_timeout, |wait| wait.min(self.settings.wait_timeout));
         self.timers.set(Timer::Wait(client, id), now + wait);
-        self.waiters.insert(client, id, Waiter { request: request.clone(), wait, vouches });
+        self.waiters.insert(client, id, Waiter { request: request.clone(), wait, uncommitted });
         self.serve_waiters(now, &request);
     }
 
     /// A reader wants those chunks that are ready.
     pub fn handle_lookup(&mut self, now: Instant, client: ClientId, id: Seq, lookup: &Lookup) {
-        let &Lookup { ref keys, vouches, fetches } = lookup;
+        let &Lookup { ref keys, uncommitted, fetches } = lookup;
         if let Err(failure) = self.check_leases(client) {
             return self.answer(client, id, Answer::Failed { failure, peer: None });
         }
-        if vouches {
-            self.vouch_for(now, keys);
+        if uncommitted {
+            self.take_uncommitted(now, keys);
         }
-        let granted = self.granted_among(keys);
+        let granted = self.uncommitted_among(keys);
         let slots: Vec<Option<SlotIndex>> = keys.iter().map(|key| self.slots.find(key)).collect();
         let held: Vec<SlotIndex> = slots.iter().copied().flatten().collect();
         for &slot in &held {
@@ -78,7 +73,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         for request in &fetched {
             self.end_fetched(now, request);
         }
-        if vouches || !fetched.is_empty() {
+        if uncommitted || !fetched.is_empty() {
             // Somebody may have waited for just this.
             self.admit(now);
         }
@@ -89,53 +84,6 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         let found: BTreeSet<SlotIndex> = slots.iter().copied().collect();
         let all_found = |stage: &Stage| matches!(stage, Stage::Ready { slots, .. } if slots.iter().all(|slot| found.contains(slot)));
         self.requests.iter().filter(|(_, request)| all_found(&request.stage)).map(|(id, _)| id.clone()).collect()
-    }
-
-    /// LMCache's question which chunks are held, by page, before it reads them. It takes no lease and never says when it has
-    /// read, so they are held for as long as a write may take.
-    pub(super) fn on_query(&mut self, now: Instant, from: R, query: CacheQueryRequest) {
-        let page_bytes = self.settings.chunk.slot_bytes;
-        let known_bytes = self.stock_known_len_bytes();
-        let mut answer = CacheQueryResponse { cached_keys: Vec::new(), cached_indexes: Vec::new() };
-        let mut pages = BTreeMap::new();
-        // A question takes nothing from requests for long: half of the buffer stays for them.
-        let room = self.pages_for_queries();
-        for key in query.keys {
-            let Some(slot) = self.slots.find(&key) else { continue };
-            let start = self.slots.range(slot).map_or(1, |range| range.start);
-            // Chunks of our own senders may lie across pages, or where its sender does not know any.
-            if let Ok(page) = u32::try_from(start / page_bytes)
-                && start.is_multiple_of(page_bytes)
-                && start + page_bytes <= known_bytes
-                && pages.len() < room
-                && pages.insert(page, slot).is_none()
-            {
-                answer.cached_keys.push(key);
-                answer.cached_indexes.push(page);
-            }
-        }
-        if !pages.is_empty() {
-            let held: Vec<SlotIndex> = pages.into_values().collect();
-            for &slot in &held {
-                self.slots.hold(slot);
-            }
-            let lease = self.open_lease(QUERIES, held);
-            self.timers.set(Timer::Query(lease), now + self.settings.write_timeout);
-        }
-        self.send(from, Port::Query, Message::CacheQueryResponse(answer));
-    }
-
-    /// How many more pages may be held for those who only ask.
-    fn pages_for_queries(&self) -> usize {
-        let of_queries = self.leases.range((QUERIES, LeaseId(0))..);
-        let held: usize = of_queries.map(|(_, lease)| lease.slots.len()).sum();
-        let half = self.slots.addresses().len_bytes() / self.settings.chunk.slot_bytes / 2;
-        usize::try_from(half).unwrap_or(usize::MAX).saturating_sub(held)
-    }
-
-    /// Whoever asked has had its time to read.
-    pub(super) fn query_passed(&mut self, now: Instant, lease: LeaseId) {
-        self.end_lease(now, QUERIES, lease);
     }
 
     /// A reader has copied what it leased.
@@ -193,7 +141,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
 
     /// Gives a ready request to the reader that has waited longest for it; the request has ended then.
     pub(super) fn serve_waiters(&mut self, now: Instant, id: &RequestId) {
-        if self.can_be_vouched_for(id) && self.waiters.is_vouched_for(id) {
+        if self.waiters.takes_uncommitted(id) && self.can_be_taken_uncommitted(id) {
             // It serves the waiters.
             return self.make_ready(now, id);
         }
@@ -295,7 +243,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         }
     }
 
-    fn open_lease(&mut self, client: ClientId, slots: Vec<SlotIndex>) -> LeaseId {
+    pub(super) fn open_lease(&mut self, client: ClientId, slots: Vec<SlotIndex>) -> LeaseId {
         let lease = LeaseId(self.next_lease);
         self.next_lease += 1;
         self.leases.insert((client, lease), Lease { slots });
@@ -304,7 +252,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
     }
 
     /// False: this client has no such lease.
-    fn end_lease(&mut self, now: Instant, client: ClientId, lease: LeaseId) -> bool {
+    pub(super) fn end_lease(&mut self, now: Instant, client: ClientId, lease: LeaseId) -> bool {
         let Some(lease) = self.leases.remove(&(client, lease)) else { return false };
         if let Some(count) = self.lease_counts.get_mut(&client) {
             *count -= 1;

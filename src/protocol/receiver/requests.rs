@@ -2,105 +2,17 @@
 
 use std::time::Instant;
 
-use super::admission::Room;
 use super::ended::{Audience, End};
-use super::piecemeal::Held;
-use super::stock::Batches;
-use super::verification::Verification;
+use super::origin::Origin;
+use super::request::{Closing, Request, Stage};
 use super::{Note, Output, Port, ReceiverSession, Timer};
-use crate::ids::{ChunkKey, Failure, FailureKind, GrantId, RequestId, Seq, SlotIndex};
+use crate::ids::{Failure, FailureKind, GrantId, RequestId, Seq, SlotIndex};
 use crate::protocol::chunks::ChunkSize;
 use crate::wire::Message;
-use crate::wire::message::{AllocReplyExtension, AllocResponse, CancelNotif, Commit, CommitAck, Revoke};
+use crate::wire::message::{AllocReplyExtension, AllocResponse, CancelExtension, Commit, CommitAck};
 
 /// How many committed grants are remembered, for commits that are said again.
 const COMMITTED_MAX: usize = 4096;
-
-/// A request that has not ended.
-#[derive(Debug)]
-pub(super) struct Request<R> {
-    /// Whose.
-    pub(super) instance: String,
-    /// How its sender is answered.
-    pub(super) route: R,
-    /// Of its AllocRequest.
-    pub(super) seq: Seq,
-    pub(super) keys: Vec<ChunkKey>,
-    /// What each chunk is.
-    pub(super) sizes: Vec<ChunkSize>,
-    /// How much of our buffer its sender knows of, in bytes.
-    pub(super) known_len_bytes: u64,
-    /// When it entered its stage.
-    pub(super) since: Instant,
-    /// How many later requests got slots before it.
-    pub(super) overtaken: u32,
-    /// Where it was last refused room.
-    pub(super) refused_in: Option<Room>,
-    /// Its commit, while its chunks are being summed.
-    pub(super) verifying: Option<Verification<R>>,
-    /// Of a sender of another make, which writes pages and commits nothing.
-    pub(super) batches: Option<Batches>,
-    pub(super) stage: Stage,
-}
-
-#[derive(Debug)]
-pub(super) enum Stage {
-    /// In the queue for slots.
-    Waiting { wait: std::time::Duration, held: Option<Held> },
-    /// Its sender writes `own`; `shared` were ready before and are held for it. Positions in `keys` come first.
-    Granted { grant: GrantId, own: Vec<(u32, SlotIndex)>, shared: Vec<(u32, SlotIndex)> },
-    /// Every chunk is ready and held for it, in the order of `keys`.
-    Ready { grant: GrantId, slots: Vec<SlotIndex> },
-}
-
-/// A grant that was given up before its writer was known to have stopped.
-#[derive(Debug)]
-pub(super) struct Closing {
-    pub(super) instance: String,
-    /// Of its AllocRequest.
-    pub(super) seq: Seq,
-    pub(super) slots: Vec<SlotIndex>,
-    /// To ask its writer again whether it has stopped.
-    request: RequestId,
-    reason: Failure,
-}
-
-impl Stage {
-    fn grant(&self) -> Option<GrantId> {
-        match self {
-            Self::Waiting { .. } => None,
-            Self::Granted { grant, .. } | Self::Ready { grant, .. } => Some(*grant),
-        }
-    }
-}
-
-impl Closing {
-    fn revoke(&self, grant: GrantId) -> Message {
-        let (req_id, reason) = (self.request.clone(), self.reason.clone());
-        Message::PdRevoke(Revoke { req_id, grant, reason, alloc_seq: Some(self.seq) })
-    }
-}
-
-impl<R> Request<R> {
-    pub(super) fn is_ready(&self) -> bool {
-        matches!(self.stage, Stage::Ready { .. })
-    }
-
-    /// Whether every chunk of it was there before.
-    pub(super) fn writes_nothing(&self) -> bool {
-        let complete = self.batches.as_ref().is_none_or(Batches::is_complete);
-        complete && matches!(&self.stage, Stage::Granted { own, .. } if own.is_empty())
-    }
-
-    /// Slots that its sender may write.
-    pub(super) fn written_slots(&self) -> usize {
-        match &self.stage {
-            Stage::Granted { own, .. } => own.len() + self.batches.as_ref().map_or(0, |batches| batches.spare.len()),
-            Stage::Waiting { held: Some(held), .. } => held.slots.len(),
-            _ => 0,
-        }
-    }
-}
 
 impl<R: Clone + PartialEq> ReceiverSession<R> {
     pub(super) fn on_commit(&mut self, now: Instant, from: R, commit: Commit) {
@@ -144,8 +56,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         self.ended.of_commit(commit).cloned().unwrap_or_else(|| stale(commit))
     }
 
-    pub(super) fn on_cancel(&mut self, now: Instant, from: R, cancel: CancelNotif) {
-        let Some(extension) = cancel.pd else { return self.on_stock_cancel(now, from, &cancel) };
+    pub(super) fn on_cancel(&mut self, now: Instant, from: R, id: &RequestId, extension: CancelExtension) {
         self.touch_peer(now, &extension.instance, extension.seq);
         // The allocation that is taken back here may yet arrive.
         if let (Some(seq), Some(peer)) = (extension.alloc_seq, self.peers.get_mut(&extension.instance)) {
@@ -158,19 +69,17 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             Some(named) => grant == Some(named),
             None => extension.alloc_seq == Some(seq),
         };
-        let request = self.requests.get(&cancel.req_id);
+        let request = self.requests.get(id);
         let mine = request
             .filter(|request| request.instance == extension.instance && names(request.stage.grant(), request.seq));
         if mine.is_some() {
             let text = format!("sender {} gave it up", extension.instance);
-            self.end(now, &cancel.req_id, Failure::new(FailureKind::Cancelled, text), false);
+            self.end(now, id, Failure::new(FailureKind::Cancelled, text), false);
         }
         if extension.writer_stopped {
             // By instance and not by route: the writer is the process, whichever connection it says so on.
             let closed = self.closing.iter().find(|(grant, closing)| {
-                closing.instance == extension.instance
-                    && closing.request == cancel.req_id
-                    && names(Some(**grant), closing.seq)
+                closing.instance == extension.instance && closing.request == *id && names(Some(**grant), closing.seq)
             });
             if let Some(grant) = closed.map(|(&grant, _)| grant) {
                 self.free_closing(now, grant);
@@ -284,8 +193,8 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         if self.committed.len() > COMMITTED_MAX {
             self.committed.pop_first();
         }
-        if request.batches.is_some() {
-            self.stock.forget_granted(&request.keys, id);
+        if let Origin::Lmcache(_) = request.origin {
+            self.lmcache.forget_granted(&request.keys, id);
         }
         self.timers.cancel(&Timer::Write(id.clone()));
         self.timers.set(Timer::Retention(id.clone()), now + self.settings.retention);
@@ -322,25 +231,15 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         }
         let mut quarantined = 0;
         let grant = request.stage.grant();
-        let stock = request.batches.is_some();
-        for slot in request.batches.into_iter().flat_map(|batches| batches.spare) {
-            self.slots.writer_stopped(slot, grant.unwrap_or(GrantId(0)));
+        self.free_spare_slots(id, &request);
+        if let Stage::Waiting { .. } = request.stage {
+            self.refuse_waiting(id, &request, failure, tell_sender);
         }
-        if stock {
-            self.stock.forget_granted(&request.keys, id);
-        }
+        let (commits, abandoned) = (request.origin.commits(), self.is_abandoned(&request));
         match request.stage {
-            Stage::Waiting { held, .. } => {
-                self.let_go(held);
+            Stage::Waiting { partial, .. } => {
+                self.let_go(partial);
                 self.waiting.retain(|other| other != id);
-                if stock {
-                    // It waits for an answer whoever ends its request.
-                    let instance = request.instance.clone();
-                    self.refuse_stock(request.route, request.keys.len(), &instance, Some(id.clone()), failure.clone());
-                } else if tell_sender {
-                    let instance = request.instance.clone();
-                    self.refuse_alloc(request.route, request.seq, &instance, Some(id.clone()), failure.clone());
-                }
             }
             Stage::Granted { grant, own, shared } => {
                 if request.verifying.is_some() {
@@ -360,7 +259,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
                 }
                 let (instance, seq) = (request.instance.clone(), request.seq);
                 let closing = Closing { instance, seq, slots, request: id.clone(), reason: failure.clone() };
-                if tell_sender && !stock {
+                if tell_sender && commits {
                     let revoke = closing.revoke(grant);
                     self.send(request.route, Port::Alloc, revoke);
                 }
@@ -369,7 +268,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
                     quarantined = closing.slots.len();
                     self.closing.insert(grant, closing);
                     self.timers.set(Timer::Revoke(grant), now + self.settings.peer_timeout);
-                    if stock && !self.stock.is_connected(&request.instance) {
+                    if abandoned {
                         self.timers.set(Timer::Linger(request.instance.clone()), now + self.settings.linger);
                     }
                 }

@@ -2,21 +2,11 @@
 
 use std::time::Instant;
 
-use super::requests::Stage;
+use super::request::{Stage, Verification};
 use super::{ExpectedChunk, Note, Output, Port, ReceiverSession, Timer};
-use crate::ids::{ChecksumMode, Failure, FailureKind, GrantId, RequestId, Seq};
+use crate::ids::{ChecksumMode, Failure, FailureKind, GrantId, RequestId};
 use crate::wire::Message;
 use crate::wire::message::{Commit, CommitAck, Verifying};
-
-/// A commit whose chunks are being summed.
-#[derive(Debug)]
-pub(super) struct Verification<R> {
-    /// Whom to answer.
-    to: R,
-    /// Which commit.
-    seq: Seq,
-    since: Instant,
-}
 
 impl<R: Clone + PartialEq> ReceiverSession<R> {
     /// Has the chunks of a commit summed, if its sender did. False: there is nothing to wait for.

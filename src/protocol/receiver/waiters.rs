@@ -10,8 +10,8 @@ use crate::ids::{ClientId, RequestId, Seq};
 pub(super) struct Waiter {
     pub(super) request: RequestId,
     pub(super) wait: Duration,
-    /// It knows that a sender which commits nothing has written the request.
-    pub(super) vouches: bool,
+    /// The reader knows that the request is written, whether or not its sender commits.
+    pub(super) uncommitted: bool,
 }
 
 /// Every reader that waits. A step takes time that grows with the logarithm of their number.
@@ -29,8 +29,8 @@ pub(super) struct Waiters {
 #[derive(Debug, Default)]
 struct Line {
     places: BTreeMap<u64, (ClientId, Seq)>,
-    /// How many of them vouch.
-    vouching: usize,
+    /// How many of them take the request uncommitted.
+    uncommitted: usize,
 }
 
 impl Waiters {
@@ -53,7 +53,7 @@ impl Waiters {
         self.next_place += 1;
         let line = self.lines.entry(waiter.request.clone()).or_default();
         line.places.insert(place, (client, id));
-        line.vouching += usize::from(waiter.vouches);
+        line.uncommitted += usize::from(waiter.uncommitted);
         *self.counts.entry(client).or_default() += 1;
         self.by_question.insert((client, id), (place, waiter));
     }
@@ -62,7 +62,7 @@ impl Waiters {
         let (place, waiter) = self.by_question.remove(&(client, id))?;
         if let Some(line) = self.lines.get_mut(&waiter.request) {
             line.places.remove(&place);
-            line.vouching -= usize::from(waiter.vouches);
+            line.uncommitted -= usize::from(waiter.uncommitted);
             if line.places.is_empty() {
                 self.lines.remove(&waiter.request);
             }
@@ -81,9 +81,9 @@ impl Waiters {
         self.lines.get(request)?.places.first_key_value().map(|(_, question)| *question)
     }
 
-    /// Whether a reader that waits for a request vouches for it.
-    pub(super) fn is_vouched_for(&self, request: &RequestId) -> bool {
-        self.lines.get(request).is_some_and(|line| line.vouching > 0)
+    /// Whether a reader waits for a request that takes it uncommitted.
+    pub(super) fn takes_uncommitted(&self, request: &RequestId) -> bool {
+        self.lines.get(request).is_some_and(|line| line.uncommitted > 0)
     }
 
     /// The requests that are waited for.

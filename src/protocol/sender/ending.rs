@@ -58,7 +58,7 @@ impl SenderSession {
                 if let Some(uid) = self.requests.iter().find(|(_, request)| asks(request)).map(|(&uid, _)| uid) {
                     self.fail(uid, clipped(revoke.reason));
                 }
-                self.say_stopped(peer, revoke.req_id, Some(revoke.grant), None, true);
+                self.acknowledge_quiesce(peer, revoke.req_id, Some(revoke.grant), None, true);
             }
         }
     }
@@ -78,14 +78,7 @@ impl SenderSession {
         let peer = request.peer;
         self.timers.cancel(&Timer::Cancel(uid));
         let Some(request) = self.remove(uid) else { return };
-        if self.is_stock(peer) {
-            // An allocation that was not answered yet is given back when it is.
-            if grant.is_some() {
-                self.give_back(peer, request.id.clone(), request.keys.clone());
-            }
-        } else if self.peers.contains_key(&peer) {
-            self.say_stopped(peer, request.id.clone(), grant, alloc_seq, true);
-        }
+        self.give_back(peer, (request.id.clone(), request.keys), grant, alloc_seq);
         if let Some((client, id)) = cancel {
             self.answer(client, id, Answer::Cancelled { request: request.id });
         }
@@ -145,9 +138,8 @@ impl SenderSession {
         }
         self.note(Note::Failed { request: id.clone(), address, failure, in_flight });
         if asked {
-            if in_flight > 0 && self.peers.contains_key(&request_peer) && !self.is_stock(request_peer) {
-                // The decode worker need not wait for the transfer to learn of it; the slots do.
-                self.say_stopped(request_peer, id, grant, alloc_seq, false);
+            if in_flight > 0 {
+                self.tell_failed(request_peer, id, grant, alloc_seq);
             }
             self.finish_closing(uid);
         } else {

@@ -19,16 +19,16 @@ pub enum PeerMemory {
     Pages(Pages),
 }
 
-/// How far a receiver has been met that the sender was told of at start.
+/// How far a sender has come with a receiver that its configuration names.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Acquaintance {
-    /// Not yet, and nothing is known against it.
-    Meeting,
+pub enum ConnectState {
+    /// Not connected yet, and nothing is known against it.
+    Connecting,
     /// It can be written to.
-    Met,
-    /// One of the two will not talk to the other, for this reason. Tried again, seldom.
+    Connected,
+    /// One of the two refuses the other, for this reason. Tried again after half a minute.
     Refused(Failure),
-    /// Nobody is there, or nobody any more. Tried again.
+    /// No process is there, or none any more. Tried again after some seconds at most.
     Unreachable(Failure),
 }
 
@@ -94,7 +94,7 @@ pub enum Output {
         /// What.
         message: Message,
     },
-    /// Let the engine meet a receiver; `handle_peer_loaded` wants the result.
+    /// Let the engine load a receiver's metadata; `handle_peer_loaded` wants the result.
     LoadPeer {
         /// Which.
         peer: PeerId,
@@ -284,15 +284,15 @@ pub enum Note {
         /// How long it took to shake hands.
         took: Duration,
     },
-    /// A receiver is gone, or was never there. Of one that the sender was told of at start: for the first time since it was
-    /// anything else.
+    /// A receiver is gone, or was never there. Of one that the configuration names: once, and not at every
+    /// try.
     PeerDown {
         /// Where.
         address: PeerAddress,
         /// Why.
         failure: Failure,
     },
-    /// A receiver that the sender was told of at start, and one of the two will not talk to the other; once for each reason.
+    /// A receiver that the configuration names, and one of the two refuses the other; once for each reason.
     Refused {
         /// Where.
         address: PeerAddress,

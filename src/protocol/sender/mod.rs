@@ -5,39 +5,45 @@
 //! |---|---|
 //! | `io` | what goes in and comes out: requests, outputs, answers, notes |
 //! | `peers` | handshakes with receivers, and losing them |
-//! | `meetings` | receivers that are known from the start, and met before any request |
-//! | `debts` | what receivers must still be told: that nothing writes any more |
+//! | `reconnects` | receivers that the configuration names: connected before any request, and again when they are lost |
+//! | `quiesce` | what receivers must still be told: that nothing writes to their slots any more |
 //! | `requests` | a request from `open` to its acknowledged commit |
 //! | `ending` | how a request ends otherwise |
 //! | `staging` | who waits for local slots, and who gets them |
 //! | `transfers`, `coverage` | `send`: parts into copies, and which bytes were given to the engine |
-//! | `stock`, `unwritten` | receivers of LMCache's: what they are told and say, which pages of theirs wait for our bytes |
+//! | `link`, `dialect` | what differs with the dialect of a receiver: ours, or LMCache's |
+//! | `lmcache` | LMCache's receivers: what they are told and say, which pages of theirs wait for our bytes |
 
 mod coverage;
-mod debts;
+mod dialect;
 mod ending;
 mod io;
-mod meetings;
+mod link;
+#[cfg(feature = "lmcache")]
+mod lmcache;
+#[cfg(not(feature = "lmcache"))]
+#[path = "lmcache/absent.rs"]
+mod lmcache;
 mod peers;
+mod quiesce;
+mod reconnects;
 mod requests;
 mod staging;
-mod stock;
 mod transfers;
-mod unwritten;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 
 pub use io::{
-    Acquaintance, Answer, Event, Note, OpenRequest, Output, Part, PeerMemory, Phases, SenderCounts, Sending, StagedSlot,
+    Answer, ConnectState, Event, Note, OpenRequest, Output, Part, PeerMemory, Phases, SenderCounts, Sending, StagedSlot,
 };
 
-use self::debts::Word;
-use self::meetings::Meeting;
+use self::lmcache::RememberedReceivers;
 use self::peers::Peer;
+use self::quiesce::PendingAck;
+use self::reconnects::Reconnect;
 use self::requests::{Request, Stage, Uid, WRITE_DEADLINE_PASSED};
 use self::staging::Staging;
-use self::stock::Left;
 use self::transfers::Transfer;
 use super::growth::{GROW_AGAIN_AFTER, Growth};
 use super::timers::Timers;
@@ -85,7 +91,7 @@ pub struct SenderSettings {
     pub request_chunks_max: usize,
     /// Most receivers.
     pub peers_max: usize,
-    /// Receivers to meet at start, and to keep; no two are the same.
+    /// Receivers to connect to at start, and to keep; no two are the same.
     pub receivers: Vec<PeerAddress>,
     /// Whether a proxy wants to know.
     pub notify_proxy: bool,
@@ -115,16 +121,16 @@ enum Timer {
     Grow,
     /// A receiver is pinged, or has been silent for too long.
     Ping(PeerId),
-    /// A commit is said again.
+    /// A commit is sent again.
     Recommit(Uid),
-    /// A receiver is told again that a grant is not written any more.
-    Word(Seq),
-    /// A receiver that was lost is sought, because it must be told that nothing writes any more.
+    /// A quiesce acknowledgement is sent again.
+    Retransmit(Seq),
+    /// A lost receiver that is owed a quiesce acknowledgement is connected to again.
     Seek(PeerAddress),
-    /// A receiver of LMCache's has not answered for too long.
+    /// An LMCache receiver has not answered for too long.
     Answer(PeerId),
-    /// A receiver that we were told of is met, or met again.
-    Meet(PeerAddress),
+    /// A receiver of the configuration is connected to, or connected to again.
+    Connect(PeerAddress),
 }
 
 /// The sender as a value.
@@ -144,14 +150,14 @@ pub struct SenderSession {
     asked: BTreeMap<Seq, (RequestId, Option<GrantId>)>,
     /// Commits that were not answered yet.
     commits: BTreeMap<Uid, Commit>,
-    /// What receivers were told and have not answered yet.
-    words: BTreeMap<Seq, Word>,
-    /// Lost receivers that hold grants of ours, and how often they were sought in vain.
-    debts: BTreeMap<PeerAddress, u32>,
-    /// The receivers that we were told of at start.
-    meetings: BTreeMap<PeerAddress, Meeting>,
-    /// What lost receivers of LMCache's hold of ours.
-    left: BTreeMap<PeerAddress, Left>,
+    /// Quiesce acknowledgements that receivers have not answered yet.
+    pending_acks: BTreeMap<Seq, PendingAck>,
+    /// Lost receivers that are owed a quiesce acknowledgement, and how often connecting to them has failed.
+    owed_acks: BTreeMap<PeerAddress, u32>,
+    /// The receivers that the configuration names.
+    reconnects: BTreeMap<PeerAddress, Reconnect>,
+    /// What LMCache receivers that were lost hold of ours.
+    lmcache: RememberedReceivers,
     transfers: BTreeMap<TransferId, Transfer>,
     /// Slots of failed requests that their clients may be filling, until these say that they know.
     unacknowledged: BTreeMap<(ClientId, RequestId), Vec<SlotIndex>>,
@@ -167,7 +173,7 @@ pub struct SenderSession {
 }
 
 impl SenderSession {
-    /// A session that has met nobody yet.
+    /// A session without receivers.
     pub fn new(now: Instant, settings: SenderSettings) -> Self {
         let slots = SlotPool::new(settings.addresses.clone());
         let growth = Growth::new(settings.len_max_bytes);
@@ -182,10 +188,10 @@ impl SenderSession {
             awaited: BTreeMap::new(),
             asked: BTreeMap::new(),
             commits: BTreeMap::new(),
-            words: BTreeMap::new(),
-            debts: BTreeMap::new(),
-            meetings: BTreeMap::new(),
-            left: BTreeMap::new(),
+            pending_acks: BTreeMap::new(),
+            owed_acks: BTreeMap::new(),
+            reconnects: BTreeMap::new(),
+            lmcache: RememberedReceivers::default(),
             transfers: BTreeMap::new(),
             unacknowledged: BTreeMap::new(),
             staging: VecDeque::new(),
@@ -196,7 +202,7 @@ impl SenderSession {
             draining: false,
             now,
         };
-        session.begin_meetings(now);
+        session.begin_connecting(now);
         session
     }
 
@@ -207,15 +213,7 @@ impl SenderSession {
         match (port, message) {
             (Port::Init, Message::NixlInitResponse(response)) => self.on_init_response(peer, response),
             (Port::Init, Message::NixlMemRegResponse(response)) => self.on_mem_reg_response(now, peer, response),
-            (Port::Alloc, Message::AllocResponse(response)) if self.is_stock(peer) => {
-                self.on_stock_answer(now, peer, &response);
-            }
-            (Port::Alloc, Message::AllocResponse(response)) => self.on_alloc_response(now, peer, response),
-            (_, message) if self.is_stock(peer) => self.note_unexpected(peer, message.type_name()),
-            (Port::Alloc, Message::PdCommitAck(ack)) => self.on_commit_ack(now, peer, ack),
-            (Port::Alloc, Message::PdVerifying(verifying)) => self.on_verifying(now, peer, &verifying),
-            (Port::Alloc, Message::PdRevoke(revoke)) => self.on_revoke(peer, revoke),
-            (Port::Alloc, Message::PdPong(pong)) => self.on_pong(now, peer, pong),
+            (Port::Alloc, message) => self.on_alloc_message(now, peer, message),
             (_, message) => self.note_unexpected(peer, message.type_name()),
         }
     }
@@ -246,11 +244,11 @@ impl SenderSession {
                     }
                 }
                 Timer::Ping(peer) => self.ping(now, due, peer),
-                Timer::Recommit(uid) => self.commit_again(now, uid),
-                Timer::Word(seq) => self.say_again(now, seq),
+                Timer::Recommit(uid) => self.retransmit_commit(now, uid),
+                Timer::Retransmit(seq) => self.retransmit_ack(now, seq),
                 Timer::Seek(address) => self.seek(now, &address),
                 Timer::Answer(peer) => self.answer_timed_out(now, peer),
-                Timer::Meet(address) => self.meet(now, &address),
+                Timer::Connect(address) => self.connect_configured(now, &address),
             }
         }
     }
@@ -345,7 +343,7 @@ impl SenderSession {
     /// What does not.
     pub fn check_invariants(&self) -> Result<(), String> {
         self.slots.check()?;
-        self.check_meetings()?;
+        self.check_reconnects()?;
         let unacknowledged: usize = self.unacknowledged.values().map(Vec::len).sum();
         let staged = unacknowledged + self.requests.values().map(Request::staged_slots).sum::<usize>();
         let taken = self.slots.taken_count();
@@ -362,9 +360,10 @@ impl SenderSession {
                 return Err(format!("{name} names a request that is not there"));
             }
         }
-        if let Some(seq) = self.words.iter().find(|(_, word)| !self.peers.contains_key(&word.peer)).map(|(seq, _)| seq)
+        if let Some(seq) =
+            self.pending_acks.iter().find(|(_, ack)| !self.peers.contains_key(&ack.peer)).map(|(seq, _)| seq)
         {
-            return Err(format!("word {seq} goes to a peer that is not there"));
+            return Err(format!("quiesce acknowledgement {seq} goes to a peer that is not there"));
         }
         if let Some(uid) = self.commits.keys().find(|uid| !self.requests.contains_key(uid)) {
             return Err(format!("a commit is kept for request {uid}, which is not there"));

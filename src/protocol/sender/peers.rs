@@ -1,18 +1,18 @@
-//! Shaking hands with receivers, and losing them.
+//! Handshakes with receivers, and losing them.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
+use super::link::{LMCACHE_INSTANCE, Link};
 use super::requests::{Stage, Uid, clipped};
-use super::stock::{STOCK_INSTANCE, Stock};
 use super::{Note, Output, PeerMemory, Port, SenderSession, Timer};
 use crate::ids::{ConnectionId, Failure, FailureKind, PeerAddress, PeerId, Seq, clip};
 use crate::protocol::{PROCESSES_ASKED_MAX, handshake};
-use crate::wire::Message;
 use crate::wire::message::{
-    CAPABILITY_HEARTBEAT, InitExtension, InitRequest, InitResponse, MemRegExtension, MemRegRequest, MemRegResponse,
-    MemoryUpdate, Ping, Pong, ProcessIdentity,
+    CAPABILITY_HEARTBEAT, InitExtension, InitRequest, InitResponse, MemRegResponse, MemoryUpdate, Ping, Pong,
+    ProcessIdentity,
 };
+use crate::wire::{LmcacheMode, Message};
 
 /// A receiver, from the first request to it until it is lost.
 #[derive(Debug)]
@@ -25,27 +25,20 @@ pub(super) struct Peer {
     /// How much of its buffer the engine knows, in bytes.
     pub(super) len_bytes: u64,
     last_used: Instant,
-    pub(super) make: Make,
+    pub(super) link: Link,
+    /// The mode of LMCache, if LMCache runs there.
+    pub(super) lmcache_mode: LmcacheMode,
     /// Whether it answers pings.
     heartbeat: bool,
     /// When anything was last heard of it.
     last_heard: Instant,
 }
 
-/// Whose receiver it is.
-#[derive(Debug)]
-pub(super) enum Make {
-    /// Ours, as far as is known.
-    Ours,
-    /// LMCache's.
-    Stock(Box<Stock>),
-}
-
 #[derive(Debug)]
 enum PeerState {
-    /// Transfers to a lost peer at the same address have not ended yet. A receiver takes a new handshake as our word
-    /// that nothing of the old connection is in flight, so it has to wait.
-    Parked,
+    /// Transfers to a lost peer at the same address have not ended yet. A handshake tells a receiver that nothing of the old
+    /// connection is in flight, so the handshake has to wait for their end.
+    Draining,
     /// The sockets are being connected.
     Connecting,
     /// Asked who it is.
@@ -54,7 +47,7 @@ enum PeerState {
     Loading,
     /// Asked where its memory is.
     Registering(Seq, ConnectionId),
-    /// The engine connects; shaking hands took so long.
+    /// The engine connects; the handshake took so long.
     Warming(ConnectionId, Duration),
     /// It can be written to.
     Up(ConnectionId),
@@ -78,23 +71,9 @@ impl Peer {
         }
     }
 
-    pub(super) fn stock(&self) -> Option<&Stock> {
-        match &self.make {
-            Make::Ours => None,
-            Make::Stock(stock) => Some(stock),
-        }
-    }
-
-    pub(super) fn stock_mut(&mut self) -> Option<&mut Stock> {
-        match &mut self.make {
-            Make::Ours => None,
-            Make::Stock(stock) => Some(stock),
-        }
-    }
-
     /// Its name for itself, or what stands for one.
-    fn name(&self) -> String {
-        if self.stock().is_some() { STOCK_INSTANCE.to_owned() } else { self.instance.clone() }
+    pub(super) fn name(&self) -> String {
+        if self.link.lmcache().is_some() { LMCACHE_INSTANCE.to_owned() } else { self.instance.clone() }
     }
 }
 
@@ -114,26 +93,27 @@ impl SenderSession {
         let peer = PeerId(self.fresh());
         let record = Peer {
             address: address.clone(),
-            state: PeerState::Parked,
+            state: PeerState::Draining,
             since: now,
             instance: String::new(),
             len_bytes: 0,
             last_used: now,
-            make: Make::Ours,
+            link: Link::Pd,
+            lmcache_mode: LmcacheMode::Sync,
             heartbeat: false,
             last_heard: now,
         };
         self.peers.insert(peer, record);
         self.peer_by_address.insert(address.clone(), peer);
         self.timers.set(Timer::Handshake(peer), now + self.settings.handshake_timeout);
-        self.unpark(peer);
+        self.connect_when_drained(peer);
         Ok(peer)
     }
 
     /// Starts connecting once nothing is in flight to an earlier peer at the same address.
-    fn unpark(&mut self, peer: PeerId) {
+    fn connect_when_drained(&mut self, peer: PeerId) {
         let Some(record) = self.peers.get_mut(&peer) else { return };
-        if !matches!(record.state, PeerState::Parked)
+        if !matches!(record.state, PeerState::Draining)
             || self.transfers.values().any(|transfer| transfer.peer != peer && transfer.address == record.address)
         {
             return;
@@ -143,15 +123,15 @@ impl SenderSession {
         self.outputs.push_back(Output::OpenPeer { peer, address });
     }
 
-    /// A transfer to `address` has ended: a parked peer there may go on.
-    pub(super) fn unpark_at(&mut self, address: &PeerAddress) {
+    /// A transfer to `address` has ended: a peer that waits for it may connect.
+    pub(super) fn drained_at(&mut self, address: &PeerAddress) {
         if let Some(&peer) = self.peer_by_address.get(address) {
-            self.unpark(peer);
+            self.connect_when_drained(peer);
         }
     }
 
-    /// The sockets to a receiver are connected.
-    pub fn handle_peer_opened(&mut self, now: Instant, peer: PeerId) {
+    /// The sockets to a receiver are connected. If it turns out to be LMCache's, it runs in this mode.
+    pub fn handle_peer_opened(&mut self, now: Instant, peer: PeerId, lmcache_mode: LmcacheMode) {
         self.now = now;
         let seq = Seq(self.fresh());
         let Some(record) = self.peers.get_mut(&peer) else { return };
@@ -159,6 +139,7 @@ impl SenderSession {
             return;
         }
         record.state = PeerState::Introducing(seq);
+        record.lmcache_mode = lmcache_mode;
         let connected = self.connected_instances();
         if connected.len() > handshake::CONNECTED_MAX {
             let text = format!(
@@ -194,7 +175,8 @@ impl SenderSession {
         let PeerState::Introducing(seq) = record.state else {
             return self.note_unexpected(peer, "NixlInitResponse");
         };
-        let Some(extension) = response.pd else { return self.on_stock_init_response(peer, response) };
+        // No receiver of ours leaves `pd` out.
+        let Some(extension) = response.pd else { return self.on_lmcache_init_response(peer, response) };
         if extension.seq != seq {
             return self.note_unexpected(peer, "NixlInitResponse to another question");
         }
@@ -207,32 +189,22 @@ impl SenderSession {
         }
         record.heartbeat = extension.hello.capabilities.iter().any(|name| name == CAPABILITY_HEARTBEAT);
         record.instance = extension.hello.instance;
+        self.load(peer, Link::Pd, Some(extension.agent_name), response.remote_meta_bytes);
+    }
+
+    /// A receiver has introduced itself: the engine reads its metadata.
+    pub(super) fn load(&mut self, peer: PeerId, link: Link, agent_name: Option<String>, metadata: Vec<u8>) {
+        let Some(record) = self.peers.get_mut(&peer) else { return };
+        record.link = link;
         record.state = PeerState::Loading;
-        let metadata = response.remote_meta_bytes;
-        // It has taken our handshake as the word that nothing of ours is in flight.
+        // Our handshake has told a receiver of ours that nothing is in flight. Where an LMCache receiver is now, there is
+        // none of ours any more.
         let address = record.address.clone();
-        self.forget_debt(&address);
-        self.outputs.push_back(Output::LoadPeer { peer, agent_name: Some(extension.agent_name), metadata });
+        self.forget_owed_ack(&address);
+        self.outputs.push_back(Output::LoadPeer { peer, agent_name, metadata });
     }
 
-    /// No receiver of ours leaves `pd` out: this one is LMCache's.
-    fn on_stock_init_response(&mut self, peer: PeerId, response: InitResponse) {
-        let Some(address) = self.peers.get(&peer).map(|record| record.address.clone()) else { return };
-        let checked = handshake::check_metadata(&response.remote_meta_bytes);
-        let make = match checked.and_then(|()| self.meet_stock(&address, &response)) {
-            Ok(make) => make,
-            Err(failure) => return self.peer_failed(peer, failure),
-        };
-        if let Some(record) = self.peers.get_mut(&peer) {
-            record.make = make;
-            record.state = PeerState::Loading;
-        }
-        // Whoever was there before is not any more.
-        self.forget_debt(&address);
-        self.outputs.push_back(Output::LoadPeer { peer, agent_name: None, metadata: response.remote_meta_bytes });
-    }
-
-    /// The engine has met a receiver, or could not.
+    /// The engine has loaded a receiver's metadata, or could not.
     pub fn handle_peer_loaded(&mut self, now: Instant, peer: PeerId, result: Result<ConnectionId, String>) {
         self.now = now;
         let seq = Seq(self.fresh());
@@ -242,15 +214,7 @@ impl SenderSession {
             (None, Err(_)) => {}
             (Some(record), Ok(connection)) => {
                 record.state = PeerState::Registering(seq, connection);
-                let instance = self.settings.hello.instance.clone();
-                let ours = || MemRegRequest {
-                    remote_agent_name: self.settings.agent_name.clone().into_bytes(),
-                    local_id: instance.clone(),
-                    local_xfer_dlist_bytes: Vec::new(),
-                    pd: Some(MemRegExtension { seq, instance: instance.clone() }),
-                };
-                let request = self.stock_registration(peer).unwrap_or_else(ours);
-                self.send(peer, Port::Init, Message::NixlMemRegRequest(request));
+                self.register(peer, seq);
             }
             (Some(_), Err(text)) => {
                 self.peer_failed(peer, Failure::new(FailureKind::HandshakeRefused, text));
@@ -259,34 +223,22 @@ impl SenderSession {
     }
 
     pub(super) fn on_mem_reg_response(&mut self, now: Instant, peer: PeerId, response: MemRegResponse) {
-        let Some(record) = self.peers.get_mut(&peer) else { return };
+        let Some(record) = self.peers.get(&peer) else { return };
         let PeerState::Registering(seq, connection) = record.state else {
             return self.note_unexpected(peer, "NixlMemRegResponse");
         };
-        if record.stock().is_some() {
-            return match self.stock_pages(peer, &response) {
-                Ok(pages) => self.warm(now, peer, connection, pages.len_bytes(), PeerMemory::Pages(pages)),
-                Err(failure) => self.peer_failed(peer, failure),
-            };
-        }
-        let Some(extension) = response.pd else {
-            return self.note_unexpected(peer, "NixlMemRegResponse");
-        };
-        if extension.seq != seq {
-            return self.note_unexpected(peer, "NixlMemRegResponse to another question");
-        }
-        if let Some(refusal) = extension.refusal {
-            let Failure { kind, text } = clipped(refusal);
-            // It shook hands a moment ago: it has forgotten us since, or was restarted, which says nothing against the pair.
-            let kind = if kind == FailureKind::HandshakeRefused { FailureKind::PeerLost } else { kind };
-            return self.peer_failed(peer, Failure::new(kind, text));
-        }
-        let memory = PeerMemory::Descriptors(extension.descriptors);
-        self.warm(now, peer, connection, extension.len_bytes, memory);
+        self.on_registered(now, peer, (seq, connection), response);
     }
 
     /// A receiver has said where its memory is.
-    fn warm(&mut self, now: Instant, peer: PeerId, connection: ConnectionId, len_bytes: u64, memory: PeerMemory) {
+    pub(super) fn warm(
+        &mut self,
+        now: Instant,
+        peer: PeerId,
+        connection: ConnectionId,
+        len_bytes: u64,
+        memory: PeerMemory,
+    ) {
         let Some(record) = self.peers.get_mut(&peer) else { return };
         record.len_bytes = len_bytes;
         record.state = PeerState::Warming(connection, now.saturating_duration_since(record.since));
@@ -306,7 +258,7 @@ impl SenderSession {
         }
     }
 
-    /// The engine knows a receiver's buffer as it is now, or could not learn it: then it is met anew.
+    /// The engine knows a receiver's buffer as it is now, or could not learn it: then the receiver is connected to again.
     pub fn handle_peer_updated(
         &mut self,
         now: Instant,
@@ -336,10 +288,10 @@ impl SenderSession {
                 }
                 let (address, instance, len_bytes) = (record.address.clone(), record.name(), record.len_bytes);
                 self.timers.cancel(&Timer::Handshake(peer));
-                self.met(now, &address);
+                self.note_connected(now, &address);
                 self.note(Note::PeerUp { address, instance, len_bytes, took });
                 for uid in self.requests_of(peer) {
-                    self.allocate(now, uid);
+                    self.ask_for_room(now, uid);
                 }
             }
             Err(text) => self.peer_failed(peer, Failure::new(FailureKind::PeerUnreachable, text)),
@@ -365,10 +317,10 @@ impl SenderSession {
         let Some(record) = self.peers.get(&peer) else { return };
         let address = record.address.clone();
         let connection = record.held();
-        self.note_debt(peer);
-        self.end_stock(peer);
-        self.missed(&address, &failure);
-        // Whoever noticed may know one of its ports alone.
+        self.note_owed_ack(peer);
+        self.end_lmcache(peer);
+        self.note_lost(&address, &failure);
+        // The text may name one of its ports alone.
         let told = match failure.text.contains(&address.to_string()) {
             true => failure,
             false => Failure::new(failure.kind, format!("receiver {address}: {}", failure.text)),
@@ -378,10 +330,10 @@ impl SenderSession {
         }
         self.timers.cancel(&Timer::Handshake(peer));
         self.timers.cancel(&Timer::Ping(peer));
-        self.forget_words(peer);
+        self.forget_pending_acks(peer);
         self.peer_by_address.remove(&address);
         if let Some(record) = self.peers.remove(&peer) {
-            self.leave_stock(record);
+            self.remember_lmcache(record);
         }
         if let Some(connection) = connection {
             self.outputs.push_back(Output::ForgetPeer(connection));
@@ -390,8 +342,8 @@ impl SenderSession {
 
     pub(super) fn handshake_timed_out(&mut self, peer: PeerId) {
         let limit_ms = self.settings.handshake_timeout.as_millis();
-        let parked = self.peers.get(&peer).is_some_and(|record| matches!(record.state, PeerState::Parked));
-        let why = if parked { ": transfers to it from before have not ended yet" } else { "" };
+        let draining = self.peers.get(&peer).is_some_and(|record| matches!(record.state, PeerState::Draining));
+        let why = if draining { ": transfers to it from before have not ended yet" } else { "" };
         let text = format!("no handshake within {limit_ms} ms (pd_handshake_timeout_sec){why}");
         self.peer_failed(peer, Failure::new(FailureKind::PeerUnreachable, text));
     }
@@ -429,7 +381,7 @@ impl SenderSession {
 
     pub(super) fn on_pong(&mut self, now: Instant, peer: PeerId, pong: Pong) {
         if let Some(refusal) = pong.refusal {
-            return self.meet_anew(now, peer, clipped(refusal));
+            return self.reconnect(now, peer, clipped(refusal));
         }
         let mut processes = pong.have_ended;
         processes.truncate(PROCESSES_ASKED_MAX);
@@ -448,15 +400,15 @@ impl SenderSession {
     }
 
     /// The receiver does not know us: it has given us up, has forgotten us in favour of another, or was restarted
-    /// behind the same connection. Requests without slots are asked for anew, once; the others have lost theirs.
-    pub(super) fn meet_anew(&mut self, now: Instant, peer: PeerId, refusal: Failure) {
+    /// behind the same connection. Requests without slots ask again, once; the others have lost theirs.
+    pub(super) fn reconnect(&mut self, now: Instant, peer: PeerId, refusal: Failure) {
         let Some(record) = self.peers.get(&peer) else { return };
         let address = record.address.clone();
         let mut again = Vec::new();
         for uid in self.requests_of(peer) {
             let Some(request) = self.requests.get_mut(&uid) else { continue };
             let Stage::Allocating { open_id, seq, wait } = request.stage else { continue };
-            if std::mem::replace(&mut request.met_anew, true) {
+            if std::mem::replace(&mut request.reconnected, true) {
                 continue;
             }
             request.set_aside(now, open_id, wait);
@@ -491,26 +443,26 @@ impl SenderSession {
         of_peer.map(|(&uid, _)| uid).collect()
     }
 
-    /// Forgets the receiver that was used longest ago, of those with nothing under way; one that we were told of at start
-    /// only where it has to be, and if it may be.
-    pub(super) fn evict_peer(&mut self, awaited_too: bool) -> bool {
+    /// Forgets the receiver that was used longest ago, of those with nothing under way. One that the configuration names goes
+    /// last, and only with `configured_too`.
+    pub(super) fn evict_peer(&mut self, configured_too: bool) -> bool {
         let idle = self.peers.iter().filter(|(peer, record)| {
-            let awaited = self.is_awaited(&record.address);
-            // One that is being met for its own sake has nothing under way either.
-            (if awaited { awaited_too } else { record.connection().is_some() })
+            let configured = self.is_configured(&record.address);
+            // One that is connecting because the configuration names it has nothing under way either.
+            (if configured { configured_too } else { record.connection().is_some() })
                 && !self.requests.values().any(|request| request.peer == **peer)
-                && !self.words.values().any(|word| word.peer == **peer)
-                && !record.stock().is_some_and(Stock::is_busy)
+                && !self.pending_acks.values().any(|ack| ack.peer == **peer)
+                && !record.link.is_busy()
         });
-        let last = idle.min_by_key(|(_, record)| (self.is_awaited(&record.address), record.last_used));
+        let last = idle.min_by_key(|(_, record)| (self.is_configured(&record.address), record.last_used));
         let Some((&peer, record)) = last else { return false };
         let (address, connection) = (record.address.clone(), record.held());
         self.timers.cancel(&Timer::Handshake(peer));
         self.timers.cancel(&Timer::Ping(peer));
-        self.put_off_meeting(&address);
+        self.postpone_connecting(&address);
         self.peer_by_address.remove(&address);
         if let Some(record) = self.peers.remove(&peer) {
-            self.leave_stock(record);
+            self.remember_lmcache(record);
         }
         self.outputs.push_back(Output::ClosePeer(peer));
         if let Some(connection) = connection {

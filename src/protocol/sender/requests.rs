@@ -57,8 +57,8 @@ pub(super) struct Request {
     /// When the current phase began.
     pub(super) since: Instant,
     pub(super) phases: Phases,
-    /// Whether its receiver had forgotten us once and was met anew.
-    pub(super) met_anew: bool,
+    /// Whether its receiver had forgotten us once, and was connected to again.
+    pub(super) reconnected: bool,
     pub(super) stage: Stage,
 }
 
@@ -132,7 +132,7 @@ impl Request {
     pub(super) fn set_aside(&mut self, now: Instant, open_id: Seq, wait: Duration) {
         let wait = wait.saturating_sub(now.saturating_duration_since(self.opened_at));
         self.stage = Stage::Peer { open_id, wait };
-        // Nobody's for a moment, so that the end of the old peer is not its end.
+        // Detach the request from the peer, so that dropping the peer does not fail it.
         self.peer = PeerId(0);
     }
 
@@ -185,7 +185,7 @@ impl SenderSession {
             opened_at: now,
             since: now,
             phases: Phases::default(),
-            met_anew: false,
+            reconnected: false,
             stage: Stage::Peer { open_id: id, wait: self.allocation_wait(open.wait) },
             id: open.id.clone(),
         };
@@ -193,7 +193,7 @@ impl SenderSession {
         self.requests.insert(uid, request);
         self.request_by_name.insert(open.id, uid);
         if self.connection_of(peer).is_some() {
-            self.allocate(now, uid);
+            self.ask_for_room(now, uid);
         }
     }
 
@@ -208,12 +208,8 @@ impl SenderSession {
         )
     }
 
-    /// Asks the receiver for slots.
+    /// Asks a receiver of ours for slots.
     pub(super) fn allocate(&mut self, now: Instant, uid: Uid) {
-        let peer = self.requests.get(&uid).map(|request| request.peer);
-        if let Some(peer) = peer.filter(|peer| self.is_stock(*peer)) {
-            return self.queue_allocation(now, peer, uid);
-        }
         let seq = Seq(self.fresh());
         let Some(request) = self.requests.get_mut(&uid) else { return };
         let Stage::Peer { open_id, wait } = request.stage else { return };
@@ -238,7 +234,7 @@ impl SenderSession {
     }
 
     pub(super) fn allocation_timed_out(&mut self, uid: Uid) {
-        if let Some(failure) = self.stock_allocation_timed_out(uid) {
+        if let Some(failure) = self.lmcache_allocation_timed_out(uid) {
             return self.fail(uid, failure);
         }
         let Some(Request { stage: Stage::Allocating { wait, .. }, .. }) = self.requests.get(&uid) else { return };
@@ -254,7 +250,7 @@ impl SenderSession {
         let Some(extension) = response.pd else {
             return self.note_unexpected(peer, "AllocResponse without `pd`");
         };
-        if self.word_answered(peer, extension.seq) {
+        if self.ack_answered(peer, extension.seq) {
             return;
         }
         let Some(&uid) = self.awaited.get(&extension.seq) else {
@@ -277,7 +273,7 @@ impl SenderSession {
             });
             if failure.kind == FailureKind::HandshakeRefused {
                 self.awaited.insert(seq, uid);
-                return self.meet_anew(now, peer, failure);
+                return self.reconnect(now, peer, failure);
             }
             return self.fail(uid, failure);
         };
@@ -330,18 +326,12 @@ impl SenderSession {
         }
     }
 
-    /// Everything is written: tells the receiver.
+    /// Everything is written: tells a receiver of ours.
     pub(super) fn commit(&mut self, now: Instant, uid: Uid) {
         let seq = Seq(self.fresh());
         let Some(request) = self.requests.get_mut(&uid) else { return };
         let Stage::Open { grant, last: true, .. } = request.stage else { return };
-        request.phases.transfer = now.saturating_duration_since(request.since);
-        request.since = now;
         let peer = request.peer;
-        if self.is_stock(peer) {
-            return self.finish_sent(now, uid, true);
-        }
-        let Some(request) = self.requests.get_mut(&uid) else { return };
         request.stage = Stage::Committing { grant };
         let granted = request.chunks.iter().filter(|chunk| chunk.remote.is_some());
         let mut checksums: Vec<Option<Checksum>> = granted.map(Chunk::checksum).collect();
@@ -357,17 +347,17 @@ impl SenderSession {
         self.commits.insert(uid, commit.clone());
         self.timers.cancel(&Timer::Write(uid));
         self.timers.set(Timer::Commit(uid), now + self.settings.commit_timeout);
-        self.timers.set(Timer::Recommit(uid), now + self.repeat_after());
+        self.timers.set(Timer::Recommit(uid), now + self.retransmit_after());
         self.send(peer, Port::Alloc, Message::PdCommit(commit));
     }
 
-    /// Says a commit again that was not answered: it, or its answer, may have been lost.
-    pub(super) fn commit_again(&mut self, now: Instant, uid: Uid) {
+    /// Sends a commit again that was not answered: it, or its answer, may have been lost.
+    pub(super) fn retransmit_commit(&mut self, now: Instant, uid: Uid) {
         let Some(commit) = self.commits.get(&uid).cloned() else { return };
         let Some(request) = self.requests.get(&uid) else { return };
         if matches!(request.stage, Stage::Committing { .. }) {
             self.send(request.peer, Port::Alloc, Message::PdCommit(commit));
-            self.timers.set(Timer::Recommit(uid), now + self.repeat_after());
+            self.timers.set(Timer::Recommit(uid), now + self.retransmit_after());
         }
     }
 
@@ -393,7 +383,7 @@ impl SenderSession {
     }
 
     /// Everything of a request is at its receiver, as surely as that receiver lets us know.
-    fn finish_sent(&mut self, now: Instant, uid: Uid, notify: bool) {
+    pub(super) fn finish_sent(&mut self, now: Instant, uid: Uid, notify: bool) {
         let Some(mut request) = self.remove(uid) else { return };
         request.phases.commit = now.saturating_duration_since(request.since);
         let chunks = request.chunks.iter().filter(|chunk| chunk.remote.is_some()).count() as u32;

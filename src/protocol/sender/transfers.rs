@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::time::Instant;
 
 use super::coverage::Coverage;
+use super::peers::Peer;
 use super::requests::{Stage, Uid, WRITE_DEADLINE_PASSED};
-use super::stock::STOCK_INSTANCE;
 use super::{Answer, Output, Part, SenderSession, Sending};
 use crate::ids::{
     ByteCopy, Checksum, ClientId, Failure, FailureKind, PeerAddress, PeerId, RequestId, Seq, TransferId, clip,
@@ -108,14 +108,13 @@ impl SenderSession {
     /// The engine has written a transfer, or has given it up. The checksums are those that were asked for, in that order.
     ///
     /// A failure of kind [`FailureKind::PeerLost`] is one of the connection: every request to that receiver fails with it,
-    /// and the next one meets the receiver anew.
+    /// and the next one connects to the receiver again.
     pub fn handle_transfer_done(&mut self, now: Instant, transfer: TransferId, result: Result<Vec<Checksum>, Failure>) {
         self.now = now;
-        let Some(Transfer { uid, peer, address, instance, parts, .. }) = self.transfers.remove(&transfer) else {
+        let Some(Transfer { uid, peer, address, parts, .. }) = self.transfers.remove(&transfer) else {
             return;
         };
         let mut connection_lost = None;
-        let is_stock = self.is_stock(peer);
         let mut written = Vec::new();
         if let Some(request) = self.requests.get_mut(&uid) {
             request.in_flight -= 1;
@@ -135,12 +134,10 @@ impl SenderSession {
                         {
                             request.staged.remove(&slot);
                             self.slots.give_back(slot);
-                            if is_stock {
-                                written.push(request.keys[index as usize].clone());
-                            }
+                            written.push(request.keys[index as usize].clone());
                         }
                     }
-                    self.stock_written(peer, &written);
+                    self.chunks_written(peer, &written);
                     self.commit_if_written(now, uid);
                 }
                 Ok(_) => {}
@@ -149,12 +146,12 @@ impl SenderSession {
             }
         }
         if let Some(Failure { kind, text }) = connection_lost {
-            let instance = if is_stock { STOCK_INSTANCE.to_owned() } else { clip(&instance) };
-            let text = format!("receiver {address} ({instance}): {text}");
+            let name = self.peers.get(&peer).map(Peer::name).unwrap_or_default();
+            let text = format!("receiver {address} ({}): {text}", clip(&name));
             self.peer_failed(peer, Failure::new(kind, text));
         }
         self.finish_closing(uid);
-        self.unpark_at(&address);
+        self.drained_at(&address);
         self.serve_staging();
     }
 
@@ -166,12 +163,12 @@ impl SenderSession {
     }
 
     fn commit_if_written(&mut self, now: Instant, uid: Uid) {
-        let written = self
-            .requests
-            .get(&uid)
-            .is_some_and(|request| request.in_flight == 0 && matches!(request.stage, Stage::Open { last: true, .. }));
-        if written {
-            self.commit(now, uid);
+        let Some(request) = self.requests.get_mut(&uid).filter(|request| request.in_flight == 0) else { return };
+        if matches!(request.stage, Stage::Open { last: true, .. }) {
+            request.phases.transfer = now.saturating_duration_since(request.since);
+            request.since = now;
+            let peer = request.peer;
+            self.all_written(now, peer, uid);
         }
     }
 

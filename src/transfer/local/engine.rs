@@ -13,7 +13,7 @@ use super::flight::Flight;
 use super::identity::Identity;
 use super::peer::{Peer, PeerError};
 use crate::buffer::Memory;
-use crate::ids::{ConnectionId, Pages, TransferId};
+use crate::ids::{ConnectionId, TransferId};
 use crate::transfer::{
     ByteCopy, Completion, Connected, Ended, Export, TransferEngine, TransferError, check_next_piece, check_ranges, join,
 };
@@ -205,30 +205,6 @@ impl TransferEngine for LocalEngine {
         self.connections
             .insert(connection, Connection { agent_name: agent_name.to_owned(), pid: identity.pid, peer: None });
         Ok(connection)
-    }
-
-    fn agent_name_in(&self, metadata: &[u8]) -> Result<String, TransferError> {
-        let identity = Identity::decode(metadata).map_err(|reason| TransferError::BadExport {
-            engine: LOCAL_ENGINE_NAME,
-            what: "metadata",
-            agent: "a peer of another make".to_owned(),
-            reason,
-        })?;
-        Ok(identity.agent_name)
-    }
-
-    fn pages(&self, _page_bytes: u64) -> Option<Pages> {
-        None
-    }
-
-    fn describe(&self, _pages: &Pages) -> Result<Vec<u8>, TransferError> {
-        Err(TransferError::BadExport {
-            engine: LOCAL_ENGINE_NAME,
-            what: "descriptors",
-            agent: "a peer of another make".to_owned(),
-            reason: "this engine writes into memory that it maps, not to addresses; set transfer_channel: nixl"
-                .to_owned(),
-        })
     }
 
     fn connect(&mut self, connection: ConnectionId, descriptors: &[u8]) -> Result<(), TransferError> {

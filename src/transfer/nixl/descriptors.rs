@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::ids::{BUFFER_PIECES_MAX, Pages};
+use crate::ids::BUFFER_PIECES_MAX;
 use crate::transfer::ByteCopy;
 use crate::transfer::blob::BlobKind;
 
@@ -78,25 +78,6 @@ impl BufferDescriptor {
             name(self.memory_type),
             name(ours.memory_type)
         ))
-    }
-
-    /// A peer's pages, as it describes them.
-    pub(super) fn of_pages(pages: &Pages) -> Self {
-        Self {
-            address: pages.address,
-            piece_ends: vec![pages.len_bytes()],
-            device: pages.device,
-            memory_type: pages.memory_type,
-            unit_bytes: pages.page_bytes,
-            scratch_address: None,
-        }
-    }
-
-    /// The whole units of the buffer, as pages.
-    pub(super) fn pages(&self, page_bytes: u64) -> Option<Pages> {
-        let count = self.len_bytes().checked_div(page_bytes).filter(|&count| count > 0)?;
-        let Self { address, device, memory_type, .. } = *self;
-        Some(Pages { memory_type, device, address, page_bytes, count })
     }
 
     /// Says so unless this is `before` with more pieces behind it, or the same.

@@ -12,7 +12,7 @@ use super::metadata::check_metadata;
 use super::peers::{Peer, Peers, RemoteBuffer, Retired};
 use super::{NIXL_ENGINE_NAME, NixlOptions};
 use crate::buffer::Memory;
-use crate::ids::{ConnectionId, Pages, TransferId};
+use crate::ids::{ConnectionId, TransferId};
 use crate::transfer::{
     ByteCopy, Completion, Connected, Ended, Export, TransferEngine, TransferError, check_ranges, cut, join, open_files,
 };
@@ -243,6 +243,14 @@ impl NixlEngine {
     }
 }
 
+impl NixlEngine {
+    /// What is registered, if anything is.
+    #[cfg(feature = "lmcache")]
+    pub(super) fn buffer(&self) -> Option<&BufferDescriptor> {
+        self.agent.buffer().ok()
+    }
+}
+
 impl TransferEngine for NixlEngine {
     fn name(&self) -> &'static str {
         NIXL_ENGINE_NAME
@@ -302,22 +310,9 @@ impl TransferEngine for NixlEngine {
         Ok(self.peers.insert(agent_name.to_owned(), metadata.to_vec(), reused))
     }
 
-    fn agent_name_in(&self, metadata: &[u8]) -> Result<String, TransferError> {
-        let checked = check_metadata(metadata).map_err(|reason| TransferError::BadExport {
-            engine: NIXL_ENGINE_NAME,
-            what: "metadata",
-            agent: "a peer of another make".to_owned(),
-            reason,
-        })?;
-        Ok(checked.agent_name.to_owned())
-    }
-
-    fn pages(&self, page_bytes: u64) -> Option<Pages> {
-        self.agent.buffer().ok()?.pages(page_bytes)
-    }
-
-    fn describe(&self, pages: &Pages) -> Result<Vec<u8>, TransferError> {
-        Ok(BufferDescriptor::of_pages(pages).encode())
+    #[cfg(feature = "lmcache")]
+    fn lmcache(&self) -> Option<&dyn crate::transfer::LmcacheEngine> {
+        Some(self)
     }
 
     fn connect(&mut self, connection: ConnectionId, descriptors: &[u8]) -> Result<(), TransferError> {

@@ -23,6 +23,8 @@ mod environment;
 pub(crate) mod fuzzing;
 #[cfg(feature = "nixl")]
 mod library;
+#[cfg(all(feature = "nixl", feature = "lmcache"))]
+mod lmcache;
 #[cfg(any(feature = "nixl", test, feature = "fuzzing"))]
 #[cfg_attr(not(feature = "nixl"), allow(dead_code))]
 mod metadata;

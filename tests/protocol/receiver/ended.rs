@@ -37,7 +37,7 @@ fn bench_that_lost_a(linger: Duration) -> Bench {
 }
 
 #[test]
-fn a_sender_of_the_same_host_vouches_for_one_that_died_there() {
+fn a_sender_of_the_same_host_tells_of_one_that_died_there() {
     // Broken in production: slots of a sender that died on another host are lost until the receiver is restarted.
     let mut bench = bench_that_lost_a(Duration::ZERO);
     let dead = process("1", 10);

@@ -1,16 +1,12 @@
 //! What makes room for a request, and what does not.
 
-use pd_backend::ids::{ChunkKey, ClientId, Pages, Seq};
-use pd_backend::protocol::Port;
+use pd_backend::ids::{ChunkKey, ClientId, Seq};
 use pd_backend::protocol::receiver::{Answer, Lookup};
-use pd_backend::wire::Message;
-use pd_backend::wire::descriptor_list;
-use pd_backend::wire::message::{AllocRequest, InitRequest, MemRegRequest};
 
 use super::bench::*;
 
 /// A request of these chunks is sent and fetched: they stay as long as there is room.
-fn cache(bench: &mut Bench, request: &str, names: &[&str]) {
+pub(super) fn cache(bench: &mut Bench, request: &str, names: &[&str]) {
     let grant = grant_of(&bench.alloc("a", request, names).1);
     bench.commit("a", request, grant);
     let Some(Answer::Ready { lease, .. }) = wait(bench, 1, request, None) else { panic!("{request} is not ready") };
@@ -19,9 +15,9 @@ fn cache(bench: &mut Bench, request: &str, names: &[&str]) {
 }
 
 /// Which of these chunks are there; with a lease on them if it is to be kept.
-fn there(bench: &mut Bench, names: &[&str], keep: bool) -> Vec<bool> {
+pub(super) fn there(bench: &mut Bench, names: &[&str], keep: bool) -> Vec<bool> {
     let keys = names.iter().map(|name| ChunkKey::new(*name).unwrap()).collect();
-    bench.session.handle_lookup(bench.now, ClientId(1), Seq(3), &Lookup { keys, vouches: false, fetches: false });
+    bench.session.handle_lookup(bench.now, ClientId(1), Seq(3), &Lookup { keys, uncommitted: false, fetches: false });
     let Some(Answer::Found { lease, chunks, .. }) = answer_of(bench, 3) else { panic!("not found") };
     if let Some(lease) = lease.filter(|_| !keep) {
         bench.session.handle_release(bench.now, ClientId(1), Seq(4), lease);
@@ -73,49 +69,4 @@ fn room_that_senders_are_not_told_of_yet_costs_the_cache_nothing() {
     bench.addresses.grow(16).unwrap();
     assert!(bench.alloc("b", "long", &["l0", "l1", "l2"]).1.is_empty(), "a part of it would lie in the new slot");
     assert_eq!(there(&mut bench, &["k0", "k1"], false), [true, true]);
-}
-
-#[test]
-fn a_stock_sender_evicts_only_within_the_pages_that_it_knows() {
-    // Broken in production: a stock sender that knows the first pages of a buffer that has grown since empties all of it.
-    let mut bench = Bench::with(1, 3, |settings| {
-        settings.pages = Some(Pages { memory_type: 0, device: 0, address: 0x10_0000, page_bytes: 16, count: 0 });
-    });
-    let init = Message::NixlInitRequest(InitRequest { local_meta_bytes: vec![3], pd: None });
-    let said = bench.say(Port::Init, "l", init);
-    let [(_, Message::NixlInitResponse(response))] = said.as_slice() else { panic!("{said:?}") };
-    let theirs = Pages { memory_type: 0, device: 0, address: 0x9000, page_bytes: 16, count: 3 };
-    let register = MemRegRequest {
-        remote_agent_name: response.remote_agent_name.clone(),
-        local_id: String::new(),
-        local_xfer_dlist_bytes: descriptor_list::encode("nixl_cu13._bindings", &theirs),
-        pd: None,
-    };
-    bench.say(Port::Init, "l", Message::NixlMemRegRequest(register));
-    cache(&mut bench, "held", &["k0"]);
-    assert_eq!(there(&mut bench, &["k0"], true), [true]);
-    bench.alloc("a", "r", &["k1", "k2"]);
-    bench.known_len_bytes = 16;
-    assert!(bench.grown(Ok(())).is_empty());
-    let granted = bench.grown(Ok(()));
-    bench.commit("a", "r", grant_of(&granted));
-    let Some(Answer::Ready { lease, .. }) = wait(&mut bench, 5, "r", None) else { panic!("not ready") };
-    bench.session.handle_release(bench.now, ClientId(1), Seq(6), lease);
-    bench.drain();
-    let request = AllocRequest {
-        keys: vec![ChunkKey::new("x").unwrap()],
-        fmt: 1,
-        shape: vec![2, 1, 4, 2],
-        dtype: "uint8".into(),
-        last_chunk_toks: 4,
-        req_id: None,
-        is_last_batch: None,
-        total_chunks: None,
-        pd: None,
-    };
-    assert!(bench.say(Port::Alloc, "l", Message::AllocRequest(request)).is_empty(), "its only page is being read");
-    assert_eq!(there(&mut bench, &["k1", "k2"], false), [true, true]);
-    bench.session.handle_client_gone(bench.now, ClientId(1));
-    assert_eq!(answers(bench.drain()).len(), 1);
-    assert_eq!(there(&mut bench, &["k0", "k1", "k2"], false), [false, true, true]);
 }

@@ -4,9 +4,10 @@ mod bench;
 mod ended;
 mod eviction;
 mod limits;
+#[cfg(feature = "lmcache")]
+mod lmcache;
 mod readers;
 mod reset;
-mod stock;
 mod verification;
 
 use std::time::Duration;
@@ -452,7 +453,7 @@ fn a_request_is_fetched_by_its_chunks_where_nobody_knows_its_name() {
     }
     let keys = |names: &[&str]| names.iter().map(|name| ChunkKey::new(*name).unwrap()).collect::<Vec<_>>();
     let mut look_up = |id: u64, names: &[&str], fetches: bool| {
-        let lookup = Lookup { keys: keys(names), vouches: false, fetches };
+        let lookup = Lookup { keys: keys(names), uncommitted: false, fetches };
         bench.session.handle_lookup(bench.now, ClientId(1), Seq(id), &lookup);
         let Some(Answer::Found { lease: Some(lease), .. }) = answer_of(&mut bench, id) else { panic!("not found") };
         bench.session.handle_release(bench.now, ClientId(1), Seq(id + 1), lease);
@@ -474,7 +475,7 @@ fn leases_are_limited_and_a_request_over_the_limit_stays_ready() {
         let (_, answer) = bench.alloc("a", request, &[key]);
         bench.commit("a", request, grant_of(&answer));
     }
-    let key = Lookup { keys: vec![ChunkKey::new("k0").unwrap()], vouches: false, fetches: false };
+    let key = Lookup { keys: vec![ChunkKey::new("k0").unwrap()], uncommitted: false, fetches: false };
     for id in 0..65_536 {
         bench.session.handle_lookup(bench.now, ClientId(1), Seq(100 + id), &key);
     }

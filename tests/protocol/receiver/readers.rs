@@ -132,7 +132,7 @@ fn as_many_readers_as_may_wait_are_all_answered() {
     let mut bench = Bench::new(4);
     let grant = grant_of(&bench.alloc("a", "held", &["k0"]).1);
     bench.commit("a", "held", grant);
-    let lookup = Lookup { keys: vec![ChunkKey::new("k0").unwrap()], vouches: false, fetches: false };
+    let lookup = Lookup { keys: vec![ChunkKey::new("k0").unwrap()], uncommitted: false, fetches: false };
     for id in 0..WAITS_MAX {
         bench.session.handle_lookup(bench.now, ClientId(1), Seq(id), &lookup);
     }

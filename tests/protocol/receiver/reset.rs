@@ -15,7 +15,7 @@ fn reset(bench: &mut Bench, id: u64) {
 /// Which of these chunks are ready, and the lease on them.
 fn find(bench: &mut Bench, id: u64, keys: &[&str]) -> (Vec<bool>, Option<pd_backend::ids::LeaseId>) {
     let keys = keys.iter().map(|key| ChunkKey::new(key).unwrap()).collect();
-    let lookup = Lookup { keys, vouches: false, fetches: false };
+    let lookup = Lookup { keys, uncommitted: false, fetches: false };
     bench.session.handle_lookup(bench.now, ClientId(1), Seq(id), &lookup);
     match answer_of(bench, id) {
         Some(Answer::Found { lease, chunks, .. }) => (chunks.iter().map(Option::is_some).collect(), lease),

@@ -11,11 +11,11 @@ use pd_backend::protocol::sender::{
     Answer, Event, Note, OpenRequest, Output, Part, SenderSettings, Sending, StagedSlot,
 };
 use pd_backend::protocol::{ChunkShape, Port, SenderSession};
-use pd_backend::wire::Message;
 use pd_backend::wire::message::{
     AllocReplyExtension, AllocResponse, CancelExtension, Hello, InitReplyExtension, InitResponse, MemRegReplyExtension,
     MemRegResponse, Pong,
 };
+use pd_backend::wire::{LmcacheMode, Message};
 
 use crate::hello;
 
@@ -123,7 +123,7 @@ impl Bench {
                         let nobody = Failure::new(FailureKind::PeerUnreachable, format!("receiver {address}: nobody"));
                         self.session.handle_peer_closed(now, peer, nobody);
                     } else {
-                        self.session.handle_peer_opened(now, peer);
+                        self.session.handle_peer_opened(now, peer, LmcacheMode::Async);
                     }
                 }
                 Output::LoadPeer { peer, .. } => self.session.handle_peer_loaded(now, peer, Ok(ConnectionId(peer.0))),

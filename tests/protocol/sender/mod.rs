@@ -8,9 +8,11 @@ use pd_backend::wire::Message;
 use pd_backend::wire::message::{AllocReplyExtension, AllocResponse, CommitAck, Pong, Revoke, Verifying};
 
 mod bench;
+#[cfg(feature = "lmcache")]
 mod lmcache;
-mod meetings;
-mod stock;
+#[cfg(feature = "lmcache")]
+mod lmcache_bench;
+mod reconnects;
 
 use bench::*;
 

@@ -340,7 +340,8 @@ impl Display for SocketType {
 
 #[derive(Debug)]
 pub enum SocketEvent {
-    Connected(Endpoint, PeerIdentity),
+    /// With what the other end is.
+    Connected(Endpoint, PeerIdentity, Option<SocketType>),
     ConnectDelayed,
     ConnectRetried,
     Listening(Endpoint),
@@ -730,10 +731,12 @@ pub trait Socket: Sized + Send {
             Ok((socket, endpoint, peer_id))
         })
         .await?;
+        let peer_socket_type = socket.peer_socket_type;
         backend.peer_connected(&peer_id, socket).await;
 
         if let Some(monitor) = self.backend().monitor().lock().as_mut() {
-            let _ = monitor.try_send(SocketEvent::Connected(endpoint, peer_id));
+            let event = SocketEvent::Connected(endpoint, peer_id, peer_socket_type);
+            let _ = monitor.try_send(event);
         }
         Ok(())
     }

@@ -156,7 +156,7 @@ pub fn spawn_reconnect_task(
 
                 // Try to connect
                 match try_reconnect(&endpoint, backend.clone()).await {
-                    Ok((new_peer_id, resolved_endpoint)) => {
+                    Ok((new_peer_id, resolved_endpoint, peer_socket_type)) => {
                         log::info!(
                             "Successfully reconnected to {} (peer {:?})",
                             endpoint,
@@ -168,6 +168,7 @@ pub fn spawn_reconnect_task(
                             let _ = monitor.try_send(crate::SocketEvent::Connected(
                                 resolved_endpoint,
                                 new_peer_id.clone(),
+                                peer_socket_type,
                             ));
                         }
 
@@ -218,7 +219,7 @@ pub fn spawn_reconnect_task(
 async fn try_reconnect(
     endpoint: &Endpoint,
     backend: Arc<dyn MultiPeerBackend>,
-) -> crate::ZmqResult<(PeerIdentity, Endpoint)> {
+) -> crate::ZmqResult<(PeerIdentity, Endpoint, Option<crate::SocketType>)> {
     // Attempt transport-level connection
     let (mut raw_socket, resolved_endpoint) =
         transport::connect(endpoint, Arc::clone(backend.socket_options())).await?;
@@ -239,9 +240,10 @@ async fn try_reconnect(
 
     // Register the peer with the backend
     // This triggers subscription resync for SUB sockets
+    let peer_socket_type = raw_socket.peer_socket_type;
     backend.peer_connected(&peer_id, raw_socket).await;
 
-    Ok((peer_id, resolved_endpoint))
+    Ok((peer_id, resolved_endpoint, peer_socket_type))
 }
 
 #[cfg(test)]

@@ -351,11 +351,16 @@ pub(crate) async fn connect_with_reconnect(
             Ok((socket, resolved_endpoint, peer_id))
         })
         .await?;
+    let peer_socket_type = socket.peer_socket_type;
     backend.clone().peer_connected(&peer_id, socket).await;
 
     // Emit Connected event
     if let Some(monitor) = backend.monitor().lock().as_mut() {
-        let _ = monitor.try_send(SocketEvent::Connected(resolved_endpoint, peer_id.clone()));
+        let _ = monitor.try_send(SocketEvent::Connected(
+            resolved_endpoint,
+            peer_id.clone(),
+            peer_socket_type,
+        ));
     }
 
     // Create a closure that registers disconnect notifiers with the backend

@@ -173,6 +173,7 @@ pub(crate) async fn ready_exchange(
                     .transpose()?
                     .unwrap_or_default();
 
+                raw_socket.peer_socket_type = Some(other_sock_type);
                 if socket_type.compatible(other_sock_type) {
                     Ok(peer_id)
                 } else {

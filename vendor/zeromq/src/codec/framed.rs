@@ -1,6 +1,6 @@
 use crate::async_rt;
 use crate::codec::ZmqCodec;
-use crate::{Place, SocketOptions};
+use crate::{Place, SocketOptions, SocketType};
 
 use super::budget::Share;
 use super::error::{CodecError, CodecResult};
@@ -241,6 +241,8 @@ impl Stream for ZmqFramedRead {
 pub struct FramedIo {
     pub read_half: ZmqFramedRead,
     pub write_half: ZmqFramedWrite,
+    /// What the other end is, once it has said.
+    pub peer_socket_type: Option<SocketType>,
 }
 
 impl FramedIo {
@@ -254,6 +256,7 @@ impl FramedIo {
         Self {
             read_half,
             write_half,
+            peer_socket_type: None,
         }
     }
 

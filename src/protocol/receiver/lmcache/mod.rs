@@ -1,36 +1,46 @@
-//! Senders of another make: LMCache's PD backend, unmodified.
+//! LMCache's senders: its PD backend, unmodified.
 //!
-//! What differs from our own. Its allocations carry no name of their sender, so a sender is the connection that they come
-//! through. Its grants are whole pages of the buffer as it was at the handshake. It says nothing when it has written, and
-//! tells its proxy instead: what it was granted is *granted* here until a reader, which has heard from the proxy, vouches
-//! for it. And it never says that it has stopped: what nobody vouches for in time is quarantined until its connection is
-//! gone. A refusal is page index -1 for every chunk.
+//! What differs from a pd-sender:
+//!
+//! - An allocation does not name its sender. A sender is the connection that its allocations come through.
+//! - A grant is whole pages of the buffer, as long as the buffer was at the handshake.
+//! - A sender does not commit. When it has written a request it tells its proxy, and the reader hears so from the proxy. So
+//!   what a sender was granted is *uncommitted* here until a reader takes it.
+//! - A sender never says that it has stopped writing. What no reader takes in time is quarantined until the sender's
+//!   connection is gone.
+//! - A refusal is page index -1 for every chunk.
 //!
 //! | file | what is in it |
 //! |---|---|
 //! | `agents` | handshakes |
 //! | `requests` | grants, in batches of pages; refusals, cancels, the end of a connection |
-//! | `vouching` | what is granted, until a reader says that it is written |
+//! | `uncommitted` | what is granted, until a reader says that it is written |
+//! | `queries` | LMCache's questions which chunks are ready, by page |
 
 mod agents;
+mod queries;
 mod requests;
-mod vouching;
+mod uncommitted;
 
 use std::collections::BTreeMap;
 
+use std::time::Instant;
+
+use super::{Note, Port, ReceiverSession};
 use crate::ids::{ChunkKey, ConnectionId, RequestId, SlotIndex};
+use crate::wire::Message;
 
 /// How their names here begin. No sender of ours has such a name: a handshake with one is refused.
-pub(super) const STOCK_PREFIX: &str = "lmcache-";
+pub(super) const NAME_PREFIX: &str = "lmcache-";
 
-/// What is known of senders of another make.
+/// What is known of LMCache senders.
 #[derive(Debug)]
-pub(super) struct Stock<R> {
+pub(super) struct Senders<R> {
     /// Engines that have shaken hands, by the name that they were given here.
     agents: BTreeMap<String, Agent<R>>,
     /// Connections that allocations come through, and what their senders are called here.
     routes: Vec<(R, String)>,
-    /// Chunks that are granted and not vouched for, and for which requests: each has a copy of its own.
+    /// Chunks that are granted and that no reader has taken, and for which requests: each has a copy of its own.
     granted: BTreeMap<ChunkKey, Vec<RequestId>>,
     /// How much of the buffer all of them know, in bytes.
     known_len_bytes: Option<u64>,
@@ -50,7 +60,7 @@ enum AgentState<R> {
     Loading {
         reply_to: R,
     },
-    Met(ConnectionId),
+    Connected(ConnectionId),
     /// It has been told where the pages are.
     Told(ConnectionId),
 }
@@ -61,7 +71,7 @@ pub(super) struct Batches {
     /// Chunks that it has announced in all.
     total: usize,
     /// Pages reserved for batches that are to come. Their sender does not know of them.
-    pub(super) spare: Vec<SlotIndex>,
+    spare: Vec<SlotIndex>,
     /// No further batch comes.
     complete: bool,
     /// Its sender has not named it: readers find its chunks by their keys alone.
@@ -69,18 +79,24 @@ pub(super) struct Batches {
 }
 
 impl Batches {
+    /// Whether every batch has come.
     pub(super) const fn is_complete(&self) -> bool {
         self.complete
     }
+
+    /// Pages reserved for batches that are to come.
+    pub(super) fn spare_slots(&self) -> &[SlotIndex] {
+        &self.spare
+    }
 }
 
-impl<R> Default for Stock<R> {
+impl<R> Default for Senders<R> {
     fn default() -> Self {
         Self { agents: BTreeMap::new(), routes: Vec::new(), granted: BTreeMap::new(), known_len_bytes: None, names: 0 }
     }
 }
 
-impl<R: PartialEq> Stock<R> {
+impl<R: PartialEq> Senders<R> {
     fn fresh(&mut self) -> u64 {
         self.names += 1;
         self.names
@@ -107,6 +123,20 @@ impl<R: PartialEq> Stock<R> {
             if ids.is_empty() {
                 self.granted.remove(key);
             }
+        }
+    }
+}
+
+impl<R: Clone + PartialEq> ReceiverSession<R> {
+    /// A message without our part.
+    pub(super) fn on_lmcache_message(&mut self, now: Instant, port: Port, from: R, message: Message) {
+        match (port, message) {
+            (Port::Init, Message::NixlInitRequest(request)) => self.on_lmcache_init(from, request.local_meta_bytes),
+            (Port::Init, Message::NixlMemRegRequest(request)) => self.on_lmcache_mem_reg(from, &request),
+            (Port::Alloc, Message::AllocRequest(request)) => self.on_lmcache_alloc(now, from, request),
+            (Port::Alloc, Message::CancelNotif(cancel)) => self.on_lmcache_cancel(now, from, &cancel),
+            (Port::Query, Message::CacheQueryRequest(query)) => self.on_query(now, from, query),
+            (port, message) => self.note(Note::Unexpected { port, message: message.type_name() }),
         }
     }
 }

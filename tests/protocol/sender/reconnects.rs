@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use pd_backend::ids::{ChunkKey, Failure, FailureKind, PeerAddress, Seq};
 use pd_backend::protocol::Port;
-use pd_backend::protocol::sender::{Acquaintance, Note, OpenRequest, SenderSettings};
+use pd_backend::protocol::sender::{ConnectState, Note, OpenRequest, SenderSettings};
 use pd_backend::wire::Message;
 use pd_backend::wire::message::{AllocReplyExtension, AllocResponse, CommitAck};
 
@@ -19,7 +19,7 @@ fn told_of(hosts: &[&str]) -> SenderSettings {
 }
 
 impl Bench {
-    fn state(&self, host: &str) -> Acquaintance {
+    fn state(&self, host: &str) -> ConnectState {
         let address = at(host);
         self.session.receivers().find(|(known, _)| **known == address).map(|(_, state)| state.clone()).unwrap()
     }
@@ -45,11 +45,11 @@ impl Bench {
 fn receivers_are_met_before_any_request_in_the_order_given() {
     // Broken in production: whether a pair can talk is known when the first user asks, who waits for the handshake too.
     let mut bench = Bench::with(told_of(&["r", "a"]));
-    assert_eq!(bench.state("r"), Acquaintance::Meeting);
+    assert_eq!(bench.state("r"), ConnectState::Connecting);
     assert!(bench.opened.is_empty(), "a session that is being made asks for nothing");
     bench.start();
     let states: Vec<_> = bench.session.receivers().map(|(address, state)| (address.host.as_str(), state)).collect();
-    assert_eq!(states, [("r", &Acquaintance::Met), ("a", &Acquaintance::Met)]);
+    assert_eq!(states, [("r", &ConnectState::Connected), ("a", &ConnectState::Connected)]);
     assert_eq!(bench.session.counts().peers, 2);
     // A request goes over the connection that there is.
     bench.open("first");
@@ -67,7 +67,7 @@ fn a_refusal_names_both_values_once_and_is_tried_again_seldom() {
     let text = "layout_mismatch: model is other at receiver and not given at sender; start both sides for the same model, \
                 dtype, chunk_size and tensor-parallel size";
     assert_eq!(bench.noted(), [format!("r refused: {text}")]);
-    let Acquaintance::Refused(failure) = bench.state("r") else { panic!("{:?}", bench.state("r")) };
+    let ConnectState::Refused(failure) = bench.state("r") else { panic!("{:?}", bench.state("r")) };
     assert_eq!(failure.to_string(), text);
     bench.later(29, true);
     assert_eq!(bench.opened.len(), 1);
@@ -80,7 +80,7 @@ fn a_refusal_names_both_values_once_and_is_tried_again_seldom() {
     assert!(bench.noted().concat().starts_with("r refused: layout_mismatch: model is third at receiver"));
     bench.models.clear();
     bench.later(30, true);
-    assert_eq!((bench.noted(), bench.state("r")), (vec!["r up".to_owned()], Acquaintance::Met));
+    assert_eq!((bench.noted(), bench.state("r")), (vec!["r up".to_owned()], ConnectState::Connected));
 }
 
 #[test]
@@ -118,10 +118,10 @@ fn one_that_is_not_there_is_sought_with_growing_pauses_and_in_silence() {
     assert!((10..=20).contains(&tries), "{tries} tries in a minute");
     assert!(bench.noted().is_empty());
     let nobody = Failure::new(FailureKind::PeerUnreachable, "nobody");
-    assert_eq!(bench.state("r"), Acquaintance::Unreachable(nobody));
+    assert_eq!(bench.state("r"), ConnectState::Unreachable(nobody));
     bench.absent.clear();
     bench.later(5, true);
-    assert_eq!((bench.noted(), bench.state("r")), (vec!["r up".to_owned()], Acquaintance::Met));
+    assert_eq!((bench.noted(), bench.state("r")), (vec!["r up".to_owned()], ConnectState::Connected));
 }
 
 #[test]
@@ -137,7 +137,7 @@ fn one_that_is_lost_is_met_again() {
     bench.pump();
     assert_eq!(bench.noted(), ["r down: peer_lost: it is gone"]);
     bench.later(1, true);
-    assert_eq!((bench.noted(), bench.state("r")), (vec!["r up".to_owned()], Acquaintance::Met));
+    assert_eq!((bench.noted(), bench.state("r")), (vec!["r up".to_owned()], ConnectState::Connected));
     bench.session.handle_shutdown();
     bench.session.handle_peer_closed(
         bench.now,
@@ -183,11 +183,11 @@ fn receivers_that_were_named_make_room_last() {
     bench.said.clear();
     // The other one is idle too, and was used later.
     bench.ask_at("b", "to b", 1, false);
-    assert_eq!(bench.state("a"), Acquaintance::Met);
+    assert_eq!(bench.state("a"), ConnectState::Connected);
     assert_eq!(bench.session.counts().peers, 2);
     // Now b is busy: the named one goes, and waits for room.
     bench.ask_at("c", "to c", 1, false);
-    assert_eq!((bench.state("a"), bench.session.counts().peers), (Acquaintance::Meeting, 2));
+    assert_eq!((bench.state("a"), bench.session.counts().peers), (ConnectState::Connecting, 2));
     let tries = bench.opened.len();
     bench.later(2, false);
     assert_eq!(bench.opened.len(), tries, "both places are taken");
@@ -205,7 +205,7 @@ fn receivers_that_were_named_make_room_last() {
         }
     }
     bench.later(3, true);
-    assert_eq!((bench.state("a"), bench.session.counts().peers), (Acquaintance::Met, 2));
+    assert_eq!((bench.state("a"), bench.session.counts().peers), (ConnectState::Connected, 2));
 }
 
 #[test]
@@ -217,7 +217,7 @@ fn receivers_that_were_named_do_not_push_each_other_out() {
     assert_eq!(bench.opened.len(), 3);
     bench.later(15, true);
     assert_eq!(bench.opened.len(), 3, "r is busy, and the other one is met");
-    let met = ["a", "b"].iter().filter(|host| bench.state(host) == Acquaintance::Met).count();
+    let met = ["a", "b"].iter().filter(|host| bench.state(host) == ConnectState::Connected).count();
     assert_eq!(met, 1);
 }
 
@@ -230,5 +230,5 @@ fn one_that_forgets_in_the_middle_of_the_handshake_has_refused_nothing() {
     bench.start();
     assert_eq!(bench.noted(), ["r down: peer_lost: it has not shaken hands"]);
     bench.later(1, true);
-    assert_eq!((bench.noted(), bench.state("r")), (vec!["r up".to_owned()], Acquaintance::Met));
+    assert_eq!((bench.noted(), bench.state("r")), (vec!["r up".to_owned()], ConnectState::Connected));
 }

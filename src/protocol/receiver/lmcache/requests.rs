@@ -3,9 +3,10 @@
 use std::collections::BTreeSet;
 use std::time::Instant;
 
-use super::super::requests::{Request, Stage};
+use super::super::origin::Origin;
+use super::super::request::{Request, Stage};
 use super::super::{Note, Port, ReceiverSession, Timer};
-use super::{Batches, STOCK_PREFIX};
+use super::{Batches, NAME_PREFIX};
 use crate::ids::{Failure, FailureKind, GrantId, RequestId, Seq, SlotIndex, clip};
 use crate::protocol::chunks::ChunkSize;
 use crate::protocol::lmcache_terms;
@@ -14,58 +15,58 @@ use crate::wire::message::{AllocRequest, AllocResponse, CancelNotif};
 
 impl<R: Clone + PartialEq> ReceiverSession<R> {
     /// `AllocRequest` without our part.
-    pub(in crate::protocol::receiver) fn on_stock_alloc(&mut self, now: Instant, from: R, request: AllocRequest) {
-        let known = self.stock.route_of(&from).cloned();
+    pub(super) fn on_lmcache_alloc(&mut self, now: Instant, from: R, request: AllocRequest) {
+        let known = self.lmcache.route_of(&from).cloned();
         let is_new = known.is_none();
-        let instance = known.unwrap_or_else(|| format!("{STOCK_PREFIX}{}", self.stock.fresh()));
+        let instance = known.unwrap_or_else(|| format!("{NAME_PREFIX}{}", self.lmcache.fresh()));
         let count = request.keys.len();
         let id = match request.req_id.clone() {
             Some(id) => id,
             // Its synchronous backend names no requests: readers find the chunks by their keys.
-            None => match RequestId::new(format!("{instance}-{}", self.stock.fresh())) {
+            None => match RequestId::new(format!("{instance}-{}", self.lmcache.fresh())) {
                 Ok(id) => id,
                 Err(_) => return,
             },
         };
-        let mut checked = self.check_stock_alloc(&instance, &id, &request);
-        if is_new && self.stock.routes.len() >= self.settings.peers_max {
+        let mut checked = self.check_lmcache_alloc(&instance, &id, &request);
+        if is_new && self.lmcache.routes.len() >= self.settings.peers_max {
             let text = "as many senders are connected as may be (pd_max_peers)";
             checked = checked.and_then(|_| Err(Failure::new(FailureKind::Limit, text)));
         }
         // Whoever is refused takes no place.
         if is_new && checked.is_ok() {
-            self.stock.routes.push((from.clone(), instance.clone()));
+            self.lmcache.routes.push((from.clone(), instance.clone()));
         }
         match checked {
             Ok(sizes) if self.is_next_batch(&instance, &id) => self.take_batch(now, from, id, request, sizes),
             Ok(sizes) => {
                 // An earlier attempt under this name has been given up by whoever tries again, and may still be written.
                 self.replace(now, &id, &Failure::new(FailureKind::Cancelled, "its sender asked for it again"));
-                self.begin_stock_request(now, from, (id, instance), request, sizes);
+                self.begin_lmcache_request(now, from, (id, instance), request, sizes);
             }
             Err(failure) => {
                 // Readers do not know a name that a request was given here.
                 if !self.requests.contains_key(&id) && request.req_id.is_some() {
                     self.tell_end(now, id.clone(), failure.clone(), instance.clone(), None);
                 }
-                self.refuse_stock(from, count, &instance, Some(id), failure);
+                self.refuse_pages(from, count, &instance, Some(id), failure);
             }
         }
     }
 
     /// Everything that can be wrong about an allocation.
-    fn check_stock_alloc(
+    fn check_lmcache_alloc(
         &self,
         instance: &str,
         id: &RequestId,
         request: &AllocRequest,
     ) -> Result<Vec<ChunkSize>, Failure> {
         let refuse = |kind: FailureKind, text: String| Err(Failure::new(kind, text));
-        self.check_stock_served()?;
+        self.check_lmcache_served()?;
         let chunk = &self.settings.chunk;
         let count = request.keys.len();
-        let Some(known_len_bytes) = self.stock.known_len_bytes else {
-            return refuse(FailureKind::HandshakeRefused, "no sender of another make has shaken hands".into());
+        let Some(known_len_bytes) = self.lmcache.known_len_bytes else {
+            return refuse(FailureKind::HandshakeRefused, "no LMCache sender has shaken hands".into());
         };
         // A request of one chunk has that chunk's shape, which may be short.
         let mut shape = request.shape.clone();
@@ -102,7 +103,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         }
         if self.is_next_batch(instance, id) {
             let open = self.requests.get(id);
-            let batches = open.and_then(|open| open.batches.as_ref());
+            let batches = open.and_then(|open| open.origin.batches());
             let left = open.zip(batches).map_or(0, |(open, batches)| batches.total.saturating_sub(open.keys.len()));
             if open.is_some_and(|open| request.keys.iter().any(|key| open.keys.contains(key))) {
                 return refuse(FailureKind::BadRequest, format!("{id} names a chunk of an earlier batch again"));
@@ -117,8 +118,8 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         }
         match self.requests.get(id) {
             // That sender is gone, and whoever asks has taken its place. A pd-sender's request is not pushed aside.
-            Some(open) if open.batches.is_some() && !self.stock.is_connected(&open.instance) => Ok(sizes),
-            Some(open) if open.instance != instance && (!open.is_ready() || open.batches.is_none()) => {
+            Some(open) if self.is_abandoned(open) => Ok(sizes),
+            Some(open) if open.instance != instance && (!open.is_ready() || open.origin.commits()) => {
                 refuse(FailureKind::BadRequest, format!("{id} is open already, for {}", open.instance))
             }
             Some(_) => Ok(sizes),
@@ -135,11 +136,11 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         self.requests.get(id).is_some_and(|open| {
             open.instance == instance
                 && matches!(open.stage, Stage::Granted { .. })
-                && open.batches.as_ref().is_some_and(|batches| !batches.complete)
+                && open.origin.batches().is_some_and(|batches| !batches.complete)
         })
     }
 
-    fn begin_stock_request(
+    fn begin_lmcache_request(
         &mut self,
         now: Instant,
         from: R,
@@ -159,13 +160,13 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             seq: Seq(0),
             keys: request.keys,
             sizes,
-            known_len_bytes: self.stock.known_len_bytes.unwrap_or(0),
+            known_len_bytes: self.lmcache.known_len_bytes.unwrap_or(0),
             since: now,
             overtaken: 0,
             refused_in: None,
             verifying: None,
-            batches: Some(batches),
-            stage: Stage::Waiting { wait, held: None },
+            origin: Origin::Lmcache(batches),
+            stage: Stage::Waiting { wait, partial: None },
         };
         self.requests.insert(id.clone(), request);
         self.waiting.push_back(id);
@@ -181,7 +182,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         keep: &BTreeSet<SlotIndex>,
     ) -> Option<Vec<SlotIndex>> {
         let request = self.requests.get_mut(id)?;
-        let batches = request.batches.as_mut()?;
+        let batches = request.origin.batches_mut()?;
         let to_come = batches.total.saturating_sub(request.keys.len());
         let (page_bytes, known) = (self.settings.chunk.slot_bytes, request.known_len_bytes);
         let mut pages = self.slots.reserve_pages(grant, missing.len() + to_come, page_bytes, keep, known).ok()?;
@@ -196,7 +197,8 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
     fn take_batch(&mut self, now: Instant, from: R, id: RequestId, batch: AllocRequest, sizes: Vec<ChunkSize>) {
         let shared = self.ready_of(&batch.keys, &sizes);
         let Some(request) = self.requests.get_mut(&id) else { return };
-        let (Stage::Granted { grant, own, shared: held }, Some(batches)) = (&mut request.stage, &mut request.batches)
+        let (Stage::Granted { grant, own, shared: held }, Some(batches)) =
+            (&mut request.stage, request.origin.batches_mut())
         else {
             return;
         };
@@ -222,13 +224,13 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             self.slots.writer_stopped(slot, grant);
         }
         let already_sent = shared.iter().map(|&(index, _)| index).collect();
-        self.answer_stock(&id, &fresh, already_sent);
+        self.answer_pages(&id, &fresh, already_sent);
         self.serve_waiters(now, &id);
         self.admit(now);
     }
 
-    /// Tells a sender of another make where its chunks go.
-    pub(in crate::protocol::receiver) fn answer_stock(
+    /// Tells an LMCache sender where its chunks go.
+    pub(in crate::protocol::receiver) fn answer_pages(
         &mut self,
         id: &RequestId,
         own: &[(u32, SlotIndex)],
@@ -239,7 +241,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         let page = |&(_, slot): &(u32, SlotIndex)| Some((self.slots.range(slot)?.start / page_bytes) as i64);
         let remote_indexes = own.iter().filter_map(page).collect();
         for &(index, _) in own {
-            self.stock.granted.entry(request.keys[index as usize].clone()).or_default().push(id.clone());
+            self.lmcache.granted.entry(request.keys[index as usize].clone()).or_default().push(id.clone());
         }
         let response = AllocResponse { already_sent_indexes: already_sent, remote_indexes, pd: None };
         let to = request.route.clone();
@@ -247,7 +249,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
     }
 
     /// LMCache's own way of saying no, which leaves its sender alive.
-    pub(in crate::protocol::receiver) fn refuse_stock(
+    pub(in crate::protocol::receiver) fn refuse_pages(
         &mut self,
         to: R,
         count: usize,
@@ -262,8 +264,9 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
     }
 
     /// `CancelNotif` without our part. Its writes may go on: nobody waits for them there.
-    pub(in crate::protocol::receiver) fn on_stock_cancel(&mut self, now: Instant, from: R, cancel: &CancelNotif) {
-        let mine = self.requests.get(&cancel.req_id).filter(|open| self.stock.route_of(&from) == Some(&open.instance));
+    pub(super) fn on_lmcache_cancel(&mut self, now: Instant, from: R, cancel: &CancelNotif) {
+        let mine =
+            self.requests.get(&cancel.req_id).filter(|open| self.lmcache.route_of(&from) == Some(&open.instance));
         if let Some(instance) = mine.map(|open| open.instance.clone()) {
             let text = format!("sender {instance} cancelled it");
             self.end(now, &cancel.req_id, Failure::new(FailureKind::Cancelled, text), false);
@@ -275,9 +278,9 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
 
     /// A sender's connection is gone: its process has ended, or has closed its backend. What it was granted can still be
     /// vouched for; what it has left is free once nothing of it can be under way. False: it is none of these.
-    pub(in crate::protocol::receiver) fn on_stock_route_gone(&mut self, now: Instant, route: &R) -> bool {
-        let Some(at) = self.stock.routes.iter().position(|(known, _)| known == route) else { return false };
-        let (_, instance) = self.stock.routes.remove(at);
+    pub(in crate::protocol::receiver) fn on_lmcache_route_gone(&mut self, now: Instant, route: &R) -> bool {
+        let Some(at) = self.lmcache.routes.iter().position(|(known, _)| known == route) else { return false };
+        let (_, instance) = self.lmcache.routes.remove(at);
         self.note(Note::PeerLost { instance: instance.clone(), reason: "closed its connection".into() });
         let waiting =
             self.waiting.iter().filter(|id| self.requests.get(*id).is_some_and(|open| open.instance == instance));

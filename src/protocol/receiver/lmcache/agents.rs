@@ -1,7 +1,7 @@
 //! Their handshakes: metadata for metadata, pages for pages.
 
 use super::super::{Note, Output, Port, ReceiverSession};
-use super::{Agent, AgentState, STOCK_PREFIX};
+use super::{Agent, AgentState, NAME_PREFIX};
 use crate::ids::{ChecksumMode, ConnectionId, Failure, FailureKind, Pages, clip};
 use crate::protocol::handshake;
 use crate::wire::message::{InitResponse, MemRegRequest, MemRegResponse};
@@ -9,22 +9,22 @@ use crate::wire::{Message, descriptor_list};
 
 impl<R: Clone + PartialEq> ReceiverSession<R> {
     /// `NixlInitRequest` without our part.
-    pub(in crate::protocol::receiver) fn on_stock_init(&mut self, from: R, metadata: Vec<u8>) {
-        let checked = handshake::check_metadata(&metadata).and_then(|()| self.check_stock_served());
+    pub(super) fn on_lmcache_init(&mut self, from: R, metadata: Vec<u8>) {
+        let checked = handshake::check_metadata(&metadata).and_then(|()| self.check_lmcache_served());
         if let Err(failure) = checked.and_then(|()| self.make_room_for_agent()) {
-            self.note(Note::PeerRefused { instance: "a sender of another make".into(), failure });
+            self.note(Note::PeerRefused { instance: "an LMCache sender".into(), failure });
             let refusal = InitResponse { remote_agent_name: Vec::new(), remote_meta_bytes: Vec::new(), pd: None };
             return self.send(from, Port::Init, Message::NixlInitResponse(refusal));
         }
-        let number = self.stock.fresh();
-        let instance = format!("{STOCK_PREFIX}agent-{number}");
+        let number = self.lmcache.fresh();
+        let instance = format!("{NAME_PREFIX}agent-{number}");
         let agent = Agent { number, state: AgentState::Loading { reply_to: from } };
-        self.stock.agents.insert(instance.clone(), agent);
+        self.lmcache.agents.insert(instance.clone(), agent);
         self.outputs.push_back(Output::LoadPeer { instance, agent_name: None, metadata });
     }
 
-    /// Whether senders of another make can be served at all.
-    pub(super) fn check_stock_served(&self) -> Result<(), Failure> {
+    /// Whether LMCache senders can be served at all.
+    pub(super) fn check_lmcache_served(&self) -> Result<(), Failure> {
         let refuse = |text: &str| Err(Failure::new(FailureKind::HandshakeRefused, text));
         if self.settings.checksum == ChecksumMode::Full {
             return refuse("pd_checksum is full here, and LMCache's senders sum nothing; set it to sampled or off");
@@ -44,45 +44,45 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
     /// Forgets the one that shook hands first, where there are as many as may be. Those that the engine is reading cannot be
     /// forgotten.
     fn make_room_for_agent(&mut self) -> Result<(), Failure> {
-        let count = self.stock.agents.len();
+        let count = self.lmcache.agents.len();
         if count < self.settings.peers_max {
             return Ok(());
         }
         let met = |agent: &Agent<R>| match agent.state {
             AgentState::Loading { .. } => None,
-            AgentState::Met(connection) | AgentState::Told(connection) => Some(connection),
+            AgentState::Connected(connection) | AgentState::Told(connection) => Some(connection),
         };
-        let agents = self.stock.agents.iter();
+        let agents = self.lmcache.agents.iter();
         let oldest = agents.filter_map(|(name, agent)| Some((agent.number, name.clone(), met(agent)?))).min();
         let Some((_, instance, connection)) = oldest else {
             let text =
                 format!("{count} senders shake hands at this moment, the limit; raise pd_max_peers, or try again");
             return Err(Failure::new(FailureKind::Limit, text));
         };
-        self.stock.agents.remove(&instance);
+        self.lmcache.agents.remove(&instance);
         self.outputs.push_back(Output::ForgetPeer(connection));
         Ok(())
     }
 
-    /// The engine has met a sender of another make, or could not. False: this is none.
-    pub(in crate::protocol::receiver) fn on_stock_loaded(
+    /// The engine has met an LMCache sender, or could not. False: this is none.
+    pub(in crate::protocol::receiver) fn on_lmcache_loaded(
         &mut self,
         instance: &str,
         result: &Result<ConnectionId, String>,
     ) -> bool {
-        let Some(agent) = self.stock.agents.get_mut(instance) else { return false };
+        let Some(agent) = self.lmcache.agents.get_mut(instance) else { return false };
         let AgentState::Loading { reply_to } = &agent.state else { return false };
         let to = reply_to.clone();
         let response = match result {
             Ok(connection) => {
-                agent.state = AgentState::Met(*connection);
-                self.note(Note::PeerMet { instance: instance.to_owned() });
+                agent.state = AgentState::Connected(*connection);
+                self.note(Note::PeerConnected { instance: instance.to_owned() });
                 // It names itself by this in its next message.
                 let remote_agent_name = instance.as_bytes().to_vec();
                 InitResponse { remote_agent_name, remote_meta_bytes: self.settings.metadata.clone(), pd: None }
             }
             Err(text) => {
-                self.stock.agents.remove(instance);
+                self.lmcache.agents.remove(instance);
                 let failure = Failure::new(FailureKind::HandshakeRefused, text.as_str());
                 self.note(Note::PeerRefused { instance: instance.to_owned(), failure });
                 InitResponse { remote_agent_name: Vec::new(), remote_meta_bytes: Vec::new(), pd: None }
@@ -93,7 +93,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
     }
 
     /// `NixlMemRegRequest` without our part: its pages for ours.
-    pub(in crate::protocol::receiver) fn on_stock_mem_reg(&mut self, from: R, request: &MemRegRequest) {
+    pub(super) fn on_lmcache_mem_reg(&mut self, from: R, request: &MemRegRequest) {
         let instance = clip(&String::from_utf8_lossy(&request.remote_agent_name));
         let remote_xfer_dlist_bytes = match self.pages_for(&instance, &request.local_xfer_dlist_bytes) {
             Ok(list) => list,
@@ -109,10 +109,10 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
 
     fn pages_for(&mut self, instance: &str, list: &[u8]) -> Result<Vec<u8>, Failure> {
         let refuse = |kind: FailureKind, text: String| Err(Failure::new(kind, text));
-        self.check_stock_served()?;
+        self.check_lmcache_served()?;
         // Once for each handshake: the answer is a thousand times as long as the question may be.
-        let connection = match self.stock.agents.get(instance).map(|agent| &agent.state) {
-            Some(AgentState::Met(connection)) => Some(*connection),
+        let connection = match self.lmcache.agents.get(instance).map(|agent| &agent.state) {
+            Some(AgentState::Connected(connection)) => Some(*connection),
             _ => None,
         };
         let (Some(pages), Some(connection)) = (self.settings.pages, connection) else {
@@ -131,13 +131,13 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             );
             return refuse(FailureKind::LayoutMismatch, text);
         }
-        if let Some(agent) = self.stock.agents.get_mut(instance) {
+        if let Some(agent) = self.lmcache.agents.get_mut(instance) {
             agent.state = AgentState::Told(connection);
         }
         let count = self.described_len_bytes / pages.page_bytes;
         let known_len_bytes = count * pages.page_bytes;
-        self.stock.known_len_bytes =
-            Some(self.stock.known_len_bytes.map_or(known_len_bytes, |known| known.min(known_len_bytes)));
+        self.lmcache.known_len_bytes =
+            Some(self.lmcache.known_len_bytes.map_or(known_len_bytes, |known| known.min(known_len_bytes)));
         Ok(descriptor_list::encode(&module, &Pages { count, ..pages }))
     }
 }

@@ -8,68 +8,33 @@
 //!
 //! Nothing named `Pd...` is ever sent to it: a synchronous receiver would be disabled by it.
 
-use std::collections::{BTreeSet, VecDeque};
+pub(super) mod receiver;
+mod unwritten;
+
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
-use super::peers::{Make, Peer};
+use self::receiver::{Asked, LmcacheReceiver, Question};
+use self::unwritten::{Claim, Unwritten};
+use super::link::Link;
+use super::peers::Peer;
 use super::requests::{Request, Stage, Uid};
-use super::unwritten::{Claim, Unwritten};
 use super::{Port, SenderSession, Timer};
 use crate::ids::{ChunkKey, Failure, FailureKind, GrantId, Pages, PeerAddress, PeerId, RequestId, Seq};
-use crate::protocol::lmcache_terms;
+use crate::protocol::{handshake, lmcache_terms};
 use crate::wire::message::{AllocResponse, CancelNotif, InitResponse, MemRegRequest, MemRegResponse};
 use crate::wire::{LmcacheMode, Message, descriptor_list};
 
-/// What such a receiver is called where others have a name of their own.
-pub(super) const STOCK_INSTANCE: &str = "LMCache";
-
 /// How long a question may go unanswered before its connection is given up. A receiver that is full answers when its
-/// engine has freed pages, and giving up has a price: see [`Unwritten::went_astray`].
+/// engine has freed pages, and giving up has a price: see [`Unwritten::orphaned`].
 const ANSWER_TIME_MAX: Duration = Duration::from_secs(300);
 
-/// Most keys that are remembered for one receiver, unless its buffer has more pages than half of this.
-const UNWRITTEN_MAX: usize = 65_536;
-
 /// For how many lost receivers what they hold is remembered.
-const LEFT_MAX: usize = 4096;
-
-/// What is known of a receiver of LMCache's.
-#[derive(Debug)]
-pub(super) struct Stock {
-    /// What it calls us.
-    our_name: Vec<u8>,
-    /// Of its engine: another process has other metadata.
-    metadata: Vec<u8>,
-    pages: Option<Pages>,
-    /// Once it has shown it.
-    mode: Option<LmcacheMode>,
-    /// In the order of their arrival.
-    waiting: VecDeque<Question>,
-    asked: Option<Asked>,
-    unwritten: Unwritten,
-    /// It is being given up: nothing more is said.
-    ending: bool,
-}
-
-/// What waits for its turn.
-#[derive(Debug)]
-enum Question {
-    /// Room for a request, which has waited long enough then.
-    Alloc { uid: Uid, until: Instant },
-    /// These are not written any more.
-    Cancel { request: RequestId, keys: Vec<ChunkKey> },
-}
-
-/// What an answer is waited for.
-#[derive(Debug)]
-enum Asked {
-    Alloc { uid: Uid, seq: Seq, request: RequestId, keys: Vec<ChunkKey>, since: Instant },
-    Cancel { keys: Vec<ChunkKey>, since: Instant },
-}
+const REMEMBERED_MAX: usize = 4096;
 
 /// What a lost receiver holds of ours, for when it is met again.
 #[derive(Debug)]
-pub(super) struct Left {
+struct Remembered {
     metadata: Vec<u8>,
     pages: Pages,
     unwritten: Unwritten,
@@ -88,52 +53,40 @@ enum NoPlaces {
     Malformed,
 }
 
-impl Stock {
-    fn new(our_name: Vec<u8>, metadata: Vec<u8>) -> Self {
-        Self {
-            our_name,
-            metadata,
-            pages: None,
-            mode: None,
-            waiting: VecDeque::new(),
-            asked: None,
-            unwritten: Unwritten::default(),
-            ending: false,
+/// What LMCache receivers that were lost hold of ours, by their addresses.
+#[derive(Debug, Default)]
+pub(super) struct RememberedReceivers(BTreeMap<PeerAddress, Remembered>);
+
+impl SenderSession {
+    fn lmcache_mut(&mut self, peer: PeerId) -> Option<&mut LmcacheReceiver> {
+        self.peers.get_mut(&peer)?.link.lmcache_mut()
+    }
+
+    /// A message from an LMCache receiver at its port for allocations.
+    pub(super) fn on_lmcache_message(&mut self, now: Instant, peer: PeerId, message: Message) {
+        match message {
+            Message::AllocResponse(response) => self.on_lmcache_answer(now, peer, &response),
+            message => self.note_unexpected(peer, message.type_name()),
         }
     }
 
-    /// Whether it has been asked something, or is about to be.
-    pub(super) fn is_busy(&self) -> bool {
-        self.asked.is_some() || !self.waiting.is_empty()
-    }
-
-    fn page_count(&self) -> u64 {
-        self.pages.map_or(0, |pages| pages.count)
-    }
-
-    fn unwritten_max(&self) -> usize {
-        UNWRITTEN_MAX.max((2 * self.page_count()) as usize)
-    }
-}
-
-impl SenderSession {
-    pub(super) fn is_stock(&self, peer: PeerId) -> bool {
-        self.peers.get(&peer).is_some_and(|record| record.stock().is_some())
-    }
-
-    fn stock_mut(&mut self, peer: PeerId) -> Option<&mut Stock> {
-        self.peers.get_mut(&peer).and_then(Peer::stock_mut)
-    }
-
-    /// A receiver of LMCache's has shown in which mode it runs, by an answer that is about to be handled.
-    pub fn handle_lmcache_mode(&mut self, peer: PeerId, mode: LmcacheMode) {
-        if let Some(stock) = self.stock_mut(peer) {
-            stock.mode = Some(mode);
+    /// A receiver has answered a handshake without `pd`: it is LMCache's.
+    pub(super) fn on_lmcache_init_response(&mut self, peer: PeerId, response: InitResponse) {
+        let Some(record) = self.peers.get(&peer) else { return };
+        let (address, mode) = (record.address.clone(), record.lmcache_mode);
+        let checked = handshake::check_metadata(&response.remote_meta_bytes);
+        match checked.and_then(|()| self.check_lmcache(&address, &response)) {
+            Ok(our_name) => {
+                let receiver = LmcacheReceiver::new(mode, our_name, response.remote_meta_bytes.clone());
+                self.load(peer, Link::Lmcache(Box::new(receiver)), None, response.remote_meta_bytes);
+            }
+            Err(failure) => self.peer_failed(peer, failure),
         }
     }
 
     /// Whether we can talk to a receiver that has answered as LMCache does.
-    pub(super) fn meet_stock(&self, address: &PeerAddress, response: &InitResponse) -> Result<Make, Failure> {
+    /// What it calls us.
+    fn check_lmcache(&self, address: &PeerAddress, response: &InitResponse) -> Result<Vec<u8>, Failure> {
         let refuse = |text: String| Err(Failure::new(FailureKind::HandshakeRefused, text));
         if self.settings.pages.is_none() {
             return refuse(format!(
@@ -160,23 +113,22 @@ impl SenderSession {
                 self.settings.agent_name
             ));
         }
-        Ok(Make::Stock(Box::new(Stock::new(our_name, response.remote_meta_bytes.clone()))))
+        Ok(our_name)
     }
 
-    /// What a receiver of LMCache's is told of our memory. Its handler has to be able to read it.
-    pub(super) fn stock_registration(&self, peer: PeerId) -> Option<MemRegRequest> {
-        let stock = self.peers.get(&peer)?.stock()?;
-        let pages = self.settings.pages?;
-        Some(MemRegRequest {
-            remote_agent_name: stock.our_name.clone(),
+    /// What an LMCache receiver is told of our memory. Its handler has to be able to read it.
+    pub(super) fn lmcache_registration(&self, receiver: &LmcacheReceiver) -> MemRegRequest {
+        let list = |pages| descriptor_list::encode(descriptor_list::ANY_FLAVOUR, &pages);
+        MemRegRequest {
+            remote_agent_name: receiver.our_name.clone(),
             local_id: self.settings.hello.instance.clone(),
-            local_xfer_dlist_bytes: descriptor_list::encode(descriptor_list::ANY_FLAVOUR, &pages),
+            local_xfer_dlist_bytes: self.settings.pages.map(list).unwrap_or_default(),
             pd: None,
-        })
+        }
     }
 
-    /// Where the memory of a receiver of LMCache's is.
-    pub(super) fn stock_pages(&mut self, peer: PeerId, response: &MemRegResponse) -> Result<Pages, Failure> {
+    /// Where the memory of an LMCache receiver is.
+    pub(super) fn lmcache_pages(&mut self, peer: PeerId, response: &MemRegResponse) -> Result<Pages, Failure> {
         let slot_bytes = self.settings.chunk.slot_bytes;
         let Some(record) = self.peers.get_mut(&peer) else {
             return Err(Failure::new(FailureKind::Internal, "pages of a peer that is not there"));
@@ -193,18 +145,20 @@ impl SenderSession {
             );
             return Err(Failure::new(FailureKind::LayoutMismatch, text));
         }
-        let left = self.left.remove(&address);
-        if let Some(stock) = record.stock_mut() {
-            stock.pages = Some(pages);
+        let remembered = self.lmcache.0.remove(&address);
+        if let Some(receiver) = record.link.lmcache_mut() {
+            receiver.pages = Some(pages);
             // Another process at the same address knows no key of ours.
-            if let Some(left) = left.filter(|left| left.pages == pages && left.metadata == stock.metadata) {
-                stock.unwritten = left.unwritten;
+            if let Some(before) =
+                remembered.filter(|before| before.pages == pages && before.metadata == receiver.metadata)
+            {
+                receiver.unwritten = before.unwritten;
             }
         }
         Ok(pages)
     }
 
-    /// A request wants slots of a receiver of LMCache's.
+    /// A request wants slots of an LMCache receiver.
     pub(super) fn queue_allocation(&mut self, now: Instant, peer: PeerId, uid: Uid) {
         let Some(request) = self.requests.get(&uid) else { return };
         let Stage::Peer { wait, .. } = request.stage else { return };
@@ -213,8 +167,8 @@ impl SenderSession {
         }
         let until = now + wait;
         self.timers.set(Timer::Allocation(uid), until);
-        if let Some(stock) = self.stock_mut(peer) {
-            stock.waiting.push_back(Question::Alloc { uid, until });
+        if let Some(receiver) = self.lmcache_mut(peer) {
+            receiver.waiting.push_back(Question::Alloc { uid, until });
         }
         self.ask_next(now, peer);
     }
@@ -222,17 +176,18 @@ impl SenderSession {
     /// Asks what has waited longest, if nothing is asked already.
     fn ask_next(&mut self, now: Instant, peer: PeerId) {
         loop {
-            let Some(stock) = self.stock_mut(peer).filter(|stock| !stock.ending && stock.asked.is_none()) else {
+            let Some(receiver) = self.lmcache_mut(peer).filter(|receiver| !receiver.ending && receiver.asked.is_none())
+            else {
                 return;
             };
-            match stock.waiting.pop_front() {
+            match receiver.waiting.pop_front() {
                 None => return,
-                Some(Question::Alloc { uid, until }) => self.ask_for_room(now, peer, uid, until),
+                Some(Question::Alloc { uid, until }) => self.ask_for_pages(now, peer, uid, until),
                 Some(Question::Cancel { request, keys }) => {
                     for key in &keys {
-                        stock.unwritten.give_back(key);
+                        receiver.unwritten.give_back(key);
                     }
-                    stock.asked = Some(Asked::Cancel { keys: keys.clone(), since: now });
+                    receiver.asked = Some(Asked::Cancel { keys: keys.clone(), since: now });
                     self.timers.set(Timer::Answer(peer), now + ANSWER_TIME_MAX);
                     let cancel = CancelNotif { req_id: request, keys, pd: None };
                     self.send(peer, Port::Alloc, Message::CancelNotif(cancel));
@@ -241,25 +196,25 @@ impl SenderSession {
         }
     }
 
-    fn ask_for_room(&mut self, now: Instant, peer: PeerId, uid: Uid, until: Instant) {
+    fn ask_for_pages(&mut self, now: Instant, peer: PeerId, uid: Uid, until: Instant) {
         let seq = Seq(self.fresh());
         let Ok(dtype) = lmcache_terms::dtype(&self.settings.chunk.dtype) else { return };
         // It may have ended while it waited.
         let Some(request) = self.requests.get_mut(&uid).filter(|request| request.peer == peer) else { return };
         let Stage::Peer { open_id, wait } = request.stage else { return };
         let (id, keys) = (request.id.clone(), request.keys.clone());
-        let Some(stock) = self.peers.get_mut(&peer).and_then(Peer::stock_mut) else { return };
-        if stock.unwritten.len() + keys.len() > stock.unwritten_max() {
+        let Some(receiver) = self.peers.get_mut(&peer).and_then(|record| record.link.lmcache_mut()) else { return };
+        if receiver.unwritten.len() + keys.len() > receiver.unwritten_max() {
             let text = format!(
                 "receiver {} (LMCache) holds {} chunks of this sender that were never written, and takes no word that they \
                  are not needed; restart it",
                 request.address,
-                stock.unwritten.len()
+                receiver.unwritten.len()
             );
             return self.fail(uid, Failure::new(FailureKind::Limit, text));
         }
         request.stage = Stage::Allocating { open_id, seq, wait };
-        stock.asked = Some(Asked::Alloc { uid, seq, request: id, keys, since: now });
+        receiver.asked = Some(Asked::Alloc { uid, seq, request: id, keys, since: now });
         let mut message = request.alloc_message(&self.settings.chunk);
         message.dtype = dtype;
         // Its turn came late, perhaps, but the receiver is not slower for that.
@@ -270,11 +225,11 @@ impl SenderSession {
     }
 
     /// Why a request has waited for its slots in vain, or none when its receiver is ours.
-    pub(super) fn stock_allocation_timed_out(&self, uid: Uid) -> Option<Failure> {
+    pub(super) fn lmcache_allocation_timed_out(&self, uid: Uid) -> Option<Failure> {
         let request = self.requests.get(&uid)?;
-        let stock = self.peers.get(&request.peer)?.stock()?;
+        let receiver = self.peers.get(&request.peer)?.link.lmcache()?;
         let address = &request.address;
-        let since = match &stock.asked {
+        let since = match &receiver.asked {
             Some(Asked::Alloc { since, .. } | Asked::Cancel { since, .. }) => *since,
             None => return None,
         };
@@ -294,20 +249,20 @@ impl SenderSession {
     }
 
     /// An answer, to whatever was asked.
-    pub(super) fn on_stock_answer(&mut self, now: Instant, peer: PeerId, response: &AllocResponse) {
-        let Some(asked) = self.stock_mut(peer).and_then(|stock| stock.asked.take()) else {
+    fn on_lmcache_answer(&mut self, now: Instant, peer: PeerId, response: &AllocResponse) {
+        let Some(asked) = self.lmcache_mut(peer).and_then(|receiver| receiver.asked.take()) else {
             return self.note_unexpected(peer, "AllocResponse that answers nothing");
         };
         self.timers.cancel(&Timer::Answer(peer));
         match asked {
             Asked::Alloc { uid, seq, request, keys, .. } => {
-                self.on_stock_grant(now, peer, uid, seq, request, &keys, response);
+                self.on_lmcache_grant(now, peer, uid, seq, request, &keys, response);
             }
             Asked::Cancel { keys, .. } => {
                 // Anything else says that it could not read it: then what it holds stays in doubt.
                 let heard = response.remote_indexes.is_empty() && response.already_sent_indexes.is_empty();
-                if let Some(stock) = self.stock_mut(peer).filter(|_| heard) {
-                    keys.iter().for_each(|key| stock.unwritten.given_back(key));
+                if let Some(receiver) = self.lmcache_mut(peer).filter(|_| heard) {
+                    keys.iter().for_each(|key| receiver.unwritten.given_back(key));
                 }
             }
         }
@@ -315,7 +270,7 @@ impl SenderSession {
     }
 
     #[expect(clippy::too_many_arguments, reason = "a question and its answer")]
-    fn on_stock_grant(
+    fn on_lmcache_grant(
         &mut self,
         now: Instant,
         peer: PeerId,
@@ -329,8 +284,8 @@ impl SenderSession {
         let waits = self.requests.get(&uid).filter(waits).is_some();
         let Some(record) = self.peers.get_mut(&peer) else { return };
         let address = record.address.clone();
-        let Some(stock) = record.stock_mut() else { return };
-        let Some(pages) = stock.pages else { return };
+        let Some(receiver) = record.link.lmcache_mut() else { return };
+        let Some(pages) = receiver.pages else { return };
         let places = match places(keys.len(), pages.count, response) {
             Ok(places) => places,
             Err(NoPlaces::Refused) => {
@@ -344,7 +299,7 @@ impl SenderSession {
                 return self.fail_if(waits, uid, Failure::new(FailureKind::NoSlots, text));
             }
             Err(NoPlaces::Malformed) => {
-                stock.unwritten.went_astray(keys);
+                receiver.unwritten.orphaned(keys);
                 let text = format!(
                     "receiver {address} (LMCache) answered {} chunks with {} pages and {} already sent; expected different \
                      pages below {}, one for each chunk that is not already sent",
@@ -358,12 +313,12 @@ impl SenderSession {
         };
         for (key, place) in keys.iter().zip(&places) {
             if let Some(page) = place {
-                stock.unwritten.granted(key, *page);
+                receiver.unwritten.granted(key, *page);
             }
         }
         let mut doubtful = 0;
         let mut claim = |(key, place): (&ChunkKey, Option<u32>)| {
-            place.or_else(|| match stock.unwritten.claimed(key) {
+            place.or_else(|| match receiver.unwritten.claimed(key) {
                 Claim::Sent => None,
                 Claim::Ours(page) => Some(page),
                 Claim::Doubtful => {
@@ -381,12 +336,12 @@ impl SenderSession {
                 keys.len()
             );
             self.fail_if(waits, uid, Failure::new(FailureKind::Other, text));
-            return self.give_back(peer, id, keys.to_vec());
+            return self.give_back_pages(peer, id, keys.to_vec());
         }
         if !waits {
-            return self.give_back(peer, id, keys.to_vec());
+            return self.give_back_pages(peer, id, keys.to_vec());
         }
-        self.open_stock(now, uid, seq, &pages, &places);
+        self.open_lmcache(now, uid, seq, &pages, &places);
     }
 
     fn fail_if(&mut self, waits: bool, uid: Uid, failure: Failure) {
@@ -396,7 +351,7 @@ impl SenderSession {
     }
 
     /// A request has its pages: chunks can be staged and sent.
-    fn open_stock(&mut self, now: Instant, uid: Uid, seq: Seq, pages: &Pages, places: &Places) {
+    fn open_lmcache(&mut self, now: Instant, uid: Uid, seq: Seq, pages: &Pages, places: &Places) {
         // Its receiver sets no time, so ours counts: pages that are never written are lost to a synchronous one.
         let write_until = now + self.settings.write_timeout;
         let Some(request) = self.requests.get_mut(&uid) else { return };
@@ -413,17 +368,17 @@ impl SenderSession {
 
     /// Nothing of a request is written any more. Only an asynchronous receiver can be told; of a synchronous one the pages
     /// are remembered, for whoever sends the same chunks.
-    pub(super) fn give_back(&mut self, peer: PeerId, request: RequestId, keys: Vec<ChunkKey>) {
-        if let Some(stock) = self.stock_mut(peer).filter(|stock| stock.mode == Some(LmcacheMode::Async)) {
-            stock.waiting.push_back(Question::Cancel { request, keys });
+    pub(super) fn give_back_pages(&mut self, peer: PeerId, request: RequestId, keys: Vec<ChunkKey>) {
+        if let Some(receiver) = self.lmcache_mut(peer).filter(|receiver| receiver.mode == LmcacheMode::Async) {
+            receiver.waiting.push_back(Question::Cancel { request, keys });
             self.ask_next(self.now, peer);
         }
     }
 
     /// Chunks are on their pages.
-    pub(super) fn stock_written(&mut self, peer: PeerId, keys: &[ChunkKey]) {
-        if let Some(stock) = self.stock_mut(peer) {
-            keys.iter().for_each(|key| stock.unwritten.written(key));
+    pub(super) fn lmcache_written(&mut self, peer: PeerId, keys: &[ChunkKey]) {
+        if let Some(receiver) = self.lmcache_mut(peer) {
+            keys.iter().for_each(|key| receiver.unwritten.written(key));
         }
     }
 
@@ -432,7 +387,7 @@ impl SenderSession {
         let Some(record) = self.peers.get(&peer) else { return };
         let address = record.address.clone();
         let Some(Asked::Alloc { since, .. } | Asked::Cancel { since, .. }) =
-            record.stock().and_then(|stock| stock.asked.as_ref())
+            record.link.lmcache().and_then(|receiver| receiver.asked.as_ref())
         else {
             return;
         };
@@ -452,30 +407,31 @@ impl SenderSession {
         self.take_up(now, &address, again);
     }
 
-    /// A receiver of LMCache's is being given up: nothing more is said to it.
-    pub(super) fn end_stock(&mut self, peer: PeerId) {
-        if let Some(stock) = self.stock_mut(peer) {
-            stock.ending = true;
-            if let Some(Asked::Alloc { keys, .. }) = stock.asked.take() {
-                stock.unwritten.went_astray(&keys);
+    /// An LMCache receiver is being given up: nothing more is said to it.
+    pub(super) fn end_lmcache(&mut self, peer: PeerId) {
+        if let Some(receiver) = self.lmcache_mut(peer) {
+            receiver.ending = true;
+            if let Some(Asked::Alloc { keys, .. }) = receiver.asked.take() {
+                receiver.unwritten.orphaned(&keys);
             }
             self.timers.cancel(&Timer::Answer(peer));
         }
     }
 
-    /// A receiver of LMCache's is gone: remembers what it holds of ours.
-    pub(super) fn leave_stock(&mut self, record: Peer) {
-        let Make::Stock(stock) = record.make else { return };
-        let Stock { metadata, pages: Some(pages), unwritten, .. } = *stock else { return };
+    /// An LMCache receiver is gone: remembers what it holds of ours.
+    pub(super) fn remember_lmcache(&mut self, record: Peer) {
+        let Link::Lmcache(receiver) = record.link else { return };
+        let LmcacheReceiver { metadata, pages: Some(pages), unwritten, .. } = *receiver else { return };
         if unwritten.is_empty() {
             return;
         }
-        if self.left.len() >= LEFT_MAX {
+        let remembered = &mut self.lmcache.0;
+        if remembered.len() >= REMEMBERED_MAX {
             // Most likely it is not there any more.
-            let oldest = self.left.iter().min_by_key(|(_, left)| left.since).map(|(address, _)| address.clone());
-            oldest.map(|address| self.left.remove(&address));
+            let oldest = remembered.iter().min_by_key(|(_, before)| before.since).map(|(address, _)| address.clone());
+            oldest.map(|address| remembered.remove(&address));
         }
-        self.left.insert(record.address, Left { metadata, pages, unwritten, since: self.now });
+        remembered.insert(record.address, Remembered { metadata, pages, unwritten, since: self.now });
     }
 }
 

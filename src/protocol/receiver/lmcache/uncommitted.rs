@@ -4,21 +4,21 @@ use std::collections::BTreeSet;
 use std::time::Instant;
 
 use super::super::ReceiverSession;
-use super::super::requests::{Request, Stage};
+use super::super::request::{Request, Stage};
 use crate::ids::{ChunkKey, Failure, FailureKind, RequestId};
 
 impl<R: Clone + PartialEq> ReceiverSession<R> {
-    /// Makes chunks ready that a sender of another make was granted: a reader knows from the proxy that they are written. Of
+    /// Makes chunks ready that an LMCache sender was granted: a reader knows from the proxy that they are written. Of
     /// a chunk that was granted twice it knows only that one copy is, so neither is taken: `wait` names the request.
-    pub(in crate::protocol::receiver) fn vouch_for(&mut self, now: Instant, keys: &[ChunkKey]) {
+    pub(in crate::protocol::receiver) fn take_uncommitted(&mut self, now: Instant, keys: &[ChunkKey]) {
         for key in keys {
             if self.slots.find(key).is_some() {
                 continue;
             }
-            if let Some([id]) = self.stock.granted.get(key).map(Vec::as_slice) {
+            if let Some([id]) = self.lmcache.granted.get(key).map(Vec::as_slice) {
                 let id = id.clone();
-                self.stock.granted.remove(key);
-                self.vouch_for_one(now, &id, key);
+                self.lmcache.granted.remove(key);
+                self.take_one_uncommitted(now, &id, key);
             }
         }
         self.end_those_found(now, keys);
@@ -29,7 +29,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         let keys: BTreeSet<&ChunkKey> = keys.iter().collect();
         let found = self.requests.iter().filter(|(_, request)| {
             request.writes_nothing()
-                && request.batches.as_ref().is_some_and(|batches| batches.unnamed)
+                && request.origin.batches().is_some_and(|batches| batches.unnamed)
                 && request.keys.iter().all(|key| keys.contains(key))
         });
         let found: Vec<RequestId> = found.map(|(id, _)| id.clone()).collect();
@@ -39,21 +39,21 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         }
     }
 
-    /// Whether a waiting request asks for a chunk that another has been granted and nobody has vouched for, where a reader
+    /// Whether a waiting request asks for a chunk that another has been granted and no reader has taken, where a reader
     /// could not tell the copies apart.
-    pub(in crate::protocol::receiver) fn waits_for_vouching(&self, id: &RequestId) -> bool {
+    pub(in crate::protocol::receiver) fn waits_for_a_reader(&self, id: &RequestId) -> bool {
         let unnamed = |id: &RequestId| {
-            self.requests.get(id).and_then(|request| request.batches.as_ref()).is_some_and(|batches| batches.unnamed)
+            self.requests.get(id).and_then(|request| request.origin.batches()).is_some_and(|batches| batches.unnamed)
         };
-        let Some(request) = self.requests.get(id).filter(|request| request.batches.is_some()) else { return false };
+        let Some(request) = self.requests.get(id).filter(|request| !request.origin.commits()) else { return false };
         let ambiguous = |key: &ChunkKey| {
-            let others = self.stock.granted.get(key).into_iter().flatten();
+            let others = self.lmcache.granted.get(key).into_iter().flatten();
             self.slots.find(key).is_none() && others.into_iter().any(|other| unnamed(id) || unnamed(other))
         };
         request.keys.iter().any(ambiguous)
     }
 
-    fn vouch_for_one(&mut self, now: Instant, id: &RequestId, key: &ChunkKey) {
+    fn take_one_uncommitted(&mut self, now: Instant, id: &RequestId, key: &ChunkKey) {
         let Some(request) = self.requests.get_mut(id) else { return };
         let Stage::Granted { grant, own, shared } = &mut request.stage else { return };
         let Some(at) = own.iter().position(|&(index, _)| request.keys[index as usize] == *key) else { return };
@@ -61,30 +61,16 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         let committed = self.slots.commit(slot, *grant, key.clone(), request.sizes[index as usize].group);
         debug_assert!(committed, "slot {slot} was granted with {grant} and is not reserved");
         shared.push((index, slot));
-        let all = own.is_empty() && request.batches.as_ref().is_some_and(|batches| batches.complete);
+        let all = own.is_empty() && request.origin.batches().is_some_and(|batches| batches.complete);
         if all {
-            // Whoever vouches takes the chunks by their keys, so the request has served its purpose.
+            // The reader takes the chunks by their keys, so the request has served its purpose.
             self.make_ready(now, id);
             self.drop_ready(now, id);
         }
     }
 
-    pub(in crate::protocol::receiver) fn is_of_stock(&self, id: &RequestId) -> bool {
-        self.requests.get(id).is_some_and(|request| request.batches.is_some())
-    }
-
-    /// How much of the buffer senders of another make know, in bytes.
-    pub(in crate::protocol::receiver) fn stock_known_len_bytes(&self) -> u64 {
-        self.stock.known_len_bytes.unwrap_or(0)
-    }
-
-    /// Whether a request is of a sender of another make that is gone: what it asked for may be asked for anew.
-    pub(in crate::protocol::receiver) fn is_of_lost_stock(&self, request: &Request<R>) -> bool {
-        request.batches.is_some() && !self.stock.is_connected(&request.instance)
-    }
-
-    /// The time is up in which somebody could have fetched what was granted.
-    pub(in crate::protocol::receiver) fn nobody_vouched(&mut self, now: Instant, id: &RequestId) {
+    /// No reader has fetched a request in time.
+    pub(in crate::protocol::receiver) fn nobody_fetched(&mut self, now: Instant, id: &RequestId) {
         if self.requests.get(id).is_some_and(Request::writes_nothing) {
             // It only held what others had brought.
             self.make_ready(now, id);
@@ -97,18 +83,18 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         self.end(now, id, Failure::new(FailureKind::Expired, text), false);
     }
 
-    /// Whether a request is granted as a whole, so that whoever knows it to be written can have it.
-    pub(in crate::protocol::receiver) fn can_be_vouched_for(&self, id: &RequestId) -> bool {
+    /// Whether a request is granted as a whole, so that a reader that knows it to be written can have it.
+    pub(in crate::protocol::receiver) fn can_be_taken_uncommitted(&self, id: &RequestId) -> bool {
         self.requests.get(id).is_some_and(|request| {
             matches!(request.stage, Stage::Granted { .. })
-                && request.batches.as_ref().is_some_and(|batches| batches.complete)
+                && request.origin.batches().is_some_and(|batches| batches.complete)
         })
     }
 
-    /// Positions of the chunks that are granted and that nobody has vouched for.
-    pub(in crate::protocol::receiver) fn granted_among(&self, keys: &[ChunkKey]) -> Vec<u32> {
+    /// Positions of the chunks that are granted and that no reader has taken.
+    pub(in crate::protocol::receiver) fn uncommitted_among(&self, keys: &[ChunkKey]) -> Vec<u32> {
         let granted =
-            |(_, key): &(u32, &ChunkKey)| self.stock.granted.contains_key(key) && self.slots.find(key).is_none();
+            |(_, key): &(u32, &ChunkKey)| self.lmcache.granted.contains_key(key) && self.slots.find(key).is_none();
         (0..).zip(keys).filter(granted).map(|(index, _)| index).collect()
     }
 }

@@ -1,4 +1,4 @@
-//! Pages that a stock receiver has granted to us and that do not hold their chunks yet.
+//! Pages that an LMCache receiver has granted to us and that do not hold their chunks yet.
 //!
 //! It enters a key with the grant, and from then on says of it "already sent", whether anything was written or not. So
 //! what it says so of is held against this memory: a key that is in here is not sent.
@@ -10,19 +10,19 @@ use crate::ids::ChunkKey;
 /// What one receiver process holds of ours.
 #[derive(Debug, Default)]
 pub(super) struct Unwritten {
-    keys: BTreeMap<ChunkKey, Held>,
+    keys: BTreeMap<ChunkKey, HeldKey>,
     by_page: BTreeMap<u32, ChunkKey>,
 }
 
 #[derive(Debug, Default)]
-struct Held {
+struct HeldKey {
     /// Where it was granted, if that is known.
     page: Option<u32>,
     /// Allocations of ours that hold it and were not taken back. Each counts there as a reference of its own.
     asks: u32,
     /// An allocation was never answered: it may be entered there now or later, on a page that nobody was told of. Nothing
     /// that the same process says afterwards shows that this has not happened.
-    astray: bool,
+    orphaned: bool,
 }
 
 /// What "already sent" means.
@@ -70,9 +70,9 @@ impl Unwritten {
     }
 
     /// These were asked for, and what came of it will not be known.
-    pub(super) fn went_astray(&mut self, keys: &[ChunkKey]) {
+    pub(super) fn orphaned(&mut self, keys: &[ChunkKey]) {
         for key in keys {
-            self.keys.entry(key.clone()).or_default().astray = true;
+            self.keys.entry(key.clone()).or_default().orphaned = true;
         }
     }
 
@@ -89,7 +89,7 @@ impl Unwritten {
 
     /// The receiver has heard so.
     pub(super) fn given_back(&mut self, key: &ChunkKey) {
-        if self.keys.get(key).is_some_and(|held| held.asks == 0 && !held.astray) {
+        if self.keys.get(key).is_some_and(|held| held.asks == 0 && !held.orphaned) {
             self.keys.remove(key);
         }
     }
@@ -101,7 +101,7 @@ impl Unwritten {
             self.by_page.remove(&page);
         }
         held.asks = 0;
-        if !held.astray {
+        if !held.orphaned {
             self.keys.remove(key);
         }
     }
@@ -145,7 +145,7 @@ mod tests {
         // Broken in production: an allocation that nobody waits for any more is granted after a retry was written, read and
         // freed, and the next request is reported sent into its page.
         let mut unwritten = Unwritten::default();
-        unwritten.went_astray(&[key("a")]);
+        unwritten.orphaned(&[key("a")]);
         assert_eq!(unwritten.claimed(&key("a")), Claim::Doubtful);
         unwritten.give_back(&key("a"));
         unwritten.given_back(&key("a"));

@@ -9,6 +9,7 @@ use pd_backend::wire::message::{AllocRequest, CacheQueryRequest, CancelNotif, In
 use pd_backend::wire::{Message, descriptor_list};
 
 use super::bench::*;
+use super::eviction::{cache, there};
 
 const BUFFER: u64 = 0x10_0000;
 
@@ -17,7 +18,7 @@ fn keys(names: &[&str]) -> Vec<ChunkKey> {
 }
 
 /// A receiver of `slots` slots with `l` and `m`, senders of another make, shaken hands with.
-fn stock_bench(slots: u64) -> Bench {
+fn lmcache_bench(slots: u64) -> Bench {
     let mut bench = Bench::with(slots, slots, |settings| {
         settings.retention = Duration::from_secs(20);
         settings.linger = Duration::from_secs(2);
@@ -96,9 +97,9 @@ fn answer_to(said: &[(&'static str, Message)], route: &str) -> Option<(Vec<u32>,
 }
 
 /// Lengths of what is found, by key, and which are granted alone.
-fn look_up(bench: &mut Bench, names: &[&str], vouches: bool) -> (Vec<Option<u64>>, Vec<u32>) {
+fn look_up(bench: &mut Bench, names: &[&str], uncommitted: bool) -> (Vec<Option<u64>>, Vec<u32>) {
     let id = bench.next_seq();
-    let lookup = Lookup { keys: keys(names), vouches, fetches: false };
+    let lookup = Lookup { keys: keys(names), uncommitted, fetches: false };
     bench.session.handle_lookup(bench.now, ClientId(1), id, &lookup);
     match answer_of(bench, id.0) {
         Some(Answer::Found { chunks, granted, .. }) => {
@@ -113,9 +114,9 @@ fn quarantined(bench: &Bench) -> u32 {
 }
 
 #[test]
-fn granted_chunks_are_not_ready_until_a_reader_vouches_for_them() {
-    // Broken in production: a decode worker reads pages that a stock sender has not written yet.
-    let mut bench = stock_bench(4);
+fn granted_chunks_are_not_ready_until_a_reader_takes_them() {
+    // Broken in production: a decode worker reads pages that an LMCache sender has not written yet.
+    let mut bench = lmcache_bench(4);
     assert_eq!(ask(&mut bench, "l", &Ask { names: &["a", "b"], last_tokens: 1, ..SYNC }), Some((vec![], vec![0, 1])));
     assert_eq!(look_up(&mut bench, &["a", "b", "c"], false), (vec![None; 3], vec![0, 1]));
     // Somebody else asks for the same: it is not 'already sent', and a copy of its own could not be told from the first.
@@ -123,7 +124,7 @@ fn granted_chunks_are_not_ready_until_a_reader_vouches_for_them() {
     // Nobody is held up by that.
     assert_eq!(ask(&mut bench, "l", &Ask { names: &["d", "e"], ..SYNC }), Some((vec![], vec![2, 3])));
     let id = bench.next_seq();
-    let lookup = Lookup { keys: keys(&["b", "c", "a"]), vouches: true, fetches: false };
+    let lookup = Lookup { keys: keys(&["b", "c", "a"]), uncommitted: true, fetches: false };
     bench.session.handle_lookup(bench.now, ClientId(1), id, &lookup);
     let (mut lens, mut answered) = (Vec::new(), None);
     while let Some(output) = bench.session.poll_output() {
@@ -145,7 +146,7 @@ fn granted_chunks_are_not_ready_until_a_reader_vouches_for_them() {
 #[test]
 fn of_two_copies_only_the_one_is_read_that_the_proxy_was_told_of() {
     // Broken in production: two prefill workers send the same prefix, the faster one's reader gets the slower one's page.
-    let mut bench = stock_bench(6);
+    let mut bench = lmcache_bench(6);
     let named = |id| Ask { names: &["a"], req_id: Some(id), total: Some(1), last: Some(true), ..SYNC };
     assert_eq!(ask(&mut bench, "l", &named("r")), Some((vec![], vec![0])));
     assert_eq!(ask(&mut bench, "m", &named("s")), Some((vec![], vec![1])));
@@ -168,7 +169,7 @@ fn of_two_copies_only_the_one_is_read_that_the_proxy_was_told_of() {
 #[test]
 fn a_request_in_batches_has_its_pages_from_the_first_one_on() {
     // Broken in production: two chunked prefills that fit one by one hold half of the buffer each, and wait for each other.
-    let mut bench = stock_bench(6);
+    let mut bench = lmcache_bench(6);
     let batch = |names, last| Ask { names, req_id: Some("r"), total: Some(4), last: Some(last), ..SYNC };
     assert_eq!(ask(&mut bench, "l", &batch(&["a", "b"], false)), Some((vec![], vec![0, 1])));
     let other = Ask { names: &["x"], req_id: Some("s"), total: Some(3), last: Some(false), ..SYNC };
@@ -193,9 +194,9 @@ fn a_request_in_batches_has_its_pages_from_the_first_one_on() {
 
 #[test]
 fn an_abandoned_page_is_free_once_its_sender_is_gone_and_not_before() {
-    // Broken in production: a write that a stock sender has forgotten lands in another request's chunk; or its pages are
+    // Broken in production: a write that an LMCache sender has forgotten lands in another request's chunk; or its pages are
     // lost for good.
-    let mut bench = stock_bench(4);
+    let mut bench = lmcache_bench(4);
     let request = Ask { names: &["a", "b"], req_id: Some("r"), total: Some(4), last: Some(false), ..SYNC };
     ask(&mut bench, "l", &request);
     let cancel = CancelNotif { req_id: RequestId::new("r").unwrap(), keys: keys(&["a", "b"]), pd: None };
@@ -218,7 +219,7 @@ fn an_abandoned_page_is_free_once_its_sender_is_gone_and_not_before() {
 #[test]
 fn what_was_granted_before_its_sender_left_can_still_be_fetched() {
     // Broken in production: a prefill worker that is restarted takes finished requests with it.
-    let mut bench = stock_bench(4);
+    let mut bench = lmcache_bench(4);
     ask(&mut bench, "l", &Ask { names: &["a"], ..SYNC });
     bench.session.handle_route_gone(bench.now, &"l");
     later(&mut bench, 5);
@@ -235,8 +236,8 @@ fn what_was_granted_before_its_sender_left_can_still_be_fetched() {
 
 #[test]
 fn a_no_is_said_in_lmcaches_words_and_leaves_its_sender_alive() {
-    // Broken in production: a stock sender that does not fit waits for ever, or writes what cannot be read.
-    let mut bench = stock_bench(2);
+    // Broken in production: an LMCache sender that does not fit waits for ever, or writes what cannot be read.
+    let mut bench = lmcache_bench(2);
     let refused = |count| Some((vec![], vec![-1; count]));
     assert_eq!(ask(&mut bench, "l", &Ask { names: &["a", "b", "c"], ..SYNC }), refused(3), "larger than the buffer");
     assert_eq!(ask(&mut bench, "l", &Ask { names: &["a"], total: Some(9), ..SYNC }), refused(1));
@@ -251,7 +252,7 @@ fn a_no_is_said_in_lmcaches_words_and_leaves_its_sender_alive() {
 
 #[test]
 fn an_element_type_has_lmcaches_name() {
-    // Broken in production: no stock sender of a float16 model is ever served.
+    // Broken in production: no LMCache sender of a float16 model is ever served.
     let mut bench = Bench::with(2, 2, |settings| {
         settings.chunk.dtype = "float16".into();
         settings.pages = Some(Pages { memory_type: 0, device: 0, address: BUFFER, page_bytes: 16, count: 0 });
@@ -265,7 +266,7 @@ fn an_element_type_has_lmcaches_name() {
 #[test]
 fn a_sender_whose_chunks_are_others_gets_no_pages() {
     // Broken in production: page 7 of a sender with other chunks is the middle of our page 3.
-    let mut bench = stock_bench(2);
+    let mut bench = lmcache_bench(2);
     assert_eq!(shake_hands(&mut bench, "n", 32), Err(()));
     let mut local = Bench::new(2);
     assert_eq!(shake_hands(&mut local, "n", 16), Err(()), "no engine that could take its writes");
@@ -283,8 +284,8 @@ fn a_sender_whose_chunks_are_others_gets_no_pages() {
 
 #[test]
 fn chunks_that_are_asked_after_stay_for_as_long_as_a_read_may_take() {
-    // Broken in production: a stock sender reads cached pages that were granted to somebody else meanwhile.
-    let mut bench = stock_bench(2);
+    // Broken in production: an LMCache sender reads cached pages that were granted to somebody else meanwhile.
+    let mut bench = lmcache_bench(2);
     ask(&mut bench, "l", &Ask { names: &["a", "b"], ..SYNC });
     let (found, _) = look_up(&mut bench, &["b", "a"], true);
     assert_eq!(found, [Some(16), Some(16)]);
@@ -306,7 +307,7 @@ fn counts(bench: &Bench) -> (u32, u32, usize) {
 #[test]
 fn pages_for_batches_that_do_not_come_are_free() {
     // Broken in production: a sender that announces more than it sends takes pages with it for good.
-    let mut bench = stock_bench(6);
+    let mut bench = lmcache_bench(6);
     let short = Ask { names: &["a"], req_id: Some("r"), total: Some(5), last: Some(true), ..SYNC };
     assert_eq!(ask(&mut bench, "l", &short), Some((vec![], vec![0])));
     assert_eq!(counts(&bench), (1, 0, 1));
@@ -323,7 +324,7 @@ fn pages_for_batches_that_do_not_come_are_free() {
 #[test]
 fn requests_that_had_nothing_to_write_do_not_pile_up() {
     // Broken in production: a prefill worker whose prefixes are all there already is refused after 512 of them.
-    let mut bench = stock_bench(4);
+    let mut bench = lmcache_bench(4);
     ask(&mut bench, "l", &Ask { names: &["a", "b"], ..SYNC });
     look_up(&mut bench, &["a", "b"], true);
     for _ in 0..2000 {
@@ -340,7 +341,7 @@ fn requests_that_had_nothing_to_write_do_not_pile_up() {
 #[test]
 fn a_restarted_sender_takes_its_request_up_again() {
     // Broken in production: the request that a prefill worker had when it died cannot be sent by the next one.
-    let mut bench = stock_bench(6);
+    let mut bench = lmcache_bench(6);
     let named = Ask { names: &["a"], req_id: Some("r"), total: Some(1), last: Some(true), ..SYNC };
     assert_eq!(ask(&mut bench, "l", &named), Some((vec![], vec![0])));
     assert_eq!(ask(&mut bench, "m", &named), Some((vec![], vec![-1])), "the first is there");
@@ -355,9 +356,9 @@ fn a_restarted_sender_takes_its_request_up_again() {
 
 #[test]
 fn a_reader_goes_on_waiting_when_its_request_is_asked_for_again() {
-    // Broken in production: a stock sender, or the one that takes its place, tries again, and decode, which has waited since
+    // Broken in production: an LMCache sender, or the one that takes its place, tries again, and decode, which has waited since
     // before, is told that the first attempt has ended.
-    let mut bench = stock_bench(6);
+    let mut bench = lmcache_bench(6);
     let named = Ask { names: &["a"], req_id: Some("r"), total: Some(1), last: Some(true), ..SYNC };
     assert_eq!(wait(&mut bench, 50, "r", None), None);
     for route in ["l", "l", "m"] {
@@ -373,8 +374,8 @@ fn a_reader_goes_on_waiting_when_its_request_is_asked_for_again() {
 
 #[test]
 fn a_refusal_is_told_to_decode_as_well() {
-    // Broken in production: a stock sender is refused, tells nobody, and decode waits for its deadline.
-    let mut bench = stock_bench(2);
+    // Broken in production: an LMCache sender is refused, tells nobody, and decode waits for its deadline.
+    let mut bench = lmcache_bench(2);
     let large = Ask { names: &["a", "b", "c"], req_id: Some("r"), ..SYNC };
     assert_eq!(ask(&mut bench, "l", &large), Some((vec![], vec![-1; 3])));
     assert_eq!(kind_of(wait(&mut bench, 50, "r", None)), Some(FailureKind::TooLarge));
@@ -384,7 +385,7 @@ fn a_refusal_is_told_to_decode_as_well() {
 #[test]
 fn a_pd_senders_request_and_names_are_its_own() {
     // Broken in production: a stranger's allocation drops what is ready, or its handshake frees pages that are written.
-    let mut bench = stock_bench(6);
+    let mut bench = lmcache_bench(6);
     let (_, answers) = bench.alloc("a", "r", &["k"]);
     bench.commit("a", "r", grant_of(&answers));
     let named = Ask { names: &["x"], req_id: Some("r"), total: Some(1), last: Some(true), ..SYNC };
@@ -403,4 +404,49 @@ fn a_receiver_that_wants_checksums_of_all_takes_no_sender_without() {
         settings.pages = Some(Pages { memory_type: 0, device: 0, address: BUFFER, page_bytes: 16, count: 0 });
     });
     assert_eq!(shake_hands(&mut bench, "l", 16), Err(()));
+}
+
+#[test]
+fn an_lmcache_sender_evicts_only_within_the_pages_that_it_knows() {
+    // Broken in production: an LMCache sender that knows the first pages of a buffer that has grown since empties all of it.
+    let mut bench = Bench::with(1, 3, |settings| {
+        settings.pages = Some(Pages { memory_type: 0, device: 0, address: 0x10_0000, page_bytes: 16, count: 0 });
+    });
+    let init = Message::NixlInitRequest(InitRequest { local_meta_bytes: vec![3], pd: None });
+    let said = bench.say(Port::Init, "l", init);
+    let [(_, Message::NixlInitResponse(response))] = said.as_slice() else { panic!("{said:?}") };
+    let theirs = Pages { memory_type: 0, device: 0, address: 0x9000, page_bytes: 16, count: 3 };
+    let register = MemRegRequest {
+        remote_agent_name: response.remote_agent_name.clone(),
+        local_id: String::new(),
+        local_xfer_dlist_bytes: descriptor_list::encode("nixl_cu13._bindings", &theirs),
+        pd: None,
+    };
+    bench.say(Port::Init, "l", Message::NixlMemRegRequest(register));
+    cache(&mut bench, "held", &["k0"]);
+    assert_eq!(there(&mut bench, &["k0"], true), [true]);
+    bench.alloc("a", "r", &["k1", "k2"]);
+    bench.known_len_bytes = 16;
+    assert!(bench.grown(Ok(())).is_empty());
+    let granted = bench.grown(Ok(()));
+    bench.commit("a", "r", grant_of(&granted));
+    let Some(Answer::Ready { lease, .. }) = wait(&mut bench, 5, "r", None) else { panic!("not ready") };
+    bench.session.handle_release(bench.now, ClientId(1), Seq(6), lease);
+    bench.drain();
+    let request = AllocRequest {
+        keys: vec![ChunkKey::new("x").unwrap()],
+        fmt: 1,
+        shape: vec![2, 1, 4, 2],
+        dtype: "uint8".into(),
+        last_chunk_toks: 4,
+        req_id: None,
+        is_last_batch: None,
+        total_chunks: None,
+        pd: None,
+    };
+    assert!(bench.say(Port::Alloc, "l", Message::AllocRequest(request)).is_empty(), "its only page is being read");
+    assert_eq!(there(&mut bench, &["k1", "k2"], false), [true, true]);
+    bench.session.handle_client_gone(bench.now, ClientId(1));
+    assert_eq!(answers(bench.drain()).len(), 1);
+    assert_eq!(there(&mut bench, &["k0", "k1", "k2"], false), [false, true, true]);
 }

@@ -1,0 +1,56 @@
+//! LMCache's questions which chunks are ready. Its prefill side reads them from the buffer by page.
+
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+use super::super::{Port, ReceiverSession, Timer};
+use crate::ids::{ClientId, LeaseId, SlotIndex};
+use crate::wire::Message;
+use crate::wire::message::{CacheQueryRequest, CacheQueryResponse};
+
+/// The client that holds the leases of queries. No client of the connector API has this number.
+const QUERIES: ClientId = ClientId(u64::MAX);
+
+impl<R: Clone + PartialEq> ReceiverSession<R> {
+    /// LMCache's question which chunks are held, by page, before it reads them. It takes no lease and never says when it has
+    /// read, so they are held for as long as a write may take.
+    pub(super) fn on_query(&mut self, now: Instant, from: R, query: CacheQueryRequest) {
+        let page_bytes = self.settings.chunk.slot_bytes;
+        let known_bytes = self.lmcache.known_len_bytes.unwrap_or(0);
+        let mut answer = CacheQueryResponse { cached_keys: Vec::new(), cached_indexes: Vec::new() };
+        let mut pages = BTreeMap::new();
+        // A question takes nothing from requests for long: half of the buffer stays for them.
+        let room = self.pages_for_queries();
+        for key in query.keys {
+            let Some(slot) = self.slots.find(&key) else { continue };
+            let start = self.slots.range(slot).map_or(1, |range| range.start);
+            // Chunks of our own senders may lie across pages, or where its sender does not know any.
+            if let Ok(page) = u32::try_from(start / page_bytes)
+                && start.is_multiple_of(page_bytes)
+                && start + page_bytes <= known_bytes
+                && pages.len() < room
+                && pages.insert(page, slot).is_none()
+            {
+                answer.cached_keys.push(key);
+                answer.cached_indexes.push(page);
+            }
+        }
+        if !pages.is_empty() {
+            let held: Vec<SlotIndex> = pages.into_values().collect();
+            for &slot in &held {
+                self.slots.hold(slot);
+            }
+            let lease = self.open_lease(QUERIES, held);
+            self.timers.set(Timer::Lease(QUERIES, lease), now + self.settings.write_timeout);
+        }
+        self.send(from, Port::Query, Message::CacheQueryResponse(answer));
+    }
+
+    /// How many more pages may be held for those who only ask.
+    fn pages_for_queries(&self) -> usize {
+        let of_queries = self.leases.range((QUERIES, LeaseId(0))..);
+        let held: usize = of_queries.map(|(_, lease)| lease.slots.len()).sum();
+        let half = self.slots.addresses().len_bytes() / self.settings.chunk.slot_bytes / 2;
+        usize::try_from(half).unwrap_or(usize::MAX).saturating_sub(held)
+    }
+}
