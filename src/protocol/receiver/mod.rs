@@ -9,7 +9,7 @@
 //! | `lmcache` | LMCache's senders, which commit nothing |
 //! | `origin`, `dialect` | what differs with the dialect of a request's sender: ours, or LMCache's |
 //! | `verification` | commits whose chunks are summed before they are taken |
-//! | `readers`, `waiters` | waits, look-ups and leases |
+//! | `readers`, `waiters`, `leases` | waits, look-ups and leases |
 //! | `ended` | how attempts ended, and who has yet to be told |
 //! | `reset` | everything that was computed before now is void |
 
@@ -17,6 +17,7 @@ mod admission;
 mod dialect;
 mod ended;
 mod io;
+mod leases;
 #[cfg(feature = "lmcache")]
 mod lmcache;
 #[cfg(not(feature = "lmcache"))]
@@ -39,10 +40,10 @@ use std::time::{Duration, Instant};
 pub use io::{Answer, ExpectedChunk, Lookup, Note, Output, ReadyChunk, ReceiverCounts};
 
 use self::ended::Ended;
+use self::leases::Leases;
 use self::lmcache::Senders;
 use self::lost::LostPeers;
 use self::peers::Peer;
-use self::readers::Lease;
 use self::request::{Closing, Request};
 use self::waiters::Waiters;
 use super::growth::{GROW_AGAIN_AFTER, Growth};
@@ -148,14 +149,11 @@ pub struct ReceiverSession<R> {
     /// How requests ended lately, for readers that ask after them.
     ended: Ended,
     waiters: Waiters,
-    leases: BTreeMap<(ClientId, LeaseId), Lease>,
-    /// How many leases each client has.
-    lease_counts: BTreeMap<ClientId, usize>,
+    leases: Leases,
     timers: Timers<Timer>,
     outputs: VecDeque<Output<R>>,
     counts: ReceiverCounts,
     next_grant: u64,
-    next_lease: u64,
     draining: bool,
 }
 
@@ -179,13 +177,11 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             summed_at: None,
             ended: Ended::default(),
             waiters: Waiters::default(),
-            leases: BTreeMap::new(),
-            lease_counts: BTreeMap::new(),
+            leases: Leases::default(),
             timers: Timers::new(),
             outputs: VecDeque::new(),
             counts: ReceiverCounts::default(),
             next_grant: 1,
-            next_lease: 1,
             draining: false,
         }
     }
@@ -351,11 +347,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         if self.waiting.len() > self.requests.len() {
             return Err(format!("{} of {} requests wait", self.waiting.len(), self.requests.len()));
         }
-        let leases: usize = self.lease_counts.values().sum();
-        if leases != self.leases.len() {
-            return Err(format!("{leases} leases are counted, there are {}", self.leases.len()));
-        }
-        Ok(())
+        self.leases.check_invariants()
     }
 
     /// Asks for the buffer's next step, if it can grow and none is under way.

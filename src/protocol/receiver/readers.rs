@@ -12,14 +12,6 @@ use crate::slot::SlotState;
 
 /// Most waits that one client may have open.
 const WAITS_PER_CLIENT_MAX: usize = 65_536;
-/// Most leases that one client may hold.
-const LEASES_PER_CLIENT_MAX: usize = 65_536;
-
-/// Chunks that a reader copies.
-#[derive(Debug)]
-pub(super) struct Lease {
-    pub(super) slots: Vec<SlotIndex>,
-}
 
 impl<R: Clone + PartialEq> ReceiverSession<R> {
     /// A reader wants to know when `request` is ready, which no sender need have announced yet. With `uncommitted` it has
@@ -54,7 +46,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
     /// A reader wants those chunks that are ready.
     pub fn handle_lookup(&mut self, now: Instant, client: ClientId, id: Seq, lookup: &Lookup) {
         let &Lookup { ref keys, uncommitted, fetches } = lookup;
-        if let Err(failure) = self.check_leases(client) {
+        if let Err(failure) = self.leases.check(client) {
             return self.answer(client, id, Answer::Failed { failure, peer: None });
         }
         if uncommitted {
@@ -68,7 +60,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         }
         let chunks = slots.into_iter().map(|slot| slot.and_then(|slot| self.ready_chunk(slot))).collect();
         let fetched = if fetches { self.ready_among(&held) } else { Vec::new() };
-        let lease = (!held.is_empty()).then(|| self.open_lease(client, held));
+        let lease = (!held.is_empty()).then(|| self.leases.open(client, held));
         self.answer(client, id, Answer::Found { lease, chunks, granted });
         for request in &fetched {
             self.end_fetched(now, request);
@@ -114,9 +106,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
 
     /// A client is gone: its leases end, its waits too.
     pub fn handle_client_gone(&mut self, now: Instant, client: ClientId) {
-        let of_client = self.leases.range((client, LeaseId(0))..=(client, LeaseId(u64::MAX)));
-        let leases: Vec<LeaseId> = of_client.map(|(&(_, lease), _)| lease).collect();
-        for lease in leases {
+        for lease in self.leases.of_client(client) {
             self.end_lease(now, client, lease);
         }
         for id in self.waiters.of_client(client) {
@@ -147,7 +137,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         }
         while let Some((client, seq)) = self.waiters.first_for(id) {
             let Some(Request { stage: Stage::Ready { slots, .. }, .. }) = self.requests.get(id) else { return };
-            if let Err(failure) = self.check_leases(client) {
+            if let Err(failure) = self.leases.check(client) {
                 // It stays ready, for a reader that gives leases back.
                 self.end_wait(client, seq);
                 self.answer(client, seq, Answer::Failed { failure, peer: None });
@@ -159,7 +149,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
                 self.slots.hold(slot);
             }
             let chunks = slots.iter().filter_map(|&slot| self.ready_chunk(slot)).collect();
-            let lease = self.open_lease(client, slots);
+            let lease = self.leases.open(client, slots);
             self.answer(client, seq, Answer::Ready { request: id.clone(), lease, chunks });
             return self.end_fetched(now, id);
         }
@@ -223,15 +213,6 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         self.timers.cancel(&Timer::Wait(client, id));
     }
 
-    fn check_leases(&self, client: ClientId) -> Result<(), Failure> {
-        if self.lease_counts.get(&client).is_none_or(|&count| count < LEASES_PER_CLIENT_MAX) {
-            return Ok(());
-        }
-        let text =
-            format!("{LEASES_PER_CLIENT_MAX} leases are open, the limit; release those whose chunks were copied");
-        Err(Failure::new(FailureKind::Limit, text))
-    }
-
     fn ready_chunk(&self, slot: SlotIndex) -> Option<ReadyChunk> {
         match self.slots.state(slot) {
             Some(SlotState::Ready { key, group, .. }) => {
@@ -243,26 +224,12 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         }
     }
 
-    pub(super) fn open_lease(&mut self, client: ClientId, slots: Vec<SlotIndex>) -> LeaseId {
-        let lease = LeaseId(self.next_lease);
-        self.next_lease += 1;
-        self.leases.insert((client, lease), Lease { slots });
-        *self.lease_counts.entry(client).or_default() += 1;
-        lease
-    }
-
     /// False: this client has no such lease.
     pub(super) fn end_lease(&mut self, now: Instant, client: ClientId, lease: LeaseId) -> bool {
-        let Some(lease) = self.leases.remove(&(client, lease)) else { return false };
-        if let Some(count) = self.lease_counts.get_mut(&client) {
-            *count -= 1;
-            if *count == 0 {
-                self.lease_counts.remove(&client);
-            }
-        }
-        for slot in lease.slots {
+        let slots = self.leases.end(client, lease);
+        for &slot in slots.iter().flatten() {
             self.slots.unhold(now, slot);
         }
-        true
+        slots.is_some()
     }
 }

@@ -41,7 +41,7 @@ pub use io::{
 use self::lmcache::RememberedReceivers;
 use self::peers::Peer;
 use self::quiesce::PendingAck;
-use self::reconnects::Reconnect;
+use self::reconnects::{Lost, PAUSE_MAX, Reconnects};
 use self::requests::{Request, Stage, Uid, WRITE_DEADLINE_PASSED};
 use self::staging::Staging;
 use self::transfers::Transfer;
@@ -155,7 +155,7 @@ pub struct SenderSession {
     /// Lost receivers that are owed a quiesce acknowledgement, and how often connecting to them has failed.
     owed_acks: BTreeMap<PeerAddress, u32>,
     /// The receivers that the configuration names.
-    reconnects: BTreeMap<PeerAddress, Reconnect>,
+    reconnects: Reconnects,
     /// What LMCache receivers that were lost hold of ours.
     lmcache: RememberedReceivers,
     transfers: BTreeMap<TransferId, Transfer>,
@@ -174,10 +174,16 @@ pub struct SenderSession {
 
 impl SenderSession {
     /// A session without receivers.
-    pub fn new(now: Instant, settings: SenderSettings) -> Self {
+    pub fn new(now: Instant, mut settings: SenderSettings) -> Self {
         let slots = SlotPool::new(settings.addresses.clone());
         let growth = Growth::new(settings.len_max_bytes);
-        let mut session = Self {
+        let mut timers = Timers::new();
+        let receivers = std::mem::take(&mut settings.receivers);
+        for address in &receivers {
+            timers.set(Timer::Connect(address.clone()), now);
+        }
+        let reconnects = Reconnects::new(now, receivers);
+        Self {
             settings,
             slots,
             growth,
@@ -190,20 +196,18 @@ impl SenderSession {
             commits: BTreeMap::new(),
             pending_acks: BTreeMap::new(),
             owed_acks: BTreeMap::new(),
-            reconnects: BTreeMap::new(),
+            reconnects,
             lmcache: RememberedReceivers::default(),
             transfers: BTreeMap::new(),
             unacknowledged: BTreeMap::new(),
             staging: VecDeque::new(),
-            timers: Timers::new(),
+            timers,
             outputs: VecDeque::new(),
             counts: SenderCounts::default(),
             next_id: 1,
             draining: false,
             now,
-        };
-        session.begin_connecting(now);
-        session
+        }
     }
 
     /// A message arrived from a receiver.
@@ -372,6 +376,65 @@ impl SenderSession {
         if self.awaited.len() > most || self.request_by_name.len() > most {
             let (awaited, names) = (self.awaited.len(), self.request_by_name.len());
             return Err(format!("{awaited} answers are awaited and {names} names kept for {most} requests"));
+        }
+        Ok(())
+    }
+
+    /// The receivers that the configuration names, in that order, and how far the sender has come with each.
+    pub fn receivers(&self) -> impl Iterator<Item = (&PeerAddress, &ConnectState)> {
+        self.reconnects.iter()
+    }
+
+    /// Tries to connect to a receiver that the configuration names.
+    fn connect_configured(&mut self, now: Instant, address: &PeerAddress) {
+        // If it is being connected already, `note_connected` or `note_lost` follows.
+        if self.draining || self.peer_by_address.contains_key(address) {
+            return;
+        }
+        let room = self.peers.len() < self.settings.peers_max || self.evict_peer(false);
+        if !room || self.peer_for(now, address).is_err() {
+            self.timers.set(Timer::Connect(address.clone()), now + PAUSE_MAX);
+        }
+    }
+
+    /// A receiver can be written to.
+    fn note_connected(&mut self, now: Instant, address: &PeerAddress) {
+        self.timers.cancel(&Timer::Connect(address.clone()));
+        self.reconnects.connected(now, address);
+    }
+
+    /// A receiver was lost, or could not be connected. It is tried again later if the configuration names it.
+    fn note_lost(&mut self, address: &PeerAddress, failure: &Failure) {
+        let note = match self.reconnects.lost(self.now, address, failure) {
+            None => Some(Note::PeerDown { address: address.clone(), failure: failure.clone() }),
+            Some(Lost { pause, note }) => {
+                if !self.draining {
+                    self.timers.set(Timer::Connect(address.clone()), self.now + pause);
+                }
+                note
+            }
+        };
+        self.outputs.extend(note.map(Output::Note));
+    }
+
+    /// A receiver had to go, so that another could be connected.
+    fn postpone_connecting(&mut self, address: &PeerAddress) {
+        if self.reconnects.postponed(self.now, address) {
+            self.timers.set(Timer::Connect(address.clone()), self.now + PAUSE_MAX);
+        }
+    }
+
+    /// Checks that each receiver of the configuration is connected, connecting, or about to be.
+    fn check_reconnects(&self) -> Result<(), String> {
+        for (address, state) in self.reconnects.iter() {
+            let peer = self.peer_by_address.get(address);
+            let connected = peer.is_some_and(|peer| self.connection_of(*peer).is_some());
+            if connected != (*state == ConnectState::Connected) {
+                return Err(format!("receiver {address} is said to be {state:?}, and connected: {connected}"));
+            }
+            if peer.is_none() && !self.draining && !self.timers.contains(&Timer::Connect(address.clone())) {
+                return Err(format!("nothing will connect to receiver {address}"));
+            }
         }
         Ok(())
     }

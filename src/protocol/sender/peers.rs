@@ -447,14 +447,14 @@ impl SenderSession {
     /// last, and only with `configured_too`.
     pub(super) fn evict_peer(&mut self, configured_too: bool) -> bool {
         let idle = self.peers.iter().filter(|(peer, record)| {
-            let configured = self.is_configured(&record.address);
+            let configured = self.reconnects.contains(&record.address);
             // One that is connecting because the configuration names it has nothing under way either.
             (if configured { configured_too } else { record.connection().is_some() })
                 && !self.requests.values().any(|request| request.peer == **peer)
                 && !self.pending_acks.values().any(|ack| ack.peer == **peer)
                 && !record.link.is_busy()
         });
-        let last = idle.min_by_key(|(_, record)| (self.is_configured(&record.address), record.last_used));
+        let last = idle.min_by_key(|(_, record)| (self.reconnects.contains(&record.address), record.last_used));
         let Some((&peer, record)) = last else { return false };
         let (address, connection) = (record.address.clone(), record.held());
         self.timers.cancel(&Timer::Handshake(peer));

@@ -1,21 +1,29 @@
 //! Receivers that the configuration names (`pd_receivers`). A sender connects to them before any request names them, and again
 //! when they are lost. So a pair that cannot talk is known at once.
 
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use super::{ConnectState, Note, SenderSession, Timer};
-use crate::ids::{Failure, FailureKind, PeerAddress, PeerId};
+use super::{ConnectState, Note};
+use crate::ids::{Failure, FailureKind, PeerAddress};
 
 /// From a try that found no process to the next; it doubles with each.
 const PAUSE_MIN: Duration = Duration::from_millis(250);
 /// The longest such pause: a receiver that comes up is connected within it.
-const PAUSE_MAX: Duration = Duration::from_secs(5);
+pub(super) const PAUSE_MAX: Duration = Duration::from_secs(5);
 /// From a refusal to the next try. The same process will refuse again.
 const REFUSED_PAUSE: Duration = Duration::from_secs(30);
 
-/// How far the sender has come with one of them.
+/// How far the sender has come with each of them.
 #[derive(Debug)]
-pub(super) struct Reconnect {
+pub(super) struct Reconnects {
+    /// As the configuration has them.
+    order: Vec<PeerAddress>,
+    by_address: BTreeMap<PeerAddress, Reconnect>,
+}
+
+#[derive(Debug)]
+struct Reconnect {
     state: ConnectState,
     /// When that state began.
     since: Instant,
@@ -23,53 +31,50 @@ pub(super) struct Reconnect {
     tries: u32,
 }
 
-impl SenderSession {
-    /// Begins to connect to all of them, at the first timeout.
-    pub(super) fn begin_connecting(&mut self, now: Instant) {
-        for address in self.settings.receivers.clone() {
-            self.timers.set(Timer::Connect(address.clone()), now);
-            self.reconnects.insert(address, Reconnect { state: ConnectState::Connecting, since: now, tries: 0 });
-        }
+/// What follows when one of them is lost, or could not be connected.
+#[derive(Debug)]
+pub(super) struct Lost {
+    /// How long to wait before the next try.
+    pub(super) pause: Duration,
+    /// What to note: each change, and not every try.
+    pub(super) note: Option<Note>,
+}
+
+impl Reconnects {
+    pub(super) fn new(now: Instant, addresses: Vec<PeerAddress>) -> Self {
+        let new = |address: &PeerAddress| {
+            (address.clone(), Reconnect { state: ConnectState::Connecting, since: now, tries: 0 })
+        };
+        Self { by_address: addresses.iter().map(new).collect(), order: addresses }
     }
 
-    /// The receivers that the configuration names, in that order, and how far the sender has come with each.
-    pub fn receivers(&self) -> impl Iterator<Item = (&PeerAddress, &ConnectState)> {
-        let known = |address| self.reconnects.get(address).map(|reconnect| (address, &reconnect.state));
-        self.settings.receivers.iter().filter_map(known)
+    /// In the order of the configuration.
+    pub(super) fn iter(&self) -> impl Iterator<Item = (&PeerAddress, &ConnectState)> {
+        self.order.iter().filter_map(|address| Some((address, &self.by_address.get(address)?.state)))
     }
 
     /// Whether the configuration names this receiver.
-    pub(super) fn is_configured(&self, address: &PeerAddress) -> bool {
-        self.reconnects.contains_key(address)
-    }
-
-    /// Tries to connect to one of them.
-    pub(super) fn connect_configured(&mut self, now: Instant, address: &PeerAddress) {
-        // If it is being connected already, `note_connected` or `note_lost` follows.
-        if self.draining || self.peer_by_address.contains_key(address) {
-            return;
-        }
-        let room = self.peers.len() < self.settings.peers_max || self.evict_peer(false);
-        if !room || self.peer_for(now, address).is_err() {
-            self.timers.set(Timer::Connect(address.clone()), now + PAUSE_MAX);
-        }
+    pub(super) fn contains(&self, address: &PeerAddress) -> bool {
+        self.by_address.contains_key(address)
     }
 
     /// A receiver can be written to.
-    pub(super) fn note_connected(&mut self, now: Instant, address: &PeerAddress) {
-        self.timers.cancel(&Timer::Connect(address.clone()));
-        if let Some(reconnect) = self.reconnects.get_mut(address) {
+    pub(super) fn connected(&mut self, now: Instant, address: &PeerAddress) {
+        if let Some(reconnect) = self.by_address.get_mut(address) {
             (reconnect.state, reconnect.since) = (ConnectState::Connected, now);
         }
     }
 
-    /// A receiver was lost, or could not be connected. Notes it, and tries again later if the configuration names it; then a
-    /// note is made of each change, and not of every try.
-    pub(super) fn note_lost(&mut self, address: &PeerAddress, failure: &Failure) {
-        let Some(reconnect) = self.reconnects.get_mut(address) else {
-            return self.note(Note::PeerDown { address: address.clone(), failure: failure.clone() });
-        };
-        let now = self.now;
+    /// A receiver had to go, so that another could be connected. False: the configuration does not name it.
+    pub(super) fn postponed(&mut self, now: Instant, address: &PeerAddress) -> bool {
+        let Some(reconnect) = self.by_address.get_mut(address) else { return false };
+        (reconnect.state, reconnect.since) = (ConnectState::Connecting, now);
+        true
+    }
+
+    /// A receiver was lost, or could not be connected. None: the configuration does not name it.
+    pub(super) fn lost(&mut self, now: Instant, address: &PeerAddress, failure: &Failure) -> Option<Lost> {
+        let reconnect = self.by_address.get_mut(address)?;
         // Its address stands beside it wherever it is shown.
         let text = failure.text.strip_prefix(&format!("receiver {address}: ")).unwrap_or(&failure.text);
         let failure = Failure::new(failure.kind, text);
@@ -84,48 +89,18 @@ impl SenderSession {
             reconnect.tries += 1;
             (ConnectState::Unreachable(failure.clone()), pause)
         };
-        let (refused, known) = match (&reconnect.state, &state) {
-            (ConnectState::Unreachable(_), ConnectState::Unreachable(_)) => (false, true),
-            (before, after @ ConnectState::Refused(_)) => (true, before == after),
-            _ => (false, false),
+        let address = address.clone();
+        let note = match (&reconnect.state, &state) {
+            (ConnectState::Unreachable(_), ConnectState::Unreachable(_)) => None,
+            (before, after @ ConnectState::Refused(_)) if before == after => None,
+            (_, ConnectState::Refused(_)) => Some(Note::Refused { address, failure }),
+            _ => Some(Note::PeerDown { address, failure }),
         };
-        if !known {
+        if note.is_some() {
             reconnect.since = now;
         }
         reconnect.state = state;
-        if !self.draining {
-            self.timers.set(Timer::Connect(address.clone()), now + pause);
-        }
-        if !known {
-            let address = address.clone();
-            self.note(if refused { Note::Refused { address, failure } } else { Note::PeerDown { address, failure } });
-        }
-    }
-
-    /// A receiver had to go, so that another could be connected.
-    pub(super) fn postpone_connecting(&mut self, address: &PeerAddress) {
-        if let Some(reconnect) = self.reconnects.get_mut(address) {
-            (reconnect.state, reconnect.since) = (ConnectState::Connecting, self.now);
-            self.timers.set(Timer::Connect(address.clone()), self.now + PAUSE_MAX);
-        }
-    }
-
-    /// Checks that each of them is connected, connecting, or about to be.
-    pub(super) fn check_reconnects(&self) -> Result<(), String> {
-        for (address, reconnect) in &self.reconnects {
-            let peer: Option<&PeerId> = self.peer_by_address.get(address);
-            let connected = peer.is_some_and(|peer| self.connection_of(*peer).is_some());
-            if connected != (reconnect.state == ConnectState::Connected) {
-                return Err(format!(
-                    "receiver {address} is said to be {:?}, and connected: {connected}",
-                    reconnect.state
-                ));
-            }
-            if peer.is_none() && !self.draining && !self.timers.contains(&Timer::Connect(address.clone())) {
-                return Err(format!("nothing will connect to receiver {address}"));
-            }
-        }
-        Ok(())
+        Some(Lost { pause, note })
     }
 }
 

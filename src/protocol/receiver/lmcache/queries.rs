@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Instant;
 
 use super::super::{Port, ReceiverSession, Timer};
-use crate::ids::{ClientId, LeaseId, SlotIndex};
+use crate::ids::{ClientId, SlotIndex};
 use crate::wire::Message;
 use crate::wire::message::{CacheQueryRequest, CacheQueryResponse};
 
@@ -40,7 +40,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             for &slot in &held {
                 self.slots.hold(slot);
             }
-            let lease = self.open_lease(QUERIES, held);
+            let lease = self.leases.open(QUERIES, held);
             self.timers.set(Timer::Lease(QUERIES, lease), now + self.settings.write_timeout);
         }
         self.send(from, Port::Query, Message::CacheQueryResponse(answer));
@@ -48,8 +48,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
 
     /// How many more pages may be held for those who only ask.
     fn pages_for_queries(&self) -> usize {
-        let of_queries = self.leases.range((QUERIES, LeaseId(0))..);
-        let held: usize = of_queries.map(|(_, lease)| lease.slots.len()).sum();
+        let held = self.leases.slots_of(QUERIES);
         let half = self.slots.addresses().len_bytes() / self.settings.chunk.slot_bytes / 2;
         usize::try_from(half).unwrap_or(usize::MAX).saturating_sub(held)
     }
