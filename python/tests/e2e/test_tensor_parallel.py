@@ -138,7 +138,7 @@ def proxy(pair: Pair, folder: Path) -> Iterator[Callable[..., str]]:
 @pytest.mark.parametrize("count", [1, 100, 128, 256, 300, 700, 1500])
 def test_prompts_of_every_kind(pair: Pair, status_of: StatusOf, count: int) -> None:
     # Broken in production: a rank gets the other one's heads, or none, and the answers are wrong.
-    prompt = prompts.tokens(f"tensor parallel {count}", count)
+    prompt = prompts.tokens(f"in two halves {count}", count)
     loaded, failed = pair.loaded_tokens(), pair.failed_loads()
     sent = [status_of(pair.prefill, rank).bytes for rank in RANKS]
     assert_right([pair.complete(prompt)], [pair.expected(prompt)])
