@@ -6,7 +6,7 @@
 //! | `io` | what goes in and comes out: requests, outputs, answers, notes |
 //! | `peers` | handshakes with receivers, and losing them |
 //! | `reconnects` | receivers that the configuration names: connected before any request, and again when they are lost |
-//! | `quiesce` | what receivers must still be told: that nothing writes to their slots any more |
+//! | `quiesce`, `acknowledging` | what receivers must still be told: that nothing writes to their slots any more |
 //! | `requests` | a request from `open` to its acknowledged commit |
 //! | `ending` | how a request ends otherwise |
 //! | `staging` | who waits for local slots, and who gets them |
@@ -14,6 +14,7 @@
 //! | `link`, `dialect` | what differs with the dialect of a receiver: ours, or LMCache's |
 //! | `lmcache` | LMCache's receivers: what they are told and say, which pages of theirs wait for our bytes |
 
+mod acknowledging;
 mod coverage;
 mod dialect;
 mod ending;
@@ -40,7 +41,7 @@ pub use io::{
 
 use self::lmcache::RememberedReceivers;
 use self::peers::Peer;
-use self::quiesce::PendingAck;
+use self::quiesce::Quiesce;
 use self::reconnects::{Lost, PAUSE_MAX, Reconnects};
 use self::requests::{Request, Stage, Uid, WRITE_DEADLINE_PASSED};
 use self::staging::Staging;
@@ -150,10 +151,7 @@ pub struct SenderSession {
     asked: BTreeMap<Seq, (RequestId, Option<GrantId>)>,
     /// Commits that were not answered yet.
     commits: BTreeMap<Uid, Commit>,
-    /// Quiesce acknowledgements that receivers have not answered yet.
-    pending_acks: BTreeMap<Seq, PendingAck>,
-    /// Lost receivers that are owed a quiesce acknowledgement, and how often connecting to them has failed.
-    owed_acks: BTreeMap<PeerAddress, u32>,
+    quiesce: Quiesce,
     /// The receivers that the configuration names.
     reconnects: Reconnects,
     /// What LMCache receivers that were lost hold of ours.
@@ -194,8 +192,7 @@ impl SenderSession {
             awaited: BTreeMap::new(),
             asked: BTreeMap::new(),
             commits: BTreeMap::new(),
-            pending_acks: BTreeMap::new(),
-            owed_acks: BTreeMap::new(),
+            quiesce: Quiesce::default(),
             reconnects,
             lmcache: RememberedReceivers::default(),
             transfers: BTreeMap::new(),
@@ -364,10 +361,8 @@ impl SenderSession {
                 return Err(format!("{name} names a request that is not there"));
             }
         }
-        if let Some(seq) =
-            self.pending_acks.iter().find(|(_, ack)| !self.peers.contains_key(&ack.peer)).map(|(seq, _)| seq)
-        {
-            return Err(format!("quiesce acknowledgement {seq} goes to a peer that is not there"));
+        if let Some(peer) = self.quiesce.pending_peers().find(|peer| !self.peers.contains_key(peer)) {
+            return Err(format!("a quiesce acknowledgement goes to peer {peer}, which is not there"));
         }
         if let Some(uid) = self.commits.keys().find(|uid| !self.requests.contains_key(uid)) {
             return Err(format!("a commit is kept for request {uid}, which is not there"));

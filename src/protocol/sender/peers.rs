@@ -451,7 +451,7 @@ impl SenderSession {
             // One that is connecting because the configuration names it has nothing under way either.
             (if configured { configured_too } else { record.connection().is_some() })
                 && !self.requests.values().any(|request| request.peer == **peer)
-                && !self.pending_acks.values().any(|ack| ack.peer == **peer)
+                && !self.quiesce.is_pending(**peer)
                 && !record.link.is_busy()
         });
         let last = idle.min_by_key(|(_, record)| (self.reconnects.contains(&record.address), record.last_used));

@@ -4,18 +4,17 @@
 //! retransmitted until the receiver answers it. A handshake says the same of all grants before it; so a receiver that is lost
 //! before it has answered is connected to again.
 
-use std::time::{Duration, Instant};
+use std::collections::BTreeMap;
+use std::time::Duration;
 
-use super::{Port, SenderSession, Timer};
-use crate::ids::{Failure, FailureKind, GrantId, PeerAddress, PeerId, RequestId, Seq};
-use crate::wire::Message;
-use crate::wire::message::{CancelExtension, CancelNotif};
+use crate::ids::{PeerAddress, PeerId, Seq};
+use crate::wire::message::CancelNotif;
 
 /// How often a commit is sent within its timeout. A quiesce acknowledgement is sent as often in the same time.
-const TRANSMISSIONS: u32 = 3;
+pub(super) const TRANSMISSIONS: u32 = 3;
 /// How often a quiesce acknowledgement is sent to a receiver that answers other messages. Then the receiver is taken for
 /// lost, and connected to again.
-const ACK_TRIES_MAX: u32 = 20;
+pub(super) const ACK_TRIES_MAX: u32 = 20;
 /// Longest pause between two attempts to connect to a lost receiver.
 const SEEK_PAUSE_MAX: Duration = Duration::from_secs(60);
 /// How often that is tried: for some hours.
@@ -24,115 +23,97 @@ const SEEK_TRIES_MAX: u32 = 240;
 /// How many lost receivers are remembered.
 const OWED_ACKS_MAX: usize = 4096;
 
-/// A quiesce acknowledgement that was not answered yet.
-#[derive(Debug)]
-pub(super) struct PendingAck {
-    pub(super) peer: PeerId,
-    cancel: CancelNotif,
-    tries: u32,
+/// What receivers must still be told.
+#[derive(Debug, Default)]
+pub(super) struct Quiesce {
+    /// Acknowledgements that their receivers have not answered yet.
+    pending: BTreeMap<Seq, PendingAck>,
+    /// Lost receivers that are owed an acknowledgement, and how often connecting to them was tried.
+    owed: BTreeMap<PeerAddress, u32>,
 }
 
-impl SenderSession {
-    /// Gives a grant back. With `writer_stopped`, nothing of it is written now, nor will be.
-    pub(super) fn acknowledge_quiesce(
-        &mut self,
-        peer: PeerId,
-        request: RequestId,
-        grant: Option<GrantId>,
-        alloc_seq: Option<Seq>,
-        writer_stopped: bool,
-    ) {
-        let seq = Seq(self.fresh());
-        let instance = self.settings.hello.instance.clone();
-        let pd = Some(CancelExtension { seq, instance, grant, alloc_seq, writer_stopped });
-        let cancel = CancelNotif { req_id: request, keys: Vec::new(), pd };
-        if writer_stopped && self.peers.contains_key(&peer) {
-            self.pending_acks.insert(seq, PendingAck { peer, cancel: cancel.clone(), tries: 1 });
-            self.timers.set(Timer::Retransmit(seq), self.now + self.retransmit_after());
+#[derive(Debug)]
+struct PendingAck {
+    peer: PeerId,
+    cancel: CancelNotif,
+    transmissions: u32,
+}
+
+/// What to do about an acknowledgement that was not answered in time.
+#[derive(Debug)]
+pub(super) enum Unanswered {
+    /// Send it again.
+    Retransmit(PeerId, CancelNotif),
+    /// The receiver answers other messages and not this one: it is taken for lost.
+    GiveUp(PeerId),
+}
+
+impl Quiesce {
+    /// An acknowledgement is on its way.
+    pub(super) fn sent(&mut self, seq: Seq, peer: PeerId, cancel: CancelNotif) {
+        self.pending.insert(seq, PendingAck { peer, cancel, transmissions: 1 });
+    }
+
+    /// The answer to an acknowledgement is late. None: it was answered.
+    pub(super) fn unanswered(&mut self, seq: Seq) -> Option<Unanswered> {
+        let ack = self.pending.get_mut(&seq)?;
+        ack.transmissions += 1;
+        if ack.transmissions > ACK_TRIES_MAX {
+            return Some(Unanswered::GiveUp(ack.peer));
         }
-        self.send(peer, Port::Alloc, Message::CancelNotif(cancel));
+        Some(Unanswered::Retransmit(ack.peer, ack.cancel.clone()))
     }
 
-    /// How long an answer is waited for before a message is sent again.
-    pub(super) fn retransmit_after(&self) -> Duration {
-        (self.settings.commit_timeout / TRANSMISSIONS).max(Duration::from_millis(1))
-    }
-
-    pub(super) fn retransmit_ack(&mut self, now: Instant, seq: Seq) {
-        let Some(ack) = self.pending_acks.get_mut(&seq) else { return };
-        ack.tries += 1;
-        let (peer, cancel) = (ack.peer, ack.cancel.clone());
-        if ack.tries > ACK_TRIES_MAX {
-            let text = format!("the receiver did not answer a cancel that was sent {ACK_TRIES_MAX} times");
-            return self.peer_failed(peer, Failure::new(FailureKind::PeerLost, text));
-        }
-        self.timers.set(Timer::Retransmit(seq), now + self.retransmit_after());
-        self.send(peer, Port::Alloc, Message::CancelNotif(cancel));
-    }
-
-    /// Whether this was the answer to a quiesce acknowledgement.
-    pub(super) fn ack_answered(&mut self, peer: PeerId, seq: Seq) -> bool {
-        let answered = self.pending_acks.get(&seq).is_some_and(|ack| ack.peer == peer);
+    /// A receiver has answered message `seq`. False: that was no acknowledgement.
+    pub(super) fn answered(&mut self, peer: PeerId, seq: Seq) -> bool {
+        let answered = self.pending.get(&seq).is_some_and(|ack| ack.peer == peer);
         if answered {
-            self.pending_acks.remove(&seq);
-            self.timers.cancel(&Timer::Retransmit(seq));
+            self.pending.remove(&seq);
         }
         answered
     }
 
-    /// Gives a late grant back, unless it is one that a request has taken.
-    pub(super) fn on_unawaited_grant(&mut self, peer: PeerId, seq: Seq, grant: Option<GrantId>) {
-        let Some(grant) = grant else { return };
-        // If the allocation is no longer remembered, do nothing: the receiver will ask by name.
-        if let Some((request, taken)) = self.asked.get(&seq)
-            && *taken != Some(grant)
-        {
-            self.acknowledge_quiesce(peer, request.clone(), Some(grant), None, true);
-        }
+    /// Whether this receiver has still to answer one.
+    pub(super) fn is_pending(&self, peer: PeerId) -> bool {
+        self.pending.values().any(|ack| ack.peer == peer)
     }
 
-    /// Remembers that a receiver which is being lost is owed an acknowledgement, if it may hold grants of ours.
-    pub(super) fn note_owed_ack(&mut self, peer: PeerId) {
-        let Some(record) = self.peers.get(&peer) else { return };
-        if !record.link.takes_quiesce_ack() {
-            return;
-        }
-        let address = record.address.clone();
-        let owed = self.requests.values().any(|request| request.peer == peer && request.may_have_grant())
-            || self.pending_acks.values().any(|ack| ack.peer == peer);
-        // Beyond the limit the handshake of the next request to it tells it.
-        if owed && !self.owed_acks.contains_key(&address) && self.owed_acks.len() < OWED_ACKS_MAX {
-            self.owed_acks.insert(address.clone(), 0);
-            self.timers.set(Timer::Seek(address), self.now + self.settings.peer_timeout);
-        }
+    /// The receivers that have still to answer one.
+    pub(super) fn pending_peers(&self) -> impl Iterator<Item = PeerId> {
+        self.pending.values().map(|ack| ack.peer)
     }
 
-    pub(super) fn forget_owed_ack(&mut self, address: &PeerAddress) {
-        self.owed_acks.remove(address);
-        self.timers.cancel(&Timer::Seek(address.clone()));
+    /// A receiver is gone: it learns from the next handshake what these would have told it. Returns the acknowledgements.
+    pub(super) fn forget_pending(&mut self, peer: PeerId) -> Vec<Seq> {
+        let of_peer: Vec<Seq> = self.pending.iter().filter(|(_, ack)| ack.peer == peer).map(|(&seq, _)| seq).collect();
+        self.pending.retain(|_, ack| ack.peer != peer);
+        of_peer
     }
 
-    /// A peer is gone: it learns from the next handshake what these would have told it.
-    pub(super) fn forget_pending_acks(&mut self, peer: PeerId) {
-        let of_peer: Vec<Seq> =
-            self.pending_acks.iter().filter(|(_, ack)| ack.peer == peer).map(|(&seq, _)| seq).collect();
-        for seq in of_peer {
-            self.pending_acks.remove(&seq);
-            self.timers.cancel(&Timer::Retransmit(seq));
+    /// A lost receiver is owed an acknowledgement. False: it is known already, or too many are; beyond the limit a receiver is
+    /// told by the handshake of the next request to it.
+    pub(super) fn owe(&mut self, address: &PeerAddress) -> bool {
+        let new = !self.owed.contains_key(address) && self.owed.len() < OWED_ACKS_MAX;
+        if new {
+            self.owed.insert(address.clone(), 0);
         }
+        new
     }
 
-    /// Connects to a lost receiver: the handshake tells it that nothing is written any more.
-    pub(super) fn seek(&mut self, now: Instant, address: &PeerAddress) {
-        let Some(&tries) = self.owed_acks.get(address) else { return };
-        if self.draining || tries >= SEEK_TRIES_MAX {
-            return self.forget_owed_ack(address);
-        }
-        // Not counted when a request is connecting to it already, or when the receivers that may be known are all busy.
-        let begun = !self.peer_by_address.contains_key(address) && self.peer_for(now, address).is_ok();
-        let tries = tries + u32::from(begun);
-        let pause = self.settings.peer_timeout.saturating_mul(1 << tries.min(8)).min(SEEK_PAUSE_MAX);
-        self.owed_acks.insert(address.clone(), tries);
-        self.timers.set(Timer::Seek(address.clone()), now + pause);
+    /// A receiver has been told by a handshake.
+    pub(super) fn paid(&mut self, address: &PeerAddress) {
+        self.owed.remove(address);
+    }
+
+    /// Whether to try once more to connect to a lost receiver.
+    pub(super) fn wants_try(&self, address: &PeerAddress) -> bool {
+        self.owed.get(address).is_some_and(|&tries| tries < SEEK_TRIES_MAX)
+    }
+
+    /// How long to wait for the next try. `tried`: connecting has begun.
+    pub(super) fn pause_after(&mut self, address: &PeerAddress, tried: bool, pause_min: Duration) -> Duration {
+        let tries = self.owed.entry(address.clone()).or_default();
+        *tries += u32::from(tried);
+        pause_min.saturating_mul(1 << (*tries).min(8)).min(SEEK_PAUSE_MAX)
     }
 }
