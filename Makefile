@@ -116,6 +116,10 @@ fuzz-all: fuzz-seeds ## fuzz each of them in turn, SECONDS=60 each
 fuzz-seeds:
 	$(CARGO) test --lib fuzzing::tests::write_seeds -- --ignored --exact
 
+.PHONY: configs
+configs: ## write configs/ and docs/configuration.md from the table of keys
+	$(CARGO) test --lib config::shipped::write_the_files_and_the_page -- --ignored --exact
+
 .PHONY: $(addprefix fuzz-,$(FUZZ_TARGETS))
 $(addprefix fuzz-,$(FUZZ_TARGETS)): fuzz-%:
 	cargo +nightly fuzz run $(if $(filter-out address_manager,$*),--features pd_backend) $* -- -timeout=10 \
