@@ -21,9 +21,11 @@ from waiting import DEADLINES, PATIENCE_S
 
 
 def status(states: Iterable[str]) -> Status:
-    """Of a sender that was told of one receiver for each of these."""
+    """Of a sender that was told of one receiver for each of these: a state, and where it has one its failure."""
     usage = m.BufferUsage(0, 0, 0, 0, 0, 0, [])
-    receivers = [ReceiverStatus(PeerAddress("10.0.0.2", 7300 + i, 7400), state) for i, state in enumerate(states)]
+    receivers = []
+    for i, (state, *why) in enumerate(said.split(": ", 2) for said in states):
+        receivers.append(ReceiverStatus(PeerAddress("10.0.0.2", 7300 + i, 7400), state, m.Failure(*why) if why else None))
     return Status("sender", "local", 4, 4, 0, 0, 0, 0, 0, 0, 0, 0, 1, usage, receivers=receivers)
 
 
@@ -105,7 +107,7 @@ def test_a_real_pair_meets_or_refuses_without_a_request(start: Callable[..., Sup
     began = time.monotonic()
     meet_receivers(alone.client(), wait_s=10 * PATIENCE_S)
     assert time.monotonic() - began < PATIENCE_S, "nobody is there, and it waits all the same"
-    assert [receiver.word for receiver in alone.client().status().receivers] == ["unreachable"]
+    assert [receiver.state for receiver in alone.client().status().receivers] == ["unreachable"]
     start("pd-receiver", ReceiverClient, "0.32.0", *ports)
     meet_receivers(start("pd-sender", SenderClient, "0.32.0", named).client(), wait_s=PATIENCE_S)
     newer = start("pd-sender", SenderClient, "0.33.0", named)

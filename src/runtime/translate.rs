@@ -8,7 +8,7 @@ use crate::buffer::{Memory, MemoryManager};
 use crate::config::Config;
 use crate::connector::message::CONNECTOR_API_VERSION;
 use crate::connector::message::{
-    BufferHandle, BufferUsage, Group, ReadyChunk, ReceiverStatus, Reply, SendPart, StagedSlot, Timings,
+    BufferHandle, BufferUsage, Group, ReadyChunk, ReceiverState, ReceiverStatus, Reply, SendPart, StagedSlot, Timings,
 };
 use crate::ids::{Failure, FailureKind, PeerAddress, Seq};
 use crate::protocol::{self, receiver, sender};
@@ -102,13 +102,13 @@ pub(super) fn parts(parts: Vec<SendPart>) -> Vec<sender::Part> {
 
 pub(super) fn receiver((address, acquaintance): (&PeerAddress, &sender::Acquaintance)) -> ReceiverStatus {
     use sender::Acquaintance::{Meeting, Met, Refused, Unreachable};
-    let state = match acquaintance {
-        Meeting => "meeting".to_owned(),
-        Met => "met".to_owned(),
-        Refused(failure) => format!("refused: {failure}"),
-        Unreachable(failure) => format!("unreachable: {failure}"),
+    let (state, failure) = match acquaintance {
+        Meeting => (ReceiverState::Meeting, None),
+        Met => (ReceiverState::Met, None),
+        Refused(failure) => (ReceiverState::Refused, Some(failure)),
+        Unreachable(failure) => (ReceiverState::Unreachable, Some(failure)),
     };
-    ReceiverStatus { address: address.clone(), state }
+    ReceiverStatus { address: address.clone(), state, failure: failure.cloned() }
 }
 
 pub(super) fn sender_answer(id: Seq, answer: sender::Answer) -> Reply {
