@@ -22,9 +22,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.logger import init_logger
 
-from ..client import ReceiverClient, SenderClient
 from ..daemon import find_binary
 from ..paged import PagedKv
+from ..receiver_client import ReceiverClient
+from ..sender_client import SenderClient
 from . import checkpoint
 from .adapters import Adapters
 from .consumer import ConsumerWorker

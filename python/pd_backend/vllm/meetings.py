@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import time
 
-from ..client import SenderClient
 from ..errors import PdError
 from ..messages import Failure
+from ..sender_client import SenderClient
 
 logger = logging.getLogger("vllm.pd_backend")
 
