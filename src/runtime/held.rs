@@ -2,7 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use super::engine_thread::{Command, EngineThread};
+use super::engine_thread::EngineThread;
+use super::engine_work::Command;
 use super::error::RuntimeError;
 use crate::buffer::Memory;
 use crate::connector::message::Request;

@@ -22,6 +22,7 @@ mod clients;
 mod driver;
 mod engine_server;
 mod engine_thread;
+mod engine_work;
 mod error;
 mod fenced;
 #[cfg(test)]
@@ -45,6 +46,7 @@ mod room;
 mod sender;
 mod setup;
 mod sum_queue;
+mod summing;
 mod translate;
 mod usage;
 mod watches;

@@ -6,7 +6,8 @@ use tokio::sync::mpsc::UnboundedSender;
 
 use super::clients::Clients;
 use super::driver::{self, Daemon, Inbox, OUTPUTS_AT_ONCE};
-use super::engine_thread::{Command, EngineEvent, EngineThread};
+use super::engine_thread::EngineThread;
+use super::engine_work::{Command, EngineEvent};
 use super::held::Held;
 use super::http::HttpServer;
 use super::inquiry::{Answerer, inquiry};
@@ -170,7 +171,7 @@ impl Daemon for ReceiverDaemon {
             }
             Event::Port(PortEvent::Gone { route }) => self.session.handle_route_gone(now, &route),
             Event::Engine(EngineEvent::Grown { result }) => {
-                self.session.handle_grown(now, result.map(translate::grown));
+                self.session.handle_grown(now, result);
             }
             Event::Engine(EngineEvent::Passed { ticket, result }) => self.on_passed(now, ticket, result),
             Event::Engine(EngineEvent::PeerLoaded { peer, result }) => {

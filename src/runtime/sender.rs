@@ -6,7 +6,8 @@ use tokio::sync::mpsc::UnboundedSender;
 
 use super::clients::Clients;
 use super::driver::{self, Daemon, OUTPUTS_AT_ONCE};
-use super::engine_thread::{Command, EngineEvent, EngineThread};
+use super::engine_thread::EngineThread;
+use super::engine_work::{Command, EngineEvent};
 use super::fenced::WRITER_GONE_AFTER;
 use super::held::{Held, no_event_here};
 use super::http::HttpServer;
@@ -168,7 +169,7 @@ impl Daemon for SenderDaemon {
                 self.session.handle_peer_closed(now, peer, failure);
             }
             Event::Engine(EngineEvent::Grown { result }) => {
-                self.session.handle_grown(now, result.map(translate::grown));
+                self.session.handle_grown(now, result);
             }
             Event::Engine(EngineEvent::Updated { peer, connection, result }) => {
                 self.session.handle_peer_updated(now, peer, connection, result);

@@ -2,7 +2,6 @@
 
 use std::time::Duration;
 
-use super::engine_thread::Grown;
 use crate::address::Snapshot;
 use crate::buffer::{Memory, MemoryManager};
 use crate::config::Config;
@@ -11,7 +10,7 @@ use crate::connector::message::{
     BufferHandle, BufferUsage, Group, ReadyChunk, ReceiverState, ReceiverStatus, Reply, SendPart, StagedSlot, Timings,
 };
 use crate::ids::{Failure, FailureKind, PeerAddress, Seq};
-use crate::protocol::{self, receiver, sender};
+use crate::protocol::{receiver, sender};
 
 pub(super) fn error(id: Seq, failure: Failure, peer: Option<String>) -> Reply {
     Reply::Error { id, kind: failure.kind, text: failure.text, peer }
@@ -84,10 +83,6 @@ pub(super) fn buffer_usage(config: &Config, manager: &MemoryManager) -> BufferUs
         free_range_count: usage.free_range_count as u64,
         chunks_fit: fits,
     }
-}
-
-pub(super) fn grown(Grown { len_bytes, export }: Grown) -> protocol::Grown {
-    protocol::Grown { len_bytes, metadata: export.metadata, descriptors: export.descriptors }
 }
 
 pub(super) fn wait(wait_ms: Option<u64>) -> Option<Duration> {

@@ -3,12 +3,14 @@
 
 pub mod auth;
 pub mod codec;
+mod decode_error;
 pub mod descriptor_list;
 pub mod limits;
 mod lmcache_mode;
 pub mod message;
 mod scan;
 
-pub use codec::{DecodeError, decode, decoded_len_bytes, encode, type_name, unsigned_field};
+pub use codec::{decode, decoded_len_bytes, encode, type_name, unsigned_field};
+pub use decode_error::DecodeError;
 pub use lmcache_mode::{LmcacheMode, lmcache_mode};
 pub use message::Message;
