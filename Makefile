@@ -32,16 +32,11 @@ demo: ## move Llama-3-8B's and other layouts between two daemons, once per engin
 
 .PHONY: test
 test: setup ## every test: Rust, then Python against the real daemons
-	$(MAKE) --no-print-directory test-rust test-loom test-python
+	$(MAKE) --no-print-directory test-rust test-python
 
 .PHONY: test-rust
 test-rust:
 	$(CARGO) test --no-fail-fast --lib --bins --tests
-
-# Every interleaving of a few threads in the address manager; a package of its own, because loom replaces the lock.
-.PHONY: test-loom
-test-loom:
-	cargo test --manifest-path tests/loom_address/Cargo.toml --target-dir target/loom
 
 .PHONY: test-python
 test-python:

@@ -145,6 +145,8 @@ impl<P: Send + 'static> EngineThread<P> {
 
 impl<P> Drop for EngineThread<P> {
     fn drop(&mut self) {
+        // Nothing can be moved any more: a step that is still being filled gives its pages back.
+        self.manager.addresses().close();
         // Said, because a thread that fills a step with pages has the queue as well, and fills for seconds.
         if let Some(work) = self.work.take() {
             drop(work.send(Work::Stop));
