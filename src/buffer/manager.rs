@@ -398,7 +398,7 @@ mod tests {
             }
         });
         // However far they got: the rest of it comes, sooner or later.
-        while !matches!(manager.grow_step(&register), Err(BufferError::AtCeiling { .. })) {}
+        while !matches!(manager.grow_step(register), Err(BufferError::AtCeiling { .. })) {}
         assert_eq!(manager.addresses().allocate_each(&[SLOT; 64]).unwrap().len(), 64);
         let told = told.lock().unwrap();
         assert_eq!(told.len(), 31);
