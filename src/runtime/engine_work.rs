@@ -46,12 +46,12 @@ pub(super) enum Command<P> {
         transfer: TransferId,
         writer_gone: bool,
     },
-    /// A message that the driver holds until an event has been passed.
+    /// A message that the driver defers until an event has been passed.
     Await {
         ticket: u64,
         after: IpcHandle,
     },
-    /// The driver holds it no more.
+    /// The driver wants it no more.
     Unawait {
         ticket: u64,
     },
@@ -105,7 +105,7 @@ pub(super) enum EngineEvent<P> {
     Grown {
         result: Result<Grown, String>,
     },
-    /// The event of a held message has been passed, or cannot be asked for.
+    /// The event of a deferred message has been passed, or cannot be asked for.
     Passed {
         ticket: u64,
         result: Result<(), Failure>,
