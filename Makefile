@@ -32,7 +32,7 @@ demo: ## move Llama-3-8B's and other layouts between two daemons, once per engin
 
 .PHONY: test
 test: setup ## every test: Rust, then Python against the real daemons
-	$(MAKE) --no-print-directory test-rust test-loom test-python
+	$(MAKE) --no-print-directory test-rust test-python
 
 .PHONY: test-rust
 test-rust:
@@ -41,11 +41,6 @@ test-rust:
 .PHONY: test-without-lmcache
 test-without-lmcache: ## the Rust tests of a build that has no LMCache in it
 	$(CARGO) test --no-fail-fast --no-default-features --features nixl --lib --bins --tests
-
-# Every interleaving of a few threads in the address manager; a package of its own, because loom replaces the lock.
-.PHONY: test-loom
-test-loom:
-	cargo test --manifest-path tests/loom_address/Cargo.toml --target-dir target/loom
 
 .PHONY: test-python
 test-python:
@@ -120,6 +115,10 @@ fuzz-all: fuzz-seeds ## fuzz each of them in turn, SECONDS=60 each
 .PHONY: fuzz-seeds
 fuzz-seeds:
 	$(CARGO) test --lib fuzzing::tests::write_seeds -- --ignored --exact
+
+.PHONY: configs
+configs: ## write configs/ and docs/configuration.md from the table of keys
+	$(CARGO) test --lib config::shipped::write_the_files_and_the_page -- --ignored --exact
 
 .PHONY: $(addprefix fuzz-,$(FUZZ_TARGETS))
 $(addprefix fuzz-,$(FUZZ_TARGETS)): fuzz-%:

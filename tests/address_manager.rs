@@ -478,8 +478,8 @@ fn a_snapshot_is_of_one_moment_while_the_space_grows() {
 fn an_owned_range_outlives_its_manager() {
     // Broken in production: shutting down in the wrong order crashes, or frees into nothing.
     let manager = AddressManager::with_slots(1000, 10, 100).unwrap();
-    let slot = manager.allocate_owned(100).unwrap();
-    let short = manager.allocate_owned(15).unwrap();
+    let slot = manager.own(manager.allocate(100).unwrap());
+    let short = manager.own(manager.allocate(15).unwrap());
     assert_eq!(manager.used_bytes(), 120);
     drop(slot);
     assert_eq!(manager.used_bytes(), 20);
@@ -487,7 +487,7 @@ fn an_owned_range_outlives_its_manager() {
     manager.free(short.range()).unwrap();
     drop(short);
     manager.check().unwrap();
-    let last = manager.allocate_owned(1000).unwrap();
+    let last = manager.own(manager.allocate(1000).unwrap());
     assert_eq!(last.range(), AddressRange { start: 0, len_bytes: 1000 });
     drop(manager);
     drop(last);
@@ -498,7 +498,7 @@ fn a_closed_manager_takes_back_and_hands_nothing_out() {
     // Broken in production: a request is granted slots of a buffer that is being torn down.
     let manager = AddressManager::with_slots(1000, 10, 100).unwrap();
     let slot = manager.allocate(100).unwrap();
-    let owned = manager.allocate_owned(30).unwrap();
+    let owned = manager.own(manager.allocate(30).unwrap());
     manager.close();
     assert_eq!(manager.allocate(1), Err(AddressError::Closed));
     assert_eq!(manager.allocate_batch(100, 0), Err(AddressError::Closed));

@@ -56,7 +56,10 @@ const PURE: &[&str] = &[
     "config/raw.rs",
     "config/resolve.rs",
     "config/size.rs",
+    "config/key.rs",
     "config/keys.rs",
+    "config/names.rs",
+    "config/values.rs",
     "config/show.rs",
 ];
 

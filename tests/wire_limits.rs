@@ -6,7 +6,9 @@ use std::fs;
 use std::path::Path;
 
 use pd_backend::config::{Config, Limits, Options, Role};
-use pd_backend::connector::message::{ReadyChunk, ReceiverStatus, Reply, Request, SendPart, StagedSlot, Status};
+use pd_backend::connector::message::{
+    ReadyChunk, ReceiverState, ReceiverStatus, Reply, Request, SendPart, StagedSlot, Status,
+};
 use pd_backend::ids::{
     CHUNK_KEY_LEN_BYTES_MAX, Checksum, ChunkKey, Failure, FailureKind, GrantId, GroupIndex, IpcHandle, LeaseId,
     METADATA_LEN_BYTES_MAX, PeerAddress, REQUEST_ID_LEN_BYTES_MAX, RequestId, Seq, SlotIndex,
@@ -237,7 +239,7 @@ fn as_many_peers_as_a_configuration_allows_can_be_named() {
     };
     travels("its answer", INIT_MESSAGE_LEN_BYTES_MAX, &Message::NixlInitResponse(answer));
     let address = PeerAddress { host: "h".repeat(253), init_port: u16::MAX, alloc_port: u16::MAX };
-    let receiver = ReceiverStatus { address, state: format!("refused: {}", failure()) };
+    let receiver = ReceiverStatus { address, state: ReceiverState::Refused, failure: Some(failure()) };
     let status = Status { receivers: vec![receiver; most], ..Status::default() };
     travels("a status", MESSAGE_LEN_BYTES_MAX, &Reply::Status { id: SEQ, status });
 }

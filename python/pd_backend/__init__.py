@@ -1,7 +1,7 @@
 """Client of the connector API of pd-sender and pd-receiver: see docs/connector-api.md."""
 
 from .buffer import PdBuffer
-from .client import Client, Lease, Pending, ReceiverClient, SenderClient
+from .client import Client, Pending
 from .cuda_buffer import CudaBuffer, CudaView
 from .daemon import Daemon, ReadyLine, find_binary
 from .errors import (
@@ -24,6 +24,7 @@ from .messages import (
     CONNECTOR_API_VERSION,
     Attached,
     Failed,
+    Failure,
     Opened,
     PeerAddress,
     ReadyChunk,
@@ -34,6 +35,8 @@ from .messages import (
     Status,
     Timings,
 )
+from .receiver_client import Lease, ReceiverClient
+from .sender_client import SenderClient
 
 __all__ = [
     "CONNECTOR_API_VERSION",
@@ -50,6 +53,7 @@ __all__ = [
     "DaemonSilent",
     "DaemonStartError",
     "Failed",
+    "Failure",
     "Kind",
     "Lease",
     "MappingError",

@@ -1,10 +1,10 @@
-"""The two clients: `SenderClient` beside a prefill worker, `ReceiverClient` beside a decode worker."""
+"""What both clients share: `SenderClient` and `ReceiverClient` are in files of their own."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -25,7 +25,6 @@ from .errors import (
     PdError,
     ProtocolError,
     ReplyTimeout,
-    RequestFailed,
     RequestRefused,
 )
 
@@ -194,7 +193,7 @@ class Client:
         it now: the slots are given up with it."""
         after = self._after(stream)
         return self._start(
-            lambda id: m.Cancel(id=id, req_id=req_id, after=after), m.Cancelled, _nothing, self._wait_timeout_s
+            lambda id: m.Cancel(id=id, req_id=req_id, after=after), m.Cancelled, nothing, self._wait_timeout_s
         )
 
     def give_up(self, req_id: str) -> None:
@@ -205,7 +204,7 @@ class Client:
 
     def reset(self) -> None:
         """Nothing that was computed before this is to be used: drops ready chunks, and fails what has not ended."""
-        self._start(lambda id: m.Reset(id=id), m.ResetDone, _nothing).result()
+        self._start(lambda id: m.Reset(id=id), m.ResetDone, nothing).result()
 
     def wait_for_news(self, timeout_s: float) -> None:
         """Waits up to `timeout_s` until the daemon has said something, for a caller that has nothing else to do.
@@ -247,7 +246,7 @@ class Client:
                 pass  # A device that is lost: nothing on it uses the buffer any more.
         if self._channel.usable:
             try:
-                self._start(lambda id: m.Detach(id=id), m.Detached, _nothing).result()
+                self._start(lambda id: m.Detach(id=id), m.Detached, nothing).result()
             except PdError:
                 pass  # The daemon notices that the connection ended, and takes everything back all the same.
         self._channel.close()
@@ -261,7 +260,7 @@ class Client:
 
     def _attach(self, name: str) -> m.Attached:
         attach: Pending[m.Attached] = self._start(
-            lambda id: m.Attach(id=id, version=m.CONNECTOR_API_VERSION, client=name), m.Attached, _itself
+            lambda id: m.Attach(id=id, version=m.CONNECTOR_API_VERSION, client=name), m.Attached, itself
         )
         try:
             attached = attach.result()
@@ -365,7 +364,7 @@ class Client:
         silence.looked()
         if silence.wants_ping():
             self._ping = self._next_id
-            self._start(lambda id: m.StatusQuery(id=id), m.StatusReply, _nothing).abandon()
+            self._start(lambda id: m.StatusQuery(id=id), m.StatusReply, nothing).abandon()
         elif silence.over:
             self._channel.lose(self._channel.silent(silence.timeout_s))
             self._channel.raise_loss()
@@ -385,7 +384,7 @@ class Client:
             except RequestRefused:
                 return  # The stream has to get on first.
             try:
-                self._start(lambda id: m.Cancel(id=id, req_id=req_id, after=after), m.Cancelled, _nothing).abandon()
+                self._start(lambda id: m.Cancel(id=id, req_id=req_id, after=after), m.Cancelled, nothing).abandon()
             except PdError:
                 return  # Lost, which the next call says: the daemon gives up what was opened here.
             self._given_up.popleft()
@@ -397,255 +396,21 @@ class Client:
         elif isinstance(reply, (m.Ready, m.Found)) and reply.lease is not None:
             lease = reply.lease
             try:
-                self._start(lambda id: m.Release(id=id, lease=lease), m.Released, _nothing).abandon()
+                self._start(lambda id: m.Release(id=id, lease=lease), m.Released, nothing).abandon()
             except PdError:
                 pass  # As there.
 
 
-class SenderClient(Client):
-    """Beside a prefill worker: open a request, stage slots, fill them, send them."""
-
-    role = "sender"
-
-    def open(
-        self,
-        req_id: str,
-        keys: Sequence[str],
-        *,
-        last_chunk_tokens: int,
-        receiver: m.PeerAddress,
-        groups: Sequence[int] = (),
-        wait_s: float | None = None,
-        stage: bool = False,
-    ) -> m.Opened:
-        """Asks the receiver for room for all these chunks; returns once it is granted.
-
-        `groups` names the group of layers of each chunk, by its position in `attached.groups`; without it all are of
-        the first. The last chunk of each group has `last_chunk_tokens` tokens. `already_sent` of the result lists
-        positions in `keys` that are neither staged nor sent. `wait_s` bounds the
-        wait for slots; the daemon's configuration does when it is left out. With `stage` the result's `slots` are those
-        of all other chunks, which saves the call of that name: none are there when too few were free, and then that
-        call waits for them. Raises `RequestRefused`.
-        """
-        return self.start_open(
-            req_id,
-            keys,
-            last_chunk_tokens=last_chunk_tokens,
-            receiver=receiver,
-            groups=groups,
-            wait_s=wait_s,
-            stage=stage,
-        ).result()
-
-    def start_open(
-        self,
-        req_id: str,
-        keys: Sequence[str],
-        *,
-        last_chunk_tokens: int,
-        receiver: m.PeerAddress,
-        groups: Sequence[int] = (),
-        wait_s: float | None = None,
-        stage: bool = False,
-    ) -> Pending[m.Opened]:
-        """As `open`, without waiting."""
-        return self._start(
-            lambda id: m.Open(
-                id=id,
-                req_id=req_id,
-                keys=list(keys),
-                last_chunk_tokens=last_chunk_tokens,
-                receiver=receiver,
-                groups=list(groups),
-                wait_ms=_milliseconds(wait_s),
-                stage=stage,
-            ),
-            m.Opened,
-            _itself,
-            self._wait_of(wait_s),
-        )
-
-    def stage(self, req_id: str, chunks: Iterable[int], *, wait_s: float | None = None) -> list[m.StagedSlot]:
-        """Local slots for these positions in the request's keys, all at once; waits while there are too few.
-
-        Raises `RequestRefused`: of kind `no_slots` when the wait was in vain.
-        """
-        return self.start_stage(req_id, chunks, wait_s=wait_s).result()
-
-    def start_stage(
-        self, req_id: str, chunks: Iterable[int], *, wait_s: float | None = None
-    ) -> Pending[list[m.StagedSlot]]:
-        """As `stage`, without waiting."""
-        positions = list(chunks)
-        return self._start(
-            lambda id: m.Stage(id=id, req_id=req_id, chunks=positions, wait_ms=_milliseconds(wait_s)),
-            m.Staged,
-            lambda reply: reply.slots,
-            self._wait_of(wait_s),
-        )
-
-    def send(
-        self, req_id: str, parts: Iterable[m.SendPart | m.StagedSlot], *, last: bool, stream: int | None = None
-    ) -> None:
-        """Says that these bytes are final. A staged slot stands for the whole of its chunk.
-
-        With a buffer in GPU memory they are final once `stream` (see `order_by`) has done what is on it now; nothing
-        here waits for that, the daemon does.
-
-        The event `sent` or `failed` follows once for the whole request, after the call with `last`. Raises
-        `RequestRefused`; nothing of a refused call is written.
-        """
-        self.start_send(req_id, parts, last=last, stream=stream).result()
-
-    def start_send(
-        self, req_id: str, parts: Iterable[m.SendPart | m.StagedSlot], *, last: bool, stream: int | None = None
-    ) -> Pending[None]:
-        """As `send`, without waiting for the daemon's acceptance."""
-        ranges = [m.SendPart(slot=part.slot) if isinstance(part, m.StagedSlot) else part for part in parts]
-        after = self._after(stream) if ranges else None
-        return self._start(
-            lambda id: m.Send(id=id, req_id=req_id, parts=ranges, last=last, after=after), m.Accepted, _nothing
-        )
-
-    def wait_sent(self, req_id: str, timeout_s: float | None = None) -> m.Sent:
-        """The event `sent` of this request; those of other requests stay for `poll_events`.
-
-        Raises `RequestFailed` for the event `failed`, and `ReplyTimeout`.
-        """
-        limit_s = self._wait_timeout_s if timeout_s is None else timeout_s
-        deadline = time.monotonic() + limit_s
-        while True:
-            event = self._take_event(req_id)
-            if isinstance(event, m.Failed):
-                raise RequestFailed(event.req_id, event.kind, event.text, event.peer)
-            if event is not None:
-                return event
-            left_s = deadline - time.monotonic()
-            if left_s <= 0:
-                raise ReplyTimeout(f"request {req_id} was neither sent nor failed within {limit_s} s")
-            self._pump(left_s)
-
-    def _take_event(self, req_id: str) -> m.Event | None:
-        for index, event in enumerate(self._events):
-            if event.req_id == req_id:
-                del self._events[index]
-                self._acknowledge(event)
-                return event
-        return None
-
-
-class Lease:
-    """Ready chunks that stay where they are until `release`, or the end of the `with` block."""
-
-    def __init__(
-        self,
-        client: ReceiverClient,
-        lease: int | None,
-        chunks: Sequence[m.ReadyChunk | None],
-        granted: Sequence[int] = (),
-    ) -> None:
-        self._client = client
-        self._lease = lease
-        #: Positions of keys looked up that a stock LMCache sender was granted, and that nobody has said are written.
-        self.granted = tuple(granted)
-        #: One for each chunk of the request, or each key looked up; None where there is no ready chunk.
-        self.chunks = tuple(chunks)
-
-    def view(self, index: int) -> np.ndarray | CudaView:
-        """The bytes of a chunk, read-only, without copying: to be used before the release.
-
-        Raises `KeyError` when that chunk is not ready, `MappingError` after the release.
-        """
-        chunk = self.chunks[index]
-        if chunk is None:
-            raise KeyError(f"chunk {index} is not ready")
-        if self._lease is None:
-            raise MappingError("the lease was released: its slots may hold other chunks by now")
-        return self._client.view(chunk)
-
-    def release(self, *, stream: int | None = None) -> None:
-        """Says that the chunks have been copied. Releasing twice does nothing. Raises `RequestRefused`.
-
-        With a buffer in GPU memory they have been once `stream` (see `order_by`) has done what is on it now. Nothing
-        here waits for that, nor for the daemon's answer; the daemon keeps the chunks until then.
-        """
-        released = self.start_release(stream=stream)
-        if released is None:
-            return
-        if self._client._order is None:
-            released.result()
-        else:
-            released.abandon()
-
-    def start_release(self, *, stream: int | None = None) -> Pending[None] | None:
-        """As `release`, without waiting; None when it was released before."""
-        lease = self._lease
-        if lease is None:
-            return None
-        after = self._client._after(stream)
-        self._lease = None
-        return self._client._start(lambda id: m.Release(id=id, lease=lease, after=after), m.Released, _nothing)
-
-    def __enter__(self) -> Lease:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
-        try:
-            self.release()
-        except PdError:
-            if error is None:
-                raise
-
-
-class ReceiverClient(Client):
-    """Beside a decode worker: wait for a request's chunks, read them, release them."""
-
-    role = "receiver"
-
-    def wait(self, req_id: str, *, wait_s: float | None = None, uncommitted: bool = False) -> Lease:
-        """Every chunk of the request, in the order of the prompt; it need not have been announced yet.
-
-        `uncommitted` says that the proxy was told of the request, so that it is written: a stock LMCache sender tells
-        nobody else. Chunks of our own senders are committed, and need it never.
-
-        Raises `RequestRefused` when it failed, or was not ready in time.
-        """
-        return self.start_wait(req_id, wait_s=wait_s, uncommitted=uncommitted).result()
-
-    def start_wait(self, req_id: str, *, wait_s: float | None = None, uncommitted: bool = False) -> Pending[Lease]:
-        """As `wait`, without waiting."""
-        return self._start(
-            lambda id: m.Wait(id=id, req_id=req_id, wait_ms=_milliseconds(wait_s), uncommitted=uncommitted),
-            m.Ready,
-            lambda reply: Lease(self, reply.lease, reply.chunks),
-            self._wait_of(wait_s),
-        )
-
-    def lookup(self, keys: Sequence[str], *, uncommitted: bool = False, fetch: bool = False) -> Lease:
-        """Which of these chunks are ready, with a lease on those; `uncommitted` as for `wait`.
-
-        The lease's `granted` has the positions of those that would be ready with it. `fetch` is for a router that names
-        no requests: those of which every chunk is found need not be kept for a `wait`, which would be told that they
-        were fetched.
-        """
-        return self.start_lookup(keys, uncommitted=uncommitted, fetch=fetch).result()
-
-    def start_lookup(self, keys: Sequence[str], *, uncommitted: bool = False, fetch: bool = False) -> Pending[Lease]:
-        """As `lookup`, without waiting."""
-        return self._start(
-            lambda id: m.Lookup(id=id, keys=list(keys), uncommitted=uncommitted, fetch=fetch),
-            m.Found,
-            lambda reply: Lease(self, reply.lease, reply.chunks, reply.granted),
-        )
-
-
-def _itself(reply: Any) -> Any:
+def itself(reply: Any) -> Any:
+    """For a call whose result is the reply."""
     return reply
 
 
-def _nothing(_reply: Any) -> None:
+def nothing(_reply: Any) -> None:
+    """For a call that has no result."""
     return None
 
 
-def _milliseconds(seconds: float | None) -> int | None:
+def milliseconds(seconds: float | None) -> int | None:
+    """A wait as messages have it."""
     return None if seconds is None else max(0, int(seconds * 1000))

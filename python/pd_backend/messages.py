@@ -118,22 +118,24 @@ class BufferUsage(_Value, frozen=True):
     chunks_fit: list[int]
 
 
+class Failure(_Value, frozen=True):
+    """Why something did not go well: a value of `Kind`, and what a person should know."""
+
+    kind: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.text}"
+
+
 class ReceiverStatus(_Value, frozen=True):
     """A receiver that a sender was told of at start, and how far it has come with it."""
 
     address: PeerAddress
-    #: `meeting`, `met`, `refused: ` or `unreachable: ` and why.
+    #: `connecting`, `connected`, `refused` or `unreachable`.
     state: str
-
-    @property
-    def word(self) -> str:
-        """The first word of its state."""
-        return self.state.split(":", 1)[0]
-
-    @property
-    def reason(self) -> str:
-        """Why it is refused or unreachable; empty otherwise."""
-        return self.state.partition(": ")[2]
+    #: Why it is refused or unreachable.
+    failure: Failure | None = None
 
 
 class Status(_Value, frozen=True):

@@ -40,6 +40,30 @@ def test_every_message_is_among_them():
         assert {golden["message"]["type"] for golden in GOLDEN if golden["from"] == side} == structs(union)
 
 
+def shown(value, message):
+    """Each field of each struct in a message that its JSON shows."""
+    if isinstance(value, list | tuple):
+        for item, one in zip(value, message, strict=True):
+            yield from shown(item, one)
+    elif isinstance(value, msgspec.Struct):
+        for field in msgspec.structs.fields(value):
+            if field.encode_name in message:
+                yield type(value), field.name
+                yield from shown(getattr(value, field.name), message[field.encode_name])
+
+
+def test_every_field_is_among_them():
+    # Broken in production: a field is added or renamed here, and no daemon has it.
+    seen = set()
+    for golden in GOLDEN:
+        union = m.Request if golden["from"] == "client" else m.Reply
+        seen |= set(shown(msgspec.convert(golden["message"], union), golden["message"]))
+    structs = [item for item in vars(m).values() if isinstance(item, type) and issubclass(item, msgspec.Struct)]
+    fields = {(struct, field.name) for struct in structs for field in msgspec.structs.fields(struct)}
+    assert len(structs) > 30
+    assert fields == seen
+
+
 def test_a_newer_daemons_fields_are_ignored():
     # Broken in production: a daemon that says more than before cannot be upgraded before its engines.
     reply = {"type": "accepted", "id": 4, "queued": 7}

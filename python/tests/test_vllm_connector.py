@@ -106,7 +106,7 @@ def test_a_daemon_is_not_left_by_an_engine_that_does_not_start(
         for part in (producer.ProducerWorker, consumer.ConsumerWorker):
             monkeypatch.setattr(part, "_attached", refuse)
     elif where == "after":
-        monkeypatch.setattr(connector, "meet_receivers", refuse)
+        monkeypatch.setattr(connector, "connect_receivers", refuse)
         monkeypatch.setattr(connector, "PdHandshake", refuse)
     if where == "nowhere":
         made.register_kv_caches({})

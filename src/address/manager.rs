@@ -1,7 +1,8 @@
 //! The address manager: an address space behind one lock.
 
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
 use super::space::Space;
-use super::sync::{Arc, Mutex, MutexGuard};
 use super::{AddressError, AddressRange, MadeRoom, Snapshot, Usage};
 
 /// A virtual address space behind one lock. Clones are handles of the same space.
@@ -24,6 +25,7 @@ struct Shared {
 #[derive(Debug)]
 #[must_use = "the range is free again as soon as this is dropped"]
 pub struct OwnedRange {
+    /// Of 0 bytes once it is given up.
     range: AddressRange,
     shared: Arc<Mutex<Shared>>,
 }
@@ -65,12 +67,9 @@ impl AddressManager {
         lock(&self.shared).open()?.allocate(len_bytes)
     }
 
-    /// Takes a range that is given back when dropped.
-    ///
-    /// # Errors
-    /// As [`allocate`](Self::allocate).
-    pub fn allocate_owned(&self, len_bytes: u64) -> Result<OwnedRange, AddressError> {
-        Ok(OwnedRange { range: self.allocate(len_bytes)?, shared: Arc::clone(&self.shared) })
+    /// Gives a range that was handed out back when what this returns is dropped.
+    pub fn own(&self, range: AddressRange) -> OwnedRange {
+        OwnedRange { range, shared: Arc::clone(&self.shared) }
     }
 
     /// Takes `count` ranges of `len_bytes` each, or none. A count of 0 is an empty answer, also when full.
@@ -251,17 +250,24 @@ impl OwnedRange {
     pub fn range(&self) -> AddressRange {
         self.range
     }
+
+    /// Gives it up: whoever has it now gives it back, or has done so.
+    pub fn disown(mut self) -> AddressRange {
+        std::mem::replace(&mut self.range, AddressRange { start: 0, len_bytes: 0 })
+    }
 }
 
 impl Drop for OwnedRange {
     fn drop(&mut self) {
-        // Refused only when somebody freed the range behind its owner's back; then there is nothing left to free.
-        let _ = lock(&self.shared).space.free(self.range);
+        if self.range.len_bytes > 0 {
+            // Refused only when somebody freed the range behind its owner's back; then there is nothing left to free.
+            let _ = lock(&self.shared).space.free(self.range);
+        }
     }
 }
 
 /// No call leaves a space half changed, so a panic elsewhere under the lock does not spoil it.
 #[inline]
 fn lock(shared: &Mutex<Shared>) -> MutexGuard<'_, Shared> {
-    shared.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    shared.lock().unwrap_or_else(PoisonError::into_inner)
 }

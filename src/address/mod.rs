@@ -19,7 +19,6 @@ mod ranges;
 mod room;
 mod slots;
 mod space;
-mod sync;
 mod usage;
 
 pub use error::AddressError;

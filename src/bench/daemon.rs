@@ -6,11 +6,11 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
-use serde::Deserialize;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader};
 use tokio::process::{Child, Command};
 
 use crate::config::Role;
+use crate::connector::{ReadyLine, StdoutLine};
 
 use super::error::BenchError;
 use super::options::DaemonOptions;
@@ -19,19 +19,6 @@ use super::options::DaemonOptions;
 const READY_LINE_LEN_BYTES_MAX: u64 = 64 * 1024;
 /// From SIGTERM to SIGKILL: longer than a daemon's own drain.
 const STOP_AFTER: Duration = Duration::from_secs(15);
-
-/// What a daemon says of itself when it is ready.
-#[derive(Debug, Clone, Deserialize)]
-pub(super) struct ReadyLine {
-    /// Endpoint of the connector API.
-    pub connector: String,
-    /// Receiver: port of the handshake.
-    #[serde(default)]
-    pub init_port: Option<u16>,
-    /// Receiver: port of allocations.
-    #[serde(default)]
-    pub alloc_port: Option<u16>,
-}
 
 /// What a measurement adds to the daemons' command line; the user's own `--set` come later and win.
 #[derive(Debug, Clone, Default)]
@@ -182,15 +169,8 @@ async fn ready_line(role: Role, child: &mut Child, within: Duration) -> Result<R
 }
 
 fn parse_ready_line(line: &str) -> Result<ReadyLine, String> {
-    #[derive(Deserialize)]
-    struct Event {
-        event: String,
-        #[serde(flatten)]
-        ready: ReadyLine,
-    }
-    match serde_json::from_str::<Event>(line) {
-        Ok(Event { event, ready }) if event == "ready" => Ok(ready),
-        Ok(Event { event, .. }) => Err(format!("it printed the event {event:?}, expected \"ready\"")),
+    match serde_json::from_str(line) {
+        Ok(StdoutLine::Ready(ready)) => Ok(ready),
         Err(error) => Err(format!("it printed {:?}, expected its ready line: {error}", line.trim_end())),
     }
 }
@@ -279,7 +259,7 @@ mod tests {
     fn a_ready_line_is_taken_and_anything_else_is_named() {
         // Broken in production: a daemon that prints something else first is waited for until the deadline.
         let line = r#"{"event":"ready","role":"receiver","pid":7,"connector":"ipc://@x","init_port":1,"alloc_port":2,
-            "metrics":null,"chunk_bytes":65536,"slot_count":4}"#;
+            "metrics":null,"engine":"local","chunk_bytes":65536,"slot_count":4}"#;
         let ready = parse_ready_line(line).unwrap();
         assert_eq!((ready.connector.as_str(), ready.init_port, ready.alloc_port), ("ipc://@x", Some(1), Some(2)));
         assert!(parse_ready_line("hello\n").unwrap_err().contains("\"hello\""));

@@ -172,7 +172,8 @@ fn show(status: &Status) -> Table {
     }
     row("peers, connectors", format!("{}, {}", status.peers, status.clients));
     for receiver in &status.receivers {
-        row(&format!("receiver {}", receiver.address), receiver.state.clone());
+        let why = receiver.failure.as_ref().map(|failure| format!(": {failure}")).unwrap_or_default();
+        row(&format!("receiver {}", receiver.address), format!("{}{why}", receiver.state.as_str()));
     }
     table
 }
@@ -190,7 +191,7 @@ mod tests {
     use std::collections::BTreeMap;
 
     use super::*;
-    use crate::connector::message::ReceiverStatus;
+    use crate::connector::message::{ReceiverState, ReceiverStatus};
     use crate::ids::{Failure, FailureKind, PeerAddress, RequestId};
     use crate::metrics::{Snapshot, Tally, exposition};
     use crate::protocol::receiver::Note;
@@ -273,9 +274,12 @@ mod tests {
             assert!(table.contains(words), "{words}:\n{table}");
         }
         let address = PeerAddress { host: "10.0.0.2".into(), init_port: 7300, alloc_port: 7400 };
-        let state = "refused: layout_mismatch: dtype is float16 at r and bfloat16 at s".to_owned();
-        let receivers = vec![ReceiverStatus { address, state }];
+        let failure = Failure::new(FailureKind::LayoutMismatch, "dtype is float16 at r and bfloat16 at s");
+        let receivers = vec![ReceiverStatus { address, state: ReceiverState::Refused, failure: Some(failure) }];
         let table = show(&Status { receivers, ..Status::default() }).to_string();
-        assert!(table.contains("receiver 10.0.0.2:7300/7400") && table.contains("bfloat16 at s"), "{table}");
+        assert!(
+            table.contains("receiver 10.0.0.2:7300/7400") && table.contains("refused: layout_mismatch: dtype is"),
+            "{table}"
+        );
     }
 }

@@ -132,12 +132,6 @@ pub enum BufferError {
         /// What the driver said.
         reason: String,
     },
-    /// The shape of a block is none.
-    #[error("a block of {reason} was asked for; ask for at least 1 byte and at most the buffer")]
-    Layout {
-        /// What is wrong with it.
-        reason: String,
-    },
     /// The options of a memory manager contradict each other.
     #[error("a pd_buffer of {initial_bytes} bytes at first, in steps of {step_bytes} up to {ceiling_bytes}: {reason}")]
     Options {
@@ -149,24 +143,6 @@ pub enum BufferError {
         ceiling_bytes: u64,
         /// What is wrong with that.
         reason: &'static str,
-    },
-    /// There is no room, and the buffer is, or would be, at its ceiling.
-    #[error(
-        "no room for {count} blocks of {len_bytes} bytes: {free_bytes} of {buffer_len_bytes} bytes are free, the longest free range has {largest_free_bytes}, and the buffer may have {ceiling_bytes}"
-    )]
-    OutOfMemory {
-        /// Blocks asked for.
-        count: usize,
-        /// Length of each.
-        len_bytes: u64,
-        /// Free bytes.
-        free_bytes: u64,
-        /// Longest free range.
-        largest_free_bytes: u64,
-        /// How long the buffer is.
-        buffer_len_bytes: u64,
-        /// How long it may become.
-        ceiling_bytes: u64,
     },
     /// The buffer could have grown, and the step failed. Nothing has changed; a later attempt may succeed.
     #[error(
@@ -188,7 +164,4 @@ pub enum BufferError {
         /// That length.
         ceiling_bytes: u64,
     },
-    /// The memory manager has been closed.
-    #[error("the pd_buffer is closed: the daemon is stopping")]
-    Closed,
 }

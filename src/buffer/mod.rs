@@ -6,20 +6,17 @@
 //! behind after SIGKILL. GPU memory is one plain allocation, exported by the driver, with the same end.
 
 mod available;
-mod block;
 mod cuda;
 mod elsewhere;
 mod error;
 mod handle;
 mod host;
-mod layout;
 mod manager;
 mod mapping;
 mod region;
 mod slices;
 mod steps;
 
-pub use block::Block;
 pub use cuda::{
     CopyBatch, CopyEnd, CopyStream, CudaDevice, CudaHandle, CudaMapping, CudaMemory, Fences, PinnedHost,
     check_cuda_device,
@@ -28,8 +25,7 @@ pub(crate) use elsewhere::DroppedElsewhere;
 pub use error::BufferError;
 pub use handle::HostHandle;
 pub use host::HostMemory;
-pub use layout::{BlockLayout, TensorShape};
-pub use manager::{MemoryManager, MemoryOptions, MemoryUsage, Registrar, Space};
+pub use manager::{MemoryManager, MemoryOptions, MemoryUsage};
 pub use mapping::HostMapping;
 pub use steps::{MachineSteps, StepSource};
 

@@ -70,7 +70,7 @@ pub enum ConfigError {
         /// Which key.
         key: &'static str,
         /// Which values it may have.
-        accepted: &'static str,
+        accepted: String,
         /// One of them.
         example: &'static str,
     },

@@ -1,292 +1,235 @@
-//! Every key that may stand in a configuration: ours, their older names, and LMCache's others.
+//! Every key of ours: one row says all there is to say of it. What a row's comment says is what the shipped files and
+//! docs/configuration.md say; `shipped` writes both from here, and `--check` and every refusal read the rest.
 
-/// One of our keys.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) struct Key {
-    /// As it is written.
-    pub name: &'static str,
-    /// Which values it may have.
-    pub accepted: &'static str,
-    /// One of them.
-    pub example: &'static str,
-}
+use std::time::Duration;
+
+use super::address::text_of;
+use super::key::{Absence, Key, Kind, Of, quoted};
+use super::size::exact_size;
+use super::{Config, EngineKind};
+use crate::ids::{PEERS_MAX, REQUEST_CHUNKS_MAX};
+use crate::kv_layout::{CHUNK_TOKENS_MAX, MODEL_LEN_BYTES_MAX, parse_dtype};
+use Absence::{Is, Refused, Without};
+use Kind::{Boolean, Form, Host, Port, Ports, PortsOrNone, Seconds, Size, Text, Whole, Words};
+use Of::{Both, Receiver, Sender};
 
 macro_rules! keys {
-    ($($constant:ident = $name:literal, $accepted:expr, $example:literal;)*) => {
-        $(pub(super) static $constant: Key = Key { name: $name, accepted: $accepted, example: $example };)*
-        /// All of our keys.
-        pub(super) static KEYS: &[&Key] = &[$(&$constant),*];
+    ($($section:literal: $(
+        $(#[doc = $help:literal])+
+        $constant:ident = $name:literal, $kind:expr, $absence:expr, $of:expr $(, $shown:expr)?;
+    )*)*) => {
+        $($(
+            $(#[doc = $help])+
+            pub(super) static $constant: Key = Key {
+                name: $name,
+                kind: $kind,
+                absence: $absence,
+                of: $of,
+                shown: [$(Some($shown as fn(&Config) -> Option<String>),)? None][0],
+                #[cfg(test)]
+                section: $section,
+                #[cfg(test)]
+                help: &[$($help),+],
+            };
+        )*)*
+        /// All of them, in the order in which they are shown.
+        pub(super) static KEYS: &[&Key] = &[$($(&$constant),*),*];
     };
 }
 
-use super::size::SIZE_ACCEPTED;
+/// Seconds from 0 on, and those of a time that cannot be 0.
+const FROM_ZERO: Kind = Seconds { min_ms: 0 };
+const ABOVE_ZERO: Kind = Seconds { min_ms: 1 };
 
-const BOOLEAN: &str = "true or false";
-const PORTS: &str = "a port from 0 to 65535, or a list of one such port per rank";
-const SECONDS: &str = "a number of seconds in range";
-const HOST: &str = "a host name or an address, without scheme and port";
+const fn up_to(max: u32) -> Kind {
+    Whole { of: "", min: 1, max }
+}
 
 keys! {
-    ENABLE_PD = "enable_pd", BOOLEAN, "true";
-    PD_ROLE = "pd_role", "sender, receiver or both", "both";
-    MODEL_NAME = "model_name", "text of 1 to 256 bytes", "meta-llama/Meta-Llama-3-8B";
-    CHUNK_SIZE = "chunk_size", "a number of tokens from 1 to 1048576", "256";
+    "What this daemon is":
+    /// true, or left out. LMCache needs it; false is refused.
+    ENABLE_PD = "enable_pd", Boolean, Is("true"), Both;
+    /// Refused where it does not match the daemon that is started.
+    PD_ROLE = "pd_role", Words(&["sender", "receiver", "both"]), Without("both", "it matches either daemon"), Both,
+        |c| Some(c.role.as_str().to_owned());
+    /// Name of the model, as the handshake compares it: peers with another name are refused.
+    MODEL_NAME = "model_name", Text(MODEL_LEN_BYTES_MAX), Without(
+            "meta-llama/Meta-Llama-3-8B",
+            "--model-name, or what the model's config.json says (_name_or_path, or else model_type)"
+        ), Both, |c| Some(quoted(&c.layout.model));
+    /// Tokens in a chunk. Must be the same at both ends, and the same as in LMCache. Smaller chunks waste less of a
+    /// slot on a short last chunk; larger ones cost fewer keys and descriptors per request.
+    CHUNK_SIZE = "chunk_size", Whole { of: "tokens", min: 1, max: CHUNK_TOKENS_MAX }, Is("256"), Both,
+        |c| number(c.layout.chunk_tokens);
+    /// Element type of the KV cache where it is not that of the weights; fp8 is float8_e4m3fn. Give what the engine's
+    /// own option of this name says.
     KV_CACHE_DTYPE = "kv_cache_dtype",
-        "auto, bfloat16, float16, float32, float8_e4m3fn, float8_e5m2, uint8 or int8", "auto";
-    PD_BUFFER_SIZE = "pd_buffer_size", SIZE_ACCEPTED, "4GiB";
-    PD_BUFFER_INITIAL_SIZE = "pd_buffer_initial_size", SIZE_ACCEPTED, "512MiB";
-    PD_BUFFER_GROWTH_STEP = "pd_buffer_growth_step", SIZE_ACCEPTED, "512MiB";
-    PD_BUFFER_DEVICE = "pd_buffer_device", "cpu, cuda or cuda:N (N from 0 to 1023)", "cpu";
-    PD_PEER_HOST = "pd_peer_host", HOST, "127.0.0.1";
-    PD_PEER_INIT_PORT = "pd_peer_init_port", PORTS, "7300";
-    PD_PEER_ALLOC_PORT = "pd_peer_alloc_port", PORTS, "7400";
-    PD_PEER_QUERY_PORT = "pd_peer_query_port", PORTS, "7600";
-    PD_RECEIVERS = "pd_receivers",
-        "a list of texts HOST:INIT_PORT:ALLOC_PORT, with ports from 1 to 65535, or one for each rank joined with +, and an IPv6 \
-         address in brackets",
-        "[10.0.0.2:7300:7400]";
-    PD_PROXY_HOST = "pd_proxy_host", HOST, "127.0.0.1";
-    PD_PROXY_PORT = "pd_proxy_port", "a port from 1 to 65535", "7500";
-    PD_SKIP_PROXY_NOTIFICATION = "pd_skip_proxy_notification", BOOLEAN, "true";
-    PD_ALLOCATION_TIMEOUT_SEC = "pd_allocation_timeout_sec", SECONDS, "30";
-    PD_HANDSHAKE_TIMEOUT_SEC = "pd_handshake_timeout_sec", SECONDS, "10";
-    PD_WRITE_TIMEOUT_SEC = "pd_write_timeout_sec", SECONDS, "120";
-    PD_COMMIT_TIMEOUT_SEC = "pd_commit_timeout_sec", SECONDS, "10";
-    PD_WAIT_TIMEOUT_SEC = "pd_wait_timeout_sec", SECONDS, "120";
-    PD_RETENTION_SEC = "pd_retention_sec", SECONDS, "300";
-    PD_SHUTDOWN_TIMEOUT_SEC = "pd_shutdown_timeout_sec", SECONDS, "5";
-    PD_HEARTBEAT_INTERVAL_SEC = "pd_heartbeat_interval_sec", SECONDS, "1";
-    PD_PEER_TIMEOUT_SEC = "pd_peer_timeout_sec", SECONDS, "5";
-    PD_CONDITION_POLL_INTERVAL_SEC = "pd_condition_poll_interval_sec", SECONDS, "0.005";
-    PD_MAX_PREFILL_LEN = "pd_max_prefill_len", "a number of tokens from 0 to 4294967295", "0";
-    PD_BACKEND_MODE = "pd_backend_mode", "sync or async", "async";
-    PD_BIDIRECTIONAL = "pd_bidirectional", BOOLEAN, "false";
-    TRANSFER_CHANNEL = "transfer_channel", "nixl or local; left out: nixl where its library is found, else local",
-        "nixl";
-    NIXL_BACKENDS = "nixl_backends", "a list of 1 to 16 names of NIXL plugins", "[UCX]";
-    PD_NIXL_LIB_DIR = "pd_nixl_lib_dir", "the folder of libnixl_capi.so", "/opt/nixl/lib";
-    PD_CHECKSUM = "pd_checksum", "off, sampled or full", "sampled";
-    PD_NIXL_PROGRESS_DELAY_US = "pd_nixl_progress_delay_us", "a number of microseconds from 0 to 1000000", "10000";
-    PD_CONNECTOR_ENDPOINT = "pd_connector_endpoint",
-        "ipc:// and an absolute path of at most 100 bytes, in which {role} and {rank} are filled in",
-        "ipc:///run/user/1000/pd-{role}-{rank}.sock";
-    PD_METRICS_HOST = "pd_metrics_host", HOST, "127.0.0.1";
-    PD_METRICS_PORT = "pd_metrics_port",
-        "none, a port from 0 to 65535, or a list of one such port per rank", "9400";
+        Form("auto, bfloat16, float16, float32, float8_e4m3fn, float8_e5m2, uint8 or int8"), Is("auto"), Both,
+        |c| Some(&c.layout.first_group().dtype).filter(|dtype| parse_dtype(dtype).is_some()).cloned();
+
+    "The buffer":
+    /// A ceiling: the buffer is the largest whole number of chunks below it, and the rest is not allocated. Below one
+    /// chunk is refused. Too small, and at a sender, which stages chunks here until they are sent, prefill waits for
+    /// slots; at a receiver, which keeps them until decode has fetched them, senders do.
+    PD_BUFFER_SIZE = "pd_buffer_size", Size, Refused("4GiB"), Both, |c| Some(exact_size(c.buffer.asked_bytes));
+    /// Bytes that the buffer has at the start, rounded down to whole chunks, at least one. With it, the buffer takes
+    /// memory as requests need it: a step is added, registered and told to peers when a request finds no room, which
+    /// costs that request the time that it takes. A step for which the machine lacks memory is refused, and may be
+    /// tried again later; memory that was taken is kept.
+    PD_BUFFER_INITIAL_SIZE = "pd_buffer_initial_size", Size, Without("512MiB", "all of pd_buffer_size from the start"),
+        Both, |c| c.buffer.is_lazy().then(|| exact_size(c.buffer_initial_bytes()));
+    /// Bytes of a step, rounded down to whole chunks, at least one; at most 255 steps.
+    PD_BUFFER_GROWTH_STEP = "pd_buffer_growth_step", Size,
+        Without("512MiB", "the initial size, or what it takes to get by with 255 steps"), Both,
+        |c| c.buffer.is_lazy().then(|| exact_size(c.buffer_step_bytes()));
+    /// cpu, or the memory of a GPU: cuda (the GPU of this rank) or cuda:N, numbered as this process sees them. One
+    /// plain allocation, all of it from the start: pd_buffer_initial_size does not go with it. docs/gpu.md has the
+    /// rest.
+    PD_BUFFER_DEVICE = "pd_buffer_device", Form("cpu, cuda or cuda:N (N from 0 to 1023)"), Is("cpu"), Both,
+        |c| Some(c.buffer.device.to_string());
+    /// Tokens of the longest prompt, 0 for no check. A buffer that cannot hold that many is refused at start, instead
+    /// of the request when it comes.
+    PD_MAX_PREFILL_LEN = "pd_max_prefill_len", Whole { of: "tokens", min: 0, max: u32::MAX }, Is("0"), Both;
+
+    "The transfer engine":
+    /// nixl (any host) or local (this host alone, needs nothing installed). Both ends must use the same.
+    TRANSFER_CHANNEL = "transfer_channel", Words(&["nixl", "local"]),
+        Without("nixl", "nixl where its library is found, else local"), Both,
+        |c| c.engine.kind.map(EngineKind::as_str).map(str::to_owned);
+    /// NIXL's plugins, in order of preference.
+    NIXL_BACKENDS = "nixl_backends", Form("a list of 1 to 16 names of NIXL plugins"), Is("[UCX]"), Both,
+        |c| Some(format!("[{}]", c.engine.nixl_backends.join(", ")));
+    /// Folder in which, or below which, libnixl_capi.so is looked for first.
+    PD_NIXL_LIB_DIR = "pd_nixl_lib_dir", Form("the folder of libnixl_capi.so"),
+        Without("/opt/nixl/lib", "where NIXL_LIB_DIR says, or the system's loader looks"), Both,
+        |c| c.engine.nixl_lib_dir.as_ref().map(|dir| quoted(&dir.display().to_string()));
+    /// How long NIXL's progress thread sleeps when there is nothing to do. 0 burns a core in each daemon for ever.
+    PD_NIXL_PROGRESS_DELAY_US = "pd_nixl_progress_delay_us", Whole { of: "microseconds", min: 0, max: 1_000_000 },
+        Is("10000"), Both, |c| number(c.engine.nixl_progress_delay_us);
+    /// Checksums (CRC-64/NVME) of chunks: off, sampled (one chunk in 8) or full. A sender sums a chunk when its bytes
+    /// are read for the transfer; the receiver sums it again before it is ready, and a difference fails the request
+    /// with the chunk's name. A receiver with full refuses what comes without. docs/benchmarks.md has the cost.
+    PD_CHECKSUM = "pd_checksum", Words(&["off", "sampled", "full"]), Is("off"), Both,
+        |c| Some(c.engine.checksum.as_str().to_owned());
+
+    "The ports that senders connect to (a sender ignores these: the router names them in every request)":
+    /// Address that the ports below are bound to. Whoever reaches them can fill this buffer, unless there is a
+    /// pd_shared_secret_file: keep them inside a trusted network.
+    PD_PEER_HOST = "pd_peer_host", Host, Is("127.0.0.1"), Receiver, |c| Some(quoted(&c.bind_host));
+    /// Port of the handshake. One port, or a list with one port per tensor-parallel rank; 0 is a free port, which the
+    /// ready line names.
+    PD_PEER_INIT_PORT = "pd_peer_init_port", Ports, Refused("7300"), Receiver, |c| number(c.init_port);
+    /// Port of allocations and commits.
+    PD_PEER_ALLOC_PORT = "pd_peer_alloc_port", Ports, Refused("7400"), Receiver, |c| number(c.alloc_port);
+    /// Port of cache queries as LMCache's synchronous senders make them.
+    PD_PEER_QUERY_PORT = "pd_peer_query_port", Ports, Without("7600", "cache queries are not served"), Receiver,
+        |c| c.query_port.and_then(number);
+
+    "Receivers that are known in advance (a receiver ignores these)":
+    /// Receivers that are met at start, before any request names them, and met again when they are lost: one that
+    /// cannot be sent to (another model, dtype, version, secret ...) is in the log and in `status` at once, and a first
+    /// request finds the handshake done. HOST:INIT_PORT:ALLOC_PORT each, an IPv6 address in brackets; with tensor
+    /// parallelism a port for each rank, joined with +: 10.0.0.2:7300+7301:7400+7401. They count against pd_max_peers,
+    /// as each sender that is told of a receiver does there. Requests may name others all the same; one that is meant
+    /// has to be written as here (not localhost for 127.0.0.1).
+    PD_RECEIVERS = "pd_receivers", Form(
+        "a list of texts HOST:INIT_PORT:ALLOC_PORT, with ports from 1 to 65535, or one for each rank joined with +, and \
+             an IPv6 address in brackets"
+        ), Without("[10.0.0.2:7300:7400]", "each is met at its first request"), Sender, receivers;
+
+    "The proxy (a receiver ignores these)":
+    /// Who is told, by a ProxyNotif, that a request's chunks have been committed. Host and port, or neither.
+    PD_PROXY_HOST = "pd_proxy_host", Host, Without("127.0.0.1", "nobody is told"), Sender,
+        |c| c.proxy.as_ref().map(|proxy| quoted(&proxy.host));
+    /// Port of its PULL socket.
+    PD_PROXY_PORT = "pd_proxy_port", Port, Without("7500", "nobody is told"), Sender,
+        |c| c.proxy.as_ref().and_then(|proxy| number(proxy.port));
+    /// true: nobody is told, whatever host and port say.
+    PD_SKIP_PROXY_NOTIFICATION = "pd_skip_proxy_notification", Boolean, Is("false"), Sender;
+
+    "Deadlines, in seconds, with fractions; at most 86400":
+    /// How long a request waits for slots, at either side, before it fails with "no space". LMCache's default is for
+    /// ever; .inf is taken as 86400 here. 0: a request that does not fit at once fails at once.
+    PD_ALLOCATION_TIMEOUT_SEC = "pd_allocation_timeout_sec", FROM_ZERO, Is("30"), Both, |c| seconds(c.deadlines.allocation);
+    /// Connecting to a peer and shaking hands with it, its first request included.
+    PD_HANDSHAKE_TIMEOUT_SEC = "pd_handshake_timeout_sec", ABOVE_ZERO, Is("10"), Both, |c| seconds(c.deadlines.handshake);
+    /// From the grant of a receiver's slots to their commit, the prefill in between included: raise it for long
+    /// prompts. After it, the request fails.
+    PD_WRITE_TIMEOUT_SEC = "pd_write_timeout_sec", ABOVE_ZERO, Is("120"), Both, |c| seconds(c.deadlines.write);
+    /// How long a sender waits for a sign of its receiver about a commit. One that is still checking (pd_checksum)
+    /// gives it, however long the check takes.
+    PD_COMMIT_TIMEOUT_SEC = "pd_commit_timeout_sec", ABOVE_ZERO, Is("10"), Both, |c| seconds(c.deadlines.commit);
+    /// Receiver: how long `wait` waits for a request when the connector does not say.
+    PD_WAIT_TIMEOUT_SEC = "pd_wait_timeout_sec", FROM_ZERO, Is("120"), Both, |c| seconds(c.deadlines.wait);
+    /// Receiver: how long ready chunks that nobody fetches are kept.
+    PD_RETENTION_SEC = "pd_retention_sec", ABOVE_ZERO, Is("300"), Both, |c| seconds(c.deadlines.retention);
+    /// How long requests in flight may take after SIGTERM. A second SIGTERM stops at once.
+    PD_SHUTDOWN_TIMEOUT_SEC = "pd_shutdown_timeout_sec", FROM_ZERO, Is("5"), Both, |c| seconds(c.deadlines.shutdown);
+
+    "Who may talk (docs/security.md)":
+    /// File with a secret of 32 to 4096 bytes that all daemons of a deployment share; others must not be able to read
+    /// it (mode 0600, 0400, 0440 or 0640). Make one with: openssl rand -hex 32. With it, both ends of every connection
+    /// prove that they have the secret, and every message is authenticated; peers without it, or with another, are
+    /// refused. It encrypts nothing, and does not cover the chunks themselves nor the messages to the proxy.
     PD_SHARED_SECRET_FILE = "pd_shared_secret_file",
-        "the path of a file with 32 to 4096 bytes that others cannot read", "/etc/pd-backend/secret";
-    PD_MAX_REQUESTS = "pd_max_requests", "a number from 1 to 1048576", "1024";
-    PD_MAX_PEER_REQUESTS = "pd_max_peer_requests", "a number from 1 to 1048576", "512";
-    PD_MAX_REQUEST_CHUNKS = "pd_max_request_chunks",
-        "a number from 1 to 16384, as many keys as one message carries", "4096";
-    PD_MAX_PEERS = "pd_max_peers", "a number from 1 to 4096, as many connections as one port keeps", "1024";
-    PD_MAX_CLIENTS = "pd_max_clients", "a number from 1 to 1024", "16";
+        Form("the path of a file with 32 to 4096 bytes that others cannot read"),
+        Without("/etc/pd-backend/secret", "whoever reaches the ports may talk"), Both,
+        |c| c.shared_secret.as_ref().map(|secret| quoted(&secret.file.display().to_string()));
+
+    "Peers that stop answering":
+    /// From one ping to the next, to each connected receiver. Set the same at both ends.
+    PD_HEARTBEAT_INTERVAL_SEC = "pd_heartbeat_interval_sec", ABOVE_ZERO, Is("1"), Both, |c| seconds(c.deadlines.heartbeat);
+    /// A peer of which nothing was heard for so long is given up: its requests fail at once, with its name. Above
+    /// pd_heartbeat_interval_sec, by as much as a network or a full machine may hold a message up.
+    PD_PEER_TIMEOUT_SEC = "pd_peer_timeout_sec", ABOVE_ZERO, Is("5"), Both, |c| seconds(c.deadlines.peer);
+
+    "The connector":
+    /// Socket on which the engine's connector attaches; {role} and {rank} are filled in.
+    PD_CONNECTOR_ENDPOINT = "pd_connector_endpoint",
+        Form("ipc:// and an absolute path of at most 100 bytes, in which {role} and {rank} are filled in"),
+        Without("ipc:///tmp/pd-{role}-{rank}.sock", "a new name in each process, which the ready line gives"), Both,
+        |c| c.connector_endpoint.as_deref().map(quoted);
+
+    "What an operator sees":
+    /// Address of /metrics, /healthz and /readyz over HTTP. Whoever reaches it can read what docs/operations.md lists.
+    PD_METRICS_HOST = "pd_metrics_host", Host, Is("127.0.0.1"), Both,
+        |c| c.metrics.as_ref().map(|metrics| quoted(&metrics.host));
+    /// Their port: one, or a list with one port per rank; 0 is a free port, which the ready line names; none serves
+    /// nothing.
+    PD_METRICS_PORT = "pd_metrics_port", PortsOrNone, Is("0"), Both,
+        |c| Some(c.metrics.as_ref().map_or_else(|| "none".to_owned(), |metrics| metrics.port.to_string()));
+
+    "Limits: what exceeds one is refused with an error, and nothing else is disturbed":
+    /// Requests that have not ended.
+    PD_MAX_REQUESTS = "pd_max_requests", up_to(1 << 20), Is("1024"), Both, |c| number(c.limits.requests_max);
+    /// Receiver: requests of one sender that have not ended.
+    PD_MAX_PEER_REQUESTS = "pd_max_peer_requests", up_to(1 << 20), Is("512"), Both, |c| number(c.limits.peer_requests_max);
+    /// Chunks of one request; the most there can be is what one message carries.
+    PD_MAX_REQUEST_CHUNKS = "pd_max_request_chunks", up_to(REQUEST_CHUNKS_MAX), Is("4096"), Both,
+        |c| number(c.limits.request_chunks_max);
+    /// Peers shaken hands with, or about to be; the most there can be is what one port has places for.
+    PD_MAX_PEERS = "pd_max_peers", up_to(PEERS_MAX), Is("1024"), Both, |c| number(c.limits.peers_max);
+    /// Attached connectors.
+    PD_MAX_CLIENTS = "pd_max_clients", up_to(1024), Is("16"), Both, |c| number(c.limits.clients_max);
+
+    "Keys of LMCache's PD backend without effect here":
+    /// Both kinds of LMCache's own peers are served alike, and told apart by what they say.
+    PD_BACKEND_MODE = "pd_backend_mode", Words(&["sync", "async"]), Without("async", ""), Both;
+    /// Seconds between two looks at a condition: nothing here waits that way.
+    PD_CONDITION_POLL_INTERVAL_SEC = "pd_condition_poll_interval_sec", FROM_ZERO, Without("0.005", ""), Both;
+    /// true is refused: a daemon moves KV one way. Start a pd-sender and a pd-receiver at each end.
+    PD_BIDIRECTIONAL = "pd_bidirectional", Boolean, Is("false"), Both;
 }
 
-/// Older names and the keys that they mean.
-const OLDER_NAMES: &[(&str, &Key)] = &[
-    ("enable_xpyd", &ENABLE_PD),
-    ("nixl_role", &PD_ROLE),
-    ("nixl_peer_host", &PD_PEER_HOST),
-    ("nixl_peer_init_port", &PD_PEER_INIT_PORT),
-    ("nixl_peer_alloc_port", &PD_PEER_ALLOC_PORT),
-    ("nixl_proxy_host", &PD_PROXY_HOST),
-    ("nixl_proxy_port", &PD_PROXY_PORT),
-    ("nixl_buffer_size", &PD_BUFFER_SIZE),
-];
-
-/// The device of LMCache's storage backend, which older PD files gave as that of the PD buffer. It counts where there
-/// is no `pd_buffer_device`, and is somebody else's where there is one.
-pub(super) const NIXL_BUFFER_DEVICE: &str = "nixl_buffer_device";
-
-/// LMCache's keys that say nothing to a PD transport: accepted, so that one file serves both.
-const LMCACHE_KEYS: &[&str] = &[
-    "app_id",
-    "audit_actual_remote_url",
-    "blend_check_layers",
-    "blend_min_tokens",
-    "blend_recompute_ratios",
-    "blend_special_str",
-    "blend_thresholds",
-    "blocking_timeout_secs",
-    "cache_policy",
-    "chunk_statistics_auto_exit_target_unique_chunks",
-    "chunk_statistics_auto_exit_timeout_hours",
-    "chunk_statistics_auto_start_statistics",
-    "chunk_statistics_strategy",
-    "controller_pull_url",
-    "controller_reply_url",
-    "controller_url",
-    "distributed_url",
-    "enable_async_loading",
-    "enable_blending",
-    "enable_chunk_statistics",
-    "enable_controller",
-    "enable_hidden_state_cache",
-    "enable_kv_events",
-    "enable_lazy_memory_allocator",
-    "enable_nixl",
-    "enable_p2p",
-    "enable_scheduler_bypass_lookup",
-    "error_handling",
-    "external_backends",
-    "external_lookup_client",
-    "extra_config",
-    "gds_backend",
-    "gds_buffer_size",
-    "gds_path",
-    "gds_path_sharding",
-    "hidden_state_layers",
-    "hidden_states_retrieve_mode",
-    "hit_miss_ratio",
-    "internal_api_server_enabled",
-    "internal_api_server_host",
-    "internal_api_server_include_index_list",
-    "internal_api_server_port_start",
-    "internal_api_server_socket_path_prefix",
-    "lazy_memory_expand_trigger_ratio",
-    "lazy_memory_initial_ratio",
-    "lazy_memory_safe_size",
-    "lazy_memory_step_ratio",
-    "lmcache_instance_id",
-    "lmcache_worker_heartbeat_delay_time",
-    "lmcache_worker_heartbeat_time",
-    "lmcache_worker_ids",
-    "lmcache_worker_port",
-    "lmcache_worker_ports",
-    "local_cpu",
-    "local_cpu_use_hugepages",
-    "local_device",
-    "local_disk",
-    "local_disk_path_sharding",
-    "lookup_server_worker_ids",
-    "lookup_timeout_ms",
-    "lookup_url",
-    "maru_path",
-    "maru_pool_size",
-    "max_hidden_state_cpu_size",
-    "max_local_cpu_size",
-    "max_local_disk_size",
-    "min_retrieve_tokens",
-    "mp_host",
-    "mp_port",
-    NIXL_BUFFER_DEVICE,
-    "nixl_enable_gc",
-    "nixl_peer_port",
-    "nixl_receiver_host",
-    "nixl_receiver_port",
-    "numa_mode",
-    "p2p_host",
-    "p2p_init_ports",
-    "p2p_lookup_ports",
-    "pin_check_interval_sec",
-    "pin_timeout_sec",
-    "plugin_locations",
-    "pre_caching_hash_algorithm",
-    "priority_limit",
-    "py_enable_gc",
-    "remote_config_url",
-    "remote_serde",
-    "remote_storage_plugins",
-    "remote_url",
-    "reserve_local_cpu_size",
-    "retrieve_locations",
-    "runtime_plugin_locations",
-    "save_decode_cache",
-    "save_unfull_chunk",
-    "script_allowed_imports",
-    "storage_plugins",
-    "store_location",
-    "use_gds",
-    "use_gpu_connector_v3",
-    "use_layerwise",
-    "weka_path",
-];
-
-/// Keys with this prefix configure LMCache's encoder cache.
-const LMCACHE_PREFIX: &str = "ec_";
-
-/// What a name is.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) enum Known {
-    /// One of our keys.
-    Ours(&'static Key),
-    /// An older name of one of our keys.
-    Older(&'static Key),
-    /// A key of LMCache's that does not concern us.
-    Lmcache,
-    /// Nothing that anyone knows.
-    Unknown,
+fn number(value: impl ToString) -> Option<String> {
+    Some(value.to_string())
 }
 
-pub(super) fn classify(name: &str) -> Known {
-    if let Some(key) = KEYS.iter().find(|key| key.name == name) {
-        Known::Ours(key)
-    } else if let Some((_, key)) = OLDER_NAMES.iter().find(|(older, _)| *older == name) {
-        Known::Older(key)
-    } else if LMCACHE_KEYS.contains(&name) || name.starts_with(LMCACHE_PREFIX) {
-        Known::Lmcache
-    } else {
-        Known::Unknown
-    }
+fn seconds(duration: Duration) -> Option<String> {
+    number(duration.as_secs_f64())
 }
 
-/// The known name most like an unknown one, if any is much like it. Ours come before LMCache's.
-pub(super) fn nearest(unknown: &str) -> Option<String> {
-    // The distance costs the product of the lengths; no known name is near a long one.
-    const LEN_BYTES_MAX: usize = 64;
-    const LIKENESS_MIN: f64 = 0.65;
-    if unknown.len() > LEN_BYTES_MAX {
-        return None;
-    }
-    let written = unknown.to_ascii_lowercase().replace('-', "_");
-    let ours = KEYS.iter().map(|key| key.name).chain(OLDER_NAMES.iter().map(|(older, _)| *older));
-    let mut best: Option<(f64, &str)> = None;
-    for name in ours.chain(LMCACHE_KEYS.iter().copied()) {
-        let likeness = strsim::normalized_damerau_levenshtein(name, &written);
-        if likeness >= LIKENESS_MIN && best.is_none_or(|(best, _)| likeness > best) {
-            best = Some((likeness, name));
-        }
-    }
-    best.map(|(_, name)| name.to_owned())
-}
-
-#[cfg(test)]
-mod tests {
-    use std::collections::BTreeSet;
-
-    use super::*;
-
-    #[test]
-    fn a_name_means_one_thing() {
-        // Broken in production: a key of ours is taken for one of LMCache's and silently ignored.
-        let names = KEYS.iter().map(|key| key.name);
-        let all: Vec<&str> =
-            names.chain(OLDER_NAMES.iter().map(|(older, _)| *older)).chain(LMCACHE_KEYS.iter().copied()).collect();
-        assert_eq!(all.iter().collect::<BTreeSet<_>>().len(), all.len());
-        assert_eq!(classify("pd_role"), Known::Ours(&PD_ROLE));
-        assert_eq!(classify("nixl_role"), Known::Older(&PD_ROLE));
-        assert_eq!(classify("local_cpu"), Known::Lmcache);
-        assert_eq!(classify("ec_chunk_size"), Known::Lmcache);
-        assert_eq!(classify("pd_rol"), Known::Unknown);
-    }
-
-    #[test]
-    fn a_mistyped_key_is_recognised() {
-        // Broken in production: an operator with a typing error is told "unknown key" and reads the manual.
-        for (written, meant) in [
-            ("pd_bufer_size", Some("pd_buffer_size")),
-            ("pd-buffer-size", Some("pd_buffer_size")),
-            ("PD_Buffer_Size", Some("pd_buffer_size")),
-            ("buffer_size", Some("pd_buffer_size")),
-            ("pd_peer_init_ports", Some("pd_peer_init_port")),
-            ("allocation_timeout_sec", Some("pd_allocation_timeout_sec")),
-            ("max_local_cpu_sise", Some("max_local_cpu_size")),
-            ("colour", None),
-            ("", None),
-        ] {
-            assert_eq!(nearest(written).as_deref(), meant, "{written}");
-        }
-        assert_eq!(nearest(&"pd_buffer_size".repeat(10)), None);
-    }
+fn receivers(config: &Config) -> Option<String> {
+    let texts: Vec<String> = config.receivers.iter().map(|address| quoted(&text_of(address))).collect();
+    (!texts.is_empty()).then(|| format!("[{}]", texts.join(", ")))
 }

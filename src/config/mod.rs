@@ -3,16 +3,21 @@
 //! `load` and `secret` are the only parts that read files and `options` the only one that knows the command line; the rest takes
 //! text and values and gives a [`Config`] or a [`ConfigError`], so that every refusal can be tested without either.
 
+mod address;
 mod error;
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) mod fuzzing;
+mod key;
 mod keys;
 mod load;
+mod names;
 mod options;
 mod raw;
 mod receivers;
 mod resolve;
 mod secret;
+#[cfg(test)]
+mod shipped;
 mod show;
 mod size;
 mod values;

@@ -8,7 +8,9 @@ use serde::{Deserialize, Deserializer};
 use serde_saphyr::{NonFiniteFloatPolicy, Spanned};
 
 use super::error::ConfigError;
-use super::keys::{Key, Known, NIXL_BUFFER_DEVICE, PD_BUFFER_DEVICE, classify, nearest};
+use super::key::Key;
+use super::keys::PD_BUFFER_DEVICE;
+use super::names::{Known, NIXL_BUFFER_DEVICE, classify, nearest};
 
 /// Most items of a list that are kept: no key takes more.
 const LIST_LEN_MAX: usize = 65_536;
@@ -25,6 +27,16 @@ pub(super) enum RawValue {
     List(Vec<RawValue>),
     /// No key of ours takes one, so what is in it is not kept.
     Map,
+}
+
+impl RawValue {
+    /// A value as it is written.
+    ///
+    /// # Errors
+    /// What the parser says.
+    pub(super) fn parse(text: &str) -> Result<Self, String> {
+        serde_saphyr::from_str_with_options(text, yaml_options()).map_err(|error| one_line(&error.to_string()))
+    }
 }
 
 impl fmt::Display for RawValue {
@@ -260,10 +272,8 @@ impl RawConfig {
         let value = if text.trim().is_empty() {
             RawValue::Null
         } else {
-            serde_saphyr::from_str_with_options(text, yaml_options()).map_err(|error| ConfigError::NotYaml {
-                origin: format!("--set {assignment}"),
-                reason: one_line(&error.to_string()),
-            })?
+            RawValue::parse(text)
+                .map_err(|reason| ConfigError::NotYaml { origin: format!("--set {assignment}"), reason })?
         };
         let entry = Entry { value, written: name.to_owned(), origin: origin.clone() };
         match classify(name) {

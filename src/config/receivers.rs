@@ -1,21 +1,13 @@
 //! `pd_receivers`: where the receivers are that a sender meets at start.
 
 use std::collections::BTreeSet;
-use std::net::Ipv6Addr;
 
+use super::address::{Written, parse};
 use super::error::ConfigError;
 use super::keys;
 use super::raw::{Entry, RawConfig, RawValue};
-use super::values::is_host;
 use super::{Limits, Role};
 use crate::ids::PeerAddress;
-
-/// One of the list: its host, and the two ports for each rank.
-struct Written {
-    host: String,
-    init_ports: Vec<u16>,
-    alloc_ports: Vec<u16>,
-}
 
 /// Those of this rank, in the order written. A receiver may have them in its file, and does not use them.
 pub(super) fn receivers(
@@ -83,31 +75,4 @@ fn of_rank(entry: &Entry, text: &str, written: Written, rank: u32) -> Result<Pee
         ));
     }
     Ok(PeerAddress { host: written.host, init_port, alloc_port })
-}
-
-fn parse(text: &str) -> Option<Written> {
-    let (rest, alloc) = text.rsplit_once(':')?;
-    let (host, init) = rest.rsplit_once(':')?;
-    let host = match host.strip_prefix('[').and_then(|host| host.strip_suffix(']')) {
-        Some(address) => address.parse::<Ipv6Addr>().ok().map(|_| address)?,
-        // An address without brackets would take its last groups for ports.
-        None => (!host.contains(':') && is_host(host)).then_some(host)?,
-    };
-    let ports = |text: &str| text.split('+').map(port).collect::<Option<Vec<u16>>>();
-    Some(Written { host: host.to_owned(), init_ports: ports(init)?, alloc_ports: ports(alloc)? })
-}
-
-fn port(text: &str) -> Option<u16> {
-    let digits = text.bytes().all(|byte| byte.is_ascii_digit());
-    text.parse().ok().filter(|port| digits && *port != 0)
-}
-
-/// As it is written.
-pub(super) fn text_of(address: &PeerAddress) -> String {
-    let PeerAddress { host, init_port, alloc_port } = address;
-    if host.contains(':') {
-        format!("[{host}]:{init_port}:{alloc_port}")
-    } else {
-        format!("{host}:{init_port}:{alloc_port}")
-    }
 }

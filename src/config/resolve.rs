@@ -1,28 +1,22 @@
 //! What was written, the options and the model, made into a [`Config`]: the one place where it is decided what counts.
 
 use std::path::PathBuf;
-use std::time::Duration;
 
 use super::error::ConfigError;
-use super::keys::{self, Key};
-use super::raw::{Entry, RawConfig, RawValue};
+use super::key::Key;
+use super::keys;
+use super::raw::{RawConfig, RawValue};
 use super::receivers::receivers;
 use super::size::exact_size;
 use super::{
-    BufferConfig, BufferDevice, ChecksumMode, Config, Deadlines, EngineConfig, EngineKind, Limits, MetricsConfig,
-    ProxyConfig, Role, SLOT_COUNT_MAX, SecretFile,
+    BufferConfig, BufferDevice, ChecksumMode, Config, Deadlines, EngineConfig, Limits, MetricsConfig, ProxyConfig,
+    Role, SLOT_COUNT_MAX, SecretFile,
 };
-use crate::ids::{BUFFER_PIECES_MAX, PEERS_MAX, REQUEST_CHUNKS_MAX};
-use crate::kv_layout::{
-    CHUNK_TOKENS_MAX, GivenDefaults, KvLayout, MODEL_LEN_BYTES_MAX, ModelOptions, from_layout_json, from_model_config,
-    parse_dtype,
-};
+use crate::ids::BUFFER_PIECES_MAX;
+use crate::kv_layout::{GivenDefaults, KvLayout, ModelOptions, from_layout_json, from_model_config, parse_dtype};
 
-/// LMCache's default of `chunk_size`.
-const CHUNK_TOKENS_DEFAULT: u32 = 256;
 /// A path in a Unix socket's address has 107 bytes; some are left for what ZeroMQ's peers add.
 const ENDPOINT_PATH_LEN_BYTES_MAX: usize = 100;
-const NIXL_PROGRESS_DELAY_US_DEFAULT: u32 = 10_000;
 
 /// What is bound unless something else is said.
 const LOOPBACK: &str = "127.0.0.1";
@@ -97,12 +91,11 @@ fn check_mode(role: Role, raw: &RawConfig) -> Result<(), ConfigError> {
     if raw.boolean(&keys::ENABLE_PD)? == Some(false) {
         refuse(&keys::ENABLE_PD, "this daemon does nothing but PD", "write true, or leave it out")?;
     }
-    let roles = [("sender", Some(Role::Sender)), ("receiver", Some(Role::Receiver)), ("both", None)];
-    if let Some(Some(written)) = raw.choice(&keys::PD_ROLE, &roles)?
-        && written != role
+    if let Some(written) = raw.word(&keys::PD_ROLE)?
+        && ![role.as_str(), "both"].contains(&written)
     {
         let reason = format!("this is pd-{}", role.as_str());
-        let advice = format!("start pd-{}, or write {}, or both", written.as_str(), role.as_str());
+        let advice = format!("start pd-{written}, or write {}, or both", role.as_str());
         refuse(&keys::PD_ROLE, &reason, &advice)?;
     }
     if raw.boolean(&keys::PD_BIDIRECTIONAL)? == Some(true) {
@@ -118,10 +111,10 @@ fn check_mode(role: Role, raw: &RawConfig) -> Result<(), ConfigError> {
 fn layout(raw: &RawConfig, source: Option<LayoutSource<'_>>, worker: Worker<'_>) -> Result<KvLayout, ConfigError> {
     let model_name = match worker.model_name {
         Some(name) => Some(name.to_owned()),
-        None => raw.text(&keys::MODEL_NAME, MODEL_LEN_BYTES_MAX)?,
+        None => raw.text(&keys::MODEL_NAME)?,
     };
-    let chunk_tokens = raw.whole(&keys::CHUNK_SIZE, 1, CHUNK_TOKENS_MAX)?;
-    let kv_dtype = raw.text(&keys::KV_CACHE_DTYPE, 64)?.filter(|dtype| dtype != "auto");
+    let chunk_tokens = raw.must(&keys::CHUNK_SIZE, RawConfig::whole)?;
+    let kv_dtype = raw.text(&keys::KV_CACHE_DTYPE)?.filter(|dtype| dtype != "auto");
     if let (Some(dtype), Some(entry)) = (&kv_dtype, raw.entry(&keys::KV_CACHE_DTYPE))
         && parse_dtype(dtype).is_none()
     {
@@ -133,7 +126,7 @@ fn layout(raw: &RawConfig, source: Option<LayoutSource<'_>>, worker: Worker<'_>)
             let options = ModelOptions {
                 model_name,
                 kv_dtype: kv_dtype.clone(),
-                chunk_tokens: chunk_tokens.unwrap_or(CHUNK_TOKENS_DEFAULT),
+                chunk_tokens,
                 tp_rank: worker.rank,
                 tp_size: worker.tp_size.unwrap_or(1),
             };
@@ -142,8 +135,8 @@ fn layout(raw: &RawConfig, source: Option<LayoutSource<'_>>, worker: Worker<'_>)
         LayoutSource::Given { file, text } => {
             let defaults = GivenDefaults {
                 model_name,
-                chunk_tokens,
-                chunk_tokens_default: CHUNK_TOKENS_DEFAULT,
+                chunk_tokens: raw.entry(&keys::CHUNK_SIZE).map(|_| chunk_tokens),
+                chunk_tokens_default: chunk_tokens,
                 tp_rank: worker.rank,
                 tp_size: worker.tp_size,
             };
@@ -163,14 +156,10 @@ fn layout(raw: &RawConfig, source: Option<LayoutSource<'_>>, worker: Worker<'_>)
     Ok(layout)
 }
 
-fn required<'a>(raw: &'a RawConfig, key: &'static Key) -> Result<&'a Entry, ConfigError> {
-    raw.entry(key).ok_or(ConfigError::Missing { key: key.name, accepted: key.accepted, example: key.example })
-}
-
 fn buffer(raw: &RawConfig, layout: &KvLayout, rank: u32, notes: &mut Vec<String>) -> Result<BufferConfig, ConfigError> {
     let key = &keys::PD_BUFFER_SIZE;
-    let entry = required(raw, key)?;
-    let asked_bytes = raw.size(key)?.unwrap_or_default();
+    let entry = raw.written(key)?;
+    let asked_bytes = raw.must(key, RawConfig::size)?;
     let chunk_bytes = layout.chunk_bytes();
     let chunk = format!("chunk of {chunk_bytes} bytes ({} tokens of {})", layout.chunk_tokens, layout.model);
     let slots = asked_bytes / chunk_bytes;
@@ -193,12 +182,11 @@ fn buffer(raw: &RawConfig, layout: &KvLayout, rank: u32, notes: &mut Vec<String>
         asked_bytes - used_bytes
     ));
     let capacity_tokens = u64::from(slot_count) * u64::from(layout.chunk_tokens);
-    if let Some(tokens) = raw.whole(&keys::PD_MAX_PREFILL_LEN, 0, u32::MAX)?
-        && u64::from(tokens) > capacity_tokens
-    {
+    let tokens = raw.must(&keys::PD_MAX_PREFILL_LEN, RawConfig::whole)?;
+    if u64::from(tokens) > capacity_tokens {
         let chunks = u64::from(tokens).div_ceil(layout.chunk_tokens.into());
         let needed = exact_size(chunks.saturating_mul(chunk_bytes));
-        return Err(required(raw, &keys::PD_MAX_PREFILL_LEN)?.refused(
+        return Err(raw.written(&keys::PD_MAX_PREFILL_LEN)?.refused(
             format!("the pd_buffer holds {capacity_tokens} tokens"),
             format!("raise pd_buffer_size to at least {needed}, or lower it"),
         ));
@@ -206,7 +194,7 @@ fn buffer(raw: &RawConfig, layout: &KvLayout, rank: u32, notes: &mut Vec<String>
     let (initial_slot_count, step_slot_count) = growth(raw, slot_count, asked_bytes, chunk_bytes, notes)?;
     let device = buffer_device(raw, rank)?;
     if device != BufferDevice::Cpu && initial_slot_count < slot_count {
-        return Err(required(raw, &keys::PD_BUFFER_INITIAL_SIZE)?.refused(
+        return Err(raw.written(&keys::PD_BUFFER_INITIAL_SIZE)?.refused(
             format!(
                 "with pd_buffer_device: {device} the pd_buffer cannot grow, since GPU memory that other processes can open \
                  is allocated in one piece"
@@ -241,7 +229,7 @@ fn growth(
         return Ok((slot_count, slot_count));
     };
     if initial_bytes > asked_bytes {
-        return Err(required(raw, &keys::PD_BUFFER_INITIAL_SIZE)?.refused(
+        return Err(raw.written(&keys::PD_BUFFER_INITIAL_SIZE)?.refused(
             format!("above pd_buffer_size, which is {}", exact_size(asked_bytes)),
             "lower it, or leave it out for a buffer that has its whole size from the start",
         ));
@@ -255,7 +243,7 @@ fn growth(
         None => initial.max(least),
         Some(step) if step >= least => step,
         Some(_) => {
-            return Err(required(raw, step_key)?.refused(
+            return Err(raw.written(step_key)?.refused(
                 format!("the pd_buffer would take more than {STEPS_MAX} steps, each of which every peer is told of"),
                 format!("raise it to at least {}", exact_size(u64::from(least) * chunk_bytes)),
             ));
@@ -271,42 +259,37 @@ fn growth(
 
 fn buffer_device(raw: &RawConfig, rank: u32) -> Result<BufferDevice, ConfigError> {
     const DEVICE_MAX: u32 = 1023;
-    const TEXT_LEN_BYTES_MAX: usize = 16;
     let key = &keys::PD_BUFFER_DEVICE;
-    let Some(text) = raw.text(key, TEXT_LEN_BYTES_MAX)? else {
-        return Ok(BufferDevice::Cpu);
-    };
+    let text = raw.must(key, RawConfig::text)?;
     let number = |digits: &str| {
         let all_digits = digits.bytes().all(|b| b.is_ascii_digit());
         digits.parse().ok().filter(|device| all_digits && *device <= DEVICE_MAX)
     };
-    let device = match text.as_str() {
-        "cpu" => Some(BufferDevice::Cpu),
-        "cuda" => Some(BufferDevice::Cuda(rank)),
-        other => other.strip_prefix("cuda:").and_then(number).map(BufferDevice::Cuda),
-    };
-    match (device, raw.entry(key)) {
-        (None, Some(entry)) => Err(entry.bad(key)),
-        (device, _) => Ok(device.unwrap_or(BufferDevice::Cpu)),
+    match text.as_str() {
+        "cpu" => Ok(BufferDevice::Cpu),
+        "cuda" => Ok(BufferDevice::Cuda(rank)),
+        other => match other.strip_prefix("cuda:").and_then(number) {
+            Some(device) => Ok(BufferDevice::Cuda(device)),
+            None => Err(raw.written(key)?.bad(key)),
+        },
     }
 }
 
 fn engine(raw: &RawConfig) -> Result<EngineConfig, ConfigError> {
     const BACKENDS_MAX: usize = 16;
-    let checksums = [ChecksumMode::Off, ChecksumMode::Sampled, ChecksumMode::Full].map(|mode| (mode.as_str(), mode));
-    let kinds = [("nixl", EngineKind::Nixl), ("local", EngineKind::Local)];
-    let delay_us = raw.whole(&keys::PD_NIXL_PROGRESS_DELAY_US, 0, 1_000_000)?;
+    let checksum = raw.must(&keys::PD_CHECKSUM, RawConfig::word)?;
+    let checksums = [ChecksumMode::Off, ChecksumMode::Sampled, ChecksumMode::Full];
     Ok(EngineConfig {
-        kind: raw.choice(&keys::TRANSFER_CHANNEL, &kinds)?,
-        nixl_backends: raw.names(&keys::NIXL_BACKENDS, BACKENDS_MAX)?.unwrap_or_else(|| vec!["UCX".to_owned()]),
-        nixl_lib_dir: raw.text(&keys::PD_NIXL_LIB_DIR, 4096)?.map(PathBuf::from),
-        checksum: raw.choice(&keys::PD_CHECKSUM, &checksums)?.unwrap_or_default(),
-        nixl_progress_delay_us: delay_us.unwrap_or(NIXL_PROGRESS_DELAY_US_DEFAULT).into(),
+        kind: raw.word(&keys::TRANSFER_CHANNEL)?.and_then(|name| name.parse().ok()),
+        nixl_backends: raw.must(&keys::NIXL_BACKENDS, |raw, key| raw.names(key, BACKENDS_MAX))?,
+        nixl_lib_dir: raw.text(&keys::PD_NIXL_LIB_DIR)?.map(PathBuf::from),
+        checksum: checksums.into_iter().find(|mode| mode.as_str() == checksum).unwrap_or_default(),
+        nixl_progress_delay_us: raw.must(&keys::PD_NIXL_PROGRESS_DELAY_US, RawConfig::whole)?.into(),
     })
 }
 
 fn bind_host(role: Role, raw: &RawConfig, has_secret: bool, notes: &mut Vec<String>) -> Result<String, ConfigError> {
-    let host = raw.host(&keys::PD_PEER_HOST)?.unwrap_or_else(|| LOOPBACK.to_owned());
+    let host = raw.must(&keys::PD_PEER_HOST, RawConfig::host)?;
     if role == Role::Sender {
         // It binds no port for peers, whatever a file that both roles share says.
         return Ok(LOOPBACK.to_owned());
@@ -325,13 +308,12 @@ fn is_loopback(host: &str) -> bool {
 
 /// Where metrics are served: on a free port of loopback unless something else is said.
 fn metrics(raw: &RawConfig, rank: u32, notes: &mut Vec<String>) -> Result<Option<MetricsConfig>, ConfigError> {
-    let host = raw.host(&keys::PD_METRICS_HOST)?.unwrap_or_else(|| LOOPBACK.to_owned());
+    let host = raw.must(&keys::PD_METRICS_HOST, RawConfig::host)?;
     let key = &keys::PD_METRICS_PORT;
-    let port = match raw.entry(key).map(|entry| &entry.value) {
-        None => 0,
-        Some(RawValue::Text(text)) if text == "none" => return Ok(None),
-        Some(_) => of_rank(raw, key, rank)?.unwrap_or(0),
-    };
+    if matches!(raw.entry(key).map(|entry| &entry.value), Some(RawValue::Text(text)) if text == "none") {
+        return Ok(None);
+    }
+    let port = of_rank(raw, key, rank)?.unwrap_or(0);
     if !is_loopback(&host) {
         notes.push(format!(
             "pd_metrics_host = {host}: whoever reaches this port can read the metrics; keep it inside a trusted network"
@@ -348,7 +330,7 @@ fn of_rank(raw: &RawConfig, key: &'static Key, rank: u32) -> Result<Option<u16>,
         Some([0]) => Ok(Some(0)),
         Some(ports) => match usize::try_from(rank).ok().and_then(|index| ports.get(index)) {
             Some(port) => Ok(Some(*port)),
-            None => Err(required(raw, key)?.refused(
+            None => Err(raw.written(key)?.refused(
                 format!(
                     "this is rank {rank}, and there are ports for {} rank{}",
                     ports.len(),
@@ -378,15 +360,15 @@ fn peer_ports(role: Role, raw: &RawConfig, rank: u32) -> Result<PeerPorts, Confi
     let (init, alloc, query) =
         (of_rank(&keys::PD_PEER_INIT_PORT)?, of_rank(&keys::PD_PEER_ALLOC_PORT)?, of_rank(&keys::PD_PEER_QUERY_PORT)?);
     if role == Role::Receiver {
-        required(raw, &keys::PD_PEER_INIT_PORT)?;
-        required(raw, &keys::PD_PEER_ALLOC_PORT)?;
+        raw.written(&keys::PD_PEER_INIT_PORT)?;
+        raw.written(&keys::PD_PEER_ALLOC_PORT)?;
     }
     let taken =
         [(&keys::PD_PEER_INIT_PORT, init), (&keys::PD_PEER_ALLOC_PORT, alloc), (&keys::PD_PEER_QUERY_PORT, query)];
     for (index, (key, port)) in taken.iter().enumerate() {
         let same = taken.iter().take(index).find(|(_, earlier)| port.is_some_and(|p| p != 0) && earlier == port);
         if let Some((earlier, Some(port))) = same {
-            return Err(required(raw, key)?.refused(
+            return Err(raw.written(key)?.refused(
                 format!("{} of rank {rank} is {port} as well", earlier.name),
                 "give each its own port, or 0 for a free port",
             ));
@@ -396,18 +378,18 @@ fn peer_ports(role: Role, raw: &RawConfig, rank: u32) -> Result<PeerPorts, Confi
 }
 
 fn proxy(role: Role, raw: &RawConfig) -> Result<Option<ProxyConfig>, ConfigError> {
-    let skip = raw.boolean(&keys::PD_SKIP_PROXY_NOTIFICATION)?.unwrap_or(false);
+    let skip = raw.must(&keys::PD_SKIP_PROXY_NOTIFICATION, RawConfig::boolean)?;
     let host = raw.host(&keys::PD_PROXY_HOST)?;
     let port = match raw.ports(&keys::PD_PROXY_PORT)?.as_deref() {
         None => None,
         Some([port]) if *port != 0 => Some(*port),
-        Some(_) => return Err(required(raw, &keys::PD_PROXY_PORT)?.bad(&keys::PD_PROXY_PORT)),
+        Some(_) => return Err(raw.written(&keys::PD_PROXY_PORT)?.bad(&keys::PD_PROXY_PORT)),
     };
     if role == Role::Receiver || skip {
         return Ok(None);
     }
     let alone = |present: &'static Key, absent: &Key| -> Result<Option<ProxyConfig>, ConfigError> {
-        Err(required(raw, present)?.refused(
+        Err(raw.written(present)?.refused(
             format!("`{}` is missing", absent.name),
             "give both, or neither, or pd_skip_proxy_notification: true",
         ))
@@ -422,10 +404,10 @@ fn proxy(role: Role, raw: &RawConfig) -> Result<Option<ProxyConfig>, ConfigError
 
 fn connector_endpoint(role: Role, raw: &RawConfig, layout: &KvLayout) -> Result<Option<String>, ConfigError> {
     let key = &keys::PD_CONNECTOR_ENDPOINT;
-    let Some(written) = raw.text(key, 4096)? else {
+    let Some(written) = raw.text(key)? else {
         return Ok(None);
     };
-    let entry = required(raw, key)?;
+    let entry = raw.written(key)?;
     if layout.tp_size > 1 && !written.contains("{rank}") {
         return Err(entry.refused(
             format!("the daemons of {} ranks cannot share one endpoint", layout.tp_size),
@@ -440,18 +422,16 @@ fn connector_endpoint(role: Role, raw: &RawConfig, layout: &KvLayout) -> Result<
 }
 
 fn deadlines(raw: &RawConfig, notes: &mut Vec<String>) -> Result<Deadlines, ConfigError> {
-    const NONE: Duration = Duration::ZERO;
-    const LEAST: Duration = Duration::from_millis(1);
-    let mut seconds = |key, min, default_sec| raw.seconds(key, min, Duration::from_secs(default_sec), notes);
-    let heartbeat = seconds(&keys::PD_HEARTBEAT_INTERVAL_SEC, LEAST, 1)?;
-    let peer = seconds(&keys::PD_PEER_TIMEOUT_SEC, LEAST, 5)?;
+    let mut seconds = |key: &Key| raw.must(key, |raw, key| raw.seconds(key, notes));
+    let heartbeat = seconds(&keys::PD_HEARTBEAT_INTERVAL_SEC)?;
+    let peer = seconds(&keys::PD_PEER_TIMEOUT_SEC)?;
     if peer <= heartbeat {
         let key = if raw.entry(&keys::PD_PEER_TIMEOUT_SEC).is_some() {
             &keys::PD_PEER_TIMEOUT_SEC
         } else {
             &keys::PD_HEARTBEAT_INTERVAL_SEC
         };
-        return Err(required(raw, key)?.refused(
+        return Err(raw.written(key)?.refused(
             format!(
                 "pings are {} s apart, and a peer would be given up after {} s without any",
                 heartbeat.as_secs_f64(),
@@ -463,31 +443,31 @@ fn deadlines(raw: &RawConfig, notes: &mut Vec<String>) -> Result<Deadlines, Conf
     Ok(Deadlines {
         heartbeat,
         peer,
-        allocation: seconds(&keys::PD_ALLOCATION_TIMEOUT_SEC, NONE, 30)?,
-        handshake: seconds(&keys::PD_HANDSHAKE_TIMEOUT_SEC, LEAST, 10)?,
-        write: seconds(&keys::PD_WRITE_TIMEOUT_SEC, LEAST, 120)?,
-        commit: seconds(&keys::PD_COMMIT_TIMEOUT_SEC, LEAST, 10)?,
-        wait: seconds(&keys::PD_WAIT_TIMEOUT_SEC, NONE, 120)?,
-        retention: seconds(&keys::PD_RETENTION_SEC, LEAST, 300)?,
-        shutdown: seconds(&keys::PD_SHUTDOWN_TIMEOUT_SEC, NONE, 5)?,
+        allocation: seconds(&keys::PD_ALLOCATION_TIMEOUT_SEC)?,
+        handshake: seconds(&keys::PD_HANDSHAKE_TIMEOUT_SEC)?,
+        write: seconds(&keys::PD_WRITE_TIMEOUT_SEC)?,
+        commit: seconds(&keys::PD_COMMIT_TIMEOUT_SEC)?,
+        wait: seconds(&keys::PD_WAIT_TIMEOUT_SEC)?,
+        retention: seconds(&keys::PD_RETENTION_SEC)?,
+        shutdown: seconds(&keys::PD_SHUTDOWN_TIMEOUT_SEC)?,
     })
 }
 
 fn limits(raw: &RawConfig) -> Result<Limits, ConfigError> {
-    let limit = |key, max, default| raw.whole(key, 1, max).map(|limit| limit.unwrap_or(default));
+    let limit = |key| raw.must(key, RawConfig::whole);
     Ok(Limits {
-        requests_max: limit(&keys::PD_MAX_REQUESTS, 1 << 20, 1024)?,
-        peer_requests_max: limit(&keys::PD_MAX_PEER_REQUESTS, 1 << 20, 512)?,
-        request_chunks_max: limit(&keys::PD_MAX_REQUEST_CHUNKS, REQUEST_CHUNKS_MAX, 4096)?,
-        peers_max: limit(&keys::PD_MAX_PEERS, PEERS_MAX, 1024)?,
-        clients_max: limit(&keys::PD_MAX_CLIENTS, 1024, 16)?,
+        requests_max: limit(&keys::PD_MAX_REQUESTS)?,
+        peer_requests_max: limit(&keys::PD_MAX_PEER_REQUESTS)?,
+        request_chunks_max: limit(&keys::PD_MAX_REQUEST_CHUNKS)?,
+        peers_max: limit(&keys::PD_MAX_PEERS)?,
+        clients_max: limit(&keys::PD_MAX_CLIENTS)?,
     })
 }
 
 /// Keys of LMCache's that change nothing here: still checked, so that a file that LMCache refuses is refused here.
 fn note_what_has_no_effect(raw: &RawConfig, notes: &mut Vec<String>) -> Result<(), ConfigError> {
-    raw.choice(&keys::PD_BACKEND_MODE, &[("sync", ()), ("async", ())])?;
-    raw.seconds(&keys::PD_CONDITION_POLL_INTERVAL_SEC, Duration::ZERO, Duration::ZERO, &mut Vec::new())?;
+    raw.word(&keys::PD_BACKEND_MODE)?;
+    raw.seconds(&keys::PD_CONDITION_POLL_INTERVAL_SEC, &mut Vec::new())?;
     let why = [
         (&keys::PD_BACKEND_MODE, "both kinds of peer are served"),
         (&keys::PD_CONDITION_POLL_INTERVAL_SEC, "nothing here waits by polling a condition"),

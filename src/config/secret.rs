@@ -15,9 +15,6 @@ use crate::ids::{SECRET_LEN_BYTES_MAX, SECRET_LEN_BYTES_MIN};
 /// cluster's own store of secrets hands them to a process of another user than root.
 const MODE_REFUSED: u32 = 0o027;
 
-/// Longest path, in bytes.
-const PATH_LEN_BYTES_MAX: usize = 4096;
-
 /// The secret in the file that `pd_shared_secret_file` names.
 ///
 /// # Errors
@@ -25,7 +22,7 @@ const PATH_LEN_BYTES_MAX: usize = 4096;
 /// its content is in the error.
 pub(super) fn read_secret(raw: &RawConfig) -> Result<Option<SecretFile>, ConfigError> {
     let key = &keys::PD_SHARED_SECRET_FILE;
-    let (Some(path), Some(entry)) = (raw.text(key, PATH_LEN_BYTES_MAX)?, raw.entry(key)) else {
+    let (Some(path), Some(entry)) = (raw.text(key)?, raw.entry(key)) else {
         return Ok(None);
     };
     let file = PathBuf::from(path);

@@ -1,27 +1,26 @@
-//! Values of the right type and range, read out of what was written.
+//! Values of the right type and range, read out of what was written, or of what the key is when it is left out.
 
-use std::net::Ipv6Addr;
 use std::time::Duration;
 
 use super::DEADLINE_SEC_MAX;
+use super::address::is_host;
 use super::error::ConfigError;
-use super::keys::Key;
+use super::key::{Absence, Key, Kind};
 use super::raw::{Entry, RawConfig, RawValue};
 use super::size::parse_size;
+
+/// Longest text of a [`Kind::Form`].
+const FORM_LEN_BYTES_MAX: usize = 4096;
 
 impl Entry {
     /// The refusal of this value for what the key accepts.
     pub(super) fn bad(&self, key: &Key) -> ConfigError {
-        self.bad_because(key, key.accepted.to_owned())
-    }
-
-    pub(super) fn bad_because(&self, key: &Key, accepted: String) -> ConfigError {
         ConfigError::BadValue {
             origin: self.origin.clone(),
             key: self.written.clone(),
             seen: self.value.to_string(),
-            accepted,
-            example: key.example,
+            accepted: key.accepted(),
+            example: key.example(),
         }
     }
 
@@ -37,84 +36,91 @@ impl Entry {
     }
 }
 
+/// None: left out, and nothing stands for it.
+type Read<T> = Result<Option<T>, ConfigError>;
+
 impl RawConfig {
-    fn read<T>(&self, key: &Key, read: impl FnOnce(&RawValue) -> Option<T>) -> Result<Option<T>, ConfigError> {
-        self.entry(key).map(|entry| read(&entry.value).ok_or_else(|| entry.bad(key))).transpose()
+    fn read<T>(&self, key: &Key, read: impl FnOnce(&RawValue) -> Option<T>) -> Read<T> {
+        match (self.entry(key), key.absence) {
+            (Some(entry), _) => read(&entry.value).map(Some).ok_or_else(|| entry.bad(key)),
+            (None, Absence::Is(value)) => Ok(RawValue::parse(value).ok().and_then(|value| read(&value))),
+            (None, _) => Ok(None),
+        }
     }
 
-    pub(super) fn boolean(&self, key: &Key) -> Result<Option<bool>, ConfigError> {
+    /// A value that has to be there.
+    pub(super) fn must<T>(&self, key: &Key, read: impl FnOnce(&Self, &Key) -> Read<T>) -> Result<T, ConfigError> {
+        read(self, key)?.ok_or_else(|| missing(key))
+    }
+
+    /// What was written for a key of which something must have been.
+    pub(super) fn written(&self, key: &Key) -> Result<&Entry, ConfigError> {
+        self.entry(key).ok_or_else(|| missing(key))
+    }
+
+    pub(super) fn boolean(&self, key: &Key) -> Read<bool> {
         self.read(key, |value| match value {
             RawValue::Bool(value) => Some(*value),
             _ => None,
         })
     }
 
-    /// Text of 1 to `len_bytes_max` bytes without control characters.
-    pub(super) fn text(&self, key: &Key, len_bytes_max: usize) -> Result<Option<String>, ConfigError> {
+    /// Text without control characters.
+    pub(super) fn text(&self, key: &Key) -> Read<String> {
+        let len_bytes_max = if let Kind::Text(max) = key.kind { max } else { FORM_LEN_BYTES_MAX };
         self.read(key, |value| match value {
             RawValue::Text(text) => printable(text, len_bytes_max).then(|| text.clone()),
             _ => None,
         })
     }
 
-    /// One of a few words.
-    pub(super) fn choice<T: Copy>(&self, key: &Key, choices: &[(&str, T)]) -> Result<Option<T>, ConfigError> {
+    /// One of the words that the key takes.
+    pub(super) fn word(&self, key: &Key) -> Read<&'static str> {
+        let words = if let Kind::Words(words) = key.kind { words } else { &[] };
         self.read(key, |value| match value {
-            RawValue::Text(text) => choices.iter().find(|(name, _)| name == text).map(|(_, choice)| *choice),
+            RawValue::Text(text) => words.iter().find(|word| *word == text).copied(),
             // YAML reads a bare `off` as a boolean.
-            RawValue::Bool(false) => choices.iter().find(|(name, _)| *name == "off").map(|(_, choice)| *choice),
+            RawValue::Bool(false) => words.iter().find(|word| **word == "off").copied(),
             _ => None,
         })
     }
 
-    pub(super) fn whole(&self, key: &Key, min: u32, max: u32) -> Result<Option<u32>, ConfigError> {
-        self.read(key, |value| whole(value).and_then(|n| u32::try_from(n).ok()).filter(|n| (min..=max).contains(n)))
+    pub(super) fn whole(&self, key: &Key) -> Read<u32> {
+        let within = |n: &u32| matches!(key.kind, Kind::Whole { min, max, .. } if (min..=max).contains(n));
+        self.read(key, |value| whole(value).and_then(|n| u32::try_from(n).ok()).filter(within))
     }
 
-    pub(super) fn size(&self, key: &Key) -> Result<Option<u64>, ConfigError> {
+    pub(super) fn size(&self, key: &Key) -> Read<u64> {
         self.read(key, |value| match value {
             RawValue::Text(text) => parse_size(text),
             other => whole(other).and_then(|bytes| u64::try_from(bytes).ok()),
         })
     }
 
-    /// A time of at least `min`; infinity becomes the longest there is, with a note.
-    pub(super) fn seconds(
-        &self,
-        key: &Key,
-        min: Duration,
-        default: Duration,
-        notes: &mut Vec<String>,
-    ) -> Result<Duration, ConfigError> {
-        let Some(entry) = self.entry(key) else {
-            return Ok(default);
-        };
+    /// A time; infinity becomes the longest there is, with a note.
+    pub(super) fn seconds(&self, key: &Key, notes: &mut Vec<String>) -> Read<Duration> {
         let max = Duration::from_secs(DEADLINE_SEC_MAX);
-        let bad = || {
-            let min_sec = min.as_secs_f64();
-            entry.bad_because(key, format!("a number of seconds from {min_sec} to {DEADLINE_SEC_MAX}"))
-        };
-        let seconds = match &entry.value {
-            RawValue::Integer(seconds) => *seconds as f64,
-            RawValue::Float(seconds) => *seconds,
-            // YAML's own word is `.inf`; what Python prints is `inf`.
-            RawValue::Text(text) if text == "inf" => f64::INFINITY,
-            _ => return Err(bad()),
-        };
-        if seconds == f64::INFINITY {
-            notes.push(format!(
-                "{} = {} is taken as {DEADLINE_SEC_MAX} seconds: every wait here ends",
-                key.name, entry.value
-            ));
-            return Ok(max);
-        }
-        match Duration::try_from_secs_f64(seconds) {
-            Ok(duration) if (min..=max).contains(&duration) => Ok(duration),
-            _ => Err(bad()),
-        }
+        self.read(key, |value| {
+            let seconds = match value {
+                RawValue::Integer(seconds) => *seconds as f64,
+                RawValue::Float(seconds) => *seconds,
+                // YAML's own word is `.inf`; what Python prints is `inf`.
+                RawValue::Text(text) if text == "inf" => f64::INFINITY,
+                _ => return None,
+            };
+            if seconds == f64::INFINITY {
+                notes.push(format!(
+                    "{} = {value} is taken as {DEADLINE_SEC_MAX} seconds: every wait here ends",
+                    key.name
+                ));
+                return Some(max);
+            }
+            let min_ms = if let Kind::Seconds { min_ms } = key.kind { min_ms } else { 0 };
+            Duration::try_from_secs_f64(seconds).ok().filter(|s| (Duration::from_millis(min_ms)..=max).contains(s))
+        })
     }
 
-    pub(super) fn host(&self, key: &Key) -> Result<Option<String>, ConfigError> {
+    pub(super) fn host(&self, key: &Key) -> Read<String> {
         self.read(key, |value| match value {
             RawValue::Text(text) if is_host(text) => Some(text.clone()),
             _ => None,
@@ -122,7 +128,7 @@ impl RawConfig {
     }
 
     /// The ports of all ranks: one, or one each. LMCache takes `7300,7301` for a list as well.
-    pub(super) fn ports(&self, key: &Key) -> Result<Option<Vec<u16>>, ConfigError> {
+    pub(super) fn ports(&self, key: &Key) -> Read<Vec<u16>> {
         let port = |value: &RawValue| whole(value).and_then(|port| u16::try_from(port).ok());
         self.read(key, |value| match value {
             RawValue::List(items) if !items.is_empty() => items.iter().map(port).collect(),
@@ -134,7 +140,7 @@ impl RawConfig {
     }
 
     /// Names, as a list or a single one.
-    pub(super) fn names(&self, key: &Key, count_max: usize) -> Result<Option<Vec<String>>, ConfigError> {
+    pub(super) fn names(&self, key: &Key, count_max: usize) -> Read<Vec<String>> {
         let name = |value: &RawValue| match value {
             RawValue::Text(text) => {
                 let word = text.chars().all(|c| c.is_ascii_alphanumeric() || c == '_' || c == '-');
@@ -149,6 +155,10 @@ impl RawConfig {
     }
 }
 
+fn missing(key: &Key) -> ConfigError {
+    ConfigError::Missing { key: key.name, accepted: key.accepted(), example: key.example() }
+}
+
 /// A whole number, also where YAML's number has a fraction of 0 or an exponent.
 fn whole(value: &RawValue) -> Option<i128> {
     const EXACT_MAX: f64 = 9_007_199_254_740_992.0;
@@ -161,11 +171,4 @@ fn whole(value: &RawValue) -> Option<i128> {
 
 fn printable(text: &str, len_bytes_max: usize) -> bool {
     !text.is_empty() && text.len() <= len_bytes_max && !text.chars().any(char::is_control)
-}
-
-/// A name or an address; not a URL, not `host:port`.
-pub(super) fn is_host(text: &str) -> bool {
-    const NAME_LEN_BYTES_MAX: usize = 253;
-    let name = text.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_'));
-    printable(text, NAME_LEN_BYTES_MAX) && (name || text.parse::<Ipv6Addr>().is_ok())
 }

@@ -8,7 +8,7 @@ use bytes::Bytes;
 use super::message::{Reply, Request};
 use crate::ids::Seq;
 use crate::side_channel::{Dealer, DealerReceiver, DealerSender, SideChannelError};
-use crate::wire::codec::{self, DecodeError};
+use crate::wire::{DecodeError, codec};
 
 /// Most replies and events that wait for [`Client::recv`] while [`Client::request`] waits for another.
 pub const PENDING_MAX: usize = 65_536;

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::ids::{
-    ChunkKey, DeviceId, FailureKind, GroupIndex, IpcHandle, LeaseId, PeerAddress, RequestId, Seq, SlotIndex,
+    ChunkKey, DeviceId, Failure, FailureKind, GroupIndex, IpcHandle, LeaseId, PeerAddress, RequestId, Seq, SlotIndex,
 };
 
 /// The version of this API.
@@ -508,17 +508,39 @@ pub struct Status {
 pub struct ReceiverStatus {
     /// Where it is.
     pub address: PeerAddress,
-    /// `meeting`, `met`, `refused: ` or `unreachable: ` and why.
-    pub state: String,
+    /// How far the sender has come with it.
+    pub state: ReceiverState,
+    /// Why it is refused or unreachable.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub failure: Option<Failure>,
 }
 
-impl ReceiverStatus {
-    /// The states, by their first words.
-    pub const STATES: [&str; 4] = ["meeting", "met", "refused", "unreachable"];
+/// How far a sender has come with a receiver that it was told of at start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ReceiverState {
+    /// It has not answered yet.
+    Connecting,
+    /// It can be sent to.
+    Connected,
+    /// One of the two will not talk to the other.
+    Refused,
+    /// Nobody is there, or nobody any more.
+    Unreachable,
+}
 
-    /// The first word of its state.
-    pub fn word(&self) -> &str {
-        self.state.split(':').next().unwrap_or_default()
+impl ReceiverState {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Connecting, Self::Connected, Self::Refused, Self::Unreachable];
+
+    /// The name here and in metrics.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Connecting => "connecting",
+            Self::Connected => "connected",
+            Self::Refused => "refused",
+            Self::Unreachable => "unreachable",
+        }
     }
 }
 

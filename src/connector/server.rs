@@ -11,7 +11,7 @@ use crate::ids::{ClientId, FailureKind, Seq};
 use crate::side_channel::{
     IpcName, PeerTag, Route, RouterEvent, RouterReceiver, RouterSender, RouterSocket, SideChannelError,
 };
-use crate::wire::codec::{self, DecodeError};
+use crate::wire::{DecodeError, codec};
 
 /// What the server hears.
 #[derive(Debug, Clone, PartialEq)]

@@ -61,10 +61,6 @@ number! {
     GroupIndex(u8)
 }
 number! {
-    /// How often a slot has been handed out: tells a late message about an earlier tenant from a current one.
-    Generation(u64)
-}
-number! {
     /// What a receiver granted to one request: the right to write some of its slots. Never reused by one process.
     GrantId(u64)
 }

@@ -18,7 +18,6 @@ use std::collections::BTreeMap;
 pub use dtype::{DTYPES_ACCEPTED, OPAQUE_DTYPE, parse_dtype};
 pub use error::LayoutError;
 pub(crate) use error::suggestion;
-pub use fingerprint::{FieldDifference, first_difference};
 pub use given::{GivenDefaults, from_layout_json};
 pub use group::{GROUP_NAME_LEN_BYTES_MAX, KvGroup};
 pub use model::{ModelOptions, from_model_config};

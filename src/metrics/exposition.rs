@@ -14,7 +14,7 @@ use prometheus_client::registry::{Registry, Unit};
 use super::durations::Durations;
 use super::tally::ByKind;
 use super::{ProcessUsage, Snapshot};
-use crate::connector::message::ReceiverStatus;
+use crate::connector::message::ReceiverState;
 
 /// Content type of the text for whoever accepts it.
 pub const CONTENT_TYPE_OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -138,13 +138,13 @@ impl Daemon {
         let Snapshot { status, tally } = &self.0;
         page.gauge("pd_peers", "Peers shaken hands with.", None, status.peers.into())?;
         if !self.is_receiver() {
-            let count = |state| status.receivers.iter().filter(|receiver| receiver.word() == state).count() as u64;
+            let count = |state| status.receivers.iter().filter(|receiver| receiver.state == state).count() as u64;
             page.gauges(
                 "pd_receivers",
                 "Receivers that were named at start, by whether they can be sent to.",
                 None,
                 "state",
-                &ReceiverStatus::STATES.map(|state| (state, count(state))),
+                &ReceiverState::ALL.map(|state| (state.as_str(), count(state))),
             )?;
         }
         page.counter("pd_handshakes", "Handshakes that went well.", None, tally.handshakes)?;

@@ -3,30 +3,18 @@
 use std::collections::BTreeMap;
 use std::sync::mpsc::{self, RecvTimeoutError, TryRecvError};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use tokio::sync::mpsc::UnboundedSender;
 use tokio::sync::watch;
 
-use super::engine_thread::{Command, EngineEvent, Work};
+use super::engine_work::{Command, EngineEvent, Work};
 use super::fenced::{Fenced, Item, Passed, Waiting};
-use super::sum_queue::{SumQueue, SumRange, Sums};
-use crate::buffer::{BufferError, Memory};
-use crate::ids::{Checksum, ConnectionId, Failure, FailureKind, GrantId, RequestId, TransferId};
-use crate::protocol::receiver::ExpectedChunk;
+use super::summing::{Summed, SummingJobs};
+use crate::buffer::Memory;
+use crate::ids::{Checksum, ConnectionId, Failure, FailureKind, TransferId};
 use crate::protocol::sender::PeerMemory;
 use crate::transfer::{Backoff, Completion, Connected, Ended, LmcacheEngine, TransferEngine, TransferError, Wait};
-
-/// How far apart the driver is told that checksums are being summed.
-const SUMMING_TOLD_EVERY: Duration = Duration::from_millis(250);
-
-/// What checksums are summed for.
-enum Purpose {
-    /// A transfer that is posted then: what is summed later may be what was written wrongly.
-    Post(Waiting),
-    /// A commit that is taken then, if they are as they must be.
-    Verify { request: RequestId, grant: GrantId, chunks: Vec<ExpectedChunk> },
-}
 
 /// The driver has gone: there is nobody to serve.
 #[derive(Debug)]
@@ -43,9 +31,7 @@ pub(super) struct Server<'a, P, E> {
     /// Transfers whose bytes are not final yet.
     fenced: Fenced,
     /// Checksums that are not summed yet.
-    summing: SumQueue<Purpose>,
-    /// When the driver was last told that they are being summed.
-    summing_told_at: Instant,
+    summing: SummingJobs,
     /// The last probe that was taken.
     probed: watch::Sender<u64>,
     events: &'a UnboundedSender<E>,
@@ -65,8 +51,7 @@ impl<'a, P, E: From<EngineEvent<P>>> Server<'a, P, E> {
             connecting: BTreeMap::new(),
             sums: BTreeMap::new(),
             fenced: Fenced::new(memory),
-            summing: SumQueue::new(),
-            summing_told_at: Instant::now(),
+            summing: SummingJobs::new(Instant::now()),
             probed,
             events,
         }
@@ -174,16 +159,10 @@ impl<'a, P, E: From<EngineEvent<P>>> Server<'a, P, E> {
 
     /// Takes a transfer whose bytes are final: posts it, after summing what its peer will check.
     fn begin(&mut self, waiting: Waiting) -> Result<(), Gone> {
-        let range = |&at: &u32| {
-            let copy = waiting.copies.get(at as usize)?;
-            Some(SumRange { offset_bytes: copy.local_offset, len_bytes: copy.len_bytes })
-        };
-        let ranges: Vec<SumRange> = waiting.summed.iter().filter_map(range).collect();
-        if ranges.is_empty() {
-            return self.post(&waiting, Vec::new());
+        match self.summing.push_transfer(waiting) {
+            Some(waiting) => self.post(&waiting, Vec::new()),
+            None => Ok(()),
         }
-        self.summing.push(Purpose::Post(waiting), ranges);
-        Ok(())
     }
 
     fn post(&mut self, waiting: &Waiting, sums: Vec<Checksum>) -> Result<(), Gone> {
@@ -207,20 +186,14 @@ impl<'a, P, E: From<EngineEvent<P>>> Server<'a, P, E> {
             return Ok(false);
         }
         match self.summing.advance(self.memory) {
-            Some((Purpose::Post(waiting), sums)) => match sums.into_iter().collect() {
-                Ok(sums) => self.post(&waiting, sums)?,
-                Err(error) => {
-                    let failure = Failure::new(FailureKind::TransferFailed, BufferError::to_string(&error));
-                    self.fail_transfer(waiting.transfer, failure)?;
-                }
-            },
-            Some((Purpose::Verify { request, grant, chunks }, sums)) => {
-                self.send(EngineEvent::Verified { request, grant, corrupted: corrupted(&chunks, &sums) })?;
+            Some(Summed::Transfer(waiting, Ok(sums))) => self.post(&waiting, sums)?,
+            Some(Summed::Transfer(waiting, Err(failure))) => self.fail_transfer(waiting.transfer, failure)?,
+            Some(Summed::Commit { request, grant, corrupted }) => {
+                self.send(EngineEvent::Verified { request, grant, corrupted })?;
             }
             None => {}
         }
-        if self.summing_told_at.elapsed() >= SUMMING_TOLD_EVERY {
-            self.summing_told_at = Instant::now();
+        if self.summing.is_to_be_told(Instant::now()) {
             self.send(EngineEvent::Summing)?;
         }
         Ok(true)
@@ -293,8 +266,7 @@ impl<'a, P, E: From<EngineEvent<P>>> Server<'a, P, E> {
             }
             Command::Abandon { transfer, writer_gone } => {
                 self.fenced.abandon(transfer, writer_gone, Instant::now());
-                let is_it = |purpose: &Purpose| matches!(purpose, Purpose::Post(one) if one.transfer == transfer);
-                if self.summing.remove(is_it).is_none() {
+                if !self.summing.abandon_transfer(transfer) {
                     return Ok(());
                 }
                 let text = "it was given up before its bytes were summed";
@@ -304,28 +276,15 @@ impl<'a, P, E: From<EngineEvent<P>>> Server<'a, P, E> {
                 self.begin(Waiting { transfer, connection, copies, summed })
             }
             Command::Verify { request, grant, chunks } => {
-                let range = |chunk: &ExpectedChunk| {
-                    let &ExpectedChunk { offset_bytes, len_bytes, .. } = chunk;
-                    SumRange { offset_bytes, len_bytes }
-                };
-                let ranges = chunks.iter().map(range).collect();
-                self.summing.push(Purpose::Verify { request, grant, chunks }, ranges);
+                self.summing.push_commit(request, grant, chunks);
                 Ok(())
             }
             Command::AbandonVerification(grant) => {
-                self.summing
-                    .remove(|purpose| matches!(purpose, Purpose::Verify { grant: verified, .. } if *verified == grant));
+                self.summing.abandon_commit(grant);
                 Ok(())
             }
         }
     }
-}
-
-/// The positions of those that are not as they were sent. What cannot be read is not.
-fn corrupted(chunks: &[ExpectedChunk], sums: &Sums) -> Vec<u32> {
-    let differs =
-        |(chunk, sum): &(&ExpectedChunk, &Result<Checksum, BufferError>)| sum.as_ref().ok() != Some(&chunk.checksum);
-    chunks.iter().zip(sums).filter(differs).map(|(chunk, _)| chunk.index).collect()
 }
 
 /// What failed with the peer, or on the way to it, takes the connection along: an engine notices a killed peer before its
@@ -348,7 +307,8 @@ mod tests {
     use super::super::sum_queue::SLICE_LEN_BYTES_MAX;
     use super::*;
     use crate::buffer::HostMemory;
-    use crate::ids::ByteCopy;
+    use crate::ids::{ByteCopy, GrantId, RequestId};
+    use crate::protocol::receiver::ExpectedChunk;
 
     type Event = EngineEvent<&'static str>;
 

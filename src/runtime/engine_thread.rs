@@ -1,6 +1,5 @@
 //! The handle of the thread that owns the transfer engine: posting may block, so it never happens on the async executor.
 
-use std::ops::Range;
 use std::sync::Arc;
 use std::sync::mpsc;
 use std::thread;
@@ -9,138 +8,14 @@ use std::time::Duration;
 use tokio::sync::mpsc::UnboundedSender;
 
 use super::engine_server::{Gone, Server};
+use super::engine_work::{Command, EngineEvent, Work};
 use super::error::RuntimeError;
 use super::probe::{Probe, Prober};
 use super::room::Room;
 use crate::buffer::MemoryManager;
-use crate::ids::{ByteCopy, Checksum, ConnectionId, Failure, GrantId, IpcHandle, Pages, RequestId, TransferId};
-use crate::protocol::receiver::ExpectedChunk;
-use crate::protocol::sender::PeerMemory;
+use crate::ids::Pages;
+use crate::protocol::Grown;
 use crate::transfer::{EngineOptions, Export, StartedEngine, start_engine};
-
-/// Something for the engine to do. `P` names a peer towards the driver.
-#[derive(Debug)]
-pub(super) enum Command<P> {
-    LoadPeer {
-        peer: P,
-        /// Where the peer does not say, its metadata does.
-        agent_name: Option<String>,
-        metadata: Vec<u8>,
-    },
-    Connect {
-        peer: P,
-        connection: ConnectionId,
-        memory: PeerMemory,
-    },
-    /// A connected peer's buffer has grown.
-    UpdatePeer {
-        peer: P,
-        connection: ConnectionId,
-        metadata: Vec<u8>,
-        descriptors: Vec<u8>,
-    },
-    Forget(ConnectionId),
-    Post {
-        transfer: TransferId,
-        connection: ConnectionId,
-        copies: Vec<ByteCopy>,
-        /// Which of them to sum, by position.
-        summed: Vec<u32>,
-        /// Not before this event has been passed.
-        after: Option<IpcHandle>,
-    },
-    /// A transfer that waits for an event, or for its checksums, is not posted any more.
-    Abandon {
-        transfer: TransferId,
-        writer_gone: bool,
-    },
-    /// A message that the driver holds until an event has been passed.
-    Await {
-        ticket: u64,
-        after: IpcHandle,
-    },
-    /// The driver holds it no more.
-    Unawait {
-        ticket: u64,
-    },
-    /// Bytes that a peer has written, to be compared with what it has read.
-    Verify {
-        request: RequestId,
-        grant: GrantId,
-        chunks: Vec<ExpectedChunk>,
-    },
-    /// Nobody waits for that any more.
-    AbandonVerification(GrantId),
-}
-
-/// What reaches the thread.
-pub(super) enum Work<P> {
-    Command(Command<P>),
-    /// What a peer's message has led to. Its room is free when that is done.
-    FromPeer(Command<P>, Option<Room>),
-    /// The pages of a step are there: it is to be registered.
-    Extend {
-        step: Range<u64>,
-        reply: mpsc::Sender<Result<Export, String>>,
-    },
-    /// The step is over.
-    Grown(Result<Grown, String>),
-    /// Somebody asks whether the thread is at work.
-    Probe(u64),
-    /// The driver has gone.
-    Stop,
-    /// The thread is busy for as long as this takes.
-    #[cfg(test)]
-    Call(Box<dyn FnOnce() + Send>),
-}
-
-/// Something that the engine has done.
-#[derive(Debug)]
-pub(super) enum EngineEvent<P> {
-    PeerLoaded {
-        peer: P,
-        result: Result<ConnectionId, String>,
-    },
-    Connected {
-        peer: P,
-        result: Result<(), String>,
-    },
-    Updated {
-        peer: P,
-        connection: ConnectionId,
-        result: Result<(), String>,
-    },
-    Grown {
-        result: Result<Grown, String>,
-    },
-    /// The event of a held message has been passed, or cannot be asked for.
-    Passed {
-        ticket: u64,
-        result: Result<(), Failure>,
-    },
-    /// With the checksums that were asked for.
-    Done {
-        transfer: TransferId,
-        result: Result<Vec<Checksum>, Failure>,
-    },
-    /// With the positions of the chunks that are not as they were sent.
-    Verified {
-        request: RequestId,
-        grant: GrantId,
-        corrupted: Vec<u32>,
-    },
-    /// Checksums are being summed. Said now and then, as long as there are any.
-    Summing,
-}
-
-/// Our buffer after a step. Its new addresses can be taken already.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Grown {
-    /// How long it is now, in bytes.
-    pub(super) len_bytes: u64,
-    /// What peers are to be told, before they are granted anything in the new part.
-    pub(super) export: Export,
-}
 
 /// The running thread. Dropping it stops the engine and waits for it.
 #[derive(Debug)]
@@ -270,6 +145,8 @@ impl<P: Send + 'static> EngineThread<P> {
 
 impl<P> Drop for EngineThread<P> {
     fn drop(&mut self) {
+        // Nothing can be moved any more: a step that is still being filled gives its pages back.
+        self.manager.addresses().close();
         // Said, because a thread that fills a step with pages has the queue as well, and fills for seconds.
         if let Some(work) = self.work.take() {
             drop(work.send(Work::Stop));
@@ -294,20 +171,23 @@ fn grow<P>(manager: &MemoryManager, work: &mpsc::Sender<Work<P>>) -> Result<Grow
     });
     let range = step.map_err(|error| error.to_string())?;
     match export {
-        Some(export) => Ok(Grown { len_bytes: range.end, export }),
+        Some(Export { metadata, descriptors, .. }) => Ok(Grown { len_bytes: range.end, metadata, descriptors }),
         None => Err("the step was not registered".to_owned()),
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::ops::Range;
     use std::sync::Mutex;
 
     use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
     use super::*;
     use crate::buffer::{BufferError, HostHandle, HostMapping, MachineSteps, Memory, MemoryOptions, StepSource};
-    use crate::ids::EngineKind;
+    use crate::ids::{ByteCopy, Checksum, ConnectionId, EngineKind, GrantId, RequestId, TransferId};
+    use crate::protocol::receiver::ExpectedChunk;
+    use crate::protocol::sender::PeerMemory;
     use crate::transfer::nixl::NixlOptions;
 
     const SLOT: u64 = 8192;
@@ -409,7 +289,7 @@ mod tests {
             let EngineEvent::Grown { result: Ok(grown) } = next(&mut receiver_events) else { panic!("growing") };
             assert_eq!(grown.len_bytes, len_bytes);
             assert_eq!(receiver_memory.addresses().usage().len_bytes, len_bytes);
-            let Export { metadata, descriptors, .. } = grown.export;
+            let Grown { metadata, descriptors, .. } = grown;
             sender.send(Command::UpdatePeer { peer: "r", connection, metadata, descriptors }).unwrap();
             let updated = next(&mut sender_events);
             assert!(

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-use super::engine_thread::Work;
+use super::engine_work::Work;
 use super::inquiry::inquiry;
 use super::ports::Ports;
 use super::{RunOptions, driver, identity, lifecycle, receiver, setup};

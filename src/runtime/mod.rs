@@ -10,8 +10,8 @@
 //! | `driver` | the loop around a session: events, deadlines, draining |
 //! | `sender`, `receiver` | the two daemons: which event goes where, which output does what |
 //! | `setup`, `identity`, `ready` | before the loop: memory, engine, who we are, the ready line |
-//! | `engine_thread`, `engine_server`, `probe` | the thread that owns the transfer engine, its loop, and whether it is at work |
-//! | `fenced`, `held`, `sum_queue` | what waits there for a GPU, or for checksums |
+//! | `engine_thread`, `engine_server`, `engine_work`, `probe` | the thread that owns the transfer engine, its loop, what it is told and tells, and whether it is at work |
+//! | `fenced`, `deferred`, `summing`, `sum_queue` | what waits there for a GPU, or for checksums |
 //! | `ports`, `peer_links`, `room`, `proxy` | a receiver's ports, a sender's connections, what waits of what they hear, the way to the router |
 //! | `clients`, `translate` | the connector API: who is attached, and its words for the sessions' words |
 //! | `lifecycle`, `process`, `watches`, `witness` | signals, the parent, the ends of peers' processes |
@@ -19,14 +19,15 @@
 //! | `http`, `inquiry`, `usage` | metrics and health: the server, how it asks the driver, what the process uses |
 
 mod clients;
+mod deferred;
 mod driver;
 mod engine_server;
 mod engine_thread;
+mod engine_work;
 mod error;
 mod fenced;
 #[cfg(test)]
 mod flood;
-mod held;
 mod http;
 mod identity;
 mod inquiry;
@@ -45,6 +46,7 @@ mod room;
 mod sender;
 mod setup;
 mod sum_queue;
+mod summing;
 mod translate;
 mod usage;
 mod watches;

@@ -8,13 +8,13 @@ use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use tokio::io::unix::AsyncFd;
 
+use crate::transfer::PidSpace;
 use crate::wire::message::ProcessIdentity;
 
 /// This process, as a peer on the same host can find it. None where /proc does not say. Looked up once.
 pub(super) fn own_identity() -> Option<&'static ProcessIdentity> {
     static OWN: LazyLock<Option<ProcessIdentity>> = LazyLock::new(|| {
-        let boot_id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?.trim().to_owned();
-        let pid_namespace = rustix::fs::stat("/proc/self/ns/pid").ok()?.st_ino;
+        let PidSpace { boot_id, pid_namespace } = PidSpace::of_this_process().ok()?;
         let pid = std::process::id();
         Some(ProcessIdentity { boot_id, pid_namespace, pid, start_ticks: start_ticks_of(pid)? })
     });

@@ -5,21 +5,23 @@ use std::time::Instant;
 use tokio::sync::mpsc::UnboundedSender;
 
 use super::clients::Clients;
+use super::deferred::Deferred;
 use super::driver::{self, Daemon, Inbox, OUTPUTS_AT_ONCE};
-use super::engine_thread::{Command, EngineEvent, EngineThread};
-use super::held::Held;
+use super::engine_thread::EngineThread;
+use super::engine_work::{Command, EngineEvent};
 use super::http::HttpServer;
 use super::inquiry::{Answerer, inquiry};
 use super::lifecycle::{self, Stop};
 use super::ports::{PortEvent, Ports, RouteKey};
 use super::probe::Probe;
-use super::ready::ReadyLine;
+use super::ready;
 use super::room::Room;
 use super::setup::Foundation;
 use super::watches::Watches;
 use super::{RunOptions, RuntimeError, identity, notes, setup, translate};
 use crate::buffer::MemoryManager;
 use crate::config::Config;
+use crate::connector::ReadyLine;
 use crate::connector::message::{Reply, Request, Status};
 use crate::connector::server::ConnectorEvent;
 use crate::ids::{ClientId, Failure};
@@ -52,7 +54,7 @@ struct ReceiverDaemon {
     session: ReceiverSession<RouteKey>,
     engine: EngineThread<String>,
     /// Messages that wait for a GPU.
-    held: Held,
+    deferred: Deferred,
     /// Of the message from a peer whose outputs are being done.
     room: Option<Room>,
     ports: Ports,
@@ -118,15 +120,14 @@ pub(super) async fn serve(
         safeguards: Safeguards::default(),
     });
     let ready = ReadyLine {
-        event: "ready",
-        role: config.role.as_str(),
+        role: config.role.as_str().to_owned(),
         pid: std::process::id(),
         connector: clients.endpoint().to_owned(),
         init_port: Some(ports.init_port()),
         alloc_port: Some(ports.alloc_port()),
         query_port: ports.query_port(),
         metrics: http.as_ref().map(HttpServer::metrics_url),
-        engine: started.engine,
+        engine: started.engine.to_owned(),
         chunk_bytes: config.layout.chunk_bytes(),
         slot_count: config.buffer.slot_count,
     };
@@ -137,7 +138,7 @@ pub(super) async fn serve(
         engine_name: started.engine,
         session,
         engine,
-        held: Held::default(),
+        deferred: Deferred::default(),
         room: None,
         ports,
         clients,
@@ -151,7 +152,7 @@ pub(super) async fn serve(
         %instance, engine = started.engine, connector = %ready.connector,
         init_port = ready.init_port, alloc_port = ready.alloc_port, "ready"
     );
-    ready.print()?;
+    ready::print(ready)?;
     driver::drive(&mut daemon, inbox, drain, answerer).await
 }
 
@@ -170,7 +171,7 @@ impl Daemon for ReceiverDaemon {
             }
             Event::Port(PortEvent::Gone { route }) => self.session.handle_route_gone(now, &route),
             Event::Engine(EngineEvent::Grown { result }) => {
-                self.session.handle_grown(now, result.map(translate::grown));
+                self.session.handle_grown(now, result);
             }
             Event::Engine(EngineEvent::Passed { ticket, result }) => self.on_passed(now, ticket, result),
             Event::Engine(EngineEvent::PeerLoaded { peer, result }) => {
@@ -272,7 +273,7 @@ impl Daemon for ReceiverDaemon {
 impl ReceiverDaemon {
     /// Takes a message in, or keeps it until the GPU has done what it speaks of.
     fn on_message(&mut self, now: Instant, client: ClientId, request: Request) {
-        match self.held.admit(client, request, self.manager.memory(), &self.engine) {
+        match self.deferred.admit(client, request, self.manager.memory(), &self.engine) {
             Ok(Some(request)) => self.on_request(now, client, request),
             Ok(None) => {}
             Err((id, failure)) => self.clients.reply(client, &translate::error(id, failure, None)),
@@ -280,7 +281,7 @@ impl ReceiverDaemon {
     }
 
     fn on_passed(&mut self, now: Instant, ticket: u64, result: Result<(), Failure>) {
-        let Some((client, request)) = self.held.take(ticket) else { return };
+        let Some((client, request)) = self.deferred.take(ticket) else { return };
         match result {
             Ok(()) => self.on_request(now, client, request),
             Err(failure) => self.clients.reply(client, &translate::error(request.id(), failure, None)),
@@ -288,7 +289,7 @@ impl ReceiverDaemon {
     }
 
     fn forget_client(&mut self, now: Instant, client: ClientId) {
-        self.held.forget(client, &self.engine);
+        self.deferred.forget(client, &self.engine);
         self.session.handle_client_gone(now, client);
     }
 

@@ -5,23 +5,25 @@ use std::time::Instant;
 use tokio::sync::mpsc::UnboundedSender;
 
 use super::clients::Clients;
+use super::deferred::{Deferred, no_event_here};
 use super::driver::{self, Daemon, OUTPUTS_AT_ONCE};
-use super::engine_thread::{Command, EngineEvent, EngineThread};
+use super::engine_thread::EngineThread;
+use super::engine_work::{Command, EngineEvent};
 use super::fenced::WRITER_GONE_AFTER;
-use super::held::{Held, no_event_here};
 use super::http::HttpServer;
 use super::inquiry::inquiry;
 use super::lifecycle::{self, Stop};
 use super::peer_links::{LinkEvent, PeerLinks};
 use super::probe::Probe;
 use super::proxy::Proxy;
-use super::ready::ReadyLine;
+use super::ready;
 use super::room::Room;
 use super::setup::Foundation;
 use super::witness::{HaveEnded, Witness};
 use super::{RunOptions, RuntimeError, identity, notes, setup, translate};
 use crate::buffer::{Memory, MemoryManager};
 use crate::config::Config;
+use crate::connector::ReadyLine;
 use crate::connector::message::{Reply, Request, Status};
 use crate::connector::server::ConnectorEvent;
 use crate::ids::{ClientId, Failure, PeerId};
@@ -51,7 +53,7 @@ struct SenderDaemon {
     session: SenderSession,
     engine: EngineThread<PeerId>,
     /// Messages that wait for a GPU.
-    held: Held,
+    deferred: Deferred,
     /// Of the message from a peer whose outputs are being done.
     room: Option<Room>,
     links: PeerLinks<Event>,
@@ -105,15 +107,14 @@ pub(super) async fn run(config: Config, options: RunOptions) -> Result<(), Runti
     );
     let proxy = config.proxy.clone().map(|proxy| Proxy::start(proxy, config.deadlines.handshake));
     let ready = ReadyLine {
-        event: "ready",
-        role: config.role.as_str(),
+        role: config.role.as_str().to_owned(),
         pid: std::process::id(),
         connector: clients.endpoint().to_owned(),
         init_port: None,
         alloc_port: None,
         query_port: None,
         metrics: http.as_ref().map(HttpServer::metrics_url),
-        engine: started.engine,
+        engine: started.engine.to_owned(),
         chunk_bytes: config.layout.chunk_bytes(),
         slot_count: config.buffer.slot_count,
     };
@@ -126,7 +127,7 @@ pub(super) async fn run(config: Config, options: RunOptions) -> Result<(), Runti
         engine_name: started.engine,
         session,
         engine,
-        held: Held::default(),
+        deferred: Deferred::default(),
         room: None,
         links,
         clients,
@@ -138,7 +139,7 @@ pub(super) async fn run(config: Config, options: RunOptions) -> Result<(), Runti
         news: mailbox.news.clone(),
     };
     tracing::info!(%instance, engine = started.engine, connector = %ready.connector, "ready");
-    ready.print()?;
+    ready::print(ready)?;
     driver::drive(&mut daemon, inbox, drain, answerer).await
 }
 
@@ -166,7 +167,7 @@ impl Daemon for SenderDaemon {
                 self.session.handle_peer_closed(now, peer, failure);
             }
             Event::Engine(EngineEvent::Grown { result }) => {
-                self.session.handle_grown(now, result.map(translate::grown));
+                self.session.handle_grown(now, result);
             }
             Event::Engine(EngineEvent::Updated { peer, connection, result }) => {
                 self.session.handle_peer_updated(now, peer, connection, result);
@@ -292,7 +293,7 @@ impl Daemon for SenderDaemon {
 impl SenderDaemon {
     /// Takes a message in, or keeps it until the GPU has done what it speaks of.
     fn on_message(&mut self, now: Instant, client: ClientId, request: Request) {
-        match self.held.admit(client, request, self.manager.memory(), &self.engine) {
+        match self.deferred.admit(client, request, self.manager.memory(), &self.engine) {
             Ok(Some(request)) => self.on_request(now, client, request),
             Ok(None) => {}
             Err((id, failure)) => self.clients.reply(client, &translate::error(id, failure, None)),
@@ -300,7 +301,7 @@ impl SenderDaemon {
     }
 
     fn on_passed(&mut self, now: Instant, ticket: u64, result: Result<(), Failure>) {
-        let Some((client, request)) = self.held.take(ticket) else { return };
+        let Some((client, request)) = self.deferred.take(ticket) else { return };
         match result {
             Ok(()) => self.on_request(now, client, request),
             Err(failure) => self.clients.reply(client, &translate::error(request.id(), failure, None)),
@@ -324,7 +325,7 @@ impl SenderDaemon {
     }
 
     fn forget_client(&mut self, now: Instant, client: ClientId) {
-        self.held.forget(client, &self.engine);
+        self.deferred.forget(client, &self.engine);
         self.session.handle_client_gone(now, client);
     }
 

@@ -3,7 +3,8 @@
 use tokio::sync::mpsc::UnboundedSender;
 
 use super::driver::Inbox;
-use super::engine_thread::{EngineEvent, EngineThread, Started};
+use super::engine_thread::{EngineThread, Started};
+use super::engine_work::EngineEvent;
 use super::error::RuntimeError;
 use crate::buffer::{CudaDevice, MemoryManager, MemoryOptions, check_cuda_device};
 use crate::config::{BufferDevice, Config};

@@ -2,16 +2,15 @@
 
 use std::time::Duration;
 
-use super::engine_thread::Grown;
 use crate::address::Snapshot;
 use crate::buffer::{Memory, MemoryManager};
 use crate::config::Config;
 use crate::connector::message::CONNECTOR_API_VERSION;
 use crate::connector::message::{
-    BufferHandle, BufferUsage, Group, ReadyChunk, ReceiverStatus, Reply, SendPart, StagedSlot, Timings,
+    BufferHandle, BufferUsage, Group, ReadyChunk, ReceiverState, ReceiverStatus, Reply, SendPart, StagedSlot, Timings,
 };
 use crate::ids::{Failure, FailureKind, PeerAddress, Seq};
-use crate::protocol::{self, receiver, sender};
+use crate::protocol::{receiver, sender};
 
 pub(super) fn error(id: Seq, failure: Failure, peer: Option<String>) -> Reply {
     Reply::Error { id, kind: failure.kind, text: failure.text, peer }
@@ -86,10 +85,6 @@ pub(super) fn buffer_usage(config: &Config, manager: &MemoryManager) -> BufferUs
     }
 }
 
-pub(super) fn grown(Grown { len_bytes, export }: Grown) -> protocol::Grown {
-    protocol::Grown { len_bytes, metadata: export.metadata, descriptors: export.descriptors }
-}
-
 pub(super) fn wait(wait_ms: Option<u64>) -> Option<Duration> {
     wait_ms.map(Duration::from_millis)
 }
@@ -102,13 +97,13 @@ pub(super) fn parts(parts: Vec<SendPart>) -> Vec<sender::Part> {
 
 pub(super) fn receiver((address, state): (&PeerAddress, &sender::ConnectState)) -> ReceiverStatus {
     use sender::ConnectState::{Connected, Connecting, Refused, Unreachable};
-    let state = match state {
-        Connecting => "meeting".to_owned(),
-        Connected => "met".to_owned(),
-        Refused(failure) => format!("refused: {failure}"),
-        Unreachable(failure) => format!("unreachable: {failure}"),
+    let (state, failure) = match state {
+        Connecting => (ReceiverState::Connecting, None),
+        Connected => (ReceiverState::Connected, None),
+        Refused(failure) => (ReceiverState::Refused, Some(failure)),
+        Unreachable(failure) => (ReceiverState::Unreachable, Some(failure)),
     };
-    ReceiverStatus { address: address.clone(), state }
+    ReceiverStatus { address: address.clone(), state, failure: failure.cloned() }
 }
 
 pub(super) fn sender_answer(id: Seq, answer: sender::Answer) -> Reply {

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
-use super::router::PeerTag;
+use super::peer_tag::PeerTag;
 use super::seldom::Seldom;
 use crate::ids::SharedSecret;
 use crate::wire::auth::{AuthError, Channel, Opener, Refused, RouterHandshake, RouterStep, Sealed, Sealer};

@@ -15,6 +15,7 @@
 mod bind;
 mod dealer;
 mod guard;
+mod peer_tag;
 mod push;
 mod router;
 mod seldom;
@@ -22,8 +23,9 @@ mod seldom;
 pub use bind::{IpcName, tcp_address};
 pub use dealer::{Dealer, DealerReceiver, DealerSender};
 pub use guard::{AUTHENTICATING_MAX, Access};
+pub use peer_tag::PeerTag;
 pub use push::PushSender;
-pub use router::{PeerTag, Route, RouterEvent, RouterReceiver, RouterSender, RouterSocket};
+pub use router::{Route, RouterEvent, RouterReceiver, RouterSender, RouterSocket};
 pub use seldom::Seldom;
 
 use std::io;

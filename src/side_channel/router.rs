@@ -12,28 +12,11 @@ use zeromq::{RouterRecvHalf, RouterSendHalf, Socket, SocketEvent, SocketOptions,
 
 use super::bind::{self, BoundPath, IpcName};
 use super::guard::{self, Access, Guard, Verdict};
+use super::peer_tag::PeerTag;
 use super::seldom::Seldom;
 use super::{ENVELOPE_LEN_BYTES_MAX, STRANGER_LEN_BYTES_MAX, SideChannelError, options, send_error};
 use crate::wire::auth::{self, Channel};
 use crate::wire::limits::{INIT_MESSAGE_LEN_BYTES_MAX, MESSAGE_LEN_BYTES_MAX};
-
-/// One connection of a ROUTER, for as long as it lasts.
-#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct PeerTag(Bytes);
-
-impl fmt::Display for PeerTag {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("peer ")?;
-        // Longer ones are chosen by the peer; the start is enough for a log line.
-        self.0.iter().take(16).try_for_each(|byte| write!(f, "{byte:02x}"))
-    }
-}
-
-impl fmt::Debug for PeerTag {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(self, f)
-    }
-}
 
 /// The way back to whoever sent a message: the connection, and whether its messages have an empty frame in front, as
 /// those of REQ sockets do.

@@ -1,7 +1,6 @@
 //! Which chunk is where, in which state and whose. No memory, no clock, no peers.
 //!
-//! [`SlotPool`] hands out slots of a pd_buffer, each as long as its chunk, and counts their generations; a sender needs
-//! no more.
+//! [`SlotPool`] hands out slots of a pd_buffer, each as long as its chunk; a sender needs no more.
 //! [`SlotTable`] adds what a receiver must know of each slot: who may write it, and what can be read from it.
 
 mod idle;
@@ -9,4 +8,4 @@ mod pool;
 mod table;
 
 pub use pool::{NoRoom, SlotPool, Taken};
-pub use table::{SlotCounts, SlotState, SlotTable, Tenant};
+pub use table::{SlotCounts, SlotState, SlotTable};

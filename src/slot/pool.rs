@@ -1,7 +1,7 @@
-//! Slots as a pool: all or nothing, each with a generation.
+//! Slots as a pool: all or nothing.
 
-use crate::address::{AddressManager, AddressRange, MadeRoom};
-use crate::ids::{Generation, SlotIndex};
+use crate::address::{AddressManager, AddressRange, MadeRoom, OwnedRange};
+use crate::ids::SlotIndex;
 
 /// Too little room for a request. Nothing was taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -30,7 +30,8 @@ pub struct Taken {
 
 /// The slots of one pd_buffer: ranges of its addresses, of the lengths that were asked for.
 ///
-/// A slot's index is a name for as long as it is taken. It is reused, with another generation, for other bytes.
+/// A slot's index is a name for as long as it is taken. It is reused for other bytes. Dropping
+/// the pool gives all of them back.
 #[derive(Debug)]
 pub struct SlotPool {
     addresses: AddressManager,
@@ -39,13 +40,12 @@ pub struct SlotPool {
     vacant: Vec<SlotIndex>,
 }
 
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 struct Slot {
     /// Its bytes while it is taken.
-    range: Option<AddressRange>,
+    range: Option<OwnedRange>,
     /// How much of them, from the start, is the chunk's: a page may be longer.
     chunk_bytes: u64,
-    generation: Generation,
 }
 
 impl SlotPool {
@@ -54,7 +54,7 @@ impl SlotPool {
         Self { addresses, slots: Vec::new(), vacant: Vec::new() }
     }
 
-    /// Takes a slot of each of these lengths, in that order, or none. Each gets a new generation.
+    /// Takes a slot of each of these lengths, in that order, or none.
     ///
     /// # Errors
     /// [`NoRoom`].
@@ -111,7 +111,7 @@ impl SlotPool {
         seen: &'a mut Vec<SlotIndex>,
     ) -> impl Iterator<Item = AddressRange> + 'a {
         slots.filter_map(move |slot| {
-            let range = self.slots.get(slot.0 as usize)?.range?;
+            let range = self.taken_range(slot)?;
             seen.push(slot);
             Some(range)
         })
@@ -120,7 +120,8 @@ impl SlotPool {
     fn taken(&mut self, made: MadeRoom, spare: &[SlotIndex]) -> Taken {
         let freed: Vec<SlotIndex> = made.given_back.into_iter().map(|position| spare[position]).collect();
         for slot in &freed {
-            self.slots[slot.0 as usize].range = None;
+            // The addresses have it back already.
+            self.slots[slot.0 as usize].range.take().map(OwnedRange::disown);
             self.vacant.push(*slot);
         }
         Taken { slots: made.ranges.into_iter().map(|range| self.name(range)).collect(), freed }
@@ -132,8 +133,9 @@ impl SlotPool {
             debug_assert!(false, "slot {slot} is free");
             return;
         };
-        debug_assert!(chunk_bytes <= range.len_bytes, "{chunk_bytes} bytes in {range:?}");
-        *of_chunk = chunk_bytes.min(range.len_bytes);
+        let AddressRange { len_bytes, .. } = range.range();
+        debug_assert!(chunk_bytes <= len_bytes, "{chunk_bytes} bytes in {range:?}");
+        *of_chunk = chunk_bytes.min(len_bytes);
     }
 
     /// Gives a taken slot back.
@@ -142,30 +144,26 @@ impl SlotPool {
     /// In debug builds, when the slot is free already: its owner has lost count.
     pub fn give_back(&mut self, slot: SlotIndex) {
         let range = self.slots.get_mut(slot.0 as usize).and_then(|slot| slot.range.take());
-        let Some(range) = range else {
-            debug_assert!(false, "slot {slot} is free already");
-            return;
-        };
-        let freed = self.addresses.free(range);
-        debug_assert!(freed.is_ok(), "slot {slot}: {freed:?}");
-        self.vacant.push(slot);
+        debug_assert!(range.is_some(), "slot {slot} is free already");
+        if range.is_some() {
+            self.vacant.push(slot);
+        }
     }
 
     /// The bytes of the chunk in a taken slot.
     pub fn range(&self, slot: SlotIndex) -> Option<AddressRange> {
-        let slot = self.slots.get(slot.0 as usize)?;
-        slot.range.map(|range| AddressRange { len_bytes: slot.chunk_bytes, ..range })
+        let len_bytes = self.slots.get(slot.0 as usize)?.chunk_bytes;
+        self.taken_range(slot).map(|range| AddressRange { len_bytes, ..range })
+    }
+
+    /// All bytes of a taken slot.
+    fn taken_range(&self, slot: SlotIndex) -> Option<AddressRange> {
+        self.slots.get(slot.0 as usize)?.range.as_ref().map(OwnedRange::range)
     }
 
     /// What a taken slot takes, in bytes, rounding up to the alignment included.
     pub fn taken_bytes(&self, slot: SlotIndex) -> u64 {
-        let taken = self.slots.get(slot.0 as usize).and_then(|slot| slot.range);
-        taken.map_or(0, |range| self.asked_bytes(&[range.len_bytes]))
-    }
-
-    /// How often this slot has been taken.
-    pub fn generation(&self, slot: SlotIndex) -> Generation {
-        self.slots.get(slot.0 as usize).map_or(Generation(0), |slot| slot.generation)
+        self.taken_range(slot).map_or(0, |range| self.asked_bytes(&[range.len_bytes]))
     }
 
     /// Slots taken.
@@ -201,7 +199,8 @@ impl SlotPool {
     /// What does not agree.
     pub fn check(&self) -> Result<(), String> {
         self.addresses.check()?;
-        let mut ranges: Vec<AddressRange> = self.slots.iter().filter_map(|slot| slot.range).collect();
+        let mut ranges: Vec<AddressRange> =
+            self.slots.iter().filter_map(|slot| slot.range.as_ref()).map(OwnedRange::range).collect();
         if ranges.len() != self.taken_count() {
             return Err(format!("{} slots have bytes, {} are counted as taken", ranges.len(), self.taken_count()));
         }
@@ -220,13 +219,10 @@ impl SlotPool {
     fn name(&mut self, range: AddressRange) -> SlotIndex {
         let slot = self.vacant.pop().unwrap_or_else(|| {
             let index = u32::try_from(self.slots.len()).expect("fewer than 2^32 chunks fit any buffer");
-            self.slots.push(Slot { range: None, chunk_bytes: 0, generation: Generation(0) });
+            self.slots.push(Slot { range: None, chunk_bytes: 0 });
             SlotIndex(index)
         });
-        let record = &mut self.slots[slot.0 as usize];
-        record.range = Some(range);
-        record.chunk_bytes = range.len_bytes;
-        record.generation.0 += 1;
+        self.slots[slot.0 as usize] = Slot { chunk_bytes: range.len_bytes, range: Some(self.addresses.own(range)) };
         slot
     }
 }

@@ -16,16 +16,7 @@ use std::time::Instant;
 use super::idle::IdleSlots;
 use super::pool::{NoRoom, SlotPool, Taken};
 use crate::address::{AddressManager, AddressRange};
-use crate::ids::{ChunkKey, Generation, GrantId, GroupIndex, SlotIndex};
-
-/// Who may write a slot: this grant, in this generation of the slot.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Tenant {
-    /// What the slot was granted with.
-    pub grant: GrantId,
-    /// The slot's generation at that time.
-    pub generation: Generation,
-}
+use crate::ids::{ChunkKey, GrantId, GroupIndex, SlotIndex};
 
 /// What a slot is good for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -33,7 +24,7 @@ pub enum SlotState {
     /// Nothing; it can be reserved.
     Free,
     /// A writer fills it.
-    Reserved(Tenant),
+    Reserved(GrantId),
     /// A complete chunk, committed by its writer.
     Ready {
         /// Its name.
@@ -44,7 +35,7 @@ pub enum SlotState {
         holds: u32,
     },
     /// Given up, but its writer may still be writing.
-    Quarantined(Tenant),
+    Quarantined(GrantId),
 }
 
 /// Slots by state, all of one moment.
@@ -128,7 +119,7 @@ impl SlotTable {
 
     /// Says how much of a page that `grant` has reserved is the chunk's.
     pub fn set_chunk_bytes(&mut self, slot: SlotIndex, grant: GrantId, chunk_bytes: u64) {
-        if matches!(self.state(slot), Some(SlotState::Reserved(tenant)) if tenant.grant == grant) {
+        if matches!(self.state(slot), Some(SlotState::Reserved(owner)) if *owner == grant) {
             self.pool.set_chunk_bytes(slot, chunk_bytes);
         }
     }
@@ -146,7 +137,7 @@ impl SlotTable {
             if at >= self.states.len() {
                 self.states.resize(at + 1, SlotState::Free);
             }
-            self.states[at] = SlotState::Reserved(Tenant { grant, generation: self.pool.generation(slot) });
+            self.states[at] = SlotState::Reserved(grant);
         }
         self.counts.reserved += slots.len() as u32;
         slots
@@ -157,7 +148,7 @@ impl SlotTable {
     /// Returns false, and changes nothing, unless `grant` has the slot reserved.
     #[must_use = "false means that the commit is about an earlier tenant"]
     pub fn commit(&mut self, slot: SlotIndex, grant: GrantId, key: ChunkKey, group: GroupIndex) -> bool {
-        if !matches!(self.state(slot), Some(SlotState::Reserved(tenant)) if tenant.grant == grant) {
+        if !matches!(self.state(slot), Some(SlotState::Reserved(owner)) if *owner == grant) {
             return false;
         }
         self.by_key.entry(key.clone()).or_insert(slot);
@@ -170,10 +161,8 @@ impl SlotTable {
 
     /// A reserved slot's writer may still be writing, and nobody wants the bytes any more.
     pub fn quarantine(&mut self, slot: SlotIndex, grant: GrantId) {
-        if let Some(SlotState::Reserved(tenant)) = self.state(slot)
-            && tenant.grant == grant
-        {
-            self.states[slot.0 as usize] = SlotState::Quarantined(*tenant);
+        if matches!(self.state(slot), Some(SlotState::Reserved(owner)) if *owner == grant) {
+            self.states[slot.0 as usize] = SlotState::Quarantined(grant);
             self.counts.reserved -= 1;
             self.counts.quarantined += 1;
         }
@@ -182,8 +171,8 @@ impl SlotTable {
     /// The writer of a reserved or quarantined slot has stopped: the slot is free.
     pub fn writer_stopped(&mut self, slot: SlotIndex, grant: GrantId) {
         match self.state(slot) {
-            Some(SlotState::Reserved(tenant)) if tenant.grant == grant => self.counts.reserved -= 1,
-            Some(SlotState::Quarantined(tenant)) if tenant.grant == grant => self.counts.quarantined -= 1,
+            Some(SlotState::Reserved(owner)) if *owner == grant => self.counts.reserved -= 1,
+            Some(SlotState::Quarantined(owner)) if *owner == grant => self.counts.quarantined -= 1,
             _ => return,
         }
         self.vacate(slot);
@@ -315,15 +304,8 @@ impl SlotTable {
             }
             match state {
                 SlotState::Free => {}
-                SlotState::Reserved(tenant) | SlotState::Quarantined(tenant) => {
-                    if tenant.generation != self.pool.generation(slot) {
-                        return Err(format!("slot {slot} is written by an earlier generation: {tenant:?}"));
-                    }
-                    match state {
-                        SlotState::Reserved(_) => counts.reserved += 1,
-                        _ => counts.quarantined += 1,
-                    }
-                }
+                SlotState::Reserved(_) => counts.reserved += 1,
+                SlotState::Quarantined(_) => counts.quarantined += 1,
                 SlotState::Ready { holds: 0, key, .. } => {
                     counts.ready_idle += 1;
                     idle_bytes += self.pool.taken_bytes(slot);

@@ -19,6 +19,7 @@
 mod backoff;
 mod blob;
 mod cut;
+mod host;
 mod join;
 mod lmcache;
 pub mod local;
@@ -28,6 +29,7 @@ mod start;
 
 pub use backoff::{Backoff, Wait};
 pub use cut::cut;
+pub use host::PidSpace;
 use join::check_next_piece;
 pub use join::{check_ranges, join};
 pub use lmcache::LmcacheEngine;

@@ -3,6 +3,7 @@
 
 pub mod auth;
 pub mod codec;
+mod decode_error;
 #[cfg(feature = "lmcache")]
 pub mod descriptor_list;
 pub mod limits;
@@ -10,6 +11,7 @@ mod lmcache_mode;
 pub mod message;
 mod scan;
 
-pub use codec::{DecodeError, decode, decoded_len_bytes, encode, type_name, unsigned_field};
+pub use codec::{decode, decoded_len_bytes, encode, type_name, unsigned_field};
+pub use decode_error::DecodeError;
 pub use lmcache_mode::LmcacheMode;
 pub use message::Message;

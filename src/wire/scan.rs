@@ -1,7 +1,7 @@
 //! A walk over raw msgpack that allocates nothing: every length it announces is held against the bytes that are there
 //! and against [`limits`](super::limits) before anybody reserves memory for it.
 
-use super::codec::DecodeError;
+use super::decode_error::DecodeError;
 use super::limits::{DEPTH_MAX, FIELDS_MAX, KEYS_MAX, VALUES_MAX};
 
 /// One value's beginning: what follows it in the payload.

@@ -19,6 +19,6 @@ Only that module and `engine` import vLLM; the others here are plain Python:
     finder      look-ups at the receivers of a decode server, for the scheduler
     producer    the worker's side of prefill
     consumer    the worker's side of decode
-    meetings    whether a pd-sender can talk to the receivers that it is told of, before the engine serves
+    pairing     whether a pd-sender can talk to the receivers that it is told of, before the engine serves
     supervisor  the daemon of a worker: launched, watched, restarted
 """

@@ -22,9 +22,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.logger import init_logger
 
-from ..client import ReceiverClient, SenderClient
 from ..daemon import find_binary
 from ..paged import PagedKv
+from ..receiver_client import ReceiverClient
+from ..sender_client import SenderClient
 from . import checkpoint
 from .adapters import Adapters
 from .consumer import ConsumerWorker
@@ -41,7 +42,7 @@ from .engine import (
 from .finder import ReceiverFinder
 from .keys import chunk_key
 from .layout import EngineLayout
-from .meetings import meet_receivers
+from .pairing import connect_receivers
 from .naming import Naming
 from .options import Options
 from .producer import ProducerWorker
@@ -199,7 +200,7 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
             if self._produces:
                 sender = Supervisor(binary, arguments, layout.json(), SenderClient, **limits)
                 undo.callback(sender.close)
-                meet_receivers(sender.client())
+                connect_receivers(sender.client())
                 self._producer = ProducerWorker(
                     sender,
                     paged,

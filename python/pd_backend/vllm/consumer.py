@@ -8,9 +8,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from ..client import Lease, Pending, ReceiverClient
+from ..client import Pending
 from ..errors import ClientClosed, DaemonGone, DaemonLost, Kind, PdError, RequestRefused, Unreadable
 from ..paged import PagedKv
+from ..receiver_client import Lease, ReceiverClient
 from .adapters import LoadedAdapters
 from .keys import chunk_key
 from .layout import EngineLayout

@@ -7,8 +7,9 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 
-from ..client import Lease, Pending, ReceiverClient
+from ..client import Pending
 from ..errors import PdError
+from ..receiver_client import Lease, ReceiverClient
 from .whereabouts import DaemonAt
 
 logger = logging.getLogger("vllm.pd_backend")

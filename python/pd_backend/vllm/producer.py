@@ -11,10 +11,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..client import Pending, SenderClient
+from ..client import Pending
 from ..errors import ClientClosed, DaemonGone, DaemonLost, PdError, RequestRefused, Unreadable
 from ..messages import Event, Failed, SendPart, StagedSlot
 from ..paged import PagedKv
+from ..sender_client import SenderClient
 from .adapters import LoadedAdapters
 from .keys import chunk_key
 from .layout import EngineLayout

@@ -1,13 +1,10 @@
 //! Whether two processes can map each other's memory.
 
-use std::fs;
-use std::os::unix::fs::MetadataExt;
-
 use serde::{Deserialize, Serialize};
 
 use super::LOCAL_ENGINE_NAME;
-use crate::transfer::TransferError;
 use crate::transfer::blob::BlobKind;
+use crate::transfer::{PidSpace, TransferError};
 
 const METADATA: BlobKind = BlobKind { magic: b"pdlocalmeta", version: 1 };
 
@@ -29,19 +26,15 @@ pub(super) struct Identity {
 impl Identity {
     /// This process's.
     pub(super) fn of_this_process(agent_name: String) -> Result<Self, TransferError> {
-        let unavailable = |path: &str, error: std::io::Error| TransferError::Unavailable {
+        let here = PidSpace::of_this_process().map_err(|reason| TransferError::Unavailable {
             engine: LOCAL_ENGINE_NAME,
-            reason: format!("{path}: {error}; this engine needs Linux with /proc mounted"),
-        };
-        let boot_id_path = "/proc/sys/kernel/random/boot_id";
-        let boot_id = fs::read_to_string(boot_id_path).map_err(|error| unavailable(boot_id_path, error))?;
-        let namespace_path = "/proc/self/ns/pid";
-        let namespace = fs::metadata(namespace_path).map_err(|error| unavailable(namespace_path, error))?;
+            reason: format!("{reason}; this engine needs Linux with /proc mounted"),
+        })?;
         Ok(Self {
             agent_name,
             pid: std::process::id(),
-            boot_id: boot_id.trim().to_owned(),
-            pid_namespace: namespace.ino(),
+            boot_id: here.boot_id,
+            pid_namespace: here.pid_namespace,
             uid: rustix::process::geteuid().as_raw(),
         })
     }

@@ -16,7 +16,7 @@ use crate::ids::ByteCopy;
 /// bytes written there do not count.
 #[derive(Debug)]
 pub(super) struct Peer {
-    memory: PeerMemory,
+    memory: OpenedMemory,
     /// What the peer told of it: how much may be written.
     descriptor: BufferDescriptor,
     process: OwnedFd,
@@ -25,7 +25,7 @@ pub(super) struct Peer {
 
 /// How bytes get there.
 #[derive(Debug)]
-enum PeerMemory {
+enum OpenedMemory {
     /// By the thread that polls, which maps pages as it comes to them: mapping all of a large buffer takes seconds.
     Host { mapping: DroppedElsewhere<HostMapping>, mapped: MappedBlocks },
     /// By a GPU, where either end is on one.
@@ -50,7 +50,7 @@ impl Peer {
         // match, and the driver would not know the handle.
         let process = rustix::process::pidfd_open(raw_pid, PidfdFlags::empty())
             .map_err(|error| PeerError::Gone(format!("process {pid}: {error}")))?;
-        let memory = PeerMemory::open(&descriptor, ours, devices)?;
+        let memory = OpenedMemory::open(&descriptor, ours, devices)?;
         Ok(Self { memory, descriptor, process, pid })
     }
 
@@ -70,7 +70,7 @@ impl Peer {
 
     /// Copies out of our host memory into the peer's, by this thread.
     pub(super) fn write(&mut self, ours: &Memory, copy: &ByteCopy) -> Result<(), String> {
-        let (Memory::Host(ours), PeerMemory::Host { mapping, mapped }) = (ours, &mut self.memory) else {
+        let (Memory::Host(ours), OpenedMemory::Host { mapping, mapped }) = (ours, &mut self.memory) else {
             return Err("the memory of either end is a GPU's".to_owned());
         };
         let failed = |error: BufferError| error.to_string();
@@ -86,8 +86,8 @@ impl Peer {
     /// An empty batch of copies by a GPU; none where this thread copies.
     pub(super) fn batch(&self, ours: &Arc<Memory>) -> Option<CopyBatch> {
         match &self.memory {
-            PeerMemory::Host { .. } => None,
-            PeerMemory::Device { stream, target } => {
+            OpenedMemory::Host { .. } => None,
+            OpenedMemory::Device { stream, target } => {
                 Some(CopyBatch::new(Arc::clone(stream), CopyEnd::Memory(Arc::clone(ours)), target.clone()))
             }
         }
@@ -106,7 +106,7 @@ impl Peer {
     }
 }
 
-impl PeerMemory {
+impl OpenedMemory {
     fn open(descriptor: &BufferDescriptor, ours: &Arc<Memory>, devices: &mut Devices) -> Result<Self, PeerError> {
         let gone = |error: crate::buffer::BufferError| PeerError::Gone(error.to_string());
         match (descriptor, &**ours) {

@@ -34,6 +34,7 @@
 
 mod handshake;
 mod keys;
+mod mac_key;
 mod message;
 mod sealed;
 

@@ -5,7 +5,7 @@
 //! one copies nothing.
 
 use super::AuthError;
-use super::keys::MacKey;
+use super::mac_key::MacKey;
 
 const COUNTER_LEN_BYTES: usize = 8;
 const TAG_LEN_BYTES: usize = 32;

@@ -15,15 +15,17 @@ from free_ports import free_ports
 from pd_backend import Client, PeerAddress, ReceiverClient, ReceiverStatus, SenderClient, Status
 from pd_backend import messages as m
 from pd_backend.vllm.layout import EngineLayout
-from pd_backend.vllm.meetings import ReceiverRefused, meet_receivers
+from pd_backend.vllm.pairing import ReceiverRefused, connect_receivers
 from pd_backend.vllm.supervisor import Supervisor
 from waiting import DEADLINES, PATIENCE_S
 
 
 def status(states: Iterable[str]) -> Status:
-    """Of a sender that was told of one receiver for each of these."""
+    """Of a sender that was told of one receiver for each of these: a state, and where it has one its failure."""
     usage = m.BufferUsage(0, 0, 0, 0, 0, 0, [])
-    receivers = [ReceiverStatus(PeerAddress("10.0.0.2", 7300 + i, 7400), state) for i, state in enumerate(states)]
+    receivers = []
+    for i, (state, *why) in enumerate(said.split(": ", 2) for said in states):
+        receivers.append(ReceiverStatus(PeerAddress("10.0.0.2", 7300 + i, 7400), state, m.Failure(*why) if why else None))
     return Status("sender", "local", 4, 4, 0, 0, 0, 0, 0, 0, 0, 0, 1, usage, receivers=receivers)
 
 
@@ -42,7 +44,7 @@ def asked(fake: Callable[..., FakeDaemon], *answers: list[str], wait_s: float = 
     """How often the daemon was asked until it was known."""
     daemon = fake("sender", says(*answers))
     with SenderClient(daemon.endpoint) as client:
-        meet_receivers(client, wait_s)
+        connect_receivers(client, wait_s)
     return len(daemon.seen_of(m.StatusQuery))
 
 
@@ -54,10 +56,10 @@ def test_who_is_told_of_nobody_waits_for_nobody(fake: Callable[..., FakeDaemon])
 def test_an_engine_waits_for_an_answer_and_not_for_a_receiver_that_is_not_there(fake: Callable[..., FakeDaemon]) -> None:
     # Broken in production: the engine serves before it is known whether it can, or never where decode starts later.
     nobody = "unreachable: peer_unreachable: nobody listens"
-    assert asked(fake, ["meeting", "meeting"], ["meeting", "met"], ["met", "met"]) == 3
-    assert asked(fake, ["meeting", "met"], [nobody, "met"]) == 2
+    assert asked(fake, ["connecting", "connecting"], ["connecting", "connected"], ["connected", "connected"]) == 3
+    assert asked(fake, ["connecting", "connected"], [nobody, "connected"]) == 2
     began = time.monotonic()
-    asked(fake, ["meeting"], wait_s=0.2)
+    asked(fake, ["connecting"], wait_s=0.2)
     assert time.monotonic() - began < PATIENCE_S, "a receiver that does not answer holds the engine up"
 
 
@@ -66,7 +68,7 @@ def test_all_that_refuse_are_named_with_both_values(fake: Callable[..., FakeDaem
     first = "refused: layout_mismatch: dtype is float16 at r and bfloat16 at s"
     second = "refused: handshake_refused: the secret is another"
     with pytest.raises(ReceiverRefused) as caught:
-        asked(fake, ["meeting", first, "met", second], ["met", first, "met", second])
+        asked(fake, ["connecting", first, "connected", second], ["connected", first, "connected", second])
     assert caught.value.kind == "layout_mismatch"
     assert caught.value.text == (
         "receiver 10.0.0.2:7301/7400: dtype is float16 at r and bfloat16 at s; "
@@ -103,14 +105,14 @@ def test_a_real_pair_meets_or_refuses_without_a_request(start: Callable[..., Sup
     named = f"pd_receivers=[127.0.0.1:{init_port}:{alloc_port}]"
     alone = start("pd-sender", SenderClient, "0.32.0", named)
     began = time.monotonic()
-    meet_receivers(alone.client(), wait_s=10 * PATIENCE_S)
+    connect_receivers(alone.client(), wait_s=10 * PATIENCE_S)
     assert time.monotonic() - began < PATIENCE_S, "nobody is there, and it waits all the same"
-    assert [receiver.word for receiver in alone.client().status().receivers] == ["unreachable"]
+    assert [receiver.state for receiver in alone.client().status().receivers] == ["unreachable"]
     start("pd-receiver", ReceiverClient, "0.32.0", *ports)
-    meet_receivers(start("pd-sender", SenderClient, "0.32.0", named).client(), wait_s=PATIENCE_S)
+    connect_receivers(start("pd-sender", SenderClient, "0.32.0", named).client(), wait_s=PATIENCE_S)
     newer = start("pd-sender", SenderClient, "0.33.0", named)
     with pytest.raises(ReceiverRefused) as caught:
-        meet_receivers(newer.client(), wait_s=PATIENCE_S)
+        connect_receivers(newer.client(), wait_s=PATIENCE_S)
     assert caught.value.kind == "layout_mismatch"
     assert f"receiver 127.0.0.1:{init_port}/{alloc_port}: engine.vllm is " in caught.value.text
     assert "0.32.0 at " in caught.value.text and "0.33.0 at " in caught.value.text, caught.value.text

@@ -1,28 +1,29 @@
-//! Messages of clients that speak of what a GPU has yet to do: held until it has.
+//! Messages of clients that speak of what a GPU has yet to do: deferred until it has.
 
 use std::collections::BTreeMap;
 
-use super::engine_thread::{Command, EngineThread};
+use super::engine_thread::EngineThread;
+use super::engine_work::Command;
 use super::error::RuntimeError;
 use crate::buffer::Memory;
 use crate::connector::message::Request;
 use crate::ids::{ClientId, Failure, FailureKind, Seq};
 
-/// Most messages that are held: an engine has as many as it has leases and cancelled requests, not this many.
-const HELD_MAX: usize = 16_384;
+/// Most messages that are deferred: an engine has as many as it has leases and cancelled requests, not this many.
+const DEFERRED_MAX: usize = 16_384;
 
 /// Messages by the ticket that the engine's thread knows them by.
 #[derive(Debug, Default)]
-pub(super) struct Held {
+pub(super) struct Deferred {
     tickets: u64,
     messages: BTreeMap<u64, (ClientId, Request)>,
 }
 
-impl Held {
-    /// A message that speaks of nothing else than now; none when it is held until the engine reports its ticket.
+impl Deferred {
+    /// A message that speaks of nothing else than now; none when it is deferred until the engine reports its ticket.
     ///
     /// # Errors
-    /// Which cannot be held, and why.
+    /// Which cannot be deferred, and why.
     pub(super) fn admit<P: Send + 'static>(
         &mut self,
         client: ClientId,
@@ -34,7 +35,7 @@ impl Held {
         if matches!(memory, Memory::Host(_)) {
             return Err((message.id(), no_event_here()));
         }
-        if self.messages.len() >= HELD_MAX {
+        if self.messages.len() >= DEFERRED_MAX {
             let text =
                 "too many messages wait for events that no GPU has passed; let the engine's streams get on first";
             return Err((message.id(), Failure::new(FailureKind::Limit, text)));

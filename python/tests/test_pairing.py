@@ -12,11 +12,21 @@ from waiting import PATIENCE_S
 pytestmark = pytest.mark.parametrize("engine", ENGINES)
 
 
-def state(pair):
-    """How far the sender has come with the one receiver that it was told of."""
+def told_of(pair):
+    """The one receiver that the sender was told of, and how far it has come with it."""
     [receiver] = pair.sender.status().receivers
     assert receiver.address == pair.address
-    return receiver.state
+    return receiver
+
+
+def state(pair):
+    return told_of(pair).state
+
+
+def failed(pair, state, kind):
+    """Whether it is in that state, for a failure of that kind."""
+    receiver = told_of(pair)
+    return receiver.state == state and receiver.failure.kind == kind
 
 
 def line_count(daemon, words):
@@ -33,9 +43,9 @@ def line_count(daemon, words):
 def test_a_pair_that_cannot_talk_says_so_before_any_request(start_pair, engine, changed, named):
     # Broken in production: an operator learns from the first user that two servers were started for different things.
     pair = start_pair(engine, layout={"engine": {"vllm": "1"}}, receiver_layout=changed, told=True)
-    assert eventually(lambda: state(pair).startswith("refused: layout_mismatch: "))
-    words = state(pair).split()
-    text = state(pair)
+    assert eventually(lambda: failed(pair, "refused", "layout_mismatch"))
+    text = told_of(pair).failure.text
+    words = text.split()
     for role, key in (("receiver", "r"), ("sender", "s")):
         instance = next(word.rstrip(";") for word in words if word.startswith(f"{role}-"))
         named = named.replace(f"{{{key}}}", instance)
@@ -51,7 +61,7 @@ def test_a_pair_that_cannot_talk_says_so_before_any_request(start_pair, engine, 
 def test_a_pair_that_can_talk_has_met_and_stays_so(start_pair, engine):
     # Broken in production: the first request waits for a handshake that could have been done.
     pair = start_pair(engine, told=True)
-    assert eventually(lambda: state(pair) == "met")
+    assert eventually(lambda: state(pair) == "connected")
     assert pair.sender.status().peers == pair.receiver.status().peers == 1
     ship(pair, "first", content(1, 2, 7))
     check_arrived(pair, "first", content(1, 2, 7))
@@ -61,19 +71,19 @@ def test_a_pair_that_can_talk_has_met_and_stays_so(start_pair, engine):
 def test_a_receiver_that_comes_later_or_again_is_met_and_served(start_pair, engine):
     # Broken in production: after a restart of decode, prefill has to be restarted as well; or waits in the log's noise.
     pair = start_pair(engine, told=True)
-    assert eventually(lambda: state(pair) == "met")
+    assert eventually(lambda: state(pair) == "connected")
     os.kill(pair.decode.pid, signal.SIGKILL)
     pair.decode.wait()
-    assert eventually(lambda: state(pair).startswith("unreachable: "))
+    assert eventually(lambda: state(pair) == "unreachable")
     pair.restart_receiver()
-    assert eventually(lambda: state(pair) == "met")
+    assert eventually(lambda: state(pair) == "connected")
     ship(pair, "after", content(2, 2, 7))
     check_arrived(pair, "after", content(2, 2, 7))
     # One that starts before its receiver does.
     os.kill(pair.decode.pid, signal.SIGKILL)
     pair.decode.wait()
     pair.restart_sender()
-    assert eventually(lambda: state(pair).startswith("unreachable: peer_unreachable: "))
+    assert eventually(lambda: failed(pair, "unreachable", "peer_unreachable"))
     # It tries again and again, and says so once. Somebody else listens there, and hangs up.
     with socket.create_server(("127.0.0.1", pair.address.init_port)) as somebody:
         somebody.settimeout(PATIENCE_S)
@@ -81,7 +91,7 @@ def test_a_receiver_that_comes_later_or_again_is_met_and_served(start_pair, engi
             somebody.accept()[0].close()
     assert eventually(lambda: line_count(pair.prefill, "receiver given up")) == 1
     pair.restart_receiver()
-    assert eventually(lambda: state(pair) == "met")
+    assert eventually(lambda: state(pair) == "connected")
     ship(pair, "late", content(3, 2, 7))
     check_arrived(pair, "late", content(3, 2, 7))
 
@@ -89,10 +99,11 @@ def test_a_receiver_that_comes_later_or_again_is_met_and_served(start_pair, engi
 def test_another_receiver_in_the_place_of_one_that_was_met_is_refused(start_pair, layout_file, engine):
     # Broken in production: a rolling upgrade pairs two releases, and the log says nothing until a request fails.
     pair = start_pair(engine, told=True)
-    assert eventually(lambda: state(pair) == "met")
+    assert eventually(lambda: state(pair) == "connected")
     os.kill(pair.decode.pid, signal.SIGKILL)
     pair.decode.wait()
     theirs = layout_file.with_name("receiver.json")
     theirs.write_text(theirs.read_text().replace("bfloat16", "float16"))
     pair.restart_receiver()
-    assert eventually(lambda: state(pair).startswith("refused: layout_mismatch: dtype is bfloat16 at sender-"))
+    assert eventually(lambda: failed(pair, "refused", "layout_mismatch"))
+    assert told_of(pair).failure.text.startswith("dtype is bfloat16 at sender-")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import time
 
-from ..client import SenderClient
 from ..errors import PdError
+from ..messages import Failure
+from ..sender_client import SenderClient
 
 logger = logging.getLogger("vllm.pd_backend")
 
@@ -23,29 +24,29 @@ class ReceiverRefused(PdError):
     """A receiver that the configuration names and this sender will not talk to each other."""
 
 
-def meet_receivers(client: SenderClient, wait_s: float = WAIT_S) -> None:
+def connect_receivers(client: SenderClient, wait_s: float = WAIT_S) -> None:
     """Returns when each receiver of `pd_receivers` is met, or is not there. At once where none is named.
 
     Raises `ReceiverRefused`, which names what differs and both values, for those that are reached and refused.
     """
     deadline = time.monotonic() + wait_s
     receivers = client.status().receivers
-    while any(receiver.word == "meeting" for receiver in receivers) and time.monotonic() < deadline:
+    while any(receiver.state == "connecting" for receiver in receivers) and time.monotonic() < deadline:
         time.sleep(_PAUSE_S)
         receivers = client.status().receivers
-    refused: list[tuple[str, str]] = []
+    refused: list[Failure] = []
     for receiver in receivers:
         at = receiver.address
         name = f"{at.host}:{at.init_port}/{at.alloc_port}"
-        if receiver.word == "refused":
-            kind, _, text = receiver.reason.partition(": ")
-            if kind in _FOR_NOW:
-                logger.warning("receiver %s refuses for now (%s); it is asked again", name, text)
+        failure = receiver.failure
+        if receiver.state == "refused" and failure is not None:
+            if failure.kind in _FOR_NOW:
+                logger.warning("receiver %s refuses for now (%s); it is asked again", name, failure.text)
             else:
-                refused.append((kind, f"receiver {name}: {text}"))
-        elif receiver.word == "met":
+                refused.append(Failure(failure.kind, f"receiver {name}: {failure.text}"))
+        elif receiver.state == "connected":
             logger.info("receiver %s is met", name)
         else:
-            logger.warning("receiver %s is not there yet (%s); it is met when it is", name, receiver.state)
+            logger.warning("receiver %s is not there yet (%s); it is met when it is", name, failure or receiver.state)
     if refused:
-        raise ReceiverRefused(refused[0][0], "; ".join(text for _, text in refused))
+        raise ReceiverRefused(refused[0].kind, "; ".join(failure.text for failure in refused))
