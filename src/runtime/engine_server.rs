@@ -388,7 +388,7 @@ mod tests {
         // Broken in production: sixteen large commits at once, and for seconds nothing else of that daemon moves: right
         // transfers fail by their deadlines.
         let mut commands: Vec<_> = (0..8).map(verify).collect();
-        commands.push(Command::LoadPeer { peer: "p", agent_name: None, metadata: Vec::new() });
+        commands.push(Command::LoadPeer { peer: "p", agent_name: Some("p".to_owned()), metadata: Vec::new() });
         let tiny = |index| ExpectedChunk { index, offset_bytes: 1, len_bytes: 1, checksum: Checksum::of(&[0]) };
         let chunks = vec![tiny(0), ExpectedChunk { checksum: Checksum(1), ..tiny(1) }];
         commands.push(Command::Verify { request: RequestId::new("small").unwrap(), grant: GrantId(99), chunks });

@@ -42,9 +42,9 @@ from .engine import (
 from .finder import ReceiverFinder
 from .keys import chunk_key
 from .layout import EngineLayout
-from .pairing import connect_receivers
 from .naming import Naming
 from .options import Options
+from .pairing import connect_receivers
 from .producer import ProducerWorker
 from .scheduler import ConsumerScheduler, ProducerScheduler
 from .step import ConsumerStep, ProducerStep, SendOutcomes
