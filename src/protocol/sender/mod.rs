@@ -11,7 +11,7 @@
 //! | `ending` | how a request ends otherwise |
 //! | `staging` | who waits for local slots, and who gets them |
 //! | `transfers`, `coverage` | `send`: parts into copies, and which bytes were given to the engine |
-//! | `stock`, `unwritten` | receivers of LMCache's: what they are told and say, which pages of theirs wait for our bytes |
+//! | `stock`, `places`, `unwritten` | receivers of LMCache's: what they are told and say, which pages of theirs wait for our bytes |
 
 mod coverage;
 mod debts;
@@ -19,6 +19,7 @@ mod ending;
 mod io;
 mod meetings;
 mod peers;
+mod places;
 mod requests;
 mod staging;
 mod stock;

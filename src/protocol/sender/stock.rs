@@ -2,16 +2,20 @@
 //!
 //! Such a receiver knows a handshake, allocations and, in its asynchronous mode, cancels. There is no commit: a request is
 //! sent once its last write has ended. Answers do not say what they answer, and two may come in either order, so one
-//! question is asked at a time and the others wait. A question stays asked until it is answered, however late: an answer
-//! that is waited for in vain is an allocation that may still be made, on pages that nobody would ever write. What was
-//! granted and not written is remembered in [`Unwritten`].
+//! allocation is asked for at a time and the others wait. A question stays asked until it is answered, however late: an
+//! answer that is waited for in vain is an allocation that may still be made, on pages that nobody would ever write. What
+//! was granted and not written is remembered in [`Unwritten`].
+//!
+//! A cancel does not wait for an allocation's answer, which may wait for these very pages. Its own answer is empty, as no
+//! allocation's is. Which of the two was dealt with first is not known: where they name one chunk, "already sent" leaves a doubt.
 //!
 //! Nothing named `Pd...` is ever sent to it: a synchronous receiver would be disabled by it.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use super::peers::{Make, Peer};
+use super::places::{NoPlaces, Places, places};
 use super::requests::{Request, Stage, Uid};
 use super::unwritten::{Claim, Unwritten};
 use super::{Port, SenderSession, Timer};
@@ -43,28 +47,33 @@ pub(super) struct Stock {
     pages: Option<Pages>,
     /// Once it has shown it.
     mode: Option<LmcacheMode>,
-    /// In the order of their arrival.
-    waiting: VecDeque<Question>,
+    /// Requests that wait for their turn to ask for room, in the order of their arrival, and until when.
+    waiting: VecDeque<(Uid, Instant)>,
     asked: Option<Asked>,
+    /// What is not written any more, and was not said yet.
+    cancels: VecDeque<(RequestId, Vec<ChunkKey>)>,
+    /// What was said so of, and not answered yet.
+    cancelled: Option<Cancelled>,
     unwritten: Unwritten,
     /// It is being given up: nothing more is said.
     ending: bool,
 }
 
-/// What waits for its turn.
+/// An allocation that is not answered yet.
 #[derive(Debug)]
-enum Question {
-    /// Room for a request, which has waited long enough then.
-    Alloc { uid: Uid, until: Instant },
-    /// These are not written any more.
-    Cancel { request: RequestId, keys: Vec<ChunkKey> },
+struct Asked {
+    uid: Uid,
+    seq: Seq,
+    request: RequestId,
+    keys: Vec<ChunkKey>,
+    since: Instant,
 }
 
-/// What an answer is waited for.
+/// A cancel that is not answered yet.
 #[derive(Debug)]
-enum Asked {
-    Alloc { uid: Uid, seq: Seq, request: RequestId, keys: Vec<ChunkKey>, since: Instant },
-    Cancel { keys: Vec<ChunkKey>, since: Instant },
+struct Cancelled {
+    keys: Vec<ChunkKey>,
+    since: Instant,
 }
 
 /// What a lost receiver holds of ours, for when it is met again.
@@ -76,18 +85,6 @@ pub(super) struct Left {
     since: Instant,
 }
 
-/// Where the chunks of a request go: to a page, or nowhere because they are said to be there.
-type Places = Vec<Option<u32>>;
-
-/// An answer that places nothing.
-#[derive(Debug, PartialEq, Eq)]
-enum NoPlaces {
-    /// It says that it has no room, or that something is wrong with the request. It keeps nothing of it.
-    Refused,
-    /// It does not add up.
-    Malformed,
-}
-
 impl Stock {
     fn new(our_name: Vec<u8>, metadata: Vec<u8>) -> Self {
         Self {
@@ -97,6 +94,8 @@ impl Stock {
             mode: None,
             waiting: VecDeque::new(),
             asked: None,
+            cancels: VecDeque::new(),
+            cancelled: None,
             unwritten: Unwritten::default(),
             ending: false,
         }
@@ -104,7 +103,13 @@ impl Stock {
 
     /// Whether it has been asked something, or is about to be.
     pub(super) fn is_busy(&self) -> bool {
-        self.asked.is_some() || !self.waiting.is_empty()
+        self.silent_since().is_some() || !self.waiting.is_empty() || !self.cancels.is_empty()
+    }
+
+    /// Since when it has been asked something.
+    fn silent_since(&self) -> Option<Instant> {
+        let since = [self.asked.as_ref().map(|asked| asked.since), self.cancelled.as_ref().map(|cancel| cancel.since)];
+        since.into_iter().flatten().min()
     }
 
     fn page_count(&self) -> u64 {
@@ -214,30 +219,35 @@ impl SenderSession {
         let until = now + wait;
         self.timers.set(Timer::Allocation(uid), until);
         if let Some(stock) = self.stock_mut(peer) {
-            stock.waiting.push_back(Question::Alloc { uid, until });
+            stock.waiting.push_back((uid, until));
         }
         self.ask_next(now, peer);
     }
 
-    /// Asks what has waited longest, if nothing is asked already.
+    /// Says what can be said, and asks for the room that has been waited for longest, if none is asked for already.
     fn ask_next(&mut self, now: Instant, peer: PeerId) {
-        loop {
-            let Some(stock) = self.stock_mut(peer).filter(|stock| !stock.ending && stock.asked.is_none()) else {
+        let Some(stock) = self.stock_mut(peer).filter(|stock| !stock.ending) else { return };
+        if stock.cancelled.is_none()
+            && let Some((req_id, keys)) = stock.cancels.pop_front()
+        {
+            keys.iter().for_each(|key| stock.unwritten.give_back(key));
+            stock.cancelled = Some(Cancelled { keys: keys.clone(), since: now });
+            self.timers.set(Timer::Answer(peer), now + ANSWER_TIME_MAX);
+            let cancel = CancelNotif { req_id, keys, pd: None };
+            self.send(peer, Port::Alloc, Message::CancelNotif(cancel));
+        }
+        while let Some(stock) = self.stock_mut(peer).filter(|stock| !stock.ending && stock.asked.is_none()) {
+            let Some(&(uid, until)) = stock.waiting.front() else { return };
+            // What is being given back is not asked for before that has been heard.
+            let cancelled = self.peers.get(&peer).and_then(Peer::stock).and_then(|stock| stock.cancelled.as_ref());
+            let names = |key: &ChunkKey| cancelled.is_some_and(|cancel| cancel.keys.contains(key));
+            if self.requests.get(&uid).is_some_and(|request| request.peer == peer && request.keys.iter().any(names)) {
                 return;
-            };
-            match stock.waiting.pop_front() {
-                None => return,
-                Some(Question::Alloc { uid, until }) => self.ask_for_room(now, peer, uid, until),
-                Some(Question::Cancel { request, keys }) => {
-                    for key in &keys {
-                        stock.unwritten.give_back(key);
-                    }
-                    stock.asked = Some(Asked::Cancel { keys: keys.clone(), since: now });
-                    self.timers.set(Timer::Answer(peer), now + ANSWER_TIME_MAX);
-                    let cancel = CancelNotif { req_id: request, keys, pd: None };
-                    self.send(peer, Port::Alloc, Message::CancelNotif(cancel));
-                }
             }
+            if let Some(stock) = self.stock_mut(peer) {
+                stock.waiting.pop_front();
+            }
+            self.ask_for_room(now, peer, uid, until);
         }
     }
 
@@ -259,7 +269,7 @@ impl SenderSession {
             return self.fail(uid, Failure::new(FailureKind::Limit, text));
         }
         request.stage = Stage::Allocating { open_id, seq, wait };
-        stock.asked = Some(Asked::Alloc { uid, seq, request: id, keys, since: now });
+        stock.asked = Some(Asked { uid, seq, request: id, keys, since: now });
         let mut message = request.alloc_message(&self.settings.chunk);
         message.dtype = dtype;
         // Its turn came late, perhaps, but the receiver is not slower for that.
@@ -274,10 +284,7 @@ impl SenderSession {
         let request = self.requests.get(&uid)?;
         let stock = self.peers.get(&request.peer)?.stock()?;
         let address = &request.address;
-        let since = match &stock.asked {
-            Some(Asked::Alloc { since, .. } | Asked::Cancel { since, .. }) => *since,
-            None => return None,
-        };
+        let since = stock.silent_since()?;
         let silent_ms = self.now.saturating_duration_since(since).as_millis();
         let text = match request.stage {
             Stage::Allocating { .. } => format!(
@@ -295,21 +302,25 @@ impl SenderSession {
 
     /// An answer, to whatever was asked.
     pub(super) fn on_stock_answer(&mut self, now: Instant, peer: PeerId, response: &AllocResponse) {
-        let Some(asked) = self.stock_mut(peer).and_then(|stock| stock.asked.take()) else {
-            return self.note_unexpected(peer, "AllocResponse that answers nothing");
-        };
-        self.timers.cancel(&Timer::Answer(peer));
+        let empty = response.remote_indexes.is_empty() && response.already_sent_indexes.is_empty();
+        let Some(stock) = self.stock_mut(peer) else { return };
+        // An empty one answers the cancel. Another does so only where nothing else is asked, and says that it could not be
+        // read: then what the receiver holds stays in doubt.
+        let cancelled = stock.cancelled.take_if(|_| empty || stock.asked.is_none());
+        let asked = if cancelled.is_none() { stock.asked.take() } else { None };
+        if let Some(Cancelled { keys, .. }) = cancelled.as_ref().filter(|_| empty) {
+            let asked = stock.asked.as_ref().map_or(&[][..], |asked| &asked.keys);
+            keys.iter().filter(|key| !asked.contains(key)).for_each(|key| stock.unwritten.given_back(key));
+        }
+        if stock.silent_since().is_none() {
+            self.timers.cancel(&Timer::Answer(peer));
+        }
         match asked {
-            Asked::Alloc { uid, seq, request, keys, .. } => {
+            Some(Asked { uid, seq, request, keys, .. }) => {
                 self.on_stock_grant(now, peer, uid, seq, request, &keys, response);
             }
-            Asked::Cancel { keys, .. } => {
-                // Anything else says that it could not read it: then what it holds stays in doubt.
-                let heard = response.remote_indexes.is_empty() && response.already_sent_indexes.is_empty();
-                if let Some(stock) = self.stock_mut(peer).filter(|_| heard) {
-                    keys.iter().for_each(|key| stock.unwritten.given_back(key));
-                }
-            }
+            None if cancelled.is_none() => self.note_unexpected(peer, "AllocResponse that answers nothing"),
+            None => {}
         }
         self.ask_next(now, peer);
     }
@@ -415,7 +426,7 @@ impl SenderSession {
     /// are remembered, for whoever sends the same chunks.
     pub(super) fn give_back(&mut self, peer: PeerId, request: RequestId, keys: Vec<ChunkKey>) {
         if let Some(stock) = self.stock_mut(peer).filter(|stock| stock.mode == Some(LmcacheMode::Async)) {
-            stock.waiting.push_back(Question::Cancel { request, keys });
+            stock.cancels.push_back((request, keys));
             self.ask_next(self.now, peer);
         }
     }
@@ -431,14 +442,10 @@ impl SenderSession {
     pub(super) fn answer_timed_out(&mut self, now: Instant, peer: PeerId) {
         let Some(record) = self.peers.get(&peer) else { return };
         let address = record.address.clone();
-        let Some(Asked::Alloc { since, .. } | Asked::Cancel { since, .. }) =
-            record.stock().and_then(|stock| stock.asked.as_ref())
-        else {
-            return;
-        };
+        let Some(since) = record.stock().and_then(Stock::silent_since) else { return };
         let text = format!(
             "receiver {address} (LMCache) has not answered for {} ms; it is met anew",
-            now.saturating_duration_since(*since).as_millis()
+            now.saturating_duration_since(since).as_millis()
         );
         let mut again = Vec::new();
         for uid in self.requests_of(peer) {
@@ -456,7 +463,7 @@ impl SenderSession {
     pub(super) fn end_stock(&mut self, peer: PeerId) {
         if let Some(stock) = self.stock_mut(peer) {
             stock.ending = true;
-            if let Some(Asked::Alloc { keys, .. }) = stock.asked.take() {
+            if let Some(Asked { keys, .. }) = stock.asked.take() {
                 stock.unwritten.went_astray(&keys);
             }
             self.timers.cancel(&Timer::Answer(peer));
@@ -477,27 +484,4 @@ impl SenderSession {
         }
         self.left.insert(record.address, Left { metadata, pages, unwritten, since: self.now });
     }
-}
-
-/// Where an answer places `count` chunks.
-fn places(count: usize, page_count: u64, response: &AllocResponse) -> Result<Places, NoPlaces> {
-    let pages = &response.remote_indexes;
-    if !pages.is_empty() && pages.iter().all(|page| *page < 0) {
-        return Err(NoPlaces::Refused);
-    }
-    let there: BTreeSet<usize> = response.already_sent_indexes.iter().map(|&index| index as usize).collect();
-    let in_range = there.last().is_none_or(|&last| last < count);
-    let different: BTreeSet<&i64> = pages.iter().collect();
-    if !in_range || there.len() + pages.len() != count || different.len() != pages.len() {
-        return Err(NoPlaces::Malformed);
-    }
-    let mut granted = pages.iter();
-    let place = |index| {
-        if there.contains(&index) {
-            return Ok(None);
-        }
-        let page = granted.next().and_then(|&page| u32::try_from(page).ok());
-        page.filter(|&page| u64::from(page) < page_count).map(Some).ok_or(NoPlaces::Malformed)
-    };
-    (0..count).map(place).collect()
 }
