@@ -372,9 +372,11 @@ impl SenderSession {
                 stock.unwritten.granted(key, *page);
             }
         }
+        let remembered = self.settings.safeguards.unwritten_remembered;
         let mut doubtful = 0;
         let mut claim = |(key, place): (&ChunkKey, Option<u32>)| {
             place.or_else(|| match stock.unwritten.claimed(key) {
+                _ if !remembered => None,
                 Claim::Sent => None,
                 Claim::Ours(page) => Some(page),
                 Claim::Doubtful => {

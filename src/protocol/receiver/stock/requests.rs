@@ -1,7 +1,7 @@
 //! Their requests: grants in pages, in one batch or several; refusals, cancels, and the end of a connection.
 
 use std::collections::BTreeSet;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::super::requests::{Request, Stage};
 use super::super::{Note, Port, ReceiverSession, Timer};
@@ -284,7 +284,8 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             let text = format!("sender {instance} closed its connection before {id} had slots");
             self.end(now, &id, Failure::new(FailureKind::PeerLost, text), false);
         }
-        self.timers.set(Timer::Linger(instance), now + self.settings.linger);
+        let linger = if self.settings.safeguards.linger { self.settings.linger } else { Duration::ZERO };
+        self.timers.set(Timer::Linger(instance), now + linger);
         self.admit(now);
         true
     }
