@@ -14,6 +14,12 @@ pub struct Safeguards {
     pub commit_before_notify: bool,
     /// A reader that asks after another was told of a failure waits for the next attempt.
     pub ends_told_once: bool,
+    /// Of a chunk that several LMCache senders were granted, no copy is taken for written by its key.
+    pub copies_told_apart: bool,
+    /// Slots of an LMCache sender whose connection is gone are not granted again while what it had posted may arrive.
+    pub linger: bool,
+    /// What an LMCache receiver says is there, and was granted to us and never written, is written.
+    pub unwritten_remembered: bool,
 }
 
 impl Default for Safeguards {
@@ -24,6 +30,9 @@ impl Default for Safeguards {
             whole_requests: true,
             commit_before_notify: true,
             ends_told_once: true,
+            copies_told_apart: true,
+            linger: true,
+            unwritten_remembered: true,
         }
     }
 }

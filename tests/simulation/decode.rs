@@ -24,6 +24,8 @@ pub struct Reading {
     asked_with: u64,
     /// Whether the latest attempt under the name had ended, and that was told.
     again: bool,
+    /// The attempt of an LMCache sender that its reader says is written.
+    uncommitted: Option<usize>,
 }
 
 /// The end of an attempt at a receiver.
@@ -51,7 +53,8 @@ impl World {
         let end = request.as_ref().and_then(|request| self.ends.get(&(at, request.clone())));
         let again = end.is_some_and(|end| end.told && !end.past);
         let asked_with = self.handled;
-        self.readings.insert((at, client, id), Reading { request, due, paused_before, asked_with, again });
+        self.readings
+            .insert((at, client, id), Reading { request, due, paused_before, asked_with, again, uncommitted: None });
         (client, id)
     }
 
@@ -66,6 +69,27 @@ impl World {
         let (client, id) = self.reading(at, None, Duration::ZERO);
         let lookup = Lookup { keys, uncommitted: false, fetches: false };
         self.receivers[at.index].session.handle_lookup(self.now, client, id, &lookup);
+    }
+
+    /// The proxy was told of an LMCache sender's request: a reader says that it is written. By its keys it does so once, and
+    /// not when the receiver has given up what it means: they may be another's by then (docs/lmcache.md).
+    pub fn read_uncommitted(&mut self, at: Proc, attempt: usize, named: bool) {
+        let open = self.lmcache_open_chunks(at, attempt);
+        let (name, keys) = (self.lmcache_job(attempt).name.clone(), self.lmcache_job(attempt).keys());
+        let request = named.then(|| name.clone());
+        let (client, id) = self.reading(at, request, if named { plan::WAIT } else { Duration::ZERO });
+        let uncommitted = named || keys.iter().all(|key| open.contains(key));
+        self.tally.lmcache_late += u64::from(!uncommitted);
+        if let Some(reading) = self.readings.get_mut(&(at, client, id)).filter(|_| uncommitted) {
+            reading.uncommitted = Some(attempt);
+        }
+        let session = &mut self.receivers[at.index].session;
+        if named {
+            session.handle_wait(self.now, client, id, name, None, true);
+        } else {
+            let fetches = self.rng.random_bool(0.5);
+            session.handle_lookup(self.now, client, id, &Lookup { keys, uncommitted, fetches });
+        }
     }
 
     pub fn reader_cancels(&mut self, at: Proc, request: &RequestId) {
@@ -86,7 +110,8 @@ impl World {
         self.check(checked.map_err(|text| format!("under a lease: {text}")));
         let id = Seq(self.fresh_id());
         let (paused_before, asked_with) = (self.receivers[at.index].process.paused_for, self.handled);
-        let reading = Reading { request: None, due: self.now + SLACK, paused_before, asked_with, again: false };
+        let due = self.now + SLACK;
+        let reading = Reading { request: None, due, paused_before, asked_with, again: false, uncommitted: None };
         self.readings.insert((at, client, id), reading);
         self.receivers[at.index].session.handle_release(self.now, client, id, lease);
     }
@@ -115,7 +140,13 @@ impl World {
                     self.wrong(format!("{:?} was waited for, and {request} is given", reading.request));
                 }
                 let keys: Vec<&ChunkKey> = chunks.iter().map(|chunk| &chunk.key).collect();
-                let asked = self.jobs.iter().any(|job| job.name == request && job.keys.iter().eq(keys.iter().copied()));
+                let asked = self.jobs.iter().any(|job| job.name == request && job.keys.iter().eq(keys.iter().copied()))
+                    || self
+                        .lmcache
+                        .jobs
+                        .iter()
+                        .any(|job| job.name == request && job.keys().iter().eq(keys.iter().copied()));
+                self.tally.lmcache_waited_for += u64::from(reading.uncommitted.is_some());
                 if !asked {
                     self.wrong(format!("{request} is ready with chunks that nobody sent under that name: {keys:?}"));
                 }
@@ -124,7 +155,10 @@ impl World {
                 self.fresh_fetched.insert(request);
                 self.lease(at, client, lease, &chunks);
             }
-            Answer::Found { lease, chunks, .. } => {
+            Answer::Found { lease, chunks, granted } => {
+                if let Some(attempt) = reading.uncommitted {
+                    self.check_found(attempt, &chunks, &granted);
+                }
                 let found: Vec<ReadyChunk> = chunks.into_iter().flatten().collect();
                 if let Some(lease) = lease {
                     self.lease(at, client, lease, &found);
@@ -171,11 +205,26 @@ impl World {
         }
     }
 
+    /// What the proxy was told of is there, unless the receiver cannot tell it from another's.
+    fn check_found(&mut self, attempt: usize, chunks: &[Option<ReadyChunk>], granted: &[u32]) {
+        let (name, keys) = (self.lmcache_job(attempt).name.clone(), self.lmcache_job(attempt).keys());
+        self.tally.lmcache_ambiguous += granted.len() as u64;
+        for ((index, key), chunk) in (0u32..).zip(&keys).zip(chunks) {
+            if chunk.is_none() && !granted.contains(&index) {
+                self.wrong(format!("{key} of {name} is not found, and its reader knows that it is written"));
+            }
+        }
+        if chunks.iter().all(Option::is_some) {
+            self.tally.lmcache_looked_up += 1;
+            self.fresh_fetched.insert(name);
+        }
+    }
+
     fn lease(&mut self, at: Proc, client: ClientId, lease: LeaseId, chunks: &[ReadyChunk]) {
         let chunks = ranges(chunks);
-        let truth = &self.receivers[at.index].truth;
-        let checked = truth.verify(&chunks).and_then(|()| truth.check_since_reset(&chunks));
-        self.check(checked.map_err(|text| format!("a reader was given wrong bytes: {text}")));
+        let under_way = if self.has_lmcache() { self.under_way(at) } else { Vec::new() };
+        let handed = self.receivers[at.index].truth.hand_out(&chunks, &under_way);
+        self.check(handed.map_err(|text| format!("a reader was given wrong bytes: {text}")));
         let vanishes = self.plan.reader_vanishes;
         let vanishes = self.fault(vanishes);
         self.receivers[at.index].truth.leases.insert(lease, Leased { client: client.0, chunks });

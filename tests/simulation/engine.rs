@@ -26,24 +26,19 @@ pub struct Connection {
 pub struct Write {
     pub sender: Proc,
     pub receiver: Proc,
-    transfer: TransferId,
-    connection: ConnectionId,
+    /// Of a sender of ours.
+    transfer: Option<(TransferId, ConnectionId)>,
     copies: Vec<ByteCopy>,
     landed: Vec<bool>,
+    /// Of each copy, where the writer's memory is not looked at: it has died, or is LMCache's.
+    bytes: Option<Vec<Vec<u8>>>,
     /// Its writer has died; what the network still holds of it arrives until then.
-    last_words: Option<LastWords>,
-}
-
-#[derive(Debug)]
-struct LastWords {
-    until: Instant,
-    /// Of each copy.
-    bytes: Vec<Vec<u8>>,
+    until: Option<Instant>,
 }
 
 impl Write {
     fn arrives(&self, now: Instant) -> bool {
-        self.last_words.as_ref().is_none_or(|words| now <= words.until)
+        self.until.is_none_or(|until| now <= until)
     }
 }
 
@@ -110,24 +105,58 @@ impl World {
             if copy.remote_offset + copy.len_bytes > told {
                 self.wrong(format!("{copy:?} is beyond the {told} bytes that were described"));
             }
-            if self.receiver_lives(receiver) {
-                let checked = self.receivers[receiver.index].truth.check_write(&sender_name(at), &remote(copy));
-                self.check(checked);
-            }
+            self.check_post(at, receiver, copy);
         }
+        let write = Write {
+            sender: at,
+            receiver,
+            transfer: Some((transfer, connection)),
+            landed: vec![false; copies.len()],
+            copies,
+            bytes: None,
+            until: None,
+        };
+        self.put_under_way(write, soon);
+    }
+
+    /// An LMCache sender writes pages, whole ones.
+    pub fn post_pages(&mut self, at: Proc, receiver: Proc, pages: Vec<(u64, Vec<u8>)>) -> u64 {
+        let soon = self.ms(1, 20);
+        let (starts, bytes): (Vec<u64>, Vec<Vec<u8>>) = pages.into_iter().unzip();
+        let copy = |(&remote_offset, bytes): (&u64, &Vec<u8>)| ByteCopy {
+            local_offset: 0,
+            remote_offset,
+            len_bytes: bytes.len() as u64,
+        };
+        let copies: Vec<ByteCopy> = starts.iter().zip(&bytes).map(copy).collect();
+        copies.iter().for_each(|copy| self.check_post(at, receiver, copy));
+        let landed = vec![false; copies.len()];
+        let write = Write { sender: at, receiver, transfer: None, landed, copies, bytes: Some(bytes), until: None };
+        self.put_under_way(write, soon)
+    }
+
+    fn check_post(&mut self, at: Proc, receiver: Proc, copy: &ByteCopy) {
+        if self.receiver_lives(receiver) && !self.is_lmcache_receiver(receiver.index) {
+            let checked = self.receivers[receiver.index].truth.check_write(&sender_name(at), &remote(copy));
+            self.check(checked);
+        }
+    }
+
+    fn put_under_way(&mut self, write: Write, soon: u64) -> u64 {
+        let count = write.copies.len();
         let (fails, slow) = (self.plan.transfer_fails, self.plan.transfer_slow);
         let fails = self.fault(fails);
         let pause = if self.fault(slow) { self.ms(0, 1200) } else { 0 };
         let id = self.fresh_id();
         // In any order, and when it fails only some of it.
-        let landing = if fails { self.rng.random_range(0..=copies.len()) } else { copies.len() };
+        let landing = if fails { self.rng.random_range(0..=count) } else { count };
         for copy in 0..landing {
             let at_ms = self.ms(0, soon + pause + 1);
             self.schedule(at_ms, News::Land(id, copy));
         }
-        self.schedule(soon + pause + 1, News::Land(id, if fails { usize::MAX } else { copies.len() }));
-        let landed = vec![false; copies.len()];
-        self.writes.insert(id, Write { sender: at, receiver, transfer, connection, copies, landed, last_words: None });
+        self.schedule(soon + pause + 1, News::Land(id, if fails { usize::MAX } else { count }));
+        self.writes.insert(id, write);
+        id
     }
 
     /// One copy of a write lands; one beyond the last is its end.
@@ -138,31 +167,43 @@ impl World {
             self.writes.remove(&id);
             return;
         }
-        let (at, receiver) = (write.sender, write.receiver);
+        let (at, receiver, transfer) = (write.sender, write.receiver, write.transfer);
         let Some(bytes) = write.copies.get(copy).copied() else {
-            let transfer = write.transfer;
             self.writes.remove(&id);
-            // A write to a process that is gone is an error, if anybody notices.
-            let good = copy != usize::MAX && (self.receiver_lives(receiver) || self.rng.random_bool(0.3));
+            // A write to a process that is gone is an error, if anybody notices. LMCache's senders do: their next writes go to
+            // the one that is gone as well.
+            let unnoticed = transfer.is_some() && !self.receiver_lives(receiver) && self.rng.random_bool(0.3);
+            let good = copy != usize::MAX && (self.receiver_lives(receiver) || unnoticed);
             let after = self.ms(0, 3);
-            return self.schedule(after, News::Done(at, transfer, good));
+            return self.schedule(
+                after,
+                match transfer {
+                    Some((transfer, _)) => News::Done(at, transfer, good),
+                    None => News::Written(at, id, good),
+                },
+            );
         };
         write.landed[copy] = true;
         if !self.receiver_lives(receiver) {
             return;
         }
-        if self.senders[at.index].connections.get(&self.writes[&id].connection).is_some_and(|known| known.forgotten) {
+        if let Some((_, connection)) = transfer
+            && self.senders[at.index].connections.get(&connection).is_some_and(|known| known.forgotten)
+        {
             self.tally.landed_late += 1;
         }
         let range = remote(&bytes);
+        let source = match &self.writes[&id].bytes {
+            Some(bytes) => bytes[copy].clone(),
+            None => self.senders[at.index].memory[local(&bytes)].to_vec(),
+        };
+        if self.is_lmcache_receiver(receiver.index) {
+            return self.lmcache_takes(receiver, at, &range, &source);
+        }
         let checked = self.receivers[receiver.index].truth.check_write(&sender_name(at), &range);
         self.check(checked);
         let to = range.start as usize..range.end as usize;
-        let source = match &self.writes[&id].last_words {
-            Some(words) => &words.bytes[copy],
-            None => &self.senders[at.index].memory[local(&bytes)],
-        };
-        self.receivers[receiver.index].truth.memory[to].copy_from_slice(source);
+        self.receivers[receiver.index].truth.memory[to].copy_from_slice(&source);
     }
 
     /// A writer dies. With sockets between it and the receiver, some of what it had posted arrives all the same.
@@ -170,10 +211,12 @@ impl World {
         let until = self.now + Duration::from_millis(self.ms(0, LINGER.as_millis() as u64));
         let lingers = self.plan.lingers;
         self.writes.retain(|_, write| write.sender != at || lingers);
-        let memory = &self.senders[at.index].memory;
         for write in self.writes.values_mut().filter(|write| write.sender == at) {
-            let bytes = write.copies.iter().map(|copy| memory[local(copy)].to_vec()).collect();
-            write.last_words = Some(LastWords { until, bytes });
+            write.until = Some(until);
+            if write.bytes.is_none() {
+                let memory = &self.senders[at.index].memory;
+                write.bytes = Some(write.copies.iter().map(|copy| memory[local(copy)].to_vec()).collect());
+            }
         }
     }
 
@@ -186,16 +229,16 @@ impl World {
         if self.fault(lands) {
             return;
         }
-        let stopped: Vec<u64> = self
-            .writes
-            .iter()
-            .filter(|(_, write)| write.sender == at && write.connection == connection)
-            .map(|(&id, _)| id)
-            .collect();
-        for id in stopped {
-            let Some(write) = self.writes.remove(&id) else { continue };
+        let of_connection = |write: &Write| match write.transfer {
+            Some((transfer, other)) if (write.sender, other) == (at, connection) => Some(transfer),
+            _ => None,
+        };
+        let stopped: Vec<(u64, TransferId)> =
+            self.writes.iter().filter_map(|(&id, write)| Some((id, of_connection(write)?))).collect();
+        for (id, transfer) in stopped {
+            self.writes.remove(&id);
             let after = self.ms(0, 10);
-            self.schedule(after, News::Done(at, write.transfer, false));
+            self.schedule(after, News::Done(at, transfer, false));
         }
     }
 }

@@ -5,10 +5,14 @@
 //! |---|---|
 //! | `plan` | how unkind a world is |
 //! | `news`, `process` | what can happen, and whom to |
-//! | `world` | the order of events: crashes, pauses, timers; what must be so at the end |
+//! | `world` | the order of events, timers; what must be so at the end |
+//! | `lives` | processes that crash, begin again and stand still |
 //! | `network`, `engine` | links and writes of any quality |
 //! | `sender_io`, `receiver_io` | the sessions, and what they ask of the world |
-//! | `prefill`, `decode` | connectors |
+//! | `jobs`, `prefill`, `decode` | what routers want of our senders; connectors |
+//! | `lmcache` | LMCache's own peers: what the world knows of them |
+//! | `lmcache_sender`, `lmcache_prefill` | its senders, their engines, and the router |
+//! | `lmcache_receiver` | its receivers, and the engine that reads there |
 //! | `truth` | what is really so at a receiver, held against what the sessions do |
 //!
 //! After every event the session that it touched checks itself, and the world checks what it did: see docs/reliability.md.
@@ -17,6 +21,12 @@
 
 mod decode;
 mod engine;
+mod jobs;
+mod lives;
+mod lmcache;
+mod lmcache_prefill;
+mod lmcache_receiver;
+mod lmcache_sender;
 mod network;
 mod news;
 mod plan;
@@ -84,7 +94,7 @@ fn play_share(share: u64, shares: u64) {
     }
     assert!(failures.is_empty(), "{}", failures.join("\n"));
     println!("{} seeds: {total:?}", seeds / shares);
-    if seeds >= 200 {
+    if seeds >= SEEDS {
         total.assert_everything_happened();
     }
 }
@@ -155,8 +165,8 @@ fn caches_are_reset_in_rough_worlds() {
         return;
     }
     for seed in 0..200 {
-        let mut rng = StdRng::seed_from_u64(seed);
-        let plan = Plan { resets: 30, ..Plan::draw(&mut rng) };
+        let (rng, plan) = Plan::of_seed(seed);
+        let plan = Plan { resets: 30, ..plan };
         let result = World::with_plan(rng, plan, false).run();
         assert!(result.is_ok(), "seed {seed}: {result:?}");
     }
@@ -191,9 +201,9 @@ fn the_same_seed_is_the_same_run() {
 /// Plays seeds without one of the safeguards until something goes wrong.
 fn found_without(safeguards: Safeguards, seeds: u64) -> Option<(u64, String)> {
     (0..seeds).find_map(|seed| {
-        let mut rng = StdRng::seed_from_u64(seed);
+        let (rng, plan) = Plan::of_seed(seed);
         // A checksum finds some of it as well, before anybody reads it.
-        let plan = Plan { safeguards, checksums: false, ..Plan::draw(&mut rng) };
+        let plan = Plan { safeguards, checksums: false, ..plan };
         // The code under test may notice first, and panic.
         let played = std::panic::catch_unwind(|| World::with_plan(rng, plan, false).run());
         match played {
@@ -211,13 +221,20 @@ fn without_a_safeguard_something_is_found() {
         return;
     }
     let all = Safeguards::default();
-    for (name, safeguards) in [
+    let lmcaches = [
+        ("copies told apart", Safeguards { copies_told_apart: false, ..all }),
+        ("linger", Safeguards { linger: false, ..all }),
+        ("unwritten remembered", Safeguards { unwritten_remembered: false, ..all }),
+    ];
+    let lmcaches = if cfg!(feature = "lmcache") { &lmcaches[..] } else { &[] };
+    let ours = [
         ("quarantine", Safeguards { quarantine: false, ..all }),
         ("grant check", Safeguards { grant_check: false, ..all }),
         ("whole requests", Safeguards { whole_requests: false, ..all }),
         ("commit before notify", Safeguards { commit_before_notify: false, ..all }),
         ("ends told once", Safeguards { ends_told_once: false, ..all }),
-    ] {
+    ];
+    for &(name, safeguards) in ours.iter().chain(lmcaches) {
         let found = found_without(safeguards, WITHOUT_SEEDS_MAX);
         let (seed, text) =
             found.unwrap_or_else(|| panic!("without {name} nothing was found in {WITHOUT_SEEDS_MAX} seeds"));

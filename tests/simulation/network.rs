@@ -1,6 +1,6 @@
 //! Links between senders and receivers, of any quality.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use pd_backend::ids::{Failure, FailureKind, PeerId};
 use pd_backend::protocol::Port;
@@ -29,6 +29,11 @@ pub struct Link {
 }
 
 impl World {
+    /// Whether LMCache's code is at one end.
+    fn is_lmcaches(&self, sender: Proc, receiver: Proc) -> bool {
+        self.is_lmcache_sender(sender.index) || self.is_lmcache_receiver(receiver.index)
+    }
+
     /// A sender wants to connect to the receiver that listens as `receiver`.
     pub fn connect(&mut self, at: Proc, peer: PeerId, receiver: usize) {
         let to = self.receiver_at(receiver);
@@ -46,6 +51,9 @@ impl World {
         if !to_sender && self.links.get(&(route.sender, route.peer)).is_none_or(|link| !link.open) {
             return;
         }
+        if self.is_lmcaches(route.sender, route.receiver) {
+            return self.stream(to_sender, route, message);
+        }
         let (lose, repeat, late) = (self.plan.lose, self.plan.repeat, self.plan.late);
         if self.parted.contains(&(route.sender.index, route.receiver.index)) || self.fault(lose) {
             self.tally.lost_messages += 1;
@@ -60,14 +68,44 @@ impl World {
             }
             let mut arrival = self.now + Duration::from_millis(delay);
             if self.plan.ordered {
-                let busy = self.link_busy.entry((to_sender, route)).or_insert(arrival);
-                *busy = arrival.max(*busy);
-                arrival = *busy;
+                arrival = self.in_order(to_sender, route, arrival);
             }
             let message = Box::new(message.clone());
             let news = if to_sender { News::ToSender(route, message) } else { News::ToReceiver(route, message) };
             self.schedule_at(arrival, news);
         }
+    }
+
+    /// Over ZeroMQ and TCP, for nothing else makes up for what is lost: in order, once, however late. A message is lost with
+    /// its connection alone, and an LMCache sender keeps its own for as long as it lives.
+    fn stream(&mut self, to_sender: bool, route: Route, message: Message) {
+        let (lose, late) = (self.plan.lose, self.plan.late);
+        if !self.is_lmcache_sender(route.sender.index) {
+            let open = self.links.get(&(route.sender, route.peer)).is_some_and(|link| link.open);
+            if open && self.fault(lose.div_ceil(2)) {
+                self.tally.lmcache_cut += 1;
+                self.say(|| format!("lost with its connection: {message:?}"));
+                return self.cut(route.sender, route.peer);
+            }
+            if !to_sender && !self.receiver_lives(route.receiver) {
+                return self.cut(route.sender, route.peer);
+            }
+        }
+        let mut delay = self.ms(0, 12);
+        if self.fault(late) {
+            delay += self.ms(0, LATE_MS);
+        }
+        let arrival = self.in_order(to_sender, route, self.now + Duration::from_millis(delay));
+        let message = Box::new(message);
+        let news = if to_sender { News::ToSender(route, message) } else { News::ToReceiver(route, message) };
+        self.schedule_at(arrival, news);
+    }
+
+    /// When something arrives that is not overtaken on its way.
+    fn in_order(&mut self, to_sender: bool, route: Route, arrival: Instant) -> Instant {
+        let busy = self.link_busy.entry((to_sender, route)).or_insert(arrival);
+        *busy = arrival.max(*busy);
+        *busy
     }
 
     /// The sender's end is closed. What it sent before still arrives; the receiver hears of it later, or never.
@@ -78,10 +116,32 @@ impl World {
         }
         let receiver = link.receiver;
         let silent = self.plan.silent;
+        if self.is_lmcaches(at, receiver) {
+            return self.stream_ends(at, receiver, peer);
+        }
         if !self.parted.contains(&(at.index, receiver.index)) && !self.fault(silent) {
             let after = self.ms(0, 60);
             self.schedule(after, News::RouteGone(Route { sender: at, receiver, peer, port: Port::Alloc }));
         }
+    }
+
+    /// The end of a connection is heard of after all that was said, by those who listen for it: sooner or later.
+    fn stream_ends(&mut self, at: Proc, receiver: Proc, peer: PeerId) {
+        if self.is_lmcache_receiver(receiver.index) {
+            if self.receiver_lives(receiver) {
+                self.lmcache_receiver(receiver.index).abandoned = true;
+            }
+            return;
+        }
+        let after = self.end_of_stream_ms();
+        let route = Route { sender: at, receiver, peer, port: Port::Alloc };
+        let arrival = self.in_order(false, route, self.now + Duration::from_millis(after));
+        self.schedule_at(arrival, News::RouteGone(route));
+    }
+
+    fn end_of_stream_ms(&mut self) -> u64 {
+        let silent = self.plan.silent;
+        if self.fault(silent) { self.ms(100, 1500) } else { self.ms(0, 60) }
     }
 
     /// A connection breaks in between: both sides hear of it, sooner or later.
@@ -107,7 +167,10 @@ impl World {
                 link.open = false;
             }
             let silent = self.plan.silent;
-            if !self.fault(silent) {
+            if self.is_lmcaches(at, receiver) {
+                let after = self.end_of_stream_ms();
+                self.schedule(after, News::Closed(at, peer));
+            } else if !self.fault(silent) {
                 let after = self.ms(0, 60);
                 self.schedule(after, News::Closed(at, peer));
             }

@@ -1,10 +1,11 @@
 //! What can happen, and whom to.
 
-use pd_backend::ids::{ClientId, ConnectionId, GrantId, LeaseId, PeerId, RequestId, TransferId};
+use pd_backend::ids::{ChunkKey, ClientId, ConnectionId, GrantId, LeaseId, PeerId, RequestId, TransferId};
 use pd_backend::protocol::receiver::ExpectedChunk;
 use pd_backend::protocol::sender::StagedSlot;
 use pd_backend::wire::Message;
 
+use crate::lmcache_sender::Put;
 use crate::network::Route;
 
 /// One life of one process.
@@ -41,6 +42,13 @@ pub enum News {
     Acknowledge(Proc, usize),
     SenderReset(Proc, usize),
     ConnectorGone(Proc, ClientId),
+    // To an LMCache sender.
+    Put(Proc, Put),
+    GoOn(Proc),
+    Written(Proc, u64, bool),
+    LmcacheCancels(Proc, usize),
+    Query(Proc, usize),
+    QueryRead(Proc, Proc, LeaseId),
     // To a receiver.
     ToReceiver(Route, Box<Message>),
     RouteGone(Route),
@@ -56,8 +64,14 @@ pub enum News {
     ReceiverReset(Proc),
     Release(Proc, ClientId, LeaseId),
     ReaderGone(Proc, ClientId),
+    ReadUncommitted(Proc, usize, bool),
+    // To an LMCache receiver.
+    LmcacheWorks(Proc),
+    LmcacheRead(Proc, Proc, RequestId, Vec<ChunkKey>),
     // To everything else.
     Start(usize),
+    LmcacheStart(usize),
+    QueryOver(Proc, LeaseId),
     Land(u64, usize),
     Crash(bool, usize),
     Restart(bool, usize),
@@ -65,6 +79,7 @@ pub enum News {
     Resume(Target),
     Part(usize, usize, bool),
     Settle,
+    Tend,
     Fresh,
 }
 
@@ -84,7 +99,13 @@ impl News {
             | Self::Cancel(at, _)
             | Self::Acknowledge(at, _)
             | Self::SenderReset(at, _)
-            | Self::ConnectorGone(at, _) => Target::Sender(*at),
+            | Self::ConnectorGone(at, _)
+            | Self::Put(at, _)
+            | Self::GoOn(at)
+            | Self::Written(at, ..)
+            | Self::LmcacheCancels(at, _)
+            | Self::Query(at, _)
+            | Self::QueryRead(at, ..) => Target::Sender(*at),
             Self::ToSender(route, _) => Target::Sender(route.sender),
             Self::ToReceiver(route, _) | Self::RouteGone(route) => Target::Receiver(route.receiver),
             Self::ReceiverLoads(at, _)
@@ -98,8 +119,13 @@ impl News {
             | Self::ReaderCancels(at, _)
             | Self::ReceiverReset(at)
             | Self::Release(at, ..)
-            | Self::ReaderGone(at, _) => Target::Receiver(*at),
+            | Self::ReaderGone(at, _)
+            | Self::ReadUncommitted(at, ..)
+            | Self::LmcacheWorks(at)
+            | Self::LmcacheRead(at, ..) => Target::Receiver(*at),
             Self::Start(_)
+            | Self::LmcacheStart(_)
+            | Self::QueryOver(..)
             | Self::Land(..)
             | Self::Crash(..)
             | Self::Restart(..)
@@ -107,6 +133,7 @@ impl News {
             | Self::Resume(_)
             | Self::Part(..)
             | Self::Settle
+            | Self::Tend
             | Self::Fresh => Target::World,
         }
     }

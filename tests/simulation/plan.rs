@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use pd_backend::protocol::Safeguards;
-use rand::RngExt;
 use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
 
 pub const ALLOCATION: Duration = Duration::from_millis(1000);
 pub const HANDSHAKE: Duration = Duration::from_millis(200);
@@ -84,12 +84,60 @@ pub struct Plan {
     pub checksums: bool,
     /// How long a receiver may take to check a commit, in ms: beyond [`COMMIT`], and beyond [`WRITE`].
     pub verify_ms: u64,
+    /// LMCache's own peers, beside ours.
+    pub lmcache_senders: usize,
+    pub lmcache_receivers: usize,
+    pub lmcache_jobs: usize,
+    /// Whether asynchronous LMCache receivers wait for room without end.
+    pub lmcache_waits: bool,
     pub safeguards: Safeguards,
 }
 
 impl Plan {
+    /// What a seed draws, LMCache's peers included, and what it has left for the world. Worlds without them are drawn as if
+    /// there were none.
+    pub fn of_seed(seed: u64) -> (StdRng, Self) {
+        let mut rng = StdRng::seed_from_u64(seed);
+        let plan = Self::draw(&mut rng);
+        (rng, plan.with_lmcache(&mut StdRng::seed_from_u64(!seed)))
+    }
+
+    /// A fifth of the worlds has some of LMCache's peers, in a build that has LMCache.
+    fn with_lmcache(self, rng: &mut StdRng) -> Self {
+        if !cfg!(feature = "lmcache") || !rng.random_bool(0.2) {
+            return self;
+        }
+        let lmcache_senders = rng.random_range(0..=2);
+        let lmcache_receivers = if lmcache_senders == 0 { 1 } else { rng.random_range(0..=1) };
+        Self {
+            lmcache_senders,
+            lmcache_receivers,
+            lmcache_jobs: if lmcache_senders == 0 { 0 } else { rng.random_range(6..=14) },
+            lmcache_waits: rng.random_bool(0.5),
+            jobs: rng.random_range(8..=16),
+            // Buffers are described to LMCache's senders once, so most are eager.
+            initial_slots: if rng.random_bool(0.7) { self.receiver_slots } else { self.initial_slots },
+            // LMCache's senders sum nothing, and take their places for as long as they live.
+            checksums: self.checksums && lmcache_senders == 0,
+            crowded: false,
+            keys: self.keys.min(6),
+            lingers: rng.random_bool(0.7),
+            cancel: self.cancel.max(20),
+            transfer_slow: self.transfer_slow.max(40),
+            ..self
+        }
+    }
+
+    pub fn has_lmcache(&self) -> bool {
+        self.lmcache_senders + self.lmcache_receivers > 0
+    }
+
+    pub fn all_receivers(&self) -> usize {
+        self.receivers + self.lmcache_receivers
+    }
+
     /// What a seed draws.
-    pub fn draw(rng: &mut StdRng) -> Self {
+    fn draw(rng: &mut StdRng) -> Self {
         let mut some = |most: u32| if rng.random_bool(0.5) { rng.random_range(1..=most) } else { 0 };
         let plan = Self {
             senders: 2,
@@ -129,6 +177,10 @@ impl Plan {
             same_host: true,
             lingers: false,
             checksums: false,
+            lmcache_senders: 0,
+            lmcache_receivers: 0,
+            lmcache_jobs: 0,
+            lmcache_waits: false,
             safeguards: Safeguards::default(),
         };
         Self {
@@ -186,6 +238,10 @@ impl Plan {
             lingers: false,
             checksums: false,
             verify_ms: 0,
+            lmcache_senders: 0,
+            lmcache_receivers: 0,
+            lmcache_jobs: 0,
+            lmcache_waits: false,
             safeguards: Safeguards::default(),
         }
     }

@@ -3,38 +3,21 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-use pd_backend::ids::{ChunkKey, ClientId, FailureKind, GroupIndex, RequestId, Seq};
+use pd_backend::ids::{ClientId, FailureKind, RequestId, Seq};
 use pd_backend::protocol::sender::{Answer, Event, OpenRequest, Part, Sending, StagedSlot};
 use rand::RngExt;
 
 use crate::news::{News, Proc};
 use crate::plan;
-use crate::process::{TOKENS, sender_name};
+use crate::process::sender_name;
 use crate::sender_io::address;
 use crate::truth::content;
 use crate::world::World;
 
 /// How much later than its deadline something may happen: what came before it in the same inbox.
 pub const SLACK: Duration = Duration::from_millis(60);
-/// How long one pair has for its requests where not all can be connected at once.
-pub const TURN_MS: u64 = 400;
 /// Longest that a connector takes to fill slots.
 const THINK_MS: u64 = 30;
-
-/// A request that a router has in mind, tried once or several times.
-#[derive(Debug, Clone)]
-pub struct Job {
-    pub sender: usize,
-    pub receiver: usize,
-    pub name: RequestId,
-    pub keys: Vec<ChunkKey>,
-    pub groups: Vec<GroupIndex>,
-    pub last_tokens: u32,
-    pub client: ClientId,
-    pub tries_left: u32,
-    /// Asked after everything has settled: it must succeed.
-    pub fresh: bool,
-}
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum State {
@@ -78,76 +61,6 @@ pub struct Call {
 }
 
 impl World {
-    pub fn draw_jobs(&mut self) {
-        for index in 0..self.plan.jobs {
-            let job = self.draw_job(index);
-            self.jobs.push(job);
-            let at = self.ms(0, self.plan.rough_ms);
-            self.schedule(at, News::Start(index));
-        }
-    }
-
-    fn draw_job(&mut self, index: usize) -> Job {
-        let count = self.rng.random_range(1..=4usize);
-        let first = self.rng.random_range(0..self.plan.keys) as usize;
-        let last_tokens = self.rng.random_range(1..=TOKENS);
-        // Neighbouring requests share prefixes; a short chunk is named after its length, as an engine's hash would.
-        let key = |index: usize| {
-            let short = if index + 1 == count { format!("-{last_tokens}") } else { String::new() };
-            ChunkKey::new(format!("k{}{short}", first + index)).unwrap()
-        };
-        let mut keys: Vec<ChunkKey> = (0..count).map(key).collect();
-        let mut groups = Vec::new();
-        // A hybrid model's request has the same chunks once more, of its other group.
-        if self.rng.random_bool(0.3) {
-            groups = (0..2 * count).map(|index| GroupIndex(u8::from(index >= count))).collect();
-            keys.extend((0..count).map(|index| ChunkKey::new(format!("{}-small", key(index))).unwrap()));
-        }
-        let mut name = RequestId::new(format!("q{index}")).unwrap();
-        let reuse = self.plan.reuse_name;
-        if index > 0 && self.fault(reuse) {
-            name = self.jobs[self.rng.random_range(0..index)].name.clone();
-        }
-        let sender = self.rng.random_range(0..self.plan.senders);
-        let receiver = self.rng.random_range(0..self.plan.receivers);
-        let client = ClientId(1 + index as u64 % 3);
-        Job { sender, receiver, name, keys, groups, last_tokens, client, tries_left: 3, fresh: false }
-    }
-
-    /// Two requests from each sender to each receiver, all at once and each for most of the buffer. A world of hundreds
-    /// asks between neighbours alone.
-    pub fn ask_afresh(&mut self) {
-        let many = self.plan.senders * self.plan.receivers > 100;
-        for sender in 0..self.plan.senders {
-            for receiver in 0..self.plan.receivers {
-                if many && sender != receiver {
-                    continue;
-                }
-                for number in 0..2 {
-                    let name = RequestId::new(format!("fresh-{sender}-{receiver}-{number}")).unwrap();
-                    let keys = (0..4).map(|index| ChunkKey::new(format!("{name}-{index}")).unwrap()).collect();
-                    let job = Job {
-                        sender,
-                        receiver,
-                        name,
-                        keys,
-                        groups: Vec::new(),
-                        last_tokens: TOKENS,
-                        client: ClientId(500),
-                        tries_left: 0,
-                        fresh: true,
-                    };
-                    self.jobs.push(job);
-                    // Where not all can be connected at once, one pair comes after the other.
-                    let turn =
-                        if self.plan.crowded { TURN_MS * (sender * self.plan.receivers + receiver) as u64 } else { 0 };
-                    let after = turn + self.ms(0, 10);
-                    self.schedule(after, News::Start(self.jobs.len() - 1));
-                }
-            }
-        }
-    }
-
     pub fn start(&mut self, job: usize) {
         let spec = self.jobs[job].clone();
         let (at, to) = (self.sender_at(spec.sender), self.receiver_at(spec.receiver));
@@ -516,11 +429,21 @@ impl World {
     }
 
     pub fn proxy_hears(&mut self, at: Proc, request: &RequestId) {
+        let to_lmcache = self.lmcache.asked_by_ours.remove(&(at, request.clone()));
+        if let Some((receiver, keys)) = to_lmcache {
+            let after = self.ms(0, 80);
+            self.schedule(after, News::LmcacheRead(receiver, at, request.clone(), keys));
+            return self.proxy_heard(at, request);
+        }
         let announced = self.committed.get_mut(&(sender_name(at), request.clone())).filter(|left| **left > 0);
         match announced {
             Some(left) => *left -= 1,
             None => return self.wrong(format!("the proxy hears of {request} before it is ready at its receiver")),
         }
+        self.proxy_heard(at, request);
+    }
+
+    fn proxy_heard(&mut self, at: Proc, request: &RequestId) {
         if let Some(&attempt) = self.open.get(&(at, request.clone()))
             && std::mem::replace(&mut self.attempts[attempt].notified, true)
         {

@@ -13,6 +13,7 @@ use pd_backend::wire::message::{
 };
 
 use crate::engine::Connection;
+use crate::lmcache::pages;
 use crate::network::Route;
 use crate::news::{News, Proc};
 use crate::plan::{self, Plan};
@@ -55,10 +56,12 @@ pub struct Receiver {
     pub next_connection: u64,
 }
 
-fn chunk_shape() -> ChunkShape {
+fn chunk_shape(plan: &Plan) -> ChunkShape {
+    // LMCache's wire has one group of layers.
+    let groups = if plan.has_lmcache() { 1 } else { TOKEN_BYTES.len() };
     ChunkShape {
         slot_bytes: CHUNK_BYTES,
-        token_bytes: TOKEN_BYTES.to_vec(),
+        token_bytes: TOKEN_BYTES[..groups].to_vec(),
         chunk_tokens: TOKENS,
         wire_format: 1,
         wire_shape: vec![2, 1, u64::from(TOKENS), 2],
@@ -94,8 +97,8 @@ pub fn receiver_name(at: Proc) -> String {
     format!("r{}.{}", at.index, at.life)
 }
 
-fn addresses(plan: &Plan) -> AddressManager {
-    AddressManager::with_slots(CHUNK_BYTES * plan.initial_slots, 1, CHUNK_BYTES).unwrap()
+fn addresses(plan: &Plan, slots: u64) -> AddressManager {
+    AddressManager::with_slots(CHUNK_BYTES * plan.initial_slots.min(slots), 1, CHUNK_BYTES).unwrap()
 }
 
 fn peers_max(plan: &Plan, peers: usize) -> usize {
@@ -103,15 +106,15 @@ fn peers_max(plan: &Plan, peers: usize) -> usize {
 }
 
 pub fn new_sender(plan: &Plan, at: Proc, now: Instant) -> Sender {
-    let addresses = addresses(plan);
+    let addresses = addresses(plan, plan.sender_slots);
     let session = SenderSession::new(
         now,
         SenderSettings {
             hello: hello(sender_name(at), at, plan.same_host, "the senders' host"),
             agent_name: sender_name(at),
             metadata: vec![1],
-            pages: None,
-            chunk: chunk_shape(),
+            pages: plan.has_lmcache().then(|| pages(1 << 20, plan.sender_slots)),
+            chunk: chunk_shape(plan),
             addresses: addresses.clone(),
             len_max_bytes: CHUNK_BYTES * plan.sender_slots,
             allocation_timeout: plan::ALLOCATION,
@@ -121,8 +124,8 @@ pub fn new_sender(plan: &Plan, at: Proc, now: Instant) -> Sender {
             checksum: if plan.checksums { ChecksumMode::Full } else { ChecksumMode::Off },
             requests_max: 64,
             request_chunks_max: 64,
-            peers_max: peers_max(plan, plan.receivers),
-            receivers: if plan.told { (0..plan.receivers).map(address).collect() } else { Vec::new() },
+            peers_max: peers_max(plan, plan.all_receivers()),
+            receivers: if plan.told { (0..plan.all_receivers()).map(address).collect() } else { Vec::new() },
             notify_proxy: true,
             heartbeat_interval: plan::HEARTBEAT,
             peer_timeout: plan::PEER,
@@ -141,13 +144,13 @@ pub fn new_sender(plan: &Plan, at: Proc, now: Instant) -> Sender {
 }
 
 pub fn new_receiver(plan: &Plan, at: Proc) -> Receiver {
-    let addresses = addresses(plan);
+    let addresses = addresses(plan, plan.receiver_slots);
     let session = ReceiverSession::new(ReceiverSettings {
         hello: hello(receiver_name(at), at, plan.same_host, "the receivers' host"),
         agent_name: receiver_name(at),
         metadata: vec![2],
         descriptors: addresses.len_bytes().to_le_bytes().to_vec(),
-        chunk: chunk_shape(),
+        chunk: chunk_shape(plan),
         addresses: addresses.clone(),
         len_max_bytes: CHUNK_BYTES * plan.receiver_slots,
         allocation_timeout: plan::ALLOCATION,
@@ -163,7 +166,7 @@ pub fn new_receiver(plan: &Plan, at: Proc) -> Receiver {
         heartbeat_interval: plan::HEARTBEAT,
         peer_timeout: plan::PEER,
         linger: if plan.lingers { plan::LINGER } else { Duration::ZERO },
-        pages: None,
+        pages: plan.has_lmcache().then(|| pages(1 << 21, 0)),
         safeguards: plan.safeguards,
     });
     let memory = vec![0; (CHUNK_BYTES * plan.receiver_slots) as usize];

@@ -13,6 +13,11 @@ use crate::process::{receiver_name, sender_name};
 use crate::truth::Grant;
 use crate::world::World;
 
+/// Whether a receiver gave an LMCache sender this name.
+fn is_lmcaches(instance: &str) -> bool {
+    instance.starts_with("lmcache-")
+}
+
 /// How far apart an engine that sums says so.
 const VERIFYING_EVERY_MS: u64 = 50;
 
@@ -21,6 +26,7 @@ impl World {
         let now = self.now;
         match news {
             News::Wait(_, request) => return self.wait(at, request),
+            News::ReadUncommitted(_, attempt, named) => return self.read_uncommitted(at, attempt, named),
             News::Lookup(_) => return self.lookup(at),
             News::ReaderCancels(_, request) => return self.reader_cancels(at, &request),
             News::ReceiverReset(_) => return self.receiver_resets(at),
@@ -46,6 +52,11 @@ impl World {
             }
             _ => {}
         }
+        if let News::ToReceiver(route, _) = &news
+            && self.is_lmcache_sender(route.sender.index)
+        {
+            self.lmcache_question_arrives(*route);
+        }
         let session = &mut self.receivers[at.index].session;
         match news {
             News::ToReceiver(route, message) => session.handle_message(now, route.port, route, *message),
@@ -67,7 +78,17 @@ impl World {
     }
 
     fn on_receiver_output(&mut self, at: Proc, output: Output<Route>) {
+        if let Output::Note(note) = &output
+            && self.has_lmcache()
+        {
+            self.lmcache_request_noted(at, note);
+        }
         match output {
+            Output::Send { to, port, message } if self.is_lmcache_sender(to.sender.index) => {
+                let route = Route { port, ..to };
+                self.lmcache_sender_is_told(at, route, &message);
+                self.transmit(true, route, message);
+            }
             Output::Send { to, port, message } => {
                 match &message {
                     Message::AllocResponse(response) => self.note_grant(at, to, response),
@@ -107,6 +128,8 @@ impl World {
                 self.schedule(soon, News::ReceiverGrows(at));
             }
             Output::Answer { client, id, answer } => self.on_reader_answer(at, client, id, answer),
+            // Of an LMCache sender's, which a reader takes uncommitted.
+            Output::Note(Note::Committed { instance, .. }) if is_lmcaches(&instance) => {}
             Output::Note(Note::Committed { request, instance, .. }) => {
                 let under_way = self.under_way(at);
                 let checked = self.receivers[at.index].truth.commit(&instance, &request, &under_way);
@@ -115,7 +138,8 @@ impl World {
             }
             Output::Note(Note::Granted { request, .. }) => self.attempt_begins(at, &request),
             // A sender that is not known shakes hands anew, and asks again.
-            Output::Note(Note::Refused { failure, .. }) if failure.kind == FailureKind::HandshakeRefused => {}
+            Output::Note(Note::Refused { failure, instance, .. })
+                if failure.kind == FailureKind::HandshakeRefused && !is_lmcaches(&instance) => {}
             Output::Note(Note::Failed { request, .. } | Note::Refused { request: Some(request), .. }) => {
                 self.attempt_ends(at, request, false)
             }
@@ -154,9 +178,9 @@ impl World {
             .zip(&pd.offsets)
             .map(|((_, (key, len_bytes)), &offset)| (offset..offset + len_bytes, key.clone()))
             .collect();
-        let record = Grant { instance, request: asked.request, chunks, committed: false };
+        let record = Grant { instance, request: asked.request, chunks, committed: false, page: false };
         let under_way = self.under_way(at);
-        let checked = self.receivers[at.index].truth.grant(grant, record, &under_way);
+        let checked = self.receivers[at.index].truth.grant(Some(grant), record, &under_way);
         self.check(checked);
     }
 }

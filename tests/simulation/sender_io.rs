@@ -55,6 +55,11 @@ impl World {
             News::ToSender(route, _) => self.links.get(&(at, route.peer)).is_some_and(|link| link.open),
             _ => false,
         };
+        // The socket that it listens with says so.
+        let lmcache_mode = match &news {
+            News::Opened(_, peer) => self.lmcache_mode_behind(at, *peer),
+            _ => LmcacheMode::Async,
+        };
         let sender = &mut self.senders[at.index];
         let sums = match &news {
             News::Done(_, transfer, _) => sender.sums.remove(transfer),
@@ -62,7 +67,7 @@ impl World {
         };
         let session = &mut sender.session;
         match news {
-            News::Opened(_, peer) => session.handle_peer_opened(now, peer, LmcacheMode::Async),
+            News::Opened(_, peer) => session.handle_peer_opened(now, peer, lmcache_mode),
             News::Closed(_, peer) => session.handle_peer_closed(now, peer, Self::link_failure()),
             News::ToSender(route, message) if open => session.handle_message(now, route.peer, route.port, *message),
             News::Done(_, transfer, good) => {
@@ -110,11 +115,17 @@ impl World {
                     self.asked.insert((pd.instance.clone(), pd.seq), Asked::of(request));
                 }
                 let cut = self.plan.cut;
-                if self.fault(cut) {
+                let cuts = self.fault(cut);
+                if cuts && (!self.has_lmcache() || self.ms(0, 2) == 0) {
                     return self.cut(at, peer);
                 }
                 let Some(link) = self.links.get(&(at, peer)) else { return };
                 let route = Route { sender: at, receiver: link.receiver, peer, port };
+                self.note_lmcache_question(route, &message);
+                if self.is_lmcache_receiver(route.receiver.index) && cuts {
+                    self.transmit(false, route, message);
+                    return self.cut(at, peer);
+                }
                 self.transmit(false, route, message);
             }
             Output::LoadPeer { peer, .. } => {
@@ -122,13 +133,16 @@ impl World {
                 self.schedule(soon, News::Met(at, peer));
             }
             Output::ConnectPeer { peer, connection, memory } => {
-                let PeerMemory::Descriptors(descriptors) = memory else { panic!("{memory:?}") };
-                self.tell(at, connection, &descriptors);
+                let len_bytes = match memory {
+                    PeerMemory::Descriptors(descriptors) => len_in(&descriptors),
+                    PeerMemory::Pages(pages) => pages.len_bytes(),
+                };
+                self.tell(at, connection, len_bytes);
                 let soon = self.ms(0, 20);
                 self.schedule(soon, News::Warm(at, peer));
             }
             Output::UpdatePeer { peer, connection, descriptors, .. } => {
-                self.tell(at, connection, &descriptors);
+                self.tell(at, connection, len_in(&descriptors));
                 let soon = self.ms(0, 20);
                 self.schedule(soon, News::Updated(at, peer, connection));
             }
@@ -157,9 +171,9 @@ impl World {
         }
     }
 
-    fn tell(&mut self, at: Proc, connection: pd_backend::ids::ConnectionId, descriptors: &[u8]) {
+    fn tell(&mut self, at: Proc, connection: pd_backend::ids::ConnectionId, len_bytes: u64) {
         if let Some(known) = self.senders[at.index].connections.get_mut(&connection) {
-            known.told_len_bytes = known.told_len_bytes.max(len_in(descriptors));
+            known.told_len_bytes = known.told_len_bytes.max(len_bytes);
         }
     }
 }

@@ -1,7 +1,7 @@
 //! What is really so at one receiver, whatever the sessions believe: who was granted which bytes, which writes are on
 //! their way, who reads what.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
 use pd_backend::ids::{ChunkKey, GrantId, LeaseId, RequestId};
@@ -25,7 +25,10 @@ pub struct Grant {
     pub request: RequestId,
     /// Its own chunks: where, and what.
     pub chunks: Vec<(Range<u64>, ChunkKey)>,
+    /// Its sender has said that it is written or, of an LMCache sender's, a reader.
     pub committed: bool,
+    /// It is a page of an LMCache sender's.
+    pub page: bool,
 }
 
 /// What a reader was given.
@@ -39,12 +42,15 @@ pub struct Leased {
 #[derive(Debug, Default)]
 pub struct Truth {
     pub memory: Vec<u8>,
-    pub grants: BTreeMap<GrantId, Grant>,
-    /// The latest grant of each range that was ever granted, by its start.
-    pub owners: BTreeMap<u64, (u64, GrantId)>,
+    /// In their order.
+    pub grants: Vec<Grant>,
+    /// Those that have a name.
+    pub names: BTreeSet<GrantId>,
+    /// The latest grant of each range that was ever granted, by its start: its end, and which.
+    pub owners: BTreeMap<u64, (u64, usize)>,
     pub leases: BTreeMap<LeaseId, Leased>,
-    /// The last grant before the latest reset: what it and those before it brought is void.
-    pub void_up_to: Option<GrantId>,
+    /// So many grants came before the latest reset: what they brought is void.
+    pub void: usize,
 }
 
 fn overlap(left: &Range<u64>, right: &Range<u64>) -> bool {
@@ -53,9 +59,16 @@ fn overlap(left: &Range<u64>, right: &Range<u64>) -> bool {
 
 impl Truth {
     /// Bytes change hands. `under_way` are the writes that have not landed, with their writers.
-    pub fn grant(&mut self, id: GrantId, grant: Grant, under_way: &[(Range<u64>, String)]) -> Result<(), String> {
-        if self.grants.contains_key(&id) {
-            return Err(format!("grant {id} is given twice"));
+    pub fn grant(
+        &mut self,
+        name: Option<GrantId>,
+        grant: Grant,
+        under_way: &[(Range<u64>, String)],
+    ) -> Result<(), String> {
+        if let Some(name) = name
+            && !self.names.insert(name)
+        {
+            return Err(format!("grant {name} is given twice"));
         }
         for (range, _) in &grant.chunks {
             if let Some((write, writer)) = under_way.iter().find(|(write, _)| overlap(write, range)) {
@@ -77,36 +90,51 @@ impl Truth {
             for start in gone {
                 self.owners.remove(&start);
             }
-            self.owners.insert(range.start, (range.end, id));
+            self.owners.insert(range.start, (range.end, self.grants.len()));
         }
-        self.grants.insert(id, grant);
+        self.grants.push(grant);
         Ok(())
     }
 
     /// The serving engine resets its cache.
     pub fn reset(&mut self) {
-        self.void_up_to = self.grants.keys().next_back().copied();
+        self.void = self.grants.len();
     }
 
     /// Whether what a reader is given now was granted since the latest reset.
-    pub fn check_since_reset(&self, chunks: &[(Range<u64>, ChunkKey)]) -> Result<(), String> {
+    fn check_since_reset(&self, chunks: &[(Range<u64>, ChunkKey)]) -> Result<(), String> {
         for (range, key) in chunks {
             let grant = self.owners.get(&range.start).map(|(_, grant)| *grant);
-            if grant <= self.void_up_to && self.void_up_to.is_some() {
-                return Err(format!(
-                    "{key} came with grant {grant:?}, before the reset that voids {:?}",
-                    self.void_up_to
-                ));
+            if grant.is_none_or(|grant| grant < self.void) {
+                return Err(format!("{key} came with grant {grant:?}, before the reset that voids {}", self.void));
             }
         }
         Ok(())
     }
 
+    /// A reader is given these. It, or another, has said of what came from LMCache senders that it is written.
+    pub fn hand_out(
+        &mut self,
+        chunks: &[(Range<u64>, ChunkKey)],
+        under_way: &[(Range<u64>, String)],
+    ) -> Result<(), String> {
+        for (range, key) in chunks {
+            let owner = self.owners.get(&range.start).and_then(|&(_, grant)| self.grants.get_mut(grant));
+            let Some(grant) = owner.filter(|grant| grant.page && !grant.committed) else { continue };
+            grant.committed = true;
+            let page = grant.chunks[0].0.clone();
+            if let Some((write, writer)) = under_way.iter().find(|(write, _)| overlap(write, &page)) {
+                return Err(format!("{key} of {} is read while {writer} still writes {write:?}", grant.request));
+            }
+        }
+        self.verify(chunks)?;
+        self.check_since_reset(chunks)
+    }
+
     /// Whether `writer` may write these bytes now.
     pub fn check_write(&self, writer: &str, range: &Range<u64>) -> Result<(), String> {
         let owner = self.owners.range(..=range.start).next_back().filter(|(_, (end, _))| range.end <= *end);
-        let grant = owner.and_then(|(_, (_, id))| self.grants.get(id));
-        match grant {
+        match owner.and_then(|(_, &(_, grant))| self.grants.get(grant)) {
             Some(grant) if grant.instance != writer => {
                 Err(format!("{writer} writes {range:?}, which were granted to {} since", grant.instance))
             }
@@ -126,8 +154,7 @@ impl Truth {
         request: &RequestId,
         under_way: &[(Range<u64>, String)],
     ) -> Result<(), String> {
-        let latest =
-            self.grants.values_mut().rev().find(|grant| grant.instance == instance && grant.request == *request);
+        let latest = self.grants.iter_mut().rev().find(|grant| grant.instance == instance && grant.request == *request);
         let Some(grant) = latest else { return Err(format!("{request} of {instance} is ready and was never granted")) };
         grant.committed = true;
         for (range, _) in &grant.chunks {

@@ -1,24 +1,31 @@
 //! The world: processes, the order of events, and what each of them may break.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::time::{Duration, Instant};
 
 use pd_backend::address::AddressManager;
 use pd_backend::ids::{ClientId, ConnectionId, PeerId, RequestId, Seq};
 use pd_backend::protocol::Grown;
+use pd_backend::wire::LmcacheMode;
+use rand::RngExt;
 use rand::rngs::StdRng;
-use rand::{RngExt, SeedableRng};
 
 use crate::decode::{End, Reading};
 use crate::engine::{Asked, Write};
+use crate::jobs::{Job, TURN_MS};
+use crate::lmcache::Lmcache;
+use crate::lmcache_receiver::LmcacheReceiver;
+use crate::lmcache_sender::LmcacheSender;
 use crate::network::{Link, Route};
 use crate::news::{News, Proc, Target};
 use crate::plan::{self, Plan};
-use crate::prefill::{Attempt, Call, Job, TURN_MS};
+use crate::prefill::{Attempt, Call};
 use crate::process::{CHUNK_BYTES, Receiver, Sender, new_receiver, new_sender, receiver_name, sender_name};
 use crate::tally::Tally;
 
+/// LMCache senders ask afresh so long after ours: each wants most of a buffer.
+const AFTER_OURS_MS: u64 = 1500;
 /// No world is so busy.
 const EVENTS_MAX: u64 = 4_000_000;
 
@@ -50,6 +57,7 @@ pub struct World {
     pub committed: BTreeMap<(String, RequestId), u64>,
     /// What allocations ask for, by who asks and the number of the question.
     pub asked: BTreeMap<(String, Seq), Asked>,
+    pub lmcache: Lmcache,
     pub fresh_fetched: BTreeSet<RequestId>,
     pub next_id: u64,
     pub tally: Tally,
@@ -59,8 +67,7 @@ pub struct World {
 
 impl World {
     pub fn new(seed: u64, logged: bool) -> Self {
-        let mut rng = StdRng::seed_from_u64(seed);
-        let plan = Plan::draw(&mut rng);
+        let (rng, plan) = Plan::of_seed(seed);
         Self::with_plan(rng, plan, logged)
     }
 
@@ -89,6 +96,7 @@ impl World {
             ends: BTreeMap::new(),
             committed: BTreeMap::new(),
             asked: BTreeMap::new(),
+            lmcache: Lmcache::default(),
             fresh_fetched: BTreeSet::new(),
             next_id: 1,
             tally: Tally::default(),
@@ -100,12 +108,49 @@ impl World {
             let plan = format!("{:?}", world.plan);
             world.say(|| plan);
         }
+        if world.plan.has_lmcache() {
+            world.add_lmcache();
+        }
         world.draw_jobs();
         world.draw_faults();
         let rough_ms = world.plan.rough_ms;
         world.schedule(rough_ms, News::Settle);
+        if world.has_lmcache() {
+            world.schedule(rough_ms + world.plan.settle_ms / 2, News::Tend);
+        }
         world.schedule(rough_ms + world.plan.settle_ms, News::Fresh);
         world
+    }
+
+    fn add_lmcache(&mut self) {
+        let mut mode = || if self.rng.random_bool(0.5) { LmcacheMode::Sync } else { LmcacheMode::Async };
+        let modes: Vec<LmcacheMode> =
+            (0..self.plan.lmcache_senders + self.plan.lmcache_receivers).map(|_| mode()).collect();
+        let (senders, receivers) = modes.split_at(self.plan.lmcache_senders);
+        let first = |index| Proc { index, life: 1 };
+        self.lmcache.senders =
+            (self.senders.len()..).zip(senders).map(|(index, &mode)| LmcacheSender::new(first(index), mode)).collect();
+        self.lmcache.receivers = (self.receivers.len()..)
+            .zip(receivers)
+            .map(|(index, &mode)| LmcacheReceiver::new(first(index), mode))
+            .collect();
+        self.draw_lmcache_jobs();
+        let (rough_ms, crashes, pauses) = (self.plan.rough_ms, self.plan.crashes, self.plan.pauses);
+        for pause in (0..crashes + pauses).map(|fault| fault >= crashes) {
+            let which = self.rng.random_range(0..modes.len());
+            let sender = which < self.plan.lmcache_senders;
+            let index = if sender {
+                self.senders.len() + which
+            } else {
+                self.receivers.len() + which - self.plan.lmcache_senders
+            };
+            let at = self.rng.random_range(0..rough_ms);
+            let news = match pause {
+                true => News::Pause(sender, index, self.rng.random_range(20..plan::PAUSE_MS)),
+                false => News::Crash(sender, index),
+            };
+            self.schedule(at, news);
+        }
     }
 
     fn draw_faults(&mut self) {
@@ -155,24 +200,6 @@ impl World {
     pub fn fresh_id(&mut self) -> u64 {
         self.next_id += 1;
         self.next_id
-    }
-
-    pub fn sender_at(&self, index: usize) -> Proc {
-        Proc { index, life: self.senders[index].process.life }
-    }
-
-    pub fn receiver_at(&self, index: usize) -> Proc {
-        Proc { index, life: self.receivers[index].process.life }
-    }
-
-    pub fn sender_lives(&self, at: Proc) -> bool {
-        let process = &self.senders[at.index].process;
-        process.alive && process.life == at.life
-    }
-
-    pub fn receiver_lives(&self, at: Proc) -> bool {
-        let process = &self.receivers[at.index].process;
-        process.alive && process.life == at.life
     }
 
     pub fn fresh_connection(&mut self, sender: bool, index: usize) -> ConnectionId {
@@ -238,8 +265,8 @@ impl World {
     fn deliver(&mut self, news: News) {
         let target = news.target();
         let process = match target {
-            Target::Sender(at) if self.sender_lives(at) => &mut self.senders[at.index].process,
-            Target::Receiver(at) if self.receiver_lives(at) => &mut self.receivers[at.index].process,
+            Target::Sender(at) if self.sender_lives(at) => self.process(true, at.index),
+            Target::Receiver(at) if self.receiver_lives(at) => self.process(false, at.index),
             Target::World => return self.on_world(news),
             _ => return,
         };
@@ -250,13 +277,15 @@ impl World {
         self.handle(target, news);
     }
 
-    fn handle(&mut self, target: Target, news: News) {
+    pub fn handle(&mut self, target: Target, news: News) {
         self.handled += 1;
         let is_timer = matches!(news, News::SenderTimer(_) | News::ReceiverTimer(_));
         if !is_timer && self.log.is_some() {
             self.say(|| format!("{news:?}"));
         }
         match target {
+            Target::Sender(at) if self.is_lmcache_sender(at.index) => self.on_lmcache_sender_news(at, news),
+            Target::Receiver(at) if self.is_lmcache_receiver(at.index) => self.on_lmcache_receiver_news(at, news),
             Target::Sender(at) => {
                 if !is_timer {
                     self.on_sender_news(at, news);
@@ -312,11 +341,17 @@ impl World {
     }
 
     fn on_world(&mut self, news: News) {
-        if !matches!(news, News::Start(_)) && self.log.is_some() {
+        if !matches!(news, News::Start(_) | News::LmcacheStart(_)) && self.log.is_some() {
             self.say(|| format!("{news:?}"));
         }
         match news {
             News::Start(job) => self.start(job),
+            News::LmcacheStart(job) => self.start_lmcache(job),
+            News::QueryOver(receiver, lease) => {
+                if self.receiver_lives(receiver) {
+                    self.receivers[receiver.index].truth.leases.remove(&lease);
+                }
+            }
             News::Land(write, copy) => self.land(write, copy),
             News::Crash(sender, index) => self.crash(sender, index),
             News::Restart(sender, index) => self.restart(sender, index),
@@ -333,92 +368,13 @@ impl World {
                 self.settling = true;
                 self.parted.clear();
             }
-            News::Fresh => self.ask_afresh(),
+            News::Tend => self.tend(),
+            News::Fresh => {
+                self.ask_afresh();
+                self.ask_lmcache_afresh(AFTER_OURS_MS);
+            }
             _ => unreachable!("it has a process"),
         }
-    }
-
-    fn crash(&mut self, sender: bool, index: usize) {
-        if self.settling {
-            return;
-        }
-        let restart = self.ms(1, 400);
-        if sender {
-            let at = self.sender_at(index);
-            if !self.sender_lives(at) {
-                return;
-            }
-            self.senders[index].process.alive = false;
-            self.writes_die(at);
-            self.attempts_die(at);
-            self.links_of_sender_die(at);
-            if self.plan.same_host {
-                for receiver in 0..self.receivers.len() {
-                    if self.receivers[receiver].watched.contains(&sender_name(at)) {
-                        let (after, to) = (self.ms(1, 250), self.receiver_at(receiver));
-                        self.schedule(after, News::ProcessEnded(to, sender_name(at)));
-                    }
-                }
-            }
-        } else {
-            let at = self.receiver_at(index);
-            if !self.receiver_lives(at) {
-                return;
-            }
-            self.receivers[index].process.alive = false;
-            self.readings_die(at);
-            self.links_of_receiver_die(at);
-        }
-        self.tally.crashes += 1;
-        self.schedule(restart, News::Restart(sender, index));
-    }
-
-    fn restart(&mut self, sender: bool, index: usize) {
-        if sender {
-            let at = Proc { index, life: self.senders[index].process.life + 1 };
-            self.senders[index] = new_sender(&self.plan, at, self.now);
-        } else {
-            let at = Proc { index, life: self.receivers[index].process.life + 1 };
-            self.receivers[index] = new_receiver(&self.plan, at);
-        }
-    }
-
-    fn pause(&mut self, sender: bool, index: usize, length_ms: u64) {
-        let (target, process) = if sender {
-            (Target::Sender(self.sender_at(index)), &mut self.senders[index].process)
-        } else {
-            (Target::Receiver(self.receiver_at(index)), &mut self.receivers[index].process)
-        };
-        if self.settling || !process.alive || process.paused.is_some() {
-            return;
-        }
-        process.paused = Some(VecDeque::new());
-        process.paused_for += Duration::from_millis(length_ms);
-        self.tally.pauses += 1;
-        self.schedule(length_ms, News::Resume(target));
-    }
-
-    /// Everything that has come meanwhile is handled now, deadlines before it or after its first.
-    fn resume(&mut self, target: Target) {
-        let process = match target {
-            Target::Sender(at) if self.sender_lives(at) => &mut self.senders[at.index].process,
-            Target::Receiver(at) if self.receiver_lives(at) => &mut self.receivers[at.index].process,
-            _ => return,
-        };
-        let unread = process.paused.take().unwrap_or_default();
-        process.armed = None;
-        let timer = match target {
-            Target::Sender(at) => News::SenderTimer(at),
-            Target::Receiver(at) => News::ReceiverTimer(at),
-            Target::World => return,
-        };
-        if self.rng.random_bool(0.5) {
-            self.handle(target, timer.clone());
-        }
-        for news in unread {
-            self.handle(target, news);
-        }
-        self.handle(target, timer);
     }
 
     /// One more slot, or none this time.
@@ -458,5 +414,6 @@ impl World {
             }
         }
         self.check_calls_ended();
+        self.check_lmcache_end();
     }
 }

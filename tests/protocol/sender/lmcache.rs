@@ -240,6 +240,65 @@ fn an_asynchronous_receiver_is_told_once_nothing_is_written_any_more() {
 }
 
 #[test]
+fn a_full_receiver_is_told_what_it_need_not_hold_while_it_is_asked_for_room() {
+    // Broken in production: an asynchronous receiver that is full of a failed request's pages is asked for room, and is not
+    // told that these are free until it has answered: both wait for each other, and all requests to it fail.
+    let mut bench = Bench::new(LmcacheMode::Async);
+    bench.open("r", &[1, 2, 3, 4]);
+    bench.open("s", &[5, 6]);
+    let waits = bench.ask("t", &[1, 7]);
+    bench.cancel("r");
+    bench.cancel("s");
+    let told = bench.answer_cancels();
+    let told: Vec<(&str, Vec<ChunkKey>)> = told.iter().map(|told| (told.req_id.as_str(), told.keys.clone())).collect();
+    assert_eq!(told, [("r", vec![key(1), key(2), key(3), key(4)]), ("s", vec![key(5), key(6)])]);
+    bench.answer_all();
+    assert!(matches!(bench.answer_to(waits), Answer::Opened { .. }));
+    let (transfer, pages) = bench.send("t", &[0, 1]);
+    assert_eq!(pages, [bench.page_of(1), bench.page_of(7)]);
+    bench.written(transfer);
+    assert_eq!(bench.proxy, [request("t")]);
+    assert_eq!(bench.lmcache.keys.values().map(|(_, references)| *references).collect::<Vec<_>>(), [1, 1]);
+}
+
+#[test]
+fn a_chunk_that_is_given_back_while_it_is_asked_for_is_in_doubt() {
+    // Broken in production: the receiver pins a page for the retry, and then hears that the first attempt is over; the retry
+    // is told "already sent" of a page that nobody has written, and is reported sent.
+    let mut bench = Bench::new(LmcacheMode::Async);
+    bench.open("r", &[1]);
+    let retry = bench.ask("s", &[1, 2]);
+    let response = bench.lmcache.answer().unwrap();
+    assert_eq!(response.already_sent_indexes, [0]);
+    bench.cancel("r");
+    assert_eq!(bench.answer_cancels().len(), 1);
+    bench.hear(response);
+    let failure = bench.failure(retry);
+    assert!(failure.text.contains("has 1 of 2 chunks already, but an earlier attempt"), "{failure}");
+    // It is given back as well, and then there is no doubt.
+    bench.answer_all();
+    assert_eq!((bench.lmcache.free.len(), bench.lmcache.keys.len()), (6, 0));
+    bench.deliver("s", &[1, 2]);
+}
+
+#[test]
+fn room_is_not_asked_for_chunks_that_are_being_given_back() {
+    // Broken in production: the receiver pins a page for the second request before it hears that the first is over, and says
+    // "already sent" of a page that nobody has written.
+    let mut bench = Bench::new(LmcacheMode::Async);
+    bench.open("r", &[1, 2]);
+    bench.cancel("r");
+    let again = bench.ask("r", &[1]);
+    let other = bench.ask("s", &[3]);
+    assert_eq!(bench.lmcache.asked.len(), 1, "{:?}", bench.lmcache.asked);
+    assert!(cancel(&bench.lmcache.asked[0]).is_some());
+    bench.answer_all();
+    assert!(matches!(bench.answer_to(again), Answer::Opened { .. }));
+    assert!(matches!(bench.answer_to(other), Answer::Opened { .. }));
+    assert_eq!(bench.lmcache.free.len(), 4);
+}
+
+#[test]
 fn a_cancel_that_was_not_answered_leaves_a_doubt() {
     // Broken in production: the page is another request's by then, and the retry writes into it.
     let mut bench = Bench::new(LmcacheMode::Async);

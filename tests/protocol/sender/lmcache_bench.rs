@@ -9,7 +9,7 @@ use pd_backend::ids::{
 };
 use pd_backend::protocol::sender::{Answer, Event, OpenRequest, Output, Part, PeerMemory, SenderSettings, Sending};
 use pd_backend::protocol::{ChunkShape, Port, SenderSession};
-use pd_backend::wire::message::{AllocRequest, AllocResponse, Hello, InitResponse, MemRegResponse};
+use pd_backend::wire::message::{AllocRequest, AllocResponse, CancelNotif, Hello, InitResponse, MemRegResponse};
 use pd_backend::wire::{LmcacheMode, Message, descriptor_list};
 
 use super::bench;
@@ -134,6 +134,14 @@ impl Lmcache {
     }
 }
 
+fn alloc(message: &Message) -> Option<&AllocRequest> {
+    if let Message::AllocRequest(alloc) = message { Some(alloc) } else { None }
+}
+
+pub fn cancel(message: &Message) -> Option<&CancelNotif> {
+    if let Message::CancelNotif(cancel) = message { Some(cancel) } else { None }
+}
+
 impl Bench {
     pub fn new(mode: LmcacheMode) -> Self {
         Self::with(settings(), Lmcache::new(mode, 6))
@@ -213,7 +221,13 @@ impl Bench {
             }
             other => panic!("{other:?} on {port:?}"),
         }
-        assert!(self.lmcache.asked.len() <= 1, "answers do not say what they answer: {:?}", self.lmcache.asked);
+        let allocs: Vec<&AllocRequest> = self.lmcache.asked.iter().filter_map(alloc).collect();
+        let cancels: Vec<&CancelNotif> = self.lmcache.asked.iter().filter_map(cancel).collect();
+        assert!(
+            allocs.len() <= 1 && cancels.len() <= 1,
+            "answers do not say what they answer: {:?}",
+            self.lmcache.asked
+        );
     }
 
     pub fn hear(&mut self, response: AllocResponse) {
@@ -228,6 +242,19 @@ impl Bench {
             let Some(response) = self.lmcache.answer() else { return };
             self.hear(response);
         }
+    }
+
+    /// An asynchronous receiver answers cancels whatever else it has been asked.
+    pub fn answer_cancels(&mut self) -> Vec<CancelNotif> {
+        let mut answered = Vec::new();
+        while let Some(at) = self.lmcache.asked.iter().position(|message| cancel(message).is_some()) {
+            let message = self.lmcache.asked.remove(at).unwrap();
+            let cancel = cancel(&message).unwrap();
+            cancel.keys.iter().for_each(|key| self.lmcache.release(key));
+            answered.push(cancel.clone());
+            self.hear(AllocResponse { already_sent_indexes: vec![], remote_indexes: vec![], pd: None });
+        }
+        answered
     }
 
     /// Opens a request of these keys, and returns the number by which it is answered.

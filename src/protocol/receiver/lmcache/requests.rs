@@ -1,7 +1,7 @@
 //! Their requests: grants in pages, in one batch or several; refusals, cancels, and the end of a connection.
 
 use std::collections::BTreeSet;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::super::origin::Origin;
 use super::super::request::{Request, Stage};
@@ -114,8 +114,9 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
                     format!("{id} has {left} chunks left to come, this batch has {count}"),
                 );
             }
-            return Ok(sizes);
+            return is_whole(id, request, left).map(|()| sizes);
         }
+        is_whole(id, request, total)?;
         match self.requests.get(id) {
             // That sender is gone, and whoever asks has taken its place. A pd-sender's request is not pushed aside.
             Some(open) if self.is_abandoned(open) => Ok(sizes),
@@ -150,9 +151,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
     ) {
         let wait = self.settings.allocation_timeout;
         self.timers.set(Timer::Allocation(id.clone()), now + wait);
-        let complete = request.is_last_batch.unwrap_or(true);
-        // Whatever it has announced, nothing comes after the last batch.
-        let total = if complete { request.keys.len() } else { announced(&request) };
+        let (complete, total) = (is_last(&request), announced(&request));
         let batches = Batches { total, spare: Vec::new(), complete, unnamed: request.req_id.is_none() };
         let request = Request {
             instance,
@@ -214,7 +213,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
                 fresh.push((index, slot));
             }
         }
-        batches.complete = batch.is_last_batch.unwrap_or(true);
+        batches.complete = is_last(&batch);
         let unneeded = if batches.complete { std::mem::take(&mut batches.spare) } else { Vec::new() };
         let grant = *grant;
         request.keys.extend(batch.keys);
@@ -288,7 +287,8 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             let text = format!("sender {instance} closed its connection before {id} had slots");
             self.end(now, &id, Failure::new(FailureKind::PeerLost, text), false);
         }
-        self.timers.set(Timer::Linger(instance), now + self.settings.linger);
+        let linger = if self.settings.safeguards.linger { self.settings.linger } else { Duration::ZERO };
+        self.timers.set(Timer::Linger(instance), now + linger);
         self.admit(now);
         true
     }
@@ -296,6 +296,24 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
 
 /// Where the tokens are in the shape of KV_2LTD, `[2, layers, tokens, kv_heads * head_size]`.
 const TOKEN_DIMENSION: usize = 2;
+
+/// Whether no further batch follows. Its synchronous backend does not say: each is a request of its own.
+fn is_last(request: &AllocRequest) -> bool {
+    request.is_last_batch.unwrap_or(true)
+}
+
+/// Refuses a last batch without those that came before it, `left` chunks of which were to come yet: the request that they
+/// were of has ended here, and its sender does not know. A part of a prompt would be taken for the whole.
+fn is_whole(id: &RequestId, last: &AllocRequest, left: usize) -> Result<(), Failure> {
+    let count = last.keys.len();
+    if !is_last(last) || count == left {
+        return Ok(());
+    }
+    let text = format!(
+        "{id} ends with a batch of {count} chunks where {left} were to come: it is another request than this receiver knows          under the name, or its earlier batches were given up here; send it again as a whole"
+    );
+    Err(Failure::new(FailureKind::BadRequest, text))
+}
 
 /// Chunks that a sender has announced for a request, this batch included. Its synchronous backend announces none.
 fn announced(request: &AllocRequest) -> usize {

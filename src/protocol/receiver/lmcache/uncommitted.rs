@@ -15,7 +15,10 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             if self.slots.find(key).is_some() {
                 continue;
             }
-            if let Some([id]) = self.lmcache.granted.get(key).map(Vec::as_slice) {
+            let told_apart = self.settings.safeguards.copies_told_apart;
+            if let Some([id, others @ ..]) = self.lmcache.granted.get(key).map(Vec::as_slice)
+                && (others.is_empty() || !told_apart)
+            {
                 let id = id.clone();
                 self.lmcache.granted.remove(key);
                 self.take_one_uncommitted(now, &id, key);

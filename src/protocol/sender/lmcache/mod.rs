@@ -2,19 +2,25 @@
 //!
 //! Such a receiver knows a handshake, allocations and, in its asynchronous mode, cancels. There is no commit: a request is
 //! sent once its last write has ended. Answers do not say what they answer, and two may come in either order, so one
-//! question is asked at a time and the others wait. A question stays asked until it is answered, however late: an answer
-//! that is waited for in vain is an allocation that may still be made, on pages that nobody would ever write. What was
-//! granted and not written is remembered in [`Unwritten`].
+//! allocation is asked for at a time and the others wait. A question stays asked until it is answered, however late: an
+//! answer that is waited for in vain is an allocation that may still be made, on pages that nobody would ever write. What
+//! was granted and not written is remembered in [`Unwritten`].
+//!
+//! A cancel does not wait for an allocation's answer, which may wait for these very pages. Its own answer is empty, as no
+//! allocation's is. Which of the two was dealt with first is not known: where they name one chunk, "already sent" leaves a
+//! doubt.
 //!
 //! Nothing named `Pd...` is ever sent to it: a synchronous receiver would be disabled by it.
 
+mod places;
 pub(super) mod receiver;
 mod unwritten;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use self::receiver::{Asked, LmcacheReceiver, Question};
+use self::places::{NoPlaces, Places, places};
+use self::receiver::{Asked, Cancelled, LmcacheReceiver};
 use self::unwritten::{Claim, Unwritten};
 use super::link::Link;
 use super::peers::Peer;
@@ -39,18 +45,6 @@ struct Remembered {
     pages: Pages,
     unwritten: Unwritten,
     since: Instant,
-}
-
-/// Where the chunks of a request go: to a page, or nowhere because they are said to be there.
-type Places = Vec<Option<u32>>;
-
-/// An answer that places nothing.
-#[derive(Debug, PartialEq, Eq)]
-enum NoPlaces {
-    /// It says that it has no room, or that something is wrong with the request. It keeps nothing of it.
-    Refused,
-    /// It does not add up.
-    Malformed,
 }
 
 /// What LMCache receivers that were lost hold of ours, by their addresses.
@@ -168,31 +162,37 @@ impl SenderSession {
         let until = now + wait;
         self.timers.set(Timer::Allocation(uid), until);
         if let Some(receiver) = self.lmcache_mut(peer) {
-            receiver.waiting.push_back(Question::Alloc { uid, until });
+            receiver.waiting.push_back((uid, until));
         }
         self.ask_next(now, peer);
     }
 
-    /// Asks what has waited longest, if nothing is asked already.
+    /// Sends a cancel that is due, and asks for the room that has been waited for longest, if none is asked for already.
     fn ask_next(&mut self, now: Instant, peer: PeerId) {
-        loop {
-            let Some(receiver) = self.lmcache_mut(peer).filter(|receiver| !receiver.ending && receiver.asked.is_none())
-            else {
+        let Some(receiver) = self.lmcache_mut(peer).filter(|receiver| !receiver.ending) else { return };
+        if receiver.cancelled.is_none()
+            && let Some((req_id, keys)) = receiver.cancels.pop_front()
+        {
+            keys.iter().for_each(|key| receiver.unwritten.give_back(key));
+            receiver.cancelled = Some(Cancelled { keys: keys.clone(), since: now });
+            self.timers.set(Timer::Answer(peer), now + ANSWER_TIME_MAX);
+            let cancel = CancelNotif { req_id, keys, pd: None };
+            self.send(peer, Port::Alloc, Message::CancelNotif(cancel));
+        }
+        while let Some(receiver) =
+            self.lmcache_mut(peer).filter(|receiver| !receiver.ending && receiver.asked.is_none())
+        {
+            let Some(&(uid, until)) = receiver.waiting.front() else { return };
+            // What is being given back is not asked for before the receiver has heard so.
+            let cancelled = receiver.cancelled.as_ref().map_or(Vec::new(), |cancel| cancel.keys.clone());
+            let names = |key: &ChunkKey| cancelled.contains(key);
+            if self.requests.get(&uid).is_some_and(|request| request.peer == peer && request.keys.iter().any(names)) {
                 return;
-            };
-            match receiver.waiting.pop_front() {
-                None => return,
-                Some(Question::Alloc { uid, until }) => self.ask_for_pages(now, peer, uid, until),
-                Some(Question::Cancel { request, keys }) => {
-                    for key in &keys {
-                        receiver.unwritten.give_back(key);
-                    }
-                    receiver.asked = Some(Asked::Cancel { keys: keys.clone(), since: now });
-                    self.timers.set(Timer::Answer(peer), now + ANSWER_TIME_MAX);
-                    let cancel = CancelNotif { req_id: request, keys, pd: None };
-                    self.send(peer, Port::Alloc, Message::CancelNotif(cancel));
-                }
             }
+            if let Some(receiver) = self.lmcache_mut(peer) {
+                receiver.waiting.pop_front();
+            }
+            self.ask_for_pages(now, peer, uid, until);
         }
     }
 
@@ -214,7 +214,7 @@ impl SenderSession {
             return self.fail(uid, Failure::new(FailureKind::Limit, text));
         }
         request.stage = Stage::Allocating { open_id, seq, wait };
-        receiver.asked = Some(Asked::Alloc { uid, seq, request: id, keys, since: now });
+        receiver.asked = Some(Asked { uid, seq, request: id, keys, since: now });
         let mut message = request.alloc_message(&self.settings.chunk);
         message.dtype = dtype;
         // Its turn came late, perhaps, but the receiver is not slower for that.
@@ -229,10 +229,7 @@ impl SenderSession {
         let request = self.requests.get(&uid)?;
         let receiver = self.peers.get(&request.peer)?.link.lmcache()?;
         let address = &request.address;
-        let since = match &receiver.asked {
-            Some(Asked::Alloc { since, .. } | Asked::Cancel { since, .. }) => *since,
-            None => return None,
-        };
+        let since = receiver.silent_since()?;
         let silent_ms = self.now.saturating_duration_since(since).as_millis();
         let text = match request.stage {
             Stage::Allocating { .. } => format!(
@@ -250,21 +247,25 @@ impl SenderSession {
 
     /// An answer, to whatever was asked.
     fn on_lmcache_answer(&mut self, now: Instant, peer: PeerId, response: &AllocResponse) {
-        let Some(asked) = self.lmcache_mut(peer).and_then(|receiver| receiver.asked.take()) else {
-            return self.note_unexpected(peer, "AllocResponse that answers nothing");
-        };
-        self.timers.cancel(&Timer::Answer(peer));
+        let empty = response.remote_indexes.is_empty() && response.already_sent_indexes.is_empty();
+        let Some(receiver) = self.lmcache_mut(peer) else { return };
+        // An empty one answers the cancel. Another does so only where nothing else is asked, and says that it could not be
+        // read: then what the receiver holds stays in doubt.
+        let cancelled = receiver.cancelled.take_if(|_| empty || receiver.asked.is_none());
+        let asked = if cancelled.is_none() { receiver.asked.take() } else { None };
+        if let Some(Cancelled { keys, .. }) = cancelled.as_ref().filter(|_| empty) {
+            let asked = receiver.asked.as_ref().map_or(&[][..], |asked| &asked.keys);
+            keys.iter().filter(|key| !asked.contains(key)).for_each(|key| receiver.unwritten.given_back(key));
+        }
+        if receiver.silent_since().is_none() {
+            self.timers.cancel(&Timer::Answer(peer));
+        }
         match asked {
-            Asked::Alloc { uid, seq, request, keys, .. } => {
+            Some(Asked { uid, seq, request, keys, .. }) => {
                 self.on_lmcache_grant(now, peer, uid, seq, request, &keys, response);
             }
-            Asked::Cancel { keys, .. } => {
-                // Anything else says that it could not read it: then what it holds stays in doubt.
-                let heard = response.remote_indexes.is_empty() && response.already_sent_indexes.is_empty();
-                if let Some(receiver) = self.lmcache_mut(peer).filter(|_| heard) {
-                    keys.iter().for_each(|key| receiver.unwritten.given_back(key));
-                }
-            }
+            None if cancelled.is_none() => self.note_unexpected(peer, "AllocResponse that answers nothing"),
+            None => {}
         }
         self.ask_next(now, peer);
     }
@@ -316,9 +317,11 @@ impl SenderSession {
                 receiver.unwritten.granted(key, *page);
             }
         }
+        let remembered = self.settings.safeguards.unwritten_remembered;
         let mut doubtful = 0;
         let mut claim = |(key, place): (&ChunkKey, Option<u32>)| {
             place.or_else(|| match receiver.unwritten.claimed(key) {
+                _ if !remembered => None,
                 Claim::Sent => None,
                 Claim::Ours(page) => Some(page),
                 Claim::Doubtful => {
@@ -370,7 +373,7 @@ impl SenderSession {
     /// are remembered, for whoever sends the same chunks.
     pub(super) fn give_back_pages(&mut self, peer: PeerId, request: RequestId, keys: Vec<ChunkKey>) {
         if let Some(receiver) = self.lmcache_mut(peer).filter(|receiver| receiver.mode == LmcacheMode::Async) {
-            receiver.waiting.push_back(Question::Cancel { request, keys });
+            receiver.cancels.push_back((request, keys));
             self.ask_next(self.now, peer);
         }
     }
@@ -386,14 +389,10 @@ impl SenderSession {
     pub(super) fn answer_timed_out(&mut self, now: Instant, peer: PeerId) {
         let Some(record) = self.peers.get(&peer) else { return };
         let address = record.address.clone();
-        let Some(Asked::Alloc { since, .. } | Asked::Cancel { since, .. }) =
-            record.link.lmcache().and_then(|receiver| receiver.asked.as_ref())
-        else {
-            return;
-        };
+        let Some(since) = record.link.lmcache().and_then(LmcacheReceiver::silent_since) else { return };
         let text = format!(
-            "receiver {address} (LMCache) has not answered for {} ms; it is met anew",
-            now.saturating_duration_since(*since).as_millis()
+            "receiver {address} (LMCache) has not answered for {} ms; it is connected to again",
+            now.saturating_duration_since(since).as_millis()
         );
         let mut again = Vec::new();
         for uid in self.requests_of(peer) {
@@ -411,7 +410,7 @@ impl SenderSession {
     pub(super) fn end_lmcache(&mut self, peer: PeerId) {
         if let Some(receiver) = self.lmcache_mut(peer) {
             receiver.ending = true;
-            if let Some(Asked::Alloc { keys, .. }) = receiver.asked.take() {
+            if let Some(Asked { keys, .. }) = receiver.asked.take() {
                 receiver.unwritten.orphaned(&keys);
             }
             self.timers.cancel(&Timer::Answer(peer));
@@ -433,27 +432,4 @@ impl SenderSession {
         }
         remembered.insert(record.address, Remembered { metadata, pages, unwritten, since: self.now });
     }
-}
-
-/// Where an answer places `count` chunks.
-fn places(count: usize, page_count: u64, response: &AllocResponse) -> Result<Places, NoPlaces> {
-    let pages = &response.remote_indexes;
-    if !pages.is_empty() && pages.iter().all(|page| *page < 0) {
-        return Err(NoPlaces::Refused);
-    }
-    let there: BTreeSet<usize> = response.already_sent_indexes.iter().map(|&index| index as usize).collect();
-    let in_range = there.last().is_none_or(|&last| last < count);
-    let different: BTreeSet<&i64> = pages.iter().collect();
-    if !in_range || there.len() + pages.len() != count || different.len() != pages.len() {
-        return Err(NoPlaces::Malformed);
-    }
-    let mut granted = pages.iter();
-    let place = |index| {
-        if there.contains(&index) {
-            return Ok(None);
-        }
-        let page = granted.next().and_then(|&page| u32::try_from(page).ok());
-        page.filter(|&page| u64::from(page) < page_count).map(Some).ok_or(NoPlaces::Malformed)
-    };
-    (0..count).map(place).collect()
 }

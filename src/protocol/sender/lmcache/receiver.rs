@@ -20,28 +20,33 @@ pub(in crate::protocol::sender) struct LmcacheReceiver {
     pub(super) metadata: Vec<u8>,
     pub(super) pages: Option<Pages>,
     pub(super) mode: LmcacheMode,
-    /// In the order of their arrival.
-    pub(super) waiting: VecDeque<Question>,
+    /// Requests that wait for their turn to ask for room, in the order of their arrival, and until when.
+    pub(super) waiting: VecDeque<(Uid, Instant)>,
     pub(super) asked: Option<Asked>,
+    /// Chunks that are not written any more, of which the receiver was not told yet.
+    pub(super) cancels: VecDeque<(RequestId, Vec<ChunkKey>)>,
+    /// What it was told of, and has not answered yet.
+    pub(super) cancelled: Option<Cancelled>,
     pub(super) unwritten: Unwritten,
     /// It is being given up: nothing more is said.
     pub(super) ending: bool,
 }
 
-/// What waits for its turn.
+/// An allocation that is not answered yet.
 #[derive(Debug)]
-pub(super) enum Question {
-    /// Room for a request, which has waited long enough then.
-    Alloc { uid: Uid, until: Instant },
-    /// These are not written any more.
-    Cancel { request: RequestId, keys: Vec<ChunkKey> },
+pub(super) struct Asked {
+    pub(super) uid: Uid,
+    pub(super) seq: Seq,
+    pub(super) request: RequestId,
+    pub(super) keys: Vec<ChunkKey>,
+    pub(super) since: Instant,
 }
 
-/// What an answer is waited for.
+/// A cancel that is not answered yet.
 #[derive(Debug)]
-pub(super) enum Asked {
-    Alloc { uid: Uid, seq: Seq, request: RequestId, keys: Vec<ChunkKey>, since: Instant },
-    Cancel { keys: Vec<ChunkKey>, since: Instant },
+pub(super) struct Cancelled {
+    pub(super) keys: Vec<ChunkKey>,
+    pub(super) since: Instant,
 }
 
 impl LmcacheReceiver {
@@ -53,6 +58,8 @@ impl LmcacheReceiver {
             mode,
             waiting: VecDeque::new(),
             asked: None,
+            cancels: VecDeque::new(),
+            cancelled: None,
             unwritten: Unwritten::default(),
             ending: false,
         }
@@ -60,7 +67,13 @@ impl LmcacheReceiver {
 
     /// Whether it has been asked something, or is about to be.
     pub(in crate::protocol::sender) fn is_busy(&self) -> bool {
-        self.asked.is_some() || !self.waiting.is_empty()
+        self.silent_since().is_some() || !self.waiting.is_empty() || !self.cancels.is_empty()
+    }
+
+    /// Since when it has been asked something.
+    pub(super) fn silent_since(&self) -> Option<Instant> {
+        let since = [self.asked.as_ref().map(|asked| asked.since), self.cancelled.as_ref().map(|cancel| cancel.since)];
+        since.into_iter().flatten().min()
     }
 
     fn page_count(&self) -> u64 {
