@@ -1,7 +1,6 @@
 //! The names of things: small types that keep an index from being taken for a count or a length.
 
 mod checksum;
-mod clip;
 mod copy;
 mod device;
 mod engine;
@@ -10,9 +9,9 @@ mod name;
 mod pages;
 mod peer;
 mod secret;
+mod truncate;
 
 pub use checksum::{Checksum, ChecksumMode, SAMPLED_ONE_IN, Summing};
-pub use clip::clip;
 pub use copy::ByteCopy;
 pub use device::{DeviceId, IpcHandle};
 pub use engine::EngineKind;
@@ -21,6 +20,7 @@ pub use name::{CHUNK_KEY_LEN_BYTES_MAX, ChunkKey, NameError, REQUEST_ID_LEN_BYTE
 pub use pages::Pages;
 pub use peer::PeerAddress;
 pub use secret::{SECRET_LEN_BYTES_MAX, SECRET_LEN_BYTES_MIN, SharedSecret};
+pub use truncate::truncate;
 
 use std::fmt;
 

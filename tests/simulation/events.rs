@@ -25,7 +25,7 @@ pub enum Target {
 
 /// Something that happens.
 #[derive(Debug, Clone)]
-pub enum News {
+pub enum WorldEvent {
     // To a sender.
     Opened(Proc, PeerId),
     Closed(Proc, PeerId),
@@ -83,7 +83,7 @@ pub enum News {
     Fresh,
 }
 
-impl News {
+impl WorldEvent {
     pub fn target(&self) -> Target {
         match self {
             Self::Opened(at, _)
