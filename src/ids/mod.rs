@@ -9,6 +9,7 @@ mod name;
 mod pages;
 mod peer;
 mod secret;
+mod slots;
 mod truncate;
 
 pub use checksum::{Checksum, ChecksumMode, SAMPLED_ONE_IN, Summing};
@@ -20,6 +21,8 @@ pub use name::{CHUNK_KEY_LEN_BYTES_MAX, ChunkKey, NameError, REQUEST_ID_LEN_BYTE
 pub use pages::Pages;
 pub use peer::PeerAddress;
 pub use secret::{SECRET_LEN_BYTES_MAX, SECRET_LEN_BYTES_MIN, SharedSecret};
+pub(crate) use slots::nil_is_left_out;
+pub use slots::{ReadyChunk, SlotPart, StagedSlot};
 pub use truncate::truncate;
 
 use std::fmt;

@@ -313,7 +313,7 @@ impl ReceiverDaemon {
                 self.session.handle_lookup(now, client, id, &lookup);
             }
             Request::Wait { id, req_id, wait_ms, uncommitted } => {
-                let wait = translate::wait(wait_ms).map(|wait| wait.min(self.config.deadlines.wait));
+                let wait = translate::wait(wait_ms);
                 self.session.handle_wait(now, client, id, req_id, wait, uncommitted);
             }
             Request::Release { id, lease, .. } => self.session.handle_release(now, client, id, lease),

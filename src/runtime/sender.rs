@@ -345,19 +345,19 @@ impl SenderDaemon {
                 self.clients.reply(client, &Reply::Status { id, status });
             }
             Request::Open { id, req_id, keys, last_chunk_tokens, receiver, wait_ms, groups, stage } => {
-                let wait = translate::wait(wait_ms).map(|wait| wait.min(self.config.deadlines.allocation));
+                let wait = translate::wait(wait_ms);
                 let open = OpenRequest { id: req_id, keys, groups, last_chunk_tokens, receiver, wait, stage };
                 self.session.handle_open(now, client, id, open);
             }
             Request::Stage { id, req_id, chunks, wait_ms } => {
-                let wait = translate::wait(wait_ms).map(|wait| wait.min(self.config.deadlines.allocation));
+                let wait = translate::wait(wait_ms);
                 self.session.handle_stage(now, client, id, &req_id, chunks, wait);
             }
             Request::Send { id, after: Some(_), .. } if matches!(**self.manager.memory(), Memory::Host(_)) => {
                 self.clients.reply(client, &translate::error(id, no_event_here(), None));
             }
             Request::Send { id, req_id, parts, last, after } => {
-                let sending = Sending { parts: &translate::parts(parts), last, after };
+                let sending = Sending { parts: &parts, last, after };
                 self.session.handle_send(now, client, id, &req_id, sending);
             }
             Request::Cancel { id, req_id, .. } => self.session.handle_cancel(now, client, id, &req_id),

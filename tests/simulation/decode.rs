@@ -3,8 +3,8 @@
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
-use pd_backend::ids::{ChunkKey, ClientId, LeaseId, RequestId, Seq};
-use pd_backend::protocol::receiver::{Answer, Lookup, ReadyChunk};
+use pd_backend::ids::{ChunkKey, ClientId, LeaseId, ReadyChunk, RequestId, Seq};
+use pd_backend::protocol::receiver::{Answer, Lookup};
 use rand::RngExt;
 
 use crate::events::{Proc, WorldEvent};

@@ -3,8 +3,8 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-use pd_backend::ids::{ClientId, FailureKind, RequestId, Seq};
-use pd_backend::protocol::sender::{Answer, Event, OpenRequest, Part, Sending, StagedSlot};
+use pd_backend::ids::{ClientId, FailureKind, RequestId, Seq, SlotPart, StagedSlot};
+use pd_backend::protocol::sender::{Answer, Event, OpenRequest, Sending};
 use rand::RngExt;
 
 use crate::events::{Proc, WorldEvent};
@@ -222,10 +222,10 @@ impl World {
             self.senders[at.index].memory[to..to + bytes.len()].copy_from_slice(&bytes);
             let cut = self.rng.random_range(0..slot.len_bytes);
             if cut > 0 {
-                parts.push(Part { slot: slot.slot, offset_bytes: cut, len_bytes: None });
-                parts.push(Part { slot: slot.slot, offset_bytes: 0, len_bytes: Some(cut) });
+                parts.push(SlotPart { slot: slot.slot, offset_bytes: cut, len_bytes: None });
+                parts.push(SlotPart { slot: slot.slot, offset_bytes: 0, len_bytes: Some(cut) });
             } else {
-                parts.push(Part { slot: slot.slot, offset_bytes: 0, len_bytes: None });
+                parts.push(SlotPart { slot: slot.slot, offset_bytes: 0, len_bytes: None });
             }
         }
         if self.attempts[attempt].state != State::Open {

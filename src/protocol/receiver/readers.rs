@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 use super::ended::Audience;
 use super::request::{Request, Stage};
 use super::waiters::Waiter;
-use super::{Answer, Lookup, Note, ReadyChunk, ReceiverSession, Timer};
-use crate::ids::{ClientId, Failure, FailureKind, GrantId, LeaseId, RequestId, Seq, SlotIndex};
+use super::{Answer, Lookup, Note, ReceiverSession, Timer};
+use crate::ids::{ClientId, Failure, FailureKind, GrantId, LeaseId, ReadyChunk, RequestId, Seq, SlotIndex};
 use crate::slot::SlotState;
 
 /// Most waits that one client may have open.
