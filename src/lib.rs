@@ -25,7 +25,7 @@
 //! - what travels: [`wire::message`] between daemons, [`connector::message`] between an engine and its daemon;
 //! - how bytes move: [`transfer::TransferEngine`] and its two engines;
 //! - memory of a GPU: `buffer::cuda`, over `buffer::cuda::driver` alone; what waits for an engine's stream:
-//!   `runtime::fenced`;
+//!   `runtime::awaiting_event`;
 //! - which chunk is where: [`slot::SlotTable`]; which bytes are taken: [`address::AddressManager`]; how the memory under
 //!   them grows: [`buffer::MemoryManager`];
 //! - what is different with LMCache's own peers: `protocol::receiver::origin` and `protocol::sender::link`;

@@ -31,7 +31,7 @@ fn idle(table: &mut SlotTable, lens_bytes: &[u64]) -> Vec<SlotIndex> {
     let slots = reserve(table, 100, lens_bytes).unwrap();
     for (name, &slot) in (0..).zip(&slots) {
         assert!(table.commit(slot, GrantId(100), key(name), GROUP));
-        table.unhold(Instant::now(), slot);
+        table.unpin(Instant::now(), slot);
     }
     slots
 }
@@ -61,7 +61,7 @@ fn idle_chunks_make_room_oldest_first_and_held_ones_never() {
     let slots = reserve(&mut table, 1, &[8, 8]).unwrap();
     assert!(table.commit(slots[0], GrantId(1), key(0), GROUP));
     assert!(table.commit(slots[1], GrantId(1), key(1), GROUP));
-    table.unhold(now, slots[1]);
+    table.unpin(now, slots[1]);
     assert!(reserve(&mut table, 2, &[8, 8]).is_err());
     assert_eq!(reserve(&mut table, 2, &[8]).unwrap(), vec![slots[1]]);
     assert_eq!((table.find(&key(0)), table.find(&key(1))), (Some(slots[0]), None));
@@ -74,8 +74,8 @@ fn a_reservation_that_cannot_fit_evicts_nothing() {
     let slots = idle(&mut table, &[5, 3, 5, 3]);
     let starts: Vec<u64> = slots.iter().map(|&slot| table.range(slot).unwrap().start).collect();
     assert_eq!(starts, [11, 8, 0, 5], "one short and one long chunk in each slot");
-    table.hold(slots[1]);
-    table.hold(slots[3]);
+    table.pin(slots[1]);
+    table.pin(slots[3]);
     // Ten bytes could be free, and no eight of them in one piece.
     assert!(reserve(&mut table, 1, &[8]).is_err());
     assert_eq!(table.counts().ready_idle, 2);
@@ -91,10 +91,10 @@ fn chunks_that_lie_off_the_pages_of_a_peer_are_not_evicted_for_it() {
     let none = BTreeSet::new();
     // The chunks behind the second page were used least recently.
     for &slot in &slots[..2] {
-        table.hold(slot);
-        table.unhold(Instant::now(), slot);
+        table.pin(slot);
+        table.unpin(Instant::now(), slot);
     }
-    table.hold(slots[0]);
+    table.pin(slots[0]);
     assert!(table.reserve_pages(GrantId(1), 2, 8, &none, 16).is_err());
     assert_eq!(table.counts().ready_idle, 4);
     assert_eq!(table.reserve_pages(GrantId(1), 1, 8, &none, 16).map(|slots| slots.len()), Ok(1));
@@ -191,14 +191,14 @@ impl Play {
             }
             Op::Hold(name) => {
                 if let Some(slot) = table.find(&key(name)) {
-                    table.hold(slot);
+                    table.pin(slot);
                     held.push(slot);
                 }
                 return false;
             }
             Op::Unhold(pick) if !held.is_empty() => {
                 let slot = held.swap_remove(pick % held.len());
-                table.unhold(now, slot);
+                table.unpin(now, slot);
                 let_go.retain(|other| *other != slot);
                 let_go.push(slot);
                 return false;
@@ -267,13 +267,13 @@ proptest! {
             let mut distinct = play.held.clone();
             distinct.sort_unstable();
             distinct.dedup();
-            prop_assert_eq!(play.table.counts().ready_held as usize, distinct.len());
+            prop_assert_eq!(play.table.counts().ready_pinned as usize, distinct.len());
         }
         for (slot, grant) in play.written {
             play.table.writer_stopped(slot, grant);
         }
         for slot in play.held {
-            play.table.unhold(start, slot);
+            play.table.unpin(start, slot);
         }
         prop_assert_eq!(play.table.available_bytes(), play.table.addresses().len_bytes());
     }

@@ -6,12 +6,11 @@ use std::fs;
 use std::path::Path;
 
 use pd_backend::config::{Config, Limits, Options, Role};
-use pd_backend::connector::message::{
-    ReadyChunk, ReceiverState, ReceiverStatus, Reply, Request, SendPart, StagedSlot, Status,
-};
+use pd_backend::connector::message::{ReceiverState, ReceiverStatus, Reply, Request, Status};
 use pd_backend::ids::{
     CHUNK_KEY_LEN_BYTES_MAX, Checksum, ChunkKey, Failure, FailureKind, GrantId, GroupIndex, IpcHandle, LeaseId,
-    METADATA_LEN_BYTES_MAX, PeerAddress, REQUEST_ID_LEN_BYTES_MAX, RequestId, Seq, SlotIndex,
+    METADATA_LEN_BYTES_MAX, PeerAddress, REQUEST_ID_LEN_BYTES_MAX, ReadyChunk, RequestId, Seq, SlotIndex, SlotPart,
+    StagedSlot,
 };
 use pd_backend::wire::limits::{INIT_MESSAGE_LEN_BYTES_MAX, MESSAGE_LEN_BYTES_MAX};
 use pd_backend::wire::message::*;
@@ -160,7 +159,7 @@ fn the_largest_request_that_a_configuration_allows_can_be_read_by_everybody() {
             travels(&format!("{} of {count} chunks", message.type_name()), MESSAGE_LEN_BYTES_MAX, message);
         }
         let receiver = PeerAddress { host: "h".repeat(255), init_port: u16::MAX, alloc_port: u16::MAX };
-        let part = SendPart { slot: SlotIndex(u32::MAX), offset_bytes: u64::MAX, len_bytes: Some(u64::MAX) };
+        let part = SlotPart { slot: SlotIndex(u32::MAX), offset_bytes: u64::MAX, len_bytes: Some(u64::MAX) };
         let requests = [
             Request::Open {
                 id: SEQ,

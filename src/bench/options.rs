@@ -118,13 +118,13 @@ pub struct IdleOptions {
 
 /// `pd-bench status`.
 #[derive(Debug, Clone, clap::Args)]
-#[command(group(clap::ArgGroup::new("door").required(true)))]
+#[command(group(clap::ArgGroup::new("status_at").required(true)))]
 pub struct StatusOptions {
     /// The daemon's connector API, as its ready line names it
-    #[arg(long, value_name = "ENDPOINT", group = "door")]
+    #[arg(long, value_name = "ENDPOINT", group = "status_at")]
     pub connector: Option<String>,
     /// The daemon's metrics, as its ready line names them
-    #[arg(long, value_name = "URL", group = "door")]
+    #[arg(long, value_name = "URL", group = "status_at")]
     pub metrics: Option<String>,
     /// Longest wait for the answer, in seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=3600))]

@@ -2,8 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use crate::connector::message::{ReadyChunk, Reply, Request, SendPart, StagedSlot, Timings};
-use crate::ids::{LeaseId, Seq};
+use crate::connector::message::{Reply, Request, Timings};
+use crate::ids::{LeaseId, ReadyChunk, Seq, SlotPart, StagedSlot};
 
 use super::error::BenchError;
 use super::pair::Pair;
@@ -91,7 +91,7 @@ async fn open(pair: &mut Pair, requests: &[PlannedRequest]) -> Result<(), BenchE
 }
 
 /// Stages and fills every chunk of every request; the parts to send, request by request.
-async fn fill(pair: &mut Pair, requests: &[PlannedRequest], pool: &Pool) -> Result<Vec<Vec<SendPart>>, BenchError> {
+async fn fill(pair: &mut Pair, requests: &[PlannedRequest], pool: &Pool) -> Result<Vec<Vec<SlotPart>>, BenchError> {
     let mut parts = Vec::with_capacity(requests.len());
     for request in requests {
         let req_id = request.req_id.clone();
@@ -107,7 +107,7 @@ async fn fill(pair: &mut Pair, requests: &[PlannedRequest], pool: &Pool) -> Resu
         for (slot, content) in slots.iter().zip(&request.contents) {
             pair.sender.write(slot.offset_bytes, pool.content(content.pool_offset, content.len_bytes))?;
         }
-        parts.push(slots.iter().map(|slot| SendPart { slot: slot.slot, offset_bytes: 0, len_bytes: None }).collect());
+        parts.push(slots.iter().map(|slot| SlotPart { slot: slot.slot, offset_bytes: 0, len_bytes: None }).collect());
     }
     Ok(parts)
 }
@@ -124,7 +124,7 @@ fn is_what_was_asked_for(slots: &[StagedSlot], request: &PlannedRequest) -> bool
 async fn send(
     pair: &mut Pair,
     requests: &[PlannedRequest],
-    parts: Vec<Vec<SendPart>>,
+    parts: Vec<Vec<SlotPart>>,
 ) -> Result<RoundOutcome, BenchError> {
     let link = &mut pair.sender.link;
     let started = Instant::now();

@@ -4,10 +4,11 @@
 
 use std::collections::BTreeMap;
 
-use serde::{Deserialize, Deserializer, Serialize};
+use serde::{Deserialize, Serialize};
 
 use crate::ids::{
-    ChunkKey, DeviceId, Failure, FailureKind, GroupIndex, IpcHandle, LeaseId, PeerAddress, RequestId, Seq, SlotIndex,
+    ChunkKey, DeviceId, Failure, FailureKind, GroupIndex, IpcHandle, LeaseId, PeerAddress, ReadyChunk, RequestId, Seq,
+    SlotPart, StagedSlot, nil_is_left_out,
 };
 
 /// The version of this API.
@@ -80,7 +81,7 @@ pub enum Request {
         /// An opened request.
         req_id: RequestId,
         /// What to write; may be empty when `last`.
-        parts: Vec<SendPart>,
+        parts: Vec<SlotPart>,
         /// Whether this completes the request: every byte of every chunk that the receiver lacked is then sent.
         last: bool,
         /// An event of the client's process: the parts are final once the GPU has passed it.
@@ -141,11 +142,6 @@ pub enum Request {
     },
 }
 
-/// A field that may be left out may be nil as well.
-fn nil_is_left_out<'de, D: Deserializer<'de>, T: Deserialize<'de> + Default>(deserializer: D) -> Result<T, D::Error> {
-    Ok(Option::deserialize(deserializer)?.unwrap_or_default())
-}
-
 fn is_zero(value: &u64) -> bool {
     *value == 0
 }
@@ -179,19 +175,6 @@ impl Request {
             _ => None,
         }
     }
-}
-
-/// Part of a staged slot; the whole of its chunk when `len_bytes` is left out.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SendPart {
-    /// A slot from `staged`.
-    pub slot: SlotIndex,
-    /// Where the part starts, in bytes from the start of the slot.
-    #[serde(default, deserialize_with = "nil_is_left_out")]
-    pub offset_bytes: u64,
-    /// How long it is.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub len_bytes: Option<u64>,
 }
 
 /// From the daemon to the engine's process: replies carry the request's `id`, events none.
@@ -409,34 +392,6 @@ pub enum BufferHandle {
         /// Length of the buffer.
         len_bytes: u64,
     },
-}
-
-/// A local slot to fill.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct StagedSlot {
-    /// Position in `keys`.
-    pub chunk: u32,
-    /// The slot.
-    pub slot: SlotIndex,
-    /// Where it starts in the buffer, in bytes.
-    pub offset_bytes: u64,
-    /// Length of the chunk: that of a whole one but for a short last chunk.
-    pub len_bytes: u64,
-}
-
-/// A chunk that can be read.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ReadyChunk {
-    /// Its key.
-    pub key: ChunkKey,
-    /// Of which group of layers it is.
-    pub group: GroupIndex,
-    /// The slot.
-    pub slot: SlotIndex,
-    /// Where it starts in the buffer, in bytes.
-    pub offset_bytes: u64,
-    /// Its length.
-    pub len_bytes: u64,
 }
 
 /// What a daemon counts. Counters start at 0 with the process.

@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, VecDeque};
 use bytes::Bytes;
 
 use super::message::{CONNECTOR_API_VERSION, Reply, Request};
-use crate::ids::clip;
+use crate::ids::truncate;
 use crate::ids::{ClientId, FailureKind, Seq};
 use crate::side_channel::{
     IpcName, PeerTag, Route, RouterEvent, RouterReceiver, RouterSender, RouterSocket, SideChannelError,
@@ -150,7 +150,7 @@ impl ConnectorServer {
                     DecodeError::Limit { .. } | DecodeError::TooLong { .. } => FailureKind::Limit,
                     _ => FailureKind::BadRequest,
                 };
-                Err((codec::unsigned_field(payload, "id").map(Seq), kind, clip(&error.to_string())))
+                Err((codec::unsigned_field(payload, "id").map(Seq), kind, truncate(&error.to_string())))
             }
             Ok(request) => match self.admit(&route, known, &request) {
                 Ok(client) => Ok(ConnectorEvent::Request { client, request }),

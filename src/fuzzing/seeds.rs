@@ -116,7 +116,7 @@ pub(super) fn to_a_router() -> Vec<Vec<u8>> {
 pub(super) fn to_a_dealer() -> Vec<Vec<u8>> {
     let refusals = [Channel::Alloc, Channel::Query].into_iter().filter_map(|channel| {
         let misled = RouterHandshake::new(secret(), channel, [2; 32]).handle(dealer().hello());
-        misled.err()?.farewell
+        misled.err()?.close_reason
     });
     refusals.chain([answer(), dealer().hello().to_vec(), proof()]).collect()
 }

@@ -1,7 +1,6 @@
 //! The names of things: small types that keep an index from being taken for a count or a length.
 
 mod checksum;
-mod clip;
 mod copy;
 mod device;
 mod engine;
@@ -10,9 +9,10 @@ mod name;
 mod pages;
 mod peer;
 mod secret;
+mod slots;
+mod truncate;
 
 pub use checksum::{Checksum, ChecksumMode, SAMPLED_ONE_IN, Summing};
-pub use clip::clip;
 pub use copy::ByteCopy;
 pub use device::{DeviceId, IpcHandle};
 pub use engine::EngineKind;
@@ -21,6 +21,9 @@ pub use name::{CHUNK_KEY_LEN_BYTES_MAX, ChunkKey, NameError, REQUEST_ID_LEN_BYTE
 pub use pages::Pages;
 pub use peer::PeerAddress;
 pub use secret::{SECRET_LEN_BYTES_MAX, SECRET_LEN_BYTES_MIN, SharedSecret};
+pub(crate) use slots::nil_is_left_out;
+pub use slots::{ReadyChunk, SlotPart, StagedSlot};
+pub use truncate::truncate;
 
 use std::fmt;
 

@@ -1,6 +1,6 @@
 //! What a pd-sender and a pd-receiver say to each other, to their connectors and to their engines, as state machines.
 //!
-//! Sans-IO: `handle_*` takes news in and never waits, `poll_output` gives work out, `poll_timeout` says when to call
+//! Sans-IO: `handle_*` takes events in and never waits, `poll_output` gives work out, `poll_timeout` says when to call
 //! `handle_timeout` next. Time is an argument, so a test or a simulation owns the clock. A peer's message is never
 //! asserted on: it is refused. Every request ends exactly once, and every wait has a deadline.
 //!

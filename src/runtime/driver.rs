@@ -6,7 +6,7 @@ use tokio::sync::mpsc::{self, Receiver, Sender, UnboundedReceiver, UnboundedSend
 use tokio::time::{sleep, sleep_until, timeout};
 
 use super::error::RuntimeError;
-use super::inquiry::{Answerer, Phase};
+use super::health::{HealthResponder, Phase};
 use super::lifecycle::Stop;
 use super::probe::Probe;
 use crate::metrics::Snapshot;
@@ -19,34 +19,34 @@ pub(super) const OUTPUTS_AT_ONCE: usize = 256;
 /// How long the last messages may take to leave once everything has ended.
 const FLUSH_TIME: Duration = Duration::from_millis(50);
 
-/// Where the tasks around a driver send their news.
+/// Where the tasks around a driver send their events.
 #[derive(Debug)]
 pub(super) struct Mailbox<E> {
     /// From sockets: bounded, so that a flood waits in the kernel and not in our memory.
     pub(super) messages: Sender<E>,
     /// From the engine, signals and watchers: bounded by what the driver has asked for.
-    pub(super) news: UnboundedSender<E>,
+    pub(super) events: UnboundedSender<E>,
 }
 
 /// The driver's end of a [`Mailbox`].
 #[derive(Debug)]
 pub(super) struct Inbox<E> {
     messages: Receiver<E>,
-    news: UnboundedReceiver<E>,
+    events: UnboundedReceiver<E>,
 }
 
 impl<E> Inbox<E> {
-    /// Waits for a reason to stop. For the time before anything else can be in the news.
+    /// Waits for a reason to stop. For the time before any other event can come.
     pub(super) async fn told_to_stop(&mut self) {
         // A mailbox that is gone has nobody left to tell.
-        drop(self.news.recv().await);
+        drop(self.events.recv().await);
     }
 }
 
 pub(super) fn mailbox<E>() -> (Mailbox<E>, Inbox<E>) {
     let (messages, message_inbox) = mpsc::channel(MESSAGES_QUEUED_MAX);
-    let (news, news_inbox) = mpsc::unbounded_channel();
-    (Mailbox { messages, news }, Inbox { messages: message_inbox, news: news_inbox })
+    let (events, event_inbox) = mpsc::unbounded_channel();
+    (Mailbox { messages, events }, Inbox { messages: message_inbox, events: event_inbox })
 }
 
 /// What a daemon does with its events. Nothing but `listen` waits.
@@ -85,11 +85,11 @@ pub(super) async fn drive<D: Daemon>(
     daemon: &mut D,
     mut inbox: Inbox<D::Event>,
     drain: Duration,
-    mut answerer: Answerer,
+    mut responder: HealthResponder,
 ) -> Result<(), RuntimeError> {
     let mut drain_until: Option<Instant> = None;
     let mut phase = Phase::Serving;
-    answerer.answer(phase, daemon.snapshot(), daemon.probe_engine());
+    responder.answer(phase, daemon.snapshot(), daemon.probe_engine());
     loop {
         while daemon.perform()? {
             tokio::task::yield_now().await;
@@ -102,11 +102,11 @@ pub(super) async fn drive<D: Daemon>(
         }
         let deadline = [daemon.next_timeout(), drain_until].into_iter().flatten().min();
         let event = tokio::select! {
-            event = inbox.news.recv() => event,
+            event = inbox.events.recv() => event,
             event = inbox.messages.recv() => event,
             event = daemon.listen() => Some(event),
-            () = answerer.asked() => {
-                answerer.answer(phase, daemon.snapshot(), daemon.probe_engine());
+            () = responder.asked() => {
+                responder.answer(phase, daemon.snapshot(), daemon.probe_engine());
                 None
             }
             () = sleep_until_some(deadline) => None,
@@ -140,7 +140,7 @@ pub(super) async fn drive<D: Daemon>(
     // What was just put out is still on its way through the socket tasks, and a cancelled request's last transfer
     // may still report.
     let flush = async {
-        while let Some(event) = inbox.news.recv().await {
+        while let Some(event) = inbox.events.recv().await {
             daemon.handle(Instant::now(), event);
             while daemon.perform()? {
                 tokio::task::yield_now().await;

@@ -8,8 +8,8 @@ use std::time::Instant;
 use tokio::sync::mpsc::UnboundedSender;
 use tokio::sync::watch;
 
+use super::awaiting_event::{AwaitingEvent, Item, Signalled, Waiting};
 use super::engine_work::{Command, EngineEvent, Work};
-use super::fenced::{Fenced, Item, Passed, Waiting};
 use super::summing::{Summed, SummingJobs};
 use crate::buffer::Memory;
 use crate::ids::{Checksum, ConnectionId, Failure, FailureKind, TransferId};
@@ -29,7 +29,7 @@ pub(super) struct Server<'a, P, E> {
     /// Checksums of what is being written.
     sums: BTreeMap<TransferId, Vec<Checksum>>,
     /// Transfers whose bytes are not final yet.
-    fenced: Fenced,
+    awaiting: AwaitingEvent,
     /// Checksums that are not summed yet.
     summing: SummingJobs,
     /// The last probe that was taken.
@@ -50,7 +50,7 @@ impl<'a, P, E: From<EngineEvent<P>>> Server<'a, P, E> {
             memory,
             connecting: BTreeMap::new(),
             sums: BTreeMap::new(),
-            fenced: Fenced::new(memory),
+            awaiting: AwaitingEvent::new(memory),
             summing: SummingJobs::new(Instant::now()),
             probed,
             events,
@@ -76,7 +76,7 @@ impl<'a, P, E: From<EngineEvent<P>>> Server<'a, P, E> {
             if let Some(work) = work {
                 self.take(work)?;
             }
-            progressed |= self.post_passed()?;
+            progressed |= self.post_signalled()?;
             progressed |= self.sum_a_slice()?;
             self.engine.poll(&mut ended);
             progressed |= !ended.is_empty();
@@ -99,17 +99,17 @@ impl<'a, P, E: From<EngineEvent<P>>> Server<'a, P, E> {
     }
 
     fn is_idle(&self) -> bool {
-        self.engine.in_flight() == 0 && self.fenced.is_empty() && self.summing.is_empty()
+        self.engine.in_flight() == 0 && self.awaiting.is_empty() && self.summing.is_empty()
     }
 
     /// Posts what has waited for an event that has been passed since, and says whether there was any.
-    fn post_passed(&mut self) -> Result<bool, Gone> {
-        let passed = self.fenced.take_passed(Instant::now());
+    fn post_signalled(&mut self) -> Result<bool, Gone> {
+        let passed = self.awaiting.take_signalled(Instant::now());
         let progressed = !passed.is_empty();
-        for Passed { item, failure } in passed {
+        for Signalled { item, failure } in passed {
             match item {
                 Item::Message(ticket) => {
-                    self.send(EngineEvent::Passed { ticket, result: failure.map_or(Ok(()), Err) })?;
+                    self.send(EngineEvent::EventSignalled { ticket, result: failure.map_or(Ok(()), Err) })?;
                 }
                 Item::Transfer(waiting) => match failure {
                     Some(failure) => self.fail_transfer(waiting.transfer, failure)?,
@@ -127,7 +127,7 @@ impl<'a, P, E: From<EngineEvent<P>>> Server<'a, P, E> {
     /// Tells the driver what has ended.
     fn report(&mut self, ended: &mut Ended) -> Result<(), Gone> {
         for Connected { connection, result } in ended.connections.drain(..) {
-            // One that was forgotten meanwhile is nobody's news: the peer may be shaking hands anew already.
+            // The result of a connection that was forgotten meanwhile is dropped: the peer may be connecting again already.
             if let Some(peer) = self.connecting.remove(&connection) {
                 self.send(EngineEvent::Connected { peer, result: result.map_err(|error| error.to_string()) })?;
             }
@@ -253,19 +253,19 @@ impl<'a, P, E: From<EngineEvent<P>>> Server<'a, P, E> {
                 Ok(())
             }
             Command::Post { transfer, connection, copies, summed, after: Some(after) } => {
-                self.fenced.push(after, Item::Transfer(Waiting { transfer, connection, copies, summed }));
+                self.awaiting.push(after, Item::Transfer(Waiting { transfer, connection, copies, summed }));
                 Ok(())
             }
             Command::Await { ticket, after } => {
-                self.fenced.push(after, Item::Message(ticket));
+                self.awaiting.push(after, Item::Message(ticket));
                 Ok(())
             }
             Command::Unawait { ticket } => {
-                self.fenced.forget(ticket);
+                self.awaiting.forget(ticket);
                 Ok(())
             }
             Command::Abandon { transfer, writer_gone } => {
-                self.fenced.abandon(transfer, writer_gone, Instant::now());
+                self.awaiting.abandon(transfer, writer_gone, Instant::now());
                 if !self.summing.abandon_transfer(transfer) {
                     return Ok(());
                 }

@@ -106,7 +106,7 @@ pub(super) enum EngineEvent<P> {
         result: Result<Grown, String>,
     },
     /// The event of a deferred message has been passed, or cannot be asked for.
-    Passed {
+    EventSignalled {
         ticket: u64,
         result: Result<(), Failure>,
     },

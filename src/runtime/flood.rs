@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::engine_work::Work;
-use super::inquiry::inquiry;
+use super::health::health_probe;
 use super::ports::Ports;
 use super::{RunOptions, driver, identity, lifecycle, receiver, setup};
 use crate::config::{Config, Role, fuzzing};
@@ -76,13 +76,14 @@ fn child_daemon() {
     runtime.block_on(async {
         let config = config(Role::Receiver);
         let (mailbox, mut inbox) = driver::mailbox::<receiver::Event>();
-        lifecycle::watch(&mailbox.news, false).unwrap();
+        lifecycle::watch(&mailbox.events, false).unwrap();
         let instance = identity::instance_name(&config);
-        let (_asker, answerer) = inquiry();
+        let (_probe, responder) = health_probe();
         let ports = Ports::bind(&config, &mailbox.messages).await.unwrap();
-        let foundation = setup::lay_foundation(&config, &instance, &mailbox.news, &mut inbox).await.unwrap().unwrap();
-        busy.send(foundation.engine.work().unwrap()).unwrap();
-        receiver::serve(config, &instance, (mailbox.news, inbox), ports, foundation, (None, answerer)).await.unwrap();
+        let parts =
+            setup::start_memory_and_engine(&config, &instance, &mailbox.events, &mut inbox).await.unwrap().unwrap();
+        busy.send(parts.engine.work().unwrap()).unwrap();
+        receiver::serve(config, &instance, (mailbox.events, inbox), ports, parts, (None, responder)).await.unwrap();
     });
 }
 

@@ -25,7 +25,7 @@ use tokio::task::yield_now;
 use tokio::time::{sleep, timeout};
 
 use super::error::RuntimeError;
-use super::inquiry::{ANSWER_TIME_MAX, Asker, NoAnswer, Phase};
+use super::health::{ANSWER_TIME_MAX, HealthProbe, NoAnswer, Phase};
 use super::probe::ENGINE_TIME_MAX;
 use super::usage::process_usage;
 use crate::config::MetricsConfig;
@@ -85,11 +85,11 @@ pub(super) struct HttpServer {
 
 impl HttpServer {
     /// Binds, and serves on a thread of its own.
-    pub(super) fn start(config: &MetricsConfig, asker: Asker) -> Result<Self, RuntimeError> {
-        Self::start_with(config, asker, TIMES)
+    pub(super) fn start(config: &MetricsConfig, probe: HealthProbe) -> Result<Self, RuntimeError> {
+        Self::start_with(config, probe, TIMES)
     }
 
-    fn start_with(config: &MetricsConfig, asker: Asker, times: Times) -> Result<Self, RuntimeError> {
+    fn start_with(config: &MetricsConfig, probe: HealthProbe, times: Times) -> Result<Self, RuntimeError> {
         let MetricsConfig { host, port } = config;
         let cannot = |source: io::Error| {
             RuntimeError::Machine(format!(
@@ -105,7 +105,7 @@ impl HttpServer {
         let body = move || {
             runtime.block_on(async move {
                 tokio::select! {
-                    () = serve(listener, asker, times) => {}
+                    () = serve(listener, probe, times) => {}
                     // Nothing is ever sent: the other end is dropped.
                     _ = stopped => {}
                 }
@@ -132,7 +132,7 @@ impl Drop for HttpServer {
     }
 }
 
-async fn serve(listener: TcpListener, asker: Asker, times: Times) {
+async fn serve(listener: TcpListener, probe: HealthProbe, times: Times) {
     let listener = match tokio::net::TcpListener::from_std(listener) {
         Ok(listener) => listener,
         Err(error) => return tracing::error!(%error, "metrics are not served"),
@@ -146,12 +146,12 @@ async fn serve(listener: TcpListener, asker: Asker, times: Times) {
                     silent.hang_up_on_the_oldest();
                 }
                 let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
-                let (asker, silent_too) = (asker.clone(), silent.clone());
+                let (probe, silent_too) = (probe.clone(), silent.clone());
                 // No other task runs before it is among the silent ones.
                 let conversation = tokio::spawn(async move {
                     let heard = || silent_too.forget(number);
                     // Whoever is too slow, or talks nonsense, is hung up on; there is nobody to tell.
-                    drop(timeout(times.connection_max, converse(stream, &asker, times, &heard)).await);
+                    drop(timeout(times.connection_max, converse(stream, &probe, times, &heard)).await);
                     heard();
                     drop(place);
                 });
@@ -167,10 +167,10 @@ async fn serve(listener: TcpListener, asker: Asker, times: Times) {
     }
 }
 
-async fn converse(stream: TcpStream, asker: &Asker, times: Times, heard: &impl Fn()) -> Result<(), hyper::Error> {
+async fn converse(stream: TcpStream, probe: &HealthProbe, times: Times, heard: &impl Fn()) -> Result<(), hyper::Error> {
     let service = service_fn(|request| async move {
         heard();
-        Ok::<_, Infallible>(respond(&request, asker).await)
+        Ok::<_, Infallible>(respond(&request, probe).await)
     });
     http1::Builder::new()
         .timer(TokioTimer::new())
@@ -182,7 +182,7 @@ async fn converse(stream: TcpStream, asker: &Asker, times: Times, heard: &impl F
         .await
 }
 
-async fn respond(request: &Request<Incoming>, asker: &Asker) -> Response<String> {
+async fn respond(request: &Request<Incoming>, probe: &HealthProbe) -> Response<String> {
     let path = request.uri().path();
     if !matches!(path, "/metrics" | "/healthz" | "/readyz") {
         return line(StatusCode::NOT_FOUND, "not found; there are /metrics, /healthz and /readyz");
@@ -192,7 +192,7 @@ async fn respond(request: &Request<Incoming>, asker: &Asker) -> Response<String>
         response.headers_mut().insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
         return response;
     }
-    let answer = match asker.ask().await {
+    let answer = match probe.ask().await {
         Ok(answer) => answer,
         Err(NoAnswer) => {
             let text = format!("the driver has not answered for {} ms", ANSWER_TIME_MAX.as_millis());
@@ -253,24 +253,24 @@ fn page(status: StatusCode, content_type: &'static str, text: String) -> Respons
 mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-    use super::super::inquiry::{Answerer, inquiry};
+    use super::super::health::{HealthResponder, health_probe};
     use super::super::probe::{Probe, Prober};
     use super::*;
     use crate::connector::message::Status;
     use crate::metrics::{Snapshot, Tally};
 
-    fn start() -> (HttpServer, Answerer) {
-        let (asker, answerer) = inquiry();
-        (HttpServer::start(&MetricsConfig { host: "127.0.0.1".into(), port: 0 }, asker).unwrap(), answerer)
+    fn start() -> (HttpServer, HealthResponder) {
+        let (probe, responder) = health_probe();
+        (HttpServer::start(&MetricsConfig { host: "127.0.0.1".into(), port: 0 }, probe).unwrap(), responder)
     }
 
-    fn answer(answerer: &mut Answerer, phase: Phase) {
+    fn answer(responder: &mut HealthResponder, phase: Phase) {
         let (mut prober, take) = Prober::new();
-        answer_with(answerer, phase, prober.probe(|number| take.send(number).unwrap()));
+        answer_with(responder, phase, prober.probe(|number| take.send(number).unwrap()));
     }
 
-    fn answer_with(answerer: &mut Answerer, phase: Phase, engine: Probe) {
-        answerer.answer(phase, Snapshot { status: Status::default(), tally: Tally::sender() }, engine);
+    fn answer_with(responder: &mut HealthResponder, phase: Phase, engine: Probe) {
+        responder.answer(phase, Snapshot { status: Status::default(), tally: Tally::sender() }, engine);
     }
 
     async fn get(server: &HttpServer, path: &str) -> String {
@@ -295,8 +295,8 @@ mod tests {
     #[tokio::test]
     async fn a_driver_that_does_not_answer_is_said_by_every_path() {
         // Broken in production: a daemon that hangs looks healthy for ever, from the last that it said.
-        let (server, mut answerer) = start();
-        answer(&mut answerer, Phase::Serving);
+        let (server, mut responder) = start();
+        answer(&mut responder, Phase::Serving);
         let (health, ready, metrics) =
             tokio::join!(get(&server, "/healthz"), get(&server, "/readyz"), get(&server, "/metrics"));
         for seen in [health, ready, metrics] {
@@ -305,8 +305,8 @@ mod tests {
         // It comes back.
         let driver = async {
             loop {
-                answerer.asked().await;
-                answer(&mut answerer, Phase::Serving);
+                responder.asked().await;
+                answer(&mut responder, Phase::Serving);
             }
         };
         tokio::select! {
@@ -318,14 +318,14 @@ mod tests {
     #[tokio::test]
     async fn an_engine_that_takes_nothing_up_is_not_healthy_until_it_does() {
         // Broken in production: a daemon whose engine hangs inside a library moves nothing, and is reported healthy for ever.
-        let (server, mut answerer) = start();
+        let (server, mut responder) = start();
         let (mut prober, take) = Prober::new();
         let mut asked = Vec::new();
         let driver = async {
             loop {
                 let engine = prober.probe(|number| asked.push(number));
-                answer_with(&mut answerer, Phase::Serving, engine);
-                answerer.asked().await;
+                answer_with(&mut responder, Phase::Serving, engine);
+                responder.asked().await;
             }
         };
         let probes = async {
@@ -360,11 +360,11 @@ mod tests {
     #[tokio::test]
     async fn connections_that_say_nothing_make_room_for_a_probe() {
         // Broken in production: a few dozen stuck scrapers, and the supervisor kills a daemon that is well.
-        let (asker, _answerer) = inquiry();
+        let (probe, _answerer) = health_probe();
         let for_ever = Duration::from_secs(3600);
         let times = Times { headers_max: for_ever, connection_max: for_ever };
         let config = MetricsConfig { host: "127.0.0.1".into(), port: 0 };
-        let server = HttpServer::start_with(&config, asker, times).unwrap();
+        let server = HttpServer::start_with(&config, probe, times).unwrap();
         let mut crowd = Vec::new();
         for number in 0..3 * CONNECTIONS_MAX {
             let mut stream = TcpStream::connect(server.address).await.unwrap();

@@ -11,13 +11,14 @@
 //! | `sender`, `receiver` | the two daemons: which event goes where, which output does what |
 //! | `setup`, `identity`, `ready` | before the loop: memory, engine, who we are, the ready line |
 //! | `engine_thread`, `engine_server`, `engine_work`, `probe` | the thread that owns the transfer engine, its loop, what it is told and tells, and whether it is at work |
-//! | `fenced`, `deferred`, `summing`, `sum_queue` | what waits there for a GPU, or for checksums |
+//! | `awaiting_event`, `deferred`, `summing`, `sum_queue` | what waits there for a GPU, or for checksums |
 //! | `ports`, `peer_links`, `room`, `proxy` | a receiver's ports, a sender's connections, what waits of what they hear, the way to the router |
 //! | `clients`, `translate` | the connector API: who is attached, and its words for the sessions' words |
 //! | `lifecycle`, `process`, `watches`, `witness` | signals, the parent, the ends of peers' processes |
 //! | `notes`, `error` | log lines, and why a daemon could not go on |
-//! | `http`, `inquiry`, `usage` | metrics and health: the server, how it asks the driver, what the process uses |
+//! | `http`, `health`, `usage` | metrics and health: the server, how it asks the driver, what the process uses |
 
+mod awaiting_event;
 mod clients;
 mod deferred;
 mod driver;
@@ -25,12 +26,11 @@ mod engine_server;
 mod engine_thread;
 mod engine_work;
 mod error;
-mod fenced;
 #[cfg(test)]
 mod flood;
+mod health;
 mod http;
 mod identity;
-mod inquiry;
 mod lifecycle;
 mod notes;
 mod peer_links;

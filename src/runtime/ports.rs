@@ -7,9 +7,11 @@ use tokio::sync::mpsc::Sender;
 use super::error::RuntimeError;
 use super::room::{Room, Rooms};
 use crate::config::Config;
-use crate::ids::clip;
+use crate::ids::truncate;
 use crate::protocol::Port;
-use crate::side_channel::{Access, PeerTag, Route, RouterEvent, RouterReceiver, RouterSender, RouterSocket, Seldom};
+use crate::side_channel::{
+    Access, PeerTag, RateLimited, Route, RouterEvent, RouterReceiver, RouterSender, RouterSocket,
+};
 use crate::wire::auth::Channel;
 use crate::wire::{Message, encode};
 
@@ -18,7 +20,7 @@ use crate::wire::{Message, encode};
 pub(super) struct RouteKey {
     port: Port,
     tag: PeerTag,
-    /// None in news about the connection itself.
+    /// None in an event of the connection itself.
     route: Option<Route>,
 }
 
@@ -126,7 +128,7 @@ pub(super) const fn channel(port: Port) -> Channel {
 async fn read<E: From<PortEvent>>(port: Port, mut receiver: RouterReceiver, events: Sender<E>) {
     // Each port has its own, so that a flood at one of them holds up no other.
     let rooms = if port == Port::Init { Rooms::for_handshakes() } else { Rooms::for_messages() };
-    let mut unreadable = Seldom::default();
+    let mut unreadable = RateLimited::default();
     while let Some(event) = receiver.recv().await {
         let event = match event {
             RouterEvent::Message { peer: route, payload } => match rooms.decode(&payload).await {
@@ -136,7 +138,7 @@ async fn read<E: From<PortEvent>>(port: Port, mut receiver: RouterReceiver, even
                 }
                 Err(error) => {
                     if let Some(unsaid) = unreadable.permit(Instant::now()) {
-                        let error = clip(&error.to_string());
+                        let error = truncate(&error.to_string());
                         tracing::warn!(?port, unsaid, "a message that cannot be read, ignored: {error}");
                     }
                     continue;

@@ -9,14 +9,14 @@ use super::deferred::Deferred;
 use super::driver::{self, Daemon, Inbox, OUTPUTS_AT_ONCE};
 use super::engine_thread::EngineThread;
 use super::engine_work::{Command, EngineEvent};
+use super::health::{HealthResponder, health_probe};
 use super::http::HttpServer;
-use super::inquiry::{Answerer, inquiry};
 use super::lifecycle::{self, Stop};
 use super::ports::{PortEvent, Ports, RouteKey};
 use super::probe::Probe;
 use super::ready;
 use super::room::Room;
-use super::setup::Foundation;
+use super::setup::MemoryAndEngine;
 use super::watches::Watches;
 use super::{RunOptions, RuntimeError, identity, notes, setup, translate};
 use crate::buffer::MemoryManager;
@@ -64,37 +64,37 @@ struct ReceiverDaemon {
     draining: bool,
     /// Peers' processes.
     watches: Watches,
-    news: UnboundedSender<Event>,
+    events: UnboundedSender<Event>,
 }
 
 /// Runs a receiver until it is told to stop.
 pub(super) async fn run(config: Config, options: RunOptions) -> Result<(), RuntimeError> {
     let (mailbox, mut inbox) = driver::mailbox::<Event>();
-    lifecycle::watch(&mailbox.news, options.exit_with_parent)?;
+    lifecycle::watch(&mailbox.events, options.exit_with_parent)?;
     let instance = identity::instance_name(&config);
     // Before the buffer: a port that is taken is found at once, and probes are answered while the buffer is filled.
-    let (asker, answerer) = inquiry();
-    let http = config.metrics.as_ref().map(|metrics| HttpServer::start(metrics, asker)).transpose()?;
+    let (probe, responder) = health_probe();
+    let http = config.metrics.as_ref().map(|metrics| HttpServer::start(metrics, probe)).transpose()?;
     // Ports first: a port that is taken is found before gigabytes are allocated.
     let ports = Ports::bind(&config, &mailbox.messages).await?;
-    let foundation = setup::lay_foundation(&config, &instance, &mailbox.news, &mut inbox).await?;
-    let Some(foundation) = foundation else {
+    let parts = setup::start_memory_and_engine(&config, &instance, &mailbox.events, &mut inbox).await?;
+    let Some(parts) = parts else {
         tracing::info!("told to stop before it was ready");
         return Ok(());
     };
-    serve(config, &instance, (mailbox.news, inbox), ports, foundation, (http, answerer)).await
+    serve(config, &instance, (mailbox.events, inbox), ports, parts, (http, responder)).await
 }
 
 /// Serves with what has been prepared.
 pub(super) async fn serve(
     config: Config,
     instance: &str,
-    (news, inbox): (UnboundedSender<Event>, Inbox<Event>),
+    (events, inbox): (UnboundedSender<Event>, Inbox<Event>),
     ports: Ports,
-    foundation: Foundation<String>,
-    (http, answerer): (Option<HttpServer>, Answerer),
+    parts: MemoryAndEngine<String>,
+    (http, responder): (Option<HttpServer>, HealthResponder),
 ) -> Result<(), RuntimeError> {
-    let Foundation { manager, engine, started } = foundation;
+    let MemoryAndEngine { manager, engine, started } = parts;
     let clients = Clients::bind(&config).await?;
     let session = ReceiverSession::new(ReceiverSettings {
         hello: identity::hello(&config, instance, started.engine),
@@ -146,14 +146,14 @@ pub(super) async fn serve(
         tally: Tally::receiver(),
         draining: false,
         watches: Watches::default(),
-        news,
+        events,
     };
     tracing::info!(
         %instance, engine = started.engine, connector = %ready.connector,
         init_port = ready.init_port, alloc_port = ready.alloc_port, "ready"
     );
     ready::print(ready)?;
-    driver::drive(&mut daemon, inbox, drain, answerer).await
+    driver::drive(&mut daemon, inbox, drain, responder).await
 }
 
 impl Daemon for ReceiverDaemon {
@@ -173,7 +173,9 @@ impl Daemon for ReceiverDaemon {
             Event::Engine(EngineEvent::Grown { result }) => {
                 self.session.handle_grown(now, result);
             }
-            Event::Engine(EngineEvent::Passed { ticket, result }) => self.on_passed(now, ticket, result),
+            Event::Engine(EngineEvent::EventSignalled { ticket, result }) => {
+                self.on_event_signalled(now, ticket, result)
+            }
             Event::Engine(EngineEvent::PeerLoaded { peer, result }) => {
                 self.session.handle_peer_loaded(now, &peer, result);
             }
@@ -225,8 +227,8 @@ impl Daemon for ReceiverDaemon {
                 Output::GrowBuffer => self.engine.grow()?,
                 Output::ForgetPeer(connection) => self.engine.send(Command::Forget(connection))?,
                 Output::WatchProcess { instance, process } => {
-                    let (news, ended) = (self.news.clone(), ProcessEnded { instance: instance.clone() });
-                    self.watches.watch(&instance, &process, move || drop(news.send(ended.into())));
+                    let (events, ended) = (self.events.clone(), ProcessEnded { instance: instance.clone() });
+                    self.watches.watch(&instance, &process, move || drop(events.send(ended.into())));
                 }
                 Output::UnwatchProcess { instance } => self.watches.forget(&instance),
                 Output::Answer { client, id, answer } => {
@@ -280,7 +282,7 @@ impl ReceiverDaemon {
         }
     }
 
-    fn on_passed(&mut self, now: Instant, ticket: u64, result: Result<(), Failure>) {
+    fn on_event_signalled(&mut self, now: Instant, ticket: u64, result: Result<(), Failure>) {
         let Some((client, request)) = self.deferred.take(ticket) else { return };
         match result {
             Ok(()) => self.on_request(now, client, request),
@@ -311,7 +313,7 @@ impl ReceiverDaemon {
                 self.session.handle_lookup(now, client, id, &lookup);
             }
             Request::Wait { id, req_id, wait_ms, uncommitted } => {
-                let wait = translate::wait(wait_ms).map(|wait| wait.min(self.config.deadlines.wait));
+                let wait = translate::wait(wait_ms);
                 self.session.handle_wait(now, client, id, req_id, wait, uncommitted);
             }
             Request::Release { id, lease, .. } => self.session.handle_release(now, client, id, lease),
@@ -333,7 +335,7 @@ impl ReceiverDaemon {
             slot_count: self.config.buffer.slot_count,
             slots_free: (counts.available_bytes / self.config.layout.chunk_bytes()) as u32,
             slots_reserved: slots.reserved,
-            slots_ready: slots.ready_held + slots.ready_idle,
+            slots_ready: slots.ready_pinned + slots.ready_idle,
             slots_quarantined: slots.quarantined,
             requests_active: counts.requests_active as u32,
             requests_done: counts.requests_ready,
@@ -342,7 +344,7 @@ impl ReceiverDaemon {
             peers: counts.peers as u32,
             clients: self.clients.count(),
             buffer: translate::buffer_usage(&self.config, &self.manager),
-            slots_held: slots.ready_held,
+            slots_held: slots.ready_pinned,
             requests_waiting: counts.requests_waiting as u32,
             waits: counts.readers_waiting as u32,
             leases: counts.leases as u32,

@@ -4,21 +4,21 @@ use std::time::Instant;
 
 use tokio::sync::mpsc::UnboundedSender;
 
+use super::awaiting_event::WRITER_GONE_AFTER;
 use super::clients::Clients;
 use super::deferred::{Deferred, no_event_here};
 use super::driver::{self, Daemon, OUTPUTS_AT_ONCE};
 use super::engine_thread::EngineThread;
 use super::engine_work::{Command, EngineEvent};
-use super::fenced::WRITER_GONE_AFTER;
+use super::health::health_probe;
 use super::http::HttpServer;
-use super::inquiry::inquiry;
 use super::lifecycle::{self, Stop};
 use super::peer_links::{LinkEvent, PeerLinks};
 use super::probe::Probe;
 use super::proxy::Proxy;
 use super::ready;
 use super::room::Room;
-use super::setup::Foundation;
+use super::setup::MemoryAndEngine;
 use super::witness::{HaveEnded, Witness};
 use super::{RunOptions, RuntimeError, identity, notes, setup, translate};
 use crate::buffer::{Memory, MemoryManager};
@@ -63,19 +63,19 @@ struct SenderDaemon {
     draining: bool,
     proxy: Option<Proxy>,
     witness: Witness,
-    news: UnboundedSender<Event>,
+    events: UnboundedSender<Event>,
 }
 
 /// Runs a sender until it is told to stop.
 pub(super) async fn run(config: Config, options: RunOptions) -> Result<(), RuntimeError> {
     let (mailbox, mut inbox) = driver::mailbox::<Event>();
-    lifecycle::watch(&mailbox.news, options.exit_with_parent)?;
+    lifecycle::watch(&mailbox.events, options.exit_with_parent)?;
     let instance = identity::instance_name(&config);
     // Before the buffer: a port that is taken is found at once, and probes are answered while the buffer is filled.
-    let (asker, answerer) = inquiry();
-    let http = config.metrics.as_ref().map(|metrics| HttpServer::start(metrics, asker)).transpose()?;
-    let foundation = setup::lay_foundation(&config, &instance, &mailbox.news, &mut inbox).await?;
-    let Some(Foundation { manager, engine, started }) = foundation else {
+    let (probe, responder) = health_probe();
+    let http = config.metrics.as_ref().map(|metrics| HttpServer::start(metrics, probe)).transpose()?;
+    let parts = setup::start_memory_and_engine(&config, &instance, &mailbox.events, &mut inbox).await?;
+    let Some(MemoryAndEngine { manager, engine, started }) = parts else {
         tracing::info!("told to stop before it was ready");
         return Ok(());
     };
@@ -136,11 +136,11 @@ pub(super) async fn run(config: Config, options: RunOptions) -> Result<(), Runti
         draining: false,
         proxy,
         witness: Witness::default(),
-        news: mailbox.news.clone(),
+        events: mailbox.events.clone(),
     };
     tracing::info!(%instance, engine = started.engine, connector = %ready.connector, "ready");
     ready::print(ready)?;
-    driver::drive(&mut daemon, inbox, drain, answerer).await
+    driver::drive(&mut daemon, inbox, drain, responder).await
 }
 
 impl Daemon for SenderDaemon {
@@ -172,7 +172,9 @@ impl Daemon for SenderDaemon {
             Event::Engine(EngineEvent::Updated { peer, connection, result }) => {
                 self.session.handle_peer_updated(now, peer, connection, result);
             }
-            Event::Engine(EngineEvent::Passed { ticket, result }) => self.on_passed(now, ticket, result),
+            Event::Engine(EngineEvent::EventSignalled { ticket, result }) => {
+                self.on_event_signalled(now, ticket, result)
+            }
             Event::Engine(EngineEvent::PeerLoaded { peer, result }) => {
                 self.session.handle_peer_loaded(now, peer, result);
             }
@@ -233,8 +235,8 @@ impl Daemon for SenderDaemon {
                 }
                 Output::GrowBuffer => self.engine.grow()?,
                 Output::CheckProcesses { peer, processes } => {
-                    let news = self.news.clone();
-                    self.witness.look(peer, processes, move |ended| drop(news.send(ended.into())));
+                    let events = self.events.clone();
+                    self.witness.look(peer, processes, move |ended| drop(events.send(ended.into())));
                 }
                 Output::ForgetPeer(connection) => self.engine.send(Command::Forget(connection))?,
                 Output::Post { transfer, connection, copies, summed, after } => {
@@ -300,7 +302,7 @@ impl SenderDaemon {
         }
     }
 
-    fn on_passed(&mut self, now: Instant, ticket: u64, result: Result<(), Failure>) {
+    fn on_event_signalled(&mut self, now: Instant, ticket: u64, result: Result<(), Failure>) {
         let Some((client, request)) = self.deferred.take(ticket) else { return };
         match result {
             Ok(()) => self.on_request(now, client, request),
@@ -314,11 +316,11 @@ impl SenderDaemon {
         match &**self.manager.memory() {
             Memory::Host(_) => self.forget_client(now, client),
             Memory::Cuda(_) => {
-                let news = self.news.clone();
+                let events = self.events.clone();
                 tokio::spawn(async move {
                     tokio::time::sleep(WRITER_GONE_AFTER).await;
                     // A daemon that has stopped meanwhile has no slots to give to anybody.
-                    drop(news.send(Event::WriterGone(client)));
+                    drop(events.send(Event::WriterGone(client)));
                 });
             }
         }
@@ -343,19 +345,19 @@ impl SenderDaemon {
                 self.clients.reply(client, &Reply::Status { id, status });
             }
             Request::Open { id, req_id, keys, last_chunk_tokens, receiver, wait_ms, groups, stage } => {
-                let wait = translate::wait(wait_ms).map(|wait| wait.min(self.config.deadlines.allocation));
+                let wait = translate::wait(wait_ms);
                 let open = OpenRequest { id: req_id, keys, groups, last_chunk_tokens, receiver, wait, stage };
                 self.session.handle_open(now, client, id, open);
             }
             Request::Stage { id, req_id, chunks, wait_ms } => {
-                let wait = translate::wait(wait_ms).map(|wait| wait.min(self.config.deadlines.allocation));
+                let wait = translate::wait(wait_ms);
                 self.session.handle_stage(now, client, id, &req_id, chunks, wait);
             }
             Request::Send { id, after: Some(_), .. } if matches!(**self.manager.memory(), Memory::Host(_)) => {
                 self.clients.reply(client, &translate::error(id, no_event_here(), None));
             }
             Request::Send { id, req_id, parts, last, after } => {
-                let sending = Sending { parts: &translate::parts(parts), last, after };
+                let sending = Sending { parts: &parts, last, after };
                 self.session.handle_send(now, client, id, &req_id, sending);
             }
             Request::Cancel { id, req_id, .. } => self.session.handle_cancel(now, client, id, &req_id),

@@ -57,7 +57,7 @@ const fn alignment(slot_bytes: u64) -> u64 {
 }
 
 /// The buffer, and the engine that has it registered.
-pub(super) struct Foundation<P> {
+pub(super) struct MemoryAndEngine<P> {
     pub(super) manager: MemoryManager,
     pub(super) engine: EngineThread<P>,
     pub(super) started: Started,
@@ -65,21 +65,21 @@ pub(super) struct Foundation<P> {
 
 /// Allocates the buffer and starts the engine on its thread. Filling gigabytes with pages takes seconds, so a daemon that
 /// is told to stop meanwhile does: `None`.
-pub(super) async fn lay_foundation<P, E>(
+pub(super) async fn start_memory_and_engine<P, E>(
     config: &Config,
     instance: &str,
-    news: &UnboundedSender<E>,
+    events: &UnboundedSender<E>,
     inbox: &mut Inbox<E>,
-) -> Result<Option<Foundation<P>>, RuntimeError>
+) -> Result<Option<MemoryAndEngine<P>>, RuntimeError>
 where
     P: Send + 'static,
     E: From<EngineEvent<P>> + Send + 'static,
 {
-    let (config, instance, news) = (config.clone(), instance.to_owned(), news.clone());
+    let (config, instance, events) = (config.clone(), instance.to_owned(), events.clone());
     let laid = tokio::task::spawn_blocking(move || {
         let manager = allocate(&config)?;
-        let (engine, started) = start_engine(&config, &instance, &manager, news)?;
-        Ok(Foundation { manager, engine, started })
+        let (engine, started) = start_engine(&config, &instance, &manager, events)?;
+        Ok(MemoryAndEngine { manager, engine, started })
     });
     tokio::select! {
         laid = laid => match laid {

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::fenced::Waiting;
+use super::awaiting_event::Waiting;
 use super::sum_queue::{SumQueue, SumRange, Sums};
 use crate::buffer::{BufferError, Memory};
 use crate::ids::{Checksum, Failure, FailureKind, GrantId, RequestId, TransferId};

@@ -6,9 +6,7 @@ use crate::address::Snapshot;
 use crate::buffer::{Memory, MemoryManager};
 use crate::config::Config;
 use crate::connector::message::CONNECTOR_API_VERSION;
-use crate::connector::message::{
-    BufferHandle, BufferUsage, Group, ReadyChunk, ReceiverState, ReceiverStatus, Reply, SendPart, StagedSlot, Timings,
-};
+use crate::connector::message::{BufferHandle, BufferUsage, Group, ReceiverState, ReceiverStatus, Reply, Timings};
 use crate::ids::{Failure, FailureKind, PeerAddress, Seq};
 use crate::protocol::{receiver, sender};
 
@@ -89,12 +87,6 @@ pub(super) fn wait(wait_ms: Option<u64>) -> Option<Duration> {
     wait_ms.map(Duration::from_millis)
 }
 
-pub(super) fn parts(parts: Vec<SendPart>) -> Vec<sender::Part> {
-    let part =
-        |part: SendPart| sender::Part { slot: part.slot, offset_bytes: part.offset_bytes, len_bytes: part.len_bytes };
-    parts.into_iter().map(part).collect()
-}
-
 pub(super) fn receiver((address, state): (&PeerAddress, &sender::ConnectState)) -> ReceiverStatus {
     use sender::ConnectState::{Connected, Connecting, Refused, Unreachable};
     let (state, failure) = match state {
@@ -109,24 +101,14 @@ pub(super) fn receiver((address, state): (&PeerAddress, &sender::ConnectState)) 
 pub(super) fn sender_answer(id: Seq, answer: sender::Answer) -> Reply {
     match answer {
         sender::Answer::Opened { request, already_sent, slots } => {
-            Reply::Opened { id, req_id: request, already_sent, slots: staged(slots) }
+            Reply::Opened { id, req_id: request, already_sent, slots }
         }
-        sender::Answer::Staged { slots } => Reply::Staged { id, slots: staged(slots) },
+        sender::Answer::Staged { slots } => Reply::Staged { id, slots },
         sender::Answer::Accepted => Reply::Accepted { id },
         sender::Answer::Cancelled { request } => Reply::Cancelled { id, req_id: request },
         sender::Answer::Reset => Reply::Reset { id },
         sender::Answer::Failed { failure, peer } => error(id, failure, peer),
     }
-}
-
-fn staged(slots: Vec<sender::StagedSlot>) -> Vec<StagedSlot> {
-    let slot = |slot: sender::StagedSlot| StagedSlot {
-        chunk: slot.chunk,
-        slot: slot.slot,
-        offset_bytes: slot.offset_bytes,
-        len_bytes: slot.len_bytes,
-    };
-    slots.into_iter().map(slot).collect()
 }
 
 pub(super) fn sender_event(event: sender::Event) -> Reply {
@@ -148,20 +130,9 @@ pub(super) fn sender_event(event: sender::Event) -> Reply {
 }
 
 pub(super) fn receiver_answer(id: Seq, answer: receiver::Answer) -> Reply {
-    let chunk = |chunk: receiver::ReadyChunk| ReadyChunk {
-        key: chunk.key,
-        group: chunk.group,
-        slot: chunk.slot,
-        offset_bytes: chunk.offset_bytes,
-        len_bytes: chunk.len_bytes,
-    };
     match answer {
-        receiver::Answer::Ready { request, lease, chunks } => {
-            Reply::Ready { id, req_id: request, lease, chunks: chunks.into_iter().map(chunk).collect() }
-        }
-        receiver::Answer::Found { lease, chunks, granted } => {
-            Reply::Found { id, lease, chunks: chunks.into_iter().map(|found| found.map(chunk)).collect(), granted }
-        }
+        receiver::Answer::Ready { request, lease, chunks } => Reply::Ready { id, req_id: request, lease, chunks },
+        receiver::Answer::Found { lease, chunks, granted } => Reply::Found { id, lease, chunks, granted },
         receiver::Answer::Released => Reply::Released { id },
         receiver::Answer::Cancelled { request } => Reply::Cancelled { id, req_id: request },
         receiver::Answer::Reset => Reply::Reset { id },

@@ -87,10 +87,10 @@ impl Dealer {
                 receiver.trust = Trust::Sealed(opener);
                 Ok((sender, receiver))
             }
-            Err(Refused { error, farewell }) => {
-                if let Some(farewell) = farewell {
+            Err(Refused { error, close_reason }) => {
+                if let Some(close_reason) = close_reason {
                     // So that its log says why we left; whether it does is its own business.
-                    drop(sender.try_send(farewell.into()));
+                    drop(sender.try_send(close_reason.into()));
                 }
                 Err(SideChannelError::NotAuthenticated { peer: endpoint.to_owned(), reason: error })
             }
@@ -213,7 +213,7 @@ impl DealerReceiver {
             }
             match frames.pop_front() {
                 Some(payload) if frames.is_empty() && !payload.is_empty() => {
-                    return self.trust.judge(payload).map_err(Gone::Refused);
+                    return self.trust.admit(payload).map_err(Gone::Refused);
                 }
                 _ => self.malformed_count += 1,
             }
@@ -222,7 +222,7 @@ impl DealerReceiver {
 }
 
 impl Trust {
-    fn judge(&mut self, payload: Bytes) -> Result<Bytes, AuthError> {
+    fn admit(&mut self, payload: Bytes) -> Result<Bytes, AuthError> {
         match self {
             Self::Anything => Ok(payload),
             Self::AnythingButRefusals => match auth::is_handshake(&payload).then(|| auth::refusal_of(&payload)) {

@@ -17,16 +17,16 @@ mod dealer;
 mod guard;
 mod peer_tag;
 mod push;
+mod rate_limited;
 mod router;
-mod seldom;
 
 pub use bind::{IpcName, tcp_address};
 pub use dealer::{Dealer, DealerReceiver, DealerSender};
 pub use guard::{AUTHENTICATING_MAX, Access};
 pub use peer_tag::PeerTag;
 pub use push::PushSender;
+pub use rate_limited::RateLimited;
 pub use router::{Route, RouterEvent, RouterReceiver, RouterSender, RouterSocket};
-pub use seldom::Seldom;
 
 use std::io;
 use std::time::Duration;
@@ -60,7 +60,7 @@ const UNFINISHED_LEN_BYTES_MAX: usize = 128 * 1024 * 1024;
 
 /// Longest message of a connection that has not authenticated, where that is asked for. The proof takes a tenth of a
 /// KiB; the rest is for peers without a secret, whose first request is to be answered with the reason.
-const STRANGER_LEN_BYTES_MAX: usize = 64 * 1024;
+const UNAUTHENTICATED_LEN_BYTES_MAX: usize = 64 * 1024;
 
 /// What can go wrong with a socket, each with the address or peer concerned.
 #[derive(Debug, thiserror::Error)]

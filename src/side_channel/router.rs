@@ -13,8 +13,8 @@ use zeromq::{RouterRecvHalf, RouterSendHalf, Socket, SocketEvent, SocketOptions,
 use super::bind::{self, BoundPath, IpcName};
 use super::guard::{self, Access, Guard, Verdict};
 use super::peer_tag::PeerTag;
-use super::seldom::Seldom;
-use super::{ENVELOPE_LEN_BYTES_MAX, STRANGER_LEN_BYTES_MAX, SideChannelError, options, send_error};
+use super::rate_limited::RateLimited;
+use super::{ENVELOPE_LEN_BYTES_MAX, SideChannelError, UNAUTHENTICATED_LEN_BYTES_MAX, options, send_error};
 use crate::wire::auth::{self, Channel};
 use crate::wire::limits::{INIT_MESSAGE_LEN_BYTES_MAX, MESSAGE_LEN_BYTES_MAX};
 
@@ -92,19 +92,21 @@ impl RouterSocket {
         let mut options = options();
         options.message_timeout(access.timeout).max_message_size(len_bytes_max + ENVELOPE_LEN_BYTES_MAX);
         if access.secret.is_some() {
-            options.max_stranger_message_size(STRANGER_LEN_BYTES_MAX);
+            options.max_stranger_message_size(UNAUTHENTICATED_LEN_BYTES_MAX);
         }
         let Self { mut sender, mut receiver, endpoint, port } = Self::bind_tcp_with(options, host, port).await?;
         receiver.message_len_bytes_max = len_bytes_max;
-        receiver.door = match access.secret {
-            None => {
-                Door::Unguarded { channel: access.channel, way_back: sender.clone(), complaints: Seldom::default() }
-            }
+        receiver.listener = match access.secret {
+            None => Listener::Unguarded {
+                channel: access.channel,
+                way_back: sender.clone(),
+                warnings: RateLimited::default(),
+            },
             Some(secret) => {
                 let guard = Arc::new(Mutex::new(Guard::new(secret, access.channel, access.timeout)));
                 let way_back = sender.clone();
                 sender.guard = Some(guard.clone());
-                Door::Guarded { guard, way_back }
+                Listener::Guarded { guard, way_back }
             }
         };
         Ok(Self { sender, receiver, endpoint, port })
@@ -140,11 +142,11 @@ impl RouterSocket {
             receiver: RouterReceiver {
                 half: receive_half,
                 monitor,
-                door: Door::Open,
+                listener: Listener::Open,
                 malformed_count: 0,
                 endpoint: endpoint.clone(),
                 message_len_bytes_max: MESSAGE_LEN_BYTES_MAX,
-                complaints: Seldom::default(),
+                warnings: RateLimited::default(),
                 _path: path,
             },
             endpoint,
@@ -205,16 +207,16 @@ fn lock(guard: &Mutex<Guard>) -> MutexGuard<'_, Guard> {
 }
 
 /// Who is let in.
-enum Door {
+enum Listener {
     /// Everybody: somebody else decides, or nobody.
     Open,
     /// Everybody, and whoever wants to authenticate hears that nobody does here.
-    Unguarded { channel: Channel, way_back: RouterSender, complaints: Seldom },
+    Unguarded { channel: Channel, way_back: RouterSender, warnings: RateLimited },
     /// Those who prove that they have the secret. `way_back` sends what is not sealed.
     Guarded { guard: Arc<Mutex<Guard>>, way_back: RouterSender },
 }
 
-impl Door {
+impl Listener {
     /// When somebody who stands in it has taken too long.
     fn next_deadline(&self) -> Option<Instant> {
         match self {
@@ -224,15 +226,15 @@ impl Door {
     }
 
     /// Somebody has connected.
-    fn admit(&self, peer: PeerTag, address: String) {
+    fn accept(&self, peer: PeerTag, address: String) {
         if let Self::Guarded { guard, way_back } = self {
-            let evicted = lock(guard).admit(Instant::now(), peer, address);
+            let evicted = lock(guard).accept(Instant::now(), peer, address);
             evicted.iter().for_each(|peer| way_back.close(peer));
         }
     }
 
     /// Closes those who have taken too long.
-    fn close_the_late(&self) {
+    fn close_late(&self) {
         if let Self::Guarded { guard, way_back } = self {
             let now = Instant::now();
             while let Some(peer) = { lock(guard).pop_late(now) } {
@@ -250,27 +252,27 @@ impl Door {
     }
 
     /// What becomes of a message.
-    fn judge(&mut self, peer: Route, payload: Bytes) -> Option<RouterEvent> {
+    fn admit(&mut self, peer: Route, payload: Bytes) -> Option<RouterEvent> {
         match self {
             Self::Open => Some(RouterEvent::Message { peer, payload }),
-            Self::Unguarded { channel, way_back, complaints } => {
+            Self::Unguarded { channel, way_back, warnings } => {
                 if !auth::is_handshake(&payload) {
                     return Some(RouterEvent::Message { peer, payload });
                 }
-                guard::log_hello_without_secret(complaints, *channel, &peer.peer);
-                if let Some(farewell) = auth::refuse().farewell {
+                guard::log_hello_without_secret(warnings, *channel, &peer.peer);
+                if let Some(close_reason) = auth::refuse().close_reason {
                     // Whoever does not read it waits in vain, which is its own business.
-                    drop(way_back.try_send_as_it_is(&peer, farewell.into()));
+                    drop(way_back.try_send_as_it_is(&peer, close_reason.into()));
                 }
                 None
             }
             Self::Guarded { guard, way_back } => {
-                let (evicted, verdict) = lock(guard).judge(Instant::now(), &peer.peer, &payload);
+                let (evicted, verdict) = lock(guard).admit(Instant::now(), &peer.peer, &payload);
                 evicted.iter().for_each(|peer| way_back.close(peer));
                 match verdict {
                     Verdict::Deliver(payload) => Some(RouterEvent::Message { peer, payload }),
                     Verdict::Ignore => None,
-                    Verdict::Welcome => {
+                    Verdict::Accept => {
                         way_back.trust(&peer.peer);
                         None
                     }
@@ -278,12 +280,12 @@ impl Door {
                         drop(way_back.try_send_as_it_is(&peer, answer.into()));
                         None
                     }
-                    Verdict::Close { farewell, was_known } => {
-                        if let Some(farewell) = farewell {
-                            drop(way_back.try_send_as_it_is(&peer, farewell.into()));
+                    Verdict::Close { close_reason, was_authenticated } => {
+                        if let Some(close_reason) = close_reason {
+                            drop(way_back.try_send_as_it_is(&peer, close_reason.into()));
                         }
                         way_back.close(&peer.peer);
-                        was_known.then_some(RouterEvent::Gone { peer: peer.peer })
+                        was_authenticated.then_some(RouterEvent::Gone { peer: peer.peer })
                     }
                 }
             }
@@ -309,17 +311,17 @@ impl fmt::Debug for RouterSender {
 pub struct RouterReceiver {
     half: RouterRecvHalf,
     monitor: mpsc::Receiver<SocketEvent>,
-    door: Door,
+    listener: Listener,
     malformed_count: u64,
     /// Where it listens, and how long a message may be there: for the log.
     endpoint: String,
     message_len_bytes_max: usize,
-    complaints: Seldom,
+    warnings: RateLimited,
     _path: Option<BoundPath>,
 }
 
 impl RouterReceiver {
-    /// The next message, or the news that a peer is gone. Messages without a payload or with frames that no REQ or
+    /// The next message, or the event that a peer is gone. Messages without a payload or with frames that no REQ or
     /// DEALER of ours or LMCache's sends are dropped and counted. `None`: the socket is closed.
     ///
     /// Nothing is lost when the future is dropped before it is ready, nor when it is not called again for long: a
@@ -332,13 +334,13 @@ impl RouterReceiver {
                 event = self.monitor.next() => match event? {
                     SocketEvent::Disconnected(peer, _) => {
                         let peer = PeerTag(peer.into());
-                        if self.door.forget(&peer) {
+                        if self.listener.forget(&peer) {
                             return Some(RouterEvent::Gone { peer });
                         }
                         continue;
                     }
                     SocketEvent::Accepted(endpoint, peer, _) => {
-                        self.door.admit(PeerTag(peer.into()), endpoint.to_string());
+                        self.listener.accept(PeerTag(peer.into()), endpoint.to_string());
                         continue;
                     }
                     SocketEvent::Unreadable(peer, error) => {
@@ -352,14 +354,14 @@ impl RouterReceiver {
                     _ => continue,
                 },
                 message = self.half.recv() => message.ok()?,
-                () = at(self.door.next_deadline()) => {
-                    self.door.close_the_late();
+                () = at(self.listener.next_deadline()) => {
+                    self.listener.close_late();
                     continue;
                 }
             };
             match parse(message) {
                 Some((peer, payload)) => {
-                    if let Some(event) = self.door.judge(peer, payload) {
+                    if let Some(event) = self.listener.admit(peer, payload) {
                         return Some(event);
                     }
                 }
@@ -369,7 +371,7 @@ impl RouterReceiver {
     }
 
     fn log_unreadable(&mut self, peer: &PeerTag, error: &ZmqError) {
-        if let Some(unsaid) = self.complaints.permit(Instant::now()) {
+        if let Some(unsaid) = self.warnings.permit(Instant::now()) {
             let (port, len_bytes_max) = (&self.endpoint, self.message_len_bytes_max);
             tracing::warn!(%port, %peer, unsaid, "closed a connection: {error}; a message here has at most {len_bytes_max} bytes");
         }

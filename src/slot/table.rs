@@ -44,7 +44,7 @@ pub struct SlotCounts {
     /// Being written.
     pub reserved: u32,
     /// Committed and held.
-    pub ready_held: u32,
+    pub ready_pinned: u32,
     /// Committed, held by nobody: freed when room is needed.
     pub ready_idle: u32,
     /// Given up, writer not known to have stopped.
@@ -154,7 +154,7 @@ impl SlotTable {
         self.by_key.entry(key.clone()).or_insert(slot);
         self.states[slot.0 as usize] = SlotState::Ready { key, group, holds: 1 };
         self.counts.reserved -= 1;
-        self.counts.ready_held += 1;
+        self.counts.ready_pinned += 1;
         self.version += 1;
         true
     }
@@ -184,7 +184,7 @@ impl SlotTable {
     }
 
     /// One more request or lease needs this ready chunk.
-    pub fn hold(&mut self, slot: SlotIndex) {
+    pub fn pin(&mut self, slot: SlotIndex) {
         let Some(SlotState::Ready { holds, .. }) = self.states.get_mut(slot.0 as usize) else {
             debug_assert!(false, "slot {slot} is held but not ready");
             return;
@@ -193,12 +193,12 @@ impl SlotTable {
         if *holds == 1 {
             self.idle.remove(slot);
             self.counts.ready_idle -= 1;
-            self.counts.ready_held += 1;
+            self.counts.ready_pinned += 1;
         }
     }
 
     /// One request or lease less needs it. The last one leaves it idle, or frees it when another slot holds the key.
-    pub fn unhold(&mut self, now: Instant, slot: SlotIndex) {
+    pub fn unpin(&mut self, now: Instant, slot: SlotIndex) {
         let Some(SlotState::Ready { key, holds, .. }) = self.states.get_mut(slot.0 as usize) else {
             debug_assert!(false, "slot {slot} is not ready");
             return;
@@ -208,7 +208,7 @@ impl SlotTable {
         if *holds > 0 {
             return;
         }
-        self.counts.ready_held -= 1;
+        self.counts.ready_pinned -= 1;
         if self.by_key.get(key) == Some(&slot) {
             self.idle.insert(now, slot, self.pool.taken_bytes(slot));
             self.counts.ready_idle += 1;
@@ -316,7 +316,7 @@ impl SlotTable {
                         return Err(format!("slot {slot} is idle and cannot be found as {key}"));
                     }
                 }
-                SlotState::Ready { .. } => counts.ready_held += 1,
+                SlotState::Ready { .. } => counts.ready_pinned += 1,
             }
         }
         if counts != self.counts || self.idle.len() as u32 != counts.ready_idle {

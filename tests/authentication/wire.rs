@@ -98,9 +98,9 @@ fn every_step_is_the_bytes_that_it_is() {
 #[test]
 fn every_refusal_is_the_bytes_that_it_is() {
     // Broken in production: an older release reads another reason than the one that was given, or none.
-    let farewell = refuse().farewell.unwrap();
-    assert_eq!(farewell, b"\x82\xa4type\xadPdAuthRefused\xa6reason\xa9no_secret");
-    assert_eq!(refusal_of(&farewell), Some(Refusal::NoSecret));
+    let close_reason = refuse().close_reason.unwrap();
+    assert_eq!(close_reason, b"\x82\xa4type\xadPdAuthRefused\xa6reason\xa9no_secret");
+    assert_eq!(refusal_of(&close_reason), Some(Refusal::NoSecret));
     for (reason, refusal) in [
         ("secret_wanted", Refusal::SecretWanted),
         ("no_secret", Refusal::NoSecret),
@@ -136,8 +136,8 @@ fn either_end_says_what_is_wrong() {
     };
     let refused = asking.handle_answer(&answer).unwrap_err();
     assert_eq!(refused.error, AuthError::SecretDiffers);
-    let told = answering.handle(&refused.farewell.unwrap()).unwrap_err();
-    assert_eq!((told.error, told.farewell), (AuthError::ByPeer(Refusal::SecretDiffers), None));
+    let told = answering.handle(&refused.close_reason.unwrap()).unwrap_err();
+    assert_eq!((told.error, told.close_reason), (AuthError::ByPeer(Refusal::SecretDiffers), None));
 
     // A dealer that goes on all the same has proved nothing.
     let RouterStep::Answer(answering, _) =
@@ -152,14 +152,14 @@ fn either_end_says_what_is_wrong() {
     for plain in [b"\x81\xa4type\xafNixlInitRequest".as_slice(), b"", b"GET /", &[0x84; 5000]] {
         let refused = router(&ours, Channel::Init).handle(plain).unwrap_err();
         assert_eq!(refused.error, AuthError::Unauthenticated);
-        assert_eq!(refusal_of(&refused.farewell.unwrap()), Some(Refusal::SecretWanted));
+        assert_eq!(refusal_of(&refused.close_reason.unwrap()), Some(Refusal::SecretWanted));
     }
 
     // Ports that were swapped in a request.
     let refused = router(&ours, Channel::Alloc).handle(dealer(&ours, Channel::Init).hello()).unwrap_err();
     assert_eq!(refused.error, AuthError::WrongChannel { seen: Channel::Init, expected: Channel::Alloc });
-    let farewell = refused.farewell.unwrap();
-    let told = dealer(&ours, Channel::Init).handle_answer(&farewell).unwrap_err();
+    let close_reason = refused.close_reason.unwrap();
+    let told = dealer(&ours, Channel::Init).handle_answer(&close_reason).unwrap_err();
     assert_eq!(told.error, AuthError::ByPeer(Refusal::WrongChannel));
 
     // A release of another time.

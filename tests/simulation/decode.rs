@@ -3,11 +3,11 @@
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
-use pd_backend::ids::{ChunkKey, ClientId, LeaseId, RequestId, Seq};
-use pd_backend::protocol::receiver::{Answer, Lookup, ReadyChunk};
+use pd_backend::ids::{ChunkKey, ClientId, LeaseId, ReadyChunk, RequestId, Seq};
+use pd_backend::protocol::receiver::{Answer, Lookup};
 use rand::RngExt;
 
-use crate::news::{News, Proc};
+use crate::events::{Proc, WorldEvent};
 use crate::plan;
 use crate::prefill::SLACK;
 use crate::process::receiver_name;
@@ -229,7 +229,7 @@ impl World {
         let vanishes = self.fault(vanishes);
         self.receivers[at.index].truth.leases.insert(lease, Leased { client: client.0, chunks });
         let after = self.ms(0, if self.settling { 10 } else { 80 });
-        let news = if vanishes { News::ReaderGone(at, client) } else { News::Release(at, client, lease) };
+        let news = if vanishes { WorldEvent::ReaderGone(at, client) } else { WorldEvent::Release(at, client, lease) };
         self.schedule(after, news);
     }
 }

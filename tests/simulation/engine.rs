@@ -7,7 +7,7 @@ use pd_backend::ids::{ByteCopy, Checksum, ChunkKey, ConnectionId, RequestId, Tra
 use pd_backend::wire::message::AllocRequest;
 use rand::RngExt;
 
-use crate::news::{News, Proc};
+use crate::events::{Proc, WorldEvent};
 use crate::plan::LINGER;
 use crate::process::{TOKEN_BYTES, TOKENS, sender_name};
 use crate::world::World;
@@ -98,7 +98,7 @@ impl World {
     pub fn post(&mut self, at: Proc, transfer: TransferId, connection: ConnectionId, copies: Vec<ByteCopy>) {
         let soon = self.ms(1, 20);
         let Some(known) = self.senders[at.index].connections.get(&connection).filter(|known| !known.forgotten) else {
-            return self.schedule(soon, News::Done(at, transfer, false));
+            return self.schedule(soon, WorldEvent::Done(at, transfer, false));
         };
         let (receiver, told) = (known.receiver, known.told_len_bytes);
         for copy in &copies {
@@ -152,9 +152,9 @@ impl World {
         let landing = if fails { self.rng.random_range(0..=count) } else { count };
         for copy in 0..landing {
             let at_ms = self.ms(0, soon + pause + 1);
-            self.schedule(at_ms, News::Land(id, copy));
+            self.schedule(at_ms, WorldEvent::Land(id, copy));
         }
-        self.schedule(soon + pause + 1, News::Land(id, if fails { usize::MAX } else { count }));
+        self.schedule(soon + pause + 1, WorldEvent::Land(id, if fails { usize::MAX } else { count }));
         self.writes.insert(id, write);
         id
     }
@@ -178,8 +178,8 @@ impl World {
             return self.schedule(
                 after,
                 match transfer {
-                    Some((transfer, _)) => News::Done(at, transfer, good),
-                    None => News::Written(at, id, good),
+                    Some((transfer, _)) => WorldEvent::Done(at, transfer, good),
+                    None => WorldEvent::Written(at, id, good),
                 },
             );
         };
@@ -238,7 +238,7 @@ impl World {
         for (id, transfer) in stopped {
             self.writes.remove(&id);
             let after = self.ms(0, 10);
-            self.schedule(after, News::Done(at, transfer, false));
+            self.schedule(after, WorldEvent::Done(at, transfer, false));
         }
     }
 }

@@ -3,8 +3,8 @@
 use pd_backend::ids::{ChunkKey, ClientId, GroupIndex, RequestId};
 use rand::RngExt;
 
+use crate::events::WorldEvent;
 use crate::lmcache_receiver::lmcache_key;
-use crate::news::News;
 use crate::process::TOKENS;
 use crate::world::World;
 
@@ -32,7 +32,7 @@ impl World {
             let job = self.draw_job(index);
             self.jobs.push(job);
             let at = self.ms(0, self.plan.rough_ms);
-            self.schedule(at, News::Start(index));
+            self.schedule(at, WorldEvent::Start(index));
         }
     }
 
@@ -100,7 +100,7 @@ impl World {
                     let turn =
                         if self.plan.crowded { TURN_MS * (sender * self.plan.receivers + receiver) as u64 } else { 0 };
                     let after = turn + self.ms(0, 10);
-                    self.schedule(after, News::Start(self.jobs.len() - 1));
+                    self.schedule(after, WorldEvent::Start(self.jobs.len() - 1));
                 }
             }
         }

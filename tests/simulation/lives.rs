@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use rand::RngExt;
 
+use crate::events::{Proc, Target, WorldEvent};
 use crate::lmcache_receiver::LmcacheReceiver;
 use crate::lmcache_sender::LmcacheSender;
-use crate::news::{News, Proc, Target};
 use crate::process::{Process, new_receiver, new_sender, sender_name};
 use crate::world::World;
 
@@ -59,7 +59,7 @@ impl World {
             return;
         }
         self.tally.crashes += 1;
-        self.schedule(restart, News::Restart(sender, index));
+        self.schedule(restart, WorldEvent::Restart(sender, index));
     }
 
     /// A process ends. False: it had ended before.
@@ -78,7 +78,7 @@ impl World {
                 for receiver in 0..self.receivers.len() {
                     if self.receivers[receiver].watched.contains(&sender_name(at)) {
                         let (after, to) = (self.ms(1, 250), self.receiver_at(receiver));
-                        self.schedule(after, News::ProcessEnded(to, sender_name(at)));
+                        self.schedule(after, WorldEvent::ProcessEnded(to, sender_name(at)));
                     }
                 }
             }
@@ -117,7 +117,7 @@ impl World {
         process.paused = Some(VecDeque::new());
         process.paused_for += Duration::from_millis(length_ms);
         self.tally.pauses += 1;
-        self.schedule(length_ms, News::Resume(target));
+        self.schedule(length_ms, WorldEvent::Resume(target));
     }
 
     /// Everything that has come meanwhile is handled now, deadlines before it or after its first.
@@ -130,8 +130,8 @@ impl World {
         let unread = process.paused.take().unwrap_or_default();
         process.armed = None;
         let timer = match target {
-            Target::Sender(at) => News::SenderTimer(at),
-            Target::Receiver(at) => News::ReceiverTimer(at),
+            Target::Sender(at) => WorldEvent::SenderTimer(at),
+            Target::Receiver(at) => WorldEvent::ReceiverTimer(at),
             Target::World => return,
         };
         if self.rng.random_bool(0.5) {

@@ -12,11 +12,11 @@ pub use pd_backend::wire::descriptor_list;
 use pd_backend::wire::message::AllocResponse;
 use pd_backend::wire::{LmcacheMode, Message};
 
+use crate::events::{Proc, WorldEvent};
 use crate::lmcache_prefill::{Attempt, Job};
 use crate::lmcache_receiver::LmcacheReceiver;
 use crate::lmcache_sender::LmcacheSender;
 use crate::network::Route;
-use crate::news::{News, Proc};
 use crate::plan;
 use crate::prefill::SLACK;
 use crate::process::{CHUNK_BYTES, TOKEN_BYTES, receiver_name, sender_name};
@@ -161,7 +161,7 @@ impl World {
                 self.check(checked.map_err(|text| format!("a query is answered with wrong bytes: {text}")));
                 // For as long as a write may take, whatever else happens.
                 let over = self.now + plan::WRITE - Duration::from_millis(1);
-                self.schedule_at(over, News::QueryOver(at, lease));
+                self.schedule_at(over, WorldEvent::QueryOver(at, lease));
             }
             _ => self.wrong(format!("{} cannot read {message:?}", sender_name(route.sender))),
         }

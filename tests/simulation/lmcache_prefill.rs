@@ -5,8 +5,8 @@ use pd_backend::ids::{ChunkKey, RequestId};
 use pd_backend::wire::LmcacheMode;
 use rand::RngExt;
 
+use crate::events::{Proc, WorldEvent};
 use crate::lmcache_sender::Put;
-use crate::news::{News, Proc};
 use crate::process::TOKENS;
 use crate::world::World;
 
@@ -98,11 +98,11 @@ impl World {
             let keys = (0..count).map(key).collect();
             self.add_lmcache_job(name, keys, last_tokens, None);
             let at = self.ms(0, self.plan.rough_ms);
-            self.schedule(at, News::LmcacheStart(index));
+            self.schedule(at, WorldEvent::LmcacheStart(index));
             if self.rng.random_bool(0.3) {
                 let (sender, receiver) = (self.lmcache.jobs[index].sender, self.lmcache.jobs[index].receiver);
                 let asks = self.sender_at(sender);
-                self.schedule(at + 50, News::Query(asks, receiver));
+                self.schedule(at + 50, WorldEvent::Query(asks, receiver));
             }
         }
     }
@@ -142,7 +142,7 @@ impl World {
                     let keys = (0..count).map(|index| ChunkKey::new(format!("{name}@{index}")).unwrap()).collect();
                     self.add_lmcache_job(name, keys, TOKENS, Some((sender, receiver)));
                     let after = after_ms + self.ms(0, 10);
-                    self.schedule(after, News::LmcacheStart(self.lmcache.jobs.len() - 1));
+                    self.schedule(after, WorldEvent::LmcacheStart(self.lmcache.jobs.len() - 1));
                 }
             }
         }
@@ -170,7 +170,7 @@ impl World {
         let attempt = self.lmcache.attempts.len() - 1;
         let mut after = 0;
         for batch in 0..spec.batches.len() {
-            self.schedule(after, News::Put(at, Put { attempt, batch }));
+            self.schedule(after, WorldEvent::Put(at, Put { attempt, batch }));
             after += self.ms(0, if spec.fresh { 3 } else { 60 });
         }
         if self.lmcache_sender(spec.sender).mode == LmcacheMode::Sync {
@@ -180,15 +180,15 @@ impl World {
             (self.plan.cancel, self.plan.reader_cancels, self.plan.decode_first);
         if self.fault(cancel) {
             let after = self.ms(20, 200);
-            self.schedule(after, News::LmcacheCancels(at, attempt));
+            self.schedule(after, WorldEvent::LmcacheCancels(at, attempt));
         }
         if self.fault(decode_first) {
             let after = self.ms(0, 100);
-            self.schedule(after, News::Wait(to, spec.name.clone()));
+            self.schedule(after, WorldEvent::Wait(to, spec.name.clone()));
         }
         if self.fault(reader_cancels) {
             let after = self.ms(0, 200);
-            self.schedule(after, News::ReaderCancels(to, spec.name));
+            self.schedule(after, WorldEvent::ReaderCancels(to, spec.name));
         }
     }
 
@@ -203,7 +203,7 @@ impl World {
         // An engine that is ended gives its requests up first.
         if self.fault(50) {
             let after = self.ms(5, 60);
-            self.schedule(after, News::Crash(true, at.index));
+            self.schedule(after, WorldEvent::Crash(true, at.index));
         }
     }
 
@@ -245,11 +245,11 @@ impl World {
         let to = self.receiver_at(receiver);
         let named = self.lmcache_sender(at.index).mode == LmcacheMode::Async && self.rng.random_bool(0.5);
         let after = self.ms(0, 80);
-        self.schedule(after, News::ReadUncommitted(to, attempt, named));
+        self.schedule(after, WorldEvent::ReadUncommitted(to, attempt, named));
         // Another sample of the same prompt.
         if self.rng.random_bool(0.2) {
             let after = self.ms(0, 300);
-            self.schedule(after, News::ReadUncommitted(to, attempt, false));
+            self.schedule(after, WorldEvent::ReadUncommitted(to, attempt, false));
         }
     }
 
@@ -265,7 +265,7 @@ impl World {
                 self.lmcache.jobs[job].sender = self.senders.len() + sender;
             }
             let after = self.ms(0, 200);
-            self.schedule(after, News::LmcacheStart(job));
+            self.schedule(after, WorldEvent::LmcacheStart(job));
         }
     }
 

@@ -12,10 +12,10 @@ use pd_backend::wire::message::{
 };
 use pd_backend::wire::{LmcacheMode, Message};
 
+use crate::events::{Proc, WorldEvent};
 use crate::lmcache::descriptor_list;
 use crate::lmcache::pages;
 use crate::network::Route;
-use crate::news::{News, Proc};
 use crate::process::{CHUNK_BYTES, Process, TOKEN_BYTES, TOKENS, receiver_name, sender_name};
 use crate::truth::content;
 use crate::world::World;
@@ -133,10 +133,10 @@ fn is_readable(alloc: &AllocRequest) -> bool {
 }
 
 impl World {
-    pub fn on_lmcache_receiver_news(&mut self, at: Proc, news: News) {
+    pub fn on_lmcache_receiver_news(&mut self, at: Proc, news: WorldEvent) {
         match news {
-            News::ToReceiver(route, message) => self.lmcache_receiver_is_told(at, route, *message),
-            News::LmcacheRead(_, sender, request, keys) => self.lmcache_reads(at, sender, &request, &keys),
+            WorldEvent::ToReceiver(route, message) => self.lmcache_receiver_is_told(at, route, *message),
+            WorldEvent::LmcacheRead(_, sender, request, keys) => self.lmcache_reads(at, sender, &request, &keys),
             _ => {}
         }
         self.work(at);
@@ -171,7 +171,7 @@ impl World {
                 let patient = mode == LmcacheMode::Sync || self.plan.lmcache_waits || self.settling;
                 let due = (!patient).then(|| self.now + Duration::from_millis(ALLOCATION_MS));
                 if due.is_some() {
-                    self.schedule(ALLOCATION_MS, News::LmcacheWorks(at));
+                    self.schedule(ALLOCATION_MS, WorldEvent::LmcacheWorks(at));
                 }
                 let response = AllocResponse { already_sent_indexes: vec![], remote_indexes: vec![], pd: None };
                 let task = Task { route, alloc, admitted: false, done: 0, response, due };

@@ -11,10 +11,10 @@ use pd_backend::wire::message::{
 use pd_backend::wire::{LmcacheMode, Message};
 use rand::RngExt;
 
+use crate::events::{Proc, WorldEvent};
 use crate::lmcache::descriptor_list;
 use crate::lmcache::{Question, len_of, pages};
 use crate::network::{Link, Route};
-use crate::news::{News, Proc};
 use crate::process::{CHUNK_BYTES, Process, TOKENS, sender_name};
 use crate::truth::content;
 use crate::world::World;
@@ -99,18 +99,18 @@ fn page_content(key: &ChunkKey) -> Vec<u8> {
 }
 
 impl World {
-    pub fn on_lmcache_sender_news(&mut self, at: Proc, news: News) {
+    pub fn on_lmcache_sender_news(&mut self, at: Proc, news: WorldEvent) {
         match news {
-            News::Put(_, put) if self.lmcache.attempts[put.attempt].cancelled => {}
-            News::Put(_, put) => {
+            WorldEvent::Put(_, put) if self.lmcache.attempts[put.attempt].cancelled => {}
+            WorldEvent::Put(_, put) => {
                 let receiver = self.lmcache_job(put.attempt).receiver;
                 self.lmcache_sender(at.index).channel(receiver).waiting.push_back(Asked::Put(put));
             }
-            News::ToSender(route, message) => self.on_lmcache_answer(at, route, *message),
-            News::Written(_, write, good) => self.on_lmcache_written(at, write, good),
-            News::LmcacheCancels(_, attempt) => self.lmcache_cancels(at, attempt),
-            News::Query(_, receiver) => return self.query(at, receiver),
-            News::QueryRead(_, receiver, lease) => return self.read_queried(receiver, lease),
+            WorldEvent::ToSender(route, message) => self.on_lmcache_answer(at, route, *message),
+            WorldEvent::Written(_, write, good) => self.on_lmcache_written(at, write, good),
+            WorldEvent::LmcacheCancels(_, attempt) => self.lmcache_cancels(at, attempt),
+            WorldEvent::Query(_, receiver) => return self.query(at, receiver),
+            WorldEvent::QueryRead(_, receiver, lease) => return self.read_queried(receiver, lease),
             _ => {}
         }
         self.go_on(at);
@@ -131,7 +131,7 @@ impl World {
             let to = self.receiver_at(receiver);
             let connected = alloc.filter(|(_, connected)| self.receiver_lives(*connected));
             if !self.receiver_lives(to) {
-                self.schedule(RECONNECT_MS, News::GoOn(at));
+                self.schedule(RECONNECT_MS, WorldEvent::GoOn(at));
                 continue;
             }
             match (met, connected) {
@@ -247,7 +247,7 @@ impl World {
                 let leases = self.receivers[receiver].truth.leases.last_key_value();
                 if let Some(lease) = leases.map(|(lease, _)| *lease).filter(|_| !response.cached_keys.is_empty()) {
                     let after = self.ms(0, 300);
-                    self.schedule(after, News::QueryRead(at, route.receiver, lease));
+                    self.schedule(after, WorldEvent::QueryRead(at, route.receiver, lease));
                 }
             }
             other => self.wrong(format!("{} cannot read {other:?}", sender_name(at))),

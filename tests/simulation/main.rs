@@ -21,6 +21,7 @@
 
 mod decode;
 mod engine;
+mod events;
 mod jobs;
 mod lives;
 mod lmcache;
@@ -28,7 +29,6 @@ mod lmcache_prefill;
 mod lmcache_receiver;
 mod lmcache_sender;
 mod network;
-mod news;
 mod plan;
 mod prefill;
 mod process;

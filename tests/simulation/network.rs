@@ -7,7 +7,7 @@ use pd_backend::protocol::Port;
 use pd_backend::wire::Message;
 use rand::RngExt;
 
-use crate::news::{News, Proc};
+use crate::events::{Proc, WorldEvent};
 use crate::plan::LATE_MS;
 use crate::world::World;
 
@@ -41,9 +41,9 @@ impl World {
         let after = self.ms(1, 15);
         if reachable {
             self.links.insert((at, peer), Link { receiver: to, open: true });
-            self.schedule(after, News::Opened(at, peer));
+            self.schedule(after, WorldEvent::Opened(at, peer));
         } else if self.rng.random_bool(0.5) {
-            self.schedule(after, News::Closed(at, peer));
+            self.schedule(after, WorldEvent::Closed(at, peer));
         }
     }
 
@@ -71,7 +71,8 @@ impl World {
                 arrival = self.in_order(to_sender, route, arrival);
             }
             let message = Box::new(message.clone());
-            let news = if to_sender { News::ToSender(route, message) } else { News::ToReceiver(route, message) };
+            let news =
+                if to_sender { WorldEvent::ToSender(route, message) } else { WorldEvent::ToReceiver(route, message) };
             self.schedule_at(arrival, news);
         }
     }
@@ -97,7 +98,8 @@ impl World {
         }
         let arrival = self.in_order(to_sender, route, self.now + Duration::from_millis(delay));
         let message = Box::new(message);
-        let news = if to_sender { News::ToSender(route, message) } else { News::ToReceiver(route, message) };
+        let news =
+            if to_sender { WorldEvent::ToSender(route, message) } else { WorldEvent::ToReceiver(route, message) };
         self.schedule_at(arrival, news);
     }
 
@@ -121,7 +123,7 @@ impl World {
         }
         if !self.parted.contains(&(at.index, receiver.index)) && !self.fault(silent) {
             let after = self.ms(0, 60);
-            self.schedule(after, News::RouteGone(Route { sender: at, receiver, peer, port: Port::Alloc }));
+            self.schedule(after, WorldEvent::RouteGone(Route { sender: at, receiver, peer, port: Port::Alloc }));
         }
     }
 
@@ -136,7 +138,7 @@ impl World {
         let after = self.end_of_stream_ms();
         let route = Route { sender: at, receiver, peer, port: Port::Alloc };
         let arrival = self.in_order(false, route, self.now + Duration::from_millis(after));
-        self.schedule_at(arrival, News::RouteGone(route));
+        self.schedule_at(arrival, WorldEvent::RouteGone(route));
     }
 
     fn end_of_stream_ms(&mut self) -> u64 {
@@ -148,7 +150,7 @@ impl World {
     pub fn cut(&mut self, at: Proc, peer: PeerId) {
         self.close(at, peer);
         let after = self.ms(0, 60);
-        self.schedule(after, News::Closed(at, peer));
+        self.schedule(after, WorldEvent::Closed(at, peer));
     }
 
     pub fn links_of_sender_die(&mut self, at: Proc) {
@@ -169,10 +171,10 @@ impl World {
             let silent = self.plan.silent;
             if self.is_lmcaches(at, receiver) {
                 let after = self.end_of_stream_ms();
-                self.schedule(after, News::Closed(at, peer));
+                self.schedule(after, WorldEvent::Closed(at, peer));
             } else if !self.fault(silent) {
                 let after = self.ms(0, 60);
-                self.schedule(after, News::Closed(at, peer));
+                self.schedule(after, WorldEvent::Closed(at, peer));
             }
         }
     }

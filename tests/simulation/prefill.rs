@@ -3,11 +3,11 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-use pd_backend::ids::{ClientId, FailureKind, RequestId, Seq};
-use pd_backend::protocol::sender::{Answer, Event, OpenRequest, Part, Sending, StagedSlot};
+use pd_backend::ids::{ClientId, FailureKind, RequestId, Seq, SlotPart, StagedSlot};
+use pd_backend::protocol::sender::{Answer, Event, OpenRequest, Sending};
 use rand::RngExt;
 
-use crate::news::{News, Proc};
+use crate::events::{Proc, WorldEvent};
 use crate::plan;
 use crate::process::sender_name;
 use crate::sender_io::address;
@@ -83,12 +83,12 @@ impl World {
         let apart = self.ms(0, if spec.fresh { 2 } else { 120 });
         let decode_first = self.plan.decode_first;
         let (open_after, wait_after) = if self.fault(decode_first) { (apart, 0) } else { (0, apart) };
-        self.schedule(open_after, News::Open(at, index));
-        self.schedule(wait_after, News::Wait(to, spec.name.clone()));
+        self.schedule(open_after, WorldEvent::Open(at, index));
+        self.schedule(wait_after, WorldEvent::Wait(to, spec.name.clone()));
         let (cancel, vanish, reader_cancels) = (self.plan.cancel, self.plan.vanish, self.plan.reader_cancels);
         if self.fault(cancel) {
             let after = self.ms(0, 200);
-            self.schedule(after, News::Cancel(at, index));
+            self.schedule(after, WorldEvent::Cancel(at, index));
         }
         if self.fault(vanish) {
             let after = self.ms(0, 200);
@@ -96,23 +96,23 @@ impl World {
         }
         if self.fault(reader_cancels) {
             let after = self.ms(0, 200);
-            self.schedule(after, News::ReaderCancels(to, spec.name));
+            self.schedule(after, WorldEvent::ReaderCancels(to, spec.name));
         }
         let resets = self.plan.resets;
         if self.fault(resets) {
             let (one, other) = (self.ms(0, 200), self.ms(0, 200));
-            self.schedule(one, News::SenderReset(at, index));
-            self.schedule(other, News::ReceiverReset(to));
+            self.schedule(one, WorldEvent::SenderReset(at, index));
+            self.schedule(other, WorldEvent::ReceiverReset(to));
         }
         if self.fault(20) {
-            self.schedule(wait_after, News::Lookup(to));
+            self.schedule(wait_after, WorldEvent::Lookup(to));
         }
     }
 
     /// A connector is gone at once; its daemon hears of it after a while.
     fn vanish(&mut self, at: Proc, client: ClientId, after_ms: u64) {
         self.tally.vanished += 1;
-        self.schedule(after_ms, News::ConnectorGone(at, client));
+        self.schedule(after_ms, WorldEvent::ConnectorGone(at, client));
         let successor = ClientId(1000 + self.fresh_id());
         for job in &mut self.jobs {
             if job.sender == at.index && job.client == client {
@@ -222,10 +222,10 @@ impl World {
             self.senders[at.index].memory[to..to + bytes.len()].copy_from_slice(&bytes);
             let cut = self.rng.random_range(0..slot.len_bytes);
             if cut > 0 {
-                parts.push(Part { slot: slot.slot, offset_bytes: cut, len_bytes: None });
-                parts.push(Part { slot: slot.slot, offset_bytes: 0, len_bytes: Some(cut) });
+                parts.push(SlotPart { slot: slot.slot, offset_bytes: cut, len_bytes: None });
+                parts.push(SlotPart { slot: slot.slot, offset_bytes: 0, len_bytes: Some(cut) });
             } else {
-                parts.push(Part { slot: slot.slot, offset_bytes: 0, len_bytes: None });
+                parts.push(SlotPart { slot: slot.slot, offset_bytes: 0, len_bytes: None });
             }
         }
         if self.attempts[attempt].state != State::Open {
@@ -294,11 +294,11 @@ impl World {
             }
             (Kind::Stage, Answer::Staged { slots }) => {
                 let after = self.think_ms();
-                self.schedule(after, News::Fill(at, attempt, slots));
+                self.schedule(after, WorldEvent::Fill(at, attempt, slots));
             }
             // Staging timed out: the connector gives the request up.
             (Kind::Stage, Answer::Failed { failure, .. }) if failure.kind == FailureKind::NoSlots => {
-                self.schedule(0, News::Cancel(at, attempt));
+                self.schedule(0, WorldEvent::Cancel(at, attempt));
             }
             (Kind::Stage | Kind::Send, Answer::Failed { failure, .. }) => {
                 if self.attempts[attempt].state == State::Open && failure.kind == FailureKind::BadRequest {
@@ -357,7 +357,7 @@ impl World {
         }
         if staged {
             let after = self.think_ms();
-            self.schedule(after, News::Fill(at, attempt, slots));
+            self.schedule(after, WorldEvent::Fill(at, attempt, slots));
         } else {
             self.stage(at, attempt);
         }
@@ -381,7 +381,7 @@ impl World {
         if failed.is_some() {
             // The connector reads it a while later, and says so; until then it may be filling slots.
             let after = self.ms(0, 30);
-            self.schedule(after, News::Acknowledge(at, attempt));
+            self.schedule(after, WorldEvent::Acknowledge(at, attempt));
         } else {
             self.attempts[attempt].knows = true;
         }
@@ -422,7 +422,7 @@ impl World {
                 if self.jobs[job].tries_left > 0 && self.fault(retry) {
                     self.jobs[job].tries_left -= 1;
                     let after = self.ms(0, 200);
-                    self.schedule(after, News::Start(job));
+                    self.schedule(after, WorldEvent::Start(job));
                 }
             }
         }
@@ -432,7 +432,7 @@ impl World {
         let to_lmcache = self.lmcache.asked_by_ours.remove(&(at, request.clone()));
         if let Some((receiver, keys)) = to_lmcache {
             let after = self.ms(0, 80);
-            self.schedule(after, News::LmcacheRead(receiver, at, request.clone(), keys));
+            self.schedule(after, WorldEvent::LmcacheRead(receiver, at, request.clone(), keys));
             return self.proxy_heard(at, request);
         }
         let announced = self.committed.get_mut(&(sender_name(at), request.clone())).filter(|left| **left > 0);

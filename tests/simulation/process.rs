@@ -13,9 +13,9 @@ use pd_backend::wire::message::{
 };
 
 use crate::engine::Connection;
+use crate::events::{Proc, WorldEvent};
 use crate::lmcache::pages;
 use crate::network::Route;
-use crate::news::{News, Proc};
 use crate::plan::{self, Plan};
 use crate::sender_io::address;
 use crate::truth::Truth;
@@ -29,8 +29,8 @@ pub const TOKEN_BYTES: [u64; 2] = [CHUNK_BYTES / TOKENS as u64, 3];
 pub struct Process {
     pub life: u32,
     pub alive: bool,
-    /// News that a paused process has not read.
-    pub paused: Option<VecDeque<News>>,
+    /// WorldEvent that a paused process has not read.
+    pub paused: Option<VecDeque<WorldEvent>>,
     /// How long it has stood still in all.
     pub paused_for: Duration,
     pub armed: Option<Instant>,

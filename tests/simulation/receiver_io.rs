@@ -7,8 +7,8 @@ use pd_backend::protocol::receiver::{ExpectedChunk, Note, Output};
 use pd_backend::wire::Message;
 use pd_backend::wire::message::AllocResponse;
 
+use crate::events::{Proc, WorldEvent};
 use crate::network::Route;
-use crate::news::{News, Proc};
 use crate::process::{receiver_name, sender_name};
 use crate::truth::Grant;
 use crate::world::World;
@@ -22,22 +22,22 @@ fn is_lmcaches(instance: &str) -> bool {
 const VERIFYING_EVERY_MS: u64 = 50;
 
 impl World {
-    pub fn on_receiver_news(&mut self, at: Proc, news: News) {
+    pub fn on_receiver_news(&mut self, at: Proc, news: WorldEvent) {
         let now = self.now;
         match news {
-            News::Wait(_, request) => return self.wait(at, request),
-            News::ReadUncommitted(_, attempt, named) => return self.read_uncommitted(at, attempt, named),
-            News::Lookup(_) => return self.lookup(at),
-            News::ReaderCancels(_, request) => return self.reader_cancels(at, &request),
-            News::ReceiverReset(_) => return self.receiver_resets(at),
-            News::Release(_, client, lease) => return self.release(at, client, lease),
-            News::ReaderGone(_, client) => return self.reader_gone(at, client),
-            News::ReceiverGrows(_) => {
+            WorldEvent::Wait(_, request) => return self.wait(at, request),
+            WorldEvent::ReadUncommitted(_, attempt, named) => return self.read_uncommitted(at, attempt, named),
+            WorldEvent::Lookup(_) => return self.lookup(at),
+            WorldEvent::ReaderCancels(_, request) => return self.reader_cancels(at, &request),
+            WorldEvent::ReceiverReset(_) => return self.receiver_resets(at),
+            WorldEvent::Release(_, client, lease) => return self.release(at, client, lease),
+            WorldEvent::ReaderGone(_, client) => return self.reader_gone(at, client),
+            WorldEvent::ReceiverGrows(_) => {
                 let addresses = self.receivers[at.index].addresses.clone();
                 let result = self.grow(&addresses);
                 return self.receivers[at.index].session.handle_grown(now, result);
             }
-            News::ReceiverLoads(_, instance) => {
+            WorldEvent::ReceiverLoads(_, instance) => {
                 let refuses = self.plan.engine_refuses;
                 let result = if self.fault(refuses) {
                     Err("no such agent".to_owned())
@@ -46,23 +46,23 @@ impl World {
                 };
                 return self.receivers[at.index].session.handle_peer_loaded(now, &instance, result);
             }
-            News::Verified(_, request, grant, chunks) => {
+            WorldEvent::Verified(_, request, grant, chunks) => {
                 let corrupted = self.corrupted(at, &chunks);
                 return self.receivers[at.index].session.handle_verified(now, &request, grant, &corrupted);
             }
             _ => {}
         }
-        if let News::ToReceiver(route, _) = &news
+        if let WorldEvent::ToReceiver(route, _) = &news
             && self.is_lmcache_sender(route.sender.index)
         {
             self.lmcache_question_arrives(*route);
         }
         let session = &mut self.receivers[at.index].session;
         match news {
-            News::ToReceiver(route, message) => session.handle_message(now, route.port, route, *message),
-            News::Verifying(_) => session.handle_verifying(now),
-            News::RouteGone(route) => session.handle_route_gone(now, &route),
-            News::ProcessEnded(_, instance) => {
+            WorldEvent::ToReceiver(route, message) => session.handle_message(now, route.port, route, *message),
+            WorldEvent::Verifying(_) => session.handle_verifying(now),
+            WorldEvent::RouteGone(route) => session.handle_route_gone(now, &route),
+            WorldEvent::ProcessEnded(_, instance) => {
                 self.receivers[at.index].watched.remove(&instance);
                 self.receivers[at.index].session.handle_process_ended(now, &instance);
             }
@@ -99,7 +99,7 @@ impl World {
             }
             Output::LoadPeer { instance, .. } => {
                 let soon = self.ms(0, 20);
-                self.schedule(soon, News::ReceiverLoads(at, instance));
+                self.schedule(soon, WorldEvent::ReceiverLoads(at, instance));
             }
             Output::ForgetPeer(_) => {}
             Output::WatchProcess { .. } if !self.plan.same_host => {}
@@ -111,21 +111,21 @@ impl World {
                 let watched = Proc { index: process.pid as usize, life: process.start_ticks as u32 };
                 if !self.sender_lives(watched) {
                     let after = self.ms(1, 50);
-                    self.schedule(after, News::ProcessEnded(at, instance));
+                    self.schedule(after, WorldEvent::ProcessEnded(at, instance));
                 }
             }
             Output::Verify { request, grant, chunks } => {
                 let takes_ms = self.verification_ms();
                 for told_ms in (VERIFYING_EVERY_MS..takes_ms).step_by(VERIFYING_EVERY_MS as usize) {
-                    self.schedule(told_ms, News::Verifying(at));
+                    self.schedule(told_ms, WorldEvent::Verifying(at));
                 }
-                self.schedule(takes_ms, News::Verified(at, request, grant, chunks));
+                self.schedule(takes_ms, WorldEvent::Verified(at, request, grant, chunks));
             }
             // The session takes no notice of a result that comes all the same.
             Output::AbandonVerification(_) => {}
             Output::GrowBuffer => {
                 let soon = self.ms(0, 20);
-                self.schedule(soon, News::ReceiverGrows(at));
+                self.schedule(soon, WorldEvent::ReceiverGrows(at));
             }
             Output::Answer { client, id, answer } => self.on_reader_answer(at, client, id, answer),
             // Of an LMCache sender's, which a reader takes uncommitted.

@@ -6,8 +6,8 @@ use pd_backend::wire::message::ProcessIdentity;
 use pd_backend::wire::{LmcacheMode, Message};
 
 use crate::engine::{Asked, Connection};
+use crate::events::{Proc, WorldEvent};
 use crate::network::Route;
-use crate::news::{News, Proc};
 use crate::process::sender_name;
 use crate::world::World;
 
@@ -25,26 +25,26 @@ fn receiver_index(address: &PeerAddress) -> usize {
 }
 
 impl World {
-    pub fn on_sender_news(&mut self, at: Proc, news: News) {
+    pub fn on_sender_news(&mut self, at: Proc, news: WorldEvent) {
         let now = self.now;
         match news {
-            News::Open(_, attempt) => return self.open(at, attempt),
-            News::Fill(_, attempt, slots) => return self.fill_and_send(at, attempt, &slots),
-            News::Cancel(_, attempt) => return self.cancel(at, attempt),
-            News::SenderReset(_, attempt) => return self.sender_resets(at, attempt),
-            News::Acknowledge(_, attempt) => return self.acknowledge(at, attempt),
-            News::SenderGrows(_) => {
+            WorldEvent::Open(_, attempt) => return self.open(at, attempt),
+            WorldEvent::Fill(_, attempt, slots) => return self.fill_and_send(at, attempt, &slots),
+            WorldEvent::Cancel(_, attempt) => return self.cancel(at, attempt),
+            WorldEvent::SenderReset(_, attempt) => return self.sender_resets(at, attempt),
+            WorldEvent::Acknowledge(_, attempt) => return self.acknowledge(at, attempt),
+            WorldEvent::SenderGrows(_) => {
                 let addresses = self.senders[at.index].addresses.clone();
                 let result = self.grow(&addresses);
                 return self.senders[at.index].session.handle_grown(now, result);
             }
-            News::Met(_, peer) => return self.meet(at, peer),
-            News::Warm(_, peer) => {
+            WorldEvent::Met(_, peer) => return self.meet(at, peer),
+            WorldEvent::Warm(_, peer) => {
                 let refuses = self.plan.engine_refuses;
                 let result = if self.fault(refuses) { Err("no memory there".to_owned()) } else { Ok(()) };
                 return self.senders[at.index].session.handle_peer_connected(now, peer, result);
             }
-            News::Updated(_, peer, connection) => {
+            WorldEvent::Updated(_, peer, connection) => {
                 let refuses = self.plan.engine_refuses;
                 let result = if self.fault(refuses) { Err("no such memory".to_owned()) } else { Ok(()) };
                 return self.senders[at.index].session.handle_peer_updated(now, peer, connection, result);
@@ -52,25 +52,27 @@ impl World {
             _ => {}
         }
         let open = match &news {
-            News::ToSender(route, _) => self.links.get(&(at, route.peer)).is_some_and(|link| link.open),
+            WorldEvent::ToSender(route, _) => self.links.get(&(at, route.peer)).is_some_and(|link| link.open),
             _ => false,
         };
         // The socket that it listens with says so.
         let lmcache_mode = match &news {
-            News::Opened(_, peer) => self.lmcache_mode_behind(at, *peer),
+            WorldEvent::Opened(_, peer) => self.lmcache_mode_behind(at, *peer),
             _ => LmcacheMode::Async,
         };
         let sender = &mut self.senders[at.index];
         let sums = match &news {
-            News::Done(_, transfer, _) => sender.sums.remove(transfer),
+            WorldEvent::Done(_, transfer, _) => sender.sums.remove(transfer),
             _ => None,
         };
         let session = &mut sender.session;
         match news {
-            News::Opened(_, peer) => session.handle_peer_opened(now, peer, lmcache_mode),
-            News::Closed(_, peer) => session.handle_peer_closed(now, peer, Self::link_failure()),
-            News::ToSender(route, message) if open => session.handle_message(now, route.peer, route.port, *message),
-            News::Done(_, transfer, good) => {
+            WorldEvent::Opened(_, peer) => session.handle_peer_opened(now, peer, lmcache_mode),
+            WorldEvent::Closed(_, peer) => session.handle_peer_closed(now, peer, Self::link_failure()),
+            WorldEvent::ToSender(route, message) if open => {
+                session.handle_message(now, route.peer, route.port, *message)
+            }
+            WorldEvent::Done(_, transfer, good) => {
                 let sums = sums.unwrap_or_default();
                 // An engine says which of its failures take the connection along.
                 let kind =
@@ -78,7 +80,7 @@ impl World {
                 let result = if good { Ok(sums) } else { Err(Failure::new(kind, "the engine broke")) };
                 session.handle_transfer_done(now, transfer, result);
             }
-            News::ConnectorGone(_, client) => session.handle_client_gone(now, client),
+            WorldEvent::ConnectorGone(_, client) => session.handle_client_gone(now, client),
             _ => {}
         }
     }
@@ -130,7 +132,7 @@ impl World {
             }
             Output::LoadPeer { peer, .. } => {
                 let soon = self.ms(0, 20);
-                self.schedule(soon, News::Met(at, peer));
+                self.schedule(soon, WorldEvent::Met(at, peer));
             }
             Output::ConnectPeer { peer, connection, memory } => {
                 let len_bytes = match memory {
@@ -139,16 +141,16 @@ impl World {
                 };
                 self.tell(at, connection, len_bytes);
                 let soon = self.ms(0, 20);
-                self.schedule(soon, News::Warm(at, peer));
+                self.schedule(soon, WorldEvent::Warm(at, peer));
             }
             Output::UpdatePeer { peer, connection, descriptors, .. } => {
                 self.tell(at, connection, len_in(&descriptors));
                 let soon = self.ms(0, 20);
-                self.schedule(soon, News::Updated(at, peer, connection));
+                self.schedule(soon, WorldEvent::Updated(at, peer, connection));
             }
             Output::GrowBuffer => {
                 let soon = self.ms(0, 20);
-                self.schedule(soon, News::SenderGrows(at));
+                self.schedule(soon, WorldEvent::SenderGrows(at));
             }
             Output::CheckProcesses { peer, mut processes } => {
                 let there =

@@ -13,12 +13,12 @@ use rand::rngs::StdRng;
 
 use crate::decode::{End, Reading};
 use crate::engine::{Asked, Write};
+use crate::events::{Proc, Target, WorldEvent};
 use crate::jobs::{Job, TURN_MS};
 use crate::lmcache::Lmcache;
 use crate::lmcache_receiver::LmcacheReceiver;
 use crate::lmcache_sender::LmcacheSender;
 use crate::network::{Link, Route};
-use crate::news::{News, Proc, Target};
 use crate::plan::{self, Plan};
 use crate::prefill::{Attempt, Call};
 use crate::process::{CHUNK_BYTES, Receiver, Sender, new_receiver, new_sender, receiver_name, sender_name};
@@ -34,7 +34,7 @@ pub struct World {
     pub plan: Plan,
     start: Instant,
     pub now: Instant,
-    queue: BTreeMap<(Instant, u64), News>,
+    queue: BTreeMap<(Instant, u64), WorldEvent>,
     order: u64,
     /// How many news processes have handled: one that stood still handles many in one event.
     pub handled: u64,
@@ -114,11 +114,11 @@ impl World {
         world.draw_jobs();
         world.draw_faults();
         let rough_ms = world.plan.rough_ms;
-        world.schedule(rough_ms, News::Settle);
+        world.schedule(rough_ms, WorldEvent::Settle);
         if world.has_lmcache() {
-            world.schedule(rough_ms + world.plan.settle_ms / 2, News::Tend);
+            world.schedule(rough_ms + world.plan.settle_ms / 2, WorldEvent::Tend);
         }
-        world.schedule(rough_ms + world.plan.settle_ms, News::Fresh);
+        world.schedule(rough_ms + world.plan.settle_ms, WorldEvent::Fresh);
         world
     }
 
@@ -146,8 +146,8 @@ impl World {
             };
             let at = self.rng.random_range(0..rough_ms);
             let news = match pause {
-                true => News::Pause(sender, index, self.rng.random_range(20..plan::PAUSE_MS)),
-                false => News::Crash(sender, index),
+                true => WorldEvent::Pause(sender, index, self.rng.random_range(20..plan::PAUSE_MS)),
+                false => WorldEvent::Crash(sender, index),
             };
             self.schedule(at, news);
         }
@@ -158,19 +158,19 @@ impl World {
         for _ in 0..self.plan.crashes {
             let (sender, index) = self.some_process();
             let at = self.rng.random_range(0..rough_ms);
-            self.schedule(at, News::Crash(sender, index));
+            self.schedule(at, WorldEvent::Crash(sender, index));
         }
         for _ in 0..self.plan.pauses {
             let (sender, index) = self.some_process();
             let (at, length) = (self.rng.random_range(0..rough_ms), self.rng.random_range(20..plan::PAUSE_MS));
-            self.schedule(at, News::Pause(sender, index, length));
+            self.schedule(at, WorldEvent::Pause(sender, index, length));
         }
         for _ in 0..self.plan.partitions {
             let (sender, receiver) =
                 (self.rng.random_range(0..self.plan.senders), self.rng.random_range(0..self.plan.receivers));
             let (at, length) = (self.rng.random_range(0..rough_ms), self.rng.random_range(20..1200));
-            self.schedule(at, News::Part(sender, receiver, true));
-            self.schedule(at + length, News::Part(sender, receiver, false));
+            self.schedule(at, WorldEvent::Part(sender, receiver, true));
+            self.schedule(at + length, WorldEvent::Part(sender, receiver, false));
         }
     }
 
@@ -179,11 +179,11 @@ impl World {
         if pick < self.plan.senders { (true, pick) } else { (false, pick - self.plan.senders) }
     }
 
-    pub fn schedule(&mut self, in_ms: u64, news: News) {
+    pub fn schedule(&mut self, in_ms: u64, news: WorldEvent) {
         self.schedule_at(self.now + Duration::from_millis(in_ms), news);
     }
 
-    pub fn schedule_at(&mut self, at: Instant, news: News) {
+    pub fn schedule_at(&mut self, at: Instant, news: WorldEvent) {
         self.order += 1;
         self.queue.insert((at, self.order), news);
     }
@@ -262,7 +262,7 @@ impl World {
         }
     }
 
-    fn deliver(&mut self, news: News) {
+    fn deliver(&mut self, news: WorldEvent) {
         let target = news.target();
         let process = match target {
             Target::Sender(at) if self.sender_lives(at) => self.process(true, at.index),
@@ -277,9 +277,9 @@ impl World {
         self.handle(target, news);
     }
 
-    pub fn handle(&mut self, target: Target, news: News) {
+    pub fn handle(&mut self, target: Target, news: WorldEvent) {
         self.handled += 1;
-        let is_timer = matches!(news, News::SenderTimer(_) | News::ReceiverTimer(_));
+        let is_timer = matches!(news, WorldEvent::SenderTimer(_) | WorldEvent::ReceiverTimer(_));
         if !is_timer && self.log.is_some() {
             self.say(|| format!("{news:?}"));
         }
@@ -322,7 +322,7 @@ impl World {
             && sender.process.armed.is_none_or(|armed| armed <= self.now || due < armed)
         {
             sender.process.armed = Some(due);
-            self.schedule_at(due.max(self.now), News::SenderTimer(at));
+            self.schedule_at(due.max(self.now), WorldEvent::SenderTimer(at));
         }
         self.check(checked.map_err(|text| format!("{}: {text}", sender_name(at))));
     }
@@ -335,41 +335,41 @@ impl World {
             && receiver.process.armed.is_none_or(|armed| armed <= self.now || due < armed)
         {
             receiver.process.armed = Some(due);
-            self.schedule_at(due.max(self.now), News::ReceiverTimer(at));
+            self.schedule_at(due.max(self.now), WorldEvent::ReceiverTimer(at));
         }
         self.check(checked.map_err(|text| format!("{}: {text}", receiver_name(at))));
     }
 
-    fn on_world(&mut self, news: News) {
-        if !matches!(news, News::Start(_) | News::LmcacheStart(_)) && self.log.is_some() {
+    fn on_world(&mut self, news: WorldEvent) {
+        if !matches!(news, WorldEvent::Start(_) | WorldEvent::LmcacheStart(_)) && self.log.is_some() {
             self.say(|| format!("{news:?}"));
         }
         match news {
-            News::Start(job) => self.start(job),
-            News::LmcacheStart(job) => self.start_lmcache(job),
-            News::QueryOver(receiver, lease) => {
+            WorldEvent::Start(job) => self.start(job),
+            WorldEvent::LmcacheStart(job) => self.start_lmcache(job),
+            WorldEvent::QueryOver(receiver, lease) => {
                 if self.receiver_lives(receiver) {
                     self.receivers[receiver.index].truth.leases.remove(&lease);
                 }
             }
-            News::Land(write, copy) => self.land(write, copy),
-            News::Crash(sender, index) => self.crash(sender, index),
-            News::Restart(sender, index) => self.restart(sender, index),
-            News::Pause(sender, index, length_ms) => self.pause(sender, index, length_ms),
-            News::Resume(target) => self.resume(target),
-            News::Part(sender, receiver, apart) => {
+            WorldEvent::Land(write, copy) => self.land(write, copy),
+            WorldEvent::Crash(sender, index) => self.crash(sender, index),
+            WorldEvent::Restart(sender, index) => self.restart(sender, index),
+            WorldEvent::Pause(sender, index, length_ms) => self.pause(sender, index, length_ms),
+            WorldEvent::Resume(target) => self.resume(target),
+            WorldEvent::Part(sender, receiver, apart) => {
                 if apart && !self.settling {
                     self.parted.insert((sender, receiver));
                 } else {
                     self.parted.remove(&(sender, receiver));
                 }
             }
-            News::Settle => {
+            WorldEvent::Settle => {
                 self.settling = true;
                 self.parted.clear();
             }
-            News::Tend => self.tend(),
-            News::Fresh => {
+            WorldEvent::Tend => self.tend(),
+            WorldEvent::Fresh => {
                 self.ask_afresh();
                 self.ask_lmcache_afresh(AFTER_OURS_MS);
             }
@@ -402,7 +402,7 @@ impl World {
         for index in 0..self.receivers.len() {
             let name = receiver_name(self.receiver_at(index));
             let slots = self.receivers[index].session.counts().slots;
-            if (slots.reserved, slots.ready_held, slots.ready_idle) != (0, 0, 0) {
+            if (slots.reserved, slots.ready_pinned, slots.ready_idle) != (0, 0, 0) {
                 self.wrong(format!("{name} has {slots:?} after everything ended"));
             }
             // The end of a writer is seen on its host: by the receiver, or by the sender that came after it.

@@ -7,7 +7,7 @@ use super::origin::Origin;
 use super::peers::unknown_peer;
 use super::request::{Request, Room, Stage};
 use super::{Note, Port, ReceiverSession, Timer};
-use crate::ids::{ChunkKey, Failure, FailureKind, GrantId, RequestId, Seq, SlotIndex, clip};
+use crate::ids::{ChunkKey, Failure, FailureKind, GrantId, RequestId, Seq, SlotIndex, truncate};
 use crate::protocol::chunks::ChunkSize;
 use crate::slot::SlotState;
 use crate::wire::Message;
@@ -40,7 +40,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
                 self.refuse_alloc(from, extension.seq, &extension.instance, request.req_id, failure.clone());
                 // Whoever waits for it at this end need not wait longer.
                 if let Some(id) = id.filter(|id| !self.requests.contains_key(id)) {
-                    self.tell_end(now, id, failure, clip(&extension.instance), None);
+                    self.tell_end(now, id, failure, truncate(&extension.instance), None);
                 }
                 return;
             }
@@ -168,7 +168,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             pd: Some(AllocReplyExtension { refusal: Some(failure.clone()), ..AllocReplyExtension::empty(seq) }),
         };
         self.send(to, Port::Alloc, Message::AllocResponse(response));
-        self.note(Note::Refused { request, instance: clip(instance), failure });
+        self.note(Note::Refused { request, instance: truncate(instance), failure });
     }
 
     /// Whether a sender may have one more request: none may take all places from the others.
@@ -274,7 +274,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         let keep: BTreeSet<SlotIndex> = shared.iter().map(|&(_, slot)| slot).collect();
         let Some(reserved) = self.reserve(id, grant, &missing, &keep) else { return false };
         for &(_, slot) in &shared {
-            self.slots.hold(slot);
+            self.slots.pin(slot);
         }
         self.next_grant += 1;
         let own: Vec<(u32, SlotIndex)> = missing.into_iter().zip(reserved).collect();

@@ -2,9 +2,7 @@
 
 use std::time::Duration;
 
-use crate::ids::{
-    Checksum, ChunkKey, ClientId, ConnectionId, Failure, GrantId, GroupIndex, LeaseId, RequestId, Seq, SlotIndex,
-};
+use crate::ids::{Checksum, ChunkKey, ClientId, ConnectionId, Failure, GrantId, LeaseId, ReadyChunk, RequestId, Seq};
 use crate::protocol::Port;
 use crate::slot::SlotCounts;
 use crate::wire::Message;
@@ -135,21 +133,6 @@ pub struct ExpectedChunk {
     pub len_bytes: u64,
     /// Its checksum when it was read.
     pub checksum: Checksum,
-}
-
-/// A chunk that can be read.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ReadyChunk {
-    /// Its key.
-    pub key: ChunkKey,
-    /// Whose layers it is of.
-    pub group: GroupIndex,
-    /// The slot.
-    pub slot: SlotIndex,
-    /// Where it starts in the buffer, in bytes.
-    pub offset_bytes: u64,
-    /// Its length.
-    pub len_bytes: u64,
 }
 
 /// What happened, for the log.

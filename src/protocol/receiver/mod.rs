@@ -37,7 +37,7 @@ mod waiters;
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 
-pub use io::{Answer, ExpectedChunk, Lookup, Note, Output, ReadyChunk, ReceiverCounts};
+pub use io::{Answer, ExpectedChunk, Lookup, Note, Output, ReceiverCounts};
 
 use self::ended::Ended;
 use self::leases::Leases;

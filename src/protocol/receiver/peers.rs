@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use super::lmcache::NAME_PREFIX;
 use super::{Note, Output, Port, ReceiverSession, Timer};
-use crate::ids::{ChecksumMode, ConnectionId, Failure, FailureKind, RequestId, Seq, clip};
+use crate::ids::{ChecksumMode, ConnectionId, Failure, FailureKind, RequestId, Seq, truncate};
 use crate::protocol::seen::SeenSeqs;
 use crate::protocol::{PROCESSES_ASKED_MAX, handshake};
 use crate::wire::Message;
@@ -65,7 +65,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             ours.then_some(()).ok_or_else(|| Failure::new(FailureKind::BadRequest, text))
         });
         if let Err(failure) = checked {
-            return self.refuse_peer(from, extension.seq, clip(&instance), failure);
+            return self.refuse_peer(from, extension.seq, truncate(&instance), failure);
         }
         // The sender knows us under another address, and may be writing: nothing of it is freed, and it is told.
         if extension.connected.contains(&self.settings.hello.instance) {
@@ -322,7 +322,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         let text = "this is the port for allocations (pd_peer_alloc_port), not that for handshakes (pd_peer_init_port); \
                     exchange the two in the request's receiver";
         let failure = Failure::new(FailureKind::HandshakeRefused, text);
-        self.refuse_peer_at(Port::Alloc, from, extension.seq, clip(&extension.hello.instance), failure);
+        self.refuse_peer_at(Port::Alloc, from, extension.seq, truncate(&extension.hello.instance), failure);
     }
 
     fn refuse_peer(&mut self, to: R, seq: Seq, instance: String, failure: Failure) {
@@ -377,7 +377,7 @@ pub(super) fn unknown_peer(instance: &str) -> Failure {
         FailureKind::HandshakeRefused,
         format!(
             "{} has not shaken hands with this receiver, or it was restarted since; shake hands anew",
-            clip(instance)
+            truncate(instance)
         ),
     )
 }

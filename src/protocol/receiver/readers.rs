@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 use super::ended::Audience;
 use super::request::{Request, Stage};
 use super::waiters::Waiter;
-use super::{Answer, Lookup, Note, ReadyChunk, ReceiverSession, Timer};
-use crate::ids::{ClientId, Failure, FailureKind, GrantId, LeaseId, RequestId, Seq, SlotIndex};
+use super::{Answer, Lookup, Note, ReceiverSession, Timer};
+use crate::ids::{ClientId, Failure, FailureKind, GrantId, LeaseId, ReadyChunk, RequestId, Seq, SlotIndex};
 use crate::slot::SlotState;
 
 /// Most waits that one client may have open.
@@ -56,7 +56,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         let slots: Vec<Option<SlotIndex>> = keys.iter().map(|key| self.slots.find(key)).collect();
         let held: Vec<SlotIndex> = slots.iter().copied().flatten().collect();
         for &slot in &held {
-            self.slots.hold(slot);
+            self.slots.pin(slot);
         }
         let chunks = slots.into_iter().map(|slot| slot.and_then(|slot| self.ready_chunk(slot))).collect();
         let fetched = if fetches { self.ready_among(&held) } else { Vec::new() };
@@ -146,7 +146,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             let slots = slots.clone();
             self.end_wait(client, seq);
             for &slot in &slots {
-                self.slots.hold(slot);
+                self.slots.pin(slot);
             }
             let chunks = slots.iter().filter_map(|&slot| self.ready_chunk(slot)).collect();
             let lease = self.leases.open(client, slots);
@@ -228,7 +228,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
     pub(super) fn end_lease(&mut self, now: Instant, client: ClientId, lease: LeaseId) -> bool {
         let slots = self.leases.end(client, lease);
         for &slot in slots.iter().flatten() {
-            self.slots.unhold(now, slot);
+            self.slots.unpin(now, slot);
         }
         slots.is_some()
     }

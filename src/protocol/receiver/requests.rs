@@ -142,7 +142,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         self.timers.cancel(&Timer::Retention(id.clone()));
         if let Some(Request { stage: Stage::Ready { slots, .. }, .. }) = self.requests.remove(id) {
             for slot in slots {
-                self.slots.unhold(now, slot);
+                self.slots.unpin(now, slot);
             }
         }
     }
@@ -246,7 +246,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
                     self.outputs.push_back(Output::AbandonVerification(grant));
                 }
                 for (_, slot) in shared {
-                    self.slots.unhold(now, slot);
+                    self.slots.unpin(now, slot);
                 }
                 let slots: Vec<SlotIndex> = own.into_iter().map(|(_, slot)| slot).collect();
                 let quarantine = self.settings.safeguards.quarantine;
@@ -275,7 +275,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             }
             Stage::Ready { slots, .. } => {
                 for slot in slots {
-                    self.slots.unhold(now, slot);
+                    self.slots.unpin(now, slot);
                 }
             }
         }

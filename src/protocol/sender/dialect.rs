@@ -5,7 +5,7 @@
 use std::time::Instant;
 
 use super::link::Link;
-use super::requests::{Uid, clipped};
+use super::requests::{Uid, truncated};
 use super::{PeerMemory, Port, SenderSession};
 use crate::ids::{ChunkKey, ConnectionId, Failure, FailureKind, GrantId, PeerId, RequestId, Seq};
 use crate::wire::Message;
@@ -66,7 +66,7 @@ impl SenderSession {
             return self.note_unexpected(peer, "NixlMemRegResponse to another question");
         };
         if let Some(refusal) = extension.refusal {
-            let Failure { kind, text } = clipped(refusal);
+            let Failure { kind, text } = truncated(refusal);
             // It shook hands a moment ago: it has forgotten us since, or was restarted, which says nothing against the pair.
             let kind = if kind == FailureKind::HandshakeRefused { FailureKind::PeerLost } else { kind };
             return self.peer_failed(peer, Failure::new(kind, text));

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use super::requests::{Request, Stage, Uid, clipped};
+use super::requests::{Request, Stage, Uid, truncated};
 use super::{Answer, Event, Note, Output, SenderSession, Timer};
 use crate::ids::{ClientId, Failure, FailureKind, PeerId, RequestId, Seq};
 use crate::wire::message::Revoke;
@@ -45,7 +45,7 @@ impl SenderSession {
         match self.requests.iter().find(|(_, request)| of_grant(request)).map(|(&uid, request)| (uid, &request.stage)) {
             // It says when it has stopped, by itself.
             Some((_, Stage::Closing { .. })) => {}
-            Some((uid, _)) => self.fail(uid, clipped(revoke.reason)),
+            Some((uid, _)) => self.fail(uid, truncated(revoke.reason)),
             None => {
                 // It may have overtaken the grant itself, which nobody may take then.
                 let asks = |request: &Request| match request.stage {
@@ -56,7 +56,7 @@ impl SenderSession {
                     _ => false,
                 };
                 if let Some(uid) = self.requests.iter().find(|(_, request)| asks(request)).map(|(&uid, _)| uid) {
-                    self.fail(uid, clipped(revoke.reason));
+                    self.fail(uid, truncated(revoke.reason));
                 }
                 self.acknowledge_quiesce(peer, revoke.req_id, Some(revoke.grant), None, true);
             }

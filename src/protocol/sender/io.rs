@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use crate::ids::{
     ByteCopy, ChunkKey, ClientId, ConnectionId, Failure, GroupIndex, IpcHandle, Pages, PeerAddress, PeerId, RequestId,
-    Seq, SlotIndex, TransferId,
+    Seq, SlotPart, StagedSlot, TransferId,
 };
 use crate::protocol::Port;
 use crate::wire::Message;
@@ -51,22 +51,11 @@ pub struct OpenRequest {
     pub stage: bool,
 }
 
-/// A part of a staged slot that is final.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Part {
-    /// The slot.
-    pub slot: SlotIndex,
-    /// Where the part starts, in bytes from the start of the slot.
-    pub offset_bytes: u64,
-    /// Its length; to the end of the chunk if none.
-    pub len_bytes: Option<u64>,
-}
-
 /// What a connector sends at once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Sending<'a> {
     /// What is final.
-    pub parts: &'a [Part],
+    pub parts: &'a [SlotPart],
     /// Whether this completes the request.
     pub last: bool,
     /// An event of the connector's process: the parts are final once it has been passed.
@@ -250,19 +239,6 @@ pub struct Phases {
     pub transfer: Duration,
     /// From then to the acknowledged commit.
     pub commit: Duration,
-}
-
-/// A local slot to fill.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct StagedSlot {
-    /// Position of its chunk.
-    pub chunk: u32,
-    /// The slot.
-    pub slot: SlotIndex,
-    /// Where it starts in the buffer, in bytes.
-    pub offset_bytes: u64,
-    /// Length of the chunk.
-    pub len_bytes: u64,
 }
 
 /// What happened, for the log.

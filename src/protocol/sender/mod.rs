@@ -35,9 +35,7 @@ mod transfers;
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 
-pub use io::{
-    Answer, ConnectState, Event, Note, OpenRequest, Output, Part, PeerMemory, Phases, SenderCounts, Sending, StagedSlot,
-};
+pub use io::{Answer, ConnectState, Event, Note, OpenRequest, Output, PeerMemory, Phases, SenderCounts, Sending};
 
 use self::lmcache::RememberedReceivers;
 use self::peers::Peer;

@@ -4,9 +4,9 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use super::link::{LMCACHE_INSTANCE, Link};
-use super::requests::{Stage, Uid, clipped};
+use super::requests::{Stage, Uid, truncated};
 use super::{Note, Output, PeerMemory, Port, SenderSession, Timer};
-use crate::ids::{ConnectionId, Failure, FailureKind, PeerAddress, PeerId, Seq, clip};
+use crate::ids::{ConnectionId, Failure, FailureKind, PeerAddress, PeerId, Seq, truncate};
 use crate::protocol::{PROCESSES_ASKED_MAX, handshake};
 use crate::wire::message::{
     CAPABILITY_HEARTBEAT, InitExtension, InitRequest, InitResponse, MemRegResponse, MemoryUpdate, Ping, Pong,
@@ -181,7 +181,7 @@ impl SenderSession {
             return self.note_unexpected(peer, "NixlInitResponse to another question");
         }
         if let Some(refusal) = extension.refusal {
-            return self.peer_failed(peer, clipped(refusal));
+            return self.peer_failed(peer, truncated(refusal));
         }
         let checked = handshake::check_metadata(&response.remote_meta_bytes);
         if let Err(failure) = checked.and_then(|()| handshake::check(&self.settings.hello, &extension.hello)) {
@@ -248,7 +248,7 @@ impl SenderSession {
     /// A receiver's buffer has grown. Nothing is granted beyond what the sender was told of, so it is told with a grant.
     pub(super) fn on_memory_update(&mut self, peer: PeerId, update: MemoryUpdate) {
         let Some(record) = self.peers.get_mut(&peer) else { return };
-        // Two grants may carry the same news.
+        // Two grants may carry the same update.
         if let PeerState::Up(connection) = record.state
             && update.len_bytes > record.len_bytes
         {
@@ -369,7 +369,7 @@ impl SenderSession {
             let text = format!(
                 "receiver {} ({}) said nothing for {} ms (pd_peer_timeout_sec)",
                 record.address,
-                clip(&record.instance),
+                truncate(&record.instance),
                 silent.as_millis()
             );
             return self.peer_failed(peer, Failure::new(FailureKind::PeerLost, text));
@@ -381,7 +381,7 @@ impl SenderSession {
 
     pub(super) fn on_pong(&mut self, now: Instant, peer: PeerId, pong: Pong) {
         if let Some(refusal) = pong.refusal {
-            return self.reconnect(now, peer, clipped(refusal));
+            return self.reconnect(now, peer, truncated(refusal));
         }
         let mut processes = pong.have_ended;
         processes.truncate(PROCESSES_ASKED_MAX);

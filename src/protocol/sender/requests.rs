@@ -8,7 +8,7 @@ use super::coverage::Coverage;
 use super::{Answer, Event, Note, OpenRequest, Output, Phases, Port, SenderSession, Timer};
 use crate::ids::{
     Checksum, ChunkKey, ClientId, Failure, FailureKind, GrantId, GroupIndex, PeerAddress, PeerId, RequestId, Seq,
-    SlotIndex, clip,
+    SlotIndex, truncate,
 };
 use crate::protocol::ChunkShape;
 use crate::protocol::chunks::ChunkSize;
@@ -159,7 +159,7 @@ impl SenderSession {
         let checked = self.check_open(&open).and_then(|sizes| Ok((self.peer_for(now, &open.receiver)?, sizes)));
         let (peer, sizes) = match checked {
             Ok(checked) => checked,
-            Err(failure) => return self.refuse(client, id, failure, Some(clip(&open.receiver.to_string()))),
+            Err(failure) => return self.refuse(client, id, failure, Some(truncate(&open.receiver.to_string()))),
         };
         let chunk = |size: ChunkSize| Chunk {
             len_bytes: size.len_bytes,
@@ -268,7 +268,7 @@ impl SenderSession {
         self.awaited.remove(&seq);
         self.timers.cancel(&Timer::Allocation(uid));
         let Some(grant) = extension.grant.filter(|_| extension.refusal.is_none()) else {
-            let failure = extension.refusal.map(clipped).unwrap_or_else(|| {
+            let failure = extension.refusal.map(truncated).unwrap_or_else(|| {
                 Failure::new(FailureKind::Other, "the receiver granted nothing and did not say why")
             });
             if failure.kind == FailureKind::HandshakeRefused {
@@ -368,7 +368,7 @@ impl SenderSession {
             return;
         }
         if let Some(refusal) = ack.refusal {
-            return self.fail(uid, clipped(refusal));
+            return self.fail(uid, truncated(refusal));
         }
         self.finish_sent(now, uid, self.settings.safeguards.commit_before_notify);
     }
@@ -450,8 +450,8 @@ impl SenderSession {
 }
 
 /// A peer's words, made fit for an answer and a log line.
-pub(super) fn clipped(failure: Failure) -> Failure {
-    Failure::new(failure.kind, clip(&failure.text))
+pub(super) fn truncated(failure: Failure) -> Failure {
+    Failure::new(failure.kind, truncate(&failure.text))
 }
 
 /// Notes where each chunk goes. Returns the positions that need not be sent; none when the answer does not add up.

@@ -4,8 +4,8 @@ use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use super::requests::{Stage, Uid};
-use super::{Answer, SenderSession, StagedSlot, Timer};
-use crate::ids::{ClientId, Failure, FailureKind, RequestId, Seq, SlotIndex};
+use super::{Answer, SenderSession, Timer};
+use crate::ids::{ClientId, Failure, FailureKind, RequestId, Seq, SlotIndex, StagedSlot};
 
 /// A client that waits for local slots.
 #[derive(Debug)]

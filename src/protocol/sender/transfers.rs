@@ -6,9 +6,10 @@ use std::time::Instant;
 use super::coverage::Coverage;
 use super::peers::Peer;
 use super::requests::{Stage, Uid, WRITE_DEADLINE_PASSED};
-use super::{Answer, Output, Part, SenderSession, Sending};
+use super::{Answer, Output, SenderSession, Sending};
 use crate::ids::{
-    ByteCopy, Checksum, ClientId, Failure, FailureKind, PeerAddress, PeerId, RequestId, Seq, TransferId, clip,
+    ByteCopy, Checksum, ClientId, Failure, FailureKind, PeerAddress, PeerId, RequestId, Seq, SlotPart, TransferId,
+    truncate,
 };
 
 /// Copies that the engine has not finished.
@@ -147,7 +148,7 @@ impl SenderSession {
         }
         if let Some(Failure { kind, text }) = connection_lost {
             let name = self.peers.get(&peer).map(Peer::name).unwrap_or_default();
-            let text = format!("receiver {address} ({}): {text}", clip(&name));
+            let text = format!("receiver {address} ({}): {text}", truncate(&name));
             self.peer_failed(peer, Failure::new(kind, text));
         }
         self.finish_closing(uid);
@@ -177,7 +178,7 @@ impl SenderSession {
         &self,
         uid: Uid,
         name: &RequestId,
-        parts: &[Part],
+        parts: &[SlotPart],
         last: bool,
     ) -> Result<(Vec<Checked>, BTreeMap<u32, Coverage>), Failure> {
         let bad = |text: String| Err(Failure::new(FailureKind::BadRequest, text));

@@ -16,13 +16,13 @@ pub struct Refused {
     /// Why, for our own log.
     pub error: AuthError,
     /// What to send before the connection is closed, if the peer does not know it yet.
-    pub farewell: Option<Vec<u8>>,
+    pub close_reason: Option<Vec<u8>>,
 }
 
 impl From<AuthError> for Refused {
     fn from(error: AuthError) -> Self {
-        let farewell = error.refusal().map(|reason| encode(&AuthMessage::Refused { reason }));
-        Self { error, farewell }
+        let close_reason = error.refusal().map(|reason| encode(&AuthMessage::Refused { reason }));
+        Self { error, close_reason }
     }
 }
 

@@ -13,7 +13,7 @@ mod verification;
 use std::time::Duration;
 
 use pd_backend::buffer::BufferError;
-use pd_backend::ids::{Checksum, ChecksumMode, ChunkKey, ClientId, FailureKind, GrantId, RequestId, Seq, clip};
+use pd_backend::ids::{Checksum, ChecksumMode, ChunkKey, ClientId, FailureKind, GrantId, RequestId, Seq, truncate};
 use pd_backend::protocol::Port;
 use pd_backend::protocol::receiver::{Answer, Lookup};
 use pd_backend::wire::Message;
@@ -97,7 +97,7 @@ fn a_grant_can_be_committed_by_its_sender_alone() {
     }
     assert_eq!(bench.session.counts().slots.reserved, 1);
     bench.commit("a", "r", grant);
-    assert_eq!(bench.session.counts().slots.ready_held, 1);
+    assert_eq!(bench.session.counts().slots.ready_pinned, 1);
 }
 
 #[test]
@@ -166,7 +166,7 @@ fn the_longest_reason_why_a_buffer_did_not_grow_reaches_whoever_waited() {
     let said = answers(bench.drain());
     let [(_, answer)] = said.as_slice() else { panic!("{said:?}") };
     let refusal = answer.pd.clone().unwrap().refusal.unwrap();
-    assert_eq!(clip(&refusal.text), refusal.text);
+    assert_eq!(truncate(&refusal.text), refusal.text);
     assert!(refusal.text.ends_with("lower pd_buffer_size or free memory"), "{refusal}");
 }
 
@@ -210,7 +210,7 @@ fn summed_chunks_are_ready_once_they_are_checked_and_a_wrong_one_is_named() {
     bench.commit_summed("a", "r", grant, sums);
     bench.session.handle_verified(bench.now, &id, grant, &[]);
     assert_eq!(ack_refusal(&bench.drain()), None);
-    assert_eq!(bench.session.counts().slots.ready_held, 2);
+    assert_eq!(bench.session.counts().slots.ready_pinned, 2);
 }
 
 #[test]
@@ -458,7 +458,7 @@ fn a_request_is_fetched_by_its_chunks_where_nobody_knows_its_name() {
         let Some(Answer::Found { lease: Some(lease), .. }) = answer_of(&mut bench, id) else { panic!("not found") };
         bench.session.handle_release(bench.now, ClientId(1), Seq(id + 1), lease);
         bench.drain();
-        bench.session.counts().slots.ready_held
+        bench.session.counts().slots.ready_pinned
     };
     assert_eq!(look_up(10, &["k0", "k1"], false), 3, "another may ask for it by its name");
     assert_eq!(look_up(20, &["k0"], true), 3, "half of it is not the request");

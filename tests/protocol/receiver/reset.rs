@@ -57,7 +57,7 @@ fn ready_chunks_are_found_no_more_and_leased_ones_last_as_long_as_their_lease() 
     let leased = fetched(wait(&mut bench, 3, "leased", None));
     reset(&mut bench, 4);
     let counts = bench.session.counts().slots;
-    assert_eq!((counts.ready_idle, counts.ready_held, counts.reserved), (0, 2, 0));
+    assert_eq!((counts.ready_idle, counts.ready_pinned, counts.reserved), (0, 2, 0));
     let keys = ["k0", "k1", "k2", "k3", "k4", "k5"];
     assert_eq!(find(&mut bench, 5, &keys), (vec![false; 6], None));
     assert_eq!(kind_of(wait(&mut bench, 6, "not fetched", None)), Some(FailureKind::Cancelled));
@@ -68,7 +68,7 @@ fn ready_chunks_are_found_no_more_and_leased_ones_last_as_long_as_their_lease() 
     assert_eq!(find(&mut bench, 7, &["k2", "k3"]).0, [true, true]);
     bench.session.handle_release(bench.now, ClientId(1), Seq(8), leased);
     bench.drain();
-    assert_eq!(bench.session.counts().slots.ready_held, 2, "freed with the last lease");
+    assert_eq!(bench.session.counts().slots.ready_pinned, 2, "freed with the last lease");
     assert_eq!(find(&mut bench, 9, &["k2", "k3"]).0, [true, true]);
 }
 

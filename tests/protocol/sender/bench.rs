@@ -5,11 +5,10 @@ use std::time::{Duration, Instant};
 
 use pd_backend::address::AddressManager;
 use pd_backend::ids::{
-    ChunkKey, ClientId, ConnectionId, Failure, FailureKind, GrantId, PeerAddress, PeerId, RequestId, Seq, TransferId,
+    ChunkKey, ClientId, ConnectionId, Failure, FailureKind, GrantId, PeerAddress, PeerId, RequestId, Seq, SlotPart,
+    StagedSlot, TransferId,
 };
-use pd_backend::protocol::sender::{
-    Answer, Event, Note, OpenRequest, Output, Part, SenderSettings, Sending, StagedSlot,
-};
+use pd_backend::protocol::sender::{Answer, Event, Note, OpenRequest, Output, SenderSettings, Sending};
 use pd_backend::protocol::{ChunkShape, Port, SenderSession};
 use pd_backend::wire::message::{
     AllocReplyExtension, AllocResponse, CancelExtension, Hello, InitReplyExtension, InitResponse, MemRegReplyExtension,
@@ -263,7 +262,7 @@ impl Bench {
         self.session.handle_stage(self.now, CLIENT, Seq(2), &request(name), vec![0], None);
         self.pump();
         let Some((_, Answer::Staged { slots })) = self.answers.last() else { panic!("{:?}", self.answers) };
-        let part = Part { slot: slots[0].slot, offset_bytes: 0, len_bytes: None };
+        let part = SlotPart { slot: slots[0].slot, offset_bytes: 0, len_bytes: None };
         let sending = Sending { parts: &[part], last: true, after: None };
         self.session.handle_send(self.now, CLIENT, Seq(3), &request(name), sending);
         self.pump();

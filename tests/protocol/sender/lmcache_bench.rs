@@ -5,9 +5,9 @@ use std::time::{Duration, Instant};
 
 use pd_backend::ids::{
     ByteCopy, ChecksumMode, ChunkKey, ClientId, ConnectionId, Failure, FailureKind, Pages, PeerAddress, PeerId,
-    RequestId, Seq, TransferId,
+    RequestId, Seq, SlotPart, TransferId,
 };
-use pd_backend::protocol::sender::{Answer, Event, OpenRequest, Output, Part, PeerMemory, SenderSettings, Sending};
+use pd_backend::protocol::sender::{Answer, Event, OpenRequest, Output, PeerMemory, SenderSettings, Sending};
 use pd_backend::protocol::{ChunkShape, Port, SenderSession};
 use pd_backend::wire::message::{AllocRequest, AllocResponse, CancelNotif, Hello, InitResponse, MemRegResponse};
 use pd_backend::wire::{LmcacheMode, Message, descriptor_list};
@@ -306,8 +306,8 @@ impl Bench {
         self.session.handle_stage(self.now, CLIENT, id, &request(name), chunks.to_vec(), None);
         self.pump();
         let Answer::Staged { slots } = self.answer_to(id) else { panic!("{:?}", self.answers) };
-        let part = |slot| Part { slot, offset_bytes: 0, len_bytes: None };
-        let parts: Vec<Part> = slots.iter().map(|staged| part(staged.slot)).collect();
+        let part = |slot| SlotPart { slot, offset_bytes: 0, len_bytes: None };
+        let parts: Vec<SlotPart> = slots.iter().map(|staged| part(staged.slot)).collect();
         let sending = Sending { parts: &parts, last: true, after: None };
         self.session.handle_send(self.now, CLIENT, Seq(2), &request(name), sending);
         self.pump();

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use pd_backend::ids::{ChecksumMode, Failure, FailureKind, GrantId, IpcHandle, Seq};
-use pd_backend::protocol::sender::{Answer, Event, Part, SenderSettings, Sending};
+use pd_backend::ids::{ChecksumMode, Failure, FailureKind, GrantId, IpcHandle, Seq, SlotPart};
+use pd_backend::protocol::sender::{Answer, Event, SenderSettings, Sending};
 use pd_backend::wire::Message;
 use pd_backend::wire::message::{AllocReplyExtension, AllocResponse, CommitAck, Pong, Revoke, Verifying};
 
@@ -25,8 +25,8 @@ fn a_request_is_opened_with_slots_for_what_it_has_to_send() {
     bench.session.handle_stage(bench.now, CLIENT, Seq(2), &request("r"), vec![0], None);
     bench.pump();
     assert!(matches!(bench.answers.pop(), Some((Seq(2), Answer::Failed { .. }))), "it is staged already");
-    let parts: Vec<Part> =
-        slots.iter().map(|slot| Part { slot: slot.slot, offset_bytes: 0, len_bytes: None }).collect();
+    let parts: Vec<SlotPart> =
+        slots.iter().map(|slot| SlotPart { slot: slot.slot, offset_bytes: 0, len_bytes: None }).collect();
     let sending = Sending { parts: &parts, last: true, after: None };
     bench.session.handle_send(bench.now, CLIENT, Seq(3), &request("r"), sending);
     bench.pump();
@@ -289,7 +289,7 @@ fn a_failure_can_be_acknowledged_before_its_transfers_have_ended() {
     bench.session.handle_stage(bench.now, CLIENT, Seq(2), &request("r"), vec![0], None);
     bench.pump();
     let Some((_, Answer::Staged { slots })) = bench.answers.last() else { panic!("{:?}", bench.answers) };
-    let half = Part { slot: slots[0].slot, offset_bytes: 0, len_bytes: Some(8) };
+    let half = SlotPart { slot: slots[0].slot, offset_bytes: 0, len_bytes: Some(8) };
     let sending = Sending { parts: &[half], last: false, after: None };
     bench.session.handle_send(bench.now, CLIENT, Seq(3), &request("r"), sending);
     bench.pump();
@@ -313,7 +313,7 @@ fn what_waits_for_a_gpu_is_given_up_with_its_request_and_keeps_its_slot_until_th
     bench.session.handle_stage(bench.now, CLIENT, Seq(2), &request("r"), vec![0], None);
     bench.pump();
     let Some((_, Answer::Staged { slots })) = bench.answers.last() else { panic!("{:?}", bench.answers) };
-    let [half, rest] = [0, 8].map(|offset_bytes| Part { slot: slots[0].slot, offset_bytes, len_bytes: Some(8) });
+    let [half, rest] = [0, 8].map(|offset_bytes| SlotPart { slot: slots[0].slot, offset_bytes, len_bytes: Some(8) });
     let after = Some(IpcHandle([7; 64]));
     for (part, after) in [(half, None), (rest, after)] {
         let sending = Sending { parts: &[part], last: after.is_some(), after };

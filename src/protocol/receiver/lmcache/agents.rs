@@ -2,7 +2,7 @@
 
 use super::super::{Note, Output, Port, ReceiverSession};
 use super::{Agent, AgentState, NAME_PREFIX};
-use crate::ids::{ChecksumMode, ConnectionId, Failure, FailureKind, Pages, clip};
+use crate::ids::{ChecksumMode, ConnectionId, Failure, FailureKind, Pages, truncate};
 use crate::protocol::handshake;
 use crate::wire::message::{InitResponse, MemRegRequest, MemRegResponse};
 use crate::wire::{Message, descriptor_list};
@@ -94,7 +94,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
 
     /// `NixlMemRegRequest` without our part: its pages for ours.
     pub(super) fn on_lmcache_mem_reg(&mut self, from: R, request: &MemRegRequest) {
-        let instance = clip(&String::from_utf8_lossy(&request.remote_agent_name));
+        let instance = truncate(&String::from_utf8_lossy(&request.remote_agent_name));
         let remote_xfer_dlist_bytes = match self.pages_for(&instance, &request.local_xfer_dlist_bytes) {
             Ok(list) => list,
             Err(failure) => {

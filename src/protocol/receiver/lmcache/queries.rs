@@ -38,7 +38,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         if !pages.is_empty() {
             let held: Vec<SlotIndex> = pages.into_values().collect();
             for &slot in &held {
-                self.slots.hold(slot);
+                self.slots.pin(slot);
             }
             let lease = self.leases.open(QUERIES, held);
             self.timers.set(Timer::Lease(QUERIES, lease), now + self.settings.write_timeout);

@@ -7,7 +7,7 @@ use super::super::origin::Origin;
 use super::super::request::{Request, Stage};
 use super::super::{Note, Port, ReceiverSession, Timer};
 use super::{Batches, NAME_PREFIX};
-use crate::ids::{Failure, FailureKind, GrantId, RequestId, Seq, SlotIndex, clip};
+use crate::ids::{Failure, FailureKind, GrantId, RequestId, Seq, SlotIndex, truncate};
 use crate::protocol::chunks::ChunkSize;
 use crate::protocol::lmcache_terms;
 use crate::wire::Message;
@@ -205,7 +205,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         let mut fresh = Vec::new();
         for (index, size) in (first..).zip(&sizes) {
             if let Some(&(_, slot)) = shared.iter().find(|(at, _)| first + at == index) {
-                self.slots.hold(slot);
+                self.slots.pin(slot);
                 held.push((index, slot));
             } else if let Some(slot) = batches.spare.pop() {
                 self.slots.set_chunk_bytes(slot, *grant, size.len_bytes);
@@ -259,7 +259,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         let response =
             AllocResponse { already_sent_indexes: Vec::new(), remote_indexes: vec![-1; count.max(1)], pd: None };
         self.send(to, Port::Alloc, Message::AllocResponse(response));
-        self.note(Note::Refused { request, instance: clip(instance), failure });
+        self.note(Note::Refused { request, instance: truncate(instance), failure });
     }
 
     /// `CancelNotif` without our part. Its writes may go on: nobody waits for them there.

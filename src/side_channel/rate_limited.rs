@@ -1,4 +1,4 @@
-//! Log lines that a stranger can cause.
+//! Log lines that any process can cause which reaches a port.
 
 use std::time::{Duration, Instant};
 
@@ -7,12 +7,12 @@ const PAUSE: Duration = Duration::from_secs(1);
 
 /// Lets one line a second through, so that nobody fills the disk with them.
 #[derive(Debug, Default)]
-pub struct Seldom {
+pub struct RateLimited {
     said_at: Option<Instant>,
     unsaid: u64,
 }
 
-impl Seldom {
+impl RateLimited {
     /// Whether the line may be written; if so, how many were not since the last one.
     pub fn permit(&mut self, now: Instant) -> Option<u64> {
         if self.said_at.is_some_and(|at| now.duration_since(at) < PAUSE) {
@@ -31,11 +31,11 @@ mod tests {
     #[test]
     fn a_flood_is_one_line_a_second_that_counts_the_others() {
         // Broken in production: a port scanner fills the disk with log lines, or nobody learns how many there were.
-        let mut seldom = Seldom::default();
+        let mut limited = RateLimited::default();
         let start = Instant::now();
-        assert_eq!(seldom.permit(start), Some(0));
-        assert_eq!((0..500).filter_map(|ms| seldom.permit(start + Duration::from_millis(ms))).count(), 0);
-        assert_eq!(seldom.permit(start + PAUSE), Some(500));
-        assert_eq!(seldom.permit(start + 2 * PAUSE), Some(0));
+        assert_eq!(limited.permit(start), Some(0));
+        assert_eq!((0..500).filter_map(|ms| limited.permit(start + Duration::from_millis(ms))).count(), 0);
+        assert_eq!(limited.permit(start + PAUSE), Some(500));
+        assert_eq!(limited.permit(start + 2 * PAUSE), Some(0));
     }
 }

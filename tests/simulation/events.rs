@@ -1,8 +1,7 @@
 //! What can happen, and whom to.
 
-use pd_backend::ids::{ChunkKey, ClientId, ConnectionId, GrantId, LeaseId, PeerId, RequestId, TransferId};
+use pd_backend::ids::{ChunkKey, ClientId, ConnectionId, GrantId, LeaseId, PeerId, RequestId, StagedSlot, TransferId};
 use pd_backend::protocol::receiver::ExpectedChunk;
-use pd_backend::protocol::sender::StagedSlot;
 use pd_backend::wire::Message;
 
 use crate::lmcache_sender::Put;
@@ -25,7 +24,7 @@ pub enum Target {
 
 /// Something that happens.
 #[derive(Debug, Clone)]
-pub enum News {
+pub enum WorldEvent {
     // To a sender.
     Opened(Proc, PeerId),
     Closed(Proc, PeerId),
@@ -83,7 +82,7 @@ pub enum News {
     Fresh,
 }
 
-impl News {
+impl WorldEvent {
     pub fn target(&self) -> Target {
         match self {
             Self::Opened(at, _)

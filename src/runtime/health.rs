@@ -1,5 +1,5 @@
-//! How other threads ask the driver how it is: one answer serves everybody who has asked, so that a driver which does
-//! not answer leaves nothing behind, however often it is asked.
+//! How other threads probe the driver's health. One answer serves all that have asked, so a driver that does not answer leaves
+//! nothing behind, however often it is probed.
 
 use std::time::Duration;
 
@@ -39,29 +39,29 @@ pub(super) struct Answer {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct NoAnswer;
 
-/// Asks. For any thread.
+/// The asking end, for any thread.
 #[derive(Debug, Clone)]
-pub(super) struct Asker {
+pub(super) struct HealthProbe {
     questions: watch::Sender<u64>,
     answers: watch::Receiver<Answer>,
 }
 
-/// Answers. The driver's.
+/// The driver's end.
 #[derive(Debug)]
-pub(super) struct Answerer {
+pub(super) struct HealthResponder {
     questions: watch::Receiver<u64>,
     answers: watch::Sender<Answer>,
 }
 
 /// Both ends, of a daemon that is starting.
-pub(super) fn inquiry() -> (Asker, Answerer) {
+pub(super) fn health_probe() -> (HealthProbe, HealthResponder) {
     let (ask, questions) = watch::channel(0);
     let (answer, answers) =
         watch::channel(Answer { question: 0, phase: Phase::Starting, snapshot: None, engine: None });
-    (Asker { questions: ask, answers }, Answerer { questions, answers: answer })
+    (HealthProbe { questions: ask, answers }, HealthResponder { questions, answers: answer })
 }
 
-impl Asker {
+impl HealthProbe {
     /// How the daemon is, at this moment or later. At once while it is starting.
     pub(super) async fn ask(&self) -> Result<Answer, NoAnswer> {
         let mut answers = self.answers.clone();
@@ -82,15 +82,15 @@ impl Asker {
     }
 }
 
-impl Answerer {
-    /// Somebody wants to know. Never, once nobody can ask. Cancel-safe.
+impl HealthResponder {
+    /// Returns when a probe has come; never, once no probe can come. Cancel-safe.
     pub(super) async fn asked(&mut self) {
         if self.questions.changed().await.is_err() {
             std::future::pending().await
         }
     }
 
-    /// Tells everybody who has asked.
+    /// Answers all probes that have come.
     pub(super) fn answer(&mut self, phase: Phase, snapshot: Snapshot, engine: Probe) {
         let question = *self.questions.borrow_and_update();
         self.answers.send_replace(Answer { question, phase, snapshot: Some(snapshot), engine: Some(engine) });
@@ -112,25 +112,25 @@ mod tests {
     async fn an_answer_is_never_older_than_its_question_and_silence_ends() {
         // Broken in production: a daemon whose driver is stuck is reported healthy from an old answer, or a scrape waits for
         // ever.
-        let (asker, mut answerer) = inquiry();
-        assert_eq!(asker.ask().await.unwrap().phase, Phase::Starting, "nobody to ask yet");
+        let (probe, mut responder) = health_probe();
+        assert_eq!(probe.ask().await.unwrap().phase, Phase::Starting, "nobody to ask yet");
         let engine = Prober::new().0.probe(drop);
-        answerer.answer(Phase::Serving, snapshot(1), engine.clone());
-        assert_eq!(asker.ask().await.unwrap_err(), NoAnswer, "an answer from before the question");
+        responder.answer(Phase::Serving, snapshot(1), engine.clone());
+        assert_eq!(probe.ask().await.unwrap_err(), NoAnswer, "an answer from before the question");
         // Two who ask, the question from before included, are told by one answer.
         let asking = tokio::spawn({
-            let asker = asker.clone();
-            async move { tokio::join!(asker.ask(), asker.ask()) }
+            let probe = probe.clone();
+            async move { tokio::join!(probe.ask(), probe.ask()) }
         });
-        answerer.asked().await;
+        responder.asked().await;
         tokio::task::yield_now().await;
-        answerer.answer(Phase::Draining, snapshot(2), engine);
+        responder.answer(Phase::Draining, snapshot(2), engine);
         let (first, second) = asking.await.unwrap();
         for answer in [first.unwrap(), second.unwrap()] {
             assert_eq!((answer.phase, answer.snapshot.unwrap().status.peers), (Phase::Draining, 2));
         }
-        assert!(timeout(Duration::from_millis(50), answerer.asked()).await.is_err(), "nobody has asked since");
-        drop(answerer);
-        assert_eq!(asker.ask().await.unwrap_err(), NoAnswer, "the driver has ended");
+        assert!(timeout(Duration::from_millis(50), responder.asked()).await.is_err(), "nobody has asked since");
+        drop(responder);
+        assert_eq!(probe.ask().await.unwrap_err(), NoAnswer, "the driver has ended");
     }
 }

@@ -2,30 +2,30 @@
 
 /// Longest text from elsewhere that is passed on, in characters. Our own longest, a refusal for want of room with the
 /// reason why the buffer did not grow, has some 450.
-const CLIPPED_LEN_MAX: usize = 600;
+const TRUNCATED_LEN_MAX: usize = 600;
 
 /// What stands for the rest.
 const ELLIPSIS: &str = " ...";
 
-/// The text without control characters, and not longer than a line may be: what a stranger says can neither forge a log
+/// The text without control characters, and not longer than a line may be: what a peer says can neither forge a log
 /// line nor fill a disk. What is longer is cut behind its last whole clause, or else its last whole word, that is not far
 /// from the end.
-pub fn clip(text: &str) -> String {
-    let mut clipped: String = text
+pub fn truncate(text: &str) -> String {
+    let mut truncated: String = text
         .chars()
-        .take(CLIPPED_LEN_MAX)
+        .take(TRUNCATED_LEN_MAX)
         .map(|character| if character.is_control() { '\u{fffd}' } else { character })
         .collect();
-    if text.chars().nth(CLIPPED_LEN_MAX).is_some() {
-        let half = clipped.len() / 2;
-        let behind = |end: &str| clipped.rfind(end).filter(|&at| at > half);
+    if text.chars().nth(TRUNCATED_LEN_MAX).is_some() {
+        let half = truncated.len() / 2;
+        let behind = |end: &str| truncated.rfind(end).filter(|&at| at > half);
         let clause = ["; ", ". ", ": "].into_iter().filter_map(behind).max();
         if let Some(at) = clause.or_else(|| behind(" ")) {
-            clipped.truncate(at);
+            truncated.truncate(at);
         }
-        clipped.push_str(ELLIPSIS);
+        truncated.push_str(ELLIPSIS);
     }
-    clipped
+    truncated
 }
 
 #[cfg(test)]
@@ -33,23 +33,23 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_stranger_cannot_forge_a_line_or_fill_a_log() {
+    fn a_peer_cannot_forge_a_line_or_fill_a_log() {
         // Broken in production: a peer's name holds a newline and an alarm of its own making, or ten megabytes.
-        assert_eq!(clip("x\nERROR forged"), "x\u{fffd}ERROR forged");
-        assert_eq!(clip(&"y".repeat(10_000)).chars().count(), CLIPPED_LEN_MAX + ELLIPSIS.len());
+        assert_eq!(truncate("x\nERROR forged"), "x\u{fffd}ERROR forged");
+        assert_eq!(truncate(&"y".repeat(10_000)).chars().count(), TRUNCATED_LEN_MAX + ELLIPSIS.len());
     }
 
     #[test]
     fn what_is_too_long_ends_where_a_thought_does() {
         // Broken in production: an error text stops in the middle of the word that says what to do.
-        let whole = "z".repeat(CLIPPED_LEN_MAX);
-        assert_eq!(clip(&whole), whole);
+        let whole = "z".repeat(TRUNCATED_LEN_MAX);
+        assert_eq!(truncate(&whole), whole);
         let clauses = format!("{}; raise pd_buffer_size to at least {}", "é ".repeat(200), "9".repeat(300));
-        assert_eq!(clip(&clauses), format!("{} ...", "é ".repeat(200)));
+        assert_eq!(truncate(&clauses), format!("{} ...", "é ".repeat(200)));
         let words = "word ".repeat(1000);
-        assert!(clip(&words).ends_with("word ..."), "{}", clip(&words));
+        assert!(truncate(&words).ends_with("word ..."), "{}", truncate(&words));
         // A mark near the start would throw nearly everything away.
         let early = format!("a: {}", "b".repeat(10_000));
-        assert!(clip(&early).starts_with("a: bbb"));
+        assert!(truncate(&early).starts_with("a: bbb"));
     }
 }

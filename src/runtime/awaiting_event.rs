@@ -1,5 +1,5 @@
-//! Transfers whose bytes a GPU is still writing, and messages about slots that it still uses: they wait for an event of
-//! the engine's process, and nobody waits for them.
+//! Transfers whose bytes a GPU is still writing, and messages about slots that it still uses. They wait until an event of the
+//! serving engine's process is signalled; no thread blocks for them.
 
 use std::time::{Duration, Instant};
 
@@ -34,7 +34,7 @@ pub(super) enum Item {
 
 /// Something that waits no more.
 #[derive(Debug)]
-pub(super) struct Passed {
+pub(super) struct Signalled {
     pub(super) item: Item,
     /// Why it is not to happen.
     pub(super) failure: Option<Failure>,
@@ -42,7 +42,7 @@ pub(super) struct Passed {
 
 /// What waits for which event, in the order in which it came.
 #[derive(Debug)]
-pub(super) struct Fenced {
+pub(super) struct AwaitingEvent {
     /// None for a buffer that no GPU writes.
     fences: Option<Fences>,
     waiting: Vec<Entry>,
@@ -60,7 +60,7 @@ struct Entry {
     until: Option<Instant>,
 }
 
-impl Fenced {
+impl AwaitingEvent {
     pub(super) fn new(memory: &Memory) -> Self {
         let fences = match memory {
             Memory::Host(_) => None,
@@ -94,7 +94,7 @@ impl Fenced {
     }
 
     /// Takes out those that wait no more. Never waits.
-    pub(super) fn take_passed(&mut self, now: Instant) -> Vec<Passed> {
+    pub(super) fn take_signalled(&mut self, now: Instant) -> Vec<Signalled> {
         let mut passed = Vec::new();
         for _ in 0..self.waiting.len().min(LOOKS_MAX) {
             let index = if self.next < self.waiting.len() { self.next } else { 0 };
@@ -112,7 +112,7 @@ impl Fenced {
             let Entry { item, abandoned, .. } = self.waiting.remove(index);
             let given_up = || Failure::new(FailureKind::Cancelled, "it was given up before its bytes were final");
             let failure = if abandoned { Some(given_up()) } else { seen.err() };
-            passed.push(Passed { item, failure });
+            passed.push(Signalled { item, failure });
         }
         passed
     }
