@@ -65,7 +65,7 @@ def test_a_pair_that_can_talk_has_met_and_stays_so(start_pair, engine):
     assert pair.sender.status().peers == pair.receiver.status().peers == 1
     ship(pair, "first", content(1, 2, 7))
     check_arrived(pair, "first", content(1, 2, 7))
-    assert eventually(lambda: line_count(pair.prefill, "shook hands") == 1)
+    assert eventually(lambda: line_count(pair.prefill, "connected") == 1)
 
 
 def test_a_receiver_that_comes_later_or_again_is_met_and_served(start_pair, engine):

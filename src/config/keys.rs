@@ -151,7 +151,7 @@ keys! {
     /// How long a request waits for slots, at either side, before it fails with "no space". LMCache's default is for
     /// ever; .inf is taken as 86400 here. 0: a request that does not fit at once fails at once.
     PD_ALLOCATION_TIMEOUT_SEC = "pd_allocation_timeout_sec", FROM_ZERO, Is("30"), Both, |c| seconds(c.deadlines.allocation);
-    /// Connecting to a peer and shaking hands with it, its first request included.
+    /// Connecting to a peer, its handshake and its first request included.
     PD_HANDSHAKE_TIMEOUT_SEC = "pd_handshake_timeout_sec", ABOVE_ZERO, Is("10"), Both, |c| seconds(c.deadlines.handshake);
     /// From the grant of a receiver's slots to their commit, the prefill in between included: raise it for long
     /// prompts. After it, the request fails.
@@ -207,7 +207,7 @@ keys! {
     /// Chunks of one request; the most there can be is what one message carries.
     PD_MAX_REQUEST_CHUNKS = "pd_max_request_chunks", up_to(REQUEST_CHUNKS_MAX), Is("4096"), Both,
         |c| number(c.limits.request_chunks_max);
-    /// Peers shaken hands with, or about to be; the most there can be is what one port has places for.
+    /// Peers that are connected or connecting; the most there can be is what one port has places for.
     PD_MAX_PEERS = "pd_max_peers", up_to(PEERS_MAX), Is("1024"), Both, |c| number(c.limits.peers_max);
     /// Attached connectors.
     PD_MAX_CLIENTS = "pd_max_clients", up_to(1024), Is("16"), Both, |c| number(c.limits.clients_max);

@@ -184,7 +184,7 @@ pub struct SecretFile {
 pub struct Deadlines {
     /// Waiting for slots, at either side (`pd_allocation_timeout_sec`).
     pub allocation: Duration,
-    /// Connecting to a peer and shaking hands with it.
+    /// Connecting to a peer, its handshake included.
     pub handshake: Duration,
     /// From a grant to its commit: how long a granted slot may be written to.
     pub write: Duration,
@@ -211,7 +211,7 @@ pub struct Limits {
     pub peer_requests_max: u32,
     /// Chunks of one request.
     pub request_chunks_max: u32,
-    /// Peers shaken hands with.
+    /// Peers that are connected.
     pub peers_max: u32,
     /// Attached clients.
     pub clients_max: u32,

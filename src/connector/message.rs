@@ -419,7 +419,7 @@ pub struct Status {
     pub requests_failed: u64,
     /// Bytes written to peers, or committed by them.
     pub bytes: u64,
-    /// Peers shaken hands with.
+    /// Peers that are connected.
     pub peers: u32,
     /// Attached clients.
     pub clients: u32,

@@ -136,7 +136,7 @@ impl Daemon {
 
     fn encode_peers(&self, page: &mut Page<'_>) -> fmt::Result {
         let Snapshot { status, tally } = &self.0;
-        page.gauge("pd_peers", "Peers shaken hands with.", None, status.peers.into())?;
+        page.gauge("pd_peers", "Peers that are connected.", None, status.peers.into())?;
         if !self.is_receiver() {
             let count = |state| status.receivers.iter().filter(|receiver| receiver.state == state).count() as u64;
             page.gauges(

@@ -23,7 +23,7 @@ pub(super) fn log_receiver(note: receiver::Note) {
     use receiver::Note;
     match note {
         Note::Grown { result } => log_grown(result),
-        Note::PeerConnected { instance } => info!(sender = %instance, "shook hands"),
+        Note::PeerConnected { instance } => info!(sender = %instance, "connected"),
         Note::PeerRefused { instance, failure } => {
             warn!(sender = %instance, kind = %failure.kind, "refused: {}", failure.text);
         }
@@ -61,7 +61,7 @@ pub(super) fn log_sender(note: sender::Note) {
     match note {
         Note::Grown { result } => log_grown(result),
         Note::PeerUp { address, instance, len_bytes, took } => info!(
-            receiver = %address, instance, buffer_bytes = len_bytes, took_ms = ms(took), "shook hands"
+            receiver = %address, instance, buffer_bytes = len_bytes, took_ms = ms(took), "connected"
         ),
         Note::PeerDown { address, failure } => {
             warn!(receiver = %address, kind = %failure.kind, "receiver given up: {}", failure.text);

@@ -51,7 +51,7 @@ const READ_LEN_BYTES_MAX: usize = 64 * 1024;
 /// How long whoever connects to us may take over greeting and handshake, and each message over its way.
 const ACCEPT_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Connections that one bound socket keeps at a time, those still shaking hands included.
+/// Connections that one bound socket keeps at a time, those still in their handshake included.
 const CONNECTIONS_MAX: usize = PEERS_MAX as usize;
 
 /// What all connections of one socket may hold together of messages that are not complete, beyond four reads of

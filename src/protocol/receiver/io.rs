@@ -44,7 +44,7 @@ pub enum Output<R> {
     /// Let the engine forget a peer.
     ForgetPeer(ConnectionId),
     /// Watch a peer's process, if it is on this host; `handle_process_ended` wants to know, until `UnwatchProcess`. Asked
-    /// for again when the peer shakes hands anew.
+    /// for again when the peer connects again.
     WatchProcess {
         /// Whose.
         instance: String,
@@ -143,7 +143,7 @@ pub enum Note {
         /// Its length now, in bytes, or why it did not grow.
         result: Result<u64, String>,
     },
-    /// A peer shook hands.
+    /// A peer is connected.
     PeerConnected {
         /// Which.
         instance: String,
@@ -263,7 +263,7 @@ pub struct ReceiverCounts {
     pub chunks_corrupted: u64,
     /// Chunks freed because nobody fetched or used them in time.
     pub chunks_expired: u64,
-    /// Peers shaken hands with.
+    /// Peers that are connected.
     pub peers: usize,
     /// Leases not released.
     pub leases: usize,

@@ -14,7 +14,7 @@ use crate::wire::message::{
     InitResponse, MemRegExtension, MemRegReplyExtension, MemRegResponse, Ping, Pong, ProcessIdentity,
 };
 
-/// A sender that has shaken hands, or is about to.
+/// A sender that is connected, or connecting.
 #[derive(Debug)]
 pub(super) struct Peer<R> {
     agent_name: String,
@@ -96,12 +96,12 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             return self.free_closing_of(now, &instance, seq);
         }
         if self.peers.contains_key(&instance) {
-            self.lose_peer(now, &instance, "shakes hands anew");
+            self.lose_peer(now, &instance, "connects again");
         }
         self.free_closing_of(now, &instance, seq);
         if self.peers.len() >= self.settings.peers_max && !self.evict_peer() {
             let text = format!(
-                "{} peers are connected and busy or shake hands, the limit; raise pd_max_peers or use another receiver",
+                "{} peers are connected and busy or connecting, the limit; raise pd_max_peers or use another receiver",
                 self.peers.len()
             );
             return self.refuse_peer(from, extension.seq, instance, Failure::new(FailureKind::Limit, text));
@@ -188,7 +188,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         self.send(from, Port::Init, Message::NixlMemRegResponse(response));
     }
 
-    /// Whether this peer has shaken hands, and did so before it sent message `seq`; notes that it was heard of.
+    /// Whether this peer has made its handshake, and did so before it sent message `seq`; notes that it was heard of.
     pub(super) fn touch_peer(&mut self, now: Instant, instance: &str, seq: Seq) -> bool {
         match self.peers.get_mut(instance) {
             Some(peer) if matches!(peer.state, PeerState::Connected(_)) && seq > peer.init_seq => {
@@ -371,12 +371,12 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
     }
 }
 
-/// The refusal that makes a sender shake hands anew.
+/// The refusal that makes a sender connect again.
 pub(super) fn unknown_peer(instance: &str) -> Failure {
     Failure::new(
         FailureKind::HandshakeRefused,
         format!(
-            "{} has not shaken hands with this receiver, or it was restarted since; shake hands anew",
+            "{} is not connected to this receiver, or the receiver was restarted since; connect again",
             truncate(instance)
         ),
     )

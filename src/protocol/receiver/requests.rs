@@ -117,7 +117,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
     /// Asks a writer again whether it has stopped: the first time, or its answer, may have been lost.
     pub(super) fn revoke_again(&mut self, now: Instant, grant: GrantId) {
         let Some(closing) = self.closing.get(&grant) else { return };
-        // One that is not connected says so by shaking hands anew.
+        // A writer that is not connected says so with its next handshake.
         let Some(to) = self.peers.get(&closing.instance).and_then(|peer| peer.alloc_route.clone()) else { return };
         let message = closing.revoke(grant);
         self.send(to, Port::Alloc, message);

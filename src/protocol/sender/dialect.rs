@@ -67,7 +67,7 @@ impl SenderSession {
         };
         if let Some(refusal) = extension.refusal {
             let Failure { kind, text } = truncated(refusal);
-            // It shook hands a moment ago: it has forgotten us since, or was restarted, which says nothing against the pair.
+            // Its handshake was a moment ago: it has forgotten us since, or was restarted, which says nothing against the pair.
             let kind = if kind == FailureKind::HandshakeRefused { FailureKind::PeerLost } else { kind };
             return self.peer_failed(peer, Failure::new(kind, text));
         }

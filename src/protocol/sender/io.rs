@@ -249,7 +249,7 @@ pub enum Note {
         /// Its length now, in bytes, or why it did not grow.
         result: Result<u64, String>,
     },
-    /// A receiver has shaken hands, and the engine is connected to its memory.
+    /// A receiver has answered the handshake, and the engine is connected to its memory.
     PeerUp {
         /// Where.
         address: PeerAddress,
@@ -257,7 +257,7 @@ pub enum Note {
         instance: String,
         /// Length of its buffer, in bytes.
         len_bytes: u64,
-        /// How long it took to shake hands.
+        /// How long the handshake took.
         took: Duration,
     },
     /// A receiver is gone, or was never there. Of one that the configuration names: once, and not at every
@@ -340,7 +340,7 @@ pub struct SenderCounts {
     pub requests_failed: u64,
     /// Bytes written.
     pub bytes: u64,
-    /// Receivers shaken hands with.
+    /// Receivers that are connected.
     pub peers: usize,
     /// Transfers that the engine has not finished.
     pub transfers_in_flight: usize,

@@ -1,4 +1,4 @@
-//! The sender's session: shakes hands with receivers, opens requests, stages local slots, has chunks written,
+//! The sender's session: connects to receivers, opens requests, stages local slots, has chunks written,
 //! commits them.
 //!
 //! | file | what is in it |
@@ -75,7 +75,7 @@ pub struct SenderSettings {
     pub len_max_bytes: u64,
     /// How long a request waits for slots, here and at its receiver, unless it says.
     pub allocation_timeout: Duration,
-    /// How long connecting to a receiver and shaking hands may take.
+    /// How long connecting to a receiver may take, the handshake included.
     pub handshake_timeout: Duration,
     /// How long a receiver may take to answer beyond what it was told to wait. One that is still checking a commit says
     /// so, and has as long again from then on.
@@ -104,7 +104,7 @@ pub struct SenderSettings {
 
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 enum Timer {
-    /// A receiver has not shaken hands in time.
+    /// A receiver has not answered the handshake in time.
     Handshake(PeerId),
     /// A request has waited long enough for its grant.
     Allocation(Uid),

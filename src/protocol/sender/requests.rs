@@ -80,7 +80,7 @@ pub(super) struct Chunk {
 
 #[derive(Debug)]
 pub(super) enum Stage {
-    /// The receiver has not shaken hands yet.
+    /// The receiver has not answered the handshake yet.
     Peer { open_id: Seq, wait: Duration },
     /// The receiver was asked for slots.
     Allocating { open_id: Seq, seq: Seq, wait: Duration },

@@ -41,7 +41,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         Ok(())
     }
 
-    /// Forgets the one that shook hands first, where there are as many as may be. Those that the engine is reading cannot be
+    /// Forgets the one whose handshake came first, where there are as many as may be. Those that the engine is reading cannot be
     /// forgotten.
     fn make_room_for_agent(&mut self) -> Result<(), Failure> {
         let count = self.lmcache.agents.len();
@@ -55,8 +55,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         let agents = self.lmcache.agents.iter();
         let oldest = agents.filter_map(|(name, agent)| Some((agent.number, name.clone(), met(agent)?))).min();
         let Some((_, instance, connection)) = oldest else {
-            let text =
-                format!("{count} senders shake hands at this moment, the limit; raise pd_max_peers, or try again");
+            let text = format!("{count} senders are in their handshake, the limit; raise pd_max_peers, or try again");
             return Err(Failure::new(FailureKind::Limit, text));
         };
         self.lmcache.agents.remove(&instance);
@@ -116,7 +115,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             _ => None,
         };
         let (Some(pages), Some(connection)) = (self.settings.pages, connection) else {
-            let text = "it has not shaken hands, or was told before where the pages are; restart that sender";
+            let text = "it has made no handshake, or was told before where the pages are; restart that sender";
             return refuse(FailureKind::HandshakeRefused, text.into());
         };
         let (module, theirs) = match descriptor_list::decode(list) {

@@ -36,7 +36,7 @@ pub(super) const NAME_PREFIX: &str = "lmcache-";
 /// What is known of LMCache senders.
 #[derive(Debug)]
 pub(super) struct Senders<R> {
-    /// Engines that have shaken hands, by the name that they were given here.
+    /// Engines that have made a handshake, by the name that they were given here.
     agents: BTreeMap<String, Agent<R>>,
     /// Connections that allocations come through, and what their senders are called here.
     routes: Vec<(R, String)>,
@@ -111,7 +111,7 @@ impl<R: PartialEq> Senders<R> {
         self.routes.iter().any(|(_, known)| known == instance)
     }
 
-    /// How many senders are connected or have shaken hands.
+    /// How many senders are connected, or have made a handshake.
     pub(super) fn len(&self) -> usize {
         self.agents.len().max(self.routes.len())
     }

@@ -66,7 +66,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         let chunk = &self.settings.chunk;
         let count = request.keys.len();
         let Some(known_len_bytes) = self.lmcache.known_len_bytes else {
-            return refuse(FailureKind::HandshakeRefused, "no LMCache sender has shaken hands".into());
+            return refuse(FailureKind::HandshakeRefused, "no LMCache sender has made its handshake".into());
         };
         // A request of one chunk has that chunk's shape, which may be short.
         let mut shape = request.shape.clone();
