@@ -279,6 +279,7 @@ fn our_allocation_and_cancel_have_these_bytes() {
                 wait_ms: 5_000,
                 groups: vec![GroupIndex(0), GroupIndex(1)],
                 known_len_bytes: 300,
+                receiver: "r1".into(),
             }),
         }),
         &[&[
@@ -292,13 +293,14 @@ fn our_allocation_and_cancel_have_these_bytes() {
             b"\xa6req_id\xa1r",              // "r"
             b"\xadis_last_batch\xc3",        // true
             b"\xactotal_chunks\x02",         // 2
-            b"\xa2pd\x85",                   // map of 5
+            b"\xa2pd\x86",                   // map of 6
             b"\xa3seq\x09",                  //   9
             b"\xa8instance\xa2i1",           //   "i1"
             b"\xa7wait_ms\xcd\x13\x88",      //   5000
             b"\xa6groups\x92\x00\x01",       //   array of 2: 0, 1
             b"\xafknown_len_bytes",          //
             b"\xcd\x01\x2c",                 //   300
+            b"\xa8receiver\xa2r1",           //   "r1"
         ]],
     );
     assert_golden(
@@ -442,7 +444,7 @@ fn our_own_messages_have_these_bytes() {
         ],
     );
     assert_golden(
-        Message::PdPing(Ping { seq: Seq(12), instance: "i1".into(), ended: Vec::new() }),
+        Message::PdPing(Ping { seq: Seq(12), instance: "i1".into(), ended: Vec::new(), receiver: String::new() }),
         &[&[
             b"\x83\xa4type\xa6PdPing", // map of 3
             b"\xa3seq\x0c",            // 12
@@ -459,15 +461,21 @@ fn our_own_messages_have_these_bytes() {
     const PROCESS: &[u8] = b"\x91\x84\xa7boot_id\xa1b\xadpid_namespace\x05\xa3pid\x06\xabstart_ticks\x07";
     let process = ProcessIdentity { boot_id: "b".into(), pid_namespace: 5, pid: 6, start_ticks: 7 };
     assert_golden(
-        Message::PdPing(Ping { seq: Seq(12), instance: "i1".into(), ended: vec![process.clone()] }),
+        Message::PdPing(Ping {
+            seq: Seq(12),
+            instance: "i1".into(),
+            ended: vec![process.clone()],
+            receiver: "r1".into(),
+        }),
         &[
             &[
-                b"\x84\xa4type\xa6PdPing", // map of 4
+                b"\x85\xa4type\xa6PdPing", // map of 5
                 b"\xa3seq\x0c",            // 12
                 b"\xa8instance\xa2i1",     // "i1"
                 b"\xa5ended",
             ],
             &[PROCESS],
+            &[b"\xa8receiver\xa2r1"], // "r1"
         ],
     );
     assert_golden(

@@ -102,6 +102,7 @@ fn the_largest_request_that_a_configuration_allows_can_be_read_by_everybody() {
                     wait_ms: u64::MAX,
                     groups: groups.clone(),
                     known_len_bytes: u64::MAX,
+                    receiver: "n".repeat(NAME_LEN_BYTES_MAX),
                 }),
             }),
             Message::AllocResponse(AllocResponse {

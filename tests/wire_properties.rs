@@ -101,13 +101,14 @@ fn requests() -> impl Strategy<Value = Message> {
     let seq = || any::<u64>().prop_map(Seq);
     let grant = || any::<u64>().prop_map(GrantId);
     let groups = proptest::collection::vec(any::<u8>().prop_map(GroupIndex), 0..5);
-    let alloc_pd = (seq(), text(), any::<u64>(), groups, any::<u64>()).prop_map(
-        |(seq, instance, wait_ms, groups, known_len_bytes)| AllocExtension {
+    let alloc_pd = (seq(), text(), any::<u64>(), groups, any::<u64>(), text()).prop_map(
+        |(seq, instance, wait_ms, groups, known_len_bytes, receiver)| AllocExtension {
             seq,
             instance,
             wait_ms,
             groups,
             known_len_bytes,
+            receiver,
         },
     );
     let batch = (
@@ -187,9 +188,10 @@ fn requests() -> impl Strategy<Value = Message> {
         (request_id(), grant(), failure(), proptest::option::of(seq())).prop_map(
             |(req_id, grant, reason, alloc_seq)| { Message::PdRevoke(Revoke { req_id, grant, reason, alloc_seq }) }
         ),
-        (seq(), text(), some_processes()).prop_map(|(seq, instance, ended)| Message::PdPing(Ping {
+        (seq(), text(), some_processes(), text()).prop_map(|(seq, instance, ended, receiver)| Message::PdPing(Ping {
             seq,
             instance,
+            receiver,
             ended
         })),
         (seq(), proptest::option::of(failure()), some_processes())

@@ -162,7 +162,7 @@ impl Daemon {
         let mut states = vec![("available", status.slots_free.into()), ("reserved", status.slots_reserved.into())];
         if self.is_receiver() {
             states.extend([
-                ("ready_pinned", status.slots_held.into()),
+                ("ready_held", status.slots_held.into()),
                 ("ready_idle", status.slots_ready.saturating_sub(status.slots_held).into()),
                 ("quarantined", status.slots_quarantined.into()),
             ]);

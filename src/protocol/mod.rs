@@ -57,3 +57,14 @@ pub enum Port {
     /// Cache queries.
     Query,
 }
+
+impl Port {
+    /// For an error text.
+    const fn purpose(self) -> &'static str {
+        match self {
+            Self::Init => "handshakes (pd_peer_init_port)",
+            Self::Alloc => "allocations (pd_peer_alloc_port)",
+            Self::Query => "cache queries (pd_peer_query_port)",
+        }
+    }
+}

@@ -271,6 +271,10 @@ pub struct AllocExtension {
     /// How much of the receiver's buffer the sender knows of, in bytes.
     #[serde(default)]
     pub known_len_bytes: u64,
+    /// [`Hello::instance`] of the receiver that the sender is connected to, as that receiver said in the handshake. Another one
+    /// refuses: a request's two ports may be those of two receivers.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub receiver: String,
 }
 
 /// `AllocResponse`.
@@ -442,6 +446,10 @@ pub struct Ping {
     /// Of the processes that the receiver asked after in a pong, those that have ended.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub ended: Vec<ProcessIdentity>,
+    /// [`Hello::instance`] of the receiver that the sender is connected to, as that receiver said in the handshake. Another one
+    /// refuses: a request's two ports may be those of two receivers.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub receiver: String,
 }
 
 /// `PdPong`.

@@ -4,7 +4,6 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use super::origin::Origin;
-use super::peers::unknown_peer;
 use super::request::{Request, Room, Stage};
 use super::{Note, Port, ReceiverSession, Timer};
 use crate::ids::{ChunkKey, Failure, FailureKind, GrantId, RequestId, Seq, SlotIndex, truncate};
@@ -21,8 +20,8 @@ const LOOKAHEAD_MAX: usize = 8;
 impl<R: Clone + PartialEq> ReceiverSession<R> {
     pub(super) fn on_alloc(&mut self, now: Instant, from: R, request: AllocRequest) {
         let Some(extension) = request.pd.clone() else { return };
-        if !self.touch_peer(now, &extension.instance, extension.seq) {
-            let failure = unknown_peer(&extension.instance);
+        let known = self.touch_peer(now, &extension.instance, extension.seq);
+        if let Err(failure) = self.check_addressee(&extension.instance, known, &extension.receiver) {
             return self.refuse_alloc(from, extension.seq, &extension.instance, request.req_id, failure);
         }
         self.use_peer(now, &extension.instance, &from);

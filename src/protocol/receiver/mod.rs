@@ -195,8 +195,8 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             (Port::Init, Message::NixlMemRegRequest(MemRegRequest { pd: Some(extension), .. })) => {
                 self.on_mem_reg(now, from, &extension);
             }
-            (Port::Alloc, Message::NixlInitRequest(InitRequest { pd: Some(extension), .. })) => {
-                self.on_misdirected_init(from, extension);
+            (port, Message::NixlInitRequest(InitRequest { pd: Some(extension), .. })) => {
+                self.on_misdirected_init(port, from, extension);
             }
             (Port::Alloc, Message::AllocRequest(request @ AllocRequest { pd: Some(_), .. })) => {
                 self.on_alloc(now, from, request);
@@ -206,6 +206,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
                 self.on_cancel(now, from, &req_id, extension);
             }
             (Port::Alloc, Message::PdPing(ping)) => self.on_ping(now, from, ping),
+            (port, Message::PdPing(ping)) => self.on_misdirected_ping(port, from, &ping),
             // Nothing of ours leaves `pd` out.
             (port, message) => self.on_lmcache_message(now, port, from, message),
         }

@@ -216,9 +216,33 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         if let Some(peer) = self.peers.get_mut(&ping.instance).filter(|peer| known && peer.alloc_route.is_none()) {
             peer.alloc_route = Some(from.clone());
         }
-        let refusal = (!known).then(|| unknown_peer(&ping.instance));
-        let have_ended = if known { self.take_ended(now, &ping) } else { Vec::new() };
+        let refusal = self.check_addressee(&ping.instance, known, &ping.receiver).err();
+        let have_ended = if refusal.is_none() { self.take_ended(now, &ping) } else { Vec::new() };
         self.send(from, Port::Alloc, Message::PdPong(Pong { seq: ping.seq, refusal, have_ended }));
+    }
+
+    /// Refuses a message of a sender that is not connected here, or whose handshake was with another receiver: the ports that
+    /// it was given may be those of two receivers, and what is granted here would be written there.
+    pub(super) fn check_addressee(&self, instance: &str, known: bool, receiver: &str) -> Result<(), Failure> {
+        let own = &self.settings.hello.instance;
+        let other = !receiver.is_empty() && receiver != own;
+        if known && !other {
+            return Ok(());
+        }
+        let mut failure = unknown_peer(instance);
+        if other {
+            let text = format!(
+                "this port for allocations is that of {own}, and the sender's handshake was with {}; the two ports belong to \
+                 two receivers: correct them in the request's receiver, or in pd_receivers",
+                truncate(receiver)
+            );
+            // A sender that is not known here may have been connected to this receiver's predecessor, and connects again.
+            failure = match known {
+                true => Failure::new(FailureKind::BadRequest, text),
+                false => Failure::new(failure.kind, format!("{}; {text}", failure.text)),
+            };
+        }
+        Err(failure)
     }
 
     /// A peer says which processes on its host have ended. Returns those that it is asked about next.
@@ -317,12 +341,26 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         Err(Failure::new(FailureKind::HandshakeRefused, text))
     }
 
-    /// A handshake where allocations are expected: the sender would wait for its answer in vain.
-    pub(super) fn on_misdirected_init(&mut self, from: R, extension: InitExtension) {
-        let text = "this is the port for allocations (pd_peer_alloc_port), not that for handshakes (pd_peer_init_port); \
-                    exchange the two in the request's receiver";
+    /// A handshake at another port than that for handshakes: the sender would wait for its answer in vain.
+    pub(super) fn on_misdirected_init(&mut self, port: Port, from: R, extension: InitExtension) {
+        let text = format!(
+            "this is the port for {}, not that for handshakes (pd_peer_init_port); correct the ports in the request's \
+             receiver, or in pd_receivers",
+            port.purpose()
+        );
         let failure = Failure::new(FailureKind::HandshakeRefused, text);
-        self.refuse_peer_at(Port::Alloc, from, extension.seq, truncate(&extension.hello.instance), failure);
+        self.refuse_peer_at(port, from, extension.seq, truncate(&extension.hello.instance), failure);
+    }
+
+    /// A ping at another port than that for allocations, to which the sender would send all its requests.
+    pub(super) fn on_misdirected_ping(&mut self, port: Port, from: R, ping: &Ping) {
+        let text = format!(
+            "this is the port for {}, not that for allocations (pd_peer_alloc_port); correct the ports in the request's \
+             receiver, or in pd_receivers",
+            port.purpose()
+        );
+        let refusal = Some(Failure::new(FailureKind::BadRequest, text));
+        self.send(from, port, Message::PdPong(Pong { seq: ping.seq, refusal, have_ended: Vec::new() }));
     }
 
     fn refuse_peer(&mut self, to: R, seq: Seq, instance: String, failure: Failure) {

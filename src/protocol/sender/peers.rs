@@ -283,13 +283,15 @@ impl SenderSession {
             Ok(()) => {
                 record.state = PeerState::Up(connection);
                 record.last_heard = now;
-                if record.heartbeat {
-                    self.timers.set(Timer::Ping(peer), now + self.settings.heartbeat_interval);
-                }
+                let heartbeat = record.heartbeat;
                 let (address, instance, len_bytes) = (record.address.clone(), record.name(), record.len_bytes);
                 self.timers.cancel(&Timer::Handshake(peer));
                 self.note_connected(now, &address);
                 self.note(Note::PeerUp { address, instance, len_bytes, took });
+                // At once, so that a port for allocations that is not this receiver's is noticed before it is used.
+                if heartbeat {
+                    self.ping(now, now, peer);
+                }
                 for uid in self.requests_of(peer) {
                     self.ask_for_room(now, uid);
                 }
@@ -374,14 +376,21 @@ impl SenderSession {
             );
             return self.peer_failed(peer, Failure::new(FailureKind::PeerLost, text));
         }
+        let receiver = record.instance.clone();
         let instance = self.settings.hello.instance.clone();
         self.timers.set(Timer::Ping(peer), now + interval);
-        self.send(peer, Port::Alloc, Message::PdPing(Ping { seq, instance, ended: Vec::new() }));
+        self.send(peer, Port::Alloc, Message::PdPing(Ping { seq, instance, ended: Vec::new(), receiver }));
     }
 
     pub(super) fn on_pong(&mut self, now: Instant, peer: PeerId, pong: Pong) {
-        if let Some(refusal) = pong.refusal {
-            return self.reconnect(now, peer, truncated(refusal));
+        match pong.refusal {
+            // It has forgotten us, or is another process by now.
+            Some(refusal) if refusal.kind == FailureKind::HandshakeRefused => {
+                return self.reconnect(now, peer, truncated(refusal));
+            }
+            // Another handshake would be answered alike.
+            Some(refusal) => return self.peer_failed(peer, truncated(refusal)),
+            None => {}
         }
         let mut processes = pong.have_ended;
         processes.truncate(PROCESSES_ASKED_MAX);
@@ -393,9 +402,11 @@ impl SenderSession {
     /// Of the processes that a receiver asked after, these have ended.
     pub fn handle_processes_ended(&mut self, now: Instant, peer: PeerId, ended: Vec<ProcessIdentity>) {
         self.now = now;
-        if !ended.is_empty() && self.connection_of(peer).is_some() {
+        let Some(record) = self.peers.get(&peer).filter(|record| record.connection().is_some()) else { return };
+        if !ended.is_empty() {
+            let receiver = record.instance.clone();
             let (seq, instance) = (Seq(self.fresh()), self.settings.hello.instance.clone());
-            self.send(peer, Port::Alloc, Message::PdPing(Ping { seq, instance, ended }));
+            self.send(peer, Port::Alloc, Message::PdPing(Ping { seq, instance, ended, receiver }));
         }
     }
 

@@ -225,6 +225,7 @@ impl SenderSession {
             wait_ms: wait.as_millis() as u64,
             groups: request.groups.clone(),
             known_len_bytes: self.peers.get(&request.peer).map_or(0, |peer| peer.len_bytes),
+            receiver: self.peers.get(&request.peer).map(|peer| peer.instance.clone()).unwrap_or_default(),
         });
         let peer = request.peer;
         self.awaited.insert(seq, uid);

@@ -22,6 +22,8 @@ pub struct Bench {
     pub seq: u64,
     /// What its senders know of the buffer.
     pub known_len_bytes: u64,
+    /// Which receiver its senders are connected to, as they say.
+    pub addressee: String,
     pub last_tokens: u64,
     pub addresses: AddressManager,
     /// How often the session asked for a step.
@@ -87,6 +89,7 @@ impl Bench {
             now: Instant::now(),
             seq: 0,
             known_len_bytes: 16 * slots,
+            addressee: "receiver".into(),
             last_tokens: 4,
             addresses,
             grow_outputs: 0,
@@ -174,6 +177,7 @@ impl Bench {
                 wait_ms: 5000,
                 groups: Vec::new(),
                 known_len_bytes: self.known_len_bytes,
+                receiver: self.addressee.clone(),
             }),
         };
         let said = self.say(Port::Alloc, from, Message::AllocRequest(request));
@@ -242,7 +246,11 @@ pub fn init_message(bench: &mut Bench, port: Port, name: &'static str, seq: u64)
 
 pub fn ping(bench: &mut Bench, name: &'static str) -> Option<FailureKind> {
     let seq = bench.next_seq();
-    let said = bench.say(Port::Alloc, name, Message::PdPing(Ping { seq, instance: name.into(), ended: Vec::new() }));
+    let said = bench.say(
+        Port::Alloc,
+        name,
+        Message::PdPing(Ping { seq, instance: name.into(), ended: Vec::new(), receiver: bench.addressee.clone() }),
+    );
     match said.as_slice() {
         [(_, Message::PdPong(pong))] => pong.refusal.as_ref().map(|refusal| refusal.kind),
         other => panic!("{other:?}"),

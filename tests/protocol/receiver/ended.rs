@@ -15,7 +15,7 @@ fn process(host: &str, pid: u32) -> ProcessIdentity {
 /// What the receiver asks a sender about, after it has heard these processes have ended.
 fn ping_with(bench: &mut Bench, name: &'static str, ended: &[ProcessIdentity]) -> Vec<ProcessIdentity> {
     let seq = bench.next_seq();
-    let ping = Ping { seq, instance: name.into(), ended: ended.to_vec() };
+    let ping = Ping { seq, instance: name.into(), ended: ended.to_vec(), receiver: String::new() };
     match bench.say(Port::Alloc, name, Message::PdPing(ping)).as_slice() {
         [(_, Message::PdPong(Pong { refusal: None, have_ended, .. }))] => have_ended.clone(),
         other => panic!("{other:?}"),

@@ -1,5 +1,6 @@
 //! The receiver's session alone, message by message: what a well-behaved sender never does, or does once in a year.
 
+mod addressee;
 mod bench;
 mod ended;
 mod eviction;

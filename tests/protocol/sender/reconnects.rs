@@ -6,7 +6,7 @@ use pd_backend::ids::{ChunkKey, Failure, FailureKind, PeerAddress, Seq};
 use pd_backend::protocol::Port;
 use pd_backend::protocol::sender::{ConnectState, Note, OpenRequest, SenderSettings};
 use pd_backend::wire::Message;
-use pd_backend::wire::message::{AllocReplyExtension, AllocResponse, CommitAck};
+use pd_backend::wire::message::{AllocReplyExtension, AllocResponse, CommitAck, Pong};
 
 use super::bench::{Bench, CLIENT, request, settings};
 
@@ -231,4 +231,18 @@ fn one_that_forgets_in_the_middle_of_the_handshake_has_refused_nothing() {
     assert_eq!(bench.noted(), ["r down: peer_lost: it has not shaken hands"]);
     bench.later(1, true);
     assert_eq!((bench.noted(), bench.state("r")), (vec!["r up".to_owned()], ConnectState::Connected));
+}
+
+#[test]
+fn a_receiver_that_refuses_a_ping_is_refused_and_not_connected_to_at_once() {
+    // Broken in production: a port for allocations that is another receiver's counts as connected, and requests go there.
+    let mut bench = Bench::with(told_of(&["r"]));
+    bench.start();
+    assert_eq!(bench.state("r"), ConnectState::Connected);
+    let refusal = Some(Failure::new(FailureKind::BadRequest, "the two ports belong to two receivers"));
+    bench.hear(Message::PdPong(Pong { seq: Seq(0), refusal, have_ended: Vec::new() }));
+    let ConnectState::Refused(failure) = bench.state("r") else { panic!("{:?}", bench.state("r")) };
+    assert_eq!(failure.text, "the two ports belong to two receivers");
+    bench.later(29, true);
+    assert_eq!(bench.opened.len(), 1, "it would be refused again");
 }
