@@ -3,9 +3,12 @@
 import os
 import signal
 import socket
+from dataclasses import replace
 
 import pytest
+from pd_backend import PdError, PeerAddress
 
+from free_ports import free_ports
 from test_end_to_end import ENGINES, check_arrived, content, eventually, ship
 from waiting import PATIENCE_S
 
@@ -107,3 +110,19 @@ def test_another_receiver_in_the_place_of_one_that_was_met_is_refused(start_pair
     pair.restart_receiver()
     assert eventually(lambda: failed(pair, "refused", "layout_mismatch"))
     assert told_of(pair).failure.text.startswith("dtype is bfloat16 at sender-")
+
+
+def test_ports_of_two_receivers_are_refused_and_nothing_is_written(start_pair, engine):
+    # Broken in production: two ports of a router's list are exchanged; what one receiver grants is written into the other's
+    # memory, over chunks that are being read there, and is reported as sent.
+    pair = start_pair(engine)
+    init_port, alloc_port = free_ports(2)
+    theirs = PeerAddress(host="127.0.0.1", init_port=init_port, alloc_port=alloc_port)
+    pair.start_receiver(theirs)
+    # The other one knows the sender.
+    ship(replace(pair, address=theirs), "theirs", content(4, 2, 7))
+    mixed = PeerAddress(host="127.0.0.1", init_port=pair.address.init_port, alloc_port=alloc_port)
+    with pytest.raises(PdError, match="belong to two receivers"):
+        ship(replace(pair, address=mixed), "mixed", content(6, 2, 7))
+    ship(pair, "ours", content(5, 2, 7))
+    check_arrived(pair, "ours", content(5, 2, 7))

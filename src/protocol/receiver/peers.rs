@@ -70,7 +70,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         // The sender knows us under another address, and may be writing: nothing of it is freed, and it is told.
         if extension.connected.contains(&self.settings.hello.instance) {
             let text = format!(
-                "{} is this receiver's second address for a sender that is connected to it; use one host name for it",
+                "{} is this receiver's second address for a sender that is connected to it; use one host name for it, and its own two ports",
                 self.settings.hello.instance
             );
             return self.refuse_peer(from, extension.seq, instance, Failure::new(FailureKind::BadRequest, text));

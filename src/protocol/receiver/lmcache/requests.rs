@@ -310,7 +310,7 @@ fn is_whole(id: &RequestId, last: &AllocRequest, left: usize) -> Result<(), Fail
         return Ok(());
     }
     let text = format!(
-        "{id} ends with a batch of {count} chunks where {left} were to come: it is another request than this receiver knows          under the name, or its earlier batches were given up here; send it again as a whole"
+        "{id} ends with a batch of {count} chunks where {left} were to come: it is another request than this receiver knows under the name, or its earlier batches were given up here; send it again as a whole"
     );
     Err(Failure::new(FailureKind::BadRequest, text))
 }
