@@ -28,7 +28,7 @@
 //!   `runtime::awaiting_event`;
 //! - which chunk is where: [`slot::SlotTable`]; which bytes are taken: [`address::AddressManager`]; how the memory under
 //!   them grows: [`buffer::MemoryManager`];
-//! - what is different with LMCache's own peers: `protocol::receiver::origin` and `protocol::sender::link`;
+//! - what is different with LMCache's own peers: `protocol::receiver::dialect` and `protocol::sender::dialect`;
 //! - who may talk: [`wire::auth`]; what an operator sees: [`metrics`];
 //! - what a daemon can be told: [`config::Config`].
 //!

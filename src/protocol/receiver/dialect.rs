@@ -102,9 +102,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
                 self.slots.writer_stopped(slot, grant);
             }
         }
-        if let Origin::Lmcache(_) = request.origin {
-            self.lmcache.forget_granted(&request.keys, id);
-        }
+        self.lmcache.forget_granted(&request.keys, id);
     }
 
     /// Whether a request's sender is gone for good, so that another may ask for what it had.

@@ -3,7 +3,6 @@
 use std::time::Instant;
 
 use super::ended::{Audience, End};
-use super::origin::Origin;
 use super::request::{Closing, Request, Stage};
 use super::{Note, Output, Port, ReceiverSession, Timer};
 use crate::ids::{Failure, FailureKind, GrantId, RequestId, Seq, SlotIndex};
@@ -193,9 +192,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         if self.committed.len() > COMMITTED_MAX {
             self.committed.pop_first();
         }
-        if let Origin::Lmcache(_) = request.origin {
-            self.lmcache.forget_granted(&request.keys, id);
-        }
+        self.lmcache.forget_granted(&request.keys, id);
         self.timers.cancel(&Timer::Write(id.clone()));
         self.timers.set(Timer::Retention(id.clone()), now + self.settings.retention);
         self.counts.requests_ready += 1;

@@ -95,7 +95,7 @@ impl SenderSession {
     pub(super) fn all_written(&mut self, now: Instant, peer: PeerId, uid: Uid) {
         match self.link_of(peer) {
             Link::Pd => self.commit(now, uid),
-            // There is nobody to say it to.
+            // An LMCache receiver takes no commit.
             Link::Lmcache(_) => self.finish_sent(now, uid, true),
         }
     }

@@ -105,7 +105,8 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             let open = self.requests.get(id);
             let batches = open.and_then(|open| open.origin.batches());
             let left = open.zip(batches).map_or(0, |(open, batches)| batches.total.saturating_sub(open.keys.len()));
-            if open.is_some_and(|open| request.keys.iter().any(|key| open.keys.contains(key))) {
+            let earlier: BTreeSet<_> = open.iter().flat_map(|open| &open.keys).collect();
+            if request.keys.iter().any(|key| earlier.contains(key)) {
                 return refuse(FailureKind::BadRequest, format!("{id} names a chunk of an earlier batch again"));
             }
             if count > left {

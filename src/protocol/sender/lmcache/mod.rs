@@ -16,7 +16,7 @@ mod places;
 pub(super) mod receiver;
 mod unwritten;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use self::places::{NoPlaces, Places, places};
@@ -184,7 +184,8 @@ impl SenderSession {
         {
             let Some(&(uid, until)) = receiver.waiting.front() else { return };
             // What is being given back is not asked for before the receiver has heard so.
-            let cancelled = receiver.cancelled.as_ref().map_or(Vec::new(), |cancel| cancel.keys.clone());
+            let cancelled: BTreeSet<ChunkKey> =
+                receiver.cancelled.iter().flat_map(|cancel| cancel.keys.iter().cloned()).collect();
             let names = |key: &ChunkKey| cancelled.contains(key);
             if self.requests.get(&uid).is_some_and(|request| request.peer == peer && request.keys.iter().any(names)) {
                 return;
@@ -254,7 +255,7 @@ impl SenderSession {
         let cancelled = receiver.cancelled.take_if(|_| empty || receiver.asked.is_none());
         let asked = if cancelled.is_none() { receiver.asked.take() } else { None };
         if let Some(Cancelled { keys, .. }) = cancelled.as_ref().filter(|_| empty) {
-            let asked = receiver.asked.as_ref().map_or(&[][..], |asked| &asked.keys);
+            let asked: BTreeSet<&ChunkKey> = receiver.asked.iter().flat_map(|asked| &asked.keys).collect();
             keys.iter().filter(|key| !asked.contains(key)).for_each(|key| receiver.unwritten.given_back(key));
         }
         if receiver.silent_since().is_none() {
