@@ -9,10 +9,10 @@
 //! ```text
 //! bin -> cli -> runtime, bench
 //!
-//!        runtime -> protocol     -> slot -> address
+//!        runtime -> node         -> slot -> address
 //!              |                 '-> wire -> ids
 //!              |-> connector    -> side_channel -> wire
-//!              |-> metrics      -> protocol, connector
+//!              |-> metrics      -> node, connector
 //!              |-> transfer     -> buffer -> address
 //!              '-> config       -> kv_layout
 //!        bench   -> connector, side_channel, buffer, config
@@ -20,7 +20,7 @@
 //!
 //! Where to begin reading:
 //!
-//! - what a request goes through: [`protocol`], two state machines that never wait and never look at a clock;
+//! - what a request goes through: [`node`], two state machines that never wait and never look at a clock;
 //! - what happens in which order in a daemon: `runtime::driver`, then `runtime::sender` and `runtime::receiver`;
 //! - what travels: [`wire::message`] between daemons, [`connector::message`] between an engine and its daemon;
 //! - how bytes move: [`transfer::TransferEngine`] and its two engines;
@@ -28,7 +28,7 @@
 //!   `runtime::awaiting_event`;
 //! - which chunk is where: [`slot::SlotTable`]; which bytes are taken: [`address::AddressManager`]; how the memory under
 //!   them grows: [`buffer::MemoryManager`];
-//! - what is different with LMCache's own peers: `protocol::receiver::dialect` and `protocol::sender::dialect`;
+//! - what is different with LMCache's own peers: `node::incoming::dialect` and `node::outgoing::dialect`;
 //! - who may talk: [`wire::auth`]; what an operator sees: [`metrics`];
 //! - what a daemon can be told: [`config::Config`].
 //!
@@ -48,7 +48,8 @@ pub mod fuzzing;
 pub mod ids;
 pub mod kv_layout;
 pub mod metrics;
-pub mod protocol;
+pub mod node;
+
 pub mod runtime;
 pub mod side_channel;
 pub mod slot;

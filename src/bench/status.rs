@@ -194,7 +194,7 @@ mod tests {
     use crate::connector::message::{ReceiverState, ReceiverStatus};
     use crate::ids::{Failure, FailureKind, PeerAddress, RequestId};
     use crate::metrics::{Snapshot, Tally, exposition};
-    use crate::protocol::receiver::Note;
+    use crate::node::incoming::Note;
 
     fn receiver() -> Snapshot {
         let mut tally = Tally::receiver();

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::durations::Durations;
 use crate::ids::FailureKind;
-use crate::protocol::{receiver, sender};
+use crate::node::{incoming, outgoing};
 
 /// Every end that is known to be bad. All are shown from the start, because a rate needs the 0 before the 1; a kind
 /// that is not listed here appears when it first happens.
@@ -92,8 +92,8 @@ impl Tally {
     }
 
     /// Counts what a sender's session notes.
-    pub fn count_sender(&mut self, note: &sender::Note) {
-        use sender::Note;
+    pub fn count_sender(&mut self, note: &outgoing::Note) {
+        use outgoing::Note;
         match note {
             Note::Grown { result } => self.count_growth(result),
             Note::PeerUp { took, .. } => {
@@ -119,8 +119,8 @@ impl Tally {
     }
 
     /// Counts what a receiver's session notes.
-    pub fn count_receiver(&mut self, note: &receiver::Note) {
-        use receiver::Note;
+    pub fn count_receiver(&mut self, note: &incoming::Note) {
+        use incoming::Note;
         match note {
             Note::Grown { result } => self.count_growth(result),
             Note::PeerConnected { .. } => self.handshakes += 1,

@@ -13,7 +13,7 @@ use super::engine_work::{Command, EngineEvent, Work};
 use super::summing::{Summed, SummingJobs};
 use crate::buffer::Memory;
 use crate::ids::{Checksum, ConnectionId, Failure, FailureKind, TransferId};
-use crate::protocol::sender::PeerMemory;
+use crate::node::outgoing::PeerMemory;
 use crate::transfer::{Backoff, Completion, Connected, Ended, LmcacheEngine, TransferEngine, TransferError, Wait};
 
 /// The driver has gone: there is nobody to serve.
@@ -308,7 +308,7 @@ mod tests {
     use super::*;
     use crate::buffer::HostMemory;
     use crate::ids::{ByteCopy, GrantId, RequestId};
-    use crate::protocol::receiver::ExpectedChunk;
+    use crate::node::incoming::ExpectedChunk;
 
     type Event = EngineEvent<&'static str>;
 

@@ -14,7 +14,7 @@ use super::probe::{Probe, Prober};
 use super::room::Room;
 use crate::buffer::MemoryManager;
 use crate::ids::Pages;
-use crate::protocol::Grown;
+use crate::node::Grown;
 use crate::transfer::{EngineOptions, Export, StartedEngine, start_engine};
 
 /// The running thread. Dropping it stops the engine and waits for it.
@@ -186,8 +186,8 @@ mod tests {
     use super::*;
     use crate::buffer::{BufferError, HostHandle, HostMapping, MachineSteps, Memory, MemoryOptions, StepSource};
     use crate::ids::{ByteCopy, Checksum, ConnectionId, EngineKind, GrantId, RequestId, TransferId};
-    use crate::protocol::receiver::ExpectedChunk;
-    use crate::protocol::sender::PeerMemory;
+    use crate::node::incoming::ExpectedChunk;
+    use crate::node::outgoing::PeerMemory;
     use crate::transfer::nixl::NixlOptions;
 
     const SLOT: u64 = 8192;

@@ -5,9 +5,9 @@ use std::sync::mpsc;
 
 use super::room::Room;
 use crate::ids::{ByteCopy, Checksum, ConnectionId, Failure, GrantId, IpcHandle, RequestId, TransferId};
-use crate::protocol::Grown;
-use crate::protocol::receiver::ExpectedChunk;
-use crate::protocol::sender::PeerMemory;
+use crate::node::Grown;
+use crate::node::incoming::ExpectedChunk;
+use crate::node::outgoing::PeerMemory;
 use crate::transfer::Export;
 
 /// Something for the engine to do. `P` names a peer towards the driver.

@@ -6,7 +6,7 @@ use super::process;
 use crate::config::Config;
 use crate::ids::ChecksumMode;
 use crate::kv_layout::KvGroup;
-use crate::protocol::ChunkShape;
+use crate::node::ChunkShape;
 use crate::wire::message::{
     CAPABILITY_CHECKSUMS, CAPABILITY_COMMIT, CAPABILITY_HEARTBEAT, CAPABILITY_VERIFYING, Hello, PROTOCOL_VERSION,
     PROTOCOL_VERSION_MIN,

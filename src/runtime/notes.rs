@@ -5,7 +5,7 @@ use std::time::Duration;
 use tracing::{debug, error, info, warn};
 
 use crate::ids::FailureKind;
-use crate::protocol::{receiver, sender};
+use crate::node::{incoming, outgoing};
 
 /// Milliseconds, to the microsecond.
 fn ms(time: Duration) -> f64 {
@@ -19,8 +19,8 @@ fn log_grown(result: Result<u64, String>) {
     }
 }
 
-pub(super) fn log_receiver(note: receiver::Note) {
-    use receiver::Note;
+pub(super) fn log_receiver(note: incoming::Note) {
+    use incoming::Note;
     match note {
         Note::Grown { result } => log_grown(result),
         Note::PeerConnected { instance } => info!(sender = %instance, "connected"),
@@ -56,8 +56,8 @@ pub(super) fn log_receiver(note: receiver::Note) {
     }
 }
 
-pub(super) fn log_sender(note: sender::Note) {
-    use sender::Note;
+pub(super) fn log_sender(note: outgoing::Note) {
+    use outgoing::Note;
     match note {
         Note::Grown { result } => log_grown(result),
         Note::PeerUp { address, instance, len_bytes, took } => info!(

@@ -9,7 +9,7 @@ use tokio::task::JoinHandle;
 use super::ports::channel;
 use super::room::{Room, Rooms};
 use crate::ids::{Failure, FailureKind, PeerAddress, PeerId, SharedSecret};
-use crate::protocol::Port;
+use crate::node::Port;
 use crate::side_channel::{Access, Dealer, DealerReceiver, DealerSender, SideChannelError, tcp_address};
 use crate::wire::{LmcacheMode, Message, encode};
 

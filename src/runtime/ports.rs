@@ -8,7 +8,7 @@ use super::error::RuntimeError;
 use super::room::{Room, Rooms};
 use crate::config::Config;
 use crate::ids::truncate;
-use crate::protocol::Port;
+use crate::node::Port;
 use crate::side_channel::{
     Access, PeerTag, RateLimited, Route, RouterEvent, RouterReceiver, RouterSender, RouterSocket,
 };

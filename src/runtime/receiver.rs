@@ -26,8 +26,8 @@ use crate::connector::message::{Reply, Request, Status};
 use crate::connector::server::ConnectorEvent;
 use crate::ids::{ClientId, Failure};
 use crate::metrics::{Snapshot, Tally};
-use crate::protocol::receiver::{Answer, Lookup, Note, Output, ReceiverSettings};
-use crate::protocol::{ReceiverSession, Safeguards};
+use crate::node::incoming::{Answer, Lookup, Note, Output, ReceiverSettings};
+use crate::node::{ReceiverSession, Safeguards};
 
 /// The process behind a peer has ended.
 pub(super) struct ProcessEnded {

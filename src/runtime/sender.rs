@@ -28,8 +28,8 @@ use crate::connector::message::{Reply, Request, Status};
 use crate::connector::server::ConnectorEvent;
 use crate::ids::{ClientId, Failure, PeerId};
 use crate::metrics::{Snapshot, Tally};
-use crate::protocol::sender::{Answer, Note, OpenRequest, Output, SenderSettings, Sending};
-use crate::protocol::{Safeguards, SenderSession};
+use crate::node::outgoing::{Answer, Note, OpenRequest, Output, SenderSettings, Sending};
+use crate::node::{Safeguards, SenderSession};
 
 /// What can happen to a sender.
 enum Event {

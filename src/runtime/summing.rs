@@ -6,7 +6,7 @@ use super::awaiting_event::Waiting;
 use super::sum_queue::{SumQueue, SumRange, Sums};
 use crate::buffer::{BufferError, Memory};
 use crate::ids::{Checksum, Failure, FailureKind, GrantId, RequestId, TransferId};
-use crate::protocol::receiver::ExpectedChunk;
+use crate::node::incoming::ExpectedChunk;
 
 /// How far apart the driver is told that checksums are being summed.
 const TOLD_EVERY: Duration = Duration::from_millis(250);

@@ -8,7 +8,7 @@ use crate::config::Config;
 use crate::connector::message::CONNECTOR_API_VERSION;
 use crate::connector::message::{BufferHandle, BufferUsage, Group, ReceiverState, ReceiverStatus, Reply, Timings};
 use crate::ids::{Failure, FailureKind, PeerAddress, Seq};
-use crate::protocol::{receiver, sender};
+use crate::node::{incoming, outgoing};
 
 pub(super) fn error(id: Seq, failure: Failure, peer: Option<String>) -> Reply {
     Reply::Error { id, kind: failure.kind, text: failure.text, peer }
@@ -87,8 +87,8 @@ pub(super) fn wait(wait_ms: Option<u64>) -> Option<Duration> {
     wait_ms.map(Duration::from_millis)
 }
 
-pub(super) fn receiver((address, state): (&PeerAddress, &sender::ConnectState)) -> ReceiverStatus {
-    use sender::ConnectState::{Connected, Connecting, Refused, Unreachable};
+pub(super) fn receiver((address, state): (&PeerAddress, &outgoing::ConnectState)) -> ReceiverStatus {
+    use outgoing::ConnectState::{Connected, Connecting, Refused, Unreachable};
     let (state, failure) = match state {
         Connecting => (ReceiverState::Connecting, None),
         Connected => (ReceiverState::Connected, None),
@@ -98,22 +98,22 @@ pub(super) fn receiver((address, state): (&PeerAddress, &sender::ConnectState)) 
     ReceiverStatus { address: address.clone(), state, failure: failure.cloned() }
 }
 
-pub(super) fn sender_answer(id: Seq, answer: sender::Answer) -> Reply {
+pub(super) fn sender_answer(id: Seq, answer: outgoing::Answer) -> Reply {
     match answer {
-        sender::Answer::Opened { request, already_sent, slots } => {
+        outgoing::Answer::Opened { request, already_sent, slots } => {
             Reply::Opened { id, req_id: request, already_sent, slots }
         }
-        sender::Answer::Staged { slots } => Reply::Staged { id, slots },
-        sender::Answer::Accepted => Reply::Accepted { id },
-        sender::Answer::Cancelled { request } => Reply::Cancelled { id, req_id: request },
-        sender::Answer::Reset => Reply::Reset { id },
-        sender::Answer::Failed { failure, peer } => error(id, failure, peer),
+        outgoing::Answer::Staged { slots } => Reply::Staged { id, slots },
+        outgoing::Answer::Accepted => Reply::Accepted { id },
+        outgoing::Answer::Cancelled { request } => Reply::Cancelled { id, req_id: request },
+        outgoing::Answer::Reset => Reply::Reset { id },
+        outgoing::Answer::Failed { failure, peer } => error(id, failure, peer),
     }
 }
 
-pub(super) fn sender_event(event: sender::Event) -> Reply {
+pub(super) fn sender_event(event: outgoing::Event) -> Reply {
     match event {
-        sender::Event::Sent { request, chunks, bytes, phases } => Reply::Sent {
+        outgoing::Event::Sent { request, chunks, bytes, phases } => Reply::Sent {
             req_id: request,
             chunks,
             bytes,
@@ -123,19 +123,19 @@ pub(super) fn sender_event(event: sender::Event) -> Reply {
                 commit_us: phases.commit.as_micros() as u64,
             },
         },
-        sender::Event::Failed { request, failure, peer } => {
+        outgoing::Event::Failed { request, failure, peer } => {
             Reply::Failed { req_id: request, kind: failure.kind, text: failure.text, peer }
         }
     }
 }
 
-pub(super) fn receiver_answer(id: Seq, answer: receiver::Answer) -> Reply {
+pub(super) fn receiver_answer(id: Seq, answer: incoming::Answer) -> Reply {
     match answer {
-        receiver::Answer::Ready { request, lease, chunks } => Reply::Ready { id, req_id: request, lease, chunks },
-        receiver::Answer::Found { lease, chunks, granted } => Reply::Found { id, lease, chunks, granted },
-        receiver::Answer::Released => Reply::Released { id },
-        receiver::Answer::Cancelled { request } => Reply::Cancelled { id, req_id: request },
-        receiver::Answer::Reset => Reply::Reset { id },
-        receiver::Answer::Failed { failure, peer } => error(id, failure, peer),
+        incoming::Answer::Ready { request, lease, chunks } => Reply::Ready { id, req_id: request, lease, chunks },
+        incoming::Answer::Found { lease, chunks, granted } => Reply::Found { id, lease, chunks, granted },
+        incoming::Answer::Released => Reply::Released { id },
+        incoming::Answer::Cancelled { request } => Reply::Cancelled { id, req_id: request },
+        incoming::Answer::Reset => Reply::Reset { id },
+        incoming::Answer::Failed { failure, peer } => error(id, failure, peer),
     }
 }

@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use pd_backend::ids::{ChunkKey, ClientId, LeaseId, ReadyChunk, RequestId, Seq};
-use pd_backend::protocol::receiver::{Answer, Lookup};
+use pd_backend::node::incoming::{Answer, Lookup};
 use rand::RngExt;
 
 use crate::events::{Proc, WorldEvent};

@@ -1,7 +1,7 @@
 //! What can happen, and whom to.
 
 use pd_backend::ids::{ChunkKey, ClientId, ConnectionId, GrantId, LeaseId, PeerId, RequestId, StagedSlot, TransferId};
-use pd_backend::protocol::receiver::ExpectedChunk;
+use pd_backend::node::incoming::ExpectedChunk;
 use pd_backend::wire::Message;
 
 use crate::lmcache_sender::Put;

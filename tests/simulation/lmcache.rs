@@ -5,8 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use pd_backend::ids::{ChunkKey, LeaseId, Pages, PeerId, RequestId};
-use pd_backend::protocol::Port;
-use pd_backend::protocol::receiver::Note;
+use pd_backend::node::Port;
+use pd_backend::node::incoming::Note;
 #[cfg(feature = "lmcache")]
 pub use pd_backend::wire::descriptor_list;
 use pd_backend::wire::message::AllocResponse;

@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use pd_backend::ids::{ChunkKey, RequestId};
-use pd_backend::protocol::Port;
+use pd_backend::node::Port;
 use pd_backend::wire::message::{
     AllocRequest, AllocResponse, CancelNotif, InitResponse, MemRegRequest, MemRegResponse,
 };

@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use pd_backend::ids::{ChunkKey, LeaseId, PeerId};
-use pd_backend::protocol::Port;
+use pd_backend::node::Port;
 use pd_backend::wire::message::{
     AllocRequest, AllocResponse, CacheQueryRequest, CancelNotif, InitRequest, MemRegRequest,
 };

@@ -38,7 +38,7 @@ mod tally;
 mod truth;
 mod world;
 
-use pd_backend::protocol::Safeguards;
+use pd_backend::node::Safeguards;
 use plan::Plan;
 use rand::SeedableRng;
 use rand::rngs::StdRng;

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use pd_backend::ids::{Failure, FailureKind, PeerId};
-use pd_backend::protocol::Port;
+use pd_backend::node::Port;
 use pd_backend::wire::Message;
 use rand::RngExt;
 

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use pd_backend::protocol::Safeguards;
+use pd_backend::node::Safeguards;
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 

@@ -5,9 +5,9 @@ use std::time::{Duration, Instant};
 
 use pd_backend::address::AddressManager;
 use pd_backend::ids::{Checksum, ChecksumMode, ConnectionId, TransferId};
-use pd_backend::protocol::receiver::ReceiverSettings;
-use pd_backend::protocol::sender::SenderSettings;
-use pd_backend::protocol::{ChunkShape, ReceiverSession, SenderSession};
+use pd_backend::node::incoming::ReceiverSettings;
+use pd_backend::node::outgoing::SenderSettings;
+use pd_backend::node::{ChunkShape, ReceiverSession, SenderSession};
 use pd_backend::wire::message::{
     CAPABILITY_CHECKSUMS, CAPABILITY_COMMIT, CAPABILITY_HEARTBEAT, CAPABILITY_VERIFYING, Hello, ProcessIdentity,
 };

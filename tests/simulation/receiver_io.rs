@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use pd_backend::ids::{Checksum, ChunkKey, FailureKind};
-use pd_backend::protocol::receiver::{ExpectedChunk, Note, Output};
+use pd_backend::node::incoming::{ExpectedChunk, Note, Output};
 use pd_backend::wire::Message;
 use pd_backend::wire::message::AllocResponse;
 

@@ -1,7 +1,7 @@
 //! A sender's session and what it asks of the world.
 
 use pd_backend::ids::{Failure, FailureKind, PeerAddress, PeerId};
-use pd_backend::protocol::sender::{Output, PeerMemory};
+use pd_backend::node::outgoing::{Output, PeerMemory};
 use pd_backend::wire::message::ProcessIdentity;
 use pd_backend::wire::{LmcacheMode, Message};
 

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use pd_backend::address::AddressManager;
 use pd_backend::ids::{ClientId, ConnectionId, PeerId, RequestId, Seq};
-use pd_backend::protocol::Grown;
+use pd_backend::node::Grown;
 use pd_backend::wire::LmcacheMode;
 use rand::RngExt;
 use rand::rngs::StdRng;

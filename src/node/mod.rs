@@ -1,0 +1,70 @@
+//! What a pd-sender and a pd-receiver say to each other, to their connectors and to their engines, as state machines.
+//!
+//! Sans-IO: `handle_*` takes events in and never waits, `poll_output` gives work out, `poll_timeout` says when to call
+//! `handle_timeout` next. Time is an argument, so a test or a simulation owns the clock. A peer's message is never
+//! asserted on: it is refused. Every request ends exactly once, and every wait has a deadline.
+//!
+//! ```text
+//! connector          SenderSession                    ReceiverSession          connector
+//!   open -------------->|-- NixlInitRequest ---------------->|
+//!                       |<----------------- NixlInitResponse-|
+//!                       |-- NixlMemRegRequest -------------->|      (once: at start, or with the first request)
+//!                       |<--------------- NixlMemRegResponse-|
+//!                       |-- AllocRequest ------------------->|
+//!   <-- opened ---------|<-------------------- AllocResponse-|<------------- wait
+//!   stage, send ------->|== engine writes the chunks =======>|
+//!                       |-- PdCommit ----------------------->|
+//!   <-- sent -----------|<---------------------- PdCommitAck-|-- ready ------------->
+//!                       |-- ProxyNotif --> proxy             |<-- release -----------
+//! ```
+//!
+//! Messages may be lost, repeated, reordered and late: a message counts for what it names (an instance, a grant, the
+//! number of an allocation), a repeated one is answered like the first, and what must arrive (a commit, the acknowledgement
+//! that a writer has stopped) is retransmitted until it is answered. A connected sender pings; a side that hears nothing for
+//! `peer_timeout` gives the other up.
+
+mod chunks;
+mod growth;
+mod handshake;
+#[cfg(feature = "lmcache")]
+mod lmcache_terms;
+// Without LMCache nothing makes the variants that stand for it.
+#[cfg_attr(not(feature = "lmcache"), allow(dead_code))]
+pub mod incoming;
+#[cfg_attr(not(feature = "lmcache"), allow(dead_code))]
+pub mod outgoing;
+mod safeguards;
+mod seen;
+mod timers;
+
+pub use chunks::ChunkShape;
+pub use growth::Grown;
+pub use incoming::ReceiverSession;
+pub use outgoing::SenderSession;
+#[doc(hidden)]
+pub use safeguards::Safeguards;
+
+/// Most processes that a receiver asks one sender about at a time.
+const PROCESSES_ASKED_MAX: usize = 64;
+
+/// Which of a receiver's ports a message belongs to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Port {
+    /// Handshakes.
+    Init,
+    /// Allocations, commits and cancels.
+    Alloc,
+    /// Cache queries.
+    Query,
+}
+
+impl Port {
+    /// For an error text.
+    const fn purpose(self) -> &'static str {
+        match self {
+            Self::Init => "handshakes (pd_peer_init_port)",
+            Self::Alloc => "allocations (pd_peer_alloc_port)",
+            Self::Query => "cache queries (pd_peer_query_port)",
+        }
+    }
+}

@@ -1,0 +1,484 @@
+//! Handshakes with receivers, and losing them.
+
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
+
+use super::link::{LMCACHE_INSTANCE, Link};
+use super::requests::{Stage, Uid, truncated};
+use super::{Note, Output, PeerMemory, Port, SenderSession, Timer};
+use crate::ids::{ConnectionId, Failure, FailureKind, PeerAddress, PeerId, Seq, truncate};
+use crate::node::{PROCESSES_ASKED_MAX, handshake};
+use crate::wire::message::{
+    CAPABILITY_HEARTBEAT, InitExtension, InitRequest, InitResponse, MemRegResponse, MemoryUpdate, Ping, Pong,
+    ProcessIdentity,
+};
+use crate::wire::{LmcacheMode, Message};
+
+/// A receiver, from the first request to it until it is lost.
+#[derive(Debug)]
+pub(super) struct Peer {
+    pub(super) address: PeerAddress,
+    state: PeerState,
+    since: Instant,
+    /// Its name for itself, once it has said.
+    pub(super) instance: String,
+    /// How much of its buffer the engine knows, in bytes.
+    pub(super) len_bytes: u64,
+    last_used: Instant,
+    pub(super) link: Link,
+    /// The mode of LMCache, if LMCache runs there.
+    pub(super) lmcache_mode: LmcacheMode,
+    /// Whether it answers pings.
+    heartbeat: bool,
+    /// When anything was last heard of it.
+    last_heard: Instant,
+}
+
+#[derive(Debug)]
+enum PeerState {
+    /// Transfers to a lost peer at the same address have not ended yet. A handshake tells a receiver that nothing of the old
+    /// connection is in flight, so the handshake has to wait for their end.
+    Draining,
+    /// The sockets are being connected.
+    Connecting,
+    /// Asked who it is.
+    Introducing(Seq),
+    /// The engine reads its metadata.
+    Loading,
+    /// Asked where its memory is.
+    Registering(Seq, ConnectionId),
+    /// The engine connects; the handshake took so long.
+    Warming(ConnectionId, Duration),
+    /// It can be written to.
+    Up(ConnectionId),
+}
+
+impl Peer {
+    pub(super) fn connection(&self) -> Option<ConnectionId> {
+        match self.state {
+            PeerState::Up(connection) => Some(connection),
+            _ => None,
+        }
+    }
+
+    /// What the engine has of it, connected or not yet.
+    fn held(&self) -> Option<ConnectionId> {
+        match self.state {
+            PeerState::Registering(_, connection) | PeerState::Warming(connection, _) | PeerState::Up(connection) => {
+                Some(connection)
+            }
+            _ => None,
+        }
+    }
+
+    /// Its name for itself, or what stands for one.
+    pub(super) fn name(&self) -> String {
+        if self.link.lmcache().is_some() { LMCACHE_INSTANCE.to_owned() } else { self.instance.clone() }
+    }
+}
+
+impl SenderSession {
+    /// The peer at `address`, as it is or begun now.
+    pub(super) fn peer_for(&mut self, now: Instant, address: &PeerAddress) -> Result<PeerId, Failure> {
+        if let Some(&peer) = self.peer_by_address.get(address) {
+            if let Some(record) = self.peers.get_mut(&peer) {
+                record.last_used = now;
+            }
+            return Ok(peer);
+        }
+        if self.peers.len() >= self.settings.peers_max && !self.evict_peer(true) {
+            let text = format!("{} receivers are connected and busy, the limit; raise pd_max_peers", self.peers.len());
+            return Err(Failure::new(FailureKind::Limit, text));
+        }
+        let peer = PeerId(self.fresh());
+        let record = Peer {
+            address: address.clone(),
+            state: PeerState::Draining,
+            since: now,
+            instance: String::new(),
+            len_bytes: 0,
+            last_used: now,
+            link: Link::Pd,
+            lmcache_mode: LmcacheMode::Sync,
+            heartbeat: false,
+            last_heard: now,
+        };
+        self.peers.insert(peer, record);
+        self.peer_by_address.insert(address.clone(), peer);
+        self.timers.set(Timer::Handshake(peer), now + self.settings.handshake_timeout);
+        self.connect_when_drained(peer);
+        Ok(peer)
+    }
+
+    /// Starts connecting once nothing is in flight to an earlier peer at the same address.
+    fn connect_when_drained(&mut self, peer: PeerId) {
+        let Some(record) = self.peers.get_mut(&peer) else { return };
+        if !matches!(record.state, PeerState::Draining)
+            || self.transfers.values().any(|transfer| transfer.peer != peer && transfer.address == record.address)
+        {
+            return;
+        }
+        record.state = PeerState::Connecting;
+        let address = record.address.clone();
+        self.outputs.push_back(Output::OpenPeer { peer, address });
+    }
+
+    /// A transfer to `address` has ended: a peer that waits for it may connect.
+    pub(super) fn drained_at(&mut self, address: &PeerAddress) {
+        if let Some(&peer) = self.peer_by_address.get(address) {
+            self.connect_when_drained(peer);
+        }
+    }
+
+    /// The sockets to a receiver are connected. If it turns out to be LMCache's, it runs in this mode.
+    pub fn handle_peer_opened(&mut self, now: Instant, peer: PeerId, lmcache_mode: LmcacheMode) {
+        self.now = now;
+        let seq = Seq(self.fresh());
+        let Some(record) = self.peers.get_mut(&peer) else { return };
+        if !matches!(record.state, PeerState::Connecting) {
+            return;
+        }
+        record.state = PeerState::Introducing(seq);
+        record.lmcache_mode = lmcache_mode;
+        let connected = self.connected_instances();
+        if connected.len() > handshake::CONNECTED_MAX {
+            let text = format!(
+                "{} receivers are connected or still written to, more than the {} that a handshake can name; try again when \
+                 transfers to lost receivers have ended",
+                connected.len(),
+                handshake::CONNECTED_MAX
+            );
+            return self.peer_failed(peer, Failure::new(FailureKind::Limit, text));
+        }
+        let request = InitRequest {
+            local_meta_bytes: self.settings.metadata.clone(),
+            pd: Some(InitExtension {
+                seq,
+                hello: self.settings.hello.clone(),
+                agent_name: self.settings.agent_name.clone(),
+                connected,
+            }),
+        };
+        self.send(peer, Port::Init, Message::NixlInitRequest(request));
+    }
+
+    /// Receivers that we are connected to, or still write to.
+    fn connected_instances(&self) -> Vec<String> {
+        let held = self.peers.values().filter(|record| !record.instance.is_empty()).map(|record| &record.instance);
+        let written = self.transfers.values().map(|transfer| &transfer.instance).filter(|name| !name.is_empty());
+        let instances: BTreeSet<&String> = held.chain(written).collect();
+        instances.into_iter().cloned().collect()
+    }
+
+    pub(super) fn on_init_response(&mut self, peer: PeerId, response: InitResponse) {
+        let Some(record) = self.peers.get_mut(&peer) else { return };
+        let PeerState::Introducing(seq) = record.state else {
+            return self.note_unexpected(peer, "NixlInitResponse");
+        };
+        // No receiver of ours leaves `pd` out.
+        let Some(extension) = response.pd else { return self.on_lmcache_init_response(peer, response) };
+        if extension.seq != seq {
+            return self.note_unexpected(peer, "NixlInitResponse to another question");
+        }
+        if let Some(refusal) = extension.refusal {
+            return self.peer_failed(peer, truncated(refusal));
+        }
+        let checked = handshake::check_metadata(&response.remote_meta_bytes);
+        if let Err(failure) = checked.and_then(|()| handshake::check(&self.settings.hello, &extension.hello)) {
+            return self.peer_failed(peer, failure);
+        }
+        record.heartbeat = extension.hello.capabilities.iter().any(|name| name == CAPABILITY_HEARTBEAT);
+        record.instance = extension.hello.instance;
+        self.load(peer, Link::Pd, Some(extension.agent_name), response.remote_meta_bytes);
+    }
+
+    /// A receiver has introduced itself: the engine reads its metadata.
+    pub(super) fn load(&mut self, peer: PeerId, link: Link, agent_name: Option<String>, metadata: Vec<u8>) {
+        let Some(record) = self.peers.get_mut(&peer) else { return };
+        record.link = link;
+        record.state = PeerState::Loading;
+        // Our handshake has told a receiver of ours that nothing is in flight. Where an LMCache receiver is now, there is
+        // none of ours any more.
+        let address = record.address.clone();
+        self.forget_owed_ack(&address);
+        self.outputs.push_back(Output::LoadPeer { peer, agent_name, metadata });
+    }
+
+    /// The engine has loaded a receiver's metadata, or could not.
+    pub fn handle_peer_loaded(&mut self, now: Instant, peer: PeerId, result: Result<ConnectionId, String>) {
+        self.now = now;
+        let seq = Seq(self.fresh());
+        let loading = self.peers.get_mut(&peer).filter(|record| matches!(record.state, PeerState::Loading));
+        match (loading, result) {
+            (None, Ok(connection)) => self.outputs.push_back(Output::ForgetPeer(connection)),
+            (None, Err(_)) => {}
+            (Some(record), Ok(connection)) => {
+                record.state = PeerState::Registering(seq, connection);
+                self.register(peer, seq);
+            }
+            (Some(_), Err(text)) => {
+                self.peer_failed(peer, Failure::new(FailureKind::HandshakeRefused, text));
+            }
+        }
+    }
+
+    pub(super) fn on_mem_reg_response(&mut self, now: Instant, peer: PeerId, response: MemRegResponse) {
+        let Some(record) = self.peers.get(&peer) else { return };
+        let PeerState::Registering(seq, connection) = record.state else {
+            return self.note_unexpected(peer, "NixlMemRegResponse");
+        };
+        self.on_registered(now, peer, (seq, connection), response);
+    }
+
+    /// A receiver has said where its memory is.
+    pub(super) fn warm(
+        &mut self,
+        now: Instant,
+        peer: PeerId,
+        connection: ConnectionId,
+        len_bytes: u64,
+        memory: PeerMemory,
+    ) {
+        let Some(record) = self.peers.get_mut(&peer) else { return };
+        record.len_bytes = len_bytes;
+        record.state = PeerState::Warming(connection, now.saturating_duration_since(record.since));
+        self.outputs.push_back(Output::ConnectPeer { peer, connection, memory });
+    }
+
+    /// A receiver's buffer has grown. Nothing is granted beyond what the sender was told of, so it is told with a grant.
+    pub(super) fn on_memory_update(&mut self, peer: PeerId, update: MemoryUpdate) {
+        let Some(record) = self.peers.get_mut(&peer) else { return };
+        // Two grants may carry the same update.
+        if let PeerState::Up(connection) = record.state
+            && update.len_bytes > record.len_bytes
+        {
+            record.len_bytes = update.len_bytes;
+            let MemoryUpdate { metadata, descriptors, .. } = update;
+            self.outputs.push_back(Output::UpdatePeer { peer, connection, metadata, descriptors });
+        }
+    }
+
+    /// The engine knows a receiver's buffer as it is now, or could not learn it: then the receiver is connected to again.
+    pub fn handle_peer_updated(
+        &mut self,
+        now: Instant,
+        peer: PeerId,
+        connection: ConnectionId,
+        result: Result<(), String>,
+    ) {
+        self.now = now;
+        if let Err(text) = result
+            && self.connection_of(peer) == Some(connection)
+        {
+            self.peer_failed(peer, Failure::new(FailureKind::PeerLost, text));
+        }
+    }
+
+    /// The engine is connected to a receiver's memory, or could not.
+    pub fn handle_peer_connected(&mut self, now: Instant, peer: PeerId, result: Result<(), String>) {
+        self.now = now;
+        let Some(record) = self.peers.get_mut(&peer) else { return };
+        let PeerState::Warming(connection, took) = record.state else { return };
+        match result {
+            Ok(()) => {
+                record.state = PeerState::Up(connection);
+                record.last_heard = now;
+                let heartbeat = record.heartbeat;
+                let (address, instance, len_bytes) = (record.address.clone(), record.name(), record.len_bytes);
+                self.timers.cancel(&Timer::Handshake(peer));
+                self.note_connected(now, &address);
+                self.note(Note::PeerUp { address, instance, len_bytes, took });
+                // At once, so that a port for allocations that is not this receiver's is noticed before it is used.
+                if heartbeat {
+                    self.ping(now, now, peer);
+                }
+                for uid in self.requests_of(peer) {
+                    self.ask_for_room(now, uid);
+                }
+            }
+            Err(text) => self.peer_failed(peer, Failure::new(FailureKind::PeerUnreachable, text)),
+        }
+    }
+
+    /// The connections to a receiver are gone, or could not be made.
+    pub fn handle_peer_closed(&mut self, now: Instant, peer: PeerId, failure: Failure) {
+        self.now = now;
+        self.drop_peer(peer, failure);
+    }
+
+    /// Gives a receiver up: closes its connections, fails its requests.
+    pub(super) fn peer_failed(&mut self, peer: PeerId, failure: Failure) {
+        if self.peers.contains_key(&peer) {
+            // Requests first: their cancels can still be sent.
+            self.drop_peer(peer, failure);
+            self.outputs.push_back(Output::ClosePeer(peer));
+        }
+    }
+
+    fn drop_peer(&mut self, peer: PeerId, failure: Failure) {
+        let Some(record) = self.peers.get(&peer) else { return };
+        let address = record.address.clone();
+        let connection = record.held();
+        self.note_owed_ack(peer);
+        self.end_lmcache(peer);
+        self.note_lost(&address, &failure);
+        // The text may name one of its ports alone.
+        let told = match failure.text.contains(&address.to_string()) {
+            true => failure,
+            false => Failure::new(failure.kind, format!("receiver {address}: {}", failure.text)),
+        };
+        for uid in self.requests_of(peer) {
+            self.fail(uid, told.clone());
+        }
+        self.timers.cancel(&Timer::Handshake(peer));
+        self.timers.cancel(&Timer::Ping(peer));
+        self.forget_pending_acks(peer);
+        self.peer_by_address.remove(&address);
+        if let Some(record) = self.peers.remove(&peer) {
+            self.remember_lmcache(record);
+        }
+        if let Some(connection) = connection {
+            self.outputs.push_back(Output::ForgetPeer(connection));
+        }
+    }
+
+    pub(super) fn handshake_timed_out(&mut self, peer: PeerId) {
+        let limit_ms = self.settings.handshake_timeout.as_millis();
+        let draining = self.peers.get(&peer).is_some_and(|record| matches!(record.state, PeerState::Draining));
+        let why = if draining { ": transfers to it from before have not ended yet" } else { "" };
+        let text = format!("no handshake within {limit_ms} ms (pd_handshake_timeout_sec){why}");
+        self.peer_failed(peer, Failure::new(FailureKind::PeerUnreachable, text));
+    }
+
+    /// Something arrived from a receiver.
+    pub(super) fn hear_of(&mut self, now: Instant, peer: PeerId) {
+        if let Some(record) = self.peers.get_mut(&peer) {
+            record.last_heard = now;
+        }
+    }
+
+    /// Asks a receiver whether it is there; gives it up when it has been silent for too long.
+    pub(super) fn ping(&mut self, now: Instant, due: Instant, peer: PeerId) {
+        let (interval, timeout) = (self.settings.heartbeat_interval, self.settings.peer_timeout);
+        let seq = Seq(self.fresh());
+        let Some(record) = self.peers.get_mut(&peer) else { return };
+        // Whoever has slept has not listened: what the receiver said meanwhile is still to be read.
+        if now.saturating_duration_since(due) >= interval {
+            record.last_heard = now;
+        }
+        let silent: Duration = now.saturating_duration_since(record.last_heard);
+        if silent >= timeout {
+            let text = format!(
+                "receiver {} ({}) said nothing for {} ms (pd_peer_timeout_sec)",
+                record.address,
+                truncate(&record.instance),
+                silent.as_millis()
+            );
+            return self.peer_failed(peer, Failure::new(FailureKind::PeerLost, text));
+        }
+        let receiver = record.instance.clone();
+        let instance = self.settings.hello.instance.clone();
+        self.timers.set(Timer::Ping(peer), now + interval);
+        self.send(peer, Port::Alloc, Message::PdPing(Ping { seq, instance, ended: Vec::new(), receiver }));
+    }
+
+    pub(super) fn on_pong(&mut self, now: Instant, peer: PeerId, pong: Pong) {
+        match pong.refusal {
+            // It has forgotten us, or is another process by now.
+            Some(refusal) if refusal.kind == FailureKind::HandshakeRefused => {
+                return self.reconnect(now, peer, truncated(refusal));
+            }
+            // Another handshake would be answered alike.
+            Some(refusal) => return self.peer_failed(peer, truncated(refusal)),
+            None => {}
+        }
+        let mut processes = pong.have_ended;
+        processes.truncate(PROCESSES_ASKED_MAX);
+        if !processes.is_empty() {
+            self.outputs.push_back(Output::CheckProcesses { peer, processes });
+        }
+    }
+
+    /// Of the processes that a receiver asked after, these have ended.
+    pub fn handle_processes_ended(&mut self, now: Instant, peer: PeerId, ended: Vec<ProcessIdentity>) {
+        self.now = now;
+        let Some(record) = self.peers.get(&peer).filter(|record| record.connection().is_some()) else { return };
+        if !ended.is_empty() {
+            let receiver = record.instance.clone();
+            let (seq, instance) = (Seq(self.fresh()), self.settings.hello.instance.clone());
+            self.send(peer, Port::Alloc, Message::PdPing(Ping { seq, instance, ended, receiver }));
+        }
+    }
+
+    /// The receiver does not know us: it has given us up, has forgotten us in favour of another, or was restarted
+    /// behind the same connection. Requests without slots ask again, once; the others have lost theirs.
+    pub(super) fn reconnect(&mut self, now: Instant, peer: PeerId, refusal: Failure) {
+        let Some(record) = self.peers.get(&peer) else { return };
+        let address = record.address.clone();
+        let mut again = Vec::new();
+        for uid in self.requests_of(peer) {
+            let Some(request) = self.requests.get_mut(&uid) else { continue };
+            let Stage::Allocating { open_id, seq, wait } = request.stage else { continue };
+            if std::mem::replace(&mut request.reconnected, true) {
+                continue;
+            }
+            request.set_aside(now, open_id, wait);
+            self.awaited.remove(&seq);
+            self.timers.cancel(&Timer::Allocation(uid));
+            again.push(uid);
+        }
+        let text = format!("receiver {address} has forgotten this sender: {}", refusal.text);
+        self.peer_failed(peer, Failure::new(FailureKind::PeerLost, text));
+        self.take_up(now, &address, again);
+    }
+
+    /// Requests that were set aside wait for a new handshake.
+    pub(super) fn take_up(&mut self, now: Instant, address: &PeerAddress, requests: Vec<Uid>) {
+        for uid in requests {
+            match self.peer_for(now, address) {
+                Ok(peer) => {
+                    if let Some(request) = self.requests.get_mut(&uid) {
+                        request.peer = peer;
+                    }
+                }
+                Err(failure) => self.fail(uid, failure),
+            }
+        }
+    }
+
+    pub(super) fn requests_of(&self, peer: PeerId) -> Vec<Uid> {
+        let of_peer = self
+            .requests
+            .iter()
+            .filter(|(_, request)| request.peer == peer && !matches!(request.stage, Stage::Closing { .. }));
+        of_peer.map(|(&uid, _)| uid).collect()
+    }
+
+    /// Forgets the receiver that was used longest ago, of those with nothing under way. One that the configuration names goes
+    /// last, and only with `configured_too`.
+    pub(super) fn evict_peer(&mut self, configured_too: bool) -> bool {
+        let idle = self.peers.iter().filter(|(peer, record)| {
+            let configured = self.reconnects.contains(&record.address);
+            // One that is connecting because the configuration names it has nothing under way either.
+            (if configured { configured_too } else { record.connection().is_some() })
+                && !self.requests.values().any(|request| request.peer == **peer)
+                && !self.quiesce.is_pending(**peer)
+                && !record.link.is_busy()
+        });
+        let last = idle.min_by_key(|(_, record)| (self.reconnects.contains(&record.address), record.last_used));
+        let Some((&peer, record)) = last else { return false };
+        let (address, connection) = (record.address.clone(), record.held());
+        self.timers.cancel(&Timer::Handshake(peer));
+        self.timers.cancel(&Timer::Ping(peer));
+        self.postpone_connecting(&address);
+        self.peer_by_address.remove(&address);
+        if let Some(record) = self.peers.remove(&peer) {
+            self.remember_lmcache(record);
+        }
+        self.outputs.push_back(Output::ClosePeer(peer));
+        if let Some(connection) = connection {
+            self.outputs.push_back(Output::ForgetPeer(connection));
+        }
+        true
+    }
+}

@@ -1,0 +1,474 @@
+//! A request from `open` to its acknowledged commit.
+
+use std::collections::BTreeMap;
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
+
+use super::coverage::Coverage;
+use super::{Answer, Event, Note, OpenRequest, Output, Phases, Port, SenderSession, Timer};
+use crate::ids::{
+    Checksum, ChunkKey, ClientId, Failure, FailureKind, GrantId, GroupIndex, PeerAddress, PeerId, RequestId, Seq,
+    SlotIndex, truncate,
+};
+use crate::node::ChunkShape;
+use crate::node::chunks::ChunkSize;
+use crate::wire::Message;
+use crate::wire::message::{AllocExtension, AllocRequest, AllocResponse, Commit, CommitAck, Verifying};
+
+/// What a request is told that was not sent in time.
+pub(super) const WRITE_DEADLINE_PASSED: &str =
+    "the receiver's grant ended before everything was sent (its pd_write_timeout_sec)";
+
+/// How many allocations are remembered, for answers that come late or twice.
+const ASKED_MAX: usize = 4096;
+
+/// Longest name of a host, in bytes, as DNS has it (RFC 1035, 2.3.4).
+const HOST_LEN_BYTES_MAX: usize = 255;
+
+/// Longest that a grant is taken to last, whatever its receiver says.
+const WRITE_TIME_MAX: Duration = Duration::from_secs(86_400);
+
+/// A request's name inside the session: a client may use the same [`RequestId`] again while the transfers of its
+/// predecessor are still ending.
+pub(super) type Uid = u64;
+
+/// A request that has not ended, or whose transfers have not.
+#[derive(Debug)]
+pub(super) struct Request {
+    pub(super) id: RequestId,
+    /// Who opened it, as long as somebody cares.
+    pub(super) client: Option<ClientId>,
+    pub(super) peer: PeerId,
+    pub(super) address: PeerAddress,
+    pub(super) keys: Vec<ChunkKey>,
+    pub(super) groups: Vec<GroupIndex>,
+    pub(super) last_chunk_tokens: u32,
+    pub(super) chunks: Vec<Chunk>,
+    /// Whether to stage every chunk to send as soon as it is granted.
+    stage_all: bool,
+    /// Local slots by what they hold.
+    pub(super) staged: BTreeMap<SlotIndex, u32>,
+    /// Whether its client learns of its end by an event, at a moment when it may be filling slots.
+    pub(super) told_by_event: bool,
+    /// Transfers that the engine has not finished.
+    pub(super) in_flight: usize,
+    pub(super) bytes: u64,
+    pub(super) opened_at: Instant,
+    /// When the current phase began.
+    pub(super) since: Instant,
+    pub(super) phases: Phases,
+    /// Whether its receiver had forgotten us once, and was connected to again.
+    pub(super) reconnected: bool,
+    pub(super) stage: Stage,
+}
+
+/// One chunk of a request.
+#[derive(Debug)]
+pub(super) struct Chunk {
+    pub(super) len_bytes: u64,
+    /// Where it goes in the receiver's buffer, in bytes from its start; none when the receiver has it already.
+    pub(super) remote: Option<u64>,
+    /// Its local slot, while it is staged.
+    pub(super) local: Option<SlotIndex>,
+    /// What was given to the engine.
+    pub(super) queued: Coverage,
+    /// How much of that is written.
+    pub(super) done_bytes: u64,
+    /// Checksums of its written parts: start -> (length, checksum).
+    pub(super) sums: BTreeMap<u64, (u64, Checksum)>,
+}
+
+#[derive(Debug)]
+pub(super) enum Stage {
+    /// The receiver has not answered the handshake yet.
+    Peer { open_id: Seq, wait: Duration },
+    /// The receiver was asked for slots.
+    Allocating { open_id: Seq, seq: Seq, wait: Duration },
+    /// Chunks can be staged and sent.
+    Open { grant: GrantId, write_until: Instant, last: bool },
+    /// Everything is written; the receiver was told.
+    Committing { grant: GrantId },
+    /// It has failed, and transfers of it have not ended. Then the receiver is told that nothing writes any more.
+    Closing { grant: Option<GrantId>, alloc_seq: Option<Seq>, cancel: Option<(ClientId, Seq)> },
+}
+
+impl Chunk {
+    /// Of all its bytes, if every part of it was summed.
+    fn checksum(&self) -> Option<Checksum> {
+        let summed: u64 = self.sums.values().map(|(len_bytes, _)| len_bytes).sum();
+        let mut parts = self.sums.values();
+        let &(_, first) = parts.next()?;
+        let whole = parts.fold(first, |sum, &(len_bytes, next)| sum.followed_by(next, len_bytes));
+        (summed == self.len_bytes).then_some(whole)
+    }
+
+    /// Whether its client may still be filling it, if it is staged.
+    pub(super) fn is_filling(&self) -> bool {
+        self.queued.len_bytes() < self.len_bytes
+    }
+}
+
+impl Request {
+    /// Whether its receiver may hold slots for it.
+    pub(super) fn may_have_grant(&self) -> bool {
+        !matches!(self.stage, Stage::Peer { .. })
+    }
+
+    /// Whether its client has slots of it that it may not have filled yet.
+    pub(super) fn is_filling(&self) -> bool {
+        self.staged.values().any(|&chunk| self.chunks[chunk as usize].is_filling())
+    }
+
+    pub(super) fn staged_slots(&self) -> usize {
+        self.staged.len()
+    }
+
+    /// Whether it has no slots at its receiver yet.
+    pub(super) const fn waits(&self) -> bool {
+        matches!(self.stage, Stage::Peer { .. } | Stage::Allocating { .. })
+    }
+
+    /// Makes it wait for a handshake again. What it has waited so far counts.
+    pub(super) fn set_aside(&mut self, now: Instant, open_id: Seq, wait: Duration) {
+        let wait = wait.saturating_sub(now.saturating_duration_since(self.opened_at));
+        self.stage = Stage::Peer { open_id, wait };
+        // Detach the request from the peer, so that dropping the peer does not fail it.
+        self.peer = PeerId(0);
+    }
+
+    /// Asks for its slots, as LMCache asks.
+    pub(super) fn alloc_message(&self, chunk: &ChunkShape) -> AllocRequest {
+        AllocRequest {
+            keys: self.keys.clone(),
+            fmt: chunk.wire_format,
+            shape: chunk.wire_shape.clone(),
+            dtype: chunk.dtype.clone(),
+            last_chunk_toks: u64::from(self.last_chunk_tokens),
+            req_id: Some(self.id.clone()),
+            is_last_batch: Some(true),
+            total_chunks: Some(self.keys.len() as u32),
+            pd: None,
+        }
+    }
+}
+
+impl SenderSession {
+    /// A client announces a request.
+    pub fn handle_open(&mut self, now: Instant, client: ClientId, id: Seq, open: OpenRequest) {
+        self.now = now;
+        let checked = self.check_open(&open).and_then(|sizes| Ok((self.peer_for(now, &open.receiver)?, sizes)));
+        let (peer, sizes) = match checked {
+            Ok(checked) => checked,
+            Err(failure) => return self.refuse(client, id, failure, Some(truncate(&open.receiver.to_string()))),
+        };
+        let chunk = |size: ChunkSize| Chunk {
+            len_bytes: size.len_bytes,
+            remote: None,
+            local: None,
+            queued: Coverage::default(),
+            done_bytes: 0,
+            sums: BTreeMap::new(),
+        };
+        let request = Request {
+            client: Some(client),
+            peer,
+            address: open.receiver,
+            chunks: sizes.into_iter().map(chunk).collect(),
+            keys: open.keys,
+            groups: open.groups,
+            last_chunk_tokens: open.last_chunk_tokens,
+            stage_all: open.stage,
+            staged: BTreeMap::new(),
+            told_by_event: false,
+            in_flight: 0,
+            bytes: 0,
+            opened_at: now,
+            since: now,
+            phases: Phases::default(),
+            reconnected: false,
+            stage: Stage::Peer { open_id: id, wait: self.allocation_wait(open.wait) },
+            id: open.id.clone(),
+        };
+        let uid = self.fresh();
+        self.requests.insert(uid, request);
+        self.request_by_name.insert(open.id, uid);
+        if self.connection_of(peer).is_some() {
+            self.ask_for_room(now, uid);
+        }
+    }
+
+    /// The request that this client opened under this name, if it has not ended.
+    pub(super) fn find_request(&self, client: ClientId, name: &RequestId) -> Result<Uid, Failure> {
+        let uid = self.request_by_name.get(name).copied();
+        uid.filter(|uid| self.requests.get(uid).is_some_and(|request| request.client == Some(client))).ok_or_else(
+            || {
+                let text = format!("no request {name} of yours is open: it was never opened here, or it has ended");
+                Failure::new(FailureKind::Unknown, text)
+            },
+        )
+    }
+
+    /// Asks a receiver of ours for slots.
+    pub(super) fn allocate(&mut self, now: Instant, uid: Uid) {
+        let seq = Seq(self.fresh());
+        let Some(request) = self.requests.get_mut(&uid) else { return };
+        let Stage::Peer { open_id, wait } = request.stage else { return };
+        request.stage = Stage::Allocating { open_id, seq, wait };
+        self.asked.insert(seq, (request.id.clone(), None));
+        if self.asked.len() > ASKED_MAX {
+            self.asked.pop_first();
+        }
+        let mut message = request.alloc_message(&self.settings.chunk);
+        message.pd = Some(AllocExtension {
+            seq,
+            instance: self.settings.hello.instance.clone(),
+            wait_ms: wait.as_millis() as u64,
+            groups: request.groups.clone(),
+            known_len_bytes: self.peers.get(&request.peer).map_or(0, |peer| peer.len_bytes),
+            receiver: self.peers.get(&request.peer).map(|peer| peer.instance.clone()).unwrap_or_default(),
+        });
+        let peer = request.peer;
+        self.awaited.insert(seq, uid);
+        // The receiver's own answer says more than our clock: give it the time of an acknowledgement beyond the wait.
+        self.timers.set(Timer::Allocation(uid), now + wait + self.settings.commit_timeout);
+        self.send(peer, Port::Alloc, Message::AllocRequest(message));
+    }
+
+    pub(super) fn allocation_timed_out(&mut self, uid: Uid) {
+        if let Some(failure) = self.lmcache_allocation_timed_out(uid) {
+            return self.fail(uid, failure);
+        }
+        let Some(Request { stage: Stage::Allocating { wait, .. }, .. }) = self.requests.get(&uid) else { return };
+        let text = format!(
+            "the receiver did not answer the allocation in time; it was given {} ms to find slots and {} ms to say so",
+            wait.as_millis(),
+            self.settings.commit_timeout.as_millis()
+        );
+        self.fail(uid, Failure::new(FailureKind::Deadline, text));
+    }
+
+    pub(super) fn on_alloc_response(&mut self, now: Instant, peer: PeerId, response: AllocResponse) {
+        let Some(extension) = response.pd else {
+            return self.note_unexpected(peer, "AllocResponse without `pd`");
+        };
+        if self.ack_answered(peer, extension.seq) {
+            return;
+        }
+        let Some(&uid) = self.awaited.get(&extension.seq) else {
+            return self.on_unawaited_grant(peer, extension.seq, extension.grant);
+        };
+        if let Some(update) = extension.memory {
+            self.on_memory_update(peer, update);
+        }
+        let len_bytes = self.peers.get(&peer).map_or(0, |peer| peer.len_bytes);
+        let Some(request) = self.requests.get_mut(&uid).filter(|request| request.peer == peer) else { return };
+        let Stage::Allocating { open_id, seq, .. } = request.stage else { return };
+        if seq != extension.seq {
+            return;
+        }
+        self.awaited.remove(&seq);
+        self.timers.cancel(&Timer::Allocation(uid));
+        let Some(grant) = extension.grant.filter(|_| extension.refusal.is_none()) else {
+            let failure = extension.refusal.map(truncated).unwrap_or_else(|| {
+                Failure::new(FailureKind::Other, "the receiver granted nothing and did not say why")
+            });
+            if failure.kind == FailureKind::HandshakeRefused {
+                self.awaited.insert(seq, uid);
+                return self.reconnect(now, peer, failure);
+            }
+            return self.fail(uid, failure);
+        };
+        if let Some((_, taken)) = self.asked.get_mut(&seq) {
+            *taken = Some(grant);
+        }
+        // The receiver's word, but not for ever: what it says may be any number.
+        let write_until = now + Duration::from_millis(extension.write_within_ms).min(WRITE_TIME_MAX);
+        let placed = place_chunks(request, &response.already_sent_indexes, &extension.offsets, len_bytes);
+        let Some(already_sent) = placed else {
+            let text = format!(
+                "the receiver answered {} chunks with {} places and {} already sent; expected places that share no byte within {len_bytes}, \
+                 one for each chunk that is not already sent",
+                request.chunks.len(),
+                extension.offsets.len(),
+                response.already_sent_indexes.len()
+            );
+            return self.fail(uid, Failure::new(FailureKind::Other, text));
+        };
+        request.stage = Stage::Open { grant, write_until, last: false };
+        self.opened(now, uid, open_id, write_until, already_sent);
+    }
+
+    /// A request has its slots: its client may fill and send.
+    pub(super) fn opened(
+        &mut self,
+        now: Instant,
+        uid: Uid,
+        open_id: Seq,
+        write_until: Instant,
+        already_sent: Vec<u32>,
+    ) {
+        self.timers.cancel(&Timer::Allocation(uid));
+        let Some(request) = self.requests.get_mut(&uid) else { return };
+        request.phases.alloc = now.saturating_duration_since(request.opened_at);
+        request.since = now;
+        let note = Note::Opened {
+            request: request.id.clone(),
+            address: request.address.clone(),
+            chunks: request.chunks.len(),
+            already_sent: already_sent.len(),
+            took: request.phases.alloc,
+        };
+        let (client, name, stage_all) = (request.client, request.id.clone(), request.stage_all);
+        self.timers.set(Timer::Write(uid), write_until);
+        self.note(note);
+        if let Some(client) = client {
+            let slots = if stage_all { self.stage_granted(uid) } else { Vec::new() };
+            self.answer(client, open_id, Answer::Opened { request: name, already_sent, slots });
+        }
+    }
+
+    /// Everything is written: tells a receiver of ours.
+    pub(super) fn commit(&mut self, now: Instant, uid: Uid) {
+        let seq = Seq(self.fresh());
+        let Some(request) = self.requests.get_mut(&uid) else { return };
+        let Stage::Open { grant, last: true, .. } = request.stage else { return };
+        let peer = request.peer;
+        request.stage = Stage::Committing { grant };
+        let granted = request.chunks.iter().filter(|chunk| chunk.remote.is_some());
+        let mut checksums: Vec<Option<Checksum>> = granted.map(Chunk::checksum).collect();
+        if checksums.iter().all(Option::is_none) {
+            checksums.clear();
+        }
+        let instance = self.settings.hello.instance.clone();
+        let commit = Commit { seq, instance, req_id: request.id.clone(), grant, checksums };
+        if self.settings.notify_proxy && !self.settings.safeguards.commit_before_notify {
+            self.outputs.push_back(Output::NotifyProxy { request: commit.req_id.clone() });
+        }
+        self.awaited.insert(seq, uid);
+        self.commits.insert(uid, commit.clone());
+        self.timers.cancel(&Timer::Write(uid));
+        self.timers.set(Timer::Commit(uid), now + self.settings.commit_timeout);
+        self.timers.set(Timer::Recommit(uid), now + self.retransmit_after());
+        self.send(peer, Port::Alloc, Message::PdCommit(commit));
+    }
+
+    /// Sends a commit again that was not answered: it, or its answer, may have been lost.
+    pub(super) fn retransmit_commit(&mut self, now: Instant, uid: Uid) {
+        let Some(commit) = self.commits.get(&uid).cloned() else { return };
+        let Some(request) = self.requests.get(&uid) else { return };
+        if matches!(request.stage, Stage::Committing { .. }) {
+            self.send(request.peer, Port::Alloc, Message::PdCommit(commit));
+            self.timers.set(Timer::Recommit(uid), now + self.retransmit_after());
+        }
+    }
+
+    pub(super) fn on_commit_ack(&mut self, now: Instant, peer: PeerId, ack: CommitAck) {
+        let Some(uid) = self.awaited.remove(&ack.seq) else { return };
+        let Some(request) = self.requests.get(&uid).filter(|request| request.peer == peer) else { return };
+        if !matches!(request.stage, Stage::Committing { .. }) {
+            return;
+        }
+        if let Some(refusal) = ack.refusal {
+            return self.fail(uid, truncated(refusal));
+        }
+        self.finish_sent(now, uid, self.settings.safeguards.commit_before_notify);
+    }
+
+    /// The receiver is still checking what was written.
+    pub(super) fn on_verifying(&mut self, now: Instant, peer: PeerId, verifying: &Verifying) {
+        let Some(&uid) = self.awaited.get(&verifying.seq) else { return };
+        let committing = |request: &Request| request.peer == peer && matches!(request.stage, Stage::Committing { .. });
+        if self.requests.get(&uid).is_some_and(committing) {
+            self.timers.set(Timer::Commit(uid), now + self.settings.commit_timeout);
+        }
+    }
+
+    /// Everything of a request is at its receiver, as surely as that receiver lets us know.
+    pub(super) fn finish_sent(&mut self, now: Instant, uid: Uid, notify: bool) {
+        let Some(mut request) = self.remove(uid) else { return };
+        request.phases.commit = now.saturating_duration_since(request.since);
+        let chunks = request.chunks.iter().filter(|chunk| chunk.remote.is_some()).count() as u32;
+        self.counts.requests_sent += 1;
+        self.counts.bytes += request.bytes;
+        // The proxy is told after the commit is acknowledged, once, and never for a request that failed.
+        if self.settings.notify_proxy && notify {
+            self.outputs.push_back(Output::NotifyProxy { request: request.id.clone() });
+        }
+        let (bytes, phases) = (request.bytes, request.phases);
+        if let Some(client) = request.client {
+            let event = Event::Sent { request: request.id.clone(), chunks, bytes, phases };
+            self.outputs.push_back(Output::Event { client, event });
+        }
+        self.note(Note::Sent { request: request.id, address: request.address, chunks, bytes, phases });
+    }
+
+    pub(super) fn cancel_timers(&mut self, uid: Uid) {
+        for timer in [Timer::Allocation(uid), Timer::Write(uid), Timer::Commit(uid), Timer::Recommit(uid)] {
+            self.timers.cancel(&timer);
+        }
+        self.commits.remove(&uid);
+    }
+
+    /// How long to wait for slots that somebody wants to wait for so long.
+    pub(super) fn allocation_wait(&self, wanted: Option<Duration>) -> Duration {
+        let most = self.settings.allocation_timeout;
+        wanted.map_or(most, |wanted| wanted.min(most))
+    }
+
+    fn check_open(&self, open: &OpenRequest) -> Result<Vec<ChunkSize>, Failure> {
+        let bad = |text: String| Err(Failure::new(FailureKind::BadRequest, text));
+        let (id, count) = (&open.id, open.keys.len());
+        if self.draining {
+            return Err(Failure::new(FailureKind::ShuttingDown, "this sender is shutting down; use another"));
+        }
+        if self.request_by_name.contains_key(id) {
+            return bad(format!("{id} is open already; cancel it first, or wait for its end"));
+        }
+        let sizes = self.settings.chunk.sizes(id, count, &open.groups, u64::from(open.last_chunk_tokens))?;
+        if open.keys.iter().collect::<BTreeSet<_>>().len() != count {
+            return bad(format!("{id} names a chunk twice; keys must be distinct"));
+        }
+        if open.receiver.host.len() > HOST_LEN_BYTES_MAX {
+            let len_bytes = open.receiver.host.len();
+            return bad(format!("{id} goes to a host whose name has {len_bytes} bytes; at most {HOST_LEN_BYTES_MAX}"));
+        }
+        if open.receiver.host.is_empty() || open.receiver.init_port == 0 || open.receiver.alloc_port == 0 {
+            return bad(format!("{id} goes to {}; give a host and two ports that are not 0", open.receiver));
+        }
+        if count > self.settings.request_chunks_max {
+            let text = format!(
+                "{id} has {count} chunks, the limit is {} (pd_max_request_chunks)",
+                self.settings.request_chunks_max
+            );
+            return Err(Failure::new(FailureKind::Limit, text));
+        }
+        if self.requests.len() >= self.settings.requests_max {
+            let text = format!("{} requests are open, the limit (pd_max_requests)", self.requests.len());
+            return Err(Failure::new(FailureKind::Limit, text));
+        }
+        Ok(sizes)
+    }
+}
+
+/// A peer's words, made fit for an answer and a log line.
+pub(super) fn truncated(failure: Failure) -> Failure {
+    Failure::new(failure.kind, truncate(&failure.text))
+}
+
+/// Notes where each chunk goes. Returns the positions that need not be sent; none when the answer does not add up.
+fn place_chunks(request: &mut Request, already_sent: &[u32], offsets: &[u64], len_bytes: u64) -> Option<Vec<u32>> {
+    let skip: BTreeSet<u32> = already_sent.iter().copied().collect();
+    let in_range = skip.last().is_none_or(|&last| (last as usize) < request.chunks.len());
+    if !in_range || skip.len() + offsets.len() != request.chunks.len() {
+        return None;
+    }
+    let sent = (0u32..).zip(&mut request.chunks).filter(|(index, _)| !skip.contains(index)).map(|(_, chunk)| chunk);
+    let mut places: Vec<(u64, u64)> = Vec::with_capacity(offsets.len());
+    for (chunk, &offset) in sent.zip(offsets) {
+        places.push((offset, offset.checked_add(chunk.len_bytes).filter(|&end| end <= len_bytes)?));
+        chunk.remote = Some(offset);
+    }
+    places.sort_unstable();
+    let apart = places.windows(2).all(|pair| pair[0].1 <= pair[1].0);
+    apart.then(|| skip.into_iter().collect())
+}
