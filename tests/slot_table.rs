@@ -19,7 +19,7 @@ fn key(n: u8) -> ChunkKey {
 }
 
 fn table(len_bytes: u64) -> SlotTable {
-    SlotTable::new(AddressManager::with_slots(len_bytes, 1, SLOT_BYTES).unwrap())
+    SlotTable::new(AddressManager::with_slots(len_bytes, 1, SLOT_BYTES).unwrap(), false)
 }
 
 fn reserve(table: &mut SlotTable, grant: u64, lens_bytes: &[u64]) -> Result<Vec<SlotIndex>, NoRoom> {

@@ -119,7 +119,7 @@ fn label_of<'a>(sample: &'a Sample, label: &str) -> &'a str {
 
 /// For people.
 fn show(status: &Status) -> Table {
-    let is_receiver = status.role == "receiver";
+    let receives = status.role != "sender";
     let buffer = &status.buffer;
     let mut table = Table::new();
     table.load_style(presets::UTF8_BORDERS_ONLY);
@@ -135,7 +135,7 @@ fn show(status: &Status) -> Table {
         );
     }
     row("slots", format!("{}: {} available, {} reserved", status.slot_count, status.slots_free, status.slots_reserved));
-    if is_receiver {
+    if receives {
         row("slots ready", format!("{}, {} of them needed", status.slots_ready, status.slots_held));
         row("slots quarantined", status.slots_quarantined.to_string());
     }
@@ -158,12 +158,17 @@ fn show(status: &Status) -> Table {
     let fits: Vec<String> = buffer.chunks_fit.iter().map(u64::to_string).collect();
     row("whole chunks that fit", fits.join(", "));
     row("requests active", format!("{}, {} of them wait for slots", status.requests_active, status.requests_waiting));
-    row(if is_receiver { "requests ready" } else { "requests sent" }, status.requests_done.to_string());
+    let done = match status.role.as_str() {
+        "sender" => "requests sent",
+        "receiver" => "requests ready",
+        _ => "requests sent or ready",
+    };
+    row(done, status.requests_done.to_string());
     let kinds: Vec<String> = status.failures.iter().map(|(kind, count)| format!("{kind} {count}")).collect();
     let kinds = if kinds.is_empty() { String::new() } else { format!(": {}", kinds.join(", ")) };
     row("requests failed", format!("{}{kinds}", status.requests_failed));
     row("moved", format!("{} MiB", mib(status.bytes)));
-    if is_receiver {
+    if receives {
         row("waits, leases", format!("{}, {}", status.waits, status.leases));
         row("chunks expired", status.chunks_expired.to_string());
     } else {
@@ -194,18 +199,22 @@ mod tests {
     use crate::connector::message::{ReceiverState, ReceiverStatus};
     use crate::ids::{Failure, FailureKind, PeerAddress, RequestId};
     use crate::metrics::{Snapshot, Tally, exposition};
-    use crate::node::incoming::Note;
+    use crate::node::incoming::{IncomingCounts, Note};
+    use crate::node::outgoing::OutgoingCounts;
+    use crate::node::{self, NodeCounts};
 
     fn receiver() -> Snapshot {
-        let mut tally = Tally::receiver();
+        let mut tally = Tally::new("receiver", false, true);
         let request = || RequestId::new("r").unwrap();
         for bytes in [1000, 1 << 30] {
             let took = Duration::from_millis(5);
-            tally.count_receiver(&Note::Committed { request: request(), instance: "s".into(), chunks: 2, bytes, took });
+            let note = Note::Committed { request: request(), instance: "s".into(), chunks: 2, bytes, took };
+            tally.count(&node::Note::Incoming(note));
         }
         for kind in [FailureKind::Expired, FailureKind::PeerLost, FailureKind::PeerLost] {
             let failure = Failure::new(kind, "");
-            tally.count_receiver(&Note::Failed { request: request(), instance: "s".into(), failure, quarantined: 2 });
+            let note = Note::Failed { request: request(), instance: "s".into(), failure, quarantined: 2 };
+            tally.count(&node::Note::Incoming(note));
         }
         let status = Status {
             role: "receiver".into(),
@@ -241,7 +250,9 @@ mod tests {
             engine_silent_ms: 4000,
             receivers: Vec::new(),
         };
-        Snapshot { status, tally }
+        let half = IncomingCounts { readers_waiting: 9, ..IncomingCounts::default() };
+        let counts = NodeCounts { incoming: Some(half), ..NodeCounts::default() };
+        Snapshot { status, counts, tally }
     }
 
     #[test]
@@ -253,7 +264,9 @@ mod tests {
         assert_eq!(read(&exposition(snapshot, None).unwrap()).unwrap(), status);
         let (transfers_in_flight, engine) = (5, "nixl".to_owned());
         let status = Status { role: "sender".into(), engine, transfers_in_flight, waits: 2, ..Status::default() };
-        let snapshot = Snapshot { status: status.clone(), tally: Tally::sender() };
+        let half = OutgoingCounts { stages_waiting: 2, ..OutgoingCounts::default() };
+        let counts = NodeCounts { outgoing: Some(half), ..NodeCounts::default() };
+        let snapshot = Snapshot { status: status.clone(), counts, tally: Tally::new("sender", true, false) };
         assert_eq!(read(&exposition(snapshot, None).unwrap()).unwrap(), status);
         assert!(read("up 1\n").unwrap_err().contains("not a daemon's"));
     }

@@ -51,6 +51,16 @@ impl Role {
             Self::Receiver => "receiver",
         }
     }
+
+    /// Whether it has the half that sends.
+    pub const fn sends(self) -> bool {
+        matches!(self, Self::Sender)
+    }
+
+    /// Whether it has the half that receives.
+    pub const fn receives(self) -> bool {
+        matches!(self, Self::Receiver)
+    }
 }
 
 /// Where the pd_buffer is.

@@ -59,14 +59,11 @@ impl Collector for Daemon {
 }
 
 impl Daemon {
-    fn is_receiver(&self) -> bool {
-        self.0.tally.role == "receiver"
-    }
-
     fn encode_requests(&self, page: &mut Page<'_>) -> fmt::Result {
-        let Snapshot { status, tally } = &self.0;
+        let Snapshot { status, counts, tally } = &self.0;
         let mut outcomes = tally.requests_failed.clone();
-        outcomes.insert(tally.done, tally.requests_done);
+        let done = [(tally.sends, "sent", tally.requests_sent), (tally.receives, "ready", tally.requests_ready)];
+        outcomes.extend(done.into_iter().filter(|(has, ..)| *has).map(|(_, outcome, count)| (outcome, count)));
         page.counters("pd_requests", "Requests by how they ended.", "outcome", &outcomes)?;
         page.gauge("pd_requests_active", "Requests that have not ended.", None, status.requests_active.into())?;
         page.gauge(
@@ -75,13 +72,15 @@ impl Daemon {
             None,
             status.draining.into(),
         )?;
-        let (calls, calls_help) = if self.is_receiver() { ("ready", "wait") } else { ("stage", "stage") };
+        let mut waits = vec![("slots", status.requests_waiting.into())];
+        waits.extend(counts.outgoing.map(|half| ("stage", half.stages_waiting as u64)));
+        waits.extend(counts.incoming.map(|half| ("ready", half.readers_waiting as u64)));
         page.gauges(
             "pd_waits",
-            &format!("What waits now: requests for slots of the receiver, and {calls_help} calls of connectors."),
+            "What waits now: requests for slots of the receiver, and stage and wait calls of connectors.",
             None,
             "what",
-            &[("slots", status.requests_waiting.into()), (calls, status.waits.into())],
+            &waits,
         )?;
         page.histograms("pd_phase", "How long each phase of a request took.", "phase", tally.phases.iter())?;
         page.counter("pd_transferred", "Bytes of committed requests.", Some(Unit::Bytes), tally.bytes)?;
@@ -98,7 +97,7 @@ impl Daemon {
             None,
             tally.integrity_failures,
         )?;
-        if self.is_receiver() {
+        if tally.receives {
             page.counter(
                 "pd_chunks_expired",
                 "Chunks freed because nobody fetched or used them in time.",
@@ -111,7 +110,8 @@ impl Daemon {
                 "kind",
                 &tally.allocations_refused,
             )?;
-        } else {
+        }
+        if tally.sends {
             page.gauge(
                 "pd_transfers_in_flight",
                 "Transfers that the engine has not finished.",
@@ -135,9 +135,9 @@ impl Daemon {
     }
 
     fn encode_peers(&self, page: &mut Page<'_>) -> fmt::Result {
-        let Snapshot { status, tally } = &self.0;
+        let Snapshot { status, tally, .. } = &self.0;
         page.gauge("pd_peers", "Peers that are connected.", None, status.peers.into())?;
-        if !self.is_receiver() {
+        if tally.sends {
             let count = |state| status.receivers.iter().filter(|receiver| receiver.state == state).count() as u64;
             page.gauges(
                 "pd_receivers",
@@ -158,9 +158,9 @@ impl Daemon {
     }
 
     fn encode_slots(&self, page: &mut Page<'_>) -> fmt::Result {
-        let Snapshot { status, tally } = &self.0;
+        let Snapshot { status, tally, .. } = &self.0;
         let mut states = vec![("available", status.slots_free.into()), ("reserved", status.slots_reserved.into())];
-        if self.is_receiver() {
+        if tally.receives {
             states.extend([
                 ("ready_held", status.slots_held.into()),
                 ("ready_idle", status.slots_ready.saturating_sub(status.slots_held).into()),
@@ -180,7 +180,7 @@ impl Daemon {
             None,
             status.slot_count.into(),
         )?;
-        if self.is_receiver() {
+        if tally.receives {
             page.gauge("pd_leases", "Leases that connectors have not released.", None, status.leases.into())?;
             page.counter(
                 "pd_slots_quarantined",
@@ -199,7 +199,7 @@ impl Daemon {
     }
 
     fn encode_buffer(&self, page: &mut Page<'_>) -> fmt::Result {
-        let Snapshot { status, tally } = &self.0;
+        let Snapshot { status, tally, .. } = &self.0;
         let buffer = &status.buffer;
         let bytes = Some(Unit::Bytes);
         let states = [("used", buffer.used_bytes), ("free", buffer.free_bytes)];

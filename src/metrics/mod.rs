@@ -1,6 +1,6 @@
 //! What a daemon tells an operator's Prometheus: names, units, and how they are counted. No sockets, no clock.
 //!
-//! The sessions' notes, which become log lines, are counted here as well: [`Tally`] is their second reader. It holds
+//! The node's notes, which become log lines, are counted here as well: [`Tally`] is their second reader. It holds
 //! plain numbers and belongs to the driver alone, so counting takes no lock and a scrape can hold nobody up: a scrape
 //! gets a copy, a [`Snapshot`], and [`exposition`] writes it as text on a thread that is nobody's.
 //!
@@ -22,12 +22,15 @@ pub use exposition::{CONTENT_TYPE_OPEN_METRICS, CONTENT_TYPE_TEXT, exposition};
 pub use tally::Tally;
 
 use crate::connector::message::Status;
+use crate::node::NodeCounts;
 
 /// What a daemon has counted and what it has now, all of one moment.
 #[derive(Debug, Clone)]
 pub struct Snapshot {
     /// As a client of the connector API sees it, so that the two can never disagree.
     pub status: Status,
+    /// What the node has, by half.
+    pub counts: NodeCounts,
     /// What happened since the daemon started.
     pub tally: Tally,
 }

@@ -1,11 +1,11 @@
-//! What happened, counted: the notes of either session.
+//! What happened, counted: the notes of a node.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use super::durations::Durations;
 use crate::ids::FailureKind;
-use crate::node::{incoming, outgoing};
+use crate::node::{Note, incoming, outgoing};
 
 /// Every end that is known to be bad. All are shown from the start, because a rate needs the 0 before the 1; a kind
 /// that is not listed here appears when it first happens.
@@ -28,17 +28,25 @@ const FAILURE_KINDS: [FailureKind; 16] = [
     FailureKind::Other,
 ];
 
+/// What takes time of a request that is sent.
+const OUTGOING_PHASES: &[&str] = &["handshake", "alloc", "transfer", "commit"];
+/// And of one that is received.
+const INCOMING_PHASES: &[&str] = &["wait", "write", "fetch"];
+
 /// Numbers by kind of failure.
 pub(super) type ByKind = BTreeMap<&'static str, u64>;
 
 /// What one daemon has counted since it started.
 #[derive(Debug, Clone)]
 pub struct Tally {
-    /// `sender` or `receiver`.
+    /// `sender`, `receiver` or `both`.
     pub(super) role: &'static str,
-    /// The outcome of a request that went well.
-    pub(super) done: &'static str,
-    pub(super) requests_done: u64,
+    /// Whether the daemon has the half that sends.
+    pub(super) sends: bool,
+    /// Whether it has the half that receives.
+    pub(super) receives: bool,
+    pub(super) requests_sent: u64,
+    pub(super) requests_ready: u64,
     pub(super) requests_failed: ByKind,
     pub(super) connector_errors: ByKind,
     pub(super) peer_failures: ByKind,
@@ -57,27 +65,22 @@ pub struct Tally {
 }
 
 impl Tally {
-    /// Nothing has happened at a sender.
-    pub fn sender() -> Self {
-        Self::new("sender", "sent", &["handshake", "alloc", "transfer", "commit"])
-    }
-
-    /// Nothing has happened at a receiver.
-    pub fn receiver() -> Self {
-        Self::new("receiver", "ready", &["wait", "write", "fetch"])
-    }
-
-    fn new(role: &'static str, done: &'static str, phases: &[&'static str]) -> Self {
+    /// Nothing has happened at a daemon with these halves.
+    pub fn new(role: &'static str, sends: bool, receives: bool) -> Self {
+        let phases = [(sends, OUTGOING_PHASES), (receives, INCOMING_PHASES)];
+        let phases = phases.into_iter().filter(|(has, _)| *has).flat_map(|(_, phases)| phases);
         let kinds: ByKind = FAILURE_KINDS.into_iter().map(|kind| (kind.as_str(), 0)).collect();
         Self {
             role,
-            done,
-            requests_done: 0,
+            sends,
+            receives,
+            requests_sent: 0,
+            requests_ready: 0,
             requests_failed: kinds.clone(),
             connector_errors: kinds.clone(),
             peer_failures: kinds.clone(),
             allocations_refused: kinds,
-            phases: phases.iter().map(|phase| (*phase, Durations::default())).collect(),
+            phases: phases.map(|phase| (*phase, Durations::default())).collect(),
             handshakes: 0,
             bytes: 0,
             chunks: 0,
@@ -91,11 +94,19 @@ impl Tally {
         }
     }
 
-    /// Counts what a sender's session notes.
-    pub fn count_sender(&mut self, note: &outgoing::Note) {
+    /// Counts what a node notes.
+    pub fn count(&mut self, note: &Note) {
+        match note {
+            Note::Grown { result: Ok(_) } => self.growths += 1,
+            Note::Grown { result: Err(_) } => self.growths_failed += 1,
+            Note::Outgoing(note) => self.count_outgoing(note),
+            Note::Incoming(note) => self.count_incoming(note),
+        }
+    }
+
+    fn count_outgoing(&mut self, note: &outgoing::Note) {
         use outgoing::Note;
         match note {
-            Note::Grown { result } => self.count_growth(result),
             Note::PeerUp { took, .. } => {
                 self.handshakes += 1;
                 self.add_phase("handshake", *took);
@@ -108,7 +119,7 @@ impl Tally {
                 self.add_phase("alloc", *took);
             }
             Note::Sent { bytes, phases, .. } => {
-                self.requests_done += 1;
+                self.requests_sent += 1;
                 self.bytes += bytes;
                 self.add_phase("transfer", phases.transfer);
                 self.add_phase("commit", phases.commit);
@@ -118,11 +129,9 @@ impl Tally {
         }
     }
 
-    /// Counts what a receiver's session notes.
-    pub fn count_receiver(&mut self, note: &incoming::Note) {
+    fn count_incoming(&mut self, note: &incoming::Note) {
         use incoming::Note;
         match note {
-            Note::Grown { result } => self.count_growth(result),
             Note::PeerConnected { .. } => self.handshakes += 1,
             Note::PeerRefused { failure, .. } => add(&mut self.peer_failures, failure.kind),
             Note::PeerLost { .. } => add(&mut self.peer_failures, FailureKind::PeerLost),
@@ -134,7 +143,7 @@ impl Tally {
             }
             Note::Refused { failure, .. } => add(&mut self.allocations_refused, failure.kind),
             Note::Committed { bytes, took, .. } => {
-                self.requests_done += 1;
+                self.requests_ready += 1;
                 self.bytes += bytes;
                 self.add_phase("write", *took);
             }
@@ -163,13 +172,6 @@ impl Tally {
         add(&mut self.requests_failed, kind);
         if kind == FailureKind::Corrupted {
             self.integrity_failures += 1;
-        }
-    }
-
-    fn count_growth(&mut self, result: &Result<u64, String>) {
-        match result {
-            Ok(_) => self.growths += 1,
-            Err(_) => self.growths_failed += 1,
         }
     }
 

@@ -23,7 +23,9 @@
 //! that a writer has stopped) is retransmitted until it is answered. A connected sender pings; a side that hears nothing for
 //! `peer_timeout` gives the other up.
 
+mod answer;
 mod chunks;
+mod core;
 mod growth;
 mod handshake;
 #[cfg(feature = "lmcache")]
@@ -33,16 +35,21 @@ mod lmcache_terms;
 pub mod incoming;
 #[cfg_attr(not(feature = "lmcache"), allow(dead_code))]
 pub mod outgoing;
+mod output;
 mod safeguards;
 mod seen;
+mod session;
+mod settings;
 mod timers;
 
+pub use answer::Answer;
 pub use chunks::ChunkShape;
 pub use growth::Grown;
-pub use incoming::ReceiverSession;
-pub use outgoing::SenderSession;
+pub use output::{Note, Output, PeerMemory, Remote, To};
 #[doc(hidden)]
 pub use safeguards::Safeguards;
+pub use session::{Node, NodeCounts};
+pub use settings::{IncomingSettings, NodeSettings, OutgoingSettings};
 
 /// Most processes that a receiver asks one sender about at a time.
 const PROCESSES_ASKED_MAX: usize = 64;

@@ -24,12 +24,12 @@ impl Deferred {
     ///
     /// # Errors
     /// Which cannot be deferred, and why.
-    pub(super) fn admit<P: Send + 'static>(
+    pub(super) fn admit(
         &mut self,
         client: ClientId,
         mut message: Request,
         memory: &Memory,
-        engine: &EngineThread<P>,
+        engine: &EngineThread,
     ) -> Result<Option<Request>, (Seq, Failure)> {
         let Some(after) = message.take_after() else { return Ok(Some(message)) };
         if matches!(memory, Memory::Host(_)) {
@@ -52,7 +52,7 @@ impl Deferred {
     }
 
     /// What a client that is gone has said counts no more.
-    pub(super) fn forget<P: Send + 'static>(&mut self, client: ClientId, engine: &EngineThread<P>) {
+    pub(super) fn forget(&mut self, client: ClientId, engine: &EngineThread) {
         let of_client = self.messages.iter().filter(|(_, (other, _))| *other == client);
         let tickets: Vec<u64> = of_client.map(|(&ticket, _)| ticket).collect();
         self.messages.retain(|_, (other, _)| *other != client);

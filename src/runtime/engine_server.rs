@@ -12,8 +12,8 @@ use super::awaiting_event::{AwaitingEvent, Item, Signalled, Waiting};
 use super::engine_work::{Command, EngineEvent, Work};
 use super::summing::{Summed, SummingJobs};
 use crate::buffer::Memory;
-use crate::ids::{Checksum, ConnectionId, Failure, FailureKind, TransferId};
-use crate::node::outgoing::PeerMemory;
+use crate::ids::{Checksum, ConnectionId, Failure, FailureKind, PeerId, TransferId};
+use crate::node::PeerMemory;
 use crate::transfer::{Backoff, Completion, Connected, Ended, LmcacheEngine, TransferEngine, TransferError, Wait};
 
 /// The driver has gone: there is nobody to serve.
@@ -21,11 +21,11 @@ use crate::transfer::{Backoff, Completion, Connected, Ended, LmcacheEngine, Tran
 pub(super) struct Gone;
 
 /// What the thread works with.
-pub(super) struct Server<'a, P, E> {
+pub(super) struct Server<'a, E> {
     engine: Box<dyn TransferEngine>,
     memory: &'a Memory,
     /// Who waits for a connection.
-    connecting: BTreeMap<ConnectionId, P>,
+    connecting: BTreeMap<ConnectionId, PeerId>,
     /// Checksums of what is being written.
     sums: BTreeMap<TransferId, Vec<Checksum>>,
     /// Transfers whose bytes are not final yet.
@@ -37,7 +37,7 @@ pub(super) struct Server<'a, P, E> {
     events: &'a UnboundedSender<E>,
 }
 
-impl<'a, P, E: From<EngineEvent<P>>> Server<'a, P, E> {
+impl<'a, E: From<EngineEvent>> Server<'a, E> {
     /// One that has nothing to do yet. Events go to `events`, the numbers of the probes that it takes to `probed`.
     pub(super) fn new(
         engine: Box<dyn TransferEngine>,
@@ -59,7 +59,7 @@ impl<'a, P, E: From<EngineEvent<P>>> Server<'a, P, E> {
 
     /// Works until the driver hangs up. Sleeps in `recv` while nothing is in flight. One round takes one command, lets the
     /// engine make progress once, and sums one slice.
-    pub(super) fn serve(&mut self, inbox: &mpsc::Receiver<Work<P>>) -> Result<(), Gone> {
+    pub(super) fn serve(&mut self, inbox: &mpsc::Receiver<Work>) -> Result<(), Gone> {
         let mut backoff = Backoff::new();
         let mut ended = Ended::default();
         loop {
@@ -120,7 +120,7 @@ impl<'a, P, E: From<EngineEvent<P>>> Server<'a, P, E> {
         Ok(progressed)
     }
 
-    fn send(&self, event: EngineEvent<P>) -> Result<(), Gone> {
+    fn send(&self, event: EngineEvent) -> Result<(), Gone> {
         self.events.send(event.into()).map_err(|_| Gone)
     }
 
@@ -199,7 +199,7 @@ impl<'a, P, E: From<EngineEvent<P>>> Server<'a, P, E> {
         Ok(true)
     }
 
-    fn take(&mut self, work: Work<P>) -> Result<(), Gone> {
+    fn take(&mut self, work: Work) -> Result<(), Gone> {
         match work {
             Work::Command(command) => self.execute(command),
             Work::FromPeer(command, room) => {
@@ -227,13 +227,13 @@ impl<'a, P, E: From<EngineEvent<P>>> Server<'a, P, E> {
     }
 
     /// Executes one command, and answers it unless the answer comes later.
-    fn execute(&mut self, command: Command<P>) -> Result<(), Gone> {
+    fn execute(&mut self, command: Command) -> Result<(), Gone> {
         match command {
-            Command::LoadPeer { peer, agent_name, metadata } => {
+            Command::LoadPeer { remote, agent_name, metadata } => {
                 let agent_name = agent_name.map_or_else(|| self.lmcache()?.agent_name_in(&metadata), Ok);
                 let loaded = agent_name.and_then(|agent_name| self.engine.load_peer(&agent_name, &metadata));
                 let result = loaded.map_err(|error| error.to_string());
-                self.send(EngineEvent::PeerLoaded { peer, result })
+                self.send(EngineEvent::PeerLoaded { remote, result })
             }
             Command::Connect { peer, connection, memory } => match self.connect(connection, &memory) {
                 Ok(()) => {
@@ -308,13 +308,14 @@ mod tests {
     use super::*;
     use crate::buffer::HostMemory;
     use crate::ids::{ByteCopy, GrantId, RequestId};
+    use crate::node::Remote;
     use crate::node::incoming::ExpectedChunk;
 
-    type Event = EngineEvent<&'static str>;
+    type Event = EngineEvent;
 
     /// A server on a thread of its own, which has `work` to do before it begins.
     struct Bench {
-        work: mpsc::Sender<Work<&'static str>>,
+        work: mpsc::Sender<Work>,
         events: UnboundedReceiver<Event>,
         posted: Arc<Mutex<Vec<TransferId>>>,
         probed: watch::Receiver<u64>,
@@ -325,7 +326,7 @@ mod tests {
     const CHECKED_LEN_BYTES: u64 = 4 * SLICE_LEN_BYTES_MAX;
 
     impl Bench {
-        fn start(commands: Vec<Command<&'static str>>, gate: Option<mpsc::Receiver<()>>) -> Self {
+        fn start(commands: Vec<Command>, gate: Option<mpsc::Receiver<()>>) -> Self {
             let memory = Arc::new(Memory::Host(HostMemory::allocate(2 * CHECKED_LEN_BYTES).unwrap()));
             let posted = Arc::new(Mutex::new(Vec::new()));
             let ended = Ended::default();
@@ -362,14 +363,14 @@ mod tests {
     }
 
     /// A commit that takes sixteen slices.
-    fn verify(grant: u64) -> Command<&'static str> {
+    fn verify(grant: u64) -> Command {
         let checksum = Checksum::of(&vec![0; CHECKED_LEN_BYTES as usize]);
         let chunk = |index| ExpectedChunk { index, offset_bytes: 0, len_bytes: CHECKED_LEN_BYTES, checksum };
         let chunks = (0..4).map(chunk).collect();
         Command::Verify { request: RequestId::new("r").unwrap(), grant: GrantId(grant), chunks }
     }
 
-    fn post(transfer: u64, local_offset: u64, len_bytes: u64, summed: bool) -> Command<&'static str> {
+    fn post(transfer: u64, local_offset: u64, len_bytes: u64, summed: bool) -> Command {
         let copies = vec![ByteCopy { local_offset, remote_offset: 0, len_bytes }];
         let summed = if summed { vec![0] } else { Vec::new() };
         Command::Post { transfer: TransferId(transfer), connection: ConnectionId(1), copies, summed, after: None }
@@ -388,13 +389,17 @@ mod tests {
         // Broken in production: sixteen large commits at once, and for seconds nothing else of that daemon moves: right
         // transfers fail by their deadlines.
         let mut commands: Vec<_> = (0..8).map(verify).collect();
-        commands.push(Command::LoadPeer { peer: "p", agent_name: Some("p".to_owned()), metadata: Vec::new() });
+        commands.push(Command::LoadPeer {
+            remote: Remote::Receiver(PeerId(1)),
+            agent_name: Some("p".to_owned()),
+            metadata: Vec::new(),
+        });
         let tiny = |index| ExpectedChunk { index, offset_bytes: 1, len_bytes: 1, checksum: Checksum::of(&[0]) };
         let chunks = vec![tiny(0), ExpectedChunk { checksum: Checksum(1), ..tiny(1) }];
         commands.push(Command::Verify { request: RequestId::new("small").unwrap(), grant: GrantId(99), chunks });
         commands.push(post(7, CHECKED_LEN_BYTES, 1, false));
         let mut bench = Bench::start(commands, None);
-        assert!(matches!(bench.next(), EngineEvent::PeerLoaded { peer: "p", result: Ok(_) }));
+        assert!(matches!(bench.next(), EngineEvent::PeerLoaded { remote: Remote::Receiver(PeerId(1)), result: Ok(_) }));
         assert_eq!(done(bench.next()).0, 7);
         let mut checked = Vec::new();
         for _ in 0..9 {

@@ -19,8 +19,8 @@ use crate::transfer::{EngineOptions, Export, StartedEngine, start_engine};
 
 /// The running thread. Dropping it stops the engine and waits for it.
 #[derive(Debug)]
-pub(super) struct EngineThread<P> {
-    work: Option<mpsc::Sender<Work<P>>>,
+pub(super) struct EngineThread {
+    work: Option<mpsc::Sender<Work>>,
     manager: MemoryManager,
     prober: Prober,
     thread: Option<thread::JoinHandle<()>>,
@@ -39,11 +39,11 @@ pub(super) struct Started {
     pub(super) pages: Option<Pages>,
 }
 
-impl<P: Send + 'static> EngineThread<P> {
+impl EngineThread {
     /// Starts the engine on a thread of its own and registers what `manager` has so far with it. Blocks until it has.
     ///
     /// Events go through `deliver`; once that fails, the thread ends.
-    pub(super) fn start<E: From<EngineEvent<P>> + Send + 'static>(
+    pub(super) fn start<E: From<EngineEvent> + Send + 'static>(
         options: EngineOptions,
         manager: MemoryManager,
         unit_bytes: u64,
@@ -90,22 +90,22 @@ impl<P: Send + 'static> EngineThread<P> {
     }
 
     /// Queues a command. A thread that has ended reports nothing more, so that is an error for the driver to act on.
-    pub(super) fn send(&self, command: Command<P>) -> Result<(), RuntimeError> {
+    pub(super) fn send(&self, command: Command) -> Result<(), RuntimeError> {
         self.queue(Work::Command(command))
     }
 
     /// As [`send`](Self::send), with what a peer has said in the command, and the room that it takes.
-    pub(super) fn send_with(&self, command: Command<P>, room: Option<Room>) -> Result<(), RuntimeError> {
+    pub(super) fn send_with(&self, command: Command, room: Option<Room>) -> Result<(), RuntimeError> {
         self.queue(Work::FromPeer(command, room))
     }
 
     /// The way to keep the thread busy.
     #[cfg(test)]
-    pub(super) fn work(&self) -> Option<mpsc::Sender<Work<P>>> {
+    pub(super) fn work(&self) -> Option<mpsc::Sender<Work>> {
         self.work.clone()
     }
 
-    fn queue(&self, work: Work<P>) -> Result<(), RuntimeError> {
+    fn queue(&self, work: Work) -> Result<(), RuntimeError> {
         let sent = self.work.as_ref().is_some_and(|queue| queue.send(work).is_ok());
         if sent { Ok(()) } else { Err(RuntimeError::Bug("the engine's thread has ended".into())) }
     }
@@ -143,7 +143,7 @@ impl<P: Send + 'static> EngineThread<P> {
     }
 }
 
-impl<P> Drop for EngineThread<P> {
+impl Drop for EngineThread {
     fn drop(&mut self) {
         // Nothing can be moved any more: a step that is still being filled gives its pages back.
         self.manager.addresses().close();
@@ -160,7 +160,7 @@ impl<P> Drop for EngineThread<P> {
 }
 
 /// One step: the manager populates it here, the engine's thread registers it, and only then it has addresses.
-fn grow<P>(manager: &MemoryManager, work: &mpsc::Sender<Work<P>>) -> Result<Grown, String> {
+fn grow(manager: &MemoryManager, work: &mpsc::Sender<Work>) -> Result<Grown, String> {
     let mut export = None;
     let step = manager.grow_step(|step| {
         let gone = || "the engine's thread has ended".to_owned();
@@ -185,16 +185,16 @@ mod tests {
 
     use super::*;
     use crate::buffer::{BufferError, HostHandle, HostMapping, MachineSteps, Memory, MemoryOptions, StepSource};
-    use crate::ids::{ByteCopy, Checksum, ConnectionId, EngineKind, GrantId, RequestId, TransferId};
+    use crate::ids::{ByteCopy, Checksum, ConnectionId, EngineKind, GrantId, PeerId, RequestId, TransferId};
     use crate::node::incoming::ExpectedChunk;
-    use crate::node::outgoing::PeerMemory;
+    use crate::node::{PeerMemory, Remote};
     use crate::transfer::nixl::NixlOptions;
 
     const SLOT: u64 = 8192;
 
-    type Events = UnboundedReceiver<EngineEvent<&'static str>>;
+    type Events = UnboundedReceiver<EngineEvent>;
 
-    fn start(name: &str, initial_slots: u64) -> (EngineThread<&'static str>, Started, Events, MemoryManager) {
+    fn start(name: &str, initial_slots: u64) -> (EngineThread, Started, Events, MemoryManager) {
         start_with(name, initial_slots, Box::new(MachineSteps))
     }
 
@@ -202,7 +202,7 @@ mod tests {
         name: &str,
         initial_slots: u64,
         steps: Box<dyn StepSource>,
-    ) -> (EngineThread<&'static str>, Started, Events, MemoryManager) {
+    ) -> (EngineThread, Started, Events, MemoryManager) {
         let options = MemoryOptions {
             ceiling_bytes: 8 * SLOT,
             initial_bytes: initial_slots * SLOT,
@@ -225,11 +225,11 @@ mod tests {
         host.handle()
     }
 
-    fn next(events: &mut Events) -> EngineEvent<&'static str> {
+    fn next(events: &mut Events) -> EngineEvent {
         events.blocking_recv().unwrap()
     }
 
-    fn post(thread: &EngineThread<&'static str>, events: &mut Events, copy: (ConnectionId, u64)) -> Result<(), String> {
+    fn post(thread: &EngineThread, events: &mut Events, copy: (ConnectionId, u64)) -> Result<(), String> {
         let (connection, slot) = copy;
         let copies = vec![ByteCopy { local_offset: 0, remote_offset: slot * SLOT, len_bytes: SLOT }];
         thread
@@ -275,12 +275,16 @@ mod tests {
         let (receiver, theirs, mut receiver_events, receiver_memory) = start("receiver", 2);
         let (sender, _, mut sender_events, sender_memory) = start("sender", 8);
         let Export { agent_name, metadata, descriptors } = theirs.export;
-        sender.send(Command::LoadPeer { peer: "r", agent_name: Some(agent_name), metadata }).unwrap();
+        sender
+            .send(Command::LoadPeer { remote: Remote::Receiver(PeerId(1)), agent_name: Some(agent_name), metadata })
+            .unwrap();
         let EngineEvent::PeerLoaded { result: Ok(connection), .. } = next(&mut sender_events) else {
             panic!("loading")
         };
-        sender.send(Command::Connect { peer: "r", connection, memory: PeerMemory::Descriptors(descriptors) }).unwrap();
-        assert!(matches!(next(&mut sender_events), EngineEvent::Connected { peer: "r", result: Ok(()) }));
+        sender
+            .send(Command::Connect { peer: PeerId(1), connection, memory: PeerMemory::Descriptors(descriptors) })
+            .unwrap();
+        assert!(matches!(next(&mut sender_events), EngineEvent::Connected { peer: PeerId(1), result: Ok(()) }));
         HostMapping::open(&handle(&sender_memory)).unwrap().write(0, &[7; SLOT as usize]).unwrap();
         post(&sender, &mut sender_events, (connection, 1)).unwrap();
         assert!(post(&sender, &mut sender_events, (connection, 2)).unwrap_err().contains("leaves the remote buffer"));
@@ -290,10 +294,10 @@ mod tests {
             assert_eq!(grown.len_bytes, len_bytes);
             assert_eq!(receiver_memory.addresses().usage().len_bytes, len_bytes);
             let Grown { metadata, descriptors, .. } = grown;
-            sender.send(Command::UpdatePeer { peer: "r", connection, metadata, descriptors }).unwrap();
+            sender.send(Command::UpdatePeer { peer: PeerId(1), connection, metadata, descriptors }).unwrap();
             let updated = next(&mut sender_events);
             assert!(
-                matches!(&updated, EngineEvent::Updated { peer: "r", connection: told, result: Ok(()) } if *told == connection),
+                matches!(&updated, EngineEvent::Updated { peer: PeerId(1), connection: told, result: Ok(()) } if *told == connection),
                 "{updated:?}"
             );
             let last = len_bytes / SLOT - 1;
@@ -311,9 +315,9 @@ mod tests {
         let unknown = ConnectionId(connection.0 + 1);
         let nothing = Vec::new;
         let update =
-            Command::UpdatePeer { peer: "x", connection: unknown, metadata: nothing(), descriptors: nothing() };
+            Command::UpdatePeer { peer: PeerId(2), connection: unknown, metadata: nothing(), descriptors: nothing() };
         sender.send(update).unwrap();
-        assert!(matches!(next(&mut sender_events), EngineEvent::Updated { peer: "x", result: Err(_), .. }));
+        assert!(matches!(next(&mut sender_events), EngineEvent::Updated { peer: PeerId(2), result: Err(_), .. }));
         post(&sender, &mut sender_events, (connection, 0)).unwrap();
     }
 
@@ -341,10 +345,14 @@ mod tests {
         let (gate, gated) = mpsc::channel();
         let (sender, _, mut events, memory) = start_with("gated", 2, Box::new(Gated(Mutex::new(gated))));
         let Export { agent_name, metadata, descriptors } = theirs.export;
-        sender.send(Command::LoadPeer { peer: "r", agent_name: Some(agent_name), metadata }).unwrap();
+        sender
+            .send(Command::LoadPeer { remote: Remote::Receiver(PeerId(1)), agent_name: Some(agent_name), metadata })
+            .unwrap();
         let EngineEvent::PeerLoaded { result: Ok(connection), .. } = next(&mut events) else { panic!("loading") };
         sender.grow().unwrap();
-        sender.send(Command::Connect { peer: "r", connection, memory: PeerMemory::Descriptors(descriptors) }).unwrap();
+        sender
+            .send(Command::Connect { peer: PeerId(1), connection, memory: PeerMemory::Descriptors(descriptors) })
+            .unwrap();
         assert!(matches!(next(&mut events), EngineEvent::Connected { result: Ok(()), .. }));
         post(&sender, &mut events, (connection, 4)).unwrap();
         assert_eq!(memory.usage().present.len_bytes, 2 * SLOT);

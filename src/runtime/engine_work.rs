@@ -4,29 +4,29 @@ use std::ops::Range;
 use std::sync::mpsc;
 
 use super::room::Room;
-use crate::ids::{ByteCopy, Checksum, ConnectionId, Failure, GrantId, IpcHandle, RequestId, TransferId};
+use crate::ids::{ByteCopy, Checksum, ConnectionId, Failure, GrantId, IpcHandle, PeerId, RequestId, TransferId};
 use crate::node::Grown;
 use crate::node::incoming::ExpectedChunk;
-use crate::node::outgoing::PeerMemory;
+use crate::node::{PeerMemory, Remote};
 use crate::transfer::Export;
 
-/// Something for the engine to do. `P` names a peer towards the driver.
+/// Something for the engine to do.
 #[derive(Debug)]
-pub(super) enum Command<P> {
+pub(super) enum Command {
     LoadPeer {
-        peer: P,
+        remote: Remote,
         /// Where the peer does not say, its metadata does.
         agent_name: Option<String>,
         metadata: Vec<u8>,
     },
     Connect {
-        peer: P,
+        peer: PeerId,
         connection: ConnectionId,
         memory: PeerMemory,
     },
     /// A connected peer's buffer has grown.
     UpdatePeer {
-        peer: P,
+        peer: PeerId,
         connection: ConnectionId,
         metadata: Vec<u8>,
         descriptors: Vec<u8>,
@@ -66,10 +66,10 @@ pub(super) enum Command<P> {
 }
 
 /// What reaches the thread.
-pub(super) enum Work<P> {
-    Command(Command<P>),
+pub(super) enum Work {
+    Command(Command),
     /// What a peer's message has led to. Its room is free when that is done.
-    FromPeer(Command<P>, Option<Room>),
+    FromPeer(Command, Option<Room>),
     /// The pages of a step are there: it is to be registered.
     Extend {
         step: Range<u64>,
@@ -88,17 +88,17 @@ pub(super) enum Work<P> {
 
 /// Something that the engine has done.
 #[derive(Debug)]
-pub(super) enum EngineEvent<P> {
+pub(super) enum EngineEvent {
     PeerLoaded {
-        peer: P,
+        remote: Remote,
         result: Result<ConnectionId, String>,
     },
     Connected {
-        peer: P,
+        peer: PeerId,
         result: Result<(), String>,
     },
     Updated {
-        peer: P,
+        peer: PeerId,
         connection: ConnectionId,
         result: Result<(), String>,
     },

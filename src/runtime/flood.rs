@@ -14,7 +14,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use super::engine_work::Work;
 use super::health::health_probe;
 use super::ports::Ports;
-use super::{RunOptions, driver, identity, lifecycle, receiver, setup};
+use super::{RunOptions, daemon, driver, identity, lifecycle, setup};
 use crate::config::{Config, Role, fuzzing};
 use crate::connector::Client;
 use crate::connector::message::{CONNECTOR_API_VERSION, Reply, Request};
@@ -53,7 +53,7 @@ fn config(role: Role) -> Config {
 #[test]
 fn child_daemon() {
     let Ok(role) = std::env::var(CHILD_ROLE) else { return };
-    let (busy, lines) = mpsc::channel::<mpsc::Sender<Work<String>>>();
+    let (busy, lines) = mpsc::channel::<mpsc::Sender<Work>>();
     // The parent closes stdin, or dies.
     thread::spawn(move || {
         let mut stdin = std::io::stdin().lines();
@@ -75,7 +75,7 @@ fn child_daemon() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
         let config = config(Role::Receiver);
-        let (mailbox, mut inbox) = driver::mailbox::<receiver::Event>();
+        let (mailbox, mut inbox) = driver::mailbox::<daemon::Event>();
         lifecycle::watch(&mailbox.events, false).unwrap();
         let instance = identity::instance_name(&config);
         let (_probe, responder) = health_probe();
@@ -83,7 +83,8 @@ fn child_daemon() {
         let parts =
             setup::start_memory_and_engine(&config, &instance, &mailbox.events, &mut inbox).await.unwrap().unwrap();
         busy.send(parts.engine.work().unwrap()).unwrap();
-        receiver::serve(config, &instance, (mailbox.events, inbox), ports, parts, (None, responder)).await.unwrap();
+        let queues = (mailbox.messages, mailbox.events, inbox);
+        daemon::serve(config, &instance, queues, Some(ports), parts, (None, responder)).await.unwrap();
     });
 }
 

@@ -102,10 +102,15 @@ mod tests {
     use super::*;
     use crate::connector::message::Status;
     use crate::metrics::Tally;
+    use crate::node::NodeCounts;
     use crate::runtime::probe::Prober;
 
     fn snapshot(peers: u32) -> Snapshot {
-        Snapshot { status: Status { peers, ..Status::default() }, tally: Tally::sender() }
+        Snapshot {
+            status: Status { peers, ..Status::default() },
+            counts: NodeCounts::default(),
+            tally: Tally::new("sender", true, false),
+        }
     }
 
     #[tokio::test]

@@ -258,6 +258,7 @@ mod tests {
     use super::*;
     use crate::connector::message::Status;
     use crate::metrics::{Snapshot, Tally};
+    use crate::node::NodeCounts;
 
     fn start() -> (HttpServer, HealthResponder) {
         let (probe, responder) = health_probe();
@@ -270,7 +271,15 @@ mod tests {
     }
 
     fn answer_with(responder: &mut HealthResponder, phase: Phase, engine: Probe) {
-        responder.answer(phase, Snapshot { status: Status::default(), tally: Tally::sender() }, engine);
+        responder.answer(
+            phase,
+            Snapshot {
+                status: Status::default(),
+                counts: NodeCounts::default(),
+                tally: Tally::new("sender", true, false),
+            },
+            engine,
+        );
     }
 
     async fn get(server: &HttpServer, path: &str) -> String {

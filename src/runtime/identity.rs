@@ -1,12 +1,14 @@
-//! How a daemon introduces itself.
+//! What a daemon is: to its peers, and to its node.
 
 use uuid::Uuid;
 
+use super::engine_thread::Started;
 use super::process;
+use crate::address::AddressManager;
 use crate::config::Config;
 use crate::ids::ChecksumMode;
 use crate::kv_layout::KvGroup;
-use crate::node::ChunkShape;
+use crate::node::{ChunkShape, IncomingSettings, NodeSettings, OutgoingSettings, Safeguards};
 use crate::wire::message::{
     CAPABILITY_CHECKSUMS, CAPABILITY_COMMIT, CAPABILITY_HEARTBEAT, CAPABILITY_VERIFYING, Hello, PROTOCOL_VERSION,
     PROTOCOL_VERSION_MIN,
@@ -33,7 +35,7 @@ pub(super) fn hello(config: &Config, instance: &str, engine: &str) -> Hello {
     }
 }
 
-pub(super) fn chunk_shape(config: &Config) -> ChunkShape {
+fn chunk_shape(config: &Config) -> ChunkShape {
     let layout = &config.layout;
     let first = layout.first_group();
     ChunkShape {
@@ -43,5 +45,41 @@ pub(super) fn chunk_shape(config: &Config) -> ChunkShape {
         wire_format: first.wire_format(),
         wire_shape: first.wire_shape(layout.chunk_tokens),
         dtype: first.wire_dtype().to_owned(),
+    }
+}
+
+/// What the node is told at start.
+pub(super) fn settings(config: &Config, instance: &str, started: Started, addresses: &AddressManager) -> NodeSettings {
+    let Config { deadlines, limits, .. } = config;
+    NodeSettings {
+        hello: hello(config, instance, started.engine),
+        agent_name: started.export.agent_name,
+        metadata: started.export.metadata,
+        descriptors: started.export.descriptors,
+        pages: started.pages,
+        chunk: chunk_shape(config),
+        addresses: addresses.clone(),
+        len_max_bytes: config.buffer_len_bytes(),
+        allocation_timeout: deadlines.allocation,
+        write_timeout: deadlines.write,
+        checksum: config.engine.checksum,
+        requests_max: limits.requests_max as usize,
+        request_chunks_max: limits.request_chunks_max as usize,
+        peers_max: limits.peers_max as usize,
+        heartbeat_interval: deadlines.heartbeat,
+        peer_timeout: deadlines.peer,
+        outgoing: config.role.sends().then(|| OutgoingSettings {
+            handshake_timeout: deadlines.handshake,
+            commit_timeout: deadlines.commit,
+            receivers: config.receivers.clone(),
+            notify_proxy: config.proxy.is_some(),
+        }),
+        incoming: config.role.receives().then(|| IncomingSettings {
+            wait_timeout: deadlines.wait,
+            retention: deadlines.retention,
+            peer_requests_max: limits.peer_requests_max as usize,
+            linger: started.linger,
+        }),
+        safeguards: Safeguards::default(),
     }
 }

@@ -8,11 +8,11 @@
 //! | file | what is in it |
 //! |---|---|
 //! | `driver` | the loop around a session: events, deadlines, draining |
-//! | `sender`, `receiver` | the two daemons: which event goes where, which output does what |
+//! | `daemon` | which event goes where, which output does what |
 //! | `setup`, `identity`, `ready` | before the loop: memory, engine, who we are, the ready line |
 //! | `engine_thread`, `engine_server`, `engine_work`, `probe` | the thread that owns the transfer engine, its loop, what it is told and tells, and whether it is at work |
 //! | `awaiting_event`, `deferred`, `summing`, `sum_queue` | what waits there for a GPU, or for checksums |
-//! | `ports`, `peer_links`, `room`, `proxy` | a receiver's ports, a sender's connections, what waits of what they hear, the way to the router |
+//! | `ports`, `peer_links`, `room`, `proxy` | our ports, our connections to receivers, what waits of what they hear, the way to the router |
 //! | `clients`, `translate` | the connector API: who is attached, and its words for the sessions' words |
 //! | `lifecycle`, `process`, `watches`, `witness` | signals, the parent, the ends of peers' processes |
 //! | `notes`, `error` | log lines, and why a daemon could not go on |
@@ -20,6 +20,7 @@
 
 mod awaiting_event;
 mod clients;
+mod daemon;
 mod deferred;
 mod driver;
 mod engine_server;
@@ -41,9 +42,7 @@ mod probe;
 mod process;
 mod proxy;
 mod ready;
-mod receiver;
 mod room;
-mod sender;
 mod setup;
 mod sum_queue;
 mod summing;
@@ -66,7 +65,7 @@ macro_rules! event_sources {
 }
 use event_sources;
 
-use crate::config::{Config, Role};
+use crate::config::Config;
 
 /// What a daemon is told besides its configuration.
 #[derive(Debug, Clone, Copy, Default)]
@@ -92,12 +91,7 @@ pub fn run(config: Config, options: RunOptions) -> Result<(), RuntimeError> {
         .enable_all()
         .build()
         .map_err(|source| RuntimeError::Machine(format!("the async runtime cannot start: {source}")))?;
-    let result = runtime.block_on(async {
-        match config.role {
-            Role::Sender => sender::run(config, options).await,
-            Role::Receiver => receiver::run(config, options).await,
-        }
-    });
+    let result = runtime.block_on(daemon::run(config, options));
     // Socket tasks may still be flushing: they are not waited for without end.
     runtime.shutdown_timeout(std::time::Duration::from_millis(200));
     result

@@ -1,15 +1,54 @@
-//! What the sessions note, as log lines (`metrics::Tally` counts the same notes): which peer, which request, how many chunks and bytes, how long each phase.
+//! What a node notes, as log lines and counted: which peer, which request, how many chunks and bytes, how long each phase.
 
 use std::time::Duration;
 
 use tracing::{debug, error, info, warn};
 
+use crate::config::Role;
 use crate::ids::FailureKind;
-use crate::node::{incoming, outgoing};
+use crate::metrics::Tally;
+use crate::node::{Note, incoming, outgoing};
 
 /// Milliseconds, to the microsecond.
 fn ms(time: Duration) -> f64 {
     time.as_micros() as f64 / 1e3
+}
+
+/// Notes that were not logged yet, and the counts of all.
+pub(super) struct Notes {
+    unlogged: Vec<Note>,
+    tally: Tally,
+}
+
+impl Notes {
+    pub(super) fn new(role: Role) -> Self {
+        Self { unlogged: Vec::new(), tally: Tally::new(role.as_str(), role.sends(), role.receives()) }
+    }
+
+    pub(super) fn push(&mut self, note: Note) {
+        self.unlogged.push(note);
+    }
+
+    /// Counts an `error` that a client of the connector API was answered with.
+    pub(super) fn count_connector_error(&mut self, kind: FailureKind) {
+        self.tally.count_connector_error(kind);
+    }
+
+    /// Counts and logs what was noted since.
+    pub(super) fn log(&mut self) {
+        for note in self.unlogged.drain(..) {
+            self.tally.count(&note);
+            match note {
+                Note::Grown { result } => log_grown(result),
+                Note::Outgoing(note) => log_outgoing(note),
+                Note::Incoming(note) => log_incoming(note),
+            }
+        }
+    }
+
+    pub(super) const fn tally(&self) -> &Tally {
+        &self.tally
+    }
 }
 
 fn log_grown(result: Result<u64, String>) {
@@ -19,10 +58,9 @@ fn log_grown(result: Result<u64, String>) {
     }
 }
 
-pub(super) fn log_receiver(note: incoming::Note) {
+fn log_incoming(note: incoming::Note) {
     use incoming::Note;
     match note {
-        Note::Grown { result } => log_grown(result),
         Note::PeerConnected { instance } => info!(sender = %instance, "connected"),
         Note::PeerRefused { instance, failure } => {
             warn!(sender = %instance, kind = %failure.kind, "refused: {}", failure.text);
@@ -56,10 +94,9 @@ pub(super) fn log_receiver(note: incoming::Note) {
     }
 }
 
-pub(super) fn log_sender(note: outgoing::Note) {
+fn log_outgoing(note: outgoing::Note) {
     use outgoing::Note;
     match note {
-        Note::Grown { result } => log_grown(result),
         Note::PeerUp { address, instance, len_bytes, took } => info!(
             receiver = %address, instance, buffer_bytes = len_bytes, took_ms = ms(took), "connected"
         ),

@@ -57,23 +57,22 @@ const fn alignment(slot_bytes: u64) -> u64 {
 }
 
 /// The buffer, and the engine that has it registered.
-pub(super) struct MemoryAndEngine<P> {
+pub(super) struct MemoryAndEngine {
     pub(super) manager: MemoryManager,
-    pub(super) engine: EngineThread<P>,
+    pub(super) engine: EngineThread,
     pub(super) started: Started,
 }
 
 /// Allocates the buffer and starts the engine on its thread. Filling gigabytes with pages takes seconds, so a daemon that
 /// is told to stop meanwhile does: `None`.
-pub(super) async fn start_memory_and_engine<P, E>(
+pub(super) async fn start_memory_and_engine<E>(
     config: &Config,
     instance: &str,
     events: &UnboundedSender<E>,
     inbox: &mut Inbox<E>,
-) -> Result<Option<MemoryAndEngine<P>>, RuntimeError>
+) -> Result<Option<MemoryAndEngine>, RuntimeError>
 where
-    P: Send + 'static,
-    E: From<EngineEvent<P>> + Send + 'static,
+    E: From<EngineEvent> + Send + 'static,
 {
     let (config, instance, events) = (config.clone(), instance.to_owned(), events.clone());
     let laid = tokio::task::spawn_blocking(move || {
@@ -90,15 +89,14 @@ where
     }
 }
 
-fn start_engine<P, E>(
+fn start_engine<E>(
     config: &Config,
     instance: &str,
     manager: &MemoryManager,
     events: UnboundedSender<E>,
-) -> Result<(EngineThread<P>, Started), RuntimeError>
+) -> Result<(EngineThread, Started), RuntimeError>
 where
-    P: Send + 'static,
-    E: From<EngineEvent<P>> + Send + 'static,
+    E: From<EngineEvent> + Send + 'static,
 {
     let options = EngineOptions {
         kind: config.engine.kind,

@@ -1,4 +1,4 @@
-//! Between the sessions' words and the connector API's.
+//! Between the node's words and the connector API's.
 
 use std::time::Duration;
 
@@ -7,17 +7,11 @@ use crate::buffer::{Memory, MemoryManager};
 use crate::config::Config;
 use crate::connector::message::CONNECTOR_API_VERSION;
 use crate::connector::message::{BufferHandle, BufferUsage, Group, ReceiverState, ReceiverStatus, Reply, Timings};
-use crate::ids::{Failure, FailureKind, PeerAddress, Seq};
-use crate::node::{incoming, outgoing};
+use crate::ids::{Failure, PeerAddress, Seq};
+use crate::node::{Answer, outgoing};
 
 pub(super) fn error(id: Seq, failure: Failure, peer: Option<String>) -> Reply {
     Reply::Error { id, kind: failure.kind, text: failure.text, peer }
-}
-
-/// The reply to a request that the other daemon would understand.
-pub(super) fn wrong_daemon(id: Seq, role: &str) -> Reply {
-    let text = format!("a {role} does not take this message; see docs/connector-api.md for which daemon takes which");
-    error(id, Failure::new(FailureKind::BadRequest, text), None)
 }
 
 pub(super) fn attached(id: Seq, config: &Config, manager: &MemoryManager) -> Reply {
@@ -98,20 +92,21 @@ pub(super) fn receiver((address, state): (&PeerAddress, &outgoing::ConnectState)
     ReceiverStatus { address: address.clone(), state, failure: failure.cloned() }
 }
 
-pub(super) fn sender_answer(id: Seq, answer: outgoing::Answer) -> Reply {
+pub(super) fn answer(id: Seq, answer: Answer) -> Reply {
     match answer {
-        outgoing::Answer::Opened { request, already_sent, slots } => {
-            Reply::Opened { id, req_id: request, already_sent, slots }
-        }
-        outgoing::Answer::Staged { slots } => Reply::Staged { id, slots },
-        outgoing::Answer::Accepted => Reply::Accepted { id },
-        outgoing::Answer::Cancelled { request } => Reply::Cancelled { id, req_id: request },
-        outgoing::Answer::Reset => Reply::Reset { id },
-        outgoing::Answer::Failed { failure, peer } => error(id, failure, peer),
+        Answer::Opened { request, already_sent, slots } => Reply::Opened { id, req_id: request, already_sent, slots },
+        Answer::Staged { slots } => Reply::Staged { id, slots },
+        Answer::Accepted => Reply::Accepted { id },
+        Answer::Ready { request, lease, chunks } => Reply::Ready { id, req_id: request, lease, chunks },
+        Answer::Found { lease, chunks, granted } => Reply::Found { id, lease, chunks, granted },
+        Answer::Released => Reply::Released { id },
+        Answer::Cancelled { request } => Reply::Cancelled { id, req_id: request },
+        Answer::Reset => Reply::Reset { id },
+        Answer::Failed { failure, peer } => error(id, failure, peer),
     }
 }
 
-pub(super) fn sender_event(event: outgoing::Event) -> Reply {
+pub(super) fn event(event: outgoing::Event) -> Reply {
     match event {
         outgoing::Event::Sent { request, chunks, bytes, phases } => Reply::Sent {
             req_id: request,
@@ -126,16 +121,5 @@ pub(super) fn sender_event(event: outgoing::Event) -> Reply {
         outgoing::Event::Failed { request, failure, peer } => {
             Reply::Failed { req_id: request, kind: failure.kind, text: failure.text, peer }
         }
-    }
-}
-
-pub(super) fn receiver_answer(id: Seq, answer: incoming::Answer) -> Reply {
-    match answer {
-        incoming::Answer::Ready { request, lease, chunks } => Reply::Ready { id, req_id: request, lease, chunks },
-        incoming::Answer::Found { lease, chunks, granted } => Reply::Found { id, lease, chunks, granted },
-        incoming::Answer::Released => Reply::Released { id },
-        incoming::Answer::Cancelled { request } => Reply::Cancelled { id, req_id: request },
-        incoming::Answer::Reset => Reply::Reset { id },
-        incoming::Answer::Failed { failure, peer } => error(id, failure, peer),
     }
 }

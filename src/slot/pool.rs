@@ -54,32 +54,22 @@ impl SlotPool {
         Self { addresses, slots: Vec::new(), vacant: Vec::new() }
     }
 
-    /// Takes a slot of each of these lengths, in that order, or none.
-    ///
-    /// # Errors
-    /// [`NoRoom`].
-    ///
-    /// # Panics
-    /// In debug builds, when a length is 0: a chunk has at least one byte.
-    pub fn take(&mut self, lens_bytes: &[u64]) -> Result<Vec<SlotIndex>, NoRoom> {
-        debug_assert!(!lens_bytes.contains(&0), "a slot of 0 bytes");
-        match self.addresses.allocate_each(lens_bytes) {
-            Ok(ranges) => Ok(ranges.into_iter().map(|range| self.name(range)).collect()),
-            Err(_) => Err(self.no_room(lens_bytes)),
-        }
-    }
-
-    /// As [`take`](Self::take), in bytes before `end_bytes`. Where there is no room, gives slots of `spare` back, which are
-    /// taken and whose owner can do without them: as few as will do, the first before the others, and none in vain.
+    /// Takes a slot of each of these lengths, in that order, or none, in bytes before `end_bytes`. Where there is no room, gives
+    /// slots of `spare` back, which are taken and whose owner can do without them: as few as will do, the first before the
+    /// others, and none in vain.
     ///
     /// # Errors
     /// [`NoRoom`]: all of them are too few, or what was found ends beyond `end_bytes`. Nothing was given back.
+    ///
+    /// # Panics
+    /// In debug builds, when a length is 0: a chunk has at least one byte.
     pub fn take_or_free(
         &mut self,
         lens_bytes: &[u64],
         end_bytes: u64,
         spare: impl Iterator<Item = SlotIndex>,
     ) -> Result<Taken, NoRoom> {
+        debug_assert!(!lens_bytes.contains(&0), "a slot of 0 bytes");
         let (mut seen, addresses) = (Vec::new(), self.addresses.clone());
         let made = addresses.allocate_each_or_free(lens_bytes, end_bytes, self.ranges_of(spare, &mut seen));
         made.map(|made| self.taken(made, &seen)).map_err(|_| self.no_room(lens_bytes))

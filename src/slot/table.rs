@@ -1,8 +1,9 @@
-//! What a receiver knows of every slot.
+//! What a node knows of every slot.
 //!
 //! ```text
-//! Free -> Reserved(tenant) -> Ready(key) -> Free
-//!         Reserved -> Quarantined(tenant) -> Free
+//! Free -> Staged -> Free                           outgoing: filled by the local engine, and sent
+//! Free -> Reserved(grant) -> Ready(key) -> Free    incoming: granted to a peer, committed by it
+//!         Reserved -> Quarantined(grant) -> Free
 //! ```
 //!
 //! A one-sided write cannot be refused, so a slot whose writer may still be writing is quarantined, and freed when that
@@ -23,7 +24,9 @@ use crate::ids::{ChunkKey, GrantId, GroupIndex, SlotIndex};
 pub enum SlotState {
     /// Nothing; it can be reserved.
     Free,
-    /// A writer fills it.
+    /// Our own engine fills it, or it is being sent.
+    Staged,
+    /// A peer fills it.
     Reserved(GrantId),
     /// A complete chunk, committed by its writer.
     Ready {
@@ -41,6 +44,8 @@ pub enum SlotState {
 /// Slots by state, all of one moment.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct SlotCounts {
+    /// Being filled by our own engine, or sent.
+    pub staged: u32,
     /// Being written.
     pub reserved: u32,
     /// Committed and held.
@@ -51,10 +56,17 @@ pub struct SlotCounts {
     pub quarantined: u32,
 }
 
-/// The receiver's slots.
+/// What slots are staged for and what they are reserved for, where one buffer serves both: each is sure of this part of it,
+/// one in so many.
+const SURE_PART: u64 = 4;
+
+/// A node's slots.
 #[derive(Debug)]
 pub struct SlotTable {
     pool: SlotPool,
+    /// Whether slots are both staged and reserved, so that neither may take everything.
+    is_shared: bool,
+    staged_bytes: u64,
     states: Vec<SlotState>,
     /// Ready chunks that can be found by name. A second copy of a key that is ready already is not in here.
     by_key: BTreeMap<ChunkKey, SlotIndex>,
@@ -64,16 +76,57 @@ pub struct SlotTable {
 }
 
 impl SlotTable {
-    /// No slots yet, in the addresses of this manager.
-    pub fn new(addresses: AddressManager) -> Self {
+    /// No slots yet, in the addresses of this manager. With `is_shared`, slots are both staged and reserved.
+    pub fn new(addresses: AddressManager, is_shared: bool) -> Self {
         Self {
             pool: SlotPool::new(addresses),
+            is_shared,
+            staged_bytes: 0,
             states: Vec::new(),
             by_key: BTreeMap::new(),
             idle: IdleSlots::default(),
             counts: SlotCounts::default(),
             version: 0,
         }
+    }
+
+    /// Whether slots are both staged and reserved.
+    pub const fn is_shared(&self) -> bool {
+        self.is_shared
+    }
+
+    /// Most bytes of a buffer of this length that can be staged, or reserved and held.
+    pub const fn most_bytes(&self, len_bytes: u64) -> u64 {
+        if self.is_shared { len_bytes - len_bytes / SURE_PART } else { len_bytes }
+    }
+
+    /// Stages a slot of each of these lengths, in that order, or none. Idle ready chunks make room as for
+    /// [`reserve`](Self::reserve).
+    ///
+    /// # Errors
+    /// As there.
+    pub fn stage(&mut self, lens_bytes: &[u64]) -> Result<Vec<SlotIndex>, NoRoom> {
+        let asked_bytes = self.pool.asked_bytes(lens_bytes);
+        let staged_bytes = self.staged_bytes.saturating_add(asked_bytes);
+        if asked_bytes > self.available_bytes() || staged_bytes > self.most_bytes(self.addresses().len_bytes()) {
+            return Err(self.pool.no_room(lens_bytes));
+        }
+        let taken = self.pool.take_or_free(lens_bytes, u64::MAX, self.idle.iter())?;
+        let slots = self.enter(taken, &SlotState::Staged);
+        self.counts.staged += slots.len() as u32;
+        self.staged_bytes = staged_bytes;
+        Ok(slots)
+    }
+
+    /// A staged slot is not needed any more.
+    pub fn unstage(&mut self, slot: SlotIndex) {
+        if !matches!(self.state(slot), Some(SlotState::Staged)) {
+            debug_assert!(false, "slot {slot} is not staged");
+            return;
+        }
+        self.counts.staged -= 1;
+        self.staged_bytes -= self.pool.taken_bytes(slot);
+        self.vacate(slot);
     }
 
     /// Reserves a slot of each of these lengths for a grant, in that order, or none, in bytes before `end_bytes`. Idle ready
@@ -89,7 +142,7 @@ impl SlotTable {
         keep: &BTreeSet<SlotIndex>,
         end_bytes: u64,
     ) -> Result<Vec<SlotIndex>, NoRoom> {
-        if self.pool.asked_bytes(lens_bytes) > self.available_bytes() {
+        if !self.can_reserve(self.pool.asked_bytes(lens_bytes)) {
             return Err(self.pool.no_room(lens_bytes));
         }
         let spare = self.idle.iter().filter(|slot| !keep.contains(slot));
@@ -109,7 +162,7 @@ impl SlotTable {
         keep: &BTreeSet<SlotIndex>,
         end_bytes: u64,
     ) -> Result<Vec<SlotIndex>, NoRoom> {
-        if page_bytes.saturating_mul(count as u64) > self.available_bytes() {
+        if !self.can_reserve(page_bytes.saturating_mul(count as u64)) {
             return Err(self.pool.no_room(&vec![page_bytes; count]));
         }
         let spare = self.idle.iter().filter(|slot| !keep.contains(slot));
@@ -124,7 +177,23 @@ impl SlotTable {
         }
     }
 
+    /// Whether there may be room for so many bytes. What others hold of a peer's chunks counts as taken by peers.
+    fn can_reserve(&self, asked_bytes: u64) -> bool {
+        let len_bytes = self.addresses().len_bytes();
+        let available_bytes = self.available_bytes();
+        // The buffer may grow while it is looked at.
+        let incoming_bytes = len_bytes.saturating_sub(available_bytes + self.staged_bytes);
+        asked_bytes <= available_bytes && incoming_bytes.saturating_add(asked_bytes) <= self.most_bytes(len_bytes)
+    }
+
     fn mark_reserved(&mut self, grant: GrantId, taken: Taken) -> Vec<SlotIndex> {
+        let slots = self.enter(taken, &SlotState::Reserved(grant));
+        self.counts.reserved += slots.len() as u32;
+        slots
+    }
+
+    /// Slots that were taken enter this state.
+    fn enter(&mut self, taken: Taken, state: &SlotState) -> Vec<SlotIndex> {
         let Taken { slots, freed } = taken;
         // First, because a slot may get the name of one that was freed.
         for slot in freed {
@@ -137,9 +206,8 @@ impl SlotTable {
             if at >= self.states.len() {
                 self.states.resize(at + 1, SlotState::Free);
             }
-            self.states[at] = SlotState::Reserved(grant);
+            self.states[at] = state.clone();
         }
-        self.counts.reserved += slots.len() as u32;
         slots
     }
 
@@ -296,7 +364,7 @@ impl SlotTable {
     pub fn check_invariants(&self) -> Result<(), String> {
         self.pool.check()?;
         let mut counts = SlotCounts::default();
-        let mut idle_bytes = 0;
+        let (mut idle_bytes, mut staged_bytes) = (0, 0);
         for (index, state) in self.states.iter().enumerate() {
             let slot = SlotIndex(index as u32);
             if (*state == SlotState::Free) != self.pool.range(slot).is_none() {
@@ -304,6 +372,10 @@ impl SlotTable {
             }
             match state {
                 SlotState::Free => {}
+                SlotState::Staged => {
+                    counts.staged += 1;
+                    staged_bytes += self.pool.taken_bytes(slot);
+                }
                 SlotState::Reserved(_) => counts.reserved += 1,
                 SlotState::Quarantined(_) => counts.quarantined += 1,
                 SlotState::Ready { holds: 0, key, .. } => {
@@ -322,8 +394,11 @@ impl SlotTable {
         if counts != self.counts || self.idle.len() as u32 != counts.ready_idle {
             return Err(format!("counted {:?}, found {counts:?}", self.counts));
         }
-        if idle_bytes != self.idle.bytes() {
-            return Err(format!("{} idle bytes counted, {idle_bytes} found", self.idle.bytes()));
+        if (idle_bytes, staged_bytes) != (self.idle.bytes(), self.staged_bytes) {
+            let (idle, staged) = (self.idle.bytes(), self.staged_bytes);
+            return Err(format!(
+                "{idle} idle and {staged} staged bytes counted, {idle_bytes} and {staged_bytes} found"
+            ));
         }
         for (key, slot) in &self.by_key {
             if !matches!(self.state(*slot), Some(SlotState::Ready { key: held, .. }) if held == key) {

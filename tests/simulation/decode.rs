@@ -4,7 +4,8 @@ use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use pd_backend::ids::{ChunkKey, ClientId, LeaseId, ReadyChunk, RequestId, Seq};
-use pd_backend::node::incoming::{Answer, Lookup};
+use pd_backend::node::Answer;
+use pd_backend::node::incoming::Lookup;
 use rand::RngExt;
 
 use crate::events::{Proc, WorldEvent};
@@ -175,6 +176,7 @@ impl World {
                 }
             }
             Answer::Released | Answer::Reset => {}
+            answer => self.wrong(format!("a reader is answered {answer:?}")),
         }
     }
 

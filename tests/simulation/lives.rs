@@ -102,7 +102,7 @@ impl World {
                 let mode = self.lmcache_receiver(index).mode;
                 *self.lmcache_receiver(index) = LmcacheReceiver::new(at, mode);
             }
-            false => self.receivers[index] = new_receiver(&self.plan, at),
+            false => self.receivers[index] = new_receiver(&self.plan, at, self.now),
         }
     }
 

@@ -4,7 +4,8 @@ use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use pd_backend::ids::{ClientId, FailureKind, RequestId, Seq, SlotPart, StagedSlot};
-use pd_backend::node::outgoing::{Answer, Event, OpenRequest, Sending};
+use pd_backend::node::Answer;
+use pd_backend::node::outgoing::{Event, OpenRequest, Sending};
 use rand::RngExt;
 
 use crate::events::{Proc, WorldEvent};

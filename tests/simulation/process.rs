@@ -5,9 +5,7 @@ use std::time::{Duration, Instant};
 
 use pd_backend::address::AddressManager;
 use pd_backend::ids::{Checksum, ChecksumMode, ConnectionId, TransferId};
-use pd_backend::node::incoming::ReceiverSettings;
-use pd_backend::node::outgoing::SenderSettings;
-use pd_backend::node::{ChunkShape, ReceiverSession, SenderSession};
+use pd_backend::node::{ChunkShape, IncomingSettings, Node, NodeSettings, OutgoingSettings};
 use pd_backend::wire::message::{
     CAPABILITY_CHECKSUMS, CAPABILITY_COMMIT, CAPABILITY_HEARTBEAT, CAPABILITY_VERIFYING, Hello, ProcessIdentity,
 };
@@ -38,7 +36,7 @@ pub struct Process {
 
 pub struct Sender {
     pub process: Process,
-    pub session: SenderSession,
+    pub session: Node<Route>,
     pub memory: Vec<u8>,
     pub addresses: AddressManager,
     pub connections: BTreeMap<ConnectionId, Connection>,
@@ -49,7 +47,7 @@ pub struct Sender {
 
 pub struct Receiver {
     pub process: Process,
-    pub session: ReceiverSession<Route>,
+    pub session: Node<Route>,
     pub addresses: AddressManager,
     pub truth: Truth,
     pub watched: BTreeSet<String>,
@@ -107,28 +105,32 @@ fn peers_max(plan: &Plan, peers: usize) -> usize {
 
 pub fn new_sender(plan: &Plan, at: Proc, now: Instant) -> Sender {
     let addresses = addresses(plan, plan.sender_slots);
-    let session = SenderSession::new(
+    let session = Node::new(
         now,
-        SenderSettings {
+        NodeSettings {
             hello: hello(sender_name(at), at, plan.same_host, "the senders' host"),
             agent_name: sender_name(at),
             metadata: vec![1],
+            descriptors: Vec::new(),
             pages: plan.has_lmcache().then(|| pages(1 << 20, plan.sender_slots)),
             chunk: chunk_shape(plan),
             addresses: addresses.clone(),
             len_max_bytes: CHUNK_BYTES * plan.sender_slots,
             allocation_timeout: plan::ALLOCATION,
-            handshake_timeout: plan::HANDSHAKE,
-            commit_timeout: plan::COMMIT,
             write_timeout: plan::WRITE,
             checksum: if plan.checksums { ChecksumMode::Full } else { ChecksumMode::Off },
             requests_max: 64,
             request_chunks_max: 64,
             peers_max: peers_max(plan, plan.all_receivers()),
-            receivers: if plan.told { (0..plan.all_receivers()).map(address).collect() } else { Vec::new() },
-            notify_proxy: true,
             heartbeat_interval: plan::HEARTBEAT,
             peer_timeout: plan::PEER,
+            outgoing: Some(OutgoingSettings {
+                handshake_timeout: plan::HANDSHAKE,
+                commit_timeout: plan::COMMIT,
+                receivers: if plan.told { (0..plan.all_receivers()).map(address).collect() } else { Vec::new() },
+                notify_proxy: true,
+            }),
+            incoming: None,
             safeguards: plan.safeguards,
         },
     );
@@ -143,32 +145,38 @@ pub fn new_sender(plan: &Plan, at: Proc, now: Instant) -> Sender {
     }
 }
 
-pub fn new_receiver(plan: &Plan, at: Proc) -> Receiver {
+pub fn new_receiver(plan: &Plan, at: Proc, now: Instant) -> Receiver {
     let addresses = addresses(plan, plan.receiver_slots);
-    let session = ReceiverSession::new(ReceiverSettings {
-        hello: hello(receiver_name(at), at, plan.same_host, "the receivers' host"),
-        agent_name: receiver_name(at),
-        metadata: vec![2],
-        descriptors: addresses.len_bytes().to_le_bytes().to_vec(),
-        chunk: chunk_shape(plan),
-        addresses: addresses.clone(),
-        len_max_bytes: CHUNK_BYTES * plan.receiver_slots,
-        allocation_timeout: plan::ALLOCATION,
-        write_timeout: plan::WRITE,
-        wait_timeout: plan::WAIT,
-        retention: plan::RETENTION,
-        checksum: if plan.checksums { ChecksumMode::Full } else { ChecksumMode::Off },
-        peer_requests_max: 64,
-        requests_max: 64,
-        request_chunks_max: 64,
-        // Whoever is told of a receiver takes a place there, whether it has requests or not.
-        peers_max: if plan.told { plan.senders + 2 } else { peers_max(plan, plan.senders) },
-        heartbeat_interval: plan::HEARTBEAT,
-        peer_timeout: plan::PEER,
-        linger: if plan.lingers { plan::LINGER } else { Duration::ZERO },
-        pages: plan.has_lmcache().then(|| pages(1 << 21, 0)),
-        safeguards: plan.safeguards,
-    });
+    let session = Node::new(
+        now,
+        NodeSettings {
+            hello: hello(receiver_name(at), at, plan.same_host, "the receivers' host"),
+            agent_name: receiver_name(at),
+            metadata: vec![2],
+            descriptors: addresses.len_bytes().to_le_bytes().to_vec(),
+            chunk: chunk_shape(plan),
+            addresses: addresses.clone(),
+            len_max_bytes: CHUNK_BYTES * plan.receiver_slots,
+            allocation_timeout: plan::ALLOCATION,
+            write_timeout: plan::WRITE,
+            checksum: if plan.checksums { ChecksumMode::Full } else { ChecksumMode::Off },
+            requests_max: 64,
+            request_chunks_max: 64,
+            // Whoever is told of a receiver takes a place there, whether it has requests or not.
+            peers_max: if plan.told { plan.senders + 2 } else { peers_max(plan, plan.senders) },
+            heartbeat_interval: plan::HEARTBEAT,
+            peer_timeout: plan::PEER,
+            pages: plan.has_lmcache().then(|| pages(1 << 21, 0)),
+            outgoing: None,
+            incoming: Some(IncomingSettings {
+                wait_timeout: plan::WAIT,
+                retention: plan::RETENTION,
+                peer_requests_max: 64,
+                linger: if plan.lingers { plan::LINGER } else { Duration::ZERO },
+            }),
+            safeguards: plan.safeguards,
+        },
+    );
     let memory = vec![0; (CHUNK_BYTES * plan.receiver_slots) as usize];
     Receiver {
         process: Process { life: at.life, alive: true, ..Process::default() },

@@ -3,7 +3,8 @@
 use std::ops::Range;
 
 use pd_backend::ids::{Checksum, ChunkKey, FailureKind};
-use pd_backend::node::incoming::{ExpectedChunk, Note, Output};
+use pd_backend::node::incoming::{ExpectedChunk, Note};
+use pd_backend::node::{self, Output, Remote, To};
 use pd_backend::wire::Message;
 use pd_backend::wire::message::AllocResponse;
 
@@ -44,7 +45,7 @@ impl World {
                 } else {
                     Ok(self.fresh_connection(false, at.index))
                 };
-                return self.receivers[at.index].session.handle_peer_loaded(now, &instance, result);
+                return self.receivers[at.index].session.handle_loaded(now, &Remote::Sender(instance), result);
             }
             WorldEvent::Verified(_, request, grant, chunks) => {
                 let corrupted = self.corrupted(at, &chunks);
@@ -78,18 +79,18 @@ impl World {
     }
 
     fn on_receiver_output(&mut self, at: Proc, output: Output<Route>) {
-        if let Output::Note(note) = &output
+        if let Output::Note(node::Note::Incoming(note)) = &output
             && self.has_lmcache()
         {
             self.lmcache_request_noted(at, note);
         }
         match output {
-            Output::Send { to, port, message } if self.is_lmcache_sender(to.sender.index) => {
+            Output::Send { to: To::Route(to), port, message } if self.is_lmcache_sender(to.sender.index) => {
                 let route = Route { port, ..to };
                 self.lmcache_sender_is_told(at, route, &message);
                 self.transmit(true, route, message);
             }
-            Output::Send { to, port, message } => {
+            Output::Send { to: To::Route(to), port, message } => {
                 match &message {
                     Message::AllocResponse(response) => self.note_grant(at, to, response),
                     Message::PdVerifying(_) => self.tally.verifying += 1,
@@ -97,7 +98,7 @@ impl World {
                 }
                 self.transmit(true, Route { port, ..to }, message);
             }
-            Output::LoadPeer { instance, .. } => {
+            Output::LoadPeer { remote: Remote::Sender(instance), .. } => {
                 let soon = self.ms(0, 20);
                 self.schedule(soon, WorldEvent::ReceiverLoads(at, instance));
             }
@@ -128,23 +129,31 @@ impl World {
                 self.schedule(soon, WorldEvent::ReceiverGrows(at));
             }
             Output::Answer { client, id, answer } => self.on_reader_answer(at, client, id, answer),
+            Output::Note(node::Note::Incoming(note)) => self.on_receiver_note(at, note),
+            Output::Note(_) => {}
+            output => self.wrong(format!("{} only receives: {output:?}", receiver_name(at))),
+        }
+    }
+
+    fn on_receiver_note(&mut self, at: Proc, note: Note) {
+        match note {
             // Of an LMCache sender's, which a reader takes uncommitted.
-            Output::Note(Note::Committed { instance, .. }) if is_lmcaches(&instance) => {}
-            Output::Note(Note::Committed { request, instance, .. }) => {
+            Note::Committed { instance, .. } if is_lmcaches(&instance) => {}
+            Note::Committed { request, instance, .. } => {
                 let under_way = self.under_way(at);
                 let checked = self.receivers[at.index].truth.commit(&instance, &request, &under_way);
                 self.check(checked);
                 *self.committed.entry((instance, request)).or_default() += 1;
             }
-            Output::Note(Note::Granted { request, .. }) => self.attempt_begins(at, &request),
+            Note::Granted { request, .. } => self.attempt_begins(at, &request),
             // A sender that is not known shakes hands anew, and asks again.
-            Output::Note(Note::Refused { failure, instance, .. })
+            Note::Refused { failure, instance, .. }
                 if failure.kind == FailureKind::HandshakeRefused && !is_lmcaches(&instance) => {}
-            Output::Note(Note::Failed { request, .. } | Note::Refused { request: Some(request), .. }) => {
+            Note::Failed { request, .. } | Note::Refused { request: Some(request), .. } => {
                 self.attempt_ends(at, request, false)
             }
-            Output::Note(Note::Fetched { request, .. }) => self.attempt_ends(at, request, true),
-            Output::Note(_) => {}
+            Note::Fetched { request, .. } => self.attempt_ends(at, request, true),
+            _ => {}
         }
     }
 

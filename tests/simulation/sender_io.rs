@@ -1,7 +1,7 @@
 //! A sender's session and what it asks of the world.
 
 use pd_backend::ids::{Failure, FailureKind, PeerAddress, PeerId};
-use pd_backend::node::outgoing::{Output, PeerMemory};
+use pd_backend::node::{Output, PeerMemory, Remote, To};
 use pd_backend::wire::message::ProcessIdentity;
 use pd_backend::wire::{LmcacheMode, Message};
 
@@ -70,7 +70,7 @@ impl World {
             WorldEvent::Opened(_, peer) => session.handle_peer_opened(now, peer, lmcache_mode),
             WorldEvent::Closed(_, peer) => session.handle_peer_closed(now, peer, Self::link_failure()),
             WorldEvent::ToSender(route, message) if open => {
-                session.handle_message(now, route.peer, route.port, *message)
+                session.handle_peer_message(now, route.peer, route.port, *message)
             }
             WorldEvent::Done(_, transfer, good) => {
                 let sums = sums.unwrap_or_default();
@@ -96,7 +96,7 @@ impl World {
             self.senders[at.index].connections.insert(connection, known);
             Ok(connection)
         };
-        self.senders[at.index].session.handle_peer_loaded(self.now, peer, result);
+        self.senders[at.index].session.handle_loaded(self.now, &Remote::Receiver(peer), result);
     }
 
     pub fn pump_sender(&mut self, at: Proc) {
@@ -106,11 +106,11 @@ impl World {
         }
     }
 
-    fn on_sender_output(&mut self, at: Proc, output: Output) {
+    fn on_sender_output(&mut self, at: Proc, output: Output<Route>) {
         match output {
             Output::OpenPeer { peer, address } => self.connect(at, peer, receiver_index(&address)),
             Output::ClosePeer(peer) => self.close(at, peer),
-            Output::Send { peer, port, message } => {
+            Output::Send { to: To::Peer(peer), port, message } => {
                 if let Message::AllocRequest(request) = &message
                     && let Some(pd) = &request.pd
                 {
@@ -130,7 +130,7 @@ impl World {
                 }
                 self.transmit(false, route, message);
             }
-            Output::LoadPeer { peer, .. } => {
+            Output::LoadPeer { remote: Remote::Receiver(peer), .. } => {
                 let soon = self.ms(0, 20);
                 self.schedule(soon, WorldEvent::Met(at, peer));
             }
@@ -170,6 +170,7 @@ impl World {
             Output::Answer { client, id, answer } => self.on_prefill_answer(at, client, id, answer),
             Output::Event { client, event } => self.on_prefill_event(at, client, event),
             Output::Note(_) => {}
+            output => self.wrong(format!("{} only sends: {output:?}", sender_name(at))),
         }
     }
 

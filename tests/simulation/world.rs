@@ -83,7 +83,7 @@ impl World {
             handled: 0,
             settling: false,
             senders: (0..plan.senders).map(|index| new_sender(&plan, first(index), now)).collect(),
-            receivers: (0..plan.receivers).map(|index| new_receiver(&plan, first(index))).collect(),
+            receivers: (0..plan.receivers).map(|index| new_receiver(&plan, first(index), now)).collect(),
             links: BTreeMap::new(),
             link_busy: BTreeMap::new(),
             parted: BTreeSet::new(),
@@ -394,7 +394,8 @@ impl World {
         for index in 0..self.senders.len() {
             let name = sender_name(self.sender_at(index));
             let counts = self.senders[index].session.counts();
-            let left = (counts.slots_staged, counts.transfers_in_flight, counts.requests_active);
+            let half = counts.outgoing.unwrap_or_default();
+            let left = (counts.slots.staged, half.transfers_in_flight, half.requests_active);
             if left != (0, 0, 0) {
                 self.wrong(format!("{name} has (slots, transfers, requests) {left:?} left after everything ended"));
             }

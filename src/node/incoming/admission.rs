@@ -1,13 +1,15 @@
 //! Who gets slots, and when: whole requests, in the order of their arrival, with bounded overtaking.
 
 use std::collections::BTreeSet;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::origin::Origin;
 use super::request::{Request, Room, Stage};
-use super::{Note, Port, ReceiverSession, Timer};
+use super::{Incoming, Note, Port, Timer};
 use crate::ids::{ChunkKey, Failure, FailureKind, GrantId, RequestId, Seq, SlotIndex, truncate};
 use crate::node::chunks::ChunkSize;
+use crate::node::core::Core;
+use crate::node::output::To;
 use crate::slot::SlotState;
 use crate::wire::Message;
 use crate::wire::message::{AllocExtension, AllocReplyExtension, AllocRequest, AllocResponse};
@@ -17,41 +19,41 @@ const OVERTAKEN_MAX: u32 = 8;
 /// How many waiting requests are looked at whenever slots become free.
 const LOOKAHEAD_MAX: usize = 8;
 
-impl<R: Clone + PartialEq> ReceiverSession<R> {
-    pub(super) fn on_alloc(&mut self, now: Instant, from: R, request: AllocRequest) {
+impl<R: Clone + PartialEq> Incoming<R> {
+    pub(super) fn on_alloc(&mut self, core: &mut Core<R>, from: R, request: AllocRequest) {
         let Some(extension) = request.pd.clone() else { return };
-        let known = self.touch_peer(now, &extension.instance, extension.seq);
-        if let Err(failure) = self.check_addressee(&extension.instance, known, &extension.receiver) {
-            return self.refuse_alloc(from, extension.seq, &extension.instance, request.req_id, failure);
+        let known = self.touch_peer(core.now, &extension.instance, extension.seq);
+        if let Err(failure) = self.check_addressee(core, &extension.instance, known, &extension.receiver) {
+            return self.refuse_alloc(core, from, extension.seq, &extension.instance, request.req_id, failure);
         }
-        self.use_peer(now, &extension.instance, &from);
+        self.use_peer(core.now, &extension.instance, &from);
         // What the network delivers twice is asked once: its answer is on its way, or was taken back meanwhile.
         let seen = self.peers.get_mut(&extension.instance).is_some_and(|peer| !peer.allocs.insert(extension.seq));
         if seen {
-            return self.note(Note::Unexpected { port: Port::Alloc, message: "AllocRequest, twice" });
+            return core.note(Note::Unexpected { port: Port::Alloc, message: "AllocRequest, twice" });
         }
-        let checked = self.check_alloc(&request, &extension);
+        let checked = self.check_alloc(core, &request, &extension);
         let checked = checked.and_then(|checked| self.check_share(&extension.instance).map(|()| checked));
         let (id, sizes) = match checked {
             Ok(checked) => checked,
             Err(failure) => {
                 let id = request.req_id.clone();
-                self.refuse_alloc(from, extension.seq, &extension.instance, request.req_id, failure.clone());
+                self.refuse_alloc(core, from, extension.seq, &extension.instance, request.req_id, failure.clone());
                 // Whoever waits for it at this end need not wait longer.
                 if let Some(id) = id.filter(|id| !self.requests.contains_key(id)) {
-                    self.tell_end(now, id, failure, truncate(&extension.instance), None);
+                    self.tell_end(core, id, failure, truncate(&extension.instance), None);
                 }
                 return;
             }
         };
         // A name that is ready but not fetched is sent again: the newer request takes its place.
         if self.requests.get(&id).is_some_and(Request::is_ready) {
-            self.drop_ready(now, &id);
+            self.drop_ready(core, &id);
         }
-        let text = "its sender is gone, and another has the request now";
-        self.replace(now, &id, &Failure::new(FailureKind::PeerLost, text));
-        let wait = Duration::from_millis(extension.wait_ms).min(self.settings.allocation_timeout);
-        self.timers.set(Timer::Allocation(id.clone()), now + wait);
+        let text = "its sender is gone, and another has the request core.now";
+        self.replace(core, &id, &Failure::new(FailureKind::PeerLost, text));
+        let wait = Duration::from_millis(extension.wait_ms).min(core.settings.allocation_timeout);
+        core.timers.set(Timer::Allocation(id.clone()), core.now + wait);
         let request = Request {
             instance: extension.instance,
             route: from,
@@ -59,7 +61,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             keys: request.keys,
             sizes,
             known_len_bytes: extension.known_len_bytes,
-            since: now,
+            since: core.now,
             overtaken: 0,
             refused_in: None,
             verifying: None,
@@ -68,13 +70,13 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         };
         self.requests.insert(id.clone(), request);
         self.waiting.push_back(id);
-        self.admit(now);
+        self.admit(core);
     }
 
     /// Grants slots to whoever may have them now.
-    pub(super) fn admit(&mut self, now: Instant) {
-        if !self.settings.safeguards.whole_requests {
-            return self.admit_piecemeal(now);
+    pub(in crate::node) fn admit(&mut self, core: &mut Core<R>) {
+        if !core.settings.safeguards.whole_requests {
+            return self.admit_piecemeal(core);
         }
         let mut at = 0;
         // Those that were looked at and could have been granted slots.
@@ -88,19 +90,19 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             }
             let id = self.waiting[at].clone();
             // It is not slots that this one waits for.
-            if self.waits_for_a_reader(&id) {
+            if self.waits_for_a_reader(core, &id) {
                 at += 1;
                 continue;
             }
             // A request that was refused is refused again until there may be more room, or it needs less.
-            let room = self.room();
+            let room = self.room(core);
             let refused = self.requests.get(&id).is_some_and(|request| request.refused_in == Some(room));
-            if refused || !self.try_grant(now, &id) {
+            if refused || !self.try_grant(core, &id) {
                 if let Some(request) = self.requests.get_mut(&id) {
                     request.refused_in = Some(room);
                 }
                 if self.requests.get(&id).is_some_and(|request| request.origin.can_use_growth()) {
-                    self.ask_to_grow();
+                    core.ask_to_grow();
                 }
                 passed.push(id);
                 at += 1;
@@ -115,46 +117,48 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         }
     }
 
-    pub(super) fn allocation_timed_out(&mut self, now: Instant, id: &RequestId) {
+    pub(super) fn allocation_timed_out(&mut self, core: &mut Core<R>, id: &RequestId) {
         let Some(request) = self.requests.get(id) else { return };
         let Stage::Waiting { wait, .. } = &request.stage else { return };
-        if self.waits_for_a_reader(id) {
+        if self.waits_for_a_reader(core, id) {
             let text = format!(
                 "another request was granted some of its chunks {} ms ago or more, and nobody has fetched them since (pd_allocation_timeout_sec)",
                 wait.as_millis()
             );
-            return self.fail(now, id, Failure::new(FailureKind::Deadline, text));
+            return self.fail(core, id, Failure::new(FailureKind::Deadline, text));
         }
-        let slot_bytes = self.settings.chunk.slot_bytes;
-        let available_bytes = self.slots.available_bytes();
+        let slot_bytes = core.settings.chunk.slot_bytes;
+        let available_bytes = core.slots.available_bytes();
         let text = format!(
             "receiver has {} of {} slots free ({available_bytes} bytes), {id} needs up to {} ({} bytes); waited {} ms (pd_allocation_timeout_sec){}",
             available_bytes / slot_bytes,
-            self.slots.addresses().len_bytes() / slot_bytes,
+            core.slots.addresses().len_bytes() / slot_bytes,
             request.keys.len(),
-            self.slots.asked_bytes(&lens_bytes(&request.sizes)),
+            core.slots.asked_bytes(&lens_bytes(&request.sizes)),
             wait.as_millis(),
-            self.growth.failure_note(),
+            core.growth.failure_note(),
         );
-        self.fail(now, id, Failure::new(FailureKind::NoSlots, text));
+        self.fail(core, id, Failure::new(FailureKind::NoSlots, text));
     }
 
     /// A step of the buffer's growth has failed: requests that are larger than the buffer is now cannot be served.
-    pub(super) fn fail_those_that_need_growth(&mut self, now: Instant) {
-        let len_bytes = self.slots.addresses().len_bytes();
+    pub(super) fn fail_those_that_need_growth(&mut self, core: &mut Core<R>) {
+        let (most_bytes, share) = (core.most_bytes_now(), core.share_note());
         for id in self.waiting.clone() {
             let Some(request) = self.requests.get(&id) else { continue };
-            let asked_bytes = self.slots.asked_bytes(&lens_bytes(&request.sizes));
-            if asked_bytes > len_bytes {
-                let note = self.growth.failure_note();
-                let text = format!("{id} needs {asked_bytes} bytes, the receiver's buffer has {len_bytes}{note}");
-                self.fail(now, &id, Failure::new(FailureKind::NoSlots, text));
+            let asked_bytes = core.slots.asked_bytes(&lens_bytes(&request.sizes));
+            if asked_bytes > most_bytes {
+                let note = core.growth.failure_note();
+                let text =
+                    format!("{id} needs {asked_bytes} bytes, the receiver's buffer has {most_bytes}{share}{note}");
+                self.fail(core, &id, Failure::new(FailureKind::NoSlots, text));
             }
         }
     }
 
     pub(super) fn refuse_alloc(
         &mut self,
+        core: &mut Core<R>,
         to: R,
         seq: Seq,
         instance: &str,
@@ -166,8 +170,8 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             remote_indexes: Vec::new(),
             pd: Some(AllocReplyExtension { refusal: Some(failure.clone()), ..AllocReplyExtension::empty(seq) }),
         };
-        self.send(to, Port::Alloc, Message::AllocResponse(response));
-        self.note(Note::Refused { request, instance: truncate(instance), failure });
+        core.send(To::Route(to), Port::Alloc, Message::AllocResponse(response));
+        core.note(Note::Refused { request, instance: truncate(instance), failure });
     }
 
     /// Whether a sender may have one more request: none may take all places from the others.
@@ -188,16 +192,17 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
     /// Everything about an allocation that can be wrong whoever sent it.
     fn check_alloc(
         &self,
+        core: &Core<R>,
         request: &AllocRequest,
         extension: &AllocExtension,
     ) -> Result<(RequestId, Vec<ChunkSize>), Failure> {
         let bad = |text: String| Err(Failure::new(FailureKind::BadRequest, text));
-        let chunk = &self.settings.chunk;
+        let chunk = &core.settings.chunk;
         let count = request.keys.len();
         let Some(id) = request.req_id.clone() else {
             return bad("an allocation without req_id; pd-sender names every request".into());
         };
-        if self.draining {
+        if core.draining {
             return Err(Failure::new(FailureKind::ShuttingDown, "this receiver is shutting down; use another"));
         }
         if (&request.fmt, &request.shape, &request.dtype) != (&chunk.wire_format, &chunk.wire_shape, &chunk.dtype) {
@@ -214,19 +219,20 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         if request.keys.iter().collect::<BTreeSet<_>>().len() != count {
             return bad(format!("{id} names a chunk twice; keys must be distinct"));
         }
-        let asked_bytes = self.slots.asked_bytes(&lens_bytes(&sizes));
-        if asked_bytes > self.growth.len_max_bytes() {
+        let asked_bytes = core.slots.asked_bytes(&lens_bytes(&sizes));
+        let most_bytes = core.most_bytes();
+        if asked_bytes > most_bytes {
             let text = format!(
-                "{id} has {count} chunks, {asked_bytes} bytes; the receiver's buffer has {} slots, {} bytes; raise its pd_buffer_size or split the request",
-                self.growth.len_max_bytes() / chunk.slot_bytes,
-                self.growth.len_max_bytes(),
+                "{id} has {count} chunks, {asked_bytes} bytes; the receiver's buffer has {} slots, {most_bytes} bytes{}; raise its pd_buffer_size or split the request",
+                most_bytes / chunk.slot_bytes,
+                core.share_note(),
             );
             return Err(Failure::new(FailureKind::TooLarge, text));
         }
-        if count > self.settings.request_chunks_max {
+        if count > core.settings.request_chunks_max {
             let text = format!(
                 "{id} has {count} chunks, the limit is {} (pd_max_request_chunks)",
-                self.settings.request_chunks_max
+                core.settings.request_chunks_max
             );
             return Err(Failure::new(FailureKind::Limit, text));
         }
@@ -234,7 +240,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             Some(open) if !open.is_ready() && !self.is_abandoned(open) => {
                 bad(format!("{id} is open already, or its last attempt is still ending"))
             }
-            _ if self.requests.len() >= self.settings.requests_max => Err(Failure::new(
+            _ if self.requests.len() >= core.settings.requests_max => Err(Failure::new(
                 FailureKind::Limit,
                 format!("{} requests are open, the limit (pd_max_requests)", self.requests.len()),
             )),
@@ -243,51 +249,51 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
     }
 
     /// Grants a waiting request all its slots, if there are enough. True: it waits no longer.
-    fn try_grant(&mut self, now: Instant, id: &RequestId) -> bool {
+    fn try_grant(&mut self, core: &mut Core<R>, id: &RequestId) -> bool {
         let Some(request) = self.requests.get(id) else { return true };
         if !matches!(request.stage, Stage::Waiting { .. }) {
             return true;
         }
         // What is shared stays where it is, perhaps in the middle of the room that the rest needs: then, if the buffer
         // cannot grow around it, it is written again.
-        let can_grow = self.room().can_grow;
-        self.try_reserve(now, id, true) || (!can_grow && self.try_reserve(now, id, false))
+        let can_grow = self.room(core).can_grow;
+        self.try_reserve(core, id, true) || (!can_grow && self.try_reserve(core, id, false))
     }
 
-    fn room(&self) -> Room {
+    fn room(&self, core: &Core<R>) -> Room {
         Room {
-            version: self.slots.version(),
-            described_len_bytes: self.described_len_bytes,
-            can_grow: self.growth.can_grow(self.slots.addresses().len_bytes()),
+            version: core.slots.version(),
+            described_len_bytes: core.described_len_bytes,
+            can_grow: core.growth.can_grow(core.slots.addresses().len_bytes()),
         }
     }
 
     /// Grants a waiting request all its slots, sharing ready chunks with others or not.
-    fn try_reserve(&mut self, now: Instant, id: &RequestId, share: bool) -> bool {
+    fn try_reserve(&mut self, core: &mut Core<R>, id: &RequestId, share: bool) -> bool {
         let Some(request) = self.requests.get(id) else { return true };
-        let shared = if share { self.ready_of(&request.keys, &request.sizes) } else { Vec::new() };
+        let shared = if share { self.ready_of(core, &request.keys, &request.sizes) } else { Vec::new() };
         let is_shared: BTreeSet<u32> = shared.iter().map(|&(index, _)| index).collect();
         let missing: Vec<u32> = (0..request.keys.len() as u32).filter(|index| !is_shared.contains(index)).collect();
         let grant = GrantId(self.next_grant);
         // The chunks that this request shares do not make room for it.
         let keep: BTreeSet<SlotIndex> = shared.iter().map(|&(_, slot)| slot).collect();
-        let Some(reserved) = self.reserve(id, grant, &missing, &keep) else { return false };
+        let Some(reserved) = self.reserve(core, id, grant, &missing, &keep) else { return false };
         for &(_, slot) in &shared {
-            self.slots.pin(slot);
+            core.slots.pin(slot);
         }
         self.next_grant += 1;
         let own: Vec<(u32, SlotIndex)> = missing.into_iter().zip(reserved).collect();
-        self.grant(now, id, grant, own, shared);
+        self.grant(core, id, grant, own, shared);
         true
     }
 
     /// Those of these chunks that are ready, by position. A ready chunk of another length or group under the same key is
     /// not this chunk: it is written again.
-    pub(super) fn ready_of(&self, keys: &[ChunkKey], sizes: &[ChunkSize]) -> Vec<(u32, SlotIndex)> {
+    pub(super) fn ready_of(&self, core: &Core<R>, keys: &[ChunkKey], sizes: &[ChunkSize]) -> Vec<(u32, SlotIndex)> {
         let ready = |((index, key), size): ((u32, &ChunkKey), &ChunkSize)| {
-            let slot = self.slots.find(key)?;
-            let same = matches!(self.slots.state(slot), Some(SlotState::Ready { group, .. }) if *group == size.group)
-                && self.slots.range(slot).is_some_and(|range| range.len_bytes == size.len_bytes);
+            let slot = core.slots.find(key)?;
+            let same = matches!(core.slots.state(slot), Some(SlotState::Ready { group, .. }) if *group == size.group)
+                && core.slots.range(slot).is_some_and(|range| range.len_bytes == size.len_bytes);
             same.then_some((index, slot))
         };
         (0u32..).zip(keys).zip(sizes).filter_map(ready).collect()
@@ -296,7 +302,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
     /// Tells a sender that it may write `own`; `shared` is held for it.
     pub(super) fn grant(
         &mut self,
-        now: Instant,
+        core: &mut Core<R>,
         id: &RequestId,
         grant: GrantId,
         own: Vec<(u32, SlotIndex)>,
@@ -304,14 +310,14 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
     ) {
         let Some(request) = self.requests.get(id) else { return };
         let (count, instance) = (request.keys.len(), request.instance.clone());
-        let waited = now.saturating_duration_since(request.since);
-        self.note(Note::Granted { request: id.clone(), instance, chunks: count, already_sent: shared.len(), waited });
+        let waited = core.now.saturating_duration_since(request.since);
+        core.note(Note::Granted { request: id.clone(), instance, chunks: count, already_sent: shared.len(), waited });
         if let Some(request) = self.requests.get_mut(id) {
-            request.since = now;
+            request.since = core.now;
             request.stage = Stage::Granted { grant, own, shared };
         }
-        self.timers.cancel(&Timer::Allocation(id.clone()));
-        self.tell_granted(now, id);
+        core.timers.cancel(Timer::Allocation(id.clone()));
+        self.tell_granted(core, id);
     }
 }
 

@@ -1,12 +1,9 @@
-//! What a receiver session asks of the world around it.
+//! What the half that receives takes in, and what it tells.
 
 use std::time::Duration;
 
-use crate::ids::{Checksum, ChunkKey, ClientId, ConnectionId, Failure, GrantId, LeaseId, ReadyChunk, RequestId, Seq};
+use crate::ids::{Checksum, ChunkKey, Failure, RequestId};
 use crate::node::Port;
-use crate::slot::SlotCounts;
-use crate::wire::Message;
-use crate::wire::message::ProcessIdentity;
 
 /// A reader's question for chunks by their keys.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -18,108 +15,6 @@ pub struct Lookup {
     pub uncommitted: bool,
     /// Whether nobody will ask for their requests by name: a ready request of which every chunk is found has been fetched.
     pub fetches: bool,
-}
-
-/// One thing to do.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Output<R> {
-    /// Answer, or tell, a peer.
-    Send {
-        /// Whom.
-        to: R,
-        /// From which of our ports.
-        port: Port,
-        /// What.
-        message: Message,
-    },
-    /// Let the engine meet a peer; `handle_peer_loaded` wants the result.
-    LoadPeer {
-        /// [`Hello::instance`](crate::wire::message::Hello::instance) of the peer.
-        instance: String,
-        /// Name of its agent; an LMCache sender has not said, and its metadata does.
-        agent_name: Option<String>,
-        /// Its engine's metadata.
-        metadata: Vec<u8>,
-    },
-    /// Let the engine forget a peer.
-    ForgetPeer(ConnectionId),
-    /// Watch a peer's process, if it is on this host; `handle_process_ended` wants to know, until `UnwatchProcess`. Asked
-    /// for again when the peer connects again.
-    WatchProcess {
-        /// Whose.
-        instance: String,
-        /// Which.
-        process: ProcessIdentity,
-    },
-    /// The end of that process is of no interest any more.
-    UnwatchProcess {
-        /// Whose.
-        instance: String,
-    },
-    /// Add the next step to the buffer; `handle_grown` wants the result.
-    GrowBuffer,
-    /// Sum these chunks; `handle_verified` wants to know which of them are not as they were sent, and until then
-    /// `handle_verifying`, now and then, that it is getting on.
-    Verify {
-        /// Whose.
-        request: RequestId,
-        /// Which attempt of it.
-        grant: GrantId,
-        /// What to sum, and what it must be.
-        chunks: Vec<ExpectedChunk>,
-    },
-    /// The result of that is not wanted any more.
-    AbandonVerification(GrantId),
-    /// Answer a client of the connector API.
-    Answer {
-        /// Whom.
-        client: ClientId,
-        /// Which of its requests.
-        id: Seq,
-        /// What.
-        answer: Answer,
-    },
-    /// Something for the log.
-    Note(Note),
-}
-
-/// An answer to a reader.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Answer {
-    /// To `wait`.
-    Ready {
-        /// Which request.
-        request: RequestId,
-        /// To release.
-        lease: LeaseId,
-        /// All its chunks, in the order of the prompt.
-        chunks: Vec<ReadyChunk>,
-    },
-    /// To `lookup`.
-    Found {
-        /// To release; none when nothing was found.
-        lease: Option<LeaseId>,
-        /// One for each key.
-        chunks: Vec<Option<ReadyChunk>>,
-        /// Positions of keys that an LMCache sender was granted, and that no reader has taken.
-        granted: Vec<u32>,
-    },
-    /// To `release`.
-    Released,
-    /// To `cancel`.
-    Cancelled {
-        /// Which request.
-        request: RequestId,
-    },
-    /// To `reset`.
-    Reset,
-    /// To any of them.
-    Failed {
-        /// Why.
-        failure: Failure,
-        /// The peer concerned.
-        peer: Option<String>,
-    },
 }
 
 /// A chunk as its sender has summed it.
@@ -138,11 +33,6 @@ pub struct ExpectedChunk {
 /// What happened, for the log.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Note {
-    /// The buffer has another step, or could not get it.
-    Grown {
-        /// Its length now, in bytes, or why it did not grow.
-        result: Result<u64, String>,
-    },
     /// A peer is connected.
     PeerConnected {
         /// Which.
@@ -240,13 +130,9 @@ pub enum Note {
     },
 }
 
-/// What a receiver counts.
+/// What the half that receives counts.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct ReceiverCounts {
-    /// Slots by state.
-    pub slots: SlotCounts,
-    /// Bytes that are free, or hold a chunk that nobody needs.
-    pub available_bytes: u64,
+pub struct IncomingCounts {
     /// Requests that have not ended.
     pub requests_active: usize,
     /// Of those, requests that wait for slots.

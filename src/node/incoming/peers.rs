@@ -4,8 +4,12 @@ use std::collections::BTreeSet;
 use std::time::Instant;
 
 use super::lmcache::NAME_PREFIX;
-use super::{Note, Output, Port, ReceiverSession, Timer};
+use super::{Incoming, Note, Port, Timer};
 use crate::ids::{ChecksumMode, ConnectionId, Failure, FailureKind, RequestId, Seq, truncate};
+use crate::node::Output;
+use crate::node::core::Core;
+use crate::node::output::Remote;
+use crate::node::output::To;
 use crate::node::seen::SeenSeqs;
 use crate::node::{PROCESSES_ASKED_MAX, handshake};
 use crate::wire::Message;
@@ -46,65 +50,70 @@ enum PeerState<R> {
     Connected(ConnectionId),
 }
 
-impl<R: Clone + PartialEq> ReceiverSession<R> {
-    pub(super) fn on_init(&mut self, now: Instant, from: R, extension: InitExtension, metadata: Vec<u8>) {
+impl<R: Clone + PartialEq> Incoming<R> {
+    pub(super) fn on_init(&mut self, core: &mut Core<R>, from: R, extension: InitExtension, metadata: Vec<u8>) {
         let instance = extension.hello.instance.clone();
-        if self.draining {
+        if core.draining {
             let failure = Failure::new(FailureKind::ShuttingDown, "this receiver is shutting down; use another");
-            return self.refuse_peer(from, extension.seq, instance, failure);
+            return self.refuse_peer(core, from, extension.seq, instance, failure);
         }
         let checked = handshake::check_metadata(&metadata);
-        let checked = checked.and_then(|()| handshake::check(&self.settings.hello, &extension.hello)).and_then(|()| {
+        let checked = checked.and_then(|()| handshake::check(&core.settings.hello, &extension.hello)).and_then(|()| {
             let fits = handshake::name_fits(&extension.agent_name);
             let text = format!("an agent's name has more than {} bytes", handshake::NAME_LEN_BYTES_MAX);
             fits.then_some(()).ok_or_else(|| Failure::new(FailureKind::Limit, text))
         });
-        let checked = checked.and_then(|()| self.check_checksums(&extension.hello)).and_then(|()| {
+        let checked = checked.and_then(|()| self.check_checksums(core, &extension.hello)).and_then(|()| {
             let text = format!("names that begin with {NAME_PREFIX} are given to LMCache's senders here");
             let ours = !instance.starts_with(NAME_PREFIX);
             ours.then_some(()).ok_or_else(|| Failure::new(FailureKind::BadRequest, text))
         });
         if let Err(failure) = checked {
-            return self.refuse_peer(from, extension.seq, truncate(&instance), failure);
+            return self.refuse_peer(core, from, extension.seq, truncate(&instance), failure);
+        }
+        if instance == core.settings.hello.instance {
+            let text =
+                "a daemon does not send to itself: the request's receiver is this very daemon; its engine has the KV";
+            return self.refuse_peer(core, from, extension.seq, instance, Failure::new(FailureKind::BadRequest, text));
         }
         // The sender knows us under another address, and may be writing: nothing of it is freed, and it is told.
-        if extension.connected.contains(&self.settings.hello.instance) {
+        if extension.connected.contains(&core.settings.hello.instance) {
             let text = format!(
                 "{} is this receiver's second address for a sender that is connected to it; use one host name for it, and its own two ports",
-                self.settings.hello.instance
+                core.settings.hello.instance
             );
-            return self.refuse_peer(from, extension.seq, instance, Failure::new(FailureKind::BadRequest, text));
+            return self.refuse_peer(core, from, extension.seq, instance, Failure::new(FailureKind::BadRequest, text));
         }
         let seq = extension.seq;
         if self.peers.get(&instance).is_some_and(|peer| peer.init_seq == seq) {
-            return self.note(Note::Unexpected { port: Port::Init, message: "NixlInitRequest, twice" });
+            return core.note(Note::Unexpected { port: Port::Init, message: "NixlInitRequest, twice" });
         }
         // A handshake says that nothing is in flight of what was granted before it was sent. One that arrives after
         // later words of the same sender is late, or comes from a second connection: it says nothing.
         let last_seq = self.peers.get(&instance).map(|peer| peer.last_seq).or_else(|| self.lost.last_seq(&instance));
         if last_seq.is_some_and(|last_seq| last_seq >= seq) {
             let text = "this handshake was overtaken by later messages of the same sender; try again";
-            return self.refuse_peer(from, seq, instance, Failure::new(FailureKind::BadRequest, text));
+            return self.refuse_peer(core, from, seq, instance, Failure::new(FailureKind::BadRequest, text));
         }
         if let Some(peer) = self.peers.get_mut(&instance)
             && matches!(peer.state, PeerState::Loading { .. })
         {
             // The sender has given the earlier handshake up. What the engine reads serves this one as well.
             peer.state = PeerState::Loading { reply_to: from, seq };
-            (peer.init_seq, peer.last_seq, peer.last_seen) = (seq, seq, now);
+            (peer.init_seq, peer.last_seq, peer.last_seen) = (seq, seq, core.now);
             peer.allocs = SeenSeqs::above(seq);
-            return self.free_closing_of(now, &instance, seq);
+            return self.free_closing_of(core, &instance, seq);
         }
         if self.peers.contains_key(&instance) {
-            self.lose_peer(now, &instance, "connects again");
+            self.lose_peer(core, &instance, "connects again");
         }
-        self.free_closing_of(now, &instance, seq);
-        if self.peers.len() >= self.settings.peers_max && !self.evict_peer() {
+        self.free_closing_of(core, &instance, seq);
+        if self.peers.len() >= core.settings.peers_max && !self.evict_peer(core) {
             let text = format!(
                 "{} peers are connected and busy or connecting, the limit; raise pd_max_peers or use another receiver",
                 self.peers.len()
             );
-            return self.refuse_peer(from, extension.seq, instance, Failure::new(FailureKind::Limit, text));
+            return self.refuse_peer(core, from, extension.seq, instance, Failure::new(FailureKind::Limit, text));
         }
         let can = |capability| extension.hello.capabilities.iter().any(|name| name == capability);
         let peer = Peer {
@@ -117,20 +126,29 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             init_seq: seq,
             last_seq: seq,
             allocs: SeenSeqs::above(seq),
-            last_seen: now,
-            last_used: now,
+            last_seen: core.now,
+            last_used: core.now,
         };
         self.peers.insert(instance.clone(), peer);
-        self.outputs.push_back(Output::LoadPeer { instance, agent_name: Some(extension.agent_name), metadata });
+        core.outputs.push_back(Output::LoadPeer {
+            remote: Remote::Sender(instance),
+            agent_name: Some(extension.agent_name),
+            metadata,
+        });
     }
 
-    pub(super) fn on_peer_loaded(&mut self, now: Instant, instance: &str, result: Result<ConnectionId, String>) {
-        if self.on_lmcache_loaded(instance, &result) {
+    pub(in crate::node) fn on_peer_loaded(
+        &mut self,
+        core: &mut Core<R>,
+        instance: &str,
+        result: Result<ConnectionId, String>,
+    ) {
+        if self.on_lmcache_loaded(core, instance, &result) {
             return;
         }
         let Some(peer) = self.peers.get_mut(instance) else {
             if let Ok(connection) = result {
-                self.outputs.push_back(Output::ForgetPeer(connection));
+                core.outputs.push_back(Output::ForgetPeer(connection));
             }
             return;
         };
@@ -138,7 +156,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             // Two handshakes ran into each other: the engine knows the peer by its latest connection.
             if let (PeerState::Connected(old), Ok(new)) = (&mut peer.state, result) {
                 let old = std::mem::replace(old, new);
-                self.outputs.push_back(Output::ForgetPeer(old));
+                core.outputs.push_back(Output::ForgetPeer(old));
             }
             return;
         };
@@ -148,44 +166,44 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             Err(text) => {
                 self.peers.remove(instance);
                 let failure = Failure::new(FailureKind::HandshakeRefused, text);
-                return self.refuse_peer(to, seq, instance.to_owned(), failure);
+                return self.refuse_peer(core, to, seq, instance.to_owned(), failure);
             }
         };
         peer.state = PeerState::Connected(connection);
-        peer.last_seen = now;
+        peer.last_seen = core.now;
         if peer.heartbeat {
-            self.timers.set(Timer::Silence(instance.to_owned()), now + self.settings.peer_timeout);
+            core.timers.set(Timer::Silence(instance.to_owned()), core.now + core.settings.peer_timeout);
         }
         let response = InitResponse {
             remote_agent_name: peer.agent_name.clone().into_bytes(),
-            remote_meta_bytes: self.settings.metadata.clone(),
+            remote_meta_bytes: core.settings.metadata.clone(),
             pd: Some(InitReplyExtension {
                 seq,
-                hello: self.settings.hello.clone(),
-                agent_name: self.settings.agent_name.clone(),
+                hello: core.settings.hello.clone(),
+                agent_name: core.settings.agent_name.clone(),
                 refusal: None,
             }),
         };
         if let Some(process) = peer.process.clone() {
-            self.outputs.push_back(Output::WatchProcess { instance: instance.to_owned(), process });
+            core.outputs.push_back(Output::WatchProcess { instance: instance.to_owned(), process });
         }
-        self.send(to, Port::Init, Message::NixlInitResponse(response));
-        self.note(Note::PeerConnected { instance: instance.to_owned() });
+        core.send(To::Route(to), Port::Init, Message::NixlInitResponse(response));
+        core.note(Note::PeerConnected { instance: instance.to_owned() });
     }
 
-    pub(super) fn on_mem_reg(&mut self, now: Instant, from: R, extension: &MemRegExtension) {
-        let met = self.touch_peer(now, &extension.instance, extension.seq);
+    pub(super) fn on_mem_reg(&mut self, core: &mut Core<R>, from: R, extension: &MemRegExtension) {
+        let met = self.touch_peer(core.now, &extension.instance, extension.seq);
         let refusal = (!met).then(|| unknown_peer(&extension.instance));
         let response = MemRegResponse {
             remote_xfer_dlist_bytes: Vec::new(),
             pd: Some(MemRegReplyExtension {
                 seq: extension.seq,
-                descriptors: if met { self.settings.descriptors.clone() } else { Vec::new() },
-                len_bytes: self.described_len_bytes,
+                descriptors: if met { core.settings.descriptors.clone() } else { Vec::new() },
+                len_bytes: core.described_len_bytes,
                 refusal,
             }),
         };
-        self.send(from, Port::Init, Message::NixlMemRegResponse(response));
+        core.send(To::Route(from), Port::Init, Message::NixlMemRegResponse(response));
     }
 
     /// Whether this peer has made its handshake, and did so before it sent message `seq`; notes that it was heard of.
@@ -210,21 +228,27 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         }
     }
 
-    pub(super) fn on_ping(&mut self, now: Instant, from: R, ping: Ping) {
-        let known = self.touch_peer(now, &ping.instance, ping.seq);
+    pub(super) fn on_ping(&mut self, core: &mut Core<R>, from: R, ping: Ping) {
+        let known = self.touch_peer(core.now, &ping.instance, ping.seq);
         // So that the end of its connection is noticed before it has asked for anything.
         if let Some(peer) = self.peers.get_mut(&ping.instance).filter(|peer| known && peer.alloc_route.is_none()) {
             peer.alloc_route = Some(from.clone());
         }
-        let refusal = self.check_addressee(&ping.instance, known, &ping.receiver).err();
-        let have_ended = if refusal.is_none() { self.take_ended(now, &ping) } else { Vec::new() };
-        self.send(from, Port::Alloc, Message::PdPong(Pong { seq: ping.seq, refusal, have_ended }));
+        let refusal = self.check_addressee(core, &ping.instance, known, &ping.receiver).err();
+        let have_ended = if refusal.is_none() { self.take_ended(core, &ping) } else { Vec::new() };
+        core.send(To::Route(from), Port::Alloc, Message::PdPong(Pong { seq: ping.seq, refusal, have_ended }));
     }
 
     /// Refuses a message of a sender that is not connected here, or whose handshake was with another receiver: the ports that
     /// it was given may be those of two receivers, and what is granted here would be written there.
-    pub(super) fn check_addressee(&self, instance: &str, known: bool, receiver: &str) -> Result<(), Failure> {
-        let own = &self.settings.hello.instance;
+    pub(super) fn check_addressee(
+        &self,
+        core: &Core<R>,
+        instance: &str,
+        known: bool,
+        receiver: &str,
+    ) -> Result<(), Failure> {
+        let own = &core.settings.hello.instance;
         let other = !receiver.is_empty() && receiver != own;
         if known && !other {
             return Ok(());
@@ -246,13 +270,13 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
     }
 
     /// A peer says which processes on its host have ended. Returns those that it is asked about next.
-    fn take_ended(&mut self, now: Instant, ping: &Ping) -> Vec<ProcessIdentity> {
+    fn take_ended(&mut self, core: &mut Core<R>, ping: &Ping) -> Vec<ProcessIdentity> {
         let Some(witness) = self.peers.get(&ping.instance).and_then(|peer| peer.process.clone()) else {
             return Vec::new();
         };
         // What can be seen from here need not be asked.
         let seen_from_here =
-            |process: &ProcessIdentity| self.settings.hello.process.as_ref().is_some_and(|own| own.sees(process));
+            |process: &ProcessIdentity| core.settings.hello.process.as_ref().is_some_and(|own| own.sees(process));
         let mut asked = BTreeSet::new();
         let mut ended = BTreeSet::new();
         for closing in self.closing.values() {
@@ -266,46 +290,46 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             }
         }
         for instance in ended {
-            self.process_ended(now, &instance);
+            self.process_ended(core, &instance);
         }
         asked.into_iter().collect()
     }
 
     /// The process behind `instance` has ended. What it had posted may arrive for a moment yet.
-    pub(super) fn process_ended(&mut self, now: Instant, instance: &str) {
-        self.lose_peer(now, instance, "ended");
+    pub(in crate::node) fn process_ended(&mut self, core: &mut Core<R>, instance: &str) {
+        self.lose_peer(core, instance, "ended");
         let timer = Timer::Linger(instance.to_owned());
-        if !self.timers.contains(&timer) {
-            self.timers.set(timer, now + self.settings.linger);
+        if !core.timers.contains(timer.clone()) {
+            core.timers.set(timer, core.now + self.settings.linger);
         }
     }
 
     /// Gives a peer up that has been silent for too long.
-    pub(super) fn check_silence(&mut self, now: Instant, due: Instant, instance: &str) {
-        let (interval, timeout) = (self.settings.heartbeat_interval, self.settings.peer_timeout);
+    pub(super) fn check_silence(&mut self, core: &mut Core<R>, due: Instant, instance: &str) {
+        let (interval, timeout) = (core.settings.heartbeat_interval, core.settings.peer_timeout);
         let Some(peer) = self.peers.get_mut(instance) else { return };
         // Whoever has slept has not listened: what the peer said meanwhile is still to be read.
-        if now.saturating_duration_since(due) >= interval {
-            peer.last_seen = now;
+        if core.now.saturating_duration_since(due) >= interval {
+            peer.last_seen = core.now;
         }
-        let silent = now.saturating_duration_since(peer.last_seen);
+        let silent = core.now.saturating_duration_since(peer.last_seen);
         if silent < timeout {
             let at = peer.last_seen + timeout;
-            return self.timers.set(Timer::Silence(instance.to_owned()), at);
+            return core.timers.set(Timer::Silence(instance.to_owned()), at);
         }
         let reason = format!("said nothing for {} ms (pd_peer_timeout_sec)", silent.as_millis());
-        self.lose_peer(now, instance, &reason);
+        self.lose_peer(core, instance, &reason);
     }
 
     /// Fails everything that a peer had begun, and forgets it.
-    pub(super) fn lose_peer(&mut self, now: Instant, instance: &str, reason: &str) {
+    pub(super) fn lose_peer(&mut self, core: &mut Core<R>, instance: &str, reason: &str) {
         let Some(peer) = self.peers.remove(instance) else { return };
-        self.timers.cancel(&Timer::Silence(instance.to_owned()));
+        core.timers.cancel(Timer::Silence(instance.to_owned()));
         self.lost.remember(instance, peer.last_seq, peer.process);
         if let PeerState::Connected(connection) = peer.state {
-            self.outputs.push_back(Output::ForgetPeer(connection));
+            core.outputs.push_back(Output::ForgetPeer(connection));
         }
-        self.note(Note::PeerLost { instance: instance.to_owned(), reason: reason.to_owned() });
+        core.note(Note::PeerLost { instance: instance.to_owned(), reason: reason.to_owned() });
         let unfinished: Vec<RequestId> = self
             .requests
             .iter()
@@ -314,76 +338,76 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             .collect();
         for id in unfinished {
             let text = format!("sender {instance} {reason} before it had committed {id}");
-            self.fail(now, &id, Failure::new(FailureKind::PeerLost, text));
+            self.fail(core, &id, Failure::new(FailureKind::PeerLost, text));
         }
-        self.unwatch_unless_needed(instance);
-        self.admit(now);
+        self.unwatch_unless_needed(core, instance);
+        self.admit(core);
     }
 
     /// The end of a process matters as long as its peer is connected, or may still be writing.
-    pub(super) fn unwatch_unless_needed(&mut self, instance: &str) {
+    pub(super) fn unwatch_unless_needed(&mut self, core: &mut Core<R>, instance: &str) {
         let may_write = || self.closing.values().any(|closing| closing.instance == instance);
         if !self.peers.contains_key(instance) && !may_write() {
-            self.outputs.push_back(Output::UnwatchProcess { instance: instance.to_owned() });
+            core.outputs.push_back(Output::UnwatchProcess { instance: instance.to_owned() });
         }
     }
 
     /// Refuses a sender whose every commit would be refused.
-    fn check_checksums(&self, theirs: &Hello) -> Result<(), Failure> {
+    fn check_checksums(&self, core: &Core<R>, theirs: &Hello) -> Result<(), Failure> {
         let all_summed = theirs.capabilities.iter().any(|name| name == CAPABILITY_CHECKSUMS);
-        if self.settings.checksum != ChecksumMode::Full || all_summed {
+        if core.settings.checksum != ChecksumMode::Full || all_summed {
             return Ok(());
         }
         let text = format!(
             "pd_checksum is full at {} and not at {}; set it to full there, or to sampled or off here",
-            self.settings.hello.instance, theirs.instance
+            core.settings.hello.instance, theirs.instance
         );
         Err(Failure::new(FailureKind::HandshakeRefused, text))
     }
 
     /// A handshake at another port than that for handshakes: the sender would wait for its answer in vain.
-    pub(super) fn on_misdirected_init(&mut self, port: Port, from: R, extension: InitExtension) {
+    pub(super) fn on_misdirected_init(&mut self, core: &mut Core<R>, port: Port, from: R, extension: InitExtension) {
         let text = format!(
             "this is the port for {}, not that for handshakes (pd_peer_init_port); correct the ports in the request's \
              receiver, or in pd_receivers",
             port.purpose()
         );
         let failure = Failure::new(FailureKind::HandshakeRefused, text);
-        self.refuse_peer_at(port, from, extension.seq, truncate(&extension.hello.instance), failure);
+        self.refuse_peer_at(core, port, from, extension.seq, truncate(&extension.hello.instance), failure);
     }
 
     /// A ping at another port than that for allocations, to which the sender would send all its requests.
-    pub(super) fn on_misdirected_ping(&mut self, port: Port, from: R, ping: &Ping) {
+    pub(super) fn on_misdirected_ping(&mut self, core: &mut Core<R>, port: Port, from: R, ping: &Ping) {
         let text = format!(
             "this is the port for {}, not that for allocations (pd_peer_alloc_port); correct the ports in the request's \
              receiver, or in pd_receivers",
             port.purpose()
         );
         let refusal = Some(Failure::new(FailureKind::BadRequest, text));
-        self.send(from, port, Message::PdPong(Pong { seq: ping.seq, refusal, have_ended: Vec::new() }));
+        core.send(To::Route(from), port, Message::PdPong(Pong { seq: ping.seq, refusal, have_ended: Vec::new() }));
     }
 
-    fn refuse_peer(&mut self, to: R, seq: Seq, instance: String, failure: Failure) {
-        self.refuse_peer_at(Port::Init, to, seq, instance, failure);
+    fn refuse_peer(&mut self, core: &mut Core<R>, to: R, seq: Seq, instance: String, failure: Failure) {
+        self.refuse_peer_at(core, Port::Init, to, seq, instance, failure);
     }
 
-    fn refuse_peer_at(&mut self, port: Port, to: R, seq: Seq, instance: String, failure: Failure) {
+    fn refuse_peer_at(&mut self, core: &mut Core<R>, port: Port, to: R, seq: Seq, instance: String, failure: Failure) {
         let response = InitResponse {
             remote_agent_name: Vec::new(),
             remote_meta_bytes: Vec::new(),
             pd: Some(InitReplyExtension {
                 seq,
-                hello: self.settings.hello.clone(),
+                hello: core.settings.hello.clone(),
                 agent_name: String::new(),
                 refusal: Some(failure.clone()),
             }),
         };
-        self.send(to, port, Message::NixlInitResponse(response));
-        self.note(Note::PeerRefused { instance, failure });
+        core.send(To::Route(to), port, Message::NixlInitResponse(response));
+        core.note(Note::PeerRefused { instance, failure });
     }
 
     /// Forgets the peer that has wanted nothing for longest, of those with nothing under way.
-    fn evict_peer(&mut self) -> bool {
+    fn evict_peer(&mut self, core: &mut Core<R>) -> bool {
         let busy = |instance: &str| {
             self.requests.values().any(|request| request.instance == instance)
                 || self.closing.values().any(|closing| closing.instance == instance)
@@ -398,13 +422,13 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         if let Some(Peer { state: PeerState::Connected(connection), last_seq, process, .. }) =
             self.peers.remove(&oldest)
         {
-            self.timers.cancel(&Timer::Silence(oldest.clone()));
+            core.timers.cancel(Timer::Silence(oldest.clone()));
             self.lost.remember(&oldest, last_seq, process);
-            self.outputs.push_back(Output::ForgetPeer(connection));
+            core.outputs.push_back(Output::ForgetPeer(connection));
         }
-        self.unwatch_unless_needed(&oldest);
+        self.unwatch_unless_needed(core, &oldest);
         let reason = "was idle longest and made room for another".to_owned();
-        self.note(Note::PeerLost { instance: oldest, reason });
+        core.note(Note::PeerLost { instance: oldest, reason });
         true
     }
 }

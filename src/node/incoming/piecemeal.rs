@@ -2,15 +2,15 @@
 //! hold what they have while they wait for the rest, and can wait for each other.
 
 use std::collections::BTreeSet;
-use std::time::Instant;
 
-use super::ReceiverSession;
+use super::Incoming;
 use super::request::{PartialGrant, Stage};
 use crate::ids::GrantId;
+use crate::node::core::Core;
 
-impl<R: Clone + PartialEq> ReceiverSession<R> {
+impl<R: Clone + PartialEq> Incoming<R> {
     /// Gives every waiting request one slot at a time.
-    pub(super) fn admit_piecemeal(&mut self, now: Instant) {
+    pub(super) fn admit_piecemeal(&mut self, core: &mut Core<R>) {
         let mut progress = true;
         while std::mem::take(&mut progress) {
             for id in self.waiting.clone() {
@@ -21,7 +21,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
                     PartialGrant { grant: GrantId(self.next_grant - 1), slots: Vec::new() }
                 });
                 let len_bytes = request.sizes[partial.slots.len()].len_bytes;
-                let Ok(slots) = self.slots.reserve(partial.grant, &[len_bytes], &BTreeSet::new(), u64::MAX) else {
+                let Ok(slots) = core.slots.reserve(partial.grant, &[len_bytes], &BTreeSet::new(), u64::MAX) else {
                     continue;
                 };
                 progress = true;
@@ -29,19 +29,19 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
                 if partial.slots.len() == request.keys.len() {
                     let (grant, own) = (partial.grant, (0u32..).zip(partial.slots.iter().copied()).collect());
                     self.waiting.retain(|other| *other != id);
-                    self.grant(now, &id, grant, own, Vec::new());
+                    self.grant(core, &id, grant, own, Vec::new());
                 }
             }
         }
         if !self.waiting.is_empty() {
-            self.ask_to_grow();
+            core.ask_to_grow();
         }
     }
 
     /// A request that waits no longer gives back what it held.
-    pub(super) fn let_go(&mut self, partial: Option<PartialGrant>) {
+    pub(super) fn let_go(&mut self, core: &mut Core<R>, partial: Option<PartialGrant>) {
         if let Some(partial) = partial {
-            partial.slots.into_iter().for_each(|slot| self.slots.writer_stopped(slot, partial.grant));
+            partial.slots.into_iter().for_each(|slot| core.slots.writer_stopped(slot, partial.grant));
         }
     }
 }

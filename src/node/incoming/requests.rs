@@ -4,30 +4,33 @@ use std::time::Instant;
 
 use super::ended::{Audience, End};
 use super::request::{Closing, Request, Stage};
-use super::{Note, Output, Port, ReceiverSession, Timer};
+use super::{Incoming, Note, Port, Timer};
 use crate::ids::{Failure, FailureKind, GrantId, RequestId, Seq, SlotIndex};
+use crate::node::Output;
 use crate::node::chunks::ChunkSize;
+use crate::node::core::Core;
+use crate::node::output::To;
 use crate::wire::Message;
 use crate::wire::message::{AllocReplyExtension, AllocResponse, CancelExtension, Commit, CommitAck};
 
 /// How many committed grants are remembered, for commits that are said again.
 const COMMITTED_MAX: usize = 4096;
 
-impl<R: Clone + PartialEq> ReceiverSession<R> {
-    pub(super) fn on_commit(&mut self, now: Instant, from: R, commit: Commit) {
-        let known = self.touch_peer(now, &commit.instance, commit.seq);
-        let any_grant = !self.settings.safeguards.grant_check;
+impl<R: Clone + PartialEq> Incoming<R> {
+    pub(super) fn on_commit(&mut self, core: &mut Core<R>, from: R, commit: Commit) {
+        let known = self.touch_peer(core.now, &commit.instance, commit.seq);
+        let any_grant = !core.settings.safeguards.grant_check;
         let refusal = match self.requests.get(&commit.req_id) {
             Some(request) if known && request.instance == commit.instance => match &request.stage {
                 Stage::Granted { grant, .. } if *grant == commit.grant || any_grant => {
-                    match self.begin_verification(now, &from, &commit) {
+                    match self.begin_verification(core, &from, &commit) {
                         Ok(true) => return,
                         Ok(false) => {
-                            self.make_ready(now, &commit.req_id);
+                            self.make_ready(core, &commit.req_id);
                             None
                         }
                         Err(failure) => {
-                            self.end(now, &commit.req_id, failure.clone(), false);
+                            self.end(core, &commit.req_id, failure.clone(), false);
                             Some(failure)
                         }
                     }
@@ -45,9 +48,9 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             .is_some_and(|(instance, request)| (instance, request) == (&commit.instance, &commit.req_id));
         let refusal = refusal.filter(|_| !said_before);
         let ack = CommitAck { seq: commit.seq, req_id: commit.req_id, refusal };
-        self.send(from, Port::Alloc, Message::PdCommitAck(ack));
+        core.send(To::Route(from), Port::Alloc, Message::PdCommitAck(ack));
         // A request that waits for slots may have been waiting for these very chunks.
-        self.admit(now);
+        self.admit(core);
     }
 
     /// Why a commit changes nothing: how its request ended, as far as that is remembered.
@@ -55,13 +58,13 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         self.ended.of_commit(commit).cloned().unwrap_or_else(|| stale(commit))
     }
 
-    pub(super) fn on_cancel(&mut self, now: Instant, from: R, id: &RequestId, extension: CancelExtension) {
-        self.touch_peer(now, &extension.instance, extension.seq);
+    pub(super) fn on_cancel(&mut self, core: &mut Core<R>, from: R, id: &RequestId, extension: CancelExtension) {
+        self.touch_peer(core.now, &extension.instance, extension.seq);
         // The allocation that is taken back here may yet arrive.
         if let (Some(seq), Some(peer)) = (extension.alloc_seq, self.peers.get_mut(&extension.instance)) {
             peer.allocs.insert(seq);
         }
-        let any_grant = !self.settings.safeguards.grant_check;
+        let any_grant = !core.settings.safeguards.grant_check;
         // A grant names one attempt; so does the number of its allocation, for a sender that never learnt the grant.
         let names = |grant: Option<GrantId>, seq: Seq| match extension.grant {
             _ if any_grant => true,
@@ -73,7 +76,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             .filter(|request| request.instance == extension.instance && names(request.stage.grant(), request.seq));
         if mine.is_some() {
             let text = format!("sender {} gave it up", extension.instance);
-            self.end(now, id, Failure::new(FailureKind::Cancelled, text), false);
+            self.end(core, id, Failure::new(FailureKind::Cancelled, text), false);
         }
         if extension.writer_stopped {
             // By instance and not by route: the writer is the process, whichever connection it says so on.
@@ -81,7 +84,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
                 closing.instance == extension.instance && closing.request == *id && names(Some(**grant), closing.seq)
             });
             if let Some(grant) = closed.map(|(&grant, _)| grant) {
-                self.free_closing(now, grant);
+                self.free_closing(core, grant);
             }
         }
         let response = AllocResponse {
@@ -89,17 +92,17 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             remote_indexes: Vec::new(),
             pd: Some(AllocReplyExtension::empty(extension.seq)),
         };
-        self.send(from, Port::Alloc, Message::AllocResponse(response));
-        self.admit(now);
+        core.send(To::Route(from), Port::Alloc, Message::AllocResponse(response));
+        self.admit(core);
     }
 
     /// Ends a request, and tells its sender unless it knows.
-    pub(super) fn fail(&mut self, now: Instant, id: &RequestId, failure: Failure) {
-        self.end(now, id, failure, true);
+    pub(super) fn fail(&mut self, core: &mut Core<R>, id: &RequestId, failure: Failure) {
+        self.end(core, id, failure, true);
     }
 
     /// A ready request that nobody has fetched: its chunks make room from now on, but for those that others hold.
-    pub(super) fn retention_passed(&mut self, now: Instant, id: &RequestId) {
+    pub(super) fn retention_passed(&mut self, core: &mut Core<R>, id: &RequestId) {
         let text = format!(
             "nobody fetched it within {} ms of its commit (pd_retention_sec)",
             self.settings.retention.as_millis()
@@ -108,19 +111,19 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             Some(Stage::Ready { slots, .. }) => slots.clone(),
             _ => Vec::new(),
         };
-        self.end(now, id, Failure::new(FailureKind::Expired, text), false);
-        let freed = slots.into_iter().filter(|&slot| self.slots.free_idle(slot)).count();
+        self.end(core, id, Failure::new(FailureKind::Expired, text), false);
+        let freed = slots.into_iter().filter(|&slot| core.slots.free_idle(slot)).count();
         self.counts.chunks_expired += freed as u64;
     }
 
     /// Asks a writer again whether it has stopped: the first time, or its answer, may have been lost.
-    pub(super) fn revoke_again(&mut self, now: Instant, grant: GrantId) {
+    pub(super) fn revoke_again(&mut self, core: &mut Core<R>, grant: GrantId) {
         let Some(closing) = self.closing.get(&grant) else { return };
         // A writer that is not connected says so with its next handshake.
         let Some(to) = self.peers.get(&closing.instance).and_then(|peer| peer.alloc_route.clone()) else { return };
         let message = closing.revoke(grant);
-        self.send(to, Port::Alloc, message);
-        self.timers.set(Timer::Revoke(grant), now + self.settings.peer_timeout);
+        core.send(To::Route(to), Port::Alloc, message);
+        core.timers.set(Timer::Revoke(grant), core.now + core.settings.peer_timeout);
     }
 
     pub(super) fn remember_ended(
@@ -137,37 +140,37 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
     }
 
     /// Lets go of a ready request that was sent again, or fetched.
-    pub(super) fn drop_ready(&mut self, now: Instant, id: &RequestId) {
-        self.timers.cancel(&Timer::Retention(id.clone()));
+    pub(super) fn drop_ready(&mut self, core: &mut Core<R>, id: &RequestId) {
+        core.timers.cancel(Timer::Retention(id.clone()));
         if let Some(Request { stage: Stage::Ready { slots, .. }, .. }) = self.requests.remove(id) {
             for slot in slots {
-                self.slots.unpin(now, slot);
+                core.slots.unpin(core.now, slot);
             }
         }
     }
 
     /// Frees the slots of a grant whose writer has stopped.
-    pub(super) fn free_closing(&mut self, now: Instant, grant: GrantId) {
+    pub(super) fn free_closing(&mut self, core: &mut Core<R>, grant: GrantId) {
         let Some(closing) = self.closing.remove(&grant) else { return };
-        self.timers.cancel(&Timer::Revoke(grant));
+        core.timers.cancel(Timer::Revoke(grant));
         for &slot in &closing.slots {
-            self.slots.writer_stopped(slot, grant);
+            core.slots.writer_stopped(slot, grant);
         }
-        self.unwatch_unless_needed(&closing.instance);
-        self.note(Note::Unquarantined { instance: closing.instance, slots: closing.slots.len() });
-        self.admit(now);
+        self.unwatch_unless_needed(core, &closing.instance);
+        core.note(Note::Unquarantined { instance: closing.instance, slots: closing.slots.len() });
+        self.admit(core);
     }
 
     /// Frees everything that this peer may have been writing, of what it asked for before message `before`.
-    pub(super) fn free_closing_of(&mut self, now: Instant, instance: &str, before: Seq) {
+    pub(super) fn free_closing_of(&mut self, core: &mut Core<R>, instance: &str, before: Seq) {
         let of_peer = self.closing.iter().filter(|(_, closing)| closing.instance == instance && closing.seq < before);
         let grants: Vec<GrantId> = of_peer.map(|(&grant, _)| grant).collect();
         for grant in grants {
-            self.free_closing(now, grant);
+            self.free_closing(core, grant);
         }
     }
 
-    pub(super) fn make_ready(&mut self, now: Instant, id: &RequestId) {
+    pub(super) fn make_ready(&mut self, core: &mut Core<R>, id: &RequestId) {
         let Some(request) = self.requests.get_mut(id) else { return };
         let Stage::Granted { grant, own, shared } = &request.stage else { return };
         let (grant, count) = (*grant, request.keys.len());
@@ -179,13 +182,13 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         for &(index, slot) in own {
             let index = index as usize;
             let ChunkSize { group, len_bytes } = request.sizes[index];
-            let committed = self.slots.commit(slot, grant, request.keys[index].clone(), group);
+            let committed = core.slots.commit(slot, grant, request.keys[index].clone(), group);
             debug_assert!(committed, "slot {slot} was granted with {grant} and is not reserved");
             slots[index] = slot;
             bytes += len_bytes;
         }
-        let took = now.saturating_duration_since(request.since);
-        request.since = now;
+        let took = core.now.saturating_duration_since(request.since);
+        request.since = core.now;
         request.stage = Stage::Ready { grant, slots };
         let instance = request.instance.clone();
         self.committed.insert(grant, (instance.clone(), id.clone()));
@@ -193,93 +196,93 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             self.committed.pop_first();
         }
         self.lmcache.forget_granted(&request.keys, id);
-        self.timers.cancel(&Timer::Write(id.clone()));
-        self.timers.set(Timer::Retention(id.clone()), now + self.settings.retention);
+        core.timers.cancel(Timer::Write(id.clone()));
+        core.timers.set(Timer::Retention(id.clone()), core.now + self.settings.retention);
         self.counts.requests_ready += 1;
         self.counts.bytes += bytes;
-        self.note(Note::Committed { request: id.clone(), instance, chunks: count, bytes, took });
-        self.serve_waiters(now, id);
+        core.note(Note::Committed { request: id.clone(), instance, chunks: count, bytes, took });
+        self.serve_waiters(core, id);
     }
 
     /// Ends a request that was not fetched, and tells its readers.
-    pub(super) fn end(&mut self, now: Instant, id: &RequestId, failure: Failure, tell_sender: bool) {
-        if let Some((instance, grant)) = self.retire(now, id, &failure, tell_sender) {
-            self.tell_end(now, id.clone(), failure, instance, grant);
+    pub(super) fn end(&mut self, core: &mut Core<R>, id: &RequestId, failure: Failure, tell_sender: bool) {
+        if let Some((instance, grant)) = self.retire(core, id, &failure, tell_sender) {
+            self.tell_end(core, id.clone(), failure, instance, grant);
         }
     }
 
     /// Ends an attempt in favour of another under the same name: its readers go on waiting, for the other attempt.
-    pub(super) fn replace(&mut self, now: Instant, id: &RequestId, failure: &Failure) {
-        self.retire(now, id, failure, false);
+    pub(super) fn replace(&mut self, core: &mut Core<R>, id: &RequestId, failure: &Failure) {
+        self.retire(core, id, failure, false);
         self.ended.forget(id);
     }
 
     /// The one place where an attempt ends that was not fetched. Answers its sender's instance, and its grant.
     fn retire(
         &mut self,
-        now: Instant,
+        core: &mut Core<R>,
         id: &RequestId,
         failure: &Failure,
         tell_sender: bool,
     ) -> Option<(String, Option<GrantId>)> {
         let request = self.requests.remove(id)?;
         for timer in [Timer::Allocation(id.clone()), Timer::Write(id.clone()), Timer::Retention(id.clone())] {
-            self.timers.cancel(&timer);
+            core.timers.cancel(timer);
         }
         let mut quarantined = 0;
         let grant = request.stage.grant();
-        self.free_spare_slots(id, &request);
+        self.free_spare_slots(core, id, &request);
         if let Stage::Waiting { .. } = request.stage {
-            self.refuse_waiting(id, &request, failure, tell_sender);
+            self.refuse_waiting(core, id, &request, failure, tell_sender);
         }
         let (commits, abandoned) = (request.origin.commits(), self.is_abandoned(&request));
         match request.stage {
             Stage::Waiting { partial, .. } => {
-                self.let_go(partial);
+                self.let_go(core, partial);
                 self.waiting.retain(|other| other != id);
             }
             Stage::Granted { grant, own, shared } => {
                 if request.verifying.is_some() {
-                    self.outputs.push_back(Output::AbandonVerification(grant));
+                    core.outputs.push_back(Output::AbandonVerification(grant));
                 }
                 for (_, slot) in shared {
-                    self.slots.unpin(now, slot);
+                    core.slots.unpin(core.now, slot);
                 }
                 let slots: Vec<SlotIndex> = own.into_iter().map(|(_, slot)| slot).collect();
-                let quarantine = self.settings.safeguards.quarantine;
+                let quarantine = core.settings.safeguards.quarantine;
                 for &slot in &slots {
                     if quarantine {
-                        self.slots.quarantine(slot, grant);
+                        core.slots.quarantine(slot, grant);
                     } else {
-                        self.slots.writer_stopped(slot, grant);
+                        core.slots.writer_stopped(slot, grant);
                     }
                 }
                 let (instance, seq) = (request.instance.clone(), request.seq);
                 let closing = Closing { instance, seq, slots, request: id.clone(), reason: failure.clone() };
                 if tell_sender && commits {
                     let revoke = closing.revoke(grant);
-                    self.send(request.route, Port::Alloc, revoke);
+                    core.send(To::Route(request.route), Port::Alloc, revoke);
                 }
                 // A request that wrote nothing of its own leaves nothing to wait for.
                 if !closing.slots.is_empty() && quarantine {
                     quarantined = closing.slots.len();
                     self.closing.insert(grant, closing);
-                    self.timers.set(Timer::Revoke(grant), now + self.settings.peer_timeout);
+                    core.timers.set(Timer::Revoke(grant), core.now + core.settings.peer_timeout);
                     if abandoned {
-                        self.timers.set(Timer::Linger(request.instance.clone()), now + self.settings.linger);
+                        core.timers.set(Timer::Linger(request.instance.clone()), core.now + self.settings.linger);
                     }
                 }
             }
             Stage::Ready { slots, .. } => {
                 for slot in slots {
-                    self.slots.unpin(now, slot);
+                    core.slots.unpin(core.now, slot);
                 }
             }
         }
         self.counts.requests_failed += 1;
         let instance = request.instance;
         let (request, failure) = (id.clone(), failure.clone());
-        self.note(Note::Failed { request, instance: instance.clone(), failure, quarantined });
+        core.note(Note::Failed { request, instance: instance.clone(), failure, quarantined });
         Some((instance, grant))
     }
 }

@@ -3,17 +3,25 @@
 use std::time::Instant;
 
 use super::request::{Stage, Verification};
-use super::{ExpectedChunk, Note, Output, Port, ReceiverSession, Timer};
+use super::{ExpectedChunk, Incoming, Note, Port, Timer};
 use crate::ids::{ChecksumMode, Failure, FailureKind, GrantId, RequestId};
+use crate::node::Output;
+use crate::node::core::Core;
+use crate::node::output::To;
 use crate::wire::Message;
 use crate::wire::message::{Commit, CommitAck, Verifying};
 
-impl<R: Clone + PartialEq> ReceiverSession<R> {
+impl<R: Clone + PartialEq> Incoming<R> {
     /// Has the chunks of a commit summed, if its sender did. False: there is nothing to wait for.
     ///
     /// # Errors
     /// Why the commit cannot be taken as it is.
-    pub(super) fn begin_verification(&mut self, now: Instant, from: &R, commit: &Commit) -> Result<bool, Failure> {
+    pub(super) fn begin_verification(
+        &mut self,
+        core: &mut Core<R>,
+        from: &R,
+        commit: &Commit,
+    ) -> Result<bool, Failure> {
         let Commit { seq, req_id: id, checksums, .. } = commit;
         let Some(request) = self.requests.get_mut(id) else { return Ok(false) };
         let Stage::Granted { grant, own, .. } = &request.stage else { return Ok(false) };
@@ -21,11 +29,11 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         if let Some(verification) = &mut request.verifying {
             (verification.to, verification.seq) = (from.clone(), *seq);
             let since = verification.since;
-            self.tell_verifying(now, from, commit, since);
+            self.tell_verifying(core, from, commit, since);
             return Ok(true);
         }
         let summed = checksums.iter().flatten().count();
-        if self.settings.checksum == ChecksumMode::Full && summed < own.len() {
+        if core.settings.checksum == ChecksumMode::Full && summed < own.len() {
             let text = format!(
                 "{id} comes with checksums of {summed} of its {} chunks, and this receiver wants all (pd_checksum: full); set \
                  the same at the sender",
@@ -41,37 +49,43 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             return Err(Failure::new(FailureKind::BadRequest, text));
         }
         let expected = |(&(index, slot), checksum): (&(u32, _), &Option<_>)| {
-            let range = self.slots.range(slot)?;
+            let range = core.slots.range(slot)?;
             let (offset_bytes, len_bytes) = (range.start, range.len_bytes);
             Some(ExpectedChunk { index, offset_bytes, len_bytes, checksum: (*checksum)? })
         };
         let chunks = own.iter().zip(checksums).filter_map(expected).collect();
         let grant = *grant;
-        request.verifying = Some(Verification { to: from.clone(), seq: *seq, since: now });
+        request.verifying = Some(Verification { to: from.clone(), seq: *seq, since: core.now });
         // Everything is written: what it takes from here on is our time, and not its sender's.
-        self.timers.cancel(&Timer::Write(id.clone()));
-        self.outputs.push_back(Output::Verify { request: id.clone(), grant, chunks });
+        core.timers.cancel(Timer::Write(id.clone()));
+        core.outputs.push_back(Output::Verify { request: id.clone(), grant, chunks });
         Ok(true)
     }
 
     /// Asks a sender for patience, if it is worth it: a commit is waited for as long as checksums get on.
-    fn tell_verifying(&mut self, now: Instant, to: &R, commit: &Commit, since: Instant) {
+    fn tell_verifying(&mut self, core: &mut Core<R>, to: &R, commit: &Commit, since: Instant) {
         let got_on_at = self.summed_at.map_or(since, |at| at.max(since));
-        let gets_on = now.saturating_duration_since(got_on_at) < self.settings.peer_timeout;
+        let gets_on = core.now.saturating_duration_since(got_on_at) < core.settings.peer_timeout;
         if gets_on && self.peers.get(&commit.instance).is_some_and(|peer| peer.waits_for_verifying) {
             let verifying = Verifying { seq: commit.seq, req_id: commit.req_id.clone() };
-            self.send(to.clone(), Port::Alloc, Message::PdVerifying(verifying));
+            core.send(To::Route(to.clone()), Port::Alloc, Message::PdVerifying(verifying));
         }
     }
 
     /// Checksums are being summed.
-    pub fn handle_verifying(&mut self, now: Instant) {
+    pub(in crate::node) fn handle_verifying(&mut self, now: Instant) {
         self.summed_at = Some(now);
     }
 
     /// The chunks of a commit were summed; those at `corrupted` are not as they were sent.
-    pub fn handle_verified(&mut self, now: Instant, id: &RequestId, grant: GrantId, corrupted: &[u32]) {
-        self.handle_verifying(now);
+    pub(in crate::node) fn handle_verified(
+        &mut self,
+        core: &mut Core<R>,
+        id: &RequestId,
+        grant: GrantId,
+        corrupted: &[u32],
+    ) {
+        self.handle_verifying(core.now);
         let Some(request) = self.requests.get_mut(id) else { return };
         // It may have ended meanwhile, and may have been sent again.
         if !matches!(request.stage, Stage::Granted { grant: current, .. } if current == grant) {
@@ -88,17 +102,17 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             Failure::new(FailureKind::Corrupted, text)
         });
         match &refusal {
-            None => self.make_ready(now, id),
+            None => self.make_ready(core, id),
             Some(failure) => {
                 let instance = request.instance.clone();
                 self.counts.chunks_corrupted += corrupted.len() as u64;
-                self.note(Note::Corrupted { request: id.clone(), instance, chunks: corrupted.len() });
+                core.note(Note::Corrupted { request: id.clone(), instance, chunks: corrupted.len() });
                 // Its sender learns it from the answer to its commit.
-                self.end(now, id, failure.clone(), false);
+                self.end(core, id, failure.clone(), false);
             }
         }
         let ack = CommitAck { seq, req_id: id.clone(), refusal };
-        self.send(to, Port::Alloc, Message::PdCommitAck(ack));
-        self.admit(now);
+        core.send(To::Route(to), Port::Alloc, Message::PdCommitAck(ack));
+        self.admit(core);
     }
 }

@@ -1,42 +1,53 @@
 //! How a request ends without having been sent: cancelled, revoked, failed; and what its client must still say.
 
-use std::time::Instant;
-
 use super::requests::{Request, Stage, Uid, truncated};
-use super::{Answer, Event, Note, Output, SenderSession, Timer};
+use super::{Event, Note, Outgoing, Timer};
 use crate::ids::{ClientId, Failure, FailureKind, PeerId, RequestId, Seq};
+use crate::node::Answer;
+use crate::node::Output;
+use crate::node::core::Core;
 use crate::wire::message::Revoke;
 
-impl SenderSession {
+impl<R> Outgoing<R> {
+    /// Whether this client has opened a request of this name, or has yet to be told, or to say, that it has ended.
+    pub(in crate::node) fn knows(&self, client: ClientId, request: &RequestId) -> bool {
+        self.find_request(client, request).is_ok()
+            || self.unacknowledged.contains_key(&(client, request.clone()))
+            || self.requests.values().any(|closing| closing.client == Some(client) && closing.id == *request)
+    }
+
     /// A client gives a request up. Answered when nothing of it is written any more.
-    pub fn handle_cancel(&mut self, now: Instant, client: ClientId, id: Seq, request: &RequestId) {
-        self.now = now;
+    pub(in crate::node) fn handle_cancel(
+        &mut self,
+        core: &mut Core<R>,
+        client: ClientId,
+        id: Seq,
+        request: &RequestId,
+    ) {
         // The acknowledgement of an earlier attempt's failure is not a cancel of the next attempt.
-        if self.acknowledge_failure(client, request) {
-            return self.answer(client, id, Answer::Cancelled { request: request.clone() });
+        if self.acknowledge_failure(core, client, request) {
+            return core.answer(client, id, Answer::Cancelled { request: request.clone() });
         }
         let uid = match self.find_request(client, request) {
             Ok(uid) => uid,
-            Err(failure) => return self.refuse(client, id, failure, None),
+            Err(failure) => return core.refuse(client, id, failure, None),
         };
         let failure = Failure::new(FailureKind::Cancelled, format!("{request} was cancelled by its connector"));
-        self.end(uid, failure, Some((client, id)));
+        self.end(core, uid, failure, Some((client, id)));
         if self.requests.contains_key(&uid) {
-            self.timers.set(Timer::Cancel(uid), now + self.settings.commit_timeout);
+            core.timers.set(Timer::Cancel(uid), core.now + self.settings.commit_timeout);
         }
     }
 
     /// A client's serving engine has reset its cache: what was computed before, and is not sent, never is.
-    pub fn handle_reset(&mut self, now: Instant, client: ClientId, id: Seq) {
-        self.now = now;
+    pub(in crate::node) fn handle_reset(&mut self, core: &mut Core<R>) {
         let open: Vec<Uid> = self.request_by_name.values().copied().collect();
         for uid in open {
-            self.fail(uid, Failure::new(FailureKind::Cancelled, "the prefill server reset its cache"));
+            self.fail(core, uid, Failure::new(FailureKind::Cancelled, "the prefill server reset its cache"));
         }
-        self.answer(client, id, Answer::Reset);
     }
 
-    pub(super) fn on_revoke(&mut self, peer: PeerId, revoke: Revoke) {
+    pub(super) fn on_revoke(&mut self, core: &mut Core<R>, peer: PeerId, revoke: Revoke) {
         let of_grant = |request: &Request| match &request.stage {
             Stage::Open { grant, .. } | Stage::Committing { grant } => request.peer == peer && *grant == revoke.grant,
             Stage::Closing { grant, .. } => request.peer == peer && *grant == Some(revoke.grant),
@@ -45,7 +56,7 @@ impl SenderSession {
         match self.requests.iter().find(|(_, request)| of_grant(request)).map(|(&uid, request)| (uid, &request.stage)) {
             // It says when it has stopped, by itself.
             Some((_, Stage::Closing { .. })) => {}
-            Some((uid, _)) => self.fail(uid, truncated(revoke.reason)),
+            Some((uid, _)) => self.fail(core, uid, truncated(revoke.reason)),
             None => {
                 // It may have overtaken the grant itself, which nobody may take then.
                 let asks = |request: &Request| match request.stage {
@@ -56,37 +67,37 @@ impl SenderSession {
                     _ => false,
                 };
                 if let Some(uid) = self.requests.iter().find(|(_, request)| asks(request)).map(|(&uid, _)| uid) {
-                    self.fail(uid, truncated(revoke.reason));
+                    self.fail(core, uid, truncated(revoke.reason));
                 }
-                self.acknowledge_quiesce(peer, revoke.req_id, Some(revoke.grant), None, true);
+                self.acknowledge_quiesce(core, peer, revoke.req_id, Some(revoke.grant), None, true);
             }
         }
     }
 
     /// Ends a request badly.
-    pub(super) fn fail(&mut self, uid: Uid, failure: Failure) {
-        self.end(uid, failure, None);
+    pub(super) fn fail(&mut self, core: &mut Core<R>, uid: Uid, failure: Failure) {
+        self.end(core, uid, failure, None);
     }
 
     /// A transfer of a closing request has ended: the last one lets it go.
-    pub(super) fn finish_closing(&mut self, uid: Uid) {
+    pub(super) fn finish_closing(&mut self, core: &mut Core<R>, uid: Uid) {
         let Some(request) = self.requests.get(&uid) else { return };
         let Stage::Closing { grant, alloc_seq, cancel } = request.stage else { return };
         if request.in_flight > 0 {
             return;
         }
         let peer = request.peer;
-        self.timers.cancel(&Timer::Cancel(uid));
-        let Some(request) = self.remove(uid) else { return };
-        self.give_back(peer, (request.id.clone(), request.keys), grant, alloc_seq);
+        core.timers.cancel(Timer::Cancel(uid));
+        let Some(request) = self.remove(core, uid) else { return };
+        self.give_back(core, peer, (request.id.clone(), request.keys), grant, alloc_seq);
         if let Some((client, id)) = cancel {
-            self.answer(client, id, Answer::Cancelled { request: request.id });
+            core.answer(client, id, Answer::Cancelled { request: request.id });
         }
-        self.serve_staging();
+        self.serve_staging(core);
     }
 
     /// The engine has not finished a cancelled request's transfers in time: its client is told, its slots stay taken.
-    pub(super) fn cancel_timed_out(&mut self, uid: Uid) {
+    pub(super) fn cancel_timed_out(&mut self, core: &mut Core<R>, uid: Uid) {
         let Some(request) = self.requests.get_mut(&uid) else { return };
         let Stage::Closing { cancel, .. } = &mut request.stage else { return };
         let Some((client, id)) = cancel.take() else { return };
@@ -95,11 +106,11 @@ impl SenderSession {
             request.id, request.in_flight
         );
         let peer = request.address.to_string();
-        self.refuse(client, id, Failure::new(FailureKind::Deadline, text), Some(peer));
+        core.refuse(client, id, Failure::new(FailureKind::Deadline, text), Some(peer));
     }
 
     /// The one place where a request ends without having been sent.
-    pub(super) fn end(&mut self, uid: Uid, failure: Failure, cancel: Option<(ClientId, Seq)>) {
+    pub(super) fn end(&mut self, core: &mut Core<R>, uid: Uid, failure: Failure, cancel: Option<(ClientId, Seq)>) {
         let Some(request) = self.requests.get_mut(&uid) else { return };
         let mut alloc_seq = None;
         let (open_id, grant, asked) = match request.stage {
@@ -114,19 +125,19 @@ impl SenderSession {
         request.stage = Stage::Closing { grant, alloc_seq, cancel };
         let (id, address, client, in_flight, request_peer) =
             (request.id.clone(), request.address.clone(), request.client, request.in_flight, request.peer);
-        self.cancel_timers(uid);
+        self.cancel_timers(core, uid);
         self.request_by_name.remove(&id);
         self.awaited.retain(|_, other| *other != uid);
-        self.staging_request_ended(uid, &failure);
+        self.staging_request_ended(core, uid, &failure);
         self.counts.requests_failed += 1;
         let peer = address.to_string();
         let mut told_by_event = false;
         match (client, open_id) {
-            (Some(client), Some(open_id)) => self.refuse(client, open_id, failure.clone(), Some(peer)),
+            (Some(client), Some(open_id)) => core.refuse(client, open_id, failure.clone(), Some(peer)),
             (Some(client), None) if cancel.is_none() => {
                 told_by_event = true;
                 let event = Event::Failed { request: id.clone(), failure: failure.clone(), peer };
-                self.outputs.push_back(Output::Event { client, event });
+                core.outputs.push_back(Output::Event { client, event });
             }
             _ => {}
         }
@@ -134,45 +145,45 @@ impl SenderSession {
             request.told_by_event = told_by_event;
         }
         if in_flight > 0 {
-            self.abandon_delayed(uid, client.is_none());
+            self.abandon_delayed(core, uid, client.is_none());
         }
-        self.note(Note::Failed { request: id.clone(), address, failure, in_flight });
+        core.note(Note::Failed { request: id.clone(), address, failure, in_flight });
         if asked {
             if in_flight > 0 {
-                self.tell_failed(request_peer, id, grant, alloc_seq);
+                self.tell_failed(core, request_peer, id, grant, alloc_seq);
             }
-            self.finish_closing(uid);
+            self.finish_closing(core, uid);
         } else {
             // The receiver has never heard of it.
-            let request = self.remove(uid);
+            let request = self.remove(core, uid);
             if let (Some((client, id)), Some(request)) = (cancel, request) {
-                self.answer(client, id, Answer::Cancelled { request: request.id });
+                core.answer(client, id, Answer::Cancelled { request: request.id });
             }
         }
-        self.serve_staging();
+        self.serve_staging(core);
     }
 
     /// Takes a request out of every table and frees its local slots.
-    pub(super) fn remove(&mut self, uid: Uid) -> Option<Request> {
+    pub(super) fn remove(&mut self, core: &mut Core<R>, uid: Uid) -> Option<Request> {
         let request = self.requests.remove(&uid)?;
         if self.request_by_name.get(&request.id) == Some(&uid) {
             self.request_by_name.remove(&request.id);
         }
-        self.cancel_timers(uid);
+        self.cancel_timers(core, uid);
         for (&slot, &chunk) in &request.staged {
             let filling = request.told_by_event && request.chunks[chunk as usize].is_filling();
             match request.client {
                 Some(client) if filling => {
                     self.unacknowledged.entry((client, request.id.clone())).or_default().push(slot);
                 }
-                _ => self.slots.give_back(slot),
+                _ => core.slots.unstage(slot),
             }
         }
         Some(request)
     }
 
     /// A client knows that its request has failed: what it may have been filling until then can be staged again.
-    pub(super) fn acknowledge_failure(&mut self, client: ClientId, request: &RequestId) -> bool {
+    pub(super) fn acknowledge_failure(&mut self, core: &mut Core<R>, client: ClientId, request: &RequestId) -> bool {
         // Its transfers may not have ended yet: then nothing is kept back for it when they do.
         let closing = self.requests.values_mut().find(|closing| {
             closing.client == Some(client) && closing.id == *request && closing.told_by_event && closing.is_filling()
@@ -182,17 +193,17 @@ impl SenderSession {
             return true;
         }
         let Some(slots) = self.unacknowledged.remove(&(client, request.clone())) else { return false };
-        slots.into_iter().for_each(|slot| self.slots.give_back(slot));
-        self.serve_staging();
+        slots.into_iter().for_each(|slot| core.slots.unstage(slot));
+        self.serve_staging(core);
         true
     }
 
     /// A client that is gone fills nothing any more.
-    pub(super) fn acknowledge_all(&mut self, client: ClientId) {
+    pub(super) fn acknowledge_all(&mut self, core: &mut Core<R>, client: ClientId) {
         let of_client = self.unacknowledged.keys().filter(|(other, _)| *other == client);
         let requests: Vec<RequestId> = of_client.map(|(_, request)| request.clone()).collect();
         for request in requests {
-            self.acknowledge_failure(client, &request);
+            self.acknowledge_failure(core, client, &request);
         }
     }
 }

@@ -1,23 +1,8 @@
-//! What a sender session takes in and asks of the world around it.
+//! What the half that sends takes in, and what it tells.
 
 use std::time::Duration;
 
-use crate::ids::{
-    ByteCopy, ChunkKey, ClientId, ConnectionId, Failure, GroupIndex, IpcHandle, Pages, PeerAddress, PeerId, RequestId,
-    Seq, SlotPart, StagedSlot, TransferId,
-};
-use crate::node::Port;
-use crate::wire::Message;
-use crate::wire::message::ProcessIdentity;
-
-/// Where a receiver's memory is.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum PeerMemory {
-    /// Its engine's descriptors.
-    Descriptors(Vec<u8>),
-    /// The pages of a receiver of another make.
-    Pages(Pages),
-}
+use crate::ids::{ChunkKey, Failure, GroupIndex, IpcHandle, PeerAddress, RequestId, SlotPart};
 
 /// How far a sender has come with a receiver that its configuration names.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -62,149 +47,6 @@ pub struct Sending<'a> {
     pub after: Option<IpcHandle>,
 }
 
-/// One thing to do.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Output {
-    /// Connect to a receiver; `handle_peer_opened` or `handle_peer_closed` wants to know.
-    OpenPeer {
-        /// Its name from now on.
-        peer: PeerId,
-        /// Where it listens.
-        address: PeerAddress,
-    },
-    /// Close the connections to a receiver; no `handle_peer_closed` is expected.
-    ClosePeer(PeerId),
-    /// Send to a receiver.
-    Send {
-        /// Which.
-        peer: PeerId,
-        /// To which of its ports.
-        port: Port,
-        /// What.
-        message: Message,
-    },
-    /// Let the engine load a receiver's metadata; `handle_peer_loaded` wants the result.
-    LoadPeer {
-        /// Which.
-        peer: PeerId,
-        /// Name of its agent; a receiver of another make has not said, and its metadata does.
-        agent_name: Option<String>,
-        /// Its engine's metadata.
-        metadata: Vec<u8>,
-    },
-    /// Let the engine connect to a receiver's memory; `handle_peer_connected` wants the result.
-    ConnectPeer {
-        /// Which.
-        peer: PeerId,
-        /// From `handle_peer_loaded`.
-        connection: ConnectionId,
-        /// Where it is.
-        memory: PeerMemory,
-    },
-    /// A receiver's buffer has grown: let the engine learn what it writes to, before the next `Post` to it;
-    /// `handle_peer_updated` wants the result.
-    UpdatePeer {
-        /// Which.
-        peer: PeerId,
-        /// From `handle_peer_loaded`.
-        connection: ConnectionId,
-        /// Its engine's metadata now.
-        metadata: Vec<u8>,
-        /// Its engine's descriptors now.
-        descriptors: Vec<u8>,
-    },
-    /// Add the next step to our own buffer; `handle_grown` wants the result.
-    GrowBuffer,
-    /// Find out which of these processes have ended; `handle_processes_ended` wants to know.
-    CheckProcesses {
-        /// The receiver that asks.
-        peer: PeerId,
-        /// Of some host and pid namespace.
-        processes: Vec<ProcessIdentity>,
-    },
-    /// Let the engine forget a receiver.
-    ForgetPeer(ConnectionId),
-    /// Let the engine write; `handle_transfer_done` wants to know, and the checksums asked for.
-    Post {
-        /// Its name.
-        transfer: TransferId,
-        /// To whom.
-        connection: ConnectionId,
-        /// What.
-        copies: Vec<ByteCopy>,
-        /// Which of them to sum before their bytes are read, by position.
-        summed: Vec<u32>,
-        /// Not before this event of the connector's process has been passed.
-        after: Option<IpcHandle>,
-    },
-    /// A transfer that waits for an event, or to be summed, is not to be posted any more; `handle_transfer_done` wants to
-    /// know when the event has been passed, for until then its slots are being written.
-    Abandon {
-        /// Which.
-        transfer: TransferId,
-        /// Whoever would pass the event is gone: it is not waited for.
-        writer_gone: bool,
-    },
-    /// Tell the proxy that a request is ready.
-    NotifyProxy {
-        /// Which.
-        request: RequestId,
-    },
-    /// Answer a client of the connector API.
-    Answer {
-        /// Whom.
-        client: ClientId,
-        /// Which of its requests.
-        id: Seq,
-        /// What.
-        answer: Answer,
-    },
-    /// Tell a client how an opened request ended.
-    Event {
-        /// Whom.
-        client: ClientId,
-        /// What.
-        event: Event,
-    },
-    /// Something for the log.
-    Note(Note),
-}
-
-/// An answer to a connector.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Answer {
-    /// To `open`.
-    Opened {
-        /// Which request.
-        request: RequestId,
-        /// Positions of the chunks that the receiver holds already.
-        already_sent: Vec<u32>,
-        /// One for each other chunk, if they were to be staged and there was room; none otherwise.
-        slots: Vec<StagedSlot>,
-    },
-    /// To `stage`.
-    Staged {
-        /// One for each chunk asked for.
-        slots: Vec<StagedSlot>,
-    },
-    /// To `send`.
-    Accepted,
-    /// To `cancel`.
-    Cancelled {
-        /// Which request.
-        request: RequestId,
-    },
-    /// To `reset`.
-    Reset,
-    /// To any of them.
-    Failed {
-        /// Why.
-        failure: Failure,
-        /// The receiver concerned.
-        peer: Option<String>,
-    },
-}
-
 /// How an opened request ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
@@ -244,11 +86,6 @@ pub struct Phases {
 /// What happened, for the log.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Note {
-    /// Our buffer has another step, or could not get it.
-    Grown {
-        /// Its length now, in bytes, or why it did not grow.
-        result: Result<u64, String>,
-    },
     /// A receiver has answered the handshake, and the engine is connected to its memory.
     PeerUp {
         /// Where.
@@ -321,13 +158,9 @@ pub enum Note {
     },
 }
 
-/// What a sender counts.
+/// What the half that sends counts.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct SenderCounts {
-    /// Bytes that can be staged.
-    pub available_bytes: u64,
-    /// Slots staged, or being sent.
-    pub slots_staged: u32,
+pub struct OutgoingCounts {
     /// Requests that have not ended.
     pub requests_active: usize,
     /// Of those, requests that wait for a handshake or for slots of their receiver.

@@ -33,9 +33,10 @@ mod staging;
 mod transfers;
 
 use std::collections::{BTreeMap, VecDeque};
-use std::time::{Duration, Instant};
+use std::marker::PhantomData;
+use std::time::Instant;
 
-pub use io::{Answer, ConnectState, Event, Note, OpenRequest, Output, PeerMemory, Phases, SenderCounts, Sending};
+pub use io::{ConnectState, Event, Note, OpenRequest, OutgoingCounts, Phases, Sending};
 
 use self::lmcache::RememberedReceivers;
 use self::peers::Peer;
@@ -44,66 +45,17 @@ use self::reconnects::{Lost, PAUSE_MAX, Reconnects};
 use self::requests::{Request, Stage, Uid, WRITE_DEADLINE_PASSED};
 use self::staging::Staging;
 use self::transfers::Transfer;
-use super::growth::{GROW_AGAIN_AFTER, Growth};
-use super::timers::Timers;
-use super::{ChunkShape, Grown, Port, Safeguards};
-use crate::address::AddressManager;
+use super::Port;
+use super::settings::OutgoingSettings;
 use crate::ids::{
-    ChecksumMode, ClientId, ConnectionId, Failure, FailureKind, GrantId, Pages, PeerAddress, PeerId, RequestId, Seq,
-    SlotIndex, TransferId,
+    ClientId, ConnectionId, Failure, FailureKind, GrantId, PeerAddress, PeerId, RequestId, Seq, SlotIndex, TransferId,
 };
-use crate::slot::SlotPool;
+use crate::node::core::Core;
 use crate::wire::Message;
-use crate::wire::message::{Commit, Hello};
-
-/// What a sender session is told at start.
-#[derive(Debug, Clone)]
-pub struct SenderSettings {
-    /// Who this daemon is.
-    pub hello: Hello,
-    /// Name of its engine's agent.
-    pub agent_name: String,
-    /// Its engine's metadata.
-    pub metadata: Vec<u8>,
-    /// The buffer as LMCache's receivers are told of it; none where the engine cannot reach them.
-    pub pages: Option<Pages>,
-    /// What a chunk is.
-    pub chunk: ChunkShape,
-    /// The buffer's addresses. Whoever grows the buffer adds to them.
-    pub addresses: AddressManager,
-    /// How long the buffer can become, in bytes.
-    pub len_max_bytes: u64,
-    /// How long a request waits for slots, here and at its receiver, unless it says.
-    pub allocation_timeout: Duration,
-    /// How long connecting to a receiver may take, the handshake included.
-    pub handshake_timeout: Duration,
-    /// How long a receiver may take to answer beyond what it was told to wait. One that is still checking a commit says
-    /// so, and has as long again from then on.
-    pub commit_timeout: Duration,
-    /// How long a grant may be written to whose receiver does not say: LMCache's.
-    pub write_timeout: Duration,
-    /// Which chunks are summed for their receiver to check.
-    pub checksum: ChecksumMode,
-    /// Most requests that have not ended.
-    pub requests_max: usize,
-    /// Most chunks of one request.
-    pub request_chunks_max: usize,
-    /// Most receivers.
-    pub peers_max: usize,
-    /// Receivers to connect to at start, and to keep; no two are the same.
-    pub receivers: Vec<PeerAddress>,
-    /// Whether a proxy wants to know.
-    pub notify_proxy: bool,
-    /// How far pings to a receiver are apart.
-    pub heartbeat_interval: Duration,
-    /// How long a receiver may be silent; above `heartbeat_interval`.
-    pub peer_timeout: Duration,
-    #[doc(hidden)]
-    pub safeguards: Safeguards,
-}
+use crate::wire::message::Commit;
 
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-enum Timer {
+pub(super) enum Timer {
     /// A receiver has not answered the handshake in time.
     Handshake(PeerId),
     /// A request has waited long enough for its grant.
@@ -116,8 +68,6 @@ enum Timer {
     Cancel(Uid),
     /// A client has waited long enough for local slots.
     Stage(ClientId, Seq),
-    /// The buffer may grow again after a step that failed.
-    Grow,
     /// A receiver is pinged, or has been silent for too long.
     Ping(PeerId),
     /// A commit is sent again.
@@ -132,12 +82,10 @@ enum Timer {
     Connect(PeerAddress),
 }
 
-/// The sender as a value.
+/// The half that sends.
 #[derive(Debug)]
-pub struct SenderSession {
-    settings: SenderSettings,
-    slots: SlotPool,
-    growth: Growth,
+pub(super) struct Outgoing<R> {
+    settings: OutgoingSettings,
     peers: BTreeMap<PeerId, Peer>,
     peer_by_address: BTreeMap<PeerAddress, PeerId>,
     requests: BTreeMap<Uid, Request>,
@@ -159,30 +107,19 @@ pub struct SenderSession {
     unacknowledged: BTreeMap<(ClientId, RequestId), Vec<SlotIndex>>,
     /// Clients that wait for local slots, in the order of their arrival.
     staging: VecDeque<Staging>,
-    timers: Timers<Timer>,
-    outputs: VecDeque<Output>,
-    counts: SenderCounts,
-    next_id: u64,
-    draining: bool,
-    /// The latest time that was heard of.
-    now: Instant,
+    counts: OutgoingCounts,
+    route: PhantomData<R>,
 }
 
-impl SenderSession {
-    /// A session without receivers.
-    pub fn new(now: Instant, mut settings: SenderSettings) -> Self {
-        let slots = SlotPool::new(settings.addresses.clone());
-        let growth = Growth::new(settings.len_max_bytes);
-        let mut timers = Timers::new();
+impl<R> Outgoing<R> {
+    /// Without receivers; those that the configuration names are connected to at once.
+    pub(super) fn new(core: &mut Core<R>, mut settings: OutgoingSettings) -> Self {
         let receivers = std::mem::take(&mut settings.receivers);
         for address in &receivers {
-            timers.set(Timer::Connect(address.clone()), now);
+            core.timers.set(Timer::Connect(address.clone()), core.now);
         }
-        let reconnects = Reconnects::new(now, receivers);
         Self {
             settings,
-            slots,
-            growth,
             peers: BTreeMap::new(),
             peer_by_address: BTreeMap::new(),
             requests: BTreeMap::new(),
@@ -191,71 +128,63 @@ impl SenderSession {
             asked: BTreeMap::new(),
             commits: BTreeMap::new(),
             quiesce: Quiesce::default(),
-            reconnects,
+            reconnects: Reconnects::new(core.now, receivers),
             lmcache: RememberedReceivers::default(),
             transfers: BTreeMap::new(),
             unacknowledged: BTreeMap::new(),
             staging: VecDeque::new(),
-            timers,
-            outputs: VecDeque::new(),
-            counts: SenderCounts::default(),
-            next_id: 1,
-            draining: false,
-            now,
+            counts: OutgoingCounts::default(),
+            route: PhantomData,
         }
     }
 
     /// A message arrived from a receiver.
-    pub fn handle_message(&mut self, now: Instant, peer: PeerId, port: Port, message: Message) {
-        self.now = now;
-        self.hear_of(now, peer);
+    pub(super) fn handle_message(&mut self, core: &mut Core<R>, peer: PeerId, port: Port, message: Message) {
+        self.hear_of(core.now, peer);
         match (port, message) {
-            (Port::Init, Message::NixlInitResponse(response)) => self.on_init_response(peer, response),
-            (Port::Init, Message::NixlMemRegResponse(response)) => self.on_mem_reg_response(now, peer, response),
-            (Port::Alloc, message) => self.on_alloc_message(now, peer, message),
-            (_, message) => self.note_unexpected(peer, message.type_name()),
+            (Port::Init, Message::NixlInitResponse(response)) => self.on_init_response(core, peer, response),
+            (Port::Init, Message::NixlMemRegResponse(response)) => self.on_mem_reg_response(core, peer, response),
+            (Port::Alloc, message) => self.on_alloc_message(core, peer, message),
+            (_, message) => self.note_unexpected(core, peer, message.type_name()),
         }
     }
 
-    /// Deadlines may have passed.
-    pub fn handle_timeout(&mut self, now: Instant) {
-        self.now = now;
-        while let Some((due, timer)) = self.timers.pop_due(now) {
-            match timer {
-                Timer::Handshake(peer) => self.handshake_timed_out(peer),
-                Timer::Allocation(uid) => self.allocation_timed_out(uid),
-                Timer::Write(uid) => {
-                    self.fail(uid, Failure::new(FailureKind::Deadline, WRITE_DEADLINE_PASSED));
-                }
-                Timer::Commit(uid) => {
-                    let text = format!(
-                        "nothing was heard of the commit for {} ms (pd_commit_timeout_sec)",
-                        self.settings.commit_timeout.as_millis()
-                    );
-                    self.fail(uid, Failure::new(FailureKind::Deadline, text));
-                }
-                Timer::Cancel(uid) => self.cancel_timed_out(uid),
-                Timer::Stage(client, id) => self.staging_timed_out(client, id),
-                Timer::Grow => {
-                    self.growth.end_pause();
-                    if !self.staging.is_empty() {
-                        self.ask_to_grow();
-                    }
-                }
-                Timer::Ping(peer) => self.ping(now, due, peer),
-                Timer::Recommit(uid) => self.retransmit_commit(now, uid),
-                Timer::Retransmit(seq) => self.retransmit_ack(now, seq),
-                Timer::Seek(address) => self.seek(now, &address),
-                Timer::Answer(peer) => self.answer_timed_out(now, peer),
-                Timer::Connect(address) => self.connect_configured(now, &address),
+    /// A deadline has passed, which was to be at `due`.
+    pub(super) fn handle_timer(&mut self, core: &mut Core<R>, due: Instant, timer: Timer) {
+        match timer {
+            Timer::Handshake(peer) => self.handshake_timed_out(core, peer),
+            Timer::Allocation(uid) => self.allocation_timed_out(core, uid),
+            Timer::Write(uid) => {
+                self.fail(core, uid, Failure::new(FailureKind::Deadline, WRITE_DEADLINE_PASSED));
             }
+            Timer::Commit(uid) => {
+                let text = format!(
+                    "nothing was heard of the commit for {} ms (pd_commit_timeout_sec)",
+                    self.settings.commit_timeout.as_millis()
+                );
+                self.fail(core, uid, Failure::new(FailureKind::Deadline, text));
+            }
+            Timer::Cancel(uid) => self.cancel_timed_out(core, uid),
+            Timer::Stage(client, id) => self.staging_timed_out(core, client, id),
+            Timer::Ping(peer) => self.ping(core, due, peer),
+            Timer::Recommit(uid) => self.retransmit_commit(core, uid),
+            Timer::Retransmit(seq) => self.retransmit_ack(core, seq),
+            Timer::Seek(address) => self.seek(core, &address),
+            Timer::Answer(peer) => self.answer_timed_out(core, peer),
+            Timer::Connect(address) => self.connect_configured(core, &address),
+        }
+    }
+
+    /// The pause after a step of growth that failed is over.
+    pub(super) fn want_growth(&self, core: &mut Core<R>) {
+        if !self.staging.is_empty() {
+            core.ask_to_grow();
         }
     }
 
     /// A client is gone: its requests end.
-    pub fn handle_client_gone(&mut self, now: Instant, client: ClientId) {
-        self.now = now;
-        self.staging_client_gone(client);
+    pub(super) fn handle_client_gone(&mut self, core: &mut Core<R>, client: ClientId) {
+        self.staging_client_gone(core, client);
         let gone: Vec<Uid> =
             self.requests.iter().filter(|(_, request)| request.client == Some(client)).map(|(&uid, _)| uid).collect();
         for uid in gone {
@@ -264,69 +193,38 @@ impl SenderSession {
                 matches!(request.stage, Stage::Closing { .. })
             });
             if closing {
-                self.abandon_delayed(uid, true);
+                self.abandon_delayed(core, uid, true);
             }
-            self.fail(uid, Failure::new(FailureKind::Cancelled, "its connector is gone"));
+            self.fail(core, uid, Failure::new(FailureKind::Cancelled, "its connector is gone"));
         }
-        self.acknowledge_all(client);
+        self.acknowledge_all(core, client);
     }
 
-    /// Our buffer has another step, which its addresses know already; or it could not get it.
-    ///
-    /// A step that failed is the answer to those who want more than the buffer has now. Others go on waiting for slots
-    /// that come back.
-    pub fn handle_grown(&mut self, now: Instant, result: Result<Grown, String>) {
-        self.now = now;
-        self.note(Note::Grown { result: result.as_ref().map(|grown| grown.len_bytes).map_err(Clone::clone) });
-        match result {
-            Ok(grown) => {
-                self.growth.end(None);
-                self.settings.metadata = grown.metadata;
-            }
-            Err(text) => {
-                self.growth.end(Some(text));
-                self.timers.set(Timer::Grow, now + GROW_AGAIN_AFTER);
-                self.refuse_staging_that_needs_growth();
-            }
+    /// The buffer has another step; or it could not get it, which is the answer to those who want more than it has now.
+    /// Others go on waiting for slots that come back.
+    pub(super) fn handle_grown(&mut self, core: &mut Core<R>, has_failed: bool) {
+        if has_failed {
+            self.refuse_staging_that_needs_growth(core);
         }
-        self.serve_staging();
-    }
-
-    /// Takes no new requests from now on; what has begun goes on.
-    pub fn handle_shutdown(&mut self) {
-        self.draining = true;
+        self.serve_staging(core);
     }
 
     /// Ends everything that has not ended.
-    pub fn handle_abort(&mut self, now: Instant) {
-        self.now = now;
-        self.draining = true;
+    pub(super) fn handle_abort(&mut self, core: &mut Core<R>) {
         let open: Vec<Uid> = self.request_by_name.values().copied().collect();
         for uid in open {
-            self.fail(uid, Failure::new(FailureKind::ShuttingDown, "this sender is shutting down"));
+            self.fail(core, uid, Failure::new(FailureKind::ShuttingDown, "this sender is shutting down"));
         }
     }
 
     /// Whether everything that had begun has ended.
-    pub fn is_drained(&self) -> bool {
+    pub(super) fn is_drained(&self) -> bool {
         self.requests.is_empty()
     }
 
-    /// The next thing to do.
-    pub fn poll_output(&mut self) -> Option<Output> {
-        self.outputs.pop_front()
-    }
-
-    /// When to call [`handle_timeout`](Self::handle_timeout).
-    pub fn poll_timeout(&self) -> Option<Instant> {
-        self.timers.next()
-    }
-
-    /// Counters and slots, all of one moment.
-    pub fn counts(&self) -> SenderCounts {
-        SenderCounts {
-            available_bytes: self.slots.addresses().free_bytes(),
-            slots_staged: self.slots.taken_count() as u32,
+    /// What it counts, all of one moment.
+    pub(super) fn counts(&self) -> OutgoingCounts {
+        OutgoingCounts {
             requests_active: self.requests.len(),
             requests_waiting: self.requests.values().filter(|request| request.waits()).count(),
             stages_waiting: self.staging.len(),
@@ -336,18 +234,21 @@ impl SenderSession {
         }
     }
 
+    /// Slots that are staged for its requests.
+    pub(super) fn staged_slots(&self) -> usize {
+        let unacknowledged: usize = self.unacknowledged.values().map(Vec::len).sum();
+        unacknowledged + self.requests.values().map(Request::staged_slots).sum::<usize>()
+    }
+
     /// Checks that slots, requests and transfers agree.
     ///
     /// # Errors
     /// What does not.
-    pub fn check_invariants(&self) -> Result<(), String> {
-        self.slots.check()?;
-        self.check_reconnects()?;
-        let unacknowledged: usize = self.unacknowledged.values().map(Vec::len).sum();
-        let staged = unacknowledged + self.requests.values().map(Request::staged_slots).sum::<usize>();
-        let taken = self.slots.taken_count();
-        if staged != taken {
-            return Err(format!("{taken} slots are taken, requests hold {staged}"));
+    pub(super) fn check_invariants(&self, core: &Core<R>) -> Result<(), String> {
+        self.check_reconnects(core)?;
+        let (held, staged) = (self.staged_slots(), core.slots.counts().staged);
+        if held != staged as usize {
+            return Err(format!("{staged} slots are staged, requests hold {held}"));
         }
         for (transfer, record) in &self.transfers {
             if !self.requests.contains_key(&record.uid) {
@@ -374,96 +275,69 @@ impl SenderSession {
     }
 
     /// The receivers that the configuration names, in that order, and how far the sender has come with each.
-    pub fn receivers(&self) -> impl Iterator<Item = (&PeerAddress, &ConnectState)> {
+    pub(super) fn receivers(&self) -> impl Iterator<Item = (&PeerAddress, &ConnectState)> {
         self.reconnects.iter()
     }
 
     /// Tries to connect to a receiver that the configuration names.
-    fn connect_configured(&mut self, now: Instant, address: &PeerAddress) {
+    fn connect_configured(&mut self, core: &mut Core<R>, address: &PeerAddress) {
         // If it is being connected already, `note_connected` or `note_lost` follows.
-        if self.draining || self.peer_by_address.contains_key(address) {
+        if core.draining || self.peer_by_address.contains_key(address) {
             return;
         }
-        let room = self.peers.len() < self.settings.peers_max || self.evict_peer(false);
-        if !room || self.peer_for(now, address).is_err() {
-            self.timers.set(Timer::Connect(address.clone()), now + PAUSE_MAX);
+        let room = self.peers.len() < core.settings.peers_max || self.evict_peer(core, false);
+        if !room || self.peer_for(core, address).is_err() {
+            core.timers.set(Timer::Connect(address.clone()), core.now + PAUSE_MAX);
         }
     }
 
     /// A receiver can be written to.
-    fn note_connected(&mut self, now: Instant, address: &PeerAddress) {
-        self.timers.cancel(&Timer::Connect(address.clone()));
-        self.reconnects.connected(now, address);
+    fn note_connected(&mut self, core: &mut Core<R>, address: &PeerAddress) {
+        core.timers.cancel(Timer::Connect(address.clone()));
+        self.reconnects.connected(core.now, address);
     }
 
     /// A receiver was lost, or could not be connected. It is tried again later if the configuration names it.
-    fn note_lost(&mut self, address: &PeerAddress, failure: &Failure) {
-        let note = match self.reconnects.lost(self.now, address, failure) {
+    fn note_lost(&mut self, core: &mut Core<R>, address: &PeerAddress, failure: &Failure) {
+        let note = match self.reconnects.lost(core.now, address, failure) {
             None => Some(Note::PeerDown { address: address.clone(), failure: failure.clone() }),
             Some(Lost { pause, note }) => {
-                if !self.draining {
-                    self.timers.set(Timer::Connect(address.clone()), self.now + pause);
+                if !core.draining {
+                    core.timers.set(Timer::Connect(address.clone()), core.now + pause);
                 }
                 note
             }
         };
-        self.outputs.extend(note.map(Output::Note));
+        if let Some(note) = note {
+            core.note(note);
+        }
     }
 
     /// A receiver had to go, so that another could be connected.
-    fn postpone_connecting(&mut self, address: &PeerAddress) {
-        if self.reconnects.postponed(self.now, address) {
-            self.timers.set(Timer::Connect(address.clone()), self.now + PAUSE_MAX);
+    fn postpone_connecting(&mut self, core: &mut Core<R>, address: &PeerAddress) {
+        if self.reconnects.postponed(core.now, address) {
+            core.timers.set(Timer::Connect(address.clone()), core.now + PAUSE_MAX);
         }
     }
 
     /// Checks that each receiver of the configuration is connected, connecting, or about to be.
-    fn check_reconnects(&self) -> Result<(), String> {
+    fn check_reconnects(&self, core: &Core<R>) -> Result<(), String> {
         for (address, state) in self.reconnects.iter() {
             let peer = self.peer_by_address.get(address);
             let connected = peer.is_some_and(|peer| self.connection_of(*peer).is_some());
             if connected != (*state == ConnectState::Connected) {
                 return Err(format!("receiver {address} is said to be {state:?}, and connected: {connected}"));
             }
-            if peer.is_none() && !self.draining && !self.timers.contains(&Timer::Connect(address.clone())) {
+            if peer.is_none() && !core.draining && !core.timers.contains(Timer::Connect(address.clone())) {
                 return Err(format!("nothing will connect to receiver {address}"));
             }
         }
         Ok(())
     }
 
-    fn fresh(&mut self) -> u64 {
-        let id = self.next_id;
-        self.next_id += 1;
-        id
-    }
-
-    /// Asks for the buffer's next step, if it can grow and none is under way.
-    fn ask_to_grow(&mut self) {
-        if self.growth.try_begin(self.slots.addresses().len_bytes()) {
-            self.outputs.push_back(Output::GrowBuffer);
-        }
-    }
-
-    fn send(&mut self, peer: PeerId, port: Port, message: Message) {
-        self.outputs.push_back(Output::Send { peer, port, message });
-    }
-
-    fn answer(&mut self, client: ClientId, id: Seq, answer: Answer) {
-        self.outputs.push_back(Output::Answer { client, id, answer });
-    }
-
-    fn refuse(&mut self, client: ClientId, id: Seq, failure: Failure, peer: Option<String>) {
-        self.answer(client, id, Answer::Failed { failure, peer });
-    }
-
-    fn note(&mut self, note: Note) {
-        self.outputs.push_back(Output::Note(note));
-    }
-
-    fn note_unexpected(&mut self, peer: PeerId, message: &'static str) {
+    fn note_unexpected(&mut self, core: &mut Core<R>, peer: PeerId, message: &'static str) {
         if let Some(address) = self.peers.get(&peer).map(|peer| peer.address.clone()) {
-            self.note(Note::Unexpected { address, message });
+            core.note(Note::Unexpected { address, message });
         }
     }
 

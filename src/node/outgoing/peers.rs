@@ -5,8 +5,13 @@ use std::time::{Duration, Instant};
 
 use super::link::{LMCACHE_INSTANCE, Link};
 use super::requests::{Stage, Uid, truncated};
-use super::{Note, Output, PeerMemory, Port, SenderSession, Timer};
+use super::{Note, Outgoing, Port, Timer};
 use crate::ids::{ConnectionId, Failure, FailureKind, PeerAddress, PeerId, Seq, truncate};
+use crate::node::Output;
+use crate::node::PeerMemory;
+use crate::node::core::Core;
+use crate::node::output::Remote;
+use crate::node::output::To;
 use crate::node::{PROCESSES_ASKED_MAX, handshake};
 use crate::wire::message::{
     CAPABILITY_HEARTBEAT, InitExtension, InitRequest, InitResponse, MemRegResponse, MemoryUpdate, Ping, Pong,
@@ -77,41 +82,41 @@ impl Peer {
     }
 }
 
-impl SenderSession {
+impl<R> Outgoing<R> {
     /// The peer at `address`, as it is or begun now.
-    pub(super) fn peer_for(&mut self, now: Instant, address: &PeerAddress) -> Result<PeerId, Failure> {
+    pub(super) fn peer_for(&mut self, core: &mut Core<R>, address: &PeerAddress) -> Result<PeerId, Failure> {
         if let Some(&peer) = self.peer_by_address.get(address) {
             if let Some(record) = self.peers.get_mut(&peer) {
-                record.last_used = now;
+                record.last_used = core.now;
             }
             return Ok(peer);
         }
-        if self.peers.len() >= self.settings.peers_max && !self.evict_peer(true) {
+        if self.peers.len() >= core.settings.peers_max && !self.evict_peer(core, true) {
             let text = format!("{} receivers are connected and busy, the limit; raise pd_max_peers", self.peers.len());
             return Err(Failure::new(FailureKind::Limit, text));
         }
-        let peer = PeerId(self.fresh());
+        let peer = PeerId(core.fresh());
         let record = Peer {
             address: address.clone(),
             state: PeerState::Draining,
-            since: now,
+            since: core.now,
             instance: String::new(),
             len_bytes: 0,
-            last_used: now,
+            last_used: core.now,
             link: Link::Pd,
             lmcache_mode: LmcacheMode::Sync,
             heartbeat: false,
-            last_heard: now,
+            last_heard: core.now,
         };
         self.peers.insert(peer, record);
         self.peer_by_address.insert(address.clone(), peer);
-        self.timers.set(Timer::Handshake(peer), now + self.settings.handshake_timeout);
-        self.connect_when_drained(peer);
+        core.timers.set(Timer::Handshake(peer), core.now + self.settings.handshake_timeout);
+        self.connect_when_drained(core, peer);
         Ok(peer)
     }
 
     /// Starts connecting once nothing is in flight to an earlier peer at the same address.
-    fn connect_when_drained(&mut self, peer: PeerId) {
+    fn connect_when_drained(&mut self, core: &mut Core<R>, peer: PeerId) {
         let Some(record) = self.peers.get_mut(&peer) else { return };
         if !matches!(record.state, PeerState::Draining)
             || self.transfers.values().any(|transfer| transfer.peer != peer && transfer.address == record.address)
@@ -120,20 +125,19 @@ impl SenderSession {
         }
         record.state = PeerState::Connecting;
         let address = record.address.clone();
-        self.outputs.push_back(Output::OpenPeer { peer, address });
+        core.outputs.push_back(Output::OpenPeer { peer, address });
     }
 
     /// A transfer to `address` has ended: a peer that waits for it may connect.
-    pub(super) fn drained_at(&mut self, address: &PeerAddress) {
+    pub(super) fn drained_at(&mut self, core: &mut Core<R>, address: &PeerAddress) {
         if let Some(&peer) = self.peer_by_address.get(address) {
-            self.connect_when_drained(peer);
+            self.connect_when_drained(core, peer);
         }
     }
 
     /// The sockets to a receiver are connected. If it turns out to be LMCache's, it runs in this mode.
-    pub fn handle_peer_opened(&mut self, now: Instant, peer: PeerId, lmcache_mode: LmcacheMode) {
-        self.now = now;
-        let seq = Seq(self.fresh());
+    pub(in crate::node) fn handle_peer_opened(&mut self, core: &mut Core<R>, peer: PeerId, lmcache_mode: LmcacheMode) {
+        let seq = Seq(core.fresh());
         let Some(record) = self.peers.get_mut(&peer) else { return };
         if !matches!(record.state, PeerState::Connecting) {
             return;
@@ -148,18 +152,18 @@ impl SenderSession {
                 connected.len(),
                 handshake::CONNECTED_MAX
             );
-            return self.peer_failed(peer, Failure::new(FailureKind::Limit, text));
+            return self.peer_failed(core, peer, Failure::new(FailureKind::Limit, text));
         }
         let request = InitRequest {
-            local_meta_bytes: self.settings.metadata.clone(),
+            local_meta_bytes: core.settings.metadata.clone(),
             pd: Some(InitExtension {
                 seq,
-                hello: self.settings.hello.clone(),
-                agent_name: self.settings.agent_name.clone(),
+                hello: core.settings.hello.clone(),
+                agent_name: core.settings.agent_name.clone(),
                 connected,
             }),
         };
-        self.send(peer, Port::Init, Message::NixlInitRequest(request));
+        core.send(To::Peer(peer), Port::Init, Message::NixlInitRequest(request));
     }
 
     /// Receivers that we are connected to, or still write to.
@@ -170,70 +174,81 @@ impl SenderSession {
         instances.into_iter().cloned().collect()
     }
 
-    pub(super) fn on_init_response(&mut self, peer: PeerId, response: InitResponse) {
+    pub(super) fn on_init_response(&mut self, core: &mut Core<R>, peer: PeerId, response: InitResponse) {
         let Some(record) = self.peers.get_mut(&peer) else { return };
         let PeerState::Introducing(seq) = record.state else {
-            return self.note_unexpected(peer, "NixlInitResponse");
+            return self.note_unexpected(core, peer, "NixlInitResponse");
         };
         // No receiver of ours leaves `pd` out.
-        let Some(extension) = response.pd else { return self.on_lmcache_init_response(peer, response) };
+        let Some(extension) = response.pd else { return self.on_lmcache_init_response(core, peer, response) };
         if extension.seq != seq {
-            return self.note_unexpected(peer, "NixlInitResponse to another question");
+            return self.note_unexpected(core, peer, "NixlInitResponse to another question");
         }
         if let Some(refusal) = extension.refusal {
-            return self.peer_failed(peer, truncated(refusal));
+            return self.peer_failed(core, peer, truncated(refusal));
         }
         let checked = handshake::check_metadata(&response.remote_meta_bytes);
-        if let Err(failure) = checked.and_then(|()| handshake::check(&self.settings.hello, &extension.hello)) {
-            return self.peer_failed(peer, failure);
+        if let Err(failure) = checked.and_then(|()| handshake::check(&core.settings.hello, &extension.hello)) {
+            return self.peer_failed(core, peer, failure);
         }
         record.heartbeat = extension.hello.capabilities.iter().any(|name| name == CAPABILITY_HEARTBEAT);
         record.instance = extension.hello.instance;
-        self.load(peer, Link::Pd, Some(extension.agent_name), response.remote_meta_bytes);
+        self.load(core, peer, Link::Pd, Some(extension.agent_name), response.remote_meta_bytes);
     }
 
     /// A receiver has introduced itself: the engine reads its metadata.
-    pub(super) fn load(&mut self, peer: PeerId, link: Link, agent_name: Option<String>, metadata: Vec<u8>) {
+    pub(super) fn load(
+        &mut self,
+        core: &mut Core<R>,
+        peer: PeerId,
+        link: Link,
+        agent_name: Option<String>,
+        metadata: Vec<u8>,
+    ) {
         let Some(record) = self.peers.get_mut(&peer) else { return };
         record.link = link;
         record.state = PeerState::Loading;
         // Our handshake has told a receiver of ours that nothing is in flight. Where an LMCache receiver is now, there is
         // none of ours any more.
         let address = record.address.clone();
-        self.forget_owed_ack(&address);
-        self.outputs.push_back(Output::LoadPeer { peer, agent_name, metadata });
+        self.forget_owed_ack(core, &address);
+        core.outputs.push_back(Output::LoadPeer { remote: Remote::Receiver(peer), agent_name, metadata });
     }
 
     /// The engine has loaded a receiver's metadata, or could not.
-    pub fn handle_peer_loaded(&mut self, now: Instant, peer: PeerId, result: Result<ConnectionId, String>) {
-        self.now = now;
-        let seq = Seq(self.fresh());
+    pub(in crate::node) fn handle_peer_loaded(
+        &mut self,
+        core: &mut Core<R>,
+        peer: PeerId,
+        result: Result<ConnectionId, String>,
+    ) {
+        let seq = Seq(core.fresh());
         let loading = self.peers.get_mut(&peer).filter(|record| matches!(record.state, PeerState::Loading));
         match (loading, result) {
-            (None, Ok(connection)) => self.outputs.push_back(Output::ForgetPeer(connection)),
+            (None, Ok(connection)) => core.outputs.push_back(Output::ForgetPeer(connection)),
             (None, Err(_)) => {}
             (Some(record), Ok(connection)) => {
                 record.state = PeerState::Registering(seq, connection);
-                self.register(peer, seq);
+                self.register(core, peer, seq);
             }
             (Some(_), Err(text)) => {
-                self.peer_failed(peer, Failure::new(FailureKind::HandshakeRefused, text));
+                self.peer_failed(core, peer, Failure::new(FailureKind::HandshakeRefused, text));
             }
         }
     }
 
-    pub(super) fn on_mem_reg_response(&mut self, now: Instant, peer: PeerId, response: MemRegResponse) {
+    pub(super) fn on_mem_reg_response(&mut self, core: &mut Core<R>, peer: PeerId, response: MemRegResponse) {
         let Some(record) = self.peers.get(&peer) else { return };
         let PeerState::Registering(seq, connection) = record.state else {
-            return self.note_unexpected(peer, "NixlMemRegResponse");
+            return self.note_unexpected(core, peer, "NixlMemRegResponse");
         };
-        self.on_registered(now, peer, (seq, connection), response);
+        self.on_registered(core, peer, (seq, connection), response);
     }
 
     /// A receiver has said where its memory is.
     pub(super) fn warm(
         &mut self,
-        now: Instant,
+        core: &mut Core<R>,
         peer: PeerId,
         connection: ConnectionId,
         len_bytes: u64,
@@ -241,12 +256,12 @@ impl SenderSession {
     ) {
         let Some(record) = self.peers.get_mut(&peer) else { return };
         record.len_bytes = len_bytes;
-        record.state = PeerState::Warming(connection, now.saturating_duration_since(record.since));
-        self.outputs.push_back(Output::ConnectPeer { peer, connection, memory });
+        record.state = PeerState::Warming(connection, core.now.saturating_duration_since(record.since));
+        core.outputs.push_back(Output::ConnectPeer { peer, connection, memory });
     }
 
     /// A receiver's buffer has grown. Nothing is granted beyond what the sender was told of, so it is told with a grant.
-    pub(super) fn on_memory_update(&mut self, peer: PeerId, update: MemoryUpdate) {
+    pub(super) fn on_memory_update(&mut self, core: &mut Core<R>, peer: PeerId, update: MemoryUpdate) {
         let Some(record) = self.peers.get_mut(&peer) else { return };
         // Two grants may carry the same update.
         if let PeerState::Up(connection) = record.state
@@ -254,100 +269,102 @@ impl SenderSession {
         {
             record.len_bytes = update.len_bytes;
             let MemoryUpdate { metadata, descriptors, .. } = update;
-            self.outputs.push_back(Output::UpdatePeer { peer, connection, metadata, descriptors });
+            core.outputs.push_back(Output::UpdatePeer { peer, connection, metadata, descriptors });
         }
     }
 
     /// The engine knows a receiver's buffer as it is now, or could not learn it: then the receiver is connected to again.
-    pub fn handle_peer_updated(
+    pub(in crate::node) fn handle_peer_updated(
         &mut self,
-        now: Instant,
+        core: &mut Core<R>,
         peer: PeerId,
         connection: ConnectionId,
         result: Result<(), String>,
     ) {
-        self.now = now;
         if let Err(text) = result
             && self.connection_of(peer) == Some(connection)
         {
-            self.peer_failed(peer, Failure::new(FailureKind::PeerLost, text));
+            self.peer_failed(core, peer, Failure::new(FailureKind::PeerLost, text));
         }
     }
 
     /// The engine is connected to a receiver's memory, or could not.
-    pub fn handle_peer_connected(&mut self, now: Instant, peer: PeerId, result: Result<(), String>) {
-        self.now = now;
+    pub(in crate::node) fn handle_peer_connected(
+        &mut self,
+        core: &mut Core<R>,
+        peer: PeerId,
+        result: Result<(), String>,
+    ) {
         let Some(record) = self.peers.get_mut(&peer) else { return };
         let PeerState::Warming(connection, took) = record.state else { return };
         match result {
             Ok(()) => {
                 record.state = PeerState::Up(connection);
-                record.last_heard = now;
+                record.last_heard = core.now;
                 let heartbeat = record.heartbeat;
                 let (address, instance, len_bytes) = (record.address.clone(), record.name(), record.len_bytes);
-                self.timers.cancel(&Timer::Handshake(peer));
-                self.note_connected(now, &address);
-                self.note(Note::PeerUp { address, instance, len_bytes, took });
+                core.timers.cancel(Timer::Handshake(peer));
+                self.note_connected(core, &address);
+                core.note(Note::PeerUp { address, instance, len_bytes, took });
                 // At once, so that a port for allocations that is not this receiver's is noticed before it is used.
                 if heartbeat {
-                    self.ping(now, now, peer);
+                    self.ping(core, core.now, peer);
                 }
                 for uid in self.requests_of(peer) {
-                    self.ask_for_room(now, uid);
+                    self.ask_for_room(core, uid);
                 }
             }
-            Err(text) => self.peer_failed(peer, Failure::new(FailureKind::PeerUnreachable, text)),
+            Err(text) => self.peer_failed(core, peer, Failure::new(FailureKind::PeerUnreachable, text)),
         }
     }
 
     /// The connections to a receiver are gone, or could not be made.
-    pub fn handle_peer_closed(&mut self, now: Instant, peer: PeerId, failure: Failure) {
-        self.now = now;
-        self.drop_peer(peer, failure);
+    pub(in crate::node) fn handle_peer_closed(&mut self, core: &mut Core<R>, peer: PeerId, failure: Failure) {
+        self.drop_peer(core, peer, failure);
     }
 
     /// Gives a receiver up: closes its connections, fails its requests.
-    pub(super) fn peer_failed(&mut self, peer: PeerId, failure: Failure) {
+    pub(super) fn peer_failed(&mut self, core: &mut Core<R>, peer: PeerId, failure: Failure) {
         if self.peers.contains_key(&peer) {
             // Requests first: their cancels can still be sent.
-            self.drop_peer(peer, failure);
-            self.outputs.push_back(Output::ClosePeer(peer));
+            self.drop_peer(core, peer, failure);
+            core.outputs.push_back(Output::ClosePeer(peer));
         }
     }
 
-    fn drop_peer(&mut self, peer: PeerId, failure: Failure) {
+    fn drop_peer(&mut self, core: &mut Core<R>, peer: PeerId, failure: Failure) {
         let Some(record) = self.peers.get(&peer) else { return };
         let address = record.address.clone();
         let connection = record.held();
-        self.note_owed_ack(peer);
-        self.end_lmcache(peer);
-        self.note_lost(&address, &failure);
+        self.note_owed_ack(core, peer);
+        self.end_lmcache(core, peer);
+        self.note_lost(core, &address, &failure);
         // The text may name one of its ports alone.
         let told = match failure.text.contains(&address.to_string()) {
             true => failure,
             false => Failure::new(failure.kind, format!("receiver {address}: {}", failure.text)),
         };
         for uid in self.requests_of(peer) {
-            self.fail(uid, told.clone());
+            self.fail(core, uid, told.clone());
         }
-        self.timers.cancel(&Timer::Handshake(peer));
-        self.timers.cancel(&Timer::Ping(peer));
-        self.forget_pending_acks(peer);
+        core.timers.cancel(Timer::Handshake(peer));
+        core.timers.cancel(Timer::Ping(peer));
+        self.forget_pending_acks(core, peer);
         self.peer_by_address.remove(&address);
         if let Some(record) = self.peers.remove(&peer) {
-            self.remember_lmcache(record);
+            self.remember_lmcache(core, record);
         }
         if let Some(connection) = connection {
-            self.outputs.push_back(Output::ForgetPeer(connection));
+            core.outputs.push_back(Output::ForgetPeer(connection));
         }
     }
 
-    pub(super) fn handshake_timed_out(&mut self, peer: PeerId) {
+    pub(super) fn handshake_timed_out(&mut self, core: &mut Core<R>, peer: PeerId) {
         let limit_ms = self.settings.handshake_timeout.as_millis();
         let draining = self.peers.get(&peer).is_some_and(|record| matches!(record.state, PeerState::Draining));
         let why = if draining { ": transfers to it from before have not ended yet" } else { "" };
         let text = format!("no handshake within {limit_ms} ms (pd_handshake_timeout_sec){why}");
-        self.peer_failed(peer, Failure::new(FailureKind::PeerUnreachable, text));
+        self.peer_failed(core, peer, Failure::new(FailureKind::PeerUnreachable, text));
     }
 
     /// Something arrived from a receiver.
@@ -358,15 +375,15 @@ impl SenderSession {
     }
 
     /// Asks a receiver whether it is there; gives it up when it has been silent for too long.
-    pub(super) fn ping(&mut self, now: Instant, due: Instant, peer: PeerId) {
-        let (interval, timeout) = (self.settings.heartbeat_interval, self.settings.peer_timeout);
-        let seq = Seq(self.fresh());
+    pub(super) fn ping(&mut self, core: &mut Core<R>, due: Instant, peer: PeerId) {
+        let (interval, timeout) = (core.settings.heartbeat_interval, core.settings.peer_timeout);
+        let seq = Seq(core.fresh());
         let Some(record) = self.peers.get_mut(&peer) else { return };
         // Whoever has slept has not listened: what the receiver said meanwhile is still to be read.
-        if now.saturating_duration_since(due) >= interval {
-            record.last_heard = now;
+        if core.now.saturating_duration_since(due) >= interval {
+            record.last_heard = core.now;
         }
-        let silent: Duration = now.saturating_duration_since(record.last_heard);
+        let silent: Duration = core.now.saturating_duration_since(record.last_heard);
         if silent >= timeout {
             let text = format!(
                 "receiver {} ({}) said nothing for {} ms (pd_peer_timeout_sec)",
@@ -374,45 +391,49 @@ impl SenderSession {
                 truncate(&record.instance),
                 silent.as_millis()
             );
-            return self.peer_failed(peer, Failure::new(FailureKind::PeerLost, text));
+            return self.peer_failed(core, peer, Failure::new(FailureKind::PeerLost, text));
         }
         let receiver = record.instance.clone();
-        let instance = self.settings.hello.instance.clone();
-        self.timers.set(Timer::Ping(peer), now + interval);
-        self.send(peer, Port::Alloc, Message::PdPing(Ping { seq, instance, ended: Vec::new(), receiver }));
+        let instance = core.settings.hello.instance.clone();
+        core.timers.set(Timer::Ping(peer), core.now + interval);
+        core.send(To::Peer(peer), Port::Alloc, Message::PdPing(Ping { seq, instance, ended: Vec::new(), receiver }));
     }
 
-    pub(super) fn on_pong(&mut self, now: Instant, peer: PeerId, pong: Pong) {
+    pub(super) fn on_pong(&mut self, core: &mut Core<R>, peer: PeerId, pong: Pong) {
         match pong.refusal {
             // It has forgotten us, or is another process by now.
             Some(refusal) if refusal.kind == FailureKind::HandshakeRefused => {
-                return self.reconnect(now, peer, truncated(refusal));
+                return self.reconnect(core, peer, truncated(refusal));
             }
             // Another handshake would be answered alike.
-            Some(refusal) => return self.peer_failed(peer, truncated(refusal)),
+            Some(refusal) => return self.peer_failed(core, peer, truncated(refusal)),
             None => {}
         }
         let mut processes = pong.have_ended;
         processes.truncate(PROCESSES_ASKED_MAX);
         if !processes.is_empty() {
-            self.outputs.push_back(Output::CheckProcesses { peer, processes });
+            core.outputs.push_back(Output::CheckProcesses { peer, processes });
         }
     }
 
     /// Of the processes that a receiver asked after, these have ended.
-    pub fn handle_processes_ended(&mut self, now: Instant, peer: PeerId, ended: Vec<ProcessIdentity>) {
-        self.now = now;
+    pub(in crate::node) fn handle_processes_ended(
+        &mut self,
+        core: &mut Core<R>,
+        peer: PeerId,
+        ended: Vec<ProcessIdentity>,
+    ) {
         let Some(record) = self.peers.get(&peer).filter(|record| record.connection().is_some()) else { return };
         if !ended.is_empty() {
             let receiver = record.instance.clone();
-            let (seq, instance) = (Seq(self.fresh()), self.settings.hello.instance.clone());
-            self.send(peer, Port::Alloc, Message::PdPing(Ping { seq, instance, ended, receiver }));
+            let (seq, instance) = (Seq(core.fresh()), core.settings.hello.instance.clone());
+            core.send(To::Peer(peer), Port::Alloc, Message::PdPing(Ping { seq, instance, ended, receiver }));
         }
     }
 
     /// The receiver does not know us: it has given us up, has forgotten us in favour of another, or was restarted
     /// behind the same connection. Requests without slots ask again, once; the others have lost theirs.
-    pub(super) fn reconnect(&mut self, now: Instant, peer: PeerId, refusal: Failure) {
+    pub(super) fn reconnect(&mut self, core: &mut Core<R>, peer: PeerId, refusal: Failure) {
         let Some(record) = self.peers.get(&peer) else { return };
         let address = record.address.clone();
         let mut again = Vec::new();
@@ -422,26 +443,26 @@ impl SenderSession {
             if std::mem::replace(&mut request.reconnected, true) {
                 continue;
             }
-            request.set_aside(now, open_id, wait);
+            request.set_aside(core.now, open_id, wait);
             self.awaited.remove(&seq);
-            self.timers.cancel(&Timer::Allocation(uid));
+            core.timers.cancel(Timer::Allocation(uid));
             again.push(uid);
         }
         let text = format!("receiver {address} has forgotten this sender: {}", refusal.text);
-        self.peer_failed(peer, Failure::new(FailureKind::PeerLost, text));
-        self.take_up(now, &address, again);
+        self.peer_failed(core, peer, Failure::new(FailureKind::PeerLost, text));
+        self.take_up(core, &address, again);
     }
 
     /// Requests that were set aside wait for a new handshake.
-    pub(super) fn take_up(&mut self, now: Instant, address: &PeerAddress, requests: Vec<Uid>) {
+    pub(super) fn take_up(&mut self, core: &mut Core<R>, address: &PeerAddress, requests: Vec<Uid>) {
         for uid in requests {
-            match self.peer_for(now, address) {
+            match self.peer_for(core, address) {
                 Ok(peer) => {
                     if let Some(request) = self.requests.get_mut(&uid) {
                         request.peer = peer;
                     }
                 }
-                Err(failure) => self.fail(uid, failure),
+                Err(failure) => self.fail(core, uid, failure),
             }
         }
     }
@@ -456,7 +477,7 @@ impl SenderSession {
 
     /// Forgets the receiver that was used longest ago, of those with nothing under way. One that the configuration names goes
     /// last, and only with `configured_too`.
-    pub(super) fn evict_peer(&mut self, configured_too: bool) -> bool {
+    pub(super) fn evict_peer(&mut self, core: &mut Core<R>, configured_too: bool) -> bool {
         let idle = self.peers.iter().filter(|(peer, record)| {
             let configured = self.reconnects.contains(&record.address);
             // One that is connecting because the configuration names it has nothing under way either.
@@ -468,16 +489,16 @@ impl SenderSession {
         let last = idle.min_by_key(|(_, record)| (self.reconnects.contains(&record.address), record.last_used));
         let Some((&peer, record)) = last else { return false };
         let (address, connection) = (record.address.clone(), record.held());
-        self.timers.cancel(&Timer::Handshake(peer));
-        self.timers.cancel(&Timer::Ping(peer));
-        self.postpone_connecting(&address);
+        core.timers.cancel(Timer::Handshake(peer));
+        core.timers.cancel(Timer::Ping(peer));
+        self.postpone_connecting(core, &address);
         self.peer_by_address.remove(&address);
         if let Some(record) = self.peers.remove(&peer) {
-            self.remember_lmcache(record);
+            self.remember_lmcache(core, record);
         }
-        self.outputs.push_back(Output::ClosePeer(peer));
+        core.outputs.push_back(Output::ClosePeer(peer));
         if let Some(connection) = connection {
-            self.outputs.push_back(Output::ForgetPeer(connection));
+            core.outputs.push_back(Output::ForgetPeer(connection));
         }
         true
     }

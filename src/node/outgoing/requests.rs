@@ -5,13 +5,17 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use super::coverage::Coverage;
-use super::{Answer, Event, Note, OpenRequest, Output, Phases, Port, SenderSession, Timer};
+use super::{Event, Note, OpenRequest, Outgoing, Phases, Port, Timer};
 use crate::ids::{
     Checksum, ChunkKey, ClientId, Failure, FailureKind, GrantId, GroupIndex, PeerAddress, PeerId, RequestId, Seq,
     SlotIndex, truncate,
 };
+use crate::node::Answer;
 use crate::node::ChunkShape;
+use crate::node::Output;
 use crate::node::chunks::ChunkSize;
+use crate::node::core::Core;
+use crate::node::output::To;
 use crate::wire::Message;
 use crate::wire::message::{AllocExtension, AllocRequest, AllocResponse, Commit, CommitAck, Verifying};
 
@@ -152,14 +156,13 @@ impl Request {
     }
 }
 
-impl SenderSession {
+impl<R> Outgoing<R> {
     /// A client announces a request.
-    pub fn handle_open(&mut self, now: Instant, client: ClientId, id: Seq, open: OpenRequest) {
-        self.now = now;
-        let checked = self.check_open(&open).and_then(|sizes| Ok((self.peer_for(now, &open.receiver)?, sizes)));
+    pub(in crate::node) fn handle_open(&mut self, core: &mut Core<R>, client: ClientId, id: Seq, open: OpenRequest) {
+        let checked = self.check_open(core, &open).and_then(|sizes| Ok((self.peer_for(core, &open.receiver)?, sizes)));
         let (peer, sizes) = match checked {
             Ok(checked) => checked,
-            Err(failure) => return self.refuse(client, id, failure, Some(truncate(&open.receiver.to_string()))),
+            Err(failure) => return core.refuse(client, id, failure, Some(truncate(&open.receiver.to_string()))),
         };
         let chunk = |size: ChunkSize| Chunk {
             len_bytes: size.len_bytes,
@@ -182,18 +185,18 @@ impl SenderSession {
             told_by_event: false,
             in_flight: 0,
             bytes: 0,
-            opened_at: now,
-            since: now,
+            opened_at: core.now,
+            since: core.now,
             phases: Phases::default(),
             reconnected: false,
-            stage: Stage::Peer { open_id: id, wait: self.allocation_wait(open.wait) },
+            stage: Stage::Peer { open_id: id, wait: self.allocation_wait(core, open.wait) },
             id: open.id.clone(),
         };
-        let uid = self.fresh();
+        let uid = core.fresh();
         self.requests.insert(uid, request);
         self.request_by_name.insert(open.id, uid);
         if self.connection_of(peer).is_some() {
-            self.ask_for_room(now, uid);
+            self.ask_for_room(core, uid);
         }
     }
 
@@ -209,8 +212,8 @@ impl SenderSession {
     }
 
     /// Asks a receiver of ours for slots.
-    pub(super) fn allocate(&mut self, now: Instant, uid: Uid) {
-        let seq = Seq(self.fresh());
+    pub(super) fn allocate(&mut self, core: &mut Core<R>, uid: Uid) {
+        let seq = Seq(core.fresh());
         let Some(request) = self.requests.get_mut(&uid) else { return };
         let Stage::Peer { open_id, wait } = request.stage else { return };
         request.stage = Stage::Allocating { open_id, seq, wait };
@@ -218,10 +221,10 @@ impl SenderSession {
         if self.asked.len() > ASKED_MAX {
             self.asked.pop_first();
         }
-        let mut message = request.alloc_message(&self.settings.chunk);
+        let mut message = request.alloc_message(&core.settings.chunk);
         message.pd = Some(AllocExtension {
             seq,
-            instance: self.settings.hello.instance.clone(),
+            instance: core.settings.hello.instance.clone(),
             wait_ms: wait.as_millis() as u64,
             groups: request.groups.clone(),
             known_len_bytes: self.peers.get(&request.peer).map_or(0, |peer| peer.len_bytes),
@@ -230,13 +233,13 @@ impl SenderSession {
         let peer = request.peer;
         self.awaited.insert(seq, uid);
         // The receiver's own answer says more than our clock: give it the time of an acknowledgement beyond the wait.
-        self.timers.set(Timer::Allocation(uid), now + wait + self.settings.commit_timeout);
-        self.send(peer, Port::Alloc, Message::AllocRequest(message));
+        core.timers.set(Timer::Allocation(uid), core.now + wait + self.settings.commit_timeout);
+        core.send(To::Peer(peer), Port::Alloc, Message::AllocRequest(message));
     }
 
-    pub(super) fn allocation_timed_out(&mut self, uid: Uid) {
-        if let Some(failure) = self.lmcache_allocation_timed_out(uid) {
-            return self.fail(uid, failure);
+    pub(super) fn allocation_timed_out(&mut self, core: &mut Core<R>, uid: Uid) {
+        if let Some(failure) = self.lmcache_allocation_timed_out(core, uid) {
+            return self.fail(core, uid, failure);
         }
         let Some(Request { stage: Stage::Allocating { wait, .. }, .. }) = self.requests.get(&uid) else { return };
         let text = format!(
@@ -244,21 +247,21 @@ impl SenderSession {
             wait.as_millis(),
             self.settings.commit_timeout.as_millis()
         );
-        self.fail(uid, Failure::new(FailureKind::Deadline, text));
+        self.fail(core, uid, Failure::new(FailureKind::Deadline, text));
     }
 
-    pub(super) fn on_alloc_response(&mut self, now: Instant, peer: PeerId, response: AllocResponse) {
+    pub(super) fn on_alloc_response(&mut self, core: &mut Core<R>, peer: PeerId, response: AllocResponse) {
         let Some(extension) = response.pd else {
-            return self.note_unexpected(peer, "AllocResponse without `pd`");
+            return self.note_unexpected(core, peer, "AllocResponse without `pd`");
         };
-        if self.ack_answered(peer, extension.seq) {
+        if self.ack_answered(core, peer, extension.seq) {
             return;
         }
         let Some(&uid) = self.awaited.get(&extension.seq) else {
-            return self.on_unawaited_grant(peer, extension.seq, extension.grant);
+            return self.on_unawaited_grant(core, peer, extension.seq, extension.grant);
         };
         if let Some(update) = extension.memory {
-            self.on_memory_update(peer, update);
+            self.on_memory_update(core, peer, update);
         }
         let len_bytes = self.peers.get(&peer).map_or(0, |peer| peer.len_bytes);
         let Some(request) = self.requests.get_mut(&uid).filter(|request| request.peer == peer) else { return };
@@ -267,22 +270,22 @@ impl SenderSession {
             return;
         }
         self.awaited.remove(&seq);
-        self.timers.cancel(&Timer::Allocation(uid));
+        core.timers.cancel(Timer::Allocation(uid));
         let Some(grant) = extension.grant.filter(|_| extension.refusal.is_none()) else {
             let failure = extension.refusal.map(truncated).unwrap_or_else(|| {
                 Failure::new(FailureKind::Other, "the receiver granted nothing and did not say why")
             });
             if failure.kind == FailureKind::HandshakeRefused {
                 self.awaited.insert(seq, uid);
-                return self.reconnect(now, peer, failure);
+                return self.reconnect(core, peer, failure);
             }
-            return self.fail(uid, failure);
+            return self.fail(core, uid, failure);
         };
         if let Some((_, taken)) = self.asked.get_mut(&seq) {
             *taken = Some(grant);
         }
         // The receiver's word, but not for ever: what it says may be any number.
-        let write_until = now + Duration::from_millis(extension.write_within_ms).min(WRITE_TIME_MAX);
+        let write_until = core.now + Duration::from_millis(extension.write_within_ms).min(WRITE_TIME_MAX);
         let placed = place_chunks(request, &response.already_sent_indexes, &extension.offsets, len_bytes);
         let Some(already_sent) = placed else {
             let text = format!(
@@ -292,25 +295,25 @@ impl SenderSession {
                 extension.offsets.len(),
                 response.already_sent_indexes.len()
             );
-            return self.fail(uid, Failure::new(FailureKind::Other, text));
+            return self.fail(core, uid, Failure::new(FailureKind::Other, text));
         };
         request.stage = Stage::Open { grant, write_until, last: false };
-        self.opened(now, uid, open_id, write_until, already_sent);
+        self.opened(core, uid, open_id, write_until, already_sent);
     }
 
     /// A request has its slots: its client may fill and send.
     pub(super) fn opened(
         &mut self,
-        now: Instant,
+        core: &mut Core<R>,
         uid: Uid,
         open_id: Seq,
         write_until: Instant,
         already_sent: Vec<u32>,
     ) {
-        self.timers.cancel(&Timer::Allocation(uid));
+        core.timers.cancel(Timer::Allocation(uid));
         let Some(request) = self.requests.get_mut(&uid) else { return };
-        request.phases.alloc = now.saturating_duration_since(request.opened_at);
-        request.since = now;
+        request.phases.alloc = core.now.saturating_duration_since(request.opened_at);
+        request.since = core.now;
         let note = Note::Opened {
             request: request.id.clone(),
             address: request.address.clone(),
@@ -319,17 +322,17 @@ impl SenderSession {
             took: request.phases.alloc,
         };
         let (client, name, stage_all) = (request.client, request.id.clone(), request.stage_all);
-        self.timers.set(Timer::Write(uid), write_until);
-        self.note(note);
+        core.timers.set(Timer::Write(uid), write_until);
+        core.note(note);
         if let Some(client) = client {
-            let slots = if stage_all { self.stage_granted(uid) } else { Vec::new() };
-            self.answer(client, open_id, Answer::Opened { request: name, already_sent, slots });
+            let slots = if stage_all { self.stage_granted(core, uid) } else { Vec::new() };
+            core.answer(client, open_id, Answer::Opened { request: name, already_sent, slots });
         }
     }
 
     /// Everything is written: tells a receiver of ours.
-    pub(super) fn commit(&mut self, now: Instant, uid: Uid) {
-        let seq = Seq(self.fresh());
+    pub(super) fn commit(&mut self, core: &mut Core<R>, uid: Uid) {
+        let seq = Seq(core.fresh());
         let Some(request) = self.requests.get_mut(&uid) else { return };
         let Stage::Open { grant, last: true, .. } = request.stage else { return };
         let peer = request.peer;
@@ -339,92 +342,92 @@ impl SenderSession {
         if checksums.iter().all(Option::is_none) {
             checksums.clear();
         }
-        let instance = self.settings.hello.instance.clone();
+        let instance = core.settings.hello.instance.clone();
         let commit = Commit { seq, instance, req_id: request.id.clone(), grant, checksums };
-        if self.settings.notify_proxy && !self.settings.safeguards.commit_before_notify {
-            self.outputs.push_back(Output::NotifyProxy { request: commit.req_id.clone() });
+        if self.settings.notify_proxy && !core.settings.safeguards.commit_before_notify {
+            core.outputs.push_back(Output::NotifyProxy { request: commit.req_id.clone() });
         }
         self.awaited.insert(seq, uid);
         self.commits.insert(uid, commit.clone());
-        self.timers.cancel(&Timer::Write(uid));
-        self.timers.set(Timer::Commit(uid), now + self.settings.commit_timeout);
-        self.timers.set(Timer::Recommit(uid), now + self.retransmit_after());
-        self.send(peer, Port::Alloc, Message::PdCommit(commit));
+        core.timers.cancel(Timer::Write(uid));
+        core.timers.set(Timer::Commit(uid), core.now + self.settings.commit_timeout);
+        core.timers.set(Timer::Recommit(uid), core.now + self.retransmit_after());
+        core.send(To::Peer(peer), Port::Alloc, Message::PdCommit(commit));
     }
 
     /// Sends a commit again that was not answered: it, or its answer, may have been lost.
-    pub(super) fn retransmit_commit(&mut self, now: Instant, uid: Uid) {
+    pub(super) fn retransmit_commit(&mut self, core: &mut Core<R>, uid: Uid) {
         let Some(commit) = self.commits.get(&uid).cloned() else { return };
         let Some(request) = self.requests.get(&uid) else { return };
         if matches!(request.stage, Stage::Committing { .. }) {
-            self.send(request.peer, Port::Alloc, Message::PdCommit(commit));
-            self.timers.set(Timer::Recommit(uid), now + self.retransmit_after());
+            core.send(To::Peer(request.peer), Port::Alloc, Message::PdCommit(commit));
+            core.timers.set(Timer::Recommit(uid), core.now + self.retransmit_after());
         }
     }
 
-    pub(super) fn on_commit_ack(&mut self, now: Instant, peer: PeerId, ack: CommitAck) {
+    pub(super) fn on_commit_ack(&mut self, core: &mut Core<R>, peer: PeerId, ack: CommitAck) {
         let Some(uid) = self.awaited.remove(&ack.seq) else { return };
         let Some(request) = self.requests.get(&uid).filter(|request| request.peer == peer) else { return };
         if !matches!(request.stage, Stage::Committing { .. }) {
             return;
         }
         if let Some(refusal) = ack.refusal {
-            return self.fail(uid, truncated(refusal));
+            return self.fail(core, uid, truncated(refusal));
         }
-        self.finish_sent(now, uid, self.settings.safeguards.commit_before_notify);
+        self.finish_sent(core, uid, core.settings.safeguards.commit_before_notify);
     }
 
     /// The receiver is still checking what was written.
-    pub(super) fn on_verifying(&mut self, now: Instant, peer: PeerId, verifying: &Verifying) {
+    pub(super) fn on_verifying(&mut self, core: &mut Core<R>, peer: PeerId, verifying: &Verifying) {
         let Some(&uid) = self.awaited.get(&verifying.seq) else { return };
         let committing = |request: &Request| request.peer == peer && matches!(request.stage, Stage::Committing { .. });
         if self.requests.get(&uid).is_some_and(committing) {
-            self.timers.set(Timer::Commit(uid), now + self.settings.commit_timeout);
+            core.timers.set(Timer::Commit(uid), core.now + self.settings.commit_timeout);
         }
     }
 
     /// Everything of a request is at its receiver, as surely as that receiver lets us know.
-    pub(super) fn finish_sent(&mut self, now: Instant, uid: Uid, notify: bool) {
-        let Some(mut request) = self.remove(uid) else { return };
-        request.phases.commit = now.saturating_duration_since(request.since);
+    pub(super) fn finish_sent(&mut self, core: &mut Core<R>, uid: Uid, notify: bool) {
+        let Some(mut request) = self.remove(core, uid) else { return };
+        request.phases.commit = core.now.saturating_duration_since(request.since);
         let chunks = request.chunks.iter().filter(|chunk| chunk.remote.is_some()).count() as u32;
         self.counts.requests_sent += 1;
         self.counts.bytes += request.bytes;
         // The proxy is told after the commit is acknowledged, once, and never for a request that failed.
         if self.settings.notify_proxy && notify {
-            self.outputs.push_back(Output::NotifyProxy { request: request.id.clone() });
+            core.outputs.push_back(Output::NotifyProxy { request: request.id.clone() });
         }
         let (bytes, phases) = (request.bytes, request.phases);
         if let Some(client) = request.client {
             let event = Event::Sent { request: request.id.clone(), chunks, bytes, phases };
-            self.outputs.push_back(Output::Event { client, event });
+            core.outputs.push_back(Output::Event { client, event });
         }
-        self.note(Note::Sent { request: request.id, address: request.address, chunks, bytes, phases });
+        core.note(Note::Sent { request: request.id, address: request.address, chunks, bytes, phases });
     }
 
-    pub(super) fn cancel_timers(&mut self, uid: Uid) {
+    pub(super) fn cancel_timers(&mut self, core: &mut Core<R>, uid: Uid) {
         for timer in [Timer::Allocation(uid), Timer::Write(uid), Timer::Commit(uid), Timer::Recommit(uid)] {
-            self.timers.cancel(&timer);
+            core.timers.cancel(timer);
         }
         self.commits.remove(&uid);
     }
 
     /// How long to wait for slots that somebody wants to wait for so long.
-    pub(super) fn allocation_wait(&self, wanted: Option<Duration>) -> Duration {
-        let most = self.settings.allocation_timeout;
+    pub(super) fn allocation_wait(&self, core: &Core<R>, wanted: Option<Duration>) -> Duration {
+        let most = core.settings.allocation_timeout;
         wanted.map_or(most, |wanted| wanted.min(most))
     }
 
-    fn check_open(&self, open: &OpenRequest) -> Result<Vec<ChunkSize>, Failure> {
+    fn check_open(&self, core: &Core<R>, open: &OpenRequest) -> Result<Vec<ChunkSize>, Failure> {
         let bad = |text: String| Err(Failure::new(FailureKind::BadRequest, text));
         let (id, count) = (&open.id, open.keys.len());
-        if self.draining {
+        if core.draining {
             return Err(Failure::new(FailureKind::ShuttingDown, "this sender is shutting down; use another"));
         }
         if self.request_by_name.contains_key(id) {
             return bad(format!("{id} is open already; cancel it first, or wait for its end"));
         }
-        let sizes = self.settings.chunk.sizes(id, count, &open.groups, u64::from(open.last_chunk_tokens))?;
+        let sizes = core.settings.chunk.sizes(id, count, &open.groups, u64::from(open.last_chunk_tokens))?;
         if open.keys.iter().collect::<BTreeSet<_>>().len() != count {
             return bad(format!("{id} names a chunk twice; keys must be distinct"));
         }
@@ -435,14 +438,14 @@ impl SenderSession {
         if open.receiver.host.is_empty() || open.receiver.init_port == 0 || open.receiver.alloc_port == 0 {
             return bad(format!("{id} goes to {}; give a host and two ports that are not 0", open.receiver));
         }
-        if count > self.settings.request_chunks_max {
+        if count > core.settings.request_chunks_max {
             let text = format!(
                 "{id} has {count} chunks, the limit is {} (pd_max_request_chunks)",
-                self.settings.request_chunks_max
+                core.settings.request_chunks_max
             );
             return Err(Failure::new(FailureKind::Limit, text));
         }
-        if self.requests.len() >= self.settings.requests_max {
+        if self.requests.len() >= core.settings.requests_max {
             let text = format!("{} requests are open, the limit (pd_max_requests)", self.requests.len());
             return Err(Failure::new(FailureKind::Limit, text));
         }

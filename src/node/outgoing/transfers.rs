@@ -1,16 +1,18 @@
 //! Sending: parts of staged slots become copies, copies become written chunks.
 
 use std::collections::BTreeMap;
-use std::time::Instant;
 
 use super::coverage::Coverage;
 use super::peers::Peer;
 use super::requests::{Stage, Uid, WRITE_DEADLINE_PASSED};
-use super::{Answer, Output, SenderSession, Sending};
+use super::{Outgoing, Sending};
 use crate::ids::{
     ByteCopy, Checksum, ClientId, Failure, FailureKind, PeerAddress, PeerId, RequestId, Seq, SlotPart, TransferId,
     truncate,
 };
+use crate::node::Answer;
+use crate::node::Output;
+use crate::node::core::Core;
 
 /// Copies that the engine has not finished.
 #[derive(Debug)]
@@ -42,53 +44,59 @@ struct Checked {
     copy: ByteCopy,
 }
 
-impl SenderSession {
+impl<R> Outgoing<R> {
     /// A client says that these parts of its staged slots are final, and perhaps that they are the last.
-    pub fn handle_send(&mut self, now: Instant, client: ClientId, id: Seq, request: &RequestId, sending: Sending<'_>) {
+    pub(in crate::node) fn handle_send(
+        &mut self,
+        core: &mut Core<R>,
+        client: ClientId,
+        id: Seq,
+        request: &RequestId,
+        sending: Sending<'_>,
+    ) {
         let Sending { parts, last, after } = sending;
-        self.now = now;
         let checked = self.find_request(client, request).and_then(|uid| {
-            let (copies, coverage) = self.check_send(uid, request, parts, last)?;
+            let (copies, coverage) = self.check_send(core, uid, request, parts, last)?;
             Ok((uid, copies, coverage))
         });
         let (uid, checked, coverage) = match checked {
             Ok(checked) => checked,
-            Err(failure) => return self.refuse(client, id, failure, None),
+            Err(failure) => return core.refuse(client, id, failure, None),
         };
-        let transfer = TransferId(self.fresh());
+        let transfer = TransferId(core.fresh());
         let Some(record) = self.requests.get_mut(&uid) else { return };
         // A process that was paused may learn of its deadline here first: nothing is posted after it.
-        if matches!(record.stage, Stage::Open { write_until, .. } if now >= write_until) {
+        if matches!(record.stage, Stage::Open { write_until, .. } if core.now >= write_until) {
             let failure = Failure::new(FailureKind::Deadline, WRITE_DEADLINE_PASSED);
             let peer = record.address.to_string();
-            self.refuse(client, id, failure.clone(), Some(peer));
-            return self.fail(uid, failure);
+            core.refuse(client, id, failure.clone(), Some(peer));
+            return self.fail(core, uid, failure);
         }
         let (peer, address) = (record.peer, record.address.clone());
         for (chunk, queued) in coverage {
             record.chunks[chunk as usize].queued = queued;
         }
         if last {
-            record.since = now;
+            record.since = core.now;
             if let Stage::Open { last, .. } = &mut record.stage {
                 *last = true;
             }
         }
         if checked.is_empty() {
-            self.answer(client, id, Answer::Accepted);
-            return self.commit_if_written(now, uid);
+            core.answer(client, id, Answer::Accepted);
+            return self.commit_if_written(core, uid);
         }
         let Some(connection) = self.connection_of(peer) else {
             // A request whose peer is gone has ended, so this cannot be; if it is, it must not hang.
             let failure =
                 Failure::new(FailureKind::Internal, format!("{request} is open to {address}, which is not connected"));
-            self.refuse(client, id, failure.clone(), None);
-            return self.fail(uid, failure);
+            core.refuse(client, id, failure.clone(), None);
+            return self.fail(core, uid, failure);
         };
         if let Some(record) = self.requests.get_mut(&uid) {
             record.in_flight += 1;
         }
-        let checksum = self.settings.checksum;
+        let checksum = core.settings.checksum;
         let posted = |part: &Checked| PostedPart {
             chunk: part.chunk,
             offset_bytes: part.offset_bytes,
@@ -101,17 +109,21 @@ impl SenderSession {
         let instance = self.peers.get(&peer).map(|peer| peer.instance.clone()).unwrap_or_default();
         self.transfers.insert(transfer, Transfer { uid, peer, address, instance, parts, delayed });
         let copies = checked.into_iter().map(|part| part.copy).collect();
-        self.outputs.push_back(Output::Post { transfer, connection, copies, summed, after });
+        core.outputs.push_back(Output::Post { transfer, connection, copies, summed, after });
         // After the post, so that the engine is at work before the client wakes up.
-        self.answer(client, id, Answer::Accepted);
+        core.answer(client, id, Answer::Accepted);
     }
 
     /// The engine has written a transfer, or has given it up. The checksums are those that were asked for, in that order.
     ///
     /// A failure of kind [`FailureKind::PeerLost`] is one of the connection: every request to that receiver fails with it,
     /// and the next one connects to the receiver again.
-    pub fn handle_transfer_done(&mut self, now: Instant, transfer: TransferId, result: Result<Vec<Checksum>, Failure>) {
-        self.now = now;
+    pub(in crate::node) fn handle_transfer_done(
+        &mut self,
+        core: &mut Core<R>,
+        transfer: TransferId,
+        result: Result<Vec<Checksum>, Failure>,
+    ) {
         let Some(Transfer { uid, peer, address, parts, .. }) = self.transfers.remove(&transfer) else {
             return;
         };
@@ -134,48 +146,49 @@ impl SenderSession {
                             && let Some(slot) = chunk.local.take()
                         {
                             request.staged.remove(&slot);
-                            self.slots.give_back(slot);
+                            core.slots.unstage(slot);
                             written.push(request.keys[index as usize].clone());
                         }
                     }
                     self.chunks_written(peer, &written);
-                    self.commit_if_written(now, uid);
+                    self.commit_if_written(core, uid);
                 }
                 Ok(_) => {}
                 Err(failure) if failure.kind == FailureKind::PeerLost => connection_lost = Some(failure),
-                Err(failure) => self.fail(uid, failure),
+                Err(failure) => self.fail(core, uid, failure),
             }
         }
         if let Some(Failure { kind, text }) = connection_lost {
             let name = self.peers.get(&peer).map(Peer::name).unwrap_or_default();
             let text = format!("receiver {address} ({}): {text}", truncate(&name));
-            self.peer_failed(peer, Failure::new(kind, text));
+            self.peer_failed(core, peer, Failure::new(kind, text));
         }
-        self.finish_closing(uid);
-        self.drained_at(&address);
-        self.serve_staging();
+        self.finish_closing(core, uid);
+        self.drained_at(core, &address);
+        self.serve_staging(core);
     }
 
     /// What of a request may not have been posted yet is not to be written any more.
-    pub(super) fn abandon_delayed(&mut self, uid: Uid, writer_gone: bool) {
+    pub(super) fn abandon_delayed(&mut self, core: &mut Core<R>, uid: Uid, writer_gone: bool) {
         let delayed = self.transfers.iter().filter(|(_, transfer)| transfer.uid == uid && transfer.delayed);
         let abandoned: Vec<TransferId> = delayed.map(|(&transfer, _)| transfer).collect();
-        self.outputs.extend(abandoned.into_iter().map(|transfer| Output::Abandon { transfer, writer_gone }));
+        core.outputs.extend(abandoned.into_iter().map(|transfer| Output::Abandon { transfer, writer_gone }));
     }
 
-    fn commit_if_written(&mut self, now: Instant, uid: Uid) {
+    fn commit_if_written(&mut self, core: &mut Core<R>, uid: Uid) {
         let Some(request) = self.requests.get_mut(&uid).filter(|request| request.in_flight == 0) else { return };
         if matches!(request.stage, Stage::Open { last: true, .. }) {
-            request.phases.transfer = now.saturating_duration_since(request.since);
-            request.since = now;
+            request.phases.transfer = core.now.saturating_duration_since(request.since);
+            request.since = core.now;
             let peer = request.peer;
-            self.all_written(now, peer, uid);
+            self.all_written(core, peer, uid);
         }
     }
 
     /// Checks everything before anything changes: the copies to post, and what they leave covered.
     fn check_send(
         &self,
+        core: &Core<R>,
         uid: Uid,
         name: &RequestId,
         parts: &[SlotPart],
@@ -217,7 +230,7 @@ impl SenderSession {
                     part.offset_bytes
                 ));
             }
-            let Some(local) = self.slots.range(part.slot) else {
+            let Some(local) = core.slots.range(part.slot) else {
                 return bad(format!("slot {} is free", part.slot));
             };
             let copy = ByteCopy {

@@ -18,7 +18,7 @@ fn what_is_meant_for_another_receiver_is_refused() {
     let refusal = answer.refusal.as_ref().unwrap();
     assert_eq!((answer.grant, refusal.kind), (None, FailureKind::BadRequest));
     assert!(refusal.text.contains("that of receiver, and the sender's handshake was with another"), "{refusal}");
-    assert_eq!(bench.session.counts().requests_active, 0);
+    assert_eq!(bench.counts().requests_active, 0);
     assert_eq!(ping(&mut bench, "a"), Some(FailureKind::BadRequest));
     // A sender that is not known here connects again: this receiver may have taken another's place.
     assert_eq!(ping(&mut bench, "c"), Some(FailureKind::HandshakeRefused));

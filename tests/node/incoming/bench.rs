@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 
 use pd_backend::address::AddressManager;
 use pd_backend::ids::{Checksum, ChecksumMode, ChunkKey, ClientId, ConnectionId, FailureKind, GrantId, RequestId, Seq};
-use pd_backend::node::incoming::{Answer, ExpectedChunk, Output, ReceiverSettings};
-use pd_backend::node::{ChunkShape, Grown, Port, ReceiverSession};
+use pd_backend::node::incoming::{ExpectedChunk, IncomingCounts};
+use pd_backend::node::{Answer, ChunkShape, Grown, IncomingSettings, Node, NodeSettings, Output, Port, To};
 use pd_backend::wire::Message;
 use pd_backend::wire::message::{
     AllocExtension, AllocRequest, AllocResponse, CAPABILITY_CHECKSUMS, CancelExtension, CancelNotif, Commit, Hello,
@@ -17,7 +17,7 @@ use crate::hello;
 
 /// One receiver of `slots` slots with the senders `a` and `b` shaken hands with. A route is the sender's name.
 pub struct Bench {
-    pub session: ReceiverSession<&'static str>,
+    pub session: Node<&'static str>,
     pub now: Instant,
     pub seq: u64,
     /// What its senders know of the buffer.
@@ -51,9 +51,9 @@ impl Bench {
     }
 
     /// The same with other settings.
-    pub fn with(slots: u64, slots_max: u64, change: impl FnOnce(&mut ReceiverSettings)) -> Self {
+    pub fn with(slots: u64, slots_max: u64, change: impl FnOnce(&mut NodeSettings)) -> Self {
         let addresses = AddressManager::with_slots(16 * slots, 1, 16).unwrap();
-        let mut settings = ReceiverSettings {
+        let mut settings = NodeSettings {
             hello: hello("receiver"),
             agent_name: "agent".into(),
             metadata: vec![1],
@@ -70,23 +70,27 @@ impl Bench {
             len_max_bytes: 16 * slots_max,
             allocation_timeout: Duration::from_secs(10),
             write_timeout: Duration::from_secs(10),
-            wait_timeout: Duration::from_secs(10),
-            retention: Duration::from_secs(100),
             checksum: ChecksumMode::Off,
             requests_max: 1000,
-            peer_requests_max: 1000,
             request_chunks_max: 1000,
             peers_max: 10,
             heartbeat_interval: Duration::from_secs(1),
             peer_timeout: Duration::from_secs(5),
-            linger: Duration::ZERO,
             pages: None,
+            outgoing: None,
+            incoming: Some(IncomingSettings {
+                wait_timeout: Duration::from_secs(10),
+                retention: Duration::from_secs(100),
+                peer_requests_max: 1000,
+                linger: Duration::ZERO,
+            }),
             safeguards: Default::default(),
         };
         change(&mut settings);
+        let now = Instant::now();
         let mut bench = Self {
-            session: ReceiverSession::new(settings),
-            now: Instant::now(),
+            session: Node::new(now, settings),
+            now,
             seq: 0,
             known_len_bytes: 16 * slots,
             addressee: "receiver".into(),
@@ -104,6 +108,10 @@ impl Bench {
             assert!(answers.refusal.is_none(), "{:?}", answers.refusal);
         }
         bench
+    }
+
+    pub fn counts(&self) -> IncomingCounts {
+        self.session.counts().incoming.unwrap()
     }
 
     pub fn next_seq(&mut self) -> Seq {
@@ -131,14 +139,14 @@ impl Bench {
         let mut said = Vec::new();
         while let Some(output) = self.session.poll_output() {
             match output {
-                Output::Send { to, message, .. } => said.push((to, message)),
+                Output::Send { to: To::Route(to), message, .. } => said.push((to, message)),
                 Output::Verify { grant, chunks, .. } => self.verifies.push((grant, chunks)),
                 Output::AbandonVerification(grant) => self.abandoned.push(grant),
                 Output::WatchProcess { instance, .. } => drop(self.watched.insert(instance)),
                 Output::UnwatchProcess { instance } => drop(self.watched.remove(&instance)),
                 Output::GrowBuffer => self.grow_outputs += 1,
-                Output::LoadPeer { instance, .. } => {
-                    self.session.handle_peer_loaded(self.now, &instance, Ok(ConnectionId(self.seq)));
+                Output::LoadPeer { remote, .. } => {
+                    self.session.handle_loaded(self.now, &remote, Ok(ConnectionId(self.seq)));
                 }
                 _ => {}
             }
@@ -213,6 +221,10 @@ impl Bench {
         let commit = Commit { seq, instance: from.into(), req_id: RequestId::new(id).unwrap(), grant, checksums };
         self.say(Port::Alloc, from, Message::PdCommit(commit))
     }
+}
+
+pub fn incoming(settings: &mut NodeSettings) -> &mut IncomingSettings {
+    settings.incoming.as_mut().unwrap()
 }
 
 pub fn answers(said: Vec<(&'static str, Message)>) -> Vec<(&'static str, AllocResponse)> {

@@ -24,7 +24,7 @@ fn ping_with(bench: &mut Bench, name: &'static str, ended: &[ProcessIdentity]) -
 
 /// `a` and `b` of host 1 and `c` of host 2; `a` is lost with two slots granted.
 fn bench_that_lost_a(linger: Duration) -> Bench {
-    let mut bench = Bench::with(4, 4, |settings| settings.linger = linger);
+    let mut bench = Bench::with(4, 4, |settings| incoming(settings).linger = linger);
     for (name, host, pid) in [("a", "1", 10), ("b", "1", 11), ("c", "2", 12)] {
         bench.process = Some(process(host, pid));
         assert!(bench.shake_hands(name, Vec::new()).refusal.is_none());

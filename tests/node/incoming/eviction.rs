@@ -1,7 +1,8 @@
 //! What makes room for a request, and what does not.
 
 use pd_backend::ids::{ChunkKey, ClientId, Seq};
-use pd_backend::node::incoming::{Answer, Lookup};
+use pd_backend::node::Answer;
+use pd_backend::node::incoming::Lookup;
 
 use super::bench::*;
 

@@ -5,8 +5,8 @@ use pd_backend::kv_layout::{
     ENGINE_FACT_LEN_BYTES_MAX, ENGINE_FACTS_MAX, GROUP_NAME_LEN_BYTES_MAX, GROUPS_MAX, KvGroup, KvLayout,
     MODEL_LEN_BYTES_MAX,
 };
+use pd_backend::node::Output;
 use pd_backend::node::Port;
-use pd_backend::node::incoming::Output;
 use pd_backend::wire::Message;
 use pd_backend::wire::message::{Hello, InitExtension, InitRequest, InitResponse};
 

@@ -15,8 +15,9 @@ use std::time::Duration;
 
 use pd_backend::buffer::BufferError;
 use pd_backend::ids::{Checksum, ChecksumMode, ChunkKey, ClientId, FailureKind, GrantId, RequestId, Seq, truncate};
+use pd_backend::node::Answer;
 use pd_backend::node::Port;
-use pd_backend::node::incoming::{Answer, Lookup};
+use pd_backend::node::incoming::Lookup;
 use pd_backend::wire::Message;
 use pd_backend::wire::message::AllocResponse;
 
@@ -204,7 +205,7 @@ fn summed_chunks_are_ready_once_they_are_checked_and_a_wrong_one_is_named() {
     let refusal = ack_refusal(&bench.drain()).expect("refused");
     assert_eq!(refusal.kind, FailureKind::Corrupted);
     assert!(refusal.text.starts_with("chunk 1 of r (k1) is not as it was sent"), "{refusal}");
-    assert_eq!(bench.session.counts().chunks_corrupted, 1);
+    assert_eq!(bench.counts().chunks_corrupted, 1);
     assert_eq!(bench.session.counts().slots.quarantined, 2, "until its writer says that it has stopped");
     bench.cancel("a", "r", Some(grant), None, true);
     let grant = grant_of(&bench.alloc("a", "r", &["k0", "k1"]).1);
@@ -269,7 +270,7 @@ fn a_sender_beyond_a_limit_is_refused_naming_it_and_others_are_served() {
     // Broken in production: one prefill worker that went wrong takes every request, chunk or peer of a decode worker.
     let mut bench = Bench::with(16, 16, |settings| {
         settings.requests_max = 4;
-        settings.peer_requests_max = 2;
+        incoming(settings).peer_requests_max = 2;
         settings.request_chunks_max = 3;
         settings.peers_max = 2;
     });
@@ -352,7 +353,7 @@ fn a_commit_that_is_said_again_is_answered_as_the_first_time() {
         let said = bench.commit("a", "r", grant);
         assert!(matches!(said.as_slice(), [(_, Message::PdCommitAck(ack))] if ack.refusal.is_none()), "{said:?}");
     }
-    assert_eq!((bench.session.counts().leases, bench.session.counts().requests_ready), (1, 1));
+    assert_eq!((bench.counts().leases, bench.counts().requests_ready), (1, 1));
 }
 
 #[test]
@@ -364,11 +365,11 @@ fn a_silent_sender_is_given_up_and_its_slots_wait_for_its_word() {
     grant_of(&said);
     for _ in 0..4 {
         later(&mut bench, 2);
-        assert_eq!((ping(&mut bench, "a"), bench.session.counts().requests_active), (None, 1));
+        assert_eq!((ping(&mut bench, "a"), bench.counts().requests_active), (None, 1));
     }
     later(&mut bench, 5);
     let counts = bench.session.counts();
-    assert_eq!((counts.requests_active, counts.slots.quarantined, counts.peers), (0, 2, 0));
+    assert_eq!((bench.counts().requests_active, counts.slots.quarantined, bench.counts().peers), (0, 2, 0));
     assert_eq!(ping(&mut bench, "a"), Some(FailureKind::HandshakeRefused), "so that it shakes hands anew");
     later(&mut bench, 60);
     assert_eq!(bench.session.counts().slots.quarantined, 2, "time alone frees nothing");
@@ -382,10 +383,10 @@ fn a_receiver_that_stood_still_itself_blames_nobody() {
     let mut bench = Bench::new(4);
     bench.now += Duration::from_secs(20);
     bench.session.handle_timeout(bench.now);
-    assert_eq!(bench.session.counts().peers, 2);
+    assert_eq!(bench.counts().peers, 2);
     assert_eq!(ping(&mut bench, "a"), None);
     later(&mut bench, 6);
-    assert_eq!(bench.session.counts().peers, 0, "but who stays silent from then on is gone");
+    assert_eq!(bench.counts().peers, 0, "but who stays silent from then on is gone");
 }
 
 #[test]
@@ -412,10 +413,10 @@ fn expired_chunks_are_freed_and_counted_once() {
     bench.now += Duration::from_secs(100);
     bench.session.handle_timeout(bench.now);
     bench.drain();
-    assert_eq!((bench.session.counts().chunks_expired, bench.session.counts().slots.ready_idle), (2, 0));
+    assert_eq!((bench.counts().chunks_expired, bench.session.counts().slots.ready_idle), (2, 0));
     bench.now += Duration::from_secs(1000);
     bench.session.handle_timeout(bench.now);
-    assert_eq!(bench.session.counts().chunks_expired, 2);
+    assert_eq!(bench.counts().chunks_expired, 2);
 }
 
 #[test]
@@ -485,7 +486,7 @@ fn leases_are_limited_and_a_request_over_the_limit_stays_ready() {
     assert_eq!(kind_of(answer_of(&mut bench, 1)), Some(FailureKind::Limit));
     assert_eq!(kind_of(wait(&mut bench, 2, "s", None)), Some(FailureKind::Limit));
     bench.session.handle_client_gone(bench.now, ClientId(1));
-    assert_eq!(bench.session.counts().leases, 0);
+    assert_eq!(bench.counts().leases, 0);
     assert!(matches!(wait(&mut bench, 3, "s", None), Some(Answer::Ready { .. })));
 }
 

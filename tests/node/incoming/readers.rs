@@ -2,7 +2,8 @@
 
 use pd_backend::ids::{ChunkKey, ClientId, FailureKind, GrantId, RequestId, Seq};
 use pd_backend::node::Port;
-use pd_backend::node::incoming::{Answer, Lookup, Output};
+use pd_backend::node::incoming::Lookup;
+use pd_backend::node::{Answer, Output};
 use pd_backend::wire::Message;
 use pd_backend::wire::message::{CancelExtension, CancelNotif, Commit};
 
@@ -158,7 +159,7 @@ fn as_many_readers_as_may_wait_are_all_answered() {
         let request = RequestId::new(format!("n{id}")).unwrap();
         bench.session.handle_wait(bench.now, ClientId(1), Seq(id), request, None, false);
     }
-    assert_eq!(bench.session.counts().readers_waiting, WAITS_MAX as usize);
+    assert_eq!(bench.counts().readers_waiting, WAITS_MAX as usize);
     bench.session.handle_shutdown(bench.now);
-    assert_eq!(bench.session.counts().readers_waiting, 0);
+    assert_eq!(bench.counts().readers_waiting, 0);
 }

@@ -1,7 +1,8 @@
 //! The serving engine resets its cache: what was granted before is never read again.
 
 use pd_backend::ids::{ClientId, FailureKind, Seq};
-use pd_backend::node::incoming::{Answer, Lookup};
+use pd_backend::node::Answer;
+use pd_backend::node::incoming::Lookup;
 
 use super::bench::*;
 use pd_backend::ids::ChunkKey;
@@ -84,5 +85,5 @@ fn requests_that_wait_for_slots_are_refused() {
     assert_eq!(said.len(), 1);
     let refusal = said[0].1.pd.as_ref().and_then(|pd| pd.refusal.clone()).expect("refused");
     assert_eq!((said[0].0, refusal.kind), ("b", FailureKind::Cancelled));
-    assert_eq!(bench.session.counts().requests_active, 0);
+    assert_eq!(bench.counts().requests_active, 0);
 }

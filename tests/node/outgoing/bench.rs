@@ -8,8 +8,8 @@ use pd_backend::ids::{
     ChunkKey, ClientId, ConnectionId, Failure, FailureKind, GrantId, PeerAddress, PeerId, RequestId, Seq, SlotPart,
     StagedSlot, TransferId,
 };
-use pd_backend::node::outgoing::{Answer, Event, Note, OpenRequest, Output, SenderSettings, Sending};
-use pd_backend::node::{ChunkShape, Port, SenderSession};
+use pd_backend::node::outgoing::{Event, Note, OpenRequest, Sending};
+use pd_backend::node::{Answer, ChunkShape, Node, NodeSettings, OutgoingSettings, Output, Port, Remote, To};
 use pd_backend::wire::message::{
     AllocReplyExtension, AllocResponse, CancelExtension, Hello, InitReplyExtension, InitResponse, MemRegReplyExtension,
     MemRegResponse, Pong,
@@ -22,7 +22,7 @@ pub const CLIENT: ClientId = ClientId(1);
 
 /// One sender of four slots, and the receiver that it talks to, played by the test.
 pub struct Bench {
-    pub session: SenderSession,
+    pub session: Node<()>,
     pub now: Instant,
     /// What was said to the receiver and not looked at yet.
     pub said: Vec<Message>,
@@ -51,11 +51,12 @@ pub fn request(name: &str) -> RequestId {
 }
 
 /// Of a sender with four slots, whose chunks are of four tokens.
-pub fn settings() -> SenderSettings {
-    SenderSettings {
+pub fn settings() -> NodeSettings {
+    NodeSettings {
         hello: hello("sender"),
         agent_name: "agent".into(),
         metadata: vec![1],
+        descriptors: Vec::new(),
         pages: None,
         chunk: ChunkShape {
             slot_bytes: 16,
@@ -68,17 +69,20 @@ pub fn settings() -> SenderSettings {
         addresses: AddressManager::with_slots(64, 1, 16).unwrap(),
         len_max_bytes: 64,
         allocation_timeout: Duration::from_secs(10),
-        handshake_timeout: Duration::from_secs(10),
-        commit_timeout: Duration::from_secs(9),
         write_timeout: Duration::from_secs(20),
         checksum: pd_backend::ids::ChecksumMode::Off,
         requests_max: 10,
         request_chunks_max: 10,
         peers_max: 10,
-        receivers: Vec::new(),
-        notify_proxy: true,
         heartbeat_interval: Duration::from_secs(1),
         peer_timeout: Duration::from_secs(5),
+        outgoing: Some(OutgoingSettings {
+            handshake_timeout: Duration::from_secs(10),
+            commit_timeout: Duration::from_secs(9),
+            receivers: Vec::new(),
+            notify_proxy: true,
+        }),
+        incoming: None,
         safeguards: Default::default(),
     }
 }
@@ -88,9 +92,9 @@ impl Bench {
         Self::with(settings())
     }
 
-    pub fn with(settings: SenderSettings) -> Self {
+    pub fn with(settings: NodeSettings) -> Self {
         let now = Instant::now();
-        let session = SenderSession::new(now, settings);
+        let session = Node::new(now, settings);
         Self {
             session,
             now,
@@ -125,17 +129,19 @@ impl Bench {
                         self.session.handle_peer_opened(now, peer, LmcacheMode::Async);
                     }
                 }
-                Output::LoadPeer { peer, .. } => self.session.handle_peer_loaded(now, peer, Ok(ConnectionId(peer.0))),
+                Output::LoadPeer { remote: remote @ Remote::Receiver(PeerId(peer)), .. } => {
+                    self.session.handle_loaded(now, &remote, Ok(ConnectionId(peer)));
+                }
                 Output::ConnectPeer { peer, .. } => self.session.handle_peer_connected(now, peer, Ok(())),
-                Output::Send { peer, message, .. } => self.on_send(peer, message),
+                Output::Send { to: To::Peer(peer), message, .. } => self.on_send(peer, message),
                 Output::Post { transfer, .. } => self.posts.push(transfer),
                 Output::Abandon { transfer, writer_gone } => self.abandoned.push((transfer, writer_gone)),
                 Output::Answer { id, answer, .. } => self.answers.push((id, answer)),
                 Output::Event { event, .. } => self.events.push(event),
                 Output::NotifyProxy { .. } => self.proxy += 1,
-                Output::Note(note @ (Note::PeerUp { .. } | Note::PeerDown { .. } | Note::Refused { .. })) => {
-                    self.notes.push(note);
-                }
+                Output::Note(pd_backend::node::Note::Outgoing(
+                    note @ (Note::PeerUp { .. } | Note::PeerDown { .. } | Note::Refused { .. }),
+                )) => self.notes.push(note),
                 _ => {}
             }
         }
@@ -153,7 +159,7 @@ impl Bench {
                     refusal: None,
                 };
                 let response = InitResponse { remote_agent_name: vec![], remote_meta_bytes: vec![2], pd: Some(pd) };
-                self.session.handle_message(self.now, peer, Port::Init, Message::NixlInitResponse(response));
+                self.session.handle_peer_message(self.now, peer, Port::Init, Message::NixlInitResponse(response));
             }
             Message::NixlMemRegRequest(register) => {
                 let seq = register.pd.unwrap().seq;
@@ -161,7 +167,7 @@ impl Bench {
                     .then(|| Failure::new(FailureKind::HandshakeRefused, "it has not shaken hands"));
                 let pd = MemRegReplyExtension { seq, descriptors: vec![3], len_bytes: 1024, refusal };
                 let response = MemRegResponse { remote_xfer_dlist_bytes: vec![], pd: Some(pd) };
-                self.session.handle_message(self.now, peer, Port::Init, Message::NixlMemRegResponse(response));
+                self.session.handle_peer_message(self.now, peer, Port::Init, Message::NixlMemRegResponse(response));
             }
             other => {
                 if matches!(other, Message::PdPing(_)) {
@@ -179,7 +185,7 @@ impl Bench {
 
     pub fn hear(&mut self, message: Message) {
         let peer = *self.opened.last().unwrap();
-        self.session.handle_message(self.now, peer, Port::Alloc, message);
+        self.session.handle_peer_message(self.now, peer, Port::Alloc, message);
         self.pump();
     }
 
@@ -288,7 +294,7 @@ impl Bench {
             for peer in std::mem::take(&mut self.pinged) {
                 if answers_pings {
                     let pong = Message::PdPong(Pong { seq: Seq(0), refusal: None, have_ended: Vec::new() });
-                    self.session.handle_message(self.now, peer, Port::Alloc, pong);
+                    self.session.handle_peer_message(self.now, peer, Port::Alloc, pong);
                     self.pump();
                 }
             }

@@ -2,7 +2,8 @@
 
 use pd_backend::ids::{ChunkKey, Failure, FailureKind, PeerAddress, Seq};
 use pd_backend::node::Port;
-use pd_backend::node::outgoing::{Answer, Event, OpenRequest, PeerMemory, SenderSettings};
+use pd_backend::node::outgoing::{Event, OpenRequest};
+use pd_backend::node::{Answer, NodeSettings, PeerMemory};
 use pd_backend::wire::message::{AllocRequest, AllocResponse, Pong};
 use pd_backend::wire::{LmcacheMode, Message};
 
@@ -73,7 +74,7 @@ fn it_is_asked_in_lmcaches_words() {
 #[test]
 fn a_receiver_that_means_something_else_by_a_chunk_is_refused() {
     // Broken in production: pages of another length are written, and every chunk but the first is wrong.
-    let refused = |settings: SenderSettings, page_bytes: u64| {
+    let refused = |settings: NodeSettings, page_bytes: u64| {
         let mut lmcache = Lmcache::new(LmcacheMode::Sync, 6);
         lmcache.pages = pages(1 << 30, page_bytes, 6);
         let mut bench = Bench::with(settings, lmcache);
@@ -87,7 +88,7 @@ fn a_receiver_that_means_something_else_by_a_chunk_is_refused() {
         failure.text.contains("receiver r:1/2 (LMCache) has 32 bytes and a chunk of this sender has 16"),
         "{failure}"
     );
-    let failure = refused(SenderSettings { pages: None, hello: hello("local"), ..settings() }, 16);
+    let failure = refused(NodeSettings { pages: None, hello: hello("local"), ..settings() }, 16);
     assert_eq!(failure.kind, FailureKind::HandshakeRefused);
     assert!(failure.text.contains("moves bytes with local; set transfer_channel: nixl"), "{failure}");
     let mut grouped = settings();
@@ -128,7 +129,7 @@ fn questions_are_asked_one_at_a_time_in_their_order() {
     }
     // An answer that nobody waits for changes nothing.
     bench.hear(AllocResponse { already_sent_indexes: vec![], remote_indexes: vec![5], pd: None });
-    bench.session.handle_message(
+    bench.session.handle_peer_message(
         bench.now,
         bench.opened[0],
         Port::Alloc,

@@ -7,8 +7,8 @@ use pd_backend::ids::{
     ByteCopy, ChecksumMode, ChunkKey, ClientId, ConnectionId, Failure, FailureKind, Pages, PeerAddress, PeerId,
     RequestId, Seq, SlotPart, TransferId,
 };
-use pd_backend::node::outgoing::{Answer, Event, OpenRequest, Output, PeerMemory, SenderSettings, Sending};
-use pd_backend::node::{ChunkShape, Port, SenderSession};
+use pd_backend::node::outgoing::{Event, OpenRequest, Sending};
+use pd_backend::node::{Answer, ChunkShape, Node, NodeSettings, Output, PeerMemory, Port, Remote, To};
 use pd_backend::wire::message::{AllocRequest, AllocResponse, CancelNotif, Hello, InitResponse, MemRegResponse};
 use pd_backend::wire::{LmcacheMode, Message, descriptor_list};
 
@@ -32,7 +32,7 @@ pub struct Lmcache {
 
 /// One sender of four slots and what it has said and done.
 pub struct Bench {
-    pub session: SenderSession,
+    pub session: Node<()>,
     pub now: Instant,
     pub lmcache: Lmcache,
     pub answers: Vec<(Seq, Answer)>,
@@ -57,8 +57,8 @@ pub fn hello(engine: &str) -> Hello {
     Hello { engine: engine.into(), capabilities: Vec::new(), ..crate::hello("sender") }
 }
 
-pub fn settings() -> SenderSettings {
-    SenderSettings {
+pub fn settings() -> NodeSettings {
+    NodeSettings {
         hello: hello("nixl"),
         pages: Some(pages(1 << 20, PAGE_BYTES, 4)),
         write_timeout: Duration::from_secs(30),
@@ -147,10 +147,10 @@ impl Bench {
         Self::with(settings(), Lmcache::new(mode, 6))
     }
 
-    pub fn with(settings: SenderSettings, lmcache: Lmcache) -> Self {
+    pub fn with(settings: NodeSettings, lmcache: Lmcache) -> Self {
         let now = Instant::now();
         Self {
-            session: SenderSession::new(now, settings),
+            session: Node::new(now, settings),
             now,
             lmcache,
             answers: Vec::new(),
@@ -171,15 +171,16 @@ impl Bench {
                     self.opened.push(peer);
                     self.session.handle_peer_opened(now, peer, self.lmcache.mode);
                 }
-                Output::LoadPeer { peer, agent_name, metadata } => {
+                Output::LoadPeer { remote: Remote::Receiver(peer), agent_name, metadata } => {
+                    let remote = Remote::Receiver(peer);
                     assert_eq!((agent_name, &metadata), (None, &self.lmcache.metadata));
-                    self.session.handle_peer_loaded(now, peer, Ok(ConnectionId(peer.0)));
+                    self.session.handle_loaded(now, &remote, Ok(ConnectionId(peer.0)));
                 }
                 Output::ConnectPeer { peer, memory, .. } => {
                     self.memory.push(memory);
                     self.session.handle_peer_connected(now, peer, Ok(()));
                 }
-                Output::Send { peer, port, message } => self.on_send(peer, port, message),
+                Output::Send { to: To::Peer(peer), port, message } => self.on_send(peer, port, message),
                 Output::Post { transfer, copies, .. } => self.posts.push((transfer, copies)),
                 Output::Answer { id, answer, .. } => self.answers.push((id, answer)),
                 Output::Event { event, .. } => self.events.push(event),
@@ -200,7 +201,7 @@ impl Bench {
                     remote_meta_bytes: self.lmcache.metadata.clone(),
                     pd: None,
                 };
-                self.session.handle_message(self.now, peer, Port::Init, Message::NixlInitResponse(response));
+                self.session.handle_peer_message(self.now, peer, Port::Init, Message::NixlInitResponse(response));
             }
             Message::NixlMemRegRequest(register) => {
                 assert_eq!((register.remote_agent_name.as_slice(), register.pd), (&b"agent"[..], None));
@@ -208,7 +209,7 @@ impl Bench {
                 assert_eq!(Some(ours), settings().pages);
                 let list = descriptor_list::encode("nixl_cu12._bindings", &self.lmcache.pages);
                 let response = MemRegResponse { remote_xfer_dlist_bytes: list, pd: None };
-                self.session.handle_message(self.now, peer, Port::Init, Message::NixlMemRegResponse(response));
+                self.session.handle_peer_message(self.now, peer, Port::Init, Message::NixlMemRegResponse(response));
             }
             Message::AllocRequest(AllocRequest { pd: None, .. }) => self.lmcache.asked.push_back(message),
             Message::CancelNotif(ref cancel) => {
@@ -232,7 +233,7 @@ impl Bench {
 
     pub fn hear(&mut self, response: AllocResponse) {
         let peer = *self.opened.last().unwrap();
-        self.session.handle_message(self.now, peer, Port::Alloc, Message::AllocResponse(response));
+        self.session.handle_peer_message(self.now, peer, Port::Alloc, Message::AllocResponse(response));
         self.pump();
     }
 

@@ -5,8 +5,10 @@ use std::convert::Infallible;
 use std::marker::PhantomData;
 use std::time::Instant;
 
-use super::{Note, Port, ReceiverSession};
+use super::{Incoming, Note, Port};
 use crate::ids::{ChunkKey, ConnectionId, Failure, FailureKind, GrantId, RequestId, SlotIndex};
+use crate::node::core::Core;
+use crate::node::output::To;
 use crate::wire::Message;
 use crate::wire::message::InitResponse;
 
@@ -49,29 +51,30 @@ impl Batches {
     }
 }
 
-impl<R: Clone + PartialEq> ReceiverSession<R> {
-    pub(super) fn on_lmcache_message(&mut self, _now: Instant, port: Port, from: R, message: Message) {
+impl<R: Clone + PartialEq> Incoming<R> {
+    pub(super) fn on_lmcache_message(&mut self, core: &mut Core<R>, port: Port, from: R, message: Message) {
         if !matches!((port, &message), (Port::Init, Message::NixlInitRequest(_))) {
-            return self.note(Note::Unexpected { port, message: message.type_name() });
+            return core.note(Note::Unexpected { port, message: message.type_name() });
         }
         let text =
             "it has no `pd` field, as LMCache's have none, and this build has no LMCache (cargo feature `lmcache`)";
         let failure = Failure::new(FailureKind::HandshakeRefused, text);
-        self.note(Note::PeerRefused { instance: "an LMCache sender".into(), failure });
+        core.note(Note::PeerRefused { instance: "an LMCache sender".into(), failure });
         let refusal = InitResponse { remote_agent_name: Vec::new(), remote_meta_bytes: Vec::new(), pd: None };
-        self.send(from, Port::Init, Message::NixlInitResponse(refusal));
+        core.send(To::Route(from), Port::Init, Message::NixlInitResponse(refusal));
     }
 
-    pub(super) const fn on_lmcache_route_gone(&self, _now: Instant, _route: &R) -> bool {
+    pub(super) const fn on_lmcache_route_gone(&self, core: &Core<R>, _route: &R) -> bool {
         false
     }
 
-    pub(super) const fn on_lmcache_loaded(&self, _: &str, _: &Result<ConnectionId, String>) -> bool {
+    pub(super) const fn on_lmcache_loaded(&self, core: &Core<R>, _: &str, _: &Result<ConnectionId, String>) -> bool {
         false
     }
 
     pub(super) const fn reserve_pages(
         &self,
+        core: &Core<R>,
         _: &RequestId,
         _: GrantId,
         _: &[u32],
@@ -80,19 +83,19 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         None
     }
 
-    pub(super) fn answer_pages(&self, _: &RequestId, _: &[(u32, SlotIndex)], _: Vec<u32>) {}
+    pub(super) fn answer_pages(&self, core: &Core<R>, _: &RequestId, _: &[(u32, SlotIndex)], _: Vec<u32>) {}
 
-    pub(super) fn refuse_pages(&self, _: R, _: usize, _: &str, _: Option<RequestId>, _: Failure) {}
+    pub(super) fn refuse_pages(&self, core: &Core<R>, _: R, _: usize, _: &str, _: Option<RequestId>, _: Failure) {}
 
-    pub(super) const fn nobody_fetched(&self, _: Instant, _: &RequestId) {}
+    pub(super) const fn nobody_fetched(&self, core: &Core<R>, _: &RequestId) {}
 
-    pub(super) const fn waits_for_a_reader(&self, _: &RequestId) -> bool {
+    pub(super) const fn waits_for_a_reader(&self, core: &Core<R>, _: &RequestId) -> bool {
         false
     }
 
-    pub(super) const fn take_uncommitted(&self, _: Instant, _: &[ChunkKey]) {}
+    pub(super) const fn take_uncommitted(&self, core: &Core<R>, _: &[ChunkKey]) {}
 
-    pub(super) const fn uncommitted_among(&self, _: &[ChunkKey]) -> Vec<u32> {
+    pub(super) const fn uncommitted_among(&self, core: &Core<R>, _: &[ChunkKey]) -> Vec<u32> {
         Vec::new()
     }
 

@@ -1,41 +1,45 @@
 //! Their handshakes: metadata for metadata, pages for pages.
 
-use super::super::{Note, Output, Port, ReceiverSession};
+use super::super::{Incoming, Note, Port};
 use super::{Agent, AgentState, NAME_PREFIX};
 use crate::ids::{ChecksumMode, ConnectionId, Failure, FailureKind, Pages, truncate};
+use crate::node::Output;
+use crate::node::core::Core;
 use crate::node::handshake;
+use crate::node::output::Remote;
+use crate::node::output::To;
 use crate::wire::message::{InitResponse, MemRegRequest, MemRegResponse};
 use crate::wire::{Message, descriptor_list};
 
-impl<R: Clone + PartialEq> ReceiverSession<R> {
+impl<R: Clone + PartialEq> Incoming<R> {
     /// `NixlInitRequest` without our part.
-    pub(super) fn on_lmcache_init(&mut self, from: R, metadata: Vec<u8>) {
-        let checked = handshake::check_metadata(&metadata).and_then(|()| self.check_lmcache_served());
-        if let Err(failure) = checked.and_then(|()| self.make_room_for_agent()) {
-            self.note(Note::PeerRefused { instance: "an LMCache sender".into(), failure });
+    pub(super) fn on_lmcache_init(&mut self, core: &mut Core<R>, from: R, metadata: Vec<u8>) {
+        let checked = handshake::check_metadata(&metadata).and_then(|()| self.check_lmcache_served(core));
+        if let Err(failure) = checked.and_then(|()| self.make_room_for_agent(core)) {
+            core.note(Note::PeerRefused { instance: "an LMCache sender".into(), failure });
             let refusal = InitResponse { remote_agent_name: Vec::new(), remote_meta_bytes: Vec::new(), pd: None };
-            return self.send(from, Port::Init, Message::NixlInitResponse(refusal));
+            return core.send(To::Route(from), Port::Init, Message::NixlInitResponse(refusal));
         }
         let number = self.lmcache.fresh();
         let instance = format!("{NAME_PREFIX}agent-{number}");
         let agent = Agent { number, state: AgentState::Loading { reply_to: from } };
         self.lmcache.agents.insert(instance.clone(), agent);
-        self.outputs.push_back(Output::LoadPeer { instance, agent_name: None, metadata });
+        core.outputs.push_back(Output::LoadPeer { remote: Remote::Sender(instance), agent_name: None, metadata });
     }
 
     /// Whether LMCache senders can be served at all.
-    pub(super) fn check_lmcache_served(&self) -> Result<(), Failure> {
+    pub(super) fn check_lmcache_served(&self, core: &Core<R>) -> Result<(), Failure> {
         let refuse = |text: &str| Err(Failure::new(FailureKind::HandshakeRefused, text));
-        if self.settings.checksum == ChecksumMode::Full {
+        if core.settings.checksum == ChecksumMode::Full {
             return refuse("pd_checksum is full here, and LMCache's senders sum nothing; set it to sampled or off");
         }
-        if self.settings.pages.is_none() {
+        if core.settings.pages.is_none() {
             return refuse("LMCache's senders write through NIXL alone; set transfer_channel: nixl");
         }
-        if self.settings.chunk.token_bytes.len() > 1 {
+        if core.settings.chunk.token_bytes.len() > 1 {
             return refuse("the layout has several groups of layers, and LMCache's wire has one; use pd-sender");
         }
-        if self.draining {
+        if core.draining {
             return Err(Failure::new(FailureKind::ShuttingDown, "this receiver is shutting down; use another"));
         }
         Ok(())
@@ -43,9 +47,9 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
 
     /// Forgets the one whose handshake came first, where there are as many as may be. Those that the engine is reading cannot be
     /// forgotten.
-    fn make_room_for_agent(&mut self) -> Result<(), Failure> {
+    fn make_room_for_agent(&mut self, core: &mut Core<R>) -> Result<(), Failure> {
         let count = self.lmcache.agents.len();
-        if count < self.settings.peers_max {
+        if count < core.settings.peers_max {
             return Ok(());
         }
         let met = |agent: &Agent<R>| match agent.state {
@@ -59,13 +63,14 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             return Err(Failure::new(FailureKind::Limit, text));
         };
         self.lmcache.agents.remove(&instance);
-        self.outputs.push_back(Output::ForgetPeer(connection));
+        core.outputs.push_back(Output::ForgetPeer(connection));
         Ok(())
     }
 
     /// The engine has met an LMCache sender, or could not. False: this is none.
     pub(in crate::node::incoming) fn on_lmcache_loaded(
         &mut self,
+        core: &mut Core<R>,
         instance: &str,
         result: &Result<ConnectionId, String>,
     ) -> bool {
@@ -75,46 +80,46 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         let response = match result {
             Ok(connection) => {
                 agent.state = AgentState::Connected(*connection);
-                self.note(Note::PeerConnected { instance: instance.to_owned() });
+                core.note(Note::PeerConnected { instance: instance.to_owned() });
                 // It names itself by this in its next message.
                 let remote_agent_name = instance.as_bytes().to_vec();
-                InitResponse { remote_agent_name, remote_meta_bytes: self.settings.metadata.clone(), pd: None }
+                InitResponse { remote_agent_name, remote_meta_bytes: core.settings.metadata.clone(), pd: None }
             }
             Err(text) => {
                 self.lmcache.agents.remove(instance);
                 let failure = Failure::new(FailureKind::HandshakeRefused, text.as_str());
-                self.note(Note::PeerRefused { instance: instance.to_owned(), failure });
+                core.note(Note::PeerRefused { instance: instance.to_owned(), failure });
                 InitResponse { remote_agent_name: Vec::new(), remote_meta_bytes: Vec::new(), pd: None }
             }
         };
-        self.send(to, Port::Init, Message::NixlInitResponse(response));
+        core.send(To::Route(to), Port::Init, Message::NixlInitResponse(response));
         true
     }
 
     /// `NixlMemRegRequest` without our part: its pages for ours.
-    pub(super) fn on_lmcache_mem_reg(&mut self, from: R, request: &MemRegRequest) {
+    pub(super) fn on_lmcache_mem_reg(&mut self, core: &mut Core<R>, from: R, request: &MemRegRequest) {
         let instance = truncate(&String::from_utf8_lossy(&request.remote_agent_name));
-        let remote_xfer_dlist_bytes = match self.pages_for(&instance, &request.local_xfer_dlist_bytes) {
+        let remote_xfer_dlist_bytes = match self.pages_for(core, &instance, &request.local_xfer_dlist_bytes) {
             Ok(list) => list,
             Err(failure) => {
-                self.note(Note::PeerRefused { instance, failure });
+                core.note(Note::PeerRefused { instance, failure });
                 // Its binding cannot load this, which is an error at its side and nothing else.
                 Vec::new()
             }
         };
         let response = MemRegResponse { remote_xfer_dlist_bytes, pd: None };
-        self.send(from, Port::Init, Message::NixlMemRegResponse(response));
+        core.send(To::Route(from), Port::Init, Message::NixlMemRegResponse(response));
     }
 
-    fn pages_for(&mut self, instance: &str, list: &[u8]) -> Result<Vec<u8>, Failure> {
+    fn pages_for(&mut self, core: &mut Core<R>, instance: &str, list: &[u8]) -> Result<Vec<u8>, Failure> {
         let refuse = |kind: FailureKind, text: String| Err(Failure::new(kind, text));
-        self.check_lmcache_served()?;
+        self.check_lmcache_served(core)?;
         // Once for each handshake: the answer is a thousand times as long as the question may be.
         let connection = match self.lmcache.agents.get(instance).map(|agent| &agent.state) {
             Some(AgentState::Connected(connection)) => Some(*connection),
             _ => None,
         };
-        let (Some(pages), Some(connection)) = (self.settings.pages, connection) else {
+        let (Some(pages), Some(connection)) = (core.settings.pages, connection) else {
             let text = "it has made no handshake, or was told before where the pages are; restart that sender";
             return refuse(FailureKind::HandshakeRefused, text.into());
         };
@@ -133,7 +138,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         if let Some(agent) = self.lmcache.agents.get_mut(instance) {
             agent.state = AgentState::Told(connection);
         }
-        let count = self.described_len_bytes / pages.page_bytes;
+        let count = core.described_len_bytes / pages.page_bytes;
         let known_len_bytes = count * pages.page_bytes;
         self.lmcache.known_len_bytes =
             Some(self.lmcache.known_len_bytes.map_or(known_len_bytes, |known| known.min(known_len_bytes)));

@@ -24,10 +24,9 @@ mod uncommitted;
 
 use std::collections::BTreeMap;
 
-use std::time::Instant;
-
-use super::{Note, Port, ReceiverSession};
+use super::{Incoming, Note, Port};
 use crate::ids::{ChunkKey, ConnectionId, RequestId, SlotIndex};
+use crate::node::core::Core;
 use crate::wire::Message;
 
 /// How their names here begin. No sender of ours has such a name: a handshake with one is refused.
@@ -127,16 +126,18 @@ impl<R: PartialEq> Senders<R> {
     }
 }
 
-impl<R: Clone + PartialEq> ReceiverSession<R> {
+impl<R: Clone + PartialEq> Incoming<R> {
     /// A message without our part.
-    pub(super) fn on_lmcache_message(&mut self, now: Instant, port: Port, from: R, message: Message) {
+    pub(super) fn on_lmcache_message(&mut self, core: &mut Core<R>, port: Port, from: R, message: Message) {
         match (port, message) {
-            (Port::Init, Message::NixlInitRequest(request)) => self.on_lmcache_init(from, request.local_meta_bytes),
-            (Port::Init, Message::NixlMemRegRequest(request)) => self.on_lmcache_mem_reg(from, &request),
-            (Port::Alloc, Message::AllocRequest(request)) => self.on_lmcache_alloc(now, from, request),
-            (Port::Alloc, Message::CancelNotif(cancel)) => self.on_lmcache_cancel(now, from, &cancel),
-            (Port::Query, Message::CacheQueryRequest(query)) => self.on_query(now, from, query),
-            (port, message) => self.note(Note::Unexpected { port, message: message.type_name() }),
+            (Port::Init, Message::NixlInitRequest(request)) => {
+                self.on_lmcache_init(core, from, request.local_meta_bytes)
+            }
+            (Port::Init, Message::NixlMemRegRequest(request)) => self.on_lmcache_mem_reg(core, from, &request),
+            (Port::Alloc, Message::AllocRequest(request)) => self.on_lmcache_alloc(core, from, request),
+            (Port::Alloc, Message::CancelNotif(cancel)) => self.on_lmcache_cancel(core, from, &cancel),
+            (Port::Query, Message::CacheQueryRequest(query)) => self.on_query(core, from, query),
+            (port, message) => core.note(Note::Unexpected { port, message: message.type_name() }),
         }
     }
 }

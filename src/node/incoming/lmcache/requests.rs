@@ -1,21 +1,23 @@
 //! Their requests: grants in pages, in one batch or several; refusals, cancels, and the end of a connection.
 
 use std::collections::BTreeSet;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::super::origin::Origin;
 use super::super::request::{Request, Stage};
-use super::super::{Note, Port, ReceiverSession, Timer};
+use super::super::{Incoming, Note, Port, Timer};
 use super::{Batches, NAME_PREFIX};
 use crate::ids::{Failure, FailureKind, GrantId, RequestId, Seq, SlotIndex, truncate};
 use crate::node::chunks::ChunkSize;
+use crate::node::core::Core;
 use crate::node::lmcache_terms;
+use crate::node::output::To;
 use crate::wire::Message;
 use crate::wire::message::{AllocRequest, AllocResponse, CancelNotif};
 
-impl<R: Clone + PartialEq> ReceiverSession<R> {
+impl<R: Clone + PartialEq> Incoming<R> {
     /// `AllocRequest` without our part.
-    pub(super) fn on_lmcache_alloc(&mut self, now: Instant, from: R, request: AllocRequest) {
+    pub(super) fn on_lmcache_alloc(&mut self, core: &mut Core<R>, from: R, request: AllocRequest) {
         let known = self.lmcache.route_of(&from).cloned();
         let is_new = known.is_none();
         let instance = known.unwrap_or_else(|| format!("{NAME_PREFIX}{}", self.lmcache.fresh()));
@@ -28,8 +30,8 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
                 Err(_) => return,
             },
         };
-        let mut checked = self.check_lmcache_alloc(&instance, &id, &request);
-        if is_new && self.lmcache.routes.len() >= self.settings.peers_max {
+        let mut checked = self.check_lmcache_alloc(core, &instance, &id, &request);
+        if is_new && self.lmcache.routes.len() >= core.settings.peers_max {
             let text = "as many senders are connected as may be (pd_max_peers)";
             checked = checked.and_then(|_| Err(Failure::new(FailureKind::Limit, text)));
         }
@@ -38,18 +40,18 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             self.lmcache.routes.push((from.clone(), instance.clone()));
         }
         match checked {
-            Ok(sizes) if self.is_next_batch(&instance, &id) => self.take_batch(now, from, id, request, sizes),
+            Ok(sizes) if self.is_next_batch(&instance, &id) => self.take_batch(core, from, id, request, sizes),
             Ok(sizes) => {
                 // An earlier attempt under this name has been given up by whoever tries again, and may still be written.
-                self.replace(now, &id, &Failure::new(FailureKind::Cancelled, "its sender asked for it again"));
-                self.begin_lmcache_request(now, from, (id, instance), request, sizes);
+                self.replace(core, &id, &Failure::new(FailureKind::Cancelled, "its sender asked for it again"));
+                self.begin_lmcache_request(core, from, (id, instance), request, sizes);
             }
             Err(failure) => {
                 // Readers do not know a name that a request was given here.
                 if !self.requests.contains_key(&id) && request.req_id.is_some() {
-                    self.tell_end(now, id.clone(), failure.clone(), instance.clone(), None);
+                    self.tell_end(core, id.clone(), failure.clone(), instance.clone(), None);
                 }
-                self.refuse_pages(from, count, &instance, Some(id), failure);
+                self.refuse_pages(core, from, count, &instance, Some(id), failure);
             }
         }
     }
@@ -57,13 +59,14 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
     /// Everything that can be wrong about an allocation.
     fn check_lmcache_alloc(
         &self,
+        core: &Core<R>,
         instance: &str,
         id: &RequestId,
         request: &AllocRequest,
     ) -> Result<Vec<ChunkSize>, Failure> {
         let refuse = |kind: FailureKind, text: String| Err(Failure::new(kind, text));
-        self.check_lmcache_served()?;
-        let chunk = &self.settings.chunk;
+        self.check_lmcache_served(core)?;
+        let chunk = &core.settings.chunk;
         let count = request.keys.len();
         let Some(known_len_bytes) = self.lmcache.known_len_bytes else {
             return refuse(FailureKind::HandshakeRefused, "no LMCache sender has made its handshake".into());
@@ -89,13 +92,16 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             return refuse(FailureKind::BadRequest, format!("{id} names a chunk twice; keys must be distinct"));
         }
         let total = announced(request);
-        let pages = known_len_bytes / chunk.slot_bytes;
+        let pages = core.slots.most_bytes(known_len_bytes) / chunk.slot_bytes;
         if total as u64 > pages {
-            let text = format!("{id} has {total} chunks; this sender knows {pages} pages of the receiver's buffer");
+            let text = format!(
+                "{id} has {total} chunks; this sender knows {pages} pages of the receiver's buffer{}",
+                core.share_note()
+            );
             return refuse(FailureKind::TooLarge, text);
         }
-        if total > self.settings.request_chunks_max {
-            let limit = self.settings.request_chunks_max;
+        if total > core.settings.request_chunks_max {
+            let limit = core.settings.request_chunks_max;
             return refuse(
                 FailureKind::Limit,
                 format!("{id} has {total} chunks, the limit is {limit} (pd_max_request_chunks)"),
@@ -125,7 +131,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
                 refuse(FailureKind::BadRequest, format!("{id} is open already, for {}", open.instance))
             }
             Some(_) => Ok(sizes),
-            None if self.requests.len() >= self.settings.requests_max => refuse(
+            None if self.requests.len() >= core.settings.requests_max => refuse(
                 FailureKind::Limit,
                 format!("{} requests are open, the limit (pd_max_requests)", self.requests.len()),
             ),
@@ -144,14 +150,14 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
 
     fn begin_lmcache_request(
         &mut self,
-        now: Instant,
+        core: &mut Core<R>,
         from: R,
         (id, instance): (RequestId, String),
         request: AllocRequest,
         sizes: Vec<ChunkSize>,
     ) {
-        let wait = self.settings.allocation_timeout;
-        self.timers.set(Timer::Allocation(id.clone()), now + wait);
+        let wait = core.settings.allocation_timeout;
+        core.timers.set(Timer::Allocation(id.clone()), core.now + wait);
         let (complete, total) = (is_last(&request), announced(&request));
         let batches = Batches { total, spare: Vec::new(), complete, unnamed: request.req_id.is_none() };
         let request = Request {
@@ -161,7 +167,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             keys: request.keys,
             sizes,
             known_len_bytes: self.lmcache.known_len_bytes.unwrap_or(0),
-            since: now,
+            since: core.now,
             overtaken: 0,
             refused_in: None,
             verifying: None,
@@ -170,12 +176,13 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         };
         self.requests.insert(id.clone(), request);
         self.waiting.push_back(id);
-        self.admit(now);
+        self.admit(core);
     }
 
     /// The pages for a request's first batch and for those to come.
     pub(in crate::node::incoming) fn reserve_pages(
         &mut self,
+        core: &mut Core<R>,
         id: &RequestId,
         grant: GrantId,
         missing: &[u32],
@@ -184,18 +191,18 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         let request = self.requests.get_mut(id)?;
         let batches = request.origin.batches_mut()?;
         let to_come = batches.total.saturating_sub(request.keys.len());
-        let (page_bytes, known) = (self.settings.chunk.slot_bytes, request.known_len_bytes);
-        let mut pages = self.slots.reserve_pages(grant, missing.len() + to_come, page_bytes, keep, known).ok()?;
+        let (page_bytes, known) = (core.settings.chunk.slot_bytes, request.known_len_bytes);
+        let mut pages = core.slots.reserve_pages(grant, missing.len() + to_come, page_bytes, keep, known).ok()?;
         batches.spare = pages.split_off(missing.len());
         for (&index, &slot) in missing.iter().zip(&pages) {
-            self.slots.set_chunk_bytes(slot, grant, request.sizes[index as usize].len_bytes);
+            core.slots.set_chunk_bytes(slot, grant, request.sizes[index as usize].len_bytes);
         }
         Some(pages)
     }
 
     /// A further batch of a request: its pages are there.
-    fn take_batch(&mut self, now: Instant, from: R, id: RequestId, batch: AllocRequest, sizes: Vec<ChunkSize>) {
-        let shared = self.ready_of(&batch.keys, &sizes);
+    fn take_batch(&mut self, core: &mut Core<R>, from: R, id: RequestId, batch: AllocRequest, sizes: Vec<ChunkSize>) {
+        let shared = self.ready_of(core, &batch.keys, &sizes);
         let Some(request) = self.requests.get_mut(&id) else { return };
         let (Stage::Granted { grant, own, shared: held }, Some(batches)) =
             (&mut request.stage, request.origin.batches_mut())
@@ -206,10 +213,10 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         let mut fresh = Vec::new();
         for (index, size) in (first..).zip(&sizes) {
             if let Some(&(_, slot)) = shared.iter().find(|(at, _)| first + at == index) {
-                self.slots.pin(slot);
+                core.slots.pin(slot);
                 held.push((index, slot));
             } else if let Some(slot) = batches.spare.pop() {
-                self.slots.set_chunk_bytes(slot, *grant, size.len_bytes);
+                core.slots.set_chunk_bytes(slot, *grant, size.len_bytes);
                 own.push((index, slot));
                 fresh.push((index, slot));
             }
@@ -221,36 +228,38 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         request.sizes.extend(sizes);
         request.route = from;
         for slot in unneeded {
-            self.slots.writer_stopped(slot, grant);
+            core.slots.writer_stopped(slot, grant);
         }
         let already_sent = shared.iter().map(|&(index, _)| index).collect();
-        self.answer_pages(&id, &fresh, already_sent);
-        self.serve_waiters(now, &id);
-        self.admit(now);
+        self.answer_pages(core, &id, &fresh, already_sent);
+        self.serve_waiters(core, &id);
+        self.admit(core);
     }
 
     /// Tells an LMCache sender where its chunks go.
     pub(in crate::node::incoming) fn answer_pages(
         &mut self,
+        core: &mut Core<R>,
         id: &RequestId,
         own: &[(u32, SlotIndex)],
         already_sent: Vec<u32>,
     ) {
         let Some(request) = self.requests.get(id) else { return };
-        let page_bytes = self.settings.chunk.slot_bytes;
-        let page = |&(_, slot): &(u32, SlotIndex)| Some((self.slots.range(slot)?.start / page_bytes) as i64);
+        let page_bytes = core.settings.chunk.slot_bytes;
+        let page = |&(_, slot): &(u32, SlotIndex)| Some((core.slots.range(slot)?.start / page_bytes) as i64);
         let remote_indexes = own.iter().filter_map(page).collect();
         for &(index, _) in own {
             self.lmcache.granted.entry(request.keys[index as usize].clone()).or_default().push(id.clone());
         }
         let response = AllocResponse { already_sent_indexes: already_sent, remote_indexes, pd: None };
         let to = request.route.clone();
-        self.send(to, Port::Alloc, Message::AllocResponse(response));
+        core.send(To::Route(to), Port::Alloc, Message::AllocResponse(response));
     }
 
     /// LMCache's own way of saying no, which leaves its sender alive.
     pub(in crate::node::incoming) fn refuse_pages(
         &mut self,
+        core: &mut Core<R>,
         to: R,
         count: usize,
         instance: &str,
@@ -259,38 +268,38 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
     ) {
         let response =
             AllocResponse { already_sent_indexes: Vec::new(), remote_indexes: vec![-1; count.max(1)], pd: None };
-        self.send(to, Port::Alloc, Message::AllocResponse(response));
-        self.note(Note::Refused { request, instance: truncate(instance), failure });
+        core.send(To::Route(to), Port::Alloc, Message::AllocResponse(response));
+        core.note(Note::Refused { request, instance: truncate(instance), failure });
     }
 
     /// `CancelNotif` without our part. Its writes may go on: nobody waits for them there.
-    pub(super) fn on_lmcache_cancel(&mut self, now: Instant, from: R, cancel: &CancelNotif) {
+    pub(super) fn on_lmcache_cancel(&mut self, core: &mut Core<R>, from: R, cancel: &CancelNotif) {
         let mine =
             self.requests.get(&cancel.req_id).filter(|open| self.lmcache.route_of(&from) == Some(&open.instance));
         if let Some(instance) = mine.map(|open| open.instance.clone()) {
             let text = format!("sender {instance} cancelled it");
-            self.end(now, &cancel.req_id, Failure::new(FailureKind::Cancelled, text), false);
+            self.end(core, &cancel.req_id, Failure::new(FailureKind::Cancelled, text), false);
         }
         let response = AllocResponse { already_sent_indexes: Vec::new(), remote_indexes: Vec::new(), pd: None };
-        self.send(from, Port::Alloc, Message::AllocResponse(response));
-        self.admit(now);
+        core.send(To::Route(from), Port::Alloc, Message::AllocResponse(response));
+        self.admit(core);
     }
 
     /// A sender's connection is gone: its process has ended, or has closed its backend. What it was granted can still be
     /// vouched for; what it has left is free once nothing of it can be under way. False: it is none of these.
-    pub(in crate::node::incoming) fn on_lmcache_route_gone(&mut self, now: Instant, route: &R) -> bool {
+    pub(in crate::node::incoming) fn on_lmcache_route_gone(&mut self, core: &mut Core<R>, route: &R) -> bool {
         let Some(at) = self.lmcache.routes.iter().position(|(known, _)| known == route) else { return false };
         let (_, instance) = self.lmcache.routes.remove(at);
-        self.note(Note::PeerLost { instance: instance.clone(), reason: "closed its connection".into() });
+        core.note(Note::PeerLost { instance: instance.clone(), reason: "closed its connection".into() });
         let waiting =
             self.waiting.iter().filter(|id| self.requests.get(*id).is_some_and(|open| open.instance == instance));
         for id in waiting.cloned().collect::<Vec<_>>() {
             let text = format!("sender {instance} closed its connection before {id} had slots");
-            self.end(now, &id, Failure::new(FailureKind::PeerLost, text), false);
+            self.end(core, &id, Failure::new(FailureKind::PeerLost, text), false);
         }
-        let linger = if self.settings.safeguards.linger { self.settings.linger } else { Duration::ZERO };
-        self.timers.set(Timer::Linger(instance), now + linger);
-        self.admit(now);
+        let linger = if core.settings.safeguards.linger { self.settings.linger } else { Duration::ZERO };
+        core.timers.set(Timer::Linger(instance), core.now + linger);
+        self.admit(core);
         true
     }
 }

@@ -3,10 +3,11 @@
 use std::time::Instant;
 
 use self::receiver::LmcacheReceiver;
-use super::SenderSession;
+use super::Outgoing;
 use super::peers::Peer;
 use super::requests::Uid;
 use crate::ids::{ChunkKey, Failure, FailureKind, Pages, PeerId, RequestId};
+use crate::node::core::Core;
 use crate::wire::Message;
 use crate::wire::message::{InitResponse, MemRegRequest, MemRegResponse};
 
@@ -28,36 +29,36 @@ pub(super) mod receiver {
 #[derive(Debug, Default)]
 pub(super) struct RememberedReceivers(());
 
-impl SenderSession {
-    pub(super) fn on_lmcache_init_response(&mut self, peer: PeerId, _: InitResponse) {
+impl<R> Outgoing<R> {
+    pub(super) fn on_lmcache_init_response(&mut self, core: &mut Core<R>, peer: PeerId, _: InitResponse) {
         let text = "it answers without a `pd` field, as LMCache does, and this build has no LMCache (cargo feature \
                     `lmcache`); start pd-receiver there";
-        self.peer_failed(peer, Failure::new(FailureKind::HandshakeRefused, text));
+        self.peer_failed(core, peer, Failure::new(FailureKind::HandshakeRefused, text));
     }
 
-    pub(super) fn on_lmcache_message(&self, _: Instant, _: PeerId, _: Message) {}
+    pub(super) fn on_lmcache_message(&self, core: &Core<R>, _: PeerId, _: Message) {}
 
-    pub(super) fn lmcache_registration(&self, receiver: &LmcacheReceiver) -> MemRegRequest {
+    pub(super) fn lmcache_registration(&self, core: &Core<R>, receiver: &LmcacheReceiver) -> MemRegRequest {
         match receiver.0 {}
     }
 
-    pub(super) fn lmcache_pages(&self, _: PeerId, _: &MemRegResponse) -> Result<Pages, Failure> {
+    pub(super) fn lmcache_pages(&self, core: &Core<R>, _: PeerId, _: &MemRegResponse) -> Result<Pages, Failure> {
         Err(Failure::new(FailureKind::Internal, "an LMCache receiver in a build without LMCache"))
     }
 
-    pub(super) fn queue_allocation(&self, _: Instant, _: PeerId, _: Uid) {}
+    pub(super) fn queue_allocation(&self, core: &Core<R>, _: PeerId, _: Uid) {}
 
-    pub(super) fn lmcache_allocation_timed_out(&self, _: Uid) -> Option<Failure> {
+    pub(super) fn lmcache_allocation_timed_out(&self, core: &Core<R>, _: Uid) -> Option<Failure> {
         None
     }
 
-    pub(super) fn give_back_pages(&self, _: PeerId, _: RequestId, _: Vec<ChunkKey>) {}
+    pub(super) fn give_back_pages(&self, core: &Core<R>, _: PeerId, _: RequestId, _: Vec<ChunkKey>) {}
 
     pub(super) fn lmcache_written(&self, _: PeerId, _: &[ChunkKey]) {}
 
-    pub(super) fn answer_timed_out(&self, _: Instant, _: PeerId) {}
+    pub(super) fn answer_timed_out(&self, core: &Core<R>, _: PeerId) {}
 
-    pub(super) fn end_lmcache(&self, _: PeerId) {}
+    pub(super) fn end_lmcache(&self, core: &Core<R>, _: PeerId) {}
 
-    pub(super) fn remember_lmcache(&self, _: Peer) {}
+    pub(super) fn remember_lmcache(&self, core: &Core<R>, _: Peer) {}
 }

@@ -25,8 +25,10 @@ use self::unwritten::{Claim, Unwritten};
 use super::link::Link;
 use super::peers::Peer;
 use super::requests::{Request, Stage, Uid};
-use super::{Port, SenderSession, Timer};
+use super::{Outgoing, Port, Timer};
 use crate::ids::{ChunkKey, Failure, FailureKind, GrantId, Pages, PeerAddress, PeerId, RequestId, Seq};
+use crate::node::core::Core;
+use crate::node::output::To;
 use crate::node::{handshake, lmcache_terms};
 use crate::wire::message::{AllocResponse, CancelNotif, InitResponse, MemRegRequest, MemRegResponse};
 use crate::wire::{LmcacheMode, Message, descriptor_list};
@@ -51,45 +53,50 @@ struct Remembered {
 #[derive(Debug, Default)]
 pub(super) struct RememberedReceivers(BTreeMap<PeerAddress, Remembered>);
 
-impl SenderSession {
+impl<R> Outgoing<R> {
     fn lmcache_mut(&mut self, peer: PeerId) -> Option<&mut LmcacheReceiver> {
         self.peers.get_mut(&peer)?.link.lmcache_mut()
     }
 
     /// A message from an LMCache receiver at its port for allocations.
-    pub(super) fn on_lmcache_message(&mut self, now: Instant, peer: PeerId, message: Message) {
+    pub(super) fn on_lmcache_message(&mut self, core: &mut Core<R>, peer: PeerId, message: Message) {
         match message {
-            Message::AllocResponse(response) => self.on_lmcache_answer(now, peer, &response),
-            message => self.note_unexpected(peer, message.type_name()),
+            Message::AllocResponse(response) => self.on_lmcache_answer(core, peer, &response),
+            message => self.note_unexpected(core, peer, message.type_name()),
         }
     }
 
     /// A receiver has answered a handshake without `pd`: it is LMCache's.
-    pub(super) fn on_lmcache_init_response(&mut self, peer: PeerId, response: InitResponse) {
+    pub(super) fn on_lmcache_init_response(&mut self, core: &mut Core<R>, peer: PeerId, response: InitResponse) {
         let Some(record) = self.peers.get(&peer) else { return };
         let (address, mode) = (record.address.clone(), record.lmcache_mode);
         let checked = handshake::check_metadata(&response.remote_meta_bytes);
-        match checked.and_then(|()| self.check_lmcache(&address, &response)) {
+        match checked.and_then(|()| self.check_lmcache(core, &address, &response)) {
             Ok(our_name) => {
                 let receiver = LmcacheReceiver::new(mode, our_name, response.remote_meta_bytes.clone());
-                self.load(peer, Link::Lmcache(Box::new(receiver)), None, response.remote_meta_bytes);
+                self.load(core, peer, Link::Lmcache(Box::new(receiver)), None, response.remote_meta_bytes);
             }
-            Err(failure) => self.peer_failed(peer, failure),
+            Err(failure) => self.peer_failed(core, peer, failure),
         }
     }
 
     /// Whether we can talk to a receiver that has answered as LMCache does.
     /// What it calls us.
-    fn check_lmcache(&self, address: &PeerAddress, response: &InitResponse) -> Result<Vec<u8>, Failure> {
+    fn check_lmcache(
+        &self,
+        core: &Core<R>,
+        address: &PeerAddress,
+        response: &InitResponse,
+    ) -> Result<Vec<u8>, Failure> {
         let refuse = |text: String| Err(Failure::new(FailureKind::HandshakeRefused, text));
-        if self.settings.pages.is_none() {
+        if core.settings.pages.is_none() {
             return refuse(format!(
                 "receiver {address} is an LMCache receiver (no `pd` field in its handshake), which only nixl reaches, and \
                  this sender moves bytes with {}; set transfer_channel: nixl, or start pd-receiver there",
-                self.settings.hello.engine
+                core.settings.hello.engine
             ));
         }
-        let groups = self.settings.chunk.token_bytes.len();
+        let groups = core.settings.chunk.token_bytes.len();
         if groups > 1 {
             let text = format!(
                 "receiver {address} is an LMCache receiver, whose chunks are all of one shape, and this layout has {groups} \
@@ -97,33 +104,38 @@ impl SenderSession {
             );
             return Err(Failure::new(FailureKind::LayoutMismatch, text));
         }
-        lmcache_terms::dtype(&self.settings.chunk.dtype)?;
+        lmcache_terms::dtype(&core.settings.chunk.dtype)?;
         let our_name = response.remote_agent_name.clone();
-        if our_name != self.settings.agent_name.as_bytes() {
+        if our_name != core.settings.agent_name.as_bytes() {
             return refuse(format!(
                 "receiver {address} (LMCache) has met an agent whose name has {} bytes, and this sender's is {}; is it the \
                  answer to another sender",
                 our_name.len(),
-                self.settings.agent_name
+                core.settings.agent_name
             ));
         }
         Ok(our_name)
     }
 
     /// What an LMCache receiver is told of our memory. Its handler has to be able to read it.
-    pub(super) fn lmcache_registration(&self, receiver: &LmcacheReceiver) -> MemRegRequest {
+    pub(super) fn lmcache_registration(&self, core: &Core<R>, receiver: &LmcacheReceiver) -> MemRegRequest {
         let list = |pages| descriptor_list::encode(descriptor_list::ANY_FLAVOUR, &pages);
         MemRegRequest {
             remote_agent_name: receiver.our_name.clone(),
-            local_id: self.settings.hello.instance.clone(),
-            local_xfer_dlist_bytes: self.settings.pages.map(list).unwrap_or_default(),
+            local_id: core.settings.hello.instance.clone(),
+            local_xfer_dlist_bytes: core.settings.pages.map(list).unwrap_or_default(),
             pd: None,
         }
     }
 
     /// Where the memory of an LMCache receiver is.
-    pub(super) fn lmcache_pages(&mut self, peer: PeerId, response: &MemRegResponse) -> Result<Pages, Failure> {
-        let slot_bytes = self.settings.chunk.slot_bytes;
+    pub(super) fn lmcache_pages(
+        &mut self,
+        core: &mut Core<R>,
+        peer: PeerId,
+        response: &MemRegResponse,
+    ) -> Result<Pages, Failure> {
+        let slot_bytes = core.settings.chunk.slot_bytes;
         let Some(record) = self.peers.get_mut(&peer) else {
             return Err(Failure::new(FailureKind::Internal, "pages of a peer that is not there"));
         };
@@ -153,31 +165,31 @@ impl SenderSession {
     }
 
     /// A request wants slots of an LMCache receiver.
-    pub(super) fn queue_allocation(&mut self, now: Instant, peer: PeerId, uid: Uid) {
+    pub(super) fn queue_allocation(&mut self, core: &mut Core<R>, peer: PeerId, uid: Uid) {
         let Some(request) = self.requests.get(&uid) else { return };
         let Stage::Peer { wait, .. } = request.stage else { return };
         if let Some(failure) = request.keys.iter().find_map(|key| lmcache_terms::check_key(key).err()) {
-            return self.fail(uid, failure);
+            return self.fail(core, uid, failure);
         }
-        let until = now + wait;
-        self.timers.set(Timer::Allocation(uid), until);
+        let until = core.now + wait;
+        core.timers.set(Timer::Allocation(uid), until);
         if let Some(receiver) = self.lmcache_mut(peer) {
             receiver.waiting.push_back((uid, until));
         }
-        self.ask_next(now, peer);
+        self.ask_next(core, peer);
     }
 
     /// Sends a cancel that is due, and asks for the room that has been waited for longest, if none is asked for already.
-    fn ask_next(&mut self, now: Instant, peer: PeerId) {
+    fn ask_next(&mut self, core: &mut Core<R>, peer: PeerId) {
         let Some(receiver) = self.lmcache_mut(peer).filter(|receiver| !receiver.ending) else { return };
         if receiver.cancelled.is_none()
             && let Some((req_id, keys)) = receiver.cancels.pop_front()
         {
             keys.iter().for_each(|key| receiver.unwritten.give_back(key));
-            receiver.cancelled = Some(Cancelled { keys: keys.clone(), since: now });
-            self.timers.set(Timer::Answer(peer), now + ANSWER_TIME_MAX);
+            receiver.cancelled = Some(Cancelled { keys: keys.clone(), since: core.now });
+            core.timers.set(Timer::Answer(peer), core.now + ANSWER_TIME_MAX);
             let cancel = CancelNotif { req_id, keys, pd: None };
-            self.send(peer, Port::Alloc, Message::CancelNotif(cancel));
+            core.send(To::Peer(peer), Port::Alloc, Message::CancelNotif(cancel));
         }
         while let Some(receiver) =
             self.lmcache_mut(peer).filter(|receiver| !receiver.ending && receiver.asked.is_none())
@@ -193,13 +205,13 @@ impl SenderSession {
             if let Some(receiver) = self.lmcache_mut(peer) {
                 receiver.waiting.pop_front();
             }
-            self.ask_for_pages(now, peer, uid, until);
+            self.ask_for_pages(core, peer, uid, until);
         }
     }
 
-    fn ask_for_pages(&mut self, now: Instant, peer: PeerId, uid: Uid, until: Instant) {
-        let seq = Seq(self.fresh());
-        let Ok(dtype) = lmcache_terms::dtype(&self.settings.chunk.dtype) else { return };
+    fn ask_for_pages(&mut self, core: &mut Core<R>, peer: PeerId, uid: Uid, until: Instant) {
+        let seq = Seq(core.fresh());
+        let Ok(dtype) = lmcache_terms::dtype(&core.settings.chunk.dtype) else { return };
         // It may have ended while it waited.
         let Some(request) = self.requests.get_mut(&uid).filter(|request| request.peer == peer) else { return };
         let Stage::Peer { open_id, wait } = request.stage else { return };
@@ -212,26 +224,26 @@ impl SenderSession {
                 request.address,
                 receiver.unwritten.len()
             );
-            return self.fail(uid, Failure::new(FailureKind::Limit, text));
+            return self.fail(core, uid, Failure::new(FailureKind::Limit, text));
         }
         request.stage = Stage::Allocating { open_id, seq, wait };
-        receiver.asked = Some(Asked { uid, seq, request: id, keys, since: now });
-        let mut message = request.alloc_message(&self.settings.chunk);
+        receiver.asked = Some(Asked { uid, seq, request: id, keys, since: core.now });
+        let mut message = request.alloc_message(&core.settings.chunk);
         message.dtype = dtype;
         // Its turn came late, perhaps, but the receiver is not slower for that.
         let until = until + self.settings.commit_timeout;
-        self.timers.set(Timer::Allocation(uid), until);
-        self.timers.set(Timer::Answer(peer), until.max(now + ANSWER_TIME_MAX));
-        self.send(peer, Port::Alloc, Message::AllocRequest(message));
+        core.timers.set(Timer::Allocation(uid), until);
+        core.timers.set(Timer::Answer(peer), until.max(core.now + ANSWER_TIME_MAX));
+        core.send(To::Peer(peer), Port::Alloc, Message::AllocRequest(message));
     }
 
     /// Why a request has waited for its slots in vain, or none when its receiver is ours.
-    pub(super) fn lmcache_allocation_timed_out(&self, uid: Uid) -> Option<Failure> {
+    pub(super) fn lmcache_allocation_timed_out(&self, core: &Core<R>, uid: Uid) -> Option<Failure> {
         let request = self.requests.get(&uid)?;
         let receiver = self.peers.get(&request.peer)?.link.lmcache()?;
         let address = &request.address;
         let since = receiver.silent_since()?;
-        let silent_ms = self.now.saturating_duration_since(since).as_millis();
+        let silent_ms = core.now.saturating_duration_since(since).as_millis();
         let text = match request.stage {
             Stage::Allocating { .. } => format!(
                 "receiver {address} (LMCache) has not answered the allocation within {silent_ms} ms; one that is full \
@@ -247,7 +259,7 @@ impl SenderSession {
     }
 
     /// An answer, to whatever was asked.
-    fn on_lmcache_answer(&mut self, now: Instant, peer: PeerId, response: &AllocResponse) {
+    fn on_lmcache_answer(&mut self, core: &mut Core<R>, peer: PeerId, response: &AllocResponse) {
         let empty = response.remote_indexes.is_empty() && response.already_sent_indexes.is_empty();
         let Some(receiver) = self.lmcache_mut(peer) else { return };
         // An empty one answers the cancel. Another does so only where nothing else is asked, and says that it could not be
@@ -259,22 +271,22 @@ impl SenderSession {
             keys.iter().filter(|key| !asked.contains(key)).for_each(|key| receiver.unwritten.given_back(key));
         }
         if receiver.silent_since().is_none() {
-            self.timers.cancel(&Timer::Answer(peer));
+            core.timers.cancel(Timer::Answer(peer));
         }
         match asked {
             Some(Asked { uid, seq, request, keys, .. }) => {
-                self.on_lmcache_grant(now, peer, uid, seq, request, &keys, response);
+                self.on_lmcache_grant(core, peer, uid, seq, request, &keys, response);
             }
-            None if cancelled.is_none() => self.note_unexpected(peer, "AllocResponse that answers nothing"),
+            None if cancelled.is_none() => self.note_unexpected(core, peer, "AllocResponse that answers nothing"),
             None => {}
         }
-        self.ask_next(now, peer);
+        self.ask_next(core, peer);
     }
 
     #[expect(clippy::too_many_arguments, reason = "a question and its answer")]
     fn on_lmcache_grant(
         &mut self,
-        now: Instant,
+        core: &mut Core<R>,
         peer: PeerId,
         uid: Uid,
         seq: Seq,
@@ -298,7 +310,7 @@ impl SenderSession {
                     pages.page_bytes,
                     pages.count
                 );
-                return self.fail_if(waits, uid, Failure::new(FailureKind::NoSlots, text));
+                return self.fail_if(core, waits, uid, Failure::new(FailureKind::NoSlots, text));
             }
             Err(NoPlaces::Malformed) => {
                 receiver.unwritten.orphaned(keys);
@@ -310,7 +322,7 @@ impl SenderSession {
                     response.already_sent_indexes.len(),
                     pages.count
                 );
-                return self.fail_if(waits, uid, Failure::new(FailureKind::Other, text));
+                return self.fail_if(core, waits, uid, Failure::new(FailureKind::Other, text));
             }
         };
         for (key, place) in keys.iter().zip(&places) {
@@ -318,7 +330,7 @@ impl SenderSession {
                 receiver.unwritten.granted(key, *page);
             }
         }
-        let remembered = self.settings.safeguards.unwritten_remembered;
+        let remembered = core.settings.safeguards.unwritten_remembered;
         let mut doubtful = 0;
         let mut claim = |(key, place): (&ChunkKey, Option<u32>)| {
             place.or_else(|| match receiver.unwritten.claimed(key) {
@@ -339,25 +351,25 @@ impl SenderSession {
                  has dropped them or it is restarted",
                 keys.len()
             );
-            self.fail_if(waits, uid, Failure::new(FailureKind::Other, text));
-            return self.give_back_pages(peer, id, keys.to_vec());
+            self.fail_if(core, waits, uid, Failure::new(FailureKind::Other, text));
+            return self.give_back_pages(core, peer, id, keys.to_vec());
         }
         if !waits {
-            return self.give_back_pages(peer, id, keys.to_vec());
+            return self.give_back_pages(core, peer, id, keys.to_vec());
         }
-        self.open_lmcache(now, uid, seq, &pages, &places);
+        self.open_lmcache(core, uid, seq, &pages, &places);
     }
 
-    fn fail_if(&mut self, waits: bool, uid: Uid, failure: Failure) {
+    fn fail_if(&mut self, core: &mut Core<R>, waits: bool, uid: Uid, failure: Failure) {
         if waits {
-            self.fail(uid, failure);
+            self.fail(core, uid, failure);
         }
     }
 
     /// A request has its pages: chunks can be staged and sent.
-    fn open_lmcache(&mut self, now: Instant, uid: Uid, seq: Seq, pages: &Pages, places: &Places) {
+    fn open_lmcache(&mut self, core: &mut Core<R>, uid: Uid, seq: Seq, pages: &Pages, places: &Places) {
         // Its receiver sets no time, so ours counts: pages that are never written are lost to a synchronous one.
-        let write_until = now + self.settings.write_timeout;
+        let write_until = core.now + core.settings.write_timeout;
         let Some(request) = self.requests.get_mut(&uid) else { return };
         let Stage::Allocating { open_id, .. } = request.stage else { return };
         for (chunk, place) in request.chunks.iter_mut().zip(places) {
@@ -367,15 +379,21 @@ impl SenderSession {
             (0u32..).zip(places).filter(|(_, place)| place.is_none()).map(|(index, _)| index).collect();
         // A name that nobody else hears.
         request.stage = Stage::Open { grant: GrantId(seq.0), write_until, last: false };
-        self.opened(now, uid, open_id, write_until, already_sent);
+        self.opened(core, uid, open_id, write_until, already_sent);
     }
 
     /// Nothing of a request is written any more. Only an asynchronous receiver can be told; of a synchronous one the pages
     /// are remembered, for whoever sends the same chunks.
-    pub(super) fn give_back_pages(&mut self, peer: PeerId, request: RequestId, keys: Vec<ChunkKey>) {
+    pub(super) fn give_back_pages(
+        &mut self,
+        core: &mut Core<R>,
+        peer: PeerId,
+        request: RequestId,
+        keys: Vec<ChunkKey>,
+    ) {
         if let Some(receiver) = self.lmcache_mut(peer).filter(|receiver| receiver.mode == LmcacheMode::Async) {
             receiver.cancels.push_back((request, keys));
-            self.ask_next(self.now, peer);
+            self.ask_next(core, peer);
         }
     }
 
@@ -387,39 +405,39 @@ impl SenderSession {
     }
 
     /// A question has gone unanswered for too long. Who waits behind it is asked about anew, over another connection.
-    pub(super) fn answer_timed_out(&mut self, now: Instant, peer: PeerId) {
+    pub(super) fn answer_timed_out(&mut self, core: &mut Core<R>, peer: PeerId) {
         let Some(record) = self.peers.get(&peer) else { return };
         let address = record.address.clone();
         let Some(since) = record.link.lmcache().and_then(LmcacheReceiver::silent_since) else { return };
         let text = format!(
             "receiver {address} (LMCache) has not answered for {} ms; it is connected to again",
-            now.saturating_duration_since(since).as_millis()
+            core.now.saturating_duration_since(since).as_millis()
         );
         let mut again = Vec::new();
         for uid in self.requests_of(peer) {
             let Some(request) = self.requests.get_mut(&uid) else { continue };
             let Stage::Peer { open_id, wait } = request.stage else { continue };
-            request.set_aside(now, open_id, wait);
-            self.timers.cancel(&Timer::Allocation(uid));
+            request.set_aside(core.now, open_id, wait);
+            core.timers.cancel(Timer::Allocation(uid));
             again.push(uid);
         }
-        self.peer_failed(peer, Failure::new(FailureKind::PeerLost, text));
-        self.take_up(now, &address, again);
+        self.peer_failed(core, peer, Failure::new(FailureKind::PeerLost, text));
+        self.take_up(core, &address, again);
     }
 
     /// An LMCache receiver is being given up: nothing more is said to it.
-    pub(super) fn end_lmcache(&mut self, peer: PeerId) {
+    pub(super) fn end_lmcache(&mut self, core: &mut Core<R>, peer: PeerId) {
         if let Some(receiver) = self.lmcache_mut(peer) {
             receiver.ending = true;
             if let Some(Asked { keys, .. }) = receiver.asked.take() {
                 receiver.unwritten.orphaned(&keys);
             }
-            self.timers.cancel(&Timer::Answer(peer));
+            core.timers.cancel(Timer::Answer(peer));
         }
     }
 
     /// An LMCache receiver is gone: remembers what it holds of ours.
-    pub(super) fn remember_lmcache(&mut self, record: Peer) {
+    pub(super) fn remember_lmcache(&mut self, core: &mut Core<R>, record: Peer) {
         let Link::Lmcache(receiver) = record.link else { return };
         let LmcacheReceiver { metadata, pages: Some(pages), unwritten, .. } = *receiver else { return };
         if unwritten.is_empty() {
@@ -431,6 +449,6 @@ impl SenderSession {
             let oldest = remembered.iter().min_by_key(|(_, before)| before.since).map(|(address, _)| address.clone());
             oldest.map(|address| remembered.remove(&address));
         }
-        remembered.insert(record.address, Remembered { metadata, pages, unwritten, since: self.now });
+        remembered.insert(record.address, Remembered { metadata, pages, unwritten, since: core.now });
     }
 }

@@ -1,0 +1,130 @@
+//! What the halves of a node share: the slots, the buffer's growth, the deadlines, and the way out.
+
+use std::collections::VecDeque;
+use std::time::Instant;
+
+use super::answer::Answer;
+use super::growth::{GROW_AGAIN_AFTER, Grown, Growth};
+use super::output::{Note, Output, To};
+use super::settings::NodeSettings;
+use super::timers::Timers;
+use super::{Port, incoming, outgoing};
+use crate::ids::{ClientId, Failure, Seq};
+use crate::slot::SlotTable;
+use crate::wire::Message;
+
+/// A deadline of one of the halves, or of what they share.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Timer {
+    Outgoing(outgoing::Timer),
+    Incoming(incoming::Timer),
+    /// The buffer may grow again after a step that failed.
+    Grow,
+}
+
+impl From<outgoing::Timer> for Timer {
+    fn from(timer: outgoing::Timer) -> Self {
+        Self::Outgoing(timer)
+    }
+}
+
+impl From<incoming::Timer> for Timer {
+    fn from(timer: incoming::Timer) -> Self {
+        Self::Incoming(timer)
+    }
+}
+
+/// What both halves work with. `R` is how a message's sender is answered.
+#[derive(Debug)]
+pub(super) struct Core<R> {
+    pub(super) settings: NodeSettings,
+    pub(super) slots: SlotTable,
+    pub(super) growth: Growth,
+    /// How much of the buffer peers can be told of, in bytes. The addresses may be ahead of it for a moment.
+    pub(super) described_len_bytes: u64,
+    pub(super) timers: Timers<Timer>,
+    pub(super) outputs: VecDeque<Output<R>>,
+    /// Takes no new requests any more.
+    pub(super) draining: bool,
+    /// The latest time that was heard of.
+    pub(super) now: Instant,
+    next_id: u64,
+}
+
+impl<R> Core<R> {
+    pub(super) fn new(now: Instant, settings: NodeSettings, is_shared: bool) -> Self {
+        Self {
+            slots: SlotTable::new(settings.addresses.clone(), is_shared),
+            growth: Growth::new(settings.len_max_bytes),
+            described_len_bytes: settings.addresses.len_bytes(),
+            timers: Timers::new(),
+            outputs: VecDeque::new(),
+            draining: false,
+            now,
+            next_id: 1,
+            settings,
+        }
+    }
+
+    /// A number that was not given before.
+    pub(super) fn fresh(&mut self) -> u64 {
+        let id = self.next_id;
+        self.next_id += 1;
+        id
+    }
+
+    /// Most bytes that one half can ever have at once.
+    pub(super) fn most_bytes(&self) -> u64 {
+        self.slots.most_bytes(self.growth.len_max_bytes())
+    }
+
+    /// Most bytes that one half can have of the buffer as it is.
+    pub(super) fn most_bytes_now(&self) -> u64 {
+        self.slots.most_bytes(self.slots.addresses().len_bytes())
+    }
+
+    /// For an error text: why that is less than the buffer.
+    pub(super) fn share_note(&self) -> &'static str {
+        if self.slots.is_shared() { " for one direction (pd_role: both keeps the rest for the other)" } else { "" }
+    }
+
+    /// Asks for the buffer's next step, if it can grow and none is under way.
+    pub(super) fn ask_to_grow(&mut self) {
+        if self.growth.try_begin(self.slots.addresses().len_bytes()) {
+            self.outputs.push_back(Output::GrowBuffer);
+        }
+    }
+
+    /// The buffer has another step, or could not get it.
+    pub(super) fn grown(&mut self, result: Result<Grown, String>) {
+        self.note(Note::Grown { result: result.as_ref().map(|grown| grown.len_bytes).map_err(Clone::clone) });
+        match result {
+            Ok(grown) => {
+                self.growth.end(None);
+                self.described_len_bytes = grown.len_bytes;
+                self.settings.metadata = grown.metadata;
+                self.settings.descriptors = grown.descriptors;
+            }
+            Err(text) => {
+                self.growth.end(Some(text));
+                self.timers.set(Timer::Grow, self.now + GROW_AGAIN_AFTER);
+            }
+        }
+    }
+
+    pub(super) fn send(&mut self, to: To<R>, port: Port, message: Message) {
+        self.outputs.push_back(Output::Send { to, port, message });
+    }
+
+    pub(super) fn answer(&mut self, client: ClientId, id: Seq, answer: Answer) {
+        self.outputs.push_back(Output::Answer { client, id, answer });
+    }
+
+    pub(super) fn refuse(&mut self, client: ClientId, id: Seq, failure: Failure, peer: Option<String>) {
+        self.answer(client, id, Answer::Failed { failure, peer });
+    }
+
+    pub(super) fn note(&mut self, note: impl Into<Note>) {
+        self.outputs.push_back(Output::Note(note.into()));
+    }
+}
