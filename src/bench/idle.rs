@@ -18,7 +18,7 @@ const SETTLE: Duration = Duration::from_secs(1);
 
 /// Starts both daemons, ships one request so that the pair is connected, and looks.
 pub(super) async fn run(options: &IdleOptions) -> Result<(), BenchError> {
-    let measure = async |ready: &DaemonsReady| measure(options, ready).await;
+    let measure = async |ready: &[DaemonsReady]| measure(options, &ready[0]).await;
     session::run(&options.daemons, &Extra::default(), options.json, measure, |report| report.sentence()).await
 }
 
@@ -26,7 +26,7 @@ async fn measure(options: &IdleOptions, ready: &DaemonsReady) -> Result<IdleRepo
     let mut pair = Pair::attach(ready, Duration::from_secs(options.daemons.timeout_s)).await?;
     let (chunk_tokens, chunk_bytes) = (pair.chunk_tokens, pair.chunk_bytes);
     let shape = Shape { seed: 1, chunk_count: 1, chunk_tokens, chunk_bytes };
-    round::ship(&mut pair, &[shape.request(0)], &Pool::new(1, chunk_bytes), |_| {}).await?;
+    round::ship(std::slice::from_mut(&mut pair), &[vec![shape.request(0)]], &Pool::new(1, chunk_bytes), |_| {}).await?;
     tokio::time::sleep(SETTLE).await;
     let started = Instant::now();
     let before = (cpu::used(pair.sender.pid)?, cpu::used(pair.receiver.pid)?);

@@ -34,8 +34,8 @@ pub(super) async fn run(options: &LatencyOptions) -> Result<(), BenchError> {
     let layout = layout_file().map_err(|source| BenchError::Machine { what: "writing a layout to memory", source })?;
     // Read by the daemons while this process holds it, and gone with it.
     let path = format!("/proc/{}/fd/{}", std::process::id(), layout.as_raw_fd());
-    let extra = Extra { set: vec![BUFFER.to_owned()], kv_layout: Some(path.into()) };
-    let measure = async |ready: &DaemonsReady| measure(options, ready).await;
+    let extra = Extra { set: vec![BUFFER.to_owned()], kv_layout: Some(path.into()), ..Extra::default() };
+    let measure = async |ready: &[DaemonsReady]| measure(options, &ready[0]).await;
     session::run(&options.daemons, &extra, options.json, measure, |report| {
         format!("{}\n{}", report.table(), report.sentence())
     })
@@ -63,7 +63,7 @@ async fn measure(options: &LatencyOptions, ready: &DaemonsReady) -> Result<Laten
         request.contents[0].len_bytes = chunk_bytes;
         // In turns, so that whatever disturbs the machine disturbs all four alike.
         let round_trip = ping.round_trip().await?;
-        let shipped = round::ship(&mut pair, &[request], &pool, |_| {}).await?;
+        let shipped = round::ship(std::slice::from_mut(&mut pair), &[vec![request]], &pool, |_| {}).await?;
         let opened_1 = open_and_cancel(&mut pair, number, 1).await?;
         let opened_256 = open_and_cancel(&mut pair, number, KEY_COUNT).await?;
         if number >= warm_up {

@@ -35,7 +35,7 @@ impl Link {
             .await?;
         match &attached {
             Reply::Attached { version, role: seen, .. }
-                if *version == CONNECTOR_API_VERSION && seen == role.as_str() =>
+                if *version == CONNECTOR_API_VERSION && (seen == role.as_str() || seen == "both") =>
             {
                 Ok((link, attached))
             }

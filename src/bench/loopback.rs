@@ -20,46 +20,54 @@ use super::summary::Durations;
 
 /// Starts both daemons, ships the requests, prints the result.
 pub(super) async fn run(options: &LoopbackOptions) -> Result<(), BenchError> {
-    let measure = async |ready: &DaemonsReady| measure(options, ready).await;
-    session::run(&options.daemons, &Extra::default(), options.json, measure, |report| {
+    let measure = async |ready: &[DaemonsReady]| measure(options, ready).await;
+    let extra = Extra { both_ways: options.both_ways, ..Extra::default() };
+    session::run(&options.daemons, &extra, options.json, measure, |report| {
         format!("{}\n{}", report.table(), report.sentence())
     })
     .await
 }
 
-async fn measure(options: &LoopbackOptions, ready: &DaemonsReady) -> Result<LoopbackReport, BenchError> {
-    let mut pair = Pair::attach(ready, Duration::from_secs(options.daemons.timeout_s)).await?;
-    check_slots(options, &pair)?;
-    let shape = Shape {
-        seed: options.seed,
-        chunk_count: options.chunks,
-        chunk_tokens: pair.chunk_tokens,
-        chunk_bytes: pair.chunk_bytes,
-    };
-    let pool = Pool::new(options.seed, pair.chunk_bytes);
-    let side_by_side = options.in_flight.min(options.requests);
-    let mut baseline = Baseline::new(u64::from(side_by_side) * u64::from(options.chunks), pair.chunk_bytes);
-    let progress = progress_bar(options, &shape);
+async fn measure(options: &LoopbackOptions, ready: &[DaemonsReady]) -> Result<LoopbackReport, BenchError> {
+    let mut pairs = Vec::with_capacity(ready.len());
+    for ready in ready {
+        pairs.push(Pair::attach(ready, Duration::from_secs(options.daemons.timeout_s)).await?);
+    }
+    check_slots(options, &pairs)?;
+    let directions = pairs.len() as u64;
+    let (chunk_tokens, chunk_bytes) = (pairs[0].chunk_tokens, pairs[0].chunk_bytes);
+    let shape = Shape { seed: options.seed, chunk_count: options.chunks, chunk_tokens, chunk_bytes };
+    let pool = Pool::new(options.seed, chunk_bytes);
+    let side_by_side = u64::from(options.in_flight.min(options.requests)) * directions;
+    let mut baseline = Baseline::new(side_by_side * u64::from(options.chunks), chunk_bytes);
+    let progress = progress_bar(options, &shape, directions as u32);
     let mut totals = Totals::new();
     let mut number = 0;
     for Round { requests, counted } in plan::rounds(options.requests, options.in_flight, options.warm_up) {
-        let requests: Vec<_> = (number..number + u64::from(requests)).map(|number| shape.request(number)).collect();
-        number += requests.len() as u64;
-        let cpu_before = Cpu::of(&pair)?;
-        let outcome = round::ship(&mut pair, &requests, &pool, |bytes| progress.inc(bytes)).await?;
-        let cpu = Cpu::of(&pair)?.since(cpu_before);
-        let copied_in = baseline.copy(&requests, pair.chunk_bytes);
+        let mut plan = || {
+            number += u64::from(requests);
+            (number - u64::from(requests)..number).map(|number| shape.request(number)).collect()
+        };
+        let requests: Vec<Vec<_>> = pairs.iter().map(|_| plan()).collect();
+        let cpu_before = Cpu::of(&pairs[0])?;
+        let outcome = round::ship(&mut pairs, &requests, &pool, |bytes| progress.inc(bytes)).await?;
+        let cpu = Cpu::of(&pairs[0])?.since(cpu_before);
+        let copied_in = baseline.copy(&requests.concat(), chunk_bytes);
         if counted {
             totals.add(&outcome, copied_in, cpu);
         }
     }
     progress.finish_and_clear();
-    pair.detach().await?;
-    Ok(totals.report(options, pair))
+    for pair in &mut pairs {
+        pair.detach().await?;
+    }
+    Ok(totals.report(options, pairs.swap_remove(0)))
 }
 
-fn check_slots(options: &LoopbackOptions, pair: &Pair) -> Result<(), BenchError> {
-    let needed = u64::from(options.in_flight.min(options.requests)) * u64::from(options.chunks);
+fn check_slots(options: &LoopbackOptions, pairs: &[Pair]) -> Result<(), BenchError> {
+    let requests = u64::from(options.in_flight.min(options.requests)) * pairs.len() as u64;
+    let needed = requests * u64::from(options.chunks);
+    let pair = &pairs[0];
     for (role, slot_count) in [("sender", pair.sender.slot_count), ("receiver", pair.receiver.slot_count)] {
         if needed > u64::from(slot_count) {
             return Err(BenchError::TooFewSlots { role, needed, slot_count, chunk_bytes: pair.chunk_bytes });
@@ -69,11 +77,11 @@ fn check_slots(options: &LoopbackOptions, pair: &Pair) -> Result<(), BenchError>
 }
 
 /// On standard error, of the bytes verified so far; nothing where no person looks.
-fn progress_bar(options: &LoopbackOptions, shape: &Shape) -> ProgressBar {
+fn progress_bar(options: &LoopbackOptions, shape: &Shape, directions: u32) -> ProgressBar {
     let bytes = plan::rounds(options.requests, options.in_flight, options.warm_up)
         .iter()
         .scan(0, |number, round| {
-            let numbers = *number..*number + u64::from(round.requests);
+            let numbers = *number..*number + u64::from(round.requests * directions);
             *number = numbers.end;
             Some(numbers.map(|number| shape.request(number).len_bytes()).sum::<u64>())
         })

@@ -74,9 +74,12 @@ pub struct LoopbackOptions {
     /// Chunks of each request, the last of them short
     #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
     pub chunks: u32,
-    /// Requests sent at the same time
+    /// Requests sent at the same time, in each direction
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     pub in_flight: u32,
+    /// Ship in both directions at once, between two daemons with pd_role: both; requests are counted for each direction
+    #[arg(long)]
+    pub both_ways: bool,
     /// Rounds of in-flight requests before those that count
     #[arg(long, value_name = "N", default_value_t = 2)]
     pub warm_up: u32,

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use crate::buffer::{BufferError, CudaDevice, CudaHandle, CudaMapping, HostHandle, HostMapping};
 use crate::config::Role;
+use crate::connector::ReadyLine;
 use crate::connector::message::{BufferHandle, Reply, Request, Status};
 use crate::ids::PeerAddress;
 
@@ -114,17 +115,30 @@ pub(super) struct DaemonsReady {
 }
 
 impl DaemonsReady {
+    /// From the sender to the receiver.
+    ///
     /// # Errors
     /// When the receiver did not say where it listens.
     pub(super) fn new(daemons: &Daemons) -> Result<Self, BenchError> {
-        let ready = &daemons.receiver_ready;
-        let (Some(init_port), Some(alloc_port)) = (ready.init_port, ready.alloc_port) else {
-            let reason = format!("its ready line has no init_port or no alloc_port: {ready:?}");
-            return Err(BenchError::NotReady { role: Role::Receiver.as_str(), reason });
+        Self::between(&daemons.sender_ready, &daemons.receiver_ready, Role::Receiver)
+    }
+
+    /// From the receiver to the sender, where each is both.
+    ///
+    /// # Errors
+    /// When the sender did not say where it listens.
+    pub(super) fn back(daemons: &Daemons) -> Result<Self, BenchError> {
+        Self::between(&daemons.receiver_ready, &daemons.sender_ready, Role::Sender)
+    }
+
+    fn between(from: &ReadyLine, to: &ReadyLine, role: Role) -> Result<Self, BenchError> {
+        let (Some(init_port), Some(alloc_port)) = (to.init_port, to.alloc_port) else {
+            let reason = format!("its ready line has no init_port or no alloc_port: {to:?}");
+            return Err(BenchError::NotReady { role: role.as_str(), reason });
         };
         Ok(Self {
-            sender: daemons.sender_ready.connector.clone(),
-            receiver: ready.connector.clone(),
+            sender: from.connector.clone(),
+            receiver: to.connector.clone(),
             address: PeerAddress { host: HOST.to_owned(), init_port, alloc_port },
         })
     }

@@ -2,6 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use futures::future::try_join_all;
+
 use crate::connector::message::{Reply, Request, Timings};
 use crate::ids::{LeaseId, ReadyChunk, Seq, SlotPart, StagedSlot};
 
@@ -33,7 +35,7 @@ pub(super) struct RequestOutcome {
     pub timings: Timings,
 }
 
-/// Ships these requests side by side; `verified` hears of the bytes of each request that was compared.
+/// Ships these requests side by side, in each direction; `verified` hears of the bytes of each request that was compared.
 ///
 /// Only the part from the first `send` to the last `sent` is timed: granting, filling and comparing happen while
 /// nothing is moved, so that the engine under measurement has the machine to itself.
@@ -41,26 +43,41 @@ pub(super) struct RequestOutcome {
 /// # Errors
 /// [`BenchError::Mismatch`] for a wrong byte, and whatever the daemons refuse.
 pub(super) async fn ship(
-    pair: &mut Pair,
-    requests: &[PlannedRequest],
+    pairs: &mut [Pair],
+    requests: &[Vec<PlannedRequest>],
     pool: &Pool,
     mut verified: impl FnMut(u64),
 ) -> Result<RoundOutcome, BenchError> {
-    open(pair, requests).await?;
-    let parts = fill(pair, requests, pool).await?;
-    let mut waits = Vec::with_capacity(requests.len());
-    for request in requests {
+    let mut waits = Vec::with_capacity(pairs.len());
+    let mut sends = Vec::with_capacity(pairs.len());
+    for (pair, requests) in pairs.iter_mut().zip(requests) {
+        open(pair, requests).await?;
+        let parts = fill(pair, requests, pool).await?;
+        waits.push(wait(pair, requests)?);
+        sends.push((pair, requests, parts));
+    }
+    let started = Instant::now();
+    let outcomes = try_join_all(sends.into_iter().map(|(pair, requests, parts)| send(pair, requests, parts))).await?;
+    let busy = outcomes.iter().map(|(finished, _)| *finished - started).max().unwrap_or_default();
+    let outcomes = outcomes.into_iter().flat_map(|(_, outcomes)| outcomes).collect();
+    for ((pair, requests), waits) in pairs.iter_mut().zip(requests).zip(waits) {
+        for (request, wait) in requests.iter().zip(waits) {
+            let (lease, chunks) = ready(pair, wait).await?;
+            verify(pair, request, &chunks, pool)?;
+            pair.receiver.link.request(|id| Request::Release { id, lease, after: None }).await?;
+            verified(request.len_bytes());
+        }
+    }
+    Ok(RoundOutcome { busy, requests: outcomes })
+}
+
+/// A reader begins to wait for each request.
+fn wait(pair: &mut Pair, requests: &[PlannedRequest]) -> Result<Vec<Seq>, BenchError> {
+    let wait = |request: &PlannedRequest| {
         let req_id = request.req_id.clone();
-        waits.push(pair.receiver.link.start(|id| Request::Wait { id, req_id, wait_ms: None, uncommitted: false })?);
-    }
-    let outcome = send(pair, requests, parts).await?;
-    for (request, wait) in requests.iter().zip(waits) {
-        let (lease, chunks) = ready(pair, wait).await?;
-        verify(pair, request, &chunks, pool)?;
-        pair.receiver.link.request(|id| Request::Release { id, lease, after: None }).await?;
-        verified(request.len_bytes());
-    }
-    Ok(outcome)
+        pair.receiver.link.start(|id| Request::Wait { id, req_id, wait_ms: None, uncommitted: false })
+    };
+    requests.iter().map(wait).collect()
 }
 
 async fn open(pair: &mut Pair, requests: &[PlannedRequest]) -> Result<(), BenchError> {
@@ -121,13 +138,13 @@ fn is_what_was_asked_for(slots: &[StagedSlot], request: &PlannedRequest) -> bool
             .all(|(position, (slot, content))| slot.chunk as usize == position && slot.len_bytes == content.len_bytes)
 }
 
+/// When the last was sent, and what each took.
 async fn send(
     pair: &mut Pair,
     requests: &[PlannedRequest],
     parts: Vec<Vec<SlotPart>>,
-) -> Result<RoundOutcome, BenchError> {
+) -> Result<(Instant, Vec<RequestOutcome>), BenchError> {
     let link = &mut pair.sender.link;
-    let started = Instant::now();
     let mut sent_at = Vec::with_capacity(requests.len());
     let mut accepts = Vec::with_capacity(requests.len());
     for (request, parts) in requests.iter().zip(parts) {
@@ -136,7 +153,7 @@ async fn send(
         accepts.push(link.start(|id| Request::Send { id, req_id, parts, last: true, after: None })?);
     }
     let mut outcomes = vec![RequestOutcome::default(); requests.len()];
-    let mut finished = started;
+    let mut finished = Instant::now();
     for _ in requests {
         let event = link.sent().await?;
         finished = Instant::now();
@@ -155,7 +172,7 @@ async fn send(
         link.reply(accept).await?;
     }
     // All were sent before the first event was taken in, so there is no gap between the first and the last.
-    Ok(RoundOutcome { busy: finished - started, requests: outcomes })
+    Ok((finished, outcomes))
 }
 
 async fn ready(pair: &mut Pair, wait: Seq) -> Result<(LeaseId, Vec<ReadyChunk>), BenchError> {
