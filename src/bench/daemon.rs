@@ -134,11 +134,8 @@ fn arguments(role: Role, options: &DaemonOptions, extra: &Extra, config: &Path) 
     if let Some(tp_size) = options.tp_size {
         arguments.extend(["--tp-size".into(), tp_size.to_string().into()]);
     }
-    let ports: &[&str] = match role {
-        // Free ones: two runs on one machine do not meet.
-        Role::Receiver => &["pd_peer_init_port=0", "pd_peer_alloc_port=0"],
-        Role::Sender => &[],
-    };
+    // Free ones: two runs on one machine do not meet.
+    let ports: &[&str] = if role.receives() { &["pd_peer_init_port=0", "pd_peer_alloc_port=0"] } else { &[] };
     let engine = options.engine.map(|engine| format!("transfer_channel={}", engine.as_str()));
     let ports = ports.iter().map(|port| (*port).to_owned());
     for set in ports.chain(extra.set.iter().cloned()).chain(engine).chain(options.set.iter().cloned()) {

@@ -96,6 +96,10 @@ pub fn run(config: Config, options: RunOptions) -> Result<(), RuntimeError> {
         match config.role {
             Role::Sender => sender::run(config, options).await,
             Role::Receiver => receiver::run(config, options).await,
+            Role::Both => Err(RuntimeError::Machine(
+                "pd_role = both: this build cannot run both halves yet; start a pd-sender and a pd-receiver, each without pd_role"
+                    .to_owned(),
+            )),
         }
     });
     // Socket tasks may still be flushing: they are not waited for without end.
