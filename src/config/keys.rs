@@ -116,7 +116,7 @@ keys! {
     PD_CHECKSUM = "pd_checksum", Words(&["off", "sampled", "full"]), Is("off"), Both,
         |c| Some(c.engine.checksum.as_str().to_owned());
 
-    "The ports that senders connect to (incoming half; a pd-sender ignores these: the router names them in every request)":
+    "The ports that senders connect to (incoming half; a pd-sender ignores these: the router names receivers)":
     /// Address that the ports below are bound to. Whoever reaches them can fill this buffer, unless there is a
     /// pd_shared_secret_file: keep them inside a trusted network.
     PD_PEER_HOST = "pd_peer_host", Host, Is("127.0.0.1"), Receiver, |c| Some(quoted(&c.bind_host));
