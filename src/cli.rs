@@ -19,9 +19,15 @@ pub fn daemon_main(role: Role) -> ExitCode {
     let (name, about) = match role {
         Role::Sender => (
             "pd-sender",
-            "Sends the KV chunks of a prefill worker to decode workers. Run one beside each prefill worker.",
+            "Sends the KV chunks of a prefill worker to decode workers. Run one beside each prefill worker. With pd_role: both \
+             in its configuration it also receives, into the same buffer.",
         ),
-        Role::Receiver => ("pd-receiver", "Receives KV chunks for a decode worker. Run one beside each decode worker."),
+        // No binary has both halves by itself.
+        Role::Receiver | Role::Both => (
+            "pd-receiver",
+            "Receives KV chunks for a decode worker. Run one beside each decode worker. With pd_role: both in its \
+             configuration it also sends, from the same buffer.",
+        ),
     };
     let command = Options::augment_args(Command::new(name)).version(env!("CARGO_PKG_VERSION")).about(about).after_help(
         "Prints one JSON line on stdout when it is ready; logs go to stderr (PD_LOG=debug for more).\n\

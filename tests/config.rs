@@ -22,7 +22,8 @@ const MODELS: &[(&str, u64)] = &[
     ("mistral-7b", 33_554_432),
     ("deepseek-v3", 17_989_632),
 ];
-const ROLES: [Role; 2] = [Role::Sender, Role::Receiver];
+/// The roles that a binary has by itself.
+const BINARIES: [Role; 2] = [Role::Sender, Role::Receiver];
 
 fn shipped(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("configs").join(path)
@@ -52,6 +53,10 @@ fn load(role: Role, text: &str) -> Result<Loaded, String> {
 
 /// Enough for a receiver, for tests of other keys.
 const MINIMAL: &str = "pd_buffer_size: 1GiB\npd_peer_init_port: 0\npd_peer_alloc_port: 0\n";
+
+/// Keys that only one half uses, besides the ports, with other values than their defaults.
+const OF_ONE_HALF: &str = "pd_peer_host: 127.0.0.2\npd_peer_query_port: 7600\npd_receivers: [a:1:2]\npd_proxy_host: p\n\
+    pd_proxy_port: 7500\npd_commit_timeout_sec: 1\npd_wait_timeout_sec: 2\npd_retention_sec: 3\npd_max_peer_requests: 4\n";
 
 const SECRET: &str = "0123456789abcdef0123456789abcdef";
 
@@ -137,8 +142,8 @@ fn a_secret_is_shown_nowhere() {
 #[test]
 fn every_shipped_file_serves_every_model() {
     // Broken in production: a user starts a shipped file with another model and is refused, or gets wrong slots.
-    for file in ["sender.yaml", "receiver.yaml", "loopback.yaml"] {
-        for role in ROLES {
+    for file in ["sender.yaml", "receiver.yaml", "loopback.yaml", "both.yaml"] {
+        for role in BINARIES {
             for (name, chunk_bytes) in MODELS {
                 let options = Options { config: Some(shipped(file)), model: Some(model(name)), ..Options::default() };
                 let loaded = Config::load(role, &options);
@@ -149,6 +154,7 @@ fn every_shipped_file_serves_every_model() {
                     continue;
                 }
                 let config = loaded.unwrap().config;
+                assert_eq!(config.role, if file == "both.yaml" { Role::Both } else { role }, "{file}");
                 assert_eq!(config.layout.chunk_bytes(), *chunk_bytes, "{name}");
                 assert!(config.buffer.slot_count >= 8, "{file} {name}");
                 assert!(config.buffer_len_bytes() <= config.buffer.asked_bytes);
@@ -165,6 +171,8 @@ fn the_defaults_that_the_files_state_are_the_defaults() {
         ("receiver.yaml", Role::Receiver),
         ("loopback.yaml", Role::Sender),
         ("loopback.yaml", Role::Receiver),
+        ("both.yaml", Role::Sender),
+        ("both.yaml", Role::Receiver),
     ] {
         let text = fs::read_to_string(shipped(file)).unwrap();
         let defaults: Vec<String> = text
@@ -182,18 +190,110 @@ fn the_defaults_that_the_files_state_are_the_defaults() {
 #[test]
 fn the_examples_in_the_files_are_accepted() {
     // Broken in production: a user takes the # from an example and is refused.
-    for (file, role) in [("sender.yaml", Role::Sender), ("receiver.yaml", Role::Receiver)] {
+    for (file, binary) in [
+        ("sender.yaml", Role::Sender),
+        ("receiver.yaml", Role::Receiver),
+        ("both.yaml", Role::Sender),
+        ("both.yaml", Role::Receiver),
+    ] {
         let secret = secret_file(0o600, SECRET);
         let text = fs::read_to_string(shipped(file)).unwrap().replace("#? ", "");
         assert!(text.contains("\npd_shared_secret_file: /etc/pd-backend/secret\n"), "{file}");
         let text = text.replace("/etc/pd-backend/secret", &secret.path().display().to_string());
-        let config = load(role, &text).unwrap().config;
+        let config = load(binary, &text).unwrap().config;
+        let role = config.role;
         assert_eq!(config.engine.kind, Some(EngineKind::Nixl));
         assert_eq!(config.connector_endpoint, Some(format!("ipc:///tmp/pd-{}-0.sock", role.as_str())));
         let proxy = ProxyConfig { host: "127.0.0.1".to_owned(), port: 7500 };
-        assert_eq!(config.proxy, (role == Role::Sender).then_some(proxy));
-        assert_eq!(config.query_port, (role == Role::Receiver).then_some(7600));
+        assert_eq!(config.proxy, role.sends().then_some(proxy));
+        assert_eq!(config.query_port, role.receives().then_some(7600));
     }
+}
+
+#[test]
+fn a_daemon_has_what_its_halves_use() {
+    // Broken in production: a daemon with both halves lacks a port or a receiver, or one half changes the other's daemon.
+    let of = |binary, text: &str| load(binary, text).unwrap().config;
+    let sending = |config: &Config| {
+        let to = config.receivers.first().map(|address| address.host.clone());
+        (to, config.proxy.as_ref().map(|proxy| proxy.port), config.deadlines.commit.as_secs())
+    };
+    let receiving = |config: &Config| {
+        let times = (config.deadlines.wait.as_secs(), config.deadlines.retention.as_secs());
+        let ports = (config.init_port, config.alloc_port, config.query_port);
+        (config.bind_host.clone(), ports, times, config.limits.peer_requests_max)
+    };
+    let sends = (Some("a".to_owned()), Some(7500), 1);
+    let sends_nothing = (None, None, 10);
+    let receives = ("127.0.0.2".to_owned(), (7300, 7400, Some(7600)), (2, 3), 4);
+    let by_default = |ports| ("127.0.0.1".to_owned(), ports, (120, 300), 512);
+
+    let text = format!("pd_buffer_size: 1GiB\npd_peer_init_port: 7300\npd_peer_alloc_port: 7400\n{OF_ONE_HALF}");
+    let sender = of(Role::Sender, &text);
+    assert_eq!((sender.role, sending(&sender)), (Role::Sender, sends.clone()));
+    assert_eq!(receiving(&sender), by_default((0, 0, None)));
+    let receiver = of(Role::Receiver, &text);
+    assert_eq!((receiver.role, sending(&receiver)), (Role::Receiver, sends_nothing.clone()));
+    assert_eq!(receiving(&receiver), receives);
+    // Whichever binary runs it, under today's key and the older one, in a file and over one.
+    for line in ["pd_role: both\n", "nixl_role: both\n"] {
+        let [one, other] = BINARIES.map(|binary| of(binary, &format!("{text}{line}")));
+        assert_eq!((one.role, sending(&one), receiving(&one)), (Role::Both, sends.clone(), receives.clone()));
+        assert_eq!(one, other);
+    }
+    for (binary, written) in [(Role::Sender, "sender"), (Role::Receiver, "receiver")] {
+        let set = |options: &mut Options| options.set.push("pd_role=both".to_owned());
+        let over = load_text(binary, &format!("{text}pd_role: {written}\n"), set).unwrap().config;
+        assert_eq!(over.role, Role::Both);
+        // What a file says can be taken back.
+        let unset = |options: &mut Options| options.set.push("pd_role=".to_owned());
+        let back = load_text(binary, &format!("{text}pd_role: both\n"), unset).unwrap().config;
+        assert_eq!(back, of(binary, &text));
+    }
+    // With nothing said.
+    let both = of(Role::Sender, &format!("{MINIMAL}pd_role: both\n"));
+    assert_eq!((sending(&both), receiving(&both)), (sends_nothing, by_default((0, 0, None))));
+}
+
+#[test]
+fn a_file_without_a_role_serves_either_binary() {
+    // Broken in production: a file that a pd-sender and a pd-receiver share starts two daemons with both halves.
+    for (binary, written) in [(Role::Sender, "sender"), (Role::Receiver, "receiver")] {
+        for line in ["", "pd_role:\n", "nixl_role: null\n"] {
+            let config = load(binary, &format!("{MINIMAL}{line}")).unwrap().config;
+            assert_eq!(config, load(binary, &format!("{MINIMAL}pd_role: {written}\n")).unwrap().config);
+            assert_eq!(config.role, binary);
+        }
+    }
+}
+
+#[test]
+fn keys_of_one_half_are_accepted_and_named() {
+    // Broken in production: an operator sets a key that this daemon ignores, and waits for its effect.
+    const OUTGOING: &str =
+        "pd_receivers, pd_proxy_host, pd_proxy_port, pd_commit_timeout_sec: used by the outgoing half, ";
+    const INCOMING: &str = "pd_peer_host, pd_peer_init_port, pd_peer_alloc_port, pd_peer_query_port, pd_wait_timeout_sec, \
+                            pd_retention_sec, pd_max_peer_requests: used by the incoming half, ";
+    let notes = |binary, text: &str| -> Vec<String> {
+        let notes = load(binary, text).unwrap().notes;
+        notes.into_iter().filter(|note| note.contains(" half, ")).collect()
+    };
+    let all = format!("{MINIMAL}{OF_ONE_HALF}");
+    assert_eq!(notes(Role::Sender, &all), [format!("{INCOMING}which this pd-sender does not have; ignored")]);
+    assert_eq!(notes(Role::Receiver, &all), [format!("{OUTGOING}which this pd-receiver does not have; ignored")]);
+    for binary in BINARIES {
+        let expected =
+            [format!("{OUTGOING}ignored by the incoming half"), format!("{INCOMING}ignored by the outgoing half")];
+        assert_eq!(notes(binary, &format!("{all}pd_role: both\n")), expected);
+    }
+    // Named as they are written; and a key that is null, or that both halves use, is none of one half.
+    let text =
+        "pd_buffer_size: 1GiB\nnixl_proxy_host: p\nnixl_proxy_port: 1\npd_receivers: null\npd_write_timeout_sec: 5\n";
+    assert_eq!(
+        notes(Role::Receiver, &format!("{text}pd_peer_init_port: 0\npd_peer_alloc_port: 0\n")),
+        ["nixl_proxy_host, nixl_proxy_port: used by the outgoing half, which this pd-receiver does not have; ignored"]
+    );
+    assert_eq!(notes(Role::Sender, text), Vec::<String>::new());
 }
 
 #[test]
@@ -239,12 +339,15 @@ fn what_check_prints_means_the_same() {
         model_name: \"a: odd #name\"\npd_retention_sec: 0.25\ntransfer_channel: local\nnixl_backends: [UCX, POSIX]\n\
         pd_nixl_lib_dir: /opt/x y\npd_connector_endpoint: ipc:///tmp/{role}.sock\npd_metrics_host: \"::1\"\npd_metrics_port: 9400\n\
         pd_receivers: [10.0.0.2:7300:7400, \"[::1]:7310:7410\"]\n";
-    for role in ROLES {
+    for role in BINARIES {
         let lazy = format!("{MINIMAL}pd_buffer_initial_size: 100MB\n");
         let unwatched = format!("{MINIMAL}pd_metrics_port: none\n");
         // Found by the fuzz target config_yaml: a sender kept what it does not use, and did not show it.
         let elsewhere = format!("{MINIMAL}pd_peer_host: 254.0.0.1\n");
-        for text in [rich, MINIMAL, &lazy, &unwatched, &elsewhere] {
+        // The same of the keys that only the other half uses.
+        let halves = format!("{MINIMAL}{OF_ONE_HALF}");
+        let both = format!("{halves}pd_role: both\n");
+        for text in [rich, MINIMAL, &lazy, &unwatched, &elsewhere, &halves, &both] {
             let config = load(role, text).unwrap().config;
             let printed = config.to_yaml();
             let read_back = load(role, &printed).unwrap();
@@ -257,6 +360,9 @@ fn what_check_prints_means_the_same() {
         "# pd-receiver, rank 0 of 1\n# one chunk: 256 tokens of 131072 bytes, 33554432 bytes in all (32MiB)\n"
     ));
     assert!(printed.contains("\npd_allocation_timeout_sec: 30  # seconds\n"), "{printed}");
+    let both = load(Role::Receiver, &format!("{MINIMAL}pd_role: both\n")).unwrap().config;
+    assert!(both.to_yaml().starts_with("# a daemon with both halves, rank 0 of 1\n"), "{}", both.to_yaml());
+    assert!(both.to_yaml().contains("\npd_role: both\n") && both.to_line().starts_with("role=both rank=0/1 "));
 }
 
 #[test]
@@ -400,11 +506,11 @@ const REFUSED: &[(&str, &str)] = &[
     ("enable_pd: 1", "f.yaml:4: enable_pd = 1; expected true or false; write for example `enable_pd: true`"),
     (
         "pd_role: sender",
-        "f.yaml:4: pd_role = \"sender\": this is pd-receiver; start pd-sender, or write receiver, or both",
+        "f.yaml:4: pd_role = \"sender\": this is pd-receiver, which accepts receiver or both; start pd-sender, or leave it out, or write both for a daemon that sends and receives",
     ),
     (
         "nixl_role: sender",
-        "f.yaml:4: nixl_role = \"sender\": this is pd-receiver; start pd-sender, or write receiver, or both",
+        "f.yaml:4: nixl_role = \"sender\": this is pd-receiver, which accepts receiver or both; start pd-sender, or leave it out, or write both for a daemon that sends and receives",
     ),
     (
         "pd_role: decoder",
@@ -412,7 +518,7 @@ const REFUSED: &[(&str, &str)] = &[
     ),
     (
         "pd_bidirectional: true",
-        "f.yaml:4: pd_bidirectional = true: a daemon moves KV one way, from a pd-sender to a pd-receiver; write false, and start a pd-sender and a pd-receiver at each end",
+        "f.yaml:4: pd_bidirectional = true: LMCache's way of reading KV back from a decode worker is not served; write false; for KV in both directions write pd_role: both at each end",
     ),
     (
         "pd_buffer_size: 1000",
@@ -590,6 +696,18 @@ fn bad_configurations_are_refused_with_the_whole_story() {
 fn refusals_that_depend_on_role_rank_and_model() {
     // Broken in production: a worker of a larger tensor-parallel group starts with another's resources.
     let sender = |line: &str| load(Role::Sender, &format!("pd_buffer_size: 1GiB\n{line}\n")).unwrap_err();
+    assert_eq!(
+        sender("pd_role: receiver"),
+        "f.yaml:2: pd_role = \"receiver\": this is pd-sender, which accepts sender or both; start pd-receiver, or leave it out, or write both for a daemon that sends and receives"
+    );
+    assert_eq!(
+        sender("pd_role: both"),
+        "`pd_peer_init_port` is missing; expected a port from 0 to 65535, or a list of one such port per rank; write for example `pd_peer_init_port: 7300`"
+    );
+    assert_eq!(
+        sender("pd_role: both\npd_peer_init_port: 0\npd_peer_alloc_port: 0\npd_proxy_port: 7500"),
+        "f.yaml:5: pd_proxy_port = 7500: `pd_proxy_host` is missing; give both, or neither, or pd_skip_proxy_notification: true"
+    );
     assert_eq!(
         sender("pd_proxy_host: 127.0.0.1"),
         "f.yaml:2: pd_proxy_host = \"127.0.0.1\": `pd_proxy_port` is missing; give both, or neither, or pd_skip_proxy_notification: true"

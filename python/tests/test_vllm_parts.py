@@ -180,6 +180,22 @@ class TestOptions:
         file.write_text("pd_buffer_device: cuda\n")
         assert Options.parse({"config_file": str(file)}).daemon_args("cuda:1") == ["--config", str(file)]
 
+    def test_a_daemon_with_both_halves_is_refused(self, tmp_path: Path) -> None:
+        # Broken in production: a file that prefill and decode share starts daemons that the connector cannot attach to.
+        for given in ({"pd_role": "both"}, {"nixl_role": "both"}, {"pd_role": "sender", "nixl_role": "both"}):
+            with pytest.raises(OptionError, match="leave pd_role out"):
+                Options.parse({"set": given}).daemon_args("cpu")
+        pytest.importorskip("yaml", reason="no PyYAML: run `scripts/setup-deps python` for this test")
+        file = tmp_path / "c.yaml"
+        for line in ("pd_role: both", "nixl_role: both"):
+            file.write_text(f"{line}\n")
+            with pytest.raises(OptionError, match="pd_role = both; PdConnector moves KV one way"):
+                Options.parse({"config_file": str(file)}).daemon_args("cpu")
+            taken_back = Options.parse({"config_file": str(file), "set": {"pd_role": None}}).daemon_args("cpu")
+            assert taken_back[-2:] == ["--set", "pd_role="]
+        file.write_text("pd_role: sender\n")
+        assert Options.parse({"config_file": str(file)}).daemon_args("cpu")[:2] == ["--config", str(file)]
+
     def test_daemons_get_the_time_that_they_were_given(self) -> None:
         # Broken in production: a request that may wait for ten minutes is given up by its client after two.
         assert Options().wait_timeout_s() == 120.0

@@ -6,7 +6,9 @@ use super::{Config, Role};
 
 const LAYOUT: &str = r#"{"model": "m", "chunk_bytes": 65536}"#;
 
-/// What the text means to a daemon of this role whose chunks have 64 KiB; none where it is refused.
+pub(super) const ROLES: [Role; 3] = [Role::Sender, Role::Receiver, Role::Both];
+
+/// What the text means to a daemon that has this role unless the text says another, and whose chunks have 64 KiB; none where it is refused.
 pub(crate) fn read(role: Role, text: &str) -> Option<Config> {
     let raw = RawConfig::parse(Some(("pd.yaml", text)), &[]).ok()?;
     let worker = Worker { rank: 0, tp_size: None, model_name: Some("m") };
@@ -16,7 +18,7 @@ pub(crate) fn read(role: Role, text: &str) -> Option<Config> {
 
 /// What is accepted is accepted as `--check` prints it, and means the same.
 pub(crate) fn load(text: &str) {
-    for role in [Role::Sender, Role::Receiver] {
+    for role in ROLES {
         if let Some(config) = read(role, text) {
             let _ = config.to_line();
             let shown = config.to_yaml();
@@ -29,8 +31,8 @@ pub(crate) fn load(text: &str) {
     }
 }
 
-/// Whether a daemon of either role would take it.
+/// Whether a daemon of any role would take it.
 #[cfg(test)]
 pub(crate) fn accepts(text: &str) -> bool {
-    [Role::Sender, Role::Receiver].into_iter().any(|role| read(role, text).is_some())
+    ROLES.into_iter().any(|role| read(role, text).is_some())
 }

@@ -1,7 +1,7 @@
 //! What is said about a key of the configuration: which values it takes, and what it is when it is left out.
 
 use super::size::SIZE_ACCEPTED;
-use super::{Config, DEADLINE_SEC_MAX};
+use super::{Config, DEADLINE_SEC_MAX, Role};
 
 /// One of our keys: a row of the table in `keys`.
 #[derive(Debug)]
@@ -12,8 +12,8 @@ pub(super) struct Key {
     pub kind: Kind,
     /// What it is when it is left out.
     pub absence: Absence,
-    /// Which daemon it is for.
-    pub of: Of,
+    /// Which halves use it; one that does not accepts and ignores it.
+    pub of: Role,
     /// Its value in a checked configuration, as YAML; none when it is not set.
     pub shown: Option<fn(&Config) -> Option<String>>,
     /// The heading that it stands under in the shipped files.
@@ -62,19 +62,16 @@ pub(super) enum Absence {
     Is(&'static str),
     /// Nothing; an example of a value, and what happens then.
     Without(&'static str, &'static str),
-    /// Refused, by the daemons that it is for; an example of a value.
+    /// Refused, by the daemons that use it; an example of a value.
     Refused(&'static str),
 }
 
-/// Which daemon a key is for; the other accepts and ignores it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Of {
-    Both,
-    Sender,
-    Receiver,
-}
-
 impl Key {
+    /// Whether a daemon with these halves uses it.
+    pub(super) const fn used_by(&self, role: Role) -> bool {
+        (self.of.sends() && role.sends()) || (self.of.receives() && role.receives())
+    }
+
     /// A value that it takes, as YAML.
     pub(super) const fn example(&self) -> &'static str {
         match self.absence {

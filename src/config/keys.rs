@@ -4,14 +4,14 @@
 use std::time::Duration;
 
 use super::address::text_of;
-use super::key::{Absence, Key, Kind, Of, quoted};
+use super::key::{Absence, Key, Kind, quoted};
 use super::size::exact_size;
-use super::{Config, EngineKind};
+use super::{Config, EngineKind, Role};
 use crate::ids::{PEERS_MAX, REQUEST_CHUNKS_MAX};
 use crate::kv_layout::{CHUNK_TOKENS_MAX, MODEL_LEN_BYTES_MAX, parse_dtype};
 use Absence::{Is, Refused, Without};
 use Kind::{Boolean, Form, Host, Port, Ports, PortsOrNone, Seconds, Size, Text, Whole, Words};
-use Of::{Both, Receiver, Sender};
+use Role::{Both, Receiver, Sender};
 
 macro_rules! keys {
     ($($section:literal: $(
@@ -49,8 +49,12 @@ keys! {
     "What this daemon is":
     /// true, or left out. LMCache needs it; false is refused.
     ENABLE_PD = "enable_pd", Boolean, Is("true"), Both;
-    /// Refused where it does not match the daemon that is started.
-    PD_ROLE = "pd_role", Words(&["sender", "receiver", "both"]), Without("both", "it matches either daemon"), Both,
+    /// Which halves the daemon has. The outgoing half sends KV chunks, the incoming half receives them. sender: the
+    /// outgoing half; refused by a pd-receiver. receiver: the incoming half; refused by a pd-sender. both: either program
+    /// runs both halves over one buffer, and needs the ports of a receiver. Leave it out of a file that a pd-sender and a
+    /// pd-receiver share.
+    PD_ROLE = "pd_role", Words(&["sender", "receiver", "both"]),
+        Without("both", "a pd-sender has the outgoing half, a pd-receiver the incoming half"), Both,
         |c| Some(c.role.as_str().to_owned());
     /// Name of the model, as the handshake compares it: peers with another name are refused.
     MODEL_NAME = "model_name", Text(MODEL_LEN_BYTES_MAX), Without(
@@ -112,7 +116,7 @@ keys! {
     PD_CHECKSUM = "pd_checksum", Words(&["off", "sampled", "full"]), Is("off"), Both,
         |c| Some(c.engine.checksum.as_str().to_owned());
 
-    "The ports that senders connect to (a sender ignores these: the router names them in every request)":
+    "The ports that senders connect to (incoming half; a pd-sender ignores these: the router names receivers)":
     /// Address that the ports below are bound to. Whoever reaches them can fill this buffer, unless there is a
     /// pd_shared_secret_file: keep them inside a trusted network.
     PD_PEER_HOST = "pd_peer_host", Host, Is("127.0.0.1"), Receiver, |c| Some(quoted(&c.bind_host));
@@ -125,7 +129,7 @@ keys! {
     PD_PEER_QUERY_PORT = "pd_peer_query_port", Ports, Without("7600", "cache queries are not served"), Receiver,
         |c| c.query_port.and_then(number);
 
-    "Receivers that are known in advance (a receiver ignores these)":
+    "Receivers that are known in advance (outgoing half; a pd-receiver ignores these)":
     /// Receivers that are met at start, before any request names them, and met again when they are lost: one that
     /// cannot be sent to (another model, dtype, version, secret ...) is in the log and in `status` at once, and a first
     /// request finds the handshake done. HOST:INIT_PORT:ALLOC_PORT each, an IPv6 address in brackets; with tensor
@@ -137,7 +141,7 @@ keys! {
              an IPv6 address in brackets"
         ), Without("[10.0.0.2:7300:7400]", "each is met at its first request"), Sender, receivers;
 
-    "The proxy (a receiver ignores these)":
+    "The proxy (outgoing half; a pd-receiver ignores these)":
     /// Who is told, by a ProxyNotif, that a request's chunks have been committed. Host and port, or neither.
     PD_PROXY_HOST = "pd_proxy_host", Host, Without("127.0.0.1", "nobody is told"), Sender,
         |c| c.proxy.as_ref().map(|proxy| quoted(&proxy.host));
@@ -156,13 +160,13 @@ keys! {
     /// From the grant of a receiver's slots to their commit, the prefill in between included: raise it for long
     /// prompts. After it, the request fails.
     PD_WRITE_TIMEOUT_SEC = "pd_write_timeout_sec", ABOVE_ZERO, Is("120"), Both, |c| seconds(c.deadlines.write);
-    /// How long a sender waits for a sign of its receiver about a commit. One that is still checking (pd_checksum)
-    /// gives it, however long the check takes.
-    PD_COMMIT_TIMEOUT_SEC = "pd_commit_timeout_sec", ABOVE_ZERO, Is("10"), Both, |c| seconds(c.deadlines.commit);
-    /// Receiver: how long `wait` waits for a request when the connector does not say.
-    PD_WAIT_TIMEOUT_SEC = "pd_wait_timeout_sec", FROM_ZERO, Is("120"), Both, |c| seconds(c.deadlines.wait);
-    /// Receiver: how long ready chunks that nobody fetches are kept.
-    PD_RETENTION_SEC = "pd_retention_sec", ABOVE_ZERO, Is("300"), Both, |c| seconds(c.deadlines.retention);
+    /// Outgoing half: how long it waits for a sign of the receiver about a commit. A receiver that is still checking
+    /// (pd_checksum) gives one, however long the check takes.
+    PD_COMMIT_TIMEOUT_SEC = "pd_commit_timeout_sec", ABOVE_ZERO, Is("10"), Sender, |c| seconds(c.deadlines.commit);
+    /// Incoming half: how long `wait` waits for a request when the connector does not say.
+    PD_WAIT_TIMEOUT_SEC = "pd_wait_timeout_sec", FROM_ZERO, Is("120"), Receiver, |c| seconds(c.deadlines.wait);
+    /// Incoming half: how long ready chunks that nobody fetches are kept.
+    PD_RETENTION_SEC = "pd_retention_sec", ABOVE_ZERO, Is("300"), Receiver, |c| seconds(c.deadlines.retention);
     /// How long requests in flight may take after SIGTERM. A second SIGTERM stops at once.
     PD_SHUTDOWN_TIMEOUT_SEC = "pd_shutdown_timeout_sec", FROM_ZERO, Is("5"), Both, |c| seconds(c.deadlines.shutdown);
 
@@ -202,8 +206,9 @@ keys! {
     "Limits: what exceeds one is refused with an error, and nothing else is disturbed":
     /// Requests that have not ended.
     PD_MAX_REQUESTS = "pd_max_requests", up_to(1 << 20), Is("1024"), Both, |c| number(c.limits.requests_max);
-    /// Receiver: requests of one sender that have not ended.
-    PD_MAX_PEER_REQUESTS = "pd_max_peer_requests", up_to(1 << 20), Is("512"), Both, |c| number(c.limits.peer_requests_max);
+    /// Incoming half: requests of one sender that have not ended.
+    PD_MAX_PEER_REQUESTS = "pd_max_peer_requests", up_to(1 << 20), Is("512"), Receiver,
+        |c| number(c.limits.peer_requests_max);
     /// Chunks of one request; the most there can be is what one message carries.
     PD_MAX_REQUEST_CHUNKS = "pd_max_request_chunks", up_to(REQUEST_CHUNKS_MAX), Is("4096"), Both,
         |c| number(c.limits.request_chunks_max);
@@ -217,7 +222,8 @@ keys! {
     PD_BACKEND_MODE = "pd_backend_mode", Words(&["sync", "async"]), Without("async", ""), Both;
     /// Seconds between two looks at a condition: nothing here waits that way.
     PD_CONDITION_POLL_INTERVAL_SEC = "pd_condition_poll_interval_sec", FROM_ZERO, Without("0.005", ""), Both;
-    /// true is refused: a daemon moves KV one way. Start a pd-sender and a pd-receiver at each end.
+    /// true is refused: LMCache's way of reading KV back from a decode worker is not served. For KV in both directions
+    /// write pd_role: both at each end.
     PD_BIDIRECTIONAL = "pd_bidirectional", Boolean, Is("false"), Both;
 }
 

@@ -23,7 +23,7 @@ pub struct Loaded {
 }
 
 impl Config {
-    /// Reads and checks what the options name.
+    /// Reads and checks what the options name. `role` is the binary's own: it counts unless `pd_role: both` is written.
     ///
     /// # Errors
     /// [`ConfigError`]: a file that cannot be read, a key or value that cannot be used, a model without a layout. The

@@ -34,32 +34,44 @@ pub use load::Loaded;
 pub use options::Options;
 pub use size::{exact_size, parse_size};
 
-/// Which of the two daemons.
+/// Which halves a daemon has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
-    /// Beside a prefill worker.
+    /// The outgoing half alone: `pd-sender`, beside a prefill worker.
     Sender,
-    /// Beside a decode worker.
+    /// The incoming half alone: `pd-receiver`, beside a decode worker.
     Receiver,
+    /// Both halves over one buffer: either binary, with `pd_role: both`.
+    Both,
 }
 
 impl Role {
-    /// `sender` or `receiver`.
+    /// `sender`, `receiver` or `both`: the value of `pd_role`.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Sender => "sender",
             Self::Receiver => "receiver",
+            Self::Both => "both",
         }
     }
 
-    /// Whether it has the half that sends.
-    pub const fn sends(self) -> bool {
-        matches!(self, Self::Sender)
+    /// What a person calls such a daemon.
+    pub const fn daemon(self) -> &'static str {
+        match self {
+            Self::Sender => "pd-sender",
+            Self::Receiver => "pd-receiver",
+            Self::Both => "a daemon with both halves",
+        }
     }
 
-    /// Whether it has the half that receives.
+    /// Whether it has the outgoing half.
+    pub const fn sends(self) -> bool {
+        matches!(self, Self::Sender | Self::Both)
+    }
+
+    /// Whether it has the incoming half.
     pub const fn receives(self) -> bool {
-        matches!(self, Self::Receiver)
+        matches!(self, Self::Receiver | Self::Both)
     }
 }
 
@@ -91,7 +103,7 @@ pub const SLOT_COUNT_MAX: u32 = 1 << 24;
 /// A checked configuration: every number in range, every size whole, every name known.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Config {
-    /// Which daemon this is.
+    /// Which halves this daemon has.
     pub role: Role,
     /// Tensor-parallel rank of the worker beside it.
     pub rank: u32,
@@ -101,17 +113,17 @@ pub struct Config {
     pub buffer: BufferConfig,
     /// The transfer engine.
     pub engine: EngineConfig,
-    /// Address that the side-channel ports are bound to; `pd_peer_host` of a receiver, unused by a sender.
+    /// Address that the side-channel ports are bound to; `pd_peer_host`. The outgoing half binds none.
     pub bind_host: String,
-    /// Receiver: port of the handshake; 0 asks for a free one.
+    /// Incoming half: port of the handshake; 0 asks for a free one.
     pub init_port: u16,
-    /// Receiver: port of allocations; 0 asks for a free one.
+    /// Incoming half: port of allocations; 0 asks for a free one.
     pub alloc_port: u16,
-    /// Receiver: port of cache queries; none: not served.
+    /// Incoming half: port of cache queries; none: not served.
     pub query_port: Option<u16>,
-    /// Sender: receivers that it meets at start, and keeps; no two are the same.
+    /// Outgoing half: receivers that it connects to at start, and keeps; no two are the same.
     pub receivers: Vec<PeerAddress>,
-    /// Sender: the proxy that is told when a request is ready; none: nobody is told.
+    /// Outgoing half: the proxy that is told when a request is ready; none: nobody is told.
     pub proxy: Option<ProxyConfig>,
     /// What peers have to prove to know; none: whoever reaches the ports may talk.
     pub shared_secret: Option<SecretFile>,
@@ -162,7 +174,7 @@ pub struct EngineConfig {
     pub nixl_progress_delay_us: u64,
 }
 
-/// The proxy that a sender tells.
+/// The proxy that the outgoing half tells.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ProxyConfig {
     /// Host name or address.
@@ -198,15 +210,15 @@ pub struct Deadlines {
     pub handshake: Duration,
     /// From a grant to its commit: how long a granted slot may be written to.
     pub write: Duration,
-    /// A commit's acknowledgement.
+    /// Outgoing half: a commit's acknowledgement.
     pub commit: Duration,
-    /// Receiver: `wait` without a time of its own.
+    /// Incoming half: `wait` without a time of its own.
     pub wait: Duration,
-    /// Ready chunks that nobody fetches.
+    /// Incoming half: ready chunks that nobody fetches.
     pub retention: Duration,
     /// Draining after SIGTERM (`pd_shutdown_timeout_sec`).
     pub shutdown: Duration,
-    /// Sender: from one ping to the next, to each connected receiver.
+    /// From one ping to the next, to each connected receiver.
     pub heartbeat: Duration,
     /// A peer of which nothing is heard for so long is given up; above `heartbeat`.
     pub peer: Duration,
@@ -217,7 +229,7 @@ pub struct Deadlines {
 pub struct Limits {
     /// Requests that have not ended, per daemon.
     pub requests_max: u32,
-    /// Receiver: requests of one sender that have not ended.
+    /// Incoming half: requests of one sender that have not ended.
     pub peer_requests_max: u32,
     /// Chunks of one request.
     pub request_chunks_max: u32,

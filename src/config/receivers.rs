@@ -1,4 +1,4 @@
-//! `pd_receivers`: where the receivers are that a sender meets at start.
+//! `pd_receivers`: where the receivers are that the outgoing half connects to at start.
 
 use std::collections::BTreeSet;
 
@@ -9,7 +9,7 @@ use super::raw::{Entry, RawConfig, RawValue};
 use super::{Limits, Role};
 use crate::ids::PeerAddress;
 
-/// Those of this rank, in the order written. A receiver may have them in its file, and does not use them.
+/// Those of this rank, in the order written. A file may have them for a daemon without an outgoing half: then there are none.
 pub(super) fn receivers(
     role: Role,
     raw: &RawConfig,
@@ -26,14 +26,14 @@ pub(super) fn receivers(
         RawValue::Text(text) => Some(text.clone()),
         _ => None,
     };
-    // Read by a receiver all the same: a file that is wrong is wrong for both.
+    // Read where nothing is sent, too: a file that is wrong is wrong for every daemon.
     let mut all = Vec::with_capacity(items.len());
     for item in items {
         let text = text_of(item).ok_or_else(|| entry.bad(key))?;
         let written = parse(&text).ok_or_else(|| entry.bad(key))?;
         all.push((text, written));
     }
-    if role == Role::Receiver {
+    if !role.sends() {
         return Ok(Vec::new());
     }
     let most = limits.peers_max as usize;

@@ -18,9 +18,6 @@ use crate::kv_layout::{GivenDefaults, KvLayout, ModelOptions, from_layout_json, 
 /// A path in a Unix socket's address has 107 bytes; some are left for what ZeroMQ's peers add.
 const ENDPOINT_PATH_LEN_BYTES_MAX: usize = 100;
 
-/// What is bound unless something else is said.
-const LOOPBACK: &str = "127.0.0.1";
-
 /// Where the layout comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum LayoutSource<'a> {
@@ -39,20 +36,23 @@ pub(super) struct Worker<'a> {
 }
 
 /// The checked configuration, and what to log about how it came to be.
+///
+/// `binary` is the role of the program that reads it, which `pd_role: both` widens.
 pub(super) fn resolve(
-    role: Role,
+    binary: Role,
     raw: &RawConfig,
     source: Option<LayoutSource<'_>>,
     worker: Worker<'_>,
     shared_secret: Option<SecretFile>,
 ) -> Result<(Config, Vec<String>), ConfigError> {
     let mut notes = Vec::new();
-    check_mode(role, raw)?;
+    let role = role(binary, raw)?;
+    check_mode(raw)?;
     let layout = layout(raw, source, worker)?;
     let rank = layout.tp_rank;
     let buffer = buffer(raw, &layout, rank, &mut notes)?;
     let peers = peer_ports(role, raw, rank)?;
-    let limits = limits(raw)?;
+    let limits = limits(role, raw)?;
     let config = Config {
         role,
         rank,
@@ -66,12 +66,13 @@ pub(super) fn resolve(
         shared_secret,
         connector_endpoint: connector_endpoint(role, raw, &layout)?,
         metrics: metrics(raw, rank, &mut notes)?,
-        deadlines: deadlines(raw, &mut notes)?,
+        deadlines: deadlines(role, raw, &mut notes)?,
         limits,
         buffer,
         layout,
     };
     note_what_has_no_effect(raw, &mut notes)?;
+    note_keys_of_one_half(role, raw, &mut notes);
     if config.buffer.device != BufferDevice::Cpu && config.engine.checksum != ChecksumMode::Off {
         notes.push(format!(
             "{} = {}: each chunk that is summed is copied from the GPU to the host for it, at both ends",
@@ -82,8 +83,22 @@ pub(super) fn resolve(
     Ok((config, notes))
 }
 
+/// The halves that the daemon has: the binary's own, unless the file says both.
+fn role(binary: Role, raw: &RawConfig) -> Result<Role, ConfigError> {
+    let key = &keys::PD_ROLE;
+    match raw.word(key)? {
+        None => Ok(binary),
+        Some("both") => Ok(Role::Both),
+        Some(own) if own == binary.as_str() => Ok(binary),
+        Some(other) => Err(raw.written(key)?.refused(
+            format!("this is {}, which accepts {} or both", binary.daemon(), binary.as_str()),
+            format!("start pd-{other}, or leave it out, or write both for a daemon that sends and receives"),
+        )),
+    }
+}
+
 /// The keys that say what kind of LMCache instance the file is for.
-fn check_mode(role: Role, raw: &RawConfig) -> Result<(), ConfigError> {
+fn check_mode(raw: &RawConfig) -> Result<(), ConfigError> {
     let refuse = |key: &Key, reason: &str, advice: &str| match raw.entry(key) {
         Some(entry) => Err(entry.refused(reason, advice)),
         None => Ok(()),
@@ -91,18 +106,11 @@ fn check_mode(role: Role, raw: &RawConfig) -> Result<(), ConfigError> {
     if raw.boolean(&keys::ENABLE_PD)? == Some(false) {
         refuse(&keys::ENABLE_PD, "this daemon does nothing but PD", "write true, or leave it out")?;
     }
-    if let Some(written) = raw.word(&keys::PD_ROLE)?
-        && ![role.as_str(), "both"].contains(&written)
-    {
-        let reason = format!("this is pd-{}", role.as_str());
-        let advice = format!("start pd-{written}, or write {}, or both", role.as_str());
-        refuse(&keys::PD_ROLE, &reason, &advice)?;
-    }
     if raw.boolean(&keys::PD_BIDIRECTIONAL)? == Some(true) {
         refuse(
             &keys::PD_BIDIRECTIONAL,
-            "a daemon moves KV one way, from a pd-sender to a pd-receiver",
-            "write false, and start a pd-sender and a pd-receiver at each end",
+            "LMCache's way of reading KV back from a decode worker is not served",
+            "write false; for KV in both directions write pd_role: both at each end",
         )?;
     }
     Ok(())
@@ -289,11 +297,7 @@ fn engine(raw: &RawConfig) -> Result<EngineConfig, ConfigError> {
 }
 
 fn bind_host(role: Role, raw: &RawConfig, has_secret: bool, notes: &mut Vec<String>) -> Result<String, ConfigError> {
-    let host = raw.must(&keys::PD_PEER_HOST, RawConfig::host)?;
-    if role == Role::Sender {
-        // It binds no port for peers, whatever a file that both roles share says.
-        return Ok(LOOPBACK.to_owned());
-    }
+    let host = raw.must_of(role, &keys::PD_PEER_HOST, RawConfig::host)?;
     if !is_loopback(&host) && !has_secret {
         notes.push(format!(
             "pd_peer_host = {host}: whoever reaches these ports can fill the pd_buffer; keep them inside a trusted network, or give all daemons a pd_shared_secret_file"
@@ -348,18 +352,19 @@ struct PeerPorts {
     query: Option<u16>,
 }
 
-/// A receiver's ports. A sender may have them in its file, and does not use them.
+/// The incoming half's ports. A file may have them for a daemon without that half: then there are none.
 fn peer_ports(role: Role, raw: &RawConfig, rank: u32) -> Result<PeerPorts, ConfigError> {
     let of_rank = |key: &'static Key| -> Result<Option<u16>, ConfigError> {
-        match role {
-            // Read all the same: a file that is wrong is wrong for both.
-            Role::Sender => raw.ports(key).map(|_| None),
-            Role::Receiver => of_rank(raw, key, rank),
+        if role.receives() {
+            of_rank(raw, key, rank)
+        } else {
+            // Read all the same: a file that is wrong is wrong for every daemon.
+            raw.ports(key).map(|_| None)
         }
     };
     let (init, alloc, query) =
         (of_rank(&keys::PD_PEER_INIT_PORT)?, of_rank(&keys::PD_PEER_ALLOC_PORT)?, of_rank(&keys::PD_PEER_QUERY_PORT)?);
-    if role == Role::Receiver {
+    if role.receives() {
         raw.written(&keys::PD_PEER_INIT_PORT)?;
         raw.written(&keys::PD_PEER_ALLOC_PORT)?;
     }
@@ -385,7 +390,7 @@ fn proxy(role: Role, raw: &RawConfig) -> Result<Option<ProxyConfig>, ConfigError
         Some([port]) if *port != 0 => Some(*port),
         Some(_) => return Err(raw.written(&keys::PD_PROXY_PORT)?.bad(&keys::PD_PROXY_PORT)),
     };
-    if role == Role::Receiver || skip {
+    if !role.sends() || skip {
         return Ok(None);
     }
     let alone = |present: &'static Key, absent: &Key| -> Result<Option<ProxyConfig>, ConfigError> {
@@ -421,8 +426,8 @@ fn connector_endpoint(role: Role, raw: &RawConfig, layout: &KvLayout) -> Result<
     }
 }
 
-fn deadlines(raw: &RawConfig, notes: &mut Vec<String>) -> Result<Deadlines, ConfigError> {
-    let mut seconds = |key: &Key| raw.must(key, |raw, key| raw.seconds(key, notes));
+fn deadlines(role: Role, raw: &RawConfig, notes: &mut Vec<String>) -> Result<Deadlines, ConfigError> {
+    let mut seconds = |key: &Key| raw.must_of(role, key, |raw, key| raw.seconds(key, notes));
     let heartbeat = seconds(&keys::PD_HEARTBEAT_INTERVAL_SEC)?;
     let peer = seconds(&keys::PD_PEER_TIMEOUT_SEC)?;
     if peer <= heartbeat {
@@ -453,8 +458,8 @@ fn deadlines(raw: &RawConfig, notes: &mut Vec<String>) -> Result<Deadlines, Conf
     })
 }
 
-fn limits(raw: &RawConfig) -> Result<Limits, ConfigError> {
-    let limit = |key| raw.must(key, RawConfig::whole);
+fn limits(role: Role, raw: &RawConfig) -> Result<Limits, ConfigError> {
+    let limit = |key| raw.must_of(role, key, RawConfig::whole);
     Ok(Limits {
         requests_max: limit(&keys::PD_MAX_REQUESTS)?,
         peer_requests_max: limit(&keys::PD_MAX_PEER_REQUESTS)?,
@@ -484,4 +489,21 @@ fn note_what_has_no_effect(raw: &RawConfig, notes: &mut Vec<String>) -> Result<(
         notes.push(format!("LMCache's keys that do not concern this daemon: {}", raw.lmcache_keys.join(", ")));
     }
     Ok(())
+}
+
+/// Names the written keys that only one half uses: all of them where the daemon has both, or else those of the half that
+/// it lacks, so that nobody waits for an effect that does not come.
+fn note_keys_of_one_half(role: Role, raw: &RawConfig, notes: &mut Vec<String>) {
+    for (half, using, other) in [(Role::Sender, "outgoing", "incoming"), (Role::Receiver, "incoming", "outgoing")] {
+        let entries = keys::KEYS.iter().filter(|key| key.of == half).filter_map(|key| raw.entry(key));
+        let written: Vec<&str> = entries.map(|entry| entry.written.as_str()).collect();
+        if written.is_empty() || role == half {
+            continue;
+        }
+        let names = written.join(", ");
+        notes.push(match role {
+            Role::Both => format!("{names}: used by the {using} half, ignored by the {other} half"),
+            _ => format!("{names}: used by the {using} half, which this {} does not have; ignored", role.daemon()),
+        });
+    }
 }

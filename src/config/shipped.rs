@@ -4,7 +4,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::key::{Absence, Key, Kind, Of};
+use super::Role;
+use super::key::{Absence, Key, Kind};
 use super::keys::KEYS;
 
 /// Writes them anew.
@@ -35,15 +36,27 @@ const SHIPPED: &[Shipped] = &[
     ),
     (
         "loopback",
-        "Both daemons on one host, for pd-bench and for trying things out: the same file starts either.",
+        "A pd-sender and a pd-receiver on one host, for pd-bench and for trying things out: the same file starts either.",
         "pd-bench loopback --config configs/loopback.yaml --model configs/models/llama-3-8b.json",
         &[
             ("enable_pd", "true"),
-            ("pd_role", "both"),
             ("pd_buffer_size", "1GiB"),
             ("pd_peer_host", "127.0.0.1"),
             ("pd_peer_init_port", "0"),
             ("pd_peer_alloc_port", "0"),
+        ],
+    ),
+    (
+        "both",
+        "A daemon with both halves over one buffer: it sends chunks and receives them. Either program runs it.",
+        "pd-receiver --config configs/both.yaml --model configs/models/llama-3-8b.json",
+        &[
+            ("enable_pd", "true"),
+            ("pd_role", "both"),
+            ("pd_buffer_size", "4GiB"),
+            ("pd_peer_host", "127.0.0.1"),
+            ("pd_peer_init_port", "7300"),
+            ("pd_peer_alloc_port", "7400"),
         ],
     ),
 ];
@@ -121,7 +134,7 @@ fn docs() -> String {
             (Absence::Is(value), _) => format!("`{value}`"),
             (Absence::Without(_, ""), _) => "nothing changes".to_owned(),
             (Absence::Without(_, then), _) => then.to_owned(),
-            (Absence::Refused(_), Of::Receiver) => "refused by a receiver".to_owned(),
+            (Absence::Refused(_), Role::Receiver) => "refused by a daemon that receives".to_owned(),
             (Absence::Refused(_), _) => "refused".to_owned(),
         };
         text += &format!("| `{}` | {} | {left_out} | {} |\n", key.name, key.accepted(), help(key));
@@ -158,12 +171,10 @@ fn write_the_files_and_the_page() {
 #[test]
 fn every_value_that_the_table_names_is_taken_and_shown() {
     // Broken in production: a default that is none, a word that a key names and refuses, or one that does nothing.
-    use super::Role;
-    use super::fuzzing::read;
-    let daemon = |of: Of| if of == Of::Receiver { Role::Receiver } else { Role::Sender };
+    use super::fuzzing::{ROLES, read};
     let base =
         "pd_buffer_size: 4GiB\npd_peer_init_port: 0\npd_peer_alloc_port: 0\npd_proxy_host: h\npd_proxy_port: 1\n";
-    for key in KEYS {
+    for (key, role) in KEYS.iter().flat_map(|key| ROLES.map(|role| (key, role))) {
         let words = match key.kind {
             Kind::Words(words) => words,
             _ => &[key.example()],
@@ -171,23 +182,25 @@ fn every_value_that_the_table_names_is_taken_and_shown() {
         for value in words {
             let others = base.lines().filter(|line| !line.starts_with(key.name));
             let text = others.chain([format!("{}: {value}", key.name).as_str()]).collect::<Vec<_>>().join("\n");
-            let role = if *value == "receiver" { Role::Receiver } else { daemon(key.of) };
-            let config = read(role, &text).unwrap_or_else(|| panic!("refused:\n{text}"));
+            let Some(config) = read(role, &text) else {
+                assert!(key.name == "pd_role" && *value != role.as_str(), "refused by {}:\n{text}", role.daemon());
+                continue;
+            };
             let line = format!("\n{}: ", key.name);
-            // What depends on another key, and what has no effect, is not shown.
+            // What depends on another key, what has no effect, and what this daemon does not use, is not shown.
             let hidden = ["pd_buffer_growth_step", "pd_shared_secret_file", "kv_cache_dtype"].contains(&key.name);
             assert_eq!(
                 config.to_yaml().contains(&line),
-                key.shown.is_some() && !hidden,
+                key.shown.is_some() && !hidden && key.used_by(role),
                 "{text}\n{}",
                 config.to_yaml()
             );
-            if matches!(key.kind, Kind::Words(_)) && key.shown.is_some() && *value != "both" {
+            if matches!(key.kind, Kind::Words(_)) && key.shown.is_some() {
                 assert!(config.to_yaml().contains(&format!("{line}{value}\n")), "{text}");
             }
         }
         if let Absence::Is(value) = key.absence {
-            let config = |text: &str| read(daemon(key.of), text).unwrap_or_else(|| panic!("refused:\n{text}"));
+            let config = |text: &str| read(role, text).unwrap_or_else(|| panic!("refused:\n{text}"));
             assert_eq!(config(base), config(&format!("{base}{}: {value}\n", key.name)), "{}", key.name);
         }
     }

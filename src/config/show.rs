@@ -1,16 +1,16 @@
 //! A checked configuration as text: for `--check`, and as one line for the log.
 
-use super::key::{Absence, Key, Of};
+use super::Config;
+use super::key::{Absence, Key};
 use super::keys::KEYS;
 use super::size::exact_size;
-use super::{Config, Role};
 
 impl Config {
     /// Every key that counts for this role with its value and unit, as YAML: given back as a configuration it
     /// means the same.
     pub fn to_yaml(&self) -> String {
         let layout = &self.layout;
-        let mut text = format!("# pd-{}, rank {} of {}\n", self.role.as_str(), self.rank, layout.tp_size);
+        let mut text = format!("# {}, rank {} of {}\n", self.role.daemon(), self.rank, layout.tp_size);
         for group in &layout.groups {
             let of_group = if group.name.is_empty() { String::new() } else { format!(" of group {}", group.name) };
             let chunk_bytes = group.partial_bytes(layout.chunk_tokens);
@@ -61,11 +61,7 @@ impl Config {
 
     /// The keys that count for this role and can be shown, with their values.
     fn rows(&self) -> impl Iterator<Item = (&'static Key, Option<String>)> {
-        let other = match self.role {
-            Role::Sender => Of::Receiver,
-            Role::Receiver => Of::Sender,
-        };
-        let counts = KEYS.iter().filter(move |key| key.of != other);
+        let counts = KEYS.iter().filter(|key| key.used_by(self.role));
         counts.filter_map(|key| Some((*key, key.shown?(self))))
     }
 }

@@ -2,12 +2,12 @@
 
 use std::time::Duration;
 
-use super::DEADLINE_SEC_MAX;
 use super::address::is_host;
 use super::error::ConfigError;
 use super::key::{Absence, Key, Kind};
 use super::raw::{Entry, RawConfig, RawValue};
 use super::size::parse_size;
+use super::{DEADLINE_SEC_MAX, Role};
 
 /// Longest text of a [`Kind::Form`].
 const FORM_LEN_BYTES_MAX: usize = 4096;
@@ -51,6 +51,17 @@ impl RawConfig {
     /// A value that has to be there.
     pub(super) fn must<T>(&self, key: &Key, read: impl FnOnce(&Self, &Key) -> Read<T>) -> Result<T, ConfigError> {
         read(self, key)?.ok_or_else(|| missing(key))
+    }
+
+    /// The same, of a key that `role` may not use: it is checked all the same, and then counts as left out.
+    pub(super) fn must_of<T>(
+        &self,
+        role: Role,
+        key: &Key,
+        mut read: impl FnMut(&Self, &Key) -> Read<T>,
+    ) -> Result<T, ConfigError> {
+        let value = self.must(key, &mut read)?;
+        if key.used_by(role) { Ok(value) } else { Self::default().must(key, read) }
     }
 
     /// What was written for a key of which something must have been.

@@ -13,15 +13,15 @@ pub enum StdoutLine {
 /// Where everything is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ReadyLine {
-    /// `sender` or `receiver`.
+    /// `sender`, `receiver` or `both`.
     pub role: String,
     /// The daemon's process.
     pub pid: u32,
     /// Endpoint of the connector API.
     pub connector: String,
-    /// Port of the handshake; a sender has none.
+    /// Port of the handshake; a daemon that only sends has none.
     pub init_port: Option<u16>,
-    /// Port of allocations; a sender has none.
+    /// Port of allocations; a daemon that only sends has none.
     pub alloc_port: Option<u16>,
     /// Port of cache queries, when it is served.
     pub query_port: Option<u16>,

@@ -59,7 +59,9 @@ pub(super) fn models() -> Vec<Vec<u8>> {
 pub(super) fn configurations() -> Vec<Vec<u8>> {
     // In the files it is an example, and a comment.
     let told = r#"{pd_buffer_size: 1MiB, pd_receivers: [10.0.0.2:7300+7301:7400+7401, "[fd00::3]:7300:7400"]}"#;
-    files("configs", ".yaml").into_iter().chain([told.as_bytes().to_vec()]).collect()
+    let both = "{pd_role: both, pd_buffer_size: 1MiB, pd_peer_init_port: 0, pd_peer_alloc_port: 0, pd_proxy_host: p, \
+        pd_proxy_port: 7500, pd_commit_timeout_sec: 1, pd_wait_timeout_sec: 2, pd_retention_sec: .inf}";
+    files("configs", ".yaml").into_iter().chain([told, both].map(|text| text.as_bytes().to_vec())).collect()
 }
 
 fn secret() -> SharedSecret {

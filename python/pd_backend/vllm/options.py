@@ -98,8 +98,13 @@ class Options:
 
     def daemon_args(self, kv_device: str) -> list[str]:
         """What the daemon is started with, besides its layout and rank. `kv_device`: where the engine's KV is, which is
-        where its buffer goes unless the configuration says.
+        where its buffer goes unless the configuration says. Raises `OptionError` for a daemon with both halves.
         """
+        if self._pd_role() == "both":
+            raise OptionError(
+                "pd_role = both; PdConnector moves KV one way, with a daemon of one half: leave pd_role out of a "
+                "configuration that prefill and decode share"
+            )
         args = [] if self.config_file is None else ["--config", self.config_file]
         said = {*self._yaml(), *(key for key, _ in self.set)}
         if not said & {"pd_buffer_device", "nixl_buffer_device"}:
@@ -107,6 +112,12 @@ class Options:
         for key, value in self.set:
             args += ["--set", f"{key}={value}"]
         return args
+
+    def _pd_role(self) -> Any:
+        """`set`, then the file; both take the key's older name too."""
+        names = ("pd_role", "nixl_role")
+        said = [value for key, value in self.set if key in names]
+        return said[-1] if said else next((self._yaml()[name] for name in names if self._yaml().get(name)), None)
 
     def _yaml(self) -> dict[str, Any]:
         if self.config_file is None:
