@@ -201,11 +201,22 @@ mod tests {
         let request = || RequestId::new("r").unwrap();
         for bytes in [1000, 1 << 30] {
             let took = Duration::from_millis(5);
-            tally.count_receiver(&Note::Committed { request: request(), instance: "s".into(), chunks: 2, bytes, took });
+            tally.count_receiver(&Note::<()>::Committed {
+                request: request(),
+                instance: "s".into(),
+                chunks: 2,
+                bytes,
+                took,
+            });
         }
         for kind in [FailureKind::Expired, FailureKind::PeerLost, FailureKind::PeerLost] {
             let failure = Failure::new(kind, "");
-            tally.count_receiver(&Note::Failed { request: request(), instance: "s".into(), failure, quarantined: 2 });
+            tally.count_receiver(&Note::<()>::Failed {
+                request: request(),
+                instance: "s".into(),
+                failure,
+                quarantined: 2,
+            });
         }
         let status = Status {
             role: "receiver".into(),

@@ -119,7 +119,7 @@ impl Tally {
     }
 
     /// Counts what a receiver's session notes.
-    pub fn count_receiver(&mut self, note: &receiver::Note) {
+    pub fn count_receiver<R>(&mut self, note: &receiver::Note<R>) {
         use receiver::Note;
         match note {
             Note::Grown { result } => self.count_growth(result),
@@ -146,6 +146,11 @@ impl Tally {
             Note::Unquarantined { slots, .. } => self.slots_unquarantined += *slots as u64,
             Note::Unexpected { .. } => self.unexpected_messages += 1,
         }
+    }
+
+    /// Counts a message that cannot be read.
+    pub fn count_unreadable(&mut self) {
+        self.unexpected_messages += 1;
     }
 
     /// Counts an `error` that a client of the connector API was answered with.

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use tracing::{debug, error, info, warn};
 
+use super::ports::RouteKey;
 use crate::ids::FailureKind;
 use crate::protocol::{receiver, sender};
 
@@ -19,7 +20,7 @@ fn log_grown(result: Result<u64, String>) {
     }
 }
 
-pub(super) fn log_receiver(note: receiver::Note) {
+pub(super) fn log_receiver(note: receiver::Note<RouteKey>) {
     use receiver::Note;
     match note {
         Note::Grown { result } => log_grown(result),
@@ -52,7 +53,10 @@ pub(super) fn log_receiver(note: receiver::Note) {
         Note::Unquarantined { instance, slots } => {
             debug!(sender = %instance, slots, "writer has stopped, slots are free again");
         }
-        Note::Unexpected { port, message } => warn!(?port, message, "a message that this port does not take, ignored"),
+        Note::Unexpected { from, port, message } => warn!(
+            %from, "a {message} at the port for {}, which takes {} and pd-sender's own messages; correct the ports that this \
+             sender was given", port.purpose(), port.accepted()
+        ),
     }
 }
 

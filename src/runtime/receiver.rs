@@ -59,7 +59,7 @@ struct ReceiverDaemon {
     room: Option<Room>,
     ports: Ports,
     clients: Clients,
-    notes: Vec<Note>,
+    notes: Vec<Note<RouteKey>>,
     tally: Tally,
     draining: bool,
     /// Peers' processes.
@@ -169,6 +169,7 @@ impl Daemon for ReceiverDaemon {
                 self.room = Some(room);
                 self.session.handle_message(now, port, from, *message);
             }
+            Event::Port(PortEvent::Unreadable) => self.tally.count_unreadable(),
             Event::Port(PortEvent::Gone { route }) => self.session.handle_route_gone(now, &route),
             Event::Engine(EngineEvent::Grown { result }) => {
                 self.session.handle_grown(now, result);

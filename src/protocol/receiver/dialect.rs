@@ -7,10 +7,10 @@ use std::time::Instant;
 
 use super::origin::Origin;
 use super::request::{Request, Stage};
-use super::{Port, ReceiverSession, Timer};
+use super::{Note, Port, ReceiverSession, Timer};
 use crate::ids::{Failure, FailureKind, GrantId, RequestId, SlotIndex};
-use crate::wire::Message;
 use crate::wire::message::{AllocReplyExtension, AllocResponse, MemoryUpdate};
+use crate::wire::{Message, refusal};
 
 impl<R: Clone + PartialEq> ReceiverSession<R> {
     /// Slots for those chunks of a request that are not ready, or none.
@@ -103,6 +103,14 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             }
         }
         self.lmcache.forget_granted(&request.keys, id);
+    }
+
+    /// A message that its port does not take. An LMCache sender would wait for an answer for ever, and gets a refusal.
+    pub(super) fn refuse_misdirected(&mut self, port: Port, from: R, message: &Message) {
+        if let Some(refusal) = refusal(message) {
+            self.send(from.clone(), port, refusal);
+        }
+        self.note(Note::Unexpected { from, port, message: message.type_name() });
     }
 
     /// Whether a request's sender is gone for good, so that another may ask for what it had.

@@ -80,7 +80,7 @@ pub enum Output<R> {
         answer: Answer,
     },
     /// Something for the log.
-    Note(Note),
+    Note(Note<R>),
 }
 
 /// An answer to a reader.
@@ -137,7 +137,7 @@ pub struct ExpectedChunk {
 
 /// What happened, for the log.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Note {
+pub enum Note<R> {
     /// The buffer has another step, or could not get it.
     Grown {
         /// Its length now, in bytes, or why it did not grow.
@@ -233,6 +233,8 @@ pub enum Note {
     },
     /// A message that this port does not take.
     Unexpected {
+        /// Whose.
+        from: R,
         /// Which port.
         port: Port,
         /// Its type.

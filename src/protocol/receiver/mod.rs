@@ -366,7 +366,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         self.outputs.push_back(Output::Answer { client, id, answer });
     }
 
-    fn note(&mut self, note: Note) {
+    fn note(&mut self, note: Note<R>) {
         self.outputs.push_back(Output::Note(note));
     }
 }

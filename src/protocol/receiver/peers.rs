@@ -77,7 +77,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         }
         let seq = extension.seq;
         if self.peers.get(&instance).is_some_and(|peer| peer.init_seq == seq) {
-            return self.note(Note::Unexpected { port: Port::Init, message: "NixlInitRequest, twice" });
+            return self.note(Note::Unexpected { from, port: Port::Init, message: "NixlInitRequest, twice" });
         }
         // A handshake says that nothing is in flight of what was granted before it was sent. One that arrives after
         // later words of the same sender is late, or comes from a second connection: it says nothing.

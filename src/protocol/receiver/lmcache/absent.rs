@@ -52,7 +52,7 @@ impl Batches {
 impl<R: Clone + PartialEq> ReceiverSession<R> {
     pub(super) fn on_lmcache_message(&mut self, _now: Instant, port: Port, from: R, message: Message) {
         if !matches!((port, &message), (Port::Init, Message::NixlInitRequest(_))) {
-            return self.note(Note::Unexpected { port, message: message.type_name() });
+            return self.refuse_misdirected(port, from, &message);
         }
         let text =
             "it has no `pd` field, as LMCache's have none, and this build has no LMCache (cargo feature `lmcache`)";

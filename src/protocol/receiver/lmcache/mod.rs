@@ -26,7 +26,7 @@ use std::collections::BTreeMap;
 
 use std::time::Instant;
 
-use super::{Note, Port, ReceiverSession};
+use super::{Port, ReceiverSession};
 use crate::ids::{ChunkKey, ConnectionId, RequestId, SlotIndex};
 use crate::wire::Message;
 
@@ -136,7 +136,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             (Port::Alloc, Message::AllocRequest(request)) => self.on_lmcache_alloc(now, from, request),
             (Port::Alloc, Message::CancelNotif(cancel)) => self.on_lmcache_cancel(now, from, &cancel),
             (Port::Query, Message::CacheQueryRequest(query)) => self.on_query(now, from, query),
-            (port, message) => self.note(Note::Unexpected { port, message: message.type_name() }),
+            (port, message) => self.refuse_misdirected(port, from, &message),
         }
     }
 }

@@ -1,0 +1,134 @@
+"""Messages that a daemon cannot read or does not take: LMCache's senders are answered, and no log is forged or filled."""
+
+import json
+import re
+import subprocess
+from contextlib import contextmanager
+
+import msgspec
+import pytest
+import zmq
+
+from conftest import LAYOUT, TOP, binary
+from test_metrics import Scrape
+from waiting import PATIENCE_S, eventually
+
+#: How every line of a log begins. Colours are for terminals.
+LINE = re.compile(r"\d{4}-\d\d-\d\dT[0-9:.]+Z +(ERROR|WARN|INFO|DEBUG) ")
+FORGED = "x\n2026-01-01T00:00:00.000000Z ERROR forged\x1b[2K\u2028\u202e"
+
+
+class Ready:
+    """A running daemon, its ready line and all of its log."""
+
+    def __init__(self, line, log):
+        self.ready = json.loads(line, object_hook=lambda fields: type("Ready", (), fields)())
+        self._log = log
+
+    def log(self):
+        return self._log.read_text()
+
+    def lines_with(self, text):
+        return [line for line in self.log().splitlines() if text in line]
+
+    def check_log(self):
+        """That nobody has written into the log but the daemon."""
+        log = self.log()
+        for line in log.removesuffix("\n").split("\n"):
+            assert LINE.match(line), f"{line!r} in {log}"
+            assert not re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e]", line), repr(line)
+
+
+@contextmanager
+def daemon(role, tmp_path, *sets, layout=None, options=(), env=None):
+    path, log = tmp_path / f"{role}.json", tmp_path / f"{role}.log"
+    path.write_text(json.dumps(LAYOUT | (layout or {})))
+    command = [binary(f"pd-{role}"), "--config", TOP / "configs" / "loopback.yaml", "--kv-layout", path, *options]
+    defaults = ["transfer_channel=local", "pd_buffer_size=64KiB", "pd_metrics_port=0", "pd_metrics_host=127.0.0.1"]
+    ports = [f"pd_peer_{port}_port=0" for port in ("init", "alloc", "query")] if role == "receiver" else []
+    for key in (*defaults, *ports, *sets):
+        command += ["--set", key]
+    with log.open("w") as stderr:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=env)
+    try:
+        line = process.stdout.readline()
+        assert line, log.read_text()
+        yield Ready(line, log)
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+@contextmanager
+def socket(kind, port):
+    with zmq.Context() as context, context.socket(kind) as one:
+        one.linger = 0
+        one.sndhwm = one.rcvhwm = 0
+        one.rcvtimeo = int(PATIENCE_S * 1000)
+        one.connect(f"tcp://127.0.0.1:{port}")
+        yield one
+
+
+def ask(kind, port, message):
+    """The answer to a message that is sent as LMCache's sender of this kind sends it."""
+    with socket(kind, port) as one:
+        payload = msgspec.msgpack.encode(message)
+        one.send(payload) if kind == zmq.REQ else one.send_multipart([b"", payload])
+        return msgspec.msgpack.decode(one.recv_multipart()[-1])
+
+
+def alloc(keys=("k1", "k2", "k3"), **fields):
+    known = {"fmt": 1, "shape": [2, 2, 16, 8], "dtype": "bfloat16", "last_chunk_toks": 16}
+    return {"type": "AllocRequest", "keys": list(keys), **known, **fields}
+
+
+REQUESTS = {
+    "alloc": alloc(req_id="r", is_last_batch=True, total_chunks=3),
+    "cancel": {"type": "CancelNotif", "req_id": "r", "keys": []},
+    "query": {"type": "CacheQueryRequest", "keys": ["k1"]},
+    "init": {"type": "NixlInitRequest", "local_meta_bytes": b"m"},
+    "register": {
+        "type": "NixlMemRegRequest", "remote_agent_name": b"a", "local_id": "", "local_xfer_dlist_bytes": b"",
+    },
+}  # fmt: skip
+ANSWERS = {
+    "alloc": {"type": "AllocResponse", "already_sent_indexes": [], "remote_indexes": [-1, -1, -1]},
+    "cancel": {"type": "AllocResponse", "already_sent_indexes": [], "remote_indexes": []},
+    "query": {"type": "CacheQueryResponse", "cached_keys": [], "cached_indexes": []},
+    "init": {"type": "NixlInitResponse", "remote_agent_name": b"", "remote_meta_bytes": b""},
+    "register": {"type": "NixlMemRegResponse", "remote_xfer_dlist_bytes": b""},
+}
+
+
+@pytest.mark.parametrize("kind", [zmq.REQ, zmq.DEALER], ids=["sync", "async"])
+def test_lmcaches_senders_are_answered_whatever_they_send_and_wherever(kind, tmp_path):
+    # Broken in production: an LMCache sender waits for ever, and with it every request of its worker.
+    with daemon("receiver", tmp_path) as receiver:
+        ports = {name: getattr(receiver.ready, f"{name}_port") for name in ("init", "alloc", "query")}
+        for request, answer in ANSWERS.items():
+            for port in ports.values():
+                assert ask(kind, port, REQUESTS[request]) == answer, (request, port)
+            # Without any of its fields.
+            bare = ask(kind, ports["alloc"], {"type": REQUESTS[request]["type"]})
+            assert bare == answer | ({"remote_indexes": [-1]} if request == "alloc" else {})
+        for message in (
+            alloc(req_id="r" * 305),
+            alloc(["k" * 1025, "k2", "k3"]),
+            alloc(req_id=FORGED),
+            alloc(req_id=7),
+            alloc(["k1", "k2", ""]),
+        ):
+            assert ask(kind, ports["alloc"], message) == ANSWERS["alloc"], message
+        many = ask(kind, ports["alloc"], alloc(f"k{number}" for number in range(16_385)))
+        assert many["remote_indexes"] == [-1] * 16_385
+        assert ask(kind, ports["query"], {"type": "CacheQueryRequest", "keys": ["k" * 1025]}) == ANSWERS["query"]
+        expected = len(ANSWERS) + 7 + 2 * len(ANSWERS)
+        eventually(lambda: Scrape(receiver)("pd_unexpected_messages_total") >= expected)
+        # Who it was, what was seen, and what to do. A line a second is written, and the rest is counted.
+        for text in ("cannot be read", "at the port for"):
+            lines = eventually(lambda text=text: receiver.lines_with(text))
+            for line in lines:
+                assert "127.0.0.1:" in line and "correct" in line, line
+            assert any(re.search(r"AllocRequest[:\" ]", line) for line in lines), lines
+        receiver.check_log()
