@@ -9,7 +9,8 @@ import msgspec
 import pytest
 import zmq
 
-from conftest import LAYOUT, TOP, binary
+from conftest import CHUNK_TOKENS, LAYOUT, TOP, binary
+from pd_backend import PeerAddress, ReceiverClient, RequestRefused, SenderClient
 from test_metrics import Scrape
 from waiting import PATIENCE_S, eventually
 
@@ -132,3 +133,79 @@ def test_lmcaches_senders_are_answered_whatever_they_send_and_wherever(kind, tmp
                 assert "127.0.0.1:" in line and "correct" in line, line
             assert any(re.search(r"AllocRequest[:\" ]", line) for line in lines), lines
         receiver.check_log()
+
+
+def test_nobody_writes_into_a_log_but_the_daemon(tmp_path):
+    # Broken in production: a request id, a host or a model's name with a line break forges an alarm, or hides one.
+    with daemon("receiver", tmp_path) as receiver, daemon("sender", tmp_path) as sender:
+        with SenderClient(sender.ready.connector, name=FORGED) as prefill:
+            here = PeerAddress(host="127.0.0.1", init_port=receiver.ready.init_port, alloc_port=receiver.ready.alloc_port)
+            there = PeerAddress(host=FORGED, init_port=1, alloc_port=2)
+            for req_id, key, address in ((FORGED, "k", here), ("r", FORGED, here), ("r", "k", there)):
+                with pytest.raises(RequestRefused) as caught:
+                    prefill.open(req_id, [key], last_chunk_tokens=CHUNK_TOKENS, receiver=address)
+                assert "\n" not in caught.value.text and "\\n" in caught.value.text, caught.value.text
+                assert "expected" in caught.value.text
+        with ReceiverClient(receiver.ready.connector, name=FORGED) as decode:
+            for ask_for in (lambda: decode.wait(FORGED, wait_s=0), lambda: decode.lookup([FORGED])):
+                with pytest.raises(RequestRefused):
+                    ask_for()
+        hello = {
+            "version_min": 2, "version_max": 2, "instance": FORGED, "engine": FORGED, "layout": [[FORGED, FORGED]],
+            "capabilities": [FORGED],
+        }  # fmt: skip
+        for instance in ("named", FORGED):
+            for seq, engine in enumerate((FORGED, "local")):
+                pd = {"seq": seq, "hello": hello | {"instance": instance, "engine": engine}, "agent_name": FORGED}
+                answer = ask(zmq.DEALER, receiver.ready.init_port, REQUESTS["init"] | {"pd": pd})
+                assert answer["pd"]["refusal"]
+            pd = {"seq": 1, "instance": instance, "wait_ms": 0, "receiver": FORGED}
+            assert ask(zmq.DEALER, receiver.ready.alloc_port, alloc(req_id="r") | {"pd": pd})["pd"]["refusal"]
+        ask(zmq.REQ, receiver.ready.init_port, REQUESTS["register"] | {"remote_agent_name": FORGED.encode()})
+        ask(zmq.REQ, receiver.ready.alloc_port, alloc(dtype=FORGED))
+        with socket(zmq.DEALER, receiver.ready.alloc_port) as one:
+            one.send(msgspec.msgpack.encode({"type": FORGED}))
+            eventually(lambda: Scrape(receiver)("pd_unexpected_messages_total") >= 1)
+        sender.check_log()
+        receiver.check_log()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--model-name", FORGED],
+        ["--set", f"model_name={json.dumps(FORGED)}"],
+        ["--set", FORGED],
+        ["--set", f"{FORGED}=1"],
+        ["--set", f"pd_peer_host={json.dumps(FORGED)}"],
+        ["--set", f"pd_receivers=[{json.dumps(FORGED + ':1:2')}]"],
+        ["--config", f"/nowhere/{FORGED}"],
+        ["--kv-layout", f"/nowhere/{FORGED}"],
+    ],
+    ids=lambda options: f"{options[0]} {options[1].split('=')[0]!a}",
+)
+def test_a_configuration_cannot_forge_a_log_either(options, tmp_path):
+    # Broken in production: as above, from a YAML that a tenant may write.
+    layout, log = tmp_path / "layout.json", tmp_path / "log"
+    layout.write_text(json.dumps({name: value for name, value in LAYOUT.items() if name != "model"}))
+    command = [binary("pd-sender"), "--check"]
+    for option, value in (("--config", TOP / "configs" / "loopback.yaml"), ("--kv-layout", layout), ("--model-name", "m")):
+        if option not in options and not (option == "--model-name" and any("model_name" in text for text in options)):
+            command += [option, value]
+    with log.open("w") as stderr:
+        code = subprocess.run([*command, *options], stdout=subprocess.DEVNULL, stderr=stderr).returncode
+    assert code == 2
+    Ready("{}", log).check_log()
+    assert "\\n" in log.read_text()
+
+
+def test_a_layout_with_odd_names_is_refused(tmp_path):
+    # Broken in production: as above, from a model's name in a layout.
+    for layout in ({"model": FORGED}, {"engine": {"name": FORGED}}, {"engine": {FORGED: "x"}}, {"dtype": FORGED, "dtype_bytes": 2}):
+        path, log = tmp_path / "layout.json", tmp_path / "log"
+        path.write_text(json.dumps(LAYOUT | layout))
+        command = [binary("pd-sender"), "--check", "--config", TOP / "configs" / "loopback.yaml", "--kv-layout", path]
+        with log.open("w") as stderr:
+            assert subprocess.run(command, stdout=subprocess.DEVNULL, stderr=stderr).returncode == 2, layout
+        Ready("{}", log).check_log()
+        assert "expected text without line breaks" in log.read_text()

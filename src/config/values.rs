@@ -8,6 +8,7 @@ use super::error::ConfigError;
 use super::key::{Absence, Key, Kind};
 use super::raw::{Entry, RawConfig, RawValue};
 use super::size::parse_size;
+use crate::ids::is_printable;
 
 /// Longest text of a [`Kind::Form`].
 const FORM_LEN_BYTES_MAX: usize = 4096;
@@ -170,5 +171,5 @@ fn whole(value: &RawValue) -> Option<i128> {
 }
 
 fn printable(text: &str, len_bytes_max: usize) -> bool {
-    !text.is_empty() && text.len() <= len_bytes_max && !text.chars().any(char::is_control)
+    !text.is_empty() && text.len() <= len_bytes_max && is_printable(text)
 }

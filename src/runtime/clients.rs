@@ -6,7 +6,7 @@ use crate::buffer::MemoryManager;
 use crate::config::Config;
 use crate::connector::message::Reply;
 use crate::connector::server::{ConnectorEvent, ConnectorServer};
-use crate::ids::{ClientId, Seq};
+use crate::ids::{ClientId, Seq, truncate};
 use crate::side_channel::IpcName;
 
 /// The daemon's end of the connector API.
@@ -56,7 +56,7 @@ impl Clients {
 
     /// Tells a new client how to map the buffer, and what is in it.
     pub(super) fn attach(&mut self, client: ClientId, id: Seq, name: &str, config: &Config, manager: &MemoryManager) {
-        tracing::info!(%client, name, "connector attached");
+        tracing::info!(%client, name = truncate(name), "connector attached");
         self.reply(client, &translate::attached(id, config, manager));
     }
 }

@@ -51,7 +51,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         let instance = extension.hello.instance.clone();
         if self.draining {
             let failure = Failure::new(FailureKind::ShuttingDown, "this receiver is shutting down; use another");
-            return self.refuse_peer(from, extension.seq, instance, failure);
+            return self.refuse_peer(from, extension.seq, truncate(&instance), failure);
         }
         let checked = handshake::check_metadata(&metadata);
         let checked = checked.and_then(|()| handshake::check(&self.settings.hello, &extension.hello)).and_then(|()| {
