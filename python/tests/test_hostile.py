@@ -209,3 +209,45 @@ def test_a_layout_with_odd_names_is_refused(tmp_path):
             assert subprocess.run(command, stdout=subprocess.DEVNULL, stderr=stderr).returncode == 2, layout
         Ready("{}", log).check_log()
         assert "expected text without line breaks" in log.read_text()
+
+
+#: Bad messages of a flood, and what its log may have.
+FLOOD = 20_000
+LOG_LEN_BYTES_MAX = 256 * 1024
+
+
+@pytest.mark.parametrize(
+    ("port", "message", "counter", "labels"),
+    [
+        ("alloc", {"type": "Nonsense"}, "pd_unexpected_messages_total", {}),
+        ("alloc", {"type": "ProxyNotif", "req_id": "r"}, "pd_unexpected_messages_total", {}),
+        ("alloc", REQUESTS["init"], "pd_unexpected_messages_total", {}),
+        ("alloc", REQUESTS["alloc"], "pd_allocations_refused_total", {"kind": "handshake_refused"}),
+        ("init", REQUESTS["init"], "pd_peer_failures_total", {"kind": "handshake_refused"}),
+        ("init", REQUESTS["register"], "pd_peer_failures_total", {"kind": "handshake_refused"}),
+    ],
+    ids=["unreadable", "unexpected", "misdirected", "refused", "handshake", "register"],
+)
+def test_a_flood_of_bad_messages_is_counted_and_does_not_fill_the_log(port, message, counter, labels, tmp_path):
+    # Broken in production: whoever reaches a port fills the disk with log lines.
+    with daemon("receiver", tmp_path) as receiver:
+        before = Scrape(receiver)(counter, **labels)
+        payload = msgspec.msgpack.encode(message)
+        with socket(zmq.DEALER, getattr(receiver.ready, f"{port}_port")) as one:
+            for _ in range(FLOOD):
+                one.send(payload)
+                # Answers are read, so that none is dropped.
+                while one.poll(0):
+                    one.recv()
+            eventually(lambda: Scrape(receiver)(counter, **labels) >= before + FLOOD, pause_s=0.1)
+        log = receiver.log()
+        assert len(log) < LOG_LEN_BYTES_MAX, f"{len(log)} bytes:\n{log[:3000]}"
+        receiver.check_log()
+        # The next line after a pause says how many were left unsaid.
+        with socket(zmq.DEALER, getattr(receiver.ready, f"{port}_port")) as one:
+
+            def unsaid():
+                one.send(payload)
+                return sum(int(count) for count in re.findall(r"\bunsaid=(\d+)", receiver.log())) >= FLOOD * 0.9
+
+            eventually(unsaid, pause_s=0.2)

@@ -1,5 +1,7 @@
 //! The clients of the connector API: attaching them, hearing them, answering them.
 
+use std::time::Instant;
+
 use super::error::RuntimeError;
 use super::translate;
 use crate::buffer::MemoryManager;
@@ -7,11 +9,12 @@ use crate::config::Config;
 use crate::connector::message::Reply;
 use crate::connector::server::{ConnectorEvent, ConnectorServer};
 use crate::ids::{ClientId, Seq, truncate};
-use crate::side_channel::IpcName;
+use crate::side_channel::{IpcName, RateLimited};
 
 /// The daemon's end of the connector API.
 pub(super) struct Clients {
     server: ConnectorServer,
+    warnings: RateLimited,
 }
 
 impl Clients {
@@ -21,7 +24,8 @@ impl Clients {
             Some(endpoint) => IpcName::parse(endpoint)?,
             None => IpcName::new_abstract(config.role.as_str()),
         };
-        Ok(Self { server: ConnectorServer::bind(&name, config.limits.clients_max as usize).await? })
+        let server = ConnectorServer::bind(&name, config.limits.clients_max as usize).await?;
+        Ok(Self { server, warnings: RateLimited::default() })
     }
 
     /// Where clients connect to.
@@ -39,7 +43,9 @@ impl Clients {
         loop {
             match self.server.recv().await {
                 Some(ConnectorEvent::Refused { client, text }) => {
-                    tracing::warn!(client = client.map(|client| client.0), "connector refused: {text}");
+                    if let Some(unsaid) = self.warnings.permit(Instant::now()) {
+                        tracing::warn!(client = client.map(|client| client.0), unsaid, "connector refused: {text}");
+                    }
                 }
                 Some(event) => return event,
                 None => std::future::pending().await,

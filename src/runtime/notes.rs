@@ -1,12 +1,14 @@
 //! What the sessions note, as log lines (`metrics::Tally` counts the same notes): which peer, which request, how many chunks and bytes, how long each phase.
 
-use std::time::Duration;
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
 
 use tracing::{debug, error, info, warn};
 
 use super::ports::RouteKey;
 use crate::ids::FailureKind;
 use crate::protocol::{receiver, sender};
+use crate::side_channel::RateLimited;
 
 /// Milliseconds, to the microsecond.
 fn ms(time: Duration) -> f64 {
@@ -20,74 +22,101 @@ fn log_grown(result: Result<u64, String>) {
     }
 }
 
-pub(super) fn log_receiver(note: receiver::Note<RouteKey>) {
-    use receiver::Note;
-    match note {
-        Note::Grown { result } => log_grown(result),
-        Note::PeerConnected { instance } => info!(sender = %instance, "connected"),
-        Note::PeerRefused { instance, failure } => {
-            warn!(sender = %instance, kind = %failure.kind, "refused: {}", failure.text);
-        }
-        Note::PeerLost { instance, reason } => info!(sender = %instance, "sender {reason}"),
-        Note::Corrupted { request, instance, chunks } => warn!(
-            %request, sender = %instance, chunks, "chunks arrived otherwise than they were sent"
-        ),
-        Note::Granted { request, instance, chunks, already_sent, waited } => debug!(
-            %request, sender = %instance, chunks, already_sent, waited_ms = ms(waited), "granted"
-        ),
-        Note::Refused { request, instance, failure } => {
-            let request = request.map_or_else(|| "-".to_owned(), |id| id.to_string());
-            warn!(%request, sender = %instance, kind = %failure.kind, "refused: {}", failure.text);
-        }
-        Note::Committed { request, instance, chunks, bytes, took } => info!(
-            %request, sender = %instance, chunks, bytes, write_ms = ms(took), "ready"
-        ),
-        // Somebody wanted it so.
-        Note::Failed { request, instance, failure, quarantined } if failure.kind == FailureKind::Cancelled => {
-            info!(%request, sender = %instance, quarantined, "cancelled: {}", failure.text);
-        }
-        Note::Failed { request, instance, failure, quarantined } => warn!(
-            %request, sender = %instance, kind = %failure.kind, quarantined, "failed: {}", failure.text
-        ),
-        Note::Fetched { request, after } => debug!(%request, after_ms = ms(after), "fetched"),
-        Note::Unquarantined { instance, slots } => {
-            debug!(sender = %instance, slots, "writer has stopped, slots are free again");
-        }
-        Note::Unexpected { from, port, message } => warn!(
-            %from, "a {message} at the port for {}, which takes {} and pd-sender's own messages; correct the ports that this \
-             sender was given", port.purpose(), port.accepted()
-        ),
-    }
-}
+/// The log of one session. A peer can cause some kinds of line as often as it likes: of each of these, and for each kind of
+/// failure in it, one is written a second. The others are counted in the next one as `unsaid`.
+#[derive(Debug, Default)]
+pub(super) struct SessionLog(BTreeMap<LineKind, RateLimited>);
 
-pub(super) fn log_sender(note: sender::Note) {
-    use sender::Note;
-    match note {
-        Note::Grown { result } => log_grown(result),
-        Note::PeerUp { address, instance, len_bytes, took } => info!(
-            receiver = %address, instance, buffer_bytes = len_bytes, took_ms = ms(took), "connected"
-        ),
-        Note::PeerDown { address, failure } => {
-            warn!(receiver = %address, kind = %failure.kind, "receiver given up: {}", failure.text);
+/// A kind of note, and of the failure in it.
+type LineKind = (&'static str, Option<FailureKind>);
+
+impl SessionLog {
+    /// How many lines of a limited kind were not written since the last one. None: this one is not written either.
+    fn permit(&mut self, limited: Option<LineKind>) -> Option<u64> {
+        limited.map_or(Some(0), |kind| self.0.entry(kind).or_default().permit(Instant::now()))
+    }
+
+    pub(super) fn receiver(&mut self, note: receiver::Note<RouteKey>) {
+        use receiver::Note;
+        let limited = match &note {
+            Note::PeerRefused { failure, .. } => Some(("a sender is refused", Some(failure.kind))),
+            Note::Refused { failure, .. } => Some(("a request is refused", Some(failure.kind))),
+            Note::Unexpected { message, .. } => Some((*message, None)),
+            _ => None,
+        };
+        let Some(unsaid) = self.permit(limited) else { return };
+        match note {
+            Note::Grown { result } => log_grown(result),
+            Note::PeerConnected { instance } => info!(sender = %instance, "connected"),
+            Note::PeerRefused { instance, failure } => {
+                warn!(sender = %instance, kind = %failure.kind, unsaid, "refused: {}", failure.text);
+            }
+            Note::PeerLost { instance, reason } => info!(sender = %instance, "sender {reason}"),
+            Note::Corrupted { request, instance, chunks } => warn!(
+                %request, sender = %instance, chunks, "chunks arrived otherwise than they were sent"
+            ),
+            Note::Granted { request, instance, chunks, already_sent, waited } => debug!(
+                %request, sender = %instance, chunks, already_sent, waited_ms = ms(waited), "granted"
+            ),
+            Note::Refused { request, instance, failure } => {
+                let request = request.map_or_else(|| "-".to_owned(), |id| id.to_string());
+                warn!(%request, sender = %instance, kind = %failure.kind, unsaid, "refused: {}", failure.text);
+            }
+            Note::Committed { request, instance, chunks, bytes, took } => info!(
+                %request, sender = %instance, chunks, bytes, write_ms = ms(took), "ready"
+            ),
+            // Somebody wanted it so.
+            Note::Failed { request, instance, failure, quarantined } if failure.kind == FailureKind::Cancelled => {
+                info!(%request, sender = %instance, quarantined, "cancelled: {}", failure.text);
+            }
+            Note::Failed { request, instance, failure, quarantined } => warn!(
+                %request, sender = %instance, kind = %failure.kind, quarantined, "failed: {}", failure.text
+            ),
+            Note::Fetched { request, after } => debug!(%request, after_ms = ms(after), "fetched"),
+            Note::Unquarantined { instance, slots } => {
+                debug!(sender = %instance, slots, "writer has stopped, slots are free again");
+            }
+            Note::Unexpected { from, port, message } => warn!(
+                %from, seen = message, unsaid, "not taken at the port for {}, which takes {} and pd-sender's own messages, each once; \
+                 correct the ports that this sender was given", port.purpose(), port.accepted()
+            ),
         }
-        Note::Refused { address, failure } => {
-            error!(receiver = %address, kind = %failure.kind, "receiver refused: {}", failure.text);
-        }
-        Note::Opened { request, address, chunks, already_sent, took } => debug!(
-            %request, receiver = %address, chunks, already_sent, alloc_ms = ms(took), "opened"
-        ),
-        Note::Sent { request, address, chunks, bytes, phases } => info!(
-            %request, receiver = %address, chunks, bytes,
-            alloc_ms = ms(phases.alloc), transfer_ms = ms(phases.transfer), commit_ms = ms(phases.commit), "sent"
-        ),
-        Note::Failed { request, address, failure, in_flight } if failure.kind == FailureKind::Cancelled => {
-            info!(%request, receiver = %address, in_flight, "cancelled: {}", failure.text);
-        }
-        Note::Failed { request, address, failure, in_flight } => warn!(
-            %request, receiver = %address, kind = %failure.kind, in_flight, "failed: {}", failure.text
-        ),
-        Note::Unexpected { address, message } => {
-            warn!(receiver = %address, message, "an unexpected message, ignored");
+    }
+
+    pub(super) fn sender(&mut self, note: sender::Note) {
+        use sender::Note;
+        let limited = match &note {
+            Note::Unexpected { message, .. } => Some((*message, None)),
+            _ => None,
+        };
+        let Some(unsaid) = self.permit(limited) else { return };
+        match note {
+            Note::Grown { result } => log_grown(result),
+            Note::PeerUp { address, instance, len_bytes, took } => info!(
+                receiver = %address, instance, buffer_bytes = len_bytes, took_ms = ms(took), "connected"
+            ),
+            Note::PeerDown { address, failure } => {
+                warn!(receiver = %address, kind = %failure.kind, "receiver given up: {}", failure.text);
+            }
+            Note::Refused { address, failure } => {
+                error!(receiver = %address, kind = %failure.kind, "receiver refused: {}", failure.text);
+            }
+            Note::Opened { request, address, chunks, already_sent, took } => debug!(
+                %request, receiver = %address, chunks, already_sent, alloc_ms = ms(took), "opened"
+            ),
+            Note::Sent { request, address, chunks, bytes, phases } => info!(
+                %request, receiver = %address, chunks, bytes,
+                alloc_ms = ms(phases.alloc), transfer_ms = ms(phases.transfer), commit_ms = ms(phases.commit), "sent"
+            ),
+            Note::Failed { request, address, failure, in_flight } if failure.kind == FailureKind::Cancelled => {
+                info!(%request, receiver = %address, in_flight, "cancelled: {}", failure.text);
+            }
+            Note::Failed { request, address, failure, in_flight } => warn!(
+                %request, receiver = %address, kind = %failure.kind, in_flight, "failed: {}", failure.text
+            ),
+            Note::Unexpected { address, message } => {
+                warn!(receiver = %address, seen = message, unsaid, "an unexpected message, ignored");
+            }
         }
     }
 }

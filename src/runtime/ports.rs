@@ -64,6 +64,8 @@ pub(super) struct Ports {
     init: Bound,
     alloc: Bound,
     query: Option<Bound>,
+    /// Of answers that could not be sent.
+    warnings: RateLimited,
 }
 
 impl Ports {
@@ -82,19 +84,21 @@ impl Ports {
             }
             None => None,
         };
-        Ok(Self { init, alloc, query })
+        Ok(Self { init, alloc, query, warnings: RateLimited::default() })
     }
 
     /// Answers a peer. One that is gone, or does not read, misses it.
-    pub(super) fn send(&self, port: Port, to: &RouteKey, message: &Message) {
+    pub(super) fn send(&mut self, port: Port, to: &RouteKey, message: &Message) {
         let bound = match port {
             Port::Init => Some(&self.init),
             Port::Alloc => Some(&self.alloc),
             Port::Query => self.query.as_ref(),
         };
         let (Some(bound), Some(route)) = (bound, &to.route) else { return };
-        if let Err(error) = bound.sender.try_send(route, encode(message).into()) {
-            tracing::warn!(?port, message = message.type_name(), %error, "an answer could not be sent");
+        if let Err(error) = bound.sender.try_send(route, encode(message).into())
+            && let Some(unsaid) = self.warnings.permit(Instant::now())
+        {
+            tracing::warn!(?port, answer = message.type_name(), %error, unsaid, "an answer could not be sent");
         }
     }
 
@@ -246,7 +250,7 @@ mod tests {
         let config = fuzzing::read(Role::Receiver, text).unwrap();
         // Nobody takes more than one of them.
         let (events, mut inbox) = mpsc::channel::<PortEvent>(1);
-        let ports = Ports::bind(&config, &events).await.unwrap();
+        let mut ports = Ports::bind(&config, &events).await.unwrap();
         let mut clients = Vec::new();
         let mut routes = Vec::new();
         for number in 0..2 * CONNECTIONS {

@@ -12,13 +12,14 @@ use super::engine_work::{Command, EngineEvent};
 use super::health::{HealthResponder, health_probe};
 use super::http::HttpServer;
 use super::lifecycle::{self, Stop};
+use super::notes::SessionLog;
 use super::ports::{PortEvent, Ports, RouteKey};
 use super::probe::Probe;
 use super::ready;
 use super::room::Room;
 use super::setup::MemoryAndEngine;
 use super::watches::Watches;
-use super::{RunOptions, RuntimeError, identity, notes, setup, translate};
+use super::{RunOptions, RuntimeError, identity, setup, translate};
 use crate::buffer::MemoryManager;
 use crate::config::Config;
 use crate::connector::ReadyLine;
@@ -60,6 +61,7 @@ struct ReceiverDaemon {
     ports: Ports,
     clients: Clients,
     notes: Vec<Note<RouteKey>>,
+    log: SessionLog,
     tally: Tally,
     draining: bool,
     /// Peers' processes.
@@ -143,6 +145,7 @@ pub(super) async fn serve(
         ports,
         clients,
         notes: Vec::new(),
+        log: SessionLog::default(),
         tally: Tally::receiver(),
         draining: false,
         watches: Watches::default(),
@@ -247,7 +250,7 @@ impl Daemon for ReceiverDaemon {
     fn log_notes(&mut self) {
         for note in self.notes.drain(..) {
             self.tally.count_receiver(&note);
-            notes::log_receiver(note);
+            self.log.receiver(note);
         }
     }
 

@@ -13,6 +13,7 @@ use super::engine_work::{Command, EngineEvent};
 use super::health::health_probe;
 use super::http::HttpServer;
 use super::lifecycle::{self, Stop};
+use super::notes::SessionLog;
 use super::peer_links::{LinkEvent, PeerLinks};
 use super::probe::Probe;
 use super::proxy::Proxy;
@@ -20,7 +21,7 @@ use super::ready;
 use super::room::Room;
 use super::setup::MemoryAndEngine;
 use super::witness::{HaveEnded, Witness};
-use super::{RunOptions, RuntimeError, identity, notes, setup, translate};
+use super::{RunOptions, RuntimeError, identity, setup, translate};
 use crate::buffer::{Memory, MemoryManager};
 use crate::config::Config;
 use crate::connector::ReadyLine;
@@ -59,6 +60,7 @@ struct SenderDaemon {
     links: PeerLinks<Event>,
     clients: Clients,
     notes: Vec<Note>,
+    log: SessionLog,
     tally: Tally,
     draining: bool,
     proxy: Option<Proxy>,
@@ -132,6 +134,7 @@ pub(super) async fn run(config: Config, options: RunOptions) -> Result<(), Runti
         links,
         clients,
         notes: Vec::new(),
+        log: SessionLog::default(),
         tally: Tally::sender(),
         draining: false,
         proxy,
@@ -266,7 +269,7 @@ impl Daemon for SenderDaemon {
     fn log_notes(&mut self) {
         for note in self.notes.drain(..) {
             self.tally.count_sender(&note);
-            notes::log_sender(note);
+            self.log.sender(note);
         }
     }
 
