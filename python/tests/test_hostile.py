@@ -3,7 +3,7 @@
 import json
 import re
 import subprocess
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import msgspec
 import pytest
@@ -251,3 +251,32 @@ def test_a_flood_of_bad_messages_is_counted_and_does_not_fill_the_log(port, mess
                 return sum(int(count) for count in re.findall(r"\bunsaid=(\d+)", receiver.log())) >= FLOOD * 0.9
 
             eventually(unsaid, pause_s=0.2)
+
+
+def test_a_receiver_says_that_its_senders_evict_one_another(tmp_path):
+    # Broken in production: senders disconnect one another for ever, requests are slow or fail, and nothing says why.
+    with ExitStack() as stack:
+        receiver = stack.enter_context(daemon("receiver", tmp_path, "pd_max_peers=2"))
+        named = f"pd_receivers=[127.0.0.1:{receiver.ready.init_port}:{receiver.ready.alloc_port}]"
+        for number in range(3):
+            (tmp_path / str(number)).mkdir()
+            stack.enter_context(daemon("sender", tmp_path / str(number), named, "pd_heartbeat_interval_sec=0.1"))
+        eventually(lambda: Scrape(receiver)("pd_peer_failures_total", kind="peer_lost") >= 4)
+        lines = eventually(lambda: receiver.lines_with("pd_max_peers to"))
+        assert len(lines) == 1 and "WARN" in lines[0] and "2 senders are connected, the limit" in lines[0], receiver.log()
+
+
+def test_a_receiver_that_comes_and_goes_is_one_line_a_minute(tmp_path):
+    # Broken in production: the port for allocations is that of another service, and the log is full of reconnects.
+    with ExitStack() as stack:
+        receiver = stack.enter_context(daemon("receiver", tmp_path))
+        other = stack.enter_context(zmq.Context()).socket(zmq.ROUTER)
+        stack.enter_context(other)
+        port = other.bind_to_random_port("tcp://127.0.0.1")
+        named = f"pd_receivers=[127.0.0.1:{receiver.ready.init_port}:{port}]"
+        sets = (named, "pd_heartbeat_interval_sec=0.1", "pd_peer_timeout_sec=0.5")
+        sender = stack.enter_context(daemon("sender", tmp_path, *sets))
+        eventually(lambda: Scrape(sender)("pd_peer_failures_total", kind="peer_lost") >= 4)
+        # The first connection, its end, and the next try. From there on the same again is not written for a minute.
+        counts = [len(sender.lines_with(text)) for text in ("receiver given up", "connected receiver=")]
+        assert counts == [1, 2], sender.log()

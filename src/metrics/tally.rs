@@ -125,7 +125,7 @@ impl Tally {
             Note::Grown { result } => self.count_growth(result),
             Note::PeerConnected { .. } => self.handshakes += 1,
             Note::PeerRefused { failure, .. } => add(&mut self.peer_failures, failure.kind),
-            Note::PeerLost { .. } => add(&mut self.peer_failures, FailureKind::PeerLost),
+            Note::PeerLost { .. } | Note::PeerEvicted { .. } => add(&mut self.peer_failures, FailureKind::PeerLost),
             // The failure of its request is counted.
             Note::Corrupted { .. } => {}
             Note::Granted { chunks, already_sent, waited, .. } => {

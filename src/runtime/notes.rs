@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use tracing::{debug, error, info, warn};
 
 use super::ports::RouteKey;
-use crate::ids::FailureKind;
+use crate::ids::{FailureKind, PeerAddress};
 use crate::protocol::{receiver, sender};
 use crate::side_channel::RateLimited;
 
@@ -25,7 +25,27 @@ fn log_grown(result: Result<u64, String>) {
 /// The log of one session. A peer can cause some kinds of line as often as it likes: of each of these, and for each kind of
 /// failure in it, one is written a second. The others are counted in the next one as `unsaid`.
 #[derive(Debug, Default)]
-pub(super) struct SessionLog(BTreeMap<LineKind, RateLimited>);
+pub(super) struct SessionLog {
+    limits: BTreeMap<LineKind, RateLimited>,
+    receivers: BTreeMap<PeerAddress, Receiver>,
+}
+
+/// A receiver that was given up. It may come and go for as long as it is configured wrongly: the same reason is a line a
+/// minute.
+#[derive(Debug)]
+struct Receiver {
+    reason: FailureKind,
+    limit: RateLimited,
+    /// The latest line about its loss was not written, and the one about its return is not either.
+    quiet: bool,
+}
+
+/// Most receivers that are remembered for that.
+const RECEIVERS_MAX: usize = 4096;
+
+/// Nothing but the configuration ends it, and it goes on as fast as senders come back: a line a minute is enough.
+const EVICTED: &str = "a sender is evicted";
+const MINUTE: Duration = Duration::from_secs(60);
 
 /// A kind of note, and of the failure in it.
 type LineKind = (&'static str, Option<FailureKind>);
@@ -33,7 +53,9 @@ type LineKind = (&'static str, Option<FailureKind>);
 impl SessionLog {
     /// How many lines of a limited kind were not written since the last one. None: this one is not written either.
     fn permit(&mut self, limited: Option<LineKind>) -> Option<u64> {
-        limited.map_or(Some(0), |kind| self.0.entry(kind).or_default().permit(Instant::now()))
+        let fresh =
+            || if limited == Some((EVICTED, None)) { RateLimited::every(MINUTE) } else { RateLimited::default() };
+        limited.map_or(Some(0), |kind| self.limits.entry(kind).or_insert_with(fresh).permit(Instant::now()))
     }
 
     pub(super) fn receiver(&mut self, note: receiver::Note<RouteKey>) {
@@ -42,6 +64,7 @@ impl SessionLog {
             Note::PeerRefused { failure, .. } => Some(("a sender is refused", Some(failure.kind))),
             Note::Refused { failure, .. } => Some(("a request is refused", Some(failure.kind))),
             Note::Unexpected { message, .. } => Some((*message, None)),
+            Note::PeerEvicted { .. } => Some((EVICTED, None)),
             _ => None,
         };
         let Some(unsaid) = self.permit(limited) else { return };
@@ -52,6 +75,11 @@ impl SessionLog {
                 warn!(sender = %instance, kind = %failure.kind, unsaid, "refused: {}", failure.text);
             }
             Note::PeerLost { instance, reason } => info!(sender = %instance, "sender {reason}"),
+            Note::PeerEvicted { instance, peers_max } => warn!(
+                sender = %instance, unsaid, "{peers_max} senders are connected, the limit, and one that is in use was disconnected \
+                 to make room for another; it comes back, and another has to go: raise pd_max_peers to the number of senders \
+                 that name this receiver"
+            ),
             Note::Corrupted { request, instance, chunks } => warn!(
                 %request, sender = %instance, chunks, "chunks arrived otherwise than they were sent"
             ),
@@ -83,6 +111,21 @@ impl SessionLog {
         }
     }
 
+    /// A receiver is given up. As [`permit`](Self::permit).
+    fn permit_loss(&mut self, address: &PeerAddress, reason: FailureKind) -> Option<u64> {
+        if self.receivers.len() >= RECEIVERS_MAX && !self.receivers.contains_key(address) {
+            self.receivers.clear();
+        }
+        let fresh = || Receiver { reason, limit: RateLimited::every(MINUTE), quiet: false };
+        let receiver = self.receivers.entry(address.clone()).or_insert_with(fresh);
+        if receiver.reason != reason {
+            *receiver = fresh();
+        }
+        let unsaid = receiver.limit.permit(Instant::now());
+        receiver.quiet = unsaid.is_none();
+        unsaid
+    }
+
     pub(super) fn sender(&mut self, note: sender::Note) {
         use sender::Note;
         let limited = match &note {
@@ -92,11 +135,14 @@ impl SessionLog {
         let Some(unsaid) = self.permit(limited) else { return };
         match note {
             Note::Grown { result } => log_grown(result),
+            Note::PeerUp { address, .. } if self.receivers.get(&address).is_some_and(|receiver| receiver.quiet) => {}
             Note::PeerUp { address, instance, len_bytes, took } => info!(
                 receiver = %address, instance, buffer_bytes = len_bytes, took_ms = ms(took), "connected"
             ),
             Note::PeerDown { address, failure } => {
-                warn!(receiver = %address, kind = %failure.kind, "receiver given up: {}", failure.text);
+                if let Some(unsaid) = self.permit_loss(&address, failure.kind) {
+                    warn!(receiver = %address, kind = %failure.kind, unsaid, "receiver given up: {}", failure.text);
+                }
             }
             Note::Refused { address, failure } => {
                 error!(receiver = %address, kind = %failure.kind, "receiver refused: {}", failure.text);

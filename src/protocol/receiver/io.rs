@@ -162,6 +162,13 @@ pub enum Note<R> {
         /// How we know.
         reason: String,
     },
+    /// A peer that is there was disconnected, because as many are connected as may be and another one came.
+    PeerEvicted {
+        /// Which.
+        instance: String,
+        /// How many may be connected.
+        peers_max: usize,
+    },
     /// Chunks arrived otherwise than they were sent.
     Corrupted {
         /// Which request.

@@ -403,8 +403,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
             self.outputs.push_back(Output::ForgetPeer(connection));
         }
         self.unwatch_unless_needed(&oldest);
-        let reason = "was idle longest and made room for another".to_owned();
-        self.note(Note::PeerLost { instance: oldest, reason });
+        self.note(Note::PeerEvicted { instance: oldest, peers_max: self.settings.peers_max });
         true
     }
 }

@@ -60,6 +60,7 @@ impl<R: Clone + PartialEq> ReceiverSession<R> {
         };
         self.lmcache.agents.remove(&instance);
         self.outputs.push_back(Output::ForgetPeer(connection));
+        self.note(Note::PeerEvicted { instance, peers_max: self.settings.peers_max });
         Ok(())
     }
 
