@@ -1,13 +1,18 @@
 //! From a command line to an exit code.
 
+use std::fmt::{self, Debug, Write};
 use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use clap::{Args, Command, FromArgMatches};
+use tracing::field::Field;
 use tracing_appender::non_blocking::{NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::field::MakeExt;
+use tracing_subscriber::fmt::format::{Writer, debug_fn};
 
 use crate::config::{Config, Options, Role};
+use crate::ids::Escaping;
 use crate::runtime::{self, RunOptions, RuntimeError};
 use crate::transfer::{nixl, open_files};
 
@@ -93,8 +98,19 @@ fn start_logging() -> WorkerGuard {
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(writer)
+        .fmt_fields(debug_fn(write_field).delimited(" "))
         .with_target(false)
         .with_ansi(std::io::stderr().is_terminal())
         .init();
     guard
+}
+
+/// Writes one field of an event. Whatever text it has, from a peer, a client, a file or the command line, the event stays one
+/// line.
+fn write_field(writer: &mut Writer<'_>, field: &Field, value: &dyn Debug) -> fmt::Result {
+    let mut writer = Escaping(writer);
+    match field.name() {
+        "message" => write!(writer, "{value:?}"),
+        name => write!(writer, "{name}={value:?}"),
+    }
 }

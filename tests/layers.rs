@@ -11,7 +11,7 @@ const MAY_NAME: &[(&str, &[&str])] = &[
     ("ids", &[]),
     ("address", &[]),
     ("slot", &["address", "ids"]),
-    ("kv_layout", &[]),
+    ("kv_layout", &["ids"]),
     ("config", &["kv_layout", "ids"]),
     ("buffer", &["address", "ids"]),
     ("transfer", &["buffer", "ids"]),
@@ -38,7 +38,7 @@ const MAY_NAME: &[(&str, &[&str])] = &[
         ],
     ),
     ("bench", &["buffer", "config", "connector", "ids", "kv_layout", "side_channel", "transfer", "wire"]),
-    ("cli", &["bench", "config", "runtime", "transfer"]),
+    ("cli", &["bench", "config", "ids", "runtime", "transfer"]),
     // For tests and fuzz targets alone.
     ("fuzzing", &["config", "connector", "ids", "kv_layout", "transfer", "wire"]),
 ];

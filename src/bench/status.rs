@@ -209,12 +209,12 @@ mod tests {
         for bytes in [1000, 1 << 30] {
             let took = Duration::from_millis(5);
             let note = Note::Committed { request: request(), instance: "s".into(), chunks: 2, bytes, took };
-            tally.count(&node::Note::Incoming(note));
+            tally.count(&node::Note::<()>::Incoming(note));
         }
         for kind in [FailureKind::Expired, FailureKind::PeerLost, FailureKind::PeerLost] {
             let failure = Failure::new(kind, "");
             let note = Note::Failed { request: request(), instance: "s".into(), failure, quarantined: 2 };
-            tally.count(&node::Note::Incoming(note));
+            tally.count(&node::Note::<()>::Incoming(note));
         }
         let status = Status {
             role: "receiver".into(),

@@ -8,6 +8,7 @@ use super::key::{Absence, Key, Kind};
 use super::raw::{Entry, RawConfig, RawValue};
 use super::size::parse_size;
 use super::{DEADLINE_SEC_MAX, Role};
+use crate::ids::is_printable;
 
 /// Longest text of a [`Kind::Form`].
 const FORM_LEN_BYTES_MAX: usize = 4096;
@@ -181,5 +182,5 @@ fn whole(value: &RawValue) -> Option<i128> {
 }
 
 fn printable(text: &str, len_bytes_max: usize) -> bool {
-    !text.is_empty() && text.len() <= len_bytes_max && !text.chars().any(char::is_control)
+    !text.is_empty() && text.len() <= len_bytes_max && is_printable(text)
 }

@@ -2,7 +2,9 @@
 
 use std::fmt;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
+
+use super::truncate::truncate;
 
 /// What went wrong, as somebody who has to act on it would sort it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -84,12 +86,35 @@ pub struct Failure {
     /// For programs.
     pub kind: FailureKind,
     /// For people.
+    #[serde(deserialize_with = "truncated")]
     pub text: String,
 }
 
 impl Failure {
-    /// A failure of this kind.
+    /// A failure of this kind. The text may quote a peer or a client, and is [truncated](truncate) as theirs is.
     pub fn new(kind: FailureKind, text: impl Into<String>) -> Self {
-        Self { kind, text: text.into() }
+        Self { kind, text: truncate(&text.into()) }
+    }
+}
+
+/// A peer's words, made fit for an answer and a log line.
+fn truncated<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+    String::deserialize(deserializer).map(|text| truncate(&text))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failure_cannot_forge_a_line_wherever_its_text_is_from() {
+        // Broken in production: a peer's refusal, or ours that quotes the peer, writes an alarm of its own into the log.
+        let forged = "bad dtype x\nERROR forged \u{1b}[2K";
+        let ours = Failure::new(FailureKind::LayoutMismatch, forged);
+        let theirs: Failure = serde_json::from_value(serde_json::json!({"kind": "limit", "text": forged})).unwrap();
+        for text in [ours.text, theirs.text] {
+            assert_eq!(text, "bad dtype x\u{fffd}ERROR forged \u{fffd}[2K");
+        }
+        assert!(Failure::new(FailureKind::Limit, "7, ".repeat(16_384)).text.len() < 1000);
     }
 }

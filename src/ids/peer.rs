@@ -2,17 +2,30 @@
 
 use std::fmt;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
+
+use super::printable::is_printable;
 
 /// A receiver's two ports, as a router passes them in `disagg_spec`.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct PeerAddress {
     /// Host name or address.
+    #[serde(deserialize_with = "printable_host")]
     pub host: String,
     /// Port of the handshake (LMCache's `pd_peer_init_port`).
     pub init_port: u16,
     /// Port of allocations and commits (LMCache's `pd_peer_alloc_port`).
     pub alloc_port: u16,
+}
+
+/// A host of a client's request. It stands in log lines and errors before anything looks it up.
+fn printable_host<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+    let host = String::deserialize(deserializer)?;
+    if is_printable(&host) {
+        return Ok(host);
+    }
+    let seen: String = host.chars().take(80).collect();
+    Err(serde::de::Error::custom(format!("a receiver's host is {seen:?}; expected a host name or an address")))
 }
 
 impl fmt::Display for PeerAddress {

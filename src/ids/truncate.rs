@@ -1,5 +1,7 @@
 //! Text from elsewhere, made fit for a log line or an answer.
 
+use super::printable::is_unprintable;
+
 /// Longest text from elsewhere that is passed on, in characters. Our own longest, a refusal for want of room with the
 /// reason why the buffer did not grow, has some 450.
 const TRUNCATED_LEN_MAX: usize = 600;
@@ -7,14 +9,14 @@ const TRUNCATED_LEN_MAX: usize = 600;
 /// What stands for the rest.
 const ELLIPSIS: &str = " ...";
 
-/// The text without control characters, and not longer than a line may be: what a peer says can neither forge a log
+/// The text without unprintable characters, and not longer than a line may be: what a peer says can neither forge a log
 /// line nor fill a disk. What is longer is cut behind its last whole clause, or else its last whole word, that is not far
 /// from the end.
 pub fn truncate(text: &str) -> String {
     let mut truncated: String = text
         .chars()
         .take(TRUNCATED_LEN_MAX)
-        .map(|character| if character.is_control() { '\u{fffd}' } else { character })
+        .map(|character| if is_unprintable(character) { '\u{fffd}' } else { character })
         .collect();
     if text.chars().nth(TRUNCATED_LEN_MAX).is_some() {
         let half = truncated.len() / 2;

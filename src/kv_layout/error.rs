@@ -30,6 +30,14 @@ pub enum LayoutError {
         /// Which values it may have.
         accepted: String,
     },
+    /// Text that would forge a log line, here or at a peer.
+    #[error("{what} is {seen:?}; expected text without line breaks and other control characters; leave them out")]
+    Unprintable {
+        /// Which text.
+        what: &'static str,
+        /// The text.
+        seen: String,
+    },
     /// A field that a layout does not have.
     #[error("field `{field}` is not a field of a layout{}; the fields are {known}", suggestion(.nearest.as_deref()))]
     UnknownField {

@@ -15,6 +15,8 @@ mod model;
 
 use std::collections::BTreeMap;
 
+use crate::ids::is_printable;
+
 pub use dtype::{DTYPES_ACCEPTED, OPAQUE_DTYPE, parse_dtype};
 pub use error::LayoutError;
 pub(crate) use error::suggestion;
@@ -98,6 +100,14 @@ impl KvLayout {
             range("length of a text in `engine`", text.len() as u64, 1, ENGINE_FACT_LEN_BYTES_MAX as u64)?;
         }
         range("number of groups", self.groups.len() as u64, 1, GROUPS_MAX as u64)?;
+        let facts =
+            self.engine.iter().flat_map(|(name, value)| [("a text in `engine`", name), ("a text in `engine`", value)]);
+        let dtypes = self.groups.iter().map(|group| ("dtype", &group.dtype));
+        for (what, text) in [("the model's name", &self.model)].into_iter().chain(facts).chain(dtypes) {
+            if !is_printable(text) {
+                return Err(LayoutError::Unprintable { what, seen: text.clone() });
+            }
+        }
         self.groups.iter().try_for_each(|group| group.check(self.chunk_tokens))
     }
 }

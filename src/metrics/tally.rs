@@ -95,7 +95,7 @@ impl Tally {
     }
 
     /// Counts what a node notes.
-    pub fn count(&mut self, note: &Note) {
+    pub fn count<R>(&mut self, note: &Note<R>) {
         match note {
             Note::Grown { result: Ok(_) } => self.growths += 1,
             Note::Grown { result: Err(_) } => self.growths_failed += 1,
@@ -129,12 +129,12 @@ impl Tally {
         }
     }
 
-    fn count_incoming(&mut self, note: &incoming::Note) {
+    fn count_incoming<R>(&mut self, note: &incoming::Note<R>) {
         use incoming::Note;
         match note {
             Note::PeerConnected { .. } => self.handshakes += 1,
             Note::PeerRefused { failure, .. } => add(&mut self.peer_failures, failure.kind),
-            Note::PeerLost { .. } => add(&mut self.peer_failures, FailureKind::PeerLost),
+            Note::PeerLost { .. } | Note::PeerEvicted { .. } => add(&mut self.peer_failures, FailureKind::PeerLost),
             // The failure of its request is counted.
             Note::Corrupted { .. } => {}
             Note::Granted { chunks, already_sent, waited, .. } => {
@@ -155,6 +155,11 @@ impl Tally {
             Note::Unquarantined { slots, .. } => self.slots_unquarantined += *slots as u64,
             Note::Unexpected { .. } => self.unexpected_messages += 1,
         }
+    }
+
+    /// Counts a message that cannot be read.
+    pub fn count_unreadable(&mut self) {
+        self.unexpected_messages += 1;
     }
 
     /// Counts an `error` that a client of the connector API was answered with.

@@ -124,7 +124,7 @@ impl<R> Core<R> {
         self.answer(client, id, Answer::Failed { failure, peer });
     }
 
-    pub(super) fn note(&mut self, note: impl Into<Note>) {
+    pub(super) fn note(&mut self, note: impl Into<Note<R>>) {
         self.outputs.push_back(Output::Note(note.into()));
     }
 }

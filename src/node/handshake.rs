@@ -1,6 +1,6 @@
 //! Whether two daemons may talk: versions, engine, and what a chunk is.
 
-use crate::ids::{Failure, FailureKind, METADATA_LEN_BYTES_MAX, PEERS_MAX};
+use crate::ids::{Failure, FailureKind, METADATA_LEN_BYTES_MAX, PEERS_MAX, is_printable};
 use crate::wire::message::{CAPABILITY_COMMIT, Hello};
 
 /// Refuses a peer that does not mean the same thing by a chunk, naming both values.
@@ -67,15 +67,15 @@ fn check_bounds(theirs: &Hello) -> Result<(), Failure> {
     let names = [theirs.instance.as_str(), theirs.engine.as_str(), boot_id];
     let names_fit = names.into_iter().chain(theirs.capabilities.iter().map(String::as_str)).all(name_fits);
     let field_fits = |(name, value): &(String, String)| {
-        name.len().max(value.len()) <= VALUE_LEN_BYTES_MAX && !name.chars().any(char::is_control)
+        name.len().max(value.len()) <= VALUE_LEN_BYTES_MAX && is_printable(name) && is_printable(value)
     };
     let fields_fit = theirs.layout.iter().all(field_fits);
     if names_fit && fields_fit && theirs.layout.len().max(theirs.capabilities.len()) <= FIELDS_MAX {
         return Ok(());
     }
     let text = format!(
-        "the handshake holds more than {FIELDS_MAX} fields, a name of more than {NAME_LEN_BYTES_MAX} bytes or with control \
-         characters, or a layout field of more than {VALUE_LEN_BYTES_MAX}; no release of ours sends that"
+        "the handshake holds more than {FIELDS_MAX} fields, a name of more than {NAME_LEN_BYTES_MAX} bytes, a layout \
+         field of more than {VALUE_LEN_BYTES_MAX}, or control characters; no release of ours sends that"
     );
     Err(Failure::new(FailureKind::Limit, text))
 }
@@ -97,7 +97,7 @@ pub(super) fn check_metadata(metadata: &[u8]) -> Result<(), Failure> {
 
 /// Whether a name can be kept and written into a log.
 pub(super) fn name_fits(name: &str) -> bool {
-    name.len() <= NAME_LEN_BYTES_MAX && !name.chars().any(char::is_control)
+    name.len() <= NAME_LEN_BYTES_MAX && is_printable(name)
 }
 
 /// The first layout field on which two sides differ: its name, the left and the right value.
@@ -145,6 +145,16 @@ mod tests {
         theirs.version_min = 2;
         theirs.version_max = 3;
         assert!(check(&ours, &theirs).unwrap_err().text.contains("2..=3 of sender-1 and 1..=1 of receiver-1"));
+        // What stands in the refusal cannot forge a log line.
+        for odd in ["m\nERROR forged", "m\u{1b}[2K", "m\u{202e}"] {
+            for (at, text) in [("name", odd), ("value", odd)] {
+                let mut theirs = hello("sender-1");
+                let field = &mut theirs.layout[0];
+                *(if at == "name" { &mut field.0 } else { &mut field.1 }) = text.into();
+                let failure = check(&ours, &theirs).unwrap_err();
+                assert!(failure.kind == FailureKind::Limit && is_printable(&failure.text), "{failure:?}");
+            }
+        }
         let mut theirs = hello("sender-1");
         theirs.engine = "nixl".into();
         assert!(check(&ours, &theirs).unwrap_err().text.contains("set the same transfer_channel"));

@@ -67,11 +67,20 @@ pub enum Port {
 
 impl Port {
     /// For an error text.
-    const fn purpose(self) -> &'static str {
+    pub(crate) const fn purpose(self) -> &'static str {
         match self {
             Self::Init => "handshakes (pd_peer_init_port)",
             Self::Alloc => "allocations (pd_peer_alloc_port)",
             Self::Query => "cache queries (pd_peer_query_port)",
+        }
+    }
+
+    /// What it takes in LMCache's dialect, for an error text.
+    pub(crate) const fn accepted(self) -> &'static str {
+        match self {
+            Self::Init => "NixlInitRequest and NixlMemRegRequest",
+            Self::Alloc => "AllocRequest and CancelNotif",
+            Self::Query => "CacheQueryRequest",
         }
     }
 }

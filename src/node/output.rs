@@ -165,12 +165,12 @@ pub enum Output<R> {
         event: outgoing::Event,
     },
     /// Something for the log.
-    Note(Note),
+    Note(Note<R>),
 }
 
 /// What happened, for the log.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Note {
+pub enum Note<R> {
     /// The buffer has another step, or could not get it.
     Grown {
         /// Its length now, in bytes, or why it did not grow.
@@ -179,17 +179,17 @@ pub enum Note {
     /// To a request that is sent, or a receiver.
     Outgoing(outgoing::Note),
     /// To a request that is received, or a sender.
-    Incoming(incoming::Note),
+    Incoming(incoming::Note<R>),
 }
 
-impl From<outgoing::Note> for Note {
+impl<R> From<outgoing::Note> for Note<R> {
     fn from(note: outgoing::Note) -> Self {
         Self::Outgoing(note)
     }
 }
 
-impl From<incoming::Note> for Note {
-    fn from(note: incoming::Note) -> Self {
+impl<R> From<incoming::Note<R>> for Note<R> {
+    fn from(note: incoming::Note<R>) -> Self {
         Self::Incoming(note)
     }
 }

@@ -1,17 +1,20 @@
 //! The clients of the connector API: attaching them, hearing them, answering them.
 
+use std::time::Instant;
+
 use super::error::RuntimeError;
 use super::translate;
 use crate::buffer::MemoryManager;
 use crate::config::Config;
 use crate::connector::message::Reply;
 use crate::connector::server::{ConnectorEvent, ConnectorServer};
-use crate::ids::{ClientId, Seq};
-use crate::side_channel::IpcName;
+use crate::ids::{ClientId, Seq, truncate};
+use crate::side_channel::{IpcName, RateLimited};
 
 /// The daemon's end of the connector API.
 pub(super) struct Clients {
     server: ConnectorServer,
+    warnings: RateLimited,
 }
 
 impl Clients {
@@ -21,7 +24,8 @@ impl Clients {
             Some(endpoint) => IpcName::parse(endpoint)?,
             None => IpcName::new_abstract(config.role.as_str()),
         };
-        Ok(Self { server: ConnectorServer::bind(&name, config.limits.clients_max as usize).await? })
+        let server = ConnectorServer::bind(&name, config.limits.clients_max as usize).await?;
+        Ok(Self { server, warnings: RateLimited::default() })
     }
 
     /// Where clients connect to.
@@ -39,7 +43,9 @@ impl Clients {
         loop {
             match self.server.recv().await {
                 Some(ConnectorEvent::Refused { client, text }) => {
-                    tracing::warn!(client = client.map(|client| client.0), "connector refused: {text}");
+                    if let Some(unsaid) = self.warnings.permit(Instant::now()) {
+                        tracing::warn!(client = client.map(|client| client.0), unsaid, "connector refused: {text}");
+                    }
                 }
                 Some(event) => return event,
                 None => std::future::pending().await,
@@ -56,7 +62,7 @@ impl Clients {
 
     /// Tells a new client how to map the buffer, and what is in it.
     pub(super) fn attach(&mut self, client: ClientId, id: Seq, name: &str, config: &Config, manager: &MemoryManager) {
-        tracing::info!(%client, name, "connector attached");
+        tracing::info!(%client, name = truncate(name), "connector attached");
         self.reply(client, &translate::attached(id, config, manager));
     }
 }

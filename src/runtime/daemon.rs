@@ -169,6 +169,7 @@ impl driver::Daemon for Daemon {
                 self.room = Some(room);
                 self.node.handle_message(now, port, from, *message);
             }
+            Event::Port(PortEvent::Unreadable) => self.notes.count_unreadable(),
             Event::Port(PortEvent::Gone { route }) => self.node.handle_route_gone(now, &route),
             Event::Link(LinkEvent::Opened { peer, links }) => {
                 let lmcache_mode = links.lmcache_mode;
@@ -260,7 +261,7 @@ impl Daemon {
                 }
             }
             Output::Send { to: To::Route(route), port, message } => {
-                if let Some(ports) = &self.ports {
+                if let Some(ports) = &mut self.ports {
                     ports.send(port, &route, &message);
                 }
             }

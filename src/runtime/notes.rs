@@ -1,13 +1,16 @@
 //! What a node notes, as log lines and counted: which peer, which request, how many chunks and bytes, how long each phase.
 
-use std::time::Duration;
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
 
 use tracing::{debug, error, info, warn};
 
+use super::ports::RouteKey;
 use crate::config::Role;
-use crate::ids::FailureKind;
+use crate::ids::{FailureKind, PeerAddress};
 use crate::metrics::Tally;
 use crate::node::{Note, incoming, outgoing};
+use crate::side_channel::RateLimited;
 
 /// Milliseconds, to the microsecond.
 fn ms(time: Duration) -> f64 {
@@ -16,16 +19,21 @@ fn ms(time: Duration) -> f64 {
 
 /// Notes that were not logged yet, and the counts of all.
 pub(super) struct Notes {
-    unlogged: Vec<Note>,
+    unlogged: Vec<Note<RouteKey>>,
+    log: Log,
     tally: Tally,
 }
 
 impl Notes {
     pub(super) fn new(role: Role) -> Self {
-        Self { unlogged: Vec::new(), tally: Tally::new(role.as_str(), role.sends(), role.receives()) }
+        Self {
+            unlogged: Vec::new(),
+            log: Log::default(),
+            tally: Tally::new(role.as_str(), role.sends(), role.receives()),
+        }
     }
 
-    pub(super) fn push(&mut self, note: Note) {
+    pub(super) fn push(&mut self, note: Note<RouteKey>) {
         self.unlogged.push(note);
     }
 
@@ -34,14 +42,19 @@ impl Notes {
         self.tally.count_connector_error(kind);
     }
 
+    /// Counts a message of a peer that cannot be read.
+    pub(super) fn count_unreadable(&mut self) {
+        self.tally.count_unreadable();
+    }
+
     /// Counts and logs what was noted since.
     pub(super) fn log(&mut self) {
         for note in self.unlogged.drain(..) {
             self.tally.count(&note);
             match note {
                 Note::Grown { result } => log_grown(result),
-                Note::Outgoing(note) => log_outgoing(note),
-                Note::Incoming(note) => log_incoming(note),
+                Note::Outgoing(note) => self.log.outgoing(note),
+                Note::Incoming(note) => self.log.incoming(note),
             }
         }
     }
@@ -58,69 +71,145 @@ fn log_grown(result: Result<u64, String>) {
     }
 }
 
-fn log_incoming(note: incoming::Note) {
-    use incoming::Note;
-    match note {
-        Note::PeerConnected { instance } => info!(sender = %instance, "connected"),
-        Note::PeerRefused { instance, failure } => {
-            warn!(sender = %instance, kind = %failure.kind, "refused: {}", failure.text);
-        }
-        Note::PeerLost { instance, reason } => info!(sender = %instance, "sender {reason}"),
-        Note::Corrupted { request, instance, chunks } => warn!(
-            %request, sender = %instance, chunks, "chunks arrived otherwise than they were sent"
-        ),
-        Note::Granted { request, instance, chunks, already_sent, waited } => debug!(
-            %request, sender = %instance, chunks, already_sent, waited_ms = ms(waited), "granted"
-        ),
-        Note::Refused { request, instance, failure } => {
-            let request = request.map_or_else(|| "-".to_owned(), |id| id.to_string());
-            warn!(%request, sender = %instance, kind = %failure.kind, "refused: {}", failure.text);
-        }
-        Note::Committed { request, instance, chunks, bytes, took } => info!(
-            %request, sender = %instance, chunks, bytes, write_ms = ms(took), "ready"
-        ),
-        // Somebody wanted it so.
-        Note::Failed { request, instance, failure, quarantined } if failure.kind == FailureKind::Cancelled => {
-            info!(%request, sender = %instance, quarantined, "cancelled: {}", failure.text);
-        }
-        Note::Failed { request, instance, failure, quarantined } => warn!(
-            %request, sender = %instance, kind = %failure.kind, quarantined, "failed: {}", failure.text
-        ),
-        Note::Fetched { request, after } => debug!(%request, after_ms = ms(after), "fetched"),
-        Note::Unquarantined { instance, slots } => {
-            debug!(sender = %instance, slots, "writer has stopped, slots are free again");
-        }
-        Note::Unexpected { port, message } => warn!(?port, message, "a message that this port does not take, ignored"),
-    }
+/// The log of one daemon. A peer can cause some kinds of line as often as it likes: of each of these, and for each kind of
+/// failure in it, one is written a second. The others are counted in the next one as `unsaid`.
+#[derive(Debug, Default)]
+struct Log {
+    limits: BTreeMap<LineKind, RateLimited>,
+    receivers: BTreeMap<PeerAddress, Receiver>,
 }
 
-fn log_outgoing(note: outgoing::Note) {
-    use outgoing::Note;
-    match note {
-        Note::PeerUp { address, instance, len_bytes, took } => info!(
-            receiver = %address, instance, buffer_bytes = len_bytes, took_ms = ms(took), "connected"
-        ),
-        Note::PeerDown { address, failure } => {
-            warn!(receiver = %address, kind = %failure.kind, "receiver given up: {}", failure.text);
+/// A receiver that was given up. It may come and go for as long as it is configured wrongly: the same reason is a line a
+/// minute.
+#[derive(Debug)]
+struct Receiver {
+    reason: FailureKind,
+    limit: RateLimited,
+    /// The latest line about its loss was not written, and the one about its return is not either.
+    quiet: bool,
+}
+
+/// Most receivers that are remembered for that.
+const RECEIVERS_MAX: usize = 4096;
+
+/// Nothing but the configuration ends it, and it goes on as fast as senders come back: a line a minute is enough.
+const EVICTED: &str = "a sender is evicted";
+const MINUTE: Duration = Duration::from_secs(60);
+
+/// A kind of note, and of the failure in it.
+type LineKind = (&'static str, Option<FailureKind>);
+
+impl Log {
+    /// How many lines of a limited kind were not written since the last one. None: this one is not written either.
+    fn permit(&mut self, limited: Option<LineKind>) -> Option<u64> {
+        let fresh =
+            || if limited == Some((EVICTED, None)) { RateLimited::every(MINUTE) } else { RateLimited::default() };
+        limited.map_or(Some(0), |kind| self.limits.entry(kind).or_insert_with(fresh).permit(Instant::now()))
+    }
+
+    fn incoming(&mut self, note: incoming::Note<RouteKey>) {
+        use incoming::Note;
+        let limited = match &note {
+            Note::PeerRefused { failure, .. } => Some(("a sender is refused", Some(failure.kind))),
+            Note::Refused { failure, .. } => Some(("a request is refused", Some(failure.kind))),
+            Note::Unexpected { message, .. } => Some((*message, None)),
+            Note::PeerEvicted { .. } => Some((EVICTED, None)),
+            _ => None,
+        };
+        let Some(unsaid) = self.permit(limited) else { return };
+        match note {
+            Note::PeerConnected { instance } => info!(sender = %instance, "connected"),
+            Note::PeerRefused { instance, failure } => {
+                warn!(sender = %instance, kind = %failure.kind, unsaid, "refused: {}", failure.text);
+            }
+            Note::PeerLost { instance, reason } => info!(sender = %instance, "sender {reason}"),
+            Note::PeerEvicted { instance, peers_max } => warn!(
+                sender = %instance, unsaid, "{peers_max} senders are connected, the limit, and one that is in use was disconnected \
+                 to make room for another; it comes back, and another has to go: raise pd_max_peers to the number of senders \
+                 that name this receiver"
+            ),
+            Note::Corrupted { request, instance, chunks } => warn!(
+                %request, sender = %instance, chunks, "chunks arrived otherwise than they were sent"
+            ),
+            Note::Granted { request, instance, chunks, already_sent, waited } => debug!(
+                %request, sender = %instance, chunks, already_sent, waited_ms = ms(waited), "granted"
+            ),
+            Note::Refused { request, instance, failure } => {
+                let request = request.map_or_else(|| "-".to_owned(), |id| id.to_string());
+                warn!(%request, sender = %instance, kind = %failure.kind, unsaid, "refused: {}", failure.text);
+            }
+            Note::Committed { request, instance, chunks, bytes, took } => info!(
+                %request, sender = %instance, chunks, bytes, write_ms = ms(took), "ready"
+            ),
+            // Somebody wanted it so.
+            Note::Failed { request, instance, failure, quarantined } if failure.kind == FailureKind::Cancelled => {
+                info!(%request, sender = %instance, quarantined, "cancelled: {}", failure.text);
+            }
+            Note::Failed { request, instance, failure, quarantined } => warn!(
+                %request, sender = %instance, kind = %failure.kind, quarantined, "failed: {}", failure.text
+            ),
+            Note::Fetched { request, after } => debug!(%request, after_ms = ms(after), "fetched"),
+            Note::Unquarantined { instance, slots } => {
+                debug!(sender = %instance, slots, "writer has stopped, slots are free again");
+            }
+            Note::Unexpected { from, port, message } => warn!(
+                %from, seen = message, unsaid, "not taken at the port for {}, which takes {} and pd-sender's own messages, each once; \
+                 correct the ports that this sender was given", port.purpose(), port.accepted()
+            ),
         }
-        Note::Refused { address, failure } => {
-            error!(receiver = %address, kind = %failure.kind, "receiver refused: {}", failure.text);
+    }
+
+    /// A receiver is given up. As [`permit`](Self::permit).
+    fn permit_loss(&mut self, address: &PeerAddress, reason: FailureKind) -> Option<u64> {
+        if self.receivers.len() >= RECEIVERS_MAX && !self.receivers.contains_key(address) {
+            self.receivers.clear();
         }
-        Note::Opened { request, address, chunks, already_sent, took } => debug!(
-            %request, receiver = %address, chunks, already_sent, alloc_ms = ms(took), "opened"
-        ),
-        Note::Sent { request, address, chunks, bytes, phases } => info!(
-            %request, receiver = %address, chunks, bytes,
-            alloc_ms = ms(phases.alloc), transfer_ms = ms(phases.transfer), commit_ms = ms(phases.commit), "sent"
-        ),
-        Note::Failed { request, address, failure, in_flight } if failure.kind == FailureKind::Cancelled => {
-            info!(%request, receiver = %address, in_flight, "cancelled: {}", failure.text);
+        let fresh = || Receiver { reason, limit: RateLimited::every(MINUTE), quiet: false };
+        let receiver = self.receivers.entry(address.clone()).or_insert_with(fresh);
+        if receiver.reason != reason {
+            *receiver = fresh();
         }
-        Note::Failed { request, address, failure, in_flight } => warn!(
-            %request, receiver = %address, kind = %failure.kind, in_flight, "failed: {}", failure.text
-        ),
-        Note::Unexpected { address, message } => {
-            warn!(receiver = %address, message, "an unexpected message, ignored");
+        let unsaid = receiver.limit.permit(Instant::now());
+        receiver.quiet = unsaid.is_none();
+        unsaid
+    }
+
+    fn outgoing(&mut self, note: outgoing::Note) {
+        use outgoing::Note;
+        let limited = match &note {
+            Note::Unexpected { message, .. } => Some((*message, None)),
+            _ => None,
+        };
+        let Some(unsaid) = self.permit(limited) else { return };
+        match note {
+            Note::PeerUp { address, .. } if self.receivers.get(&address).is_some_and(|receiver| receiver.quiet) => {}
+            Note::PeerUp { address, instance, len_bytes, took } => info!(
+                receiver = %address, instance, buffer_bytes = len_bytes, took_ms = ms(took), "connected"
+            ),
+            Note::PeerDown { address, failure } => {
+                if let Some(unsaid) = self.permit_loss(&address, failure.kind) {
+                    warn!(receiver = %address, kind = %failure.kind, unsaid, "receiver given up: {}", failure.text);
+                }
+            }
+            Note::Refused { address, failure } => {
+                error!(receiver = %address, kind = %failure.kind, "receiver refused: {}", failure.text);
+            }
+            Note::Opened { request, address, chunks, already_sent, took } => debug!(
+                %request, receiver = %address, chunks, already_sent, alloc_ms = ms(took), "opened"
+            ),
+            Note::Sent { request, address, chunks, bytes, phases } => info!(
+                %request, receiver = %address, chunks, bytes,
+                alloc_ms = ms(phases.alloc), transfer_ms = ms(phases.transfer), commit_ms = ms(phases.commit), "sent"
+            ),
+            Note::Failed { request, address, failure, in_flight } if failure.kind == FailureKind::Cancelled => {
+                info!(%request, receiver = %address, in_flight, "cancelled: {}", failure.text);
+            }
+            Note::Failed { request, address, failure, in_flight } => warn!(
+                %request, receiver = %address, kind = %failure.kind, in_flight, "failed: {}", failure.text
+            ),
+            Note::Unexpected { address, message } => {
+                warn!(receiver = %address, seen = message, unsaid, "an unexpected message, ignored");
+            }
         }
     }
 }

@@ -1,16 +1,16 @@
 //! A sender's connections: two sockets for each receiver, and the tasks that read them.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc::Sender;
 use tokio::task::JoinHandle;
 
 use super::ports::channel;
 use super::room::{Room, Rooms};
-use crate::ids::{Failure, FailureKind, PeerAddress, PeerId, SharedSecret};
+use crate::ids::{Failure, FailureKind, PeerAddress, PeerId, SharedSecret, truncate};
 use crate::node::Port;
-use crate::side_channel::{Access, Dealer, DealerReceiver, DealerSender, SideChannelError, tcp_address};
+use crate::side_channel::{Access, Dealer, DealerReceiver, DealerSender, RateLimited, SideChannelError, tcp_address};
 use crate::wire::{LmcacheMode, Message, encode};
 
 /// What the links tell the driver.
@@ -141,6 +141,7 @@ async fn read<E: From<LinkEvent>>(
     rooms: &Rooms,
     events: &Sender<E>,
 ) -> Failure {
+    let mut unreadable = RateLimited::default();
     loop {
         let payload = match socket.recv().await {
             Ok(payload) => payload,
@@ -153,7 +154,12 @@ async fn read<E: From<LinkEvent>>(
                     return Failure::new(FailureKind::ShuttingDown, "this sender is shutting down");
                 }
             }
-            Err(error) => tracing::warn!(%peer, ?port, %error, "a message that cannot be read, ignored"),
+            Err(error) => {
+                if let Some(unsaid) = unreadable.permit(Instant::now()) {
+                    let error = truncate(&error.to_string());
+                    tracing::warn!(%peer, ?port, unsaid, "a message that cannot be read, ignored: {error}");
+                }
+            }
         }
     }
 }

@@ -1,5 +1,7 @@
 //! A receiver's ports and the tasks that read them.
 
+use std::fmt;
+use std::sync::Arc;
 use std::time::Instant;
 
 use tokio::sync::mpsc::Sender;
@@ -13,15 +15,23 @@ use crate::side_channel::{
     Access, PeerTag, RateLimited, Route, RouterEvent, RouterReceiver, RouterSender, RouterSocket,
 };
 use crate::wire::auth::Channel;
-use crate::wire::{Message, encode};
+use crate::wire::{Message, encode, unreadable_refusal};
 
 /// How a message's sender is answered. Two are equal when they name the same connection.
 #[derive(Debug, Clone)]
 pub(super) struct RouteKey {
     port: Port,
     tag: PeerTag,
+    /// Where it connects from, for the log.
+    address: Arc<str>,
     /// None in an event of the connection itself.
     route: Option<Route>,
+}
+
+impl fmt::Display for RouteKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} ({})", self.address, self.tag)
+    }
 }
 
 impl PartialEq for RouteKey {
@@ -35,6 +45,8 @@ impl PartialEq for RouteKey {
 pub(super) enum PortEvent {
     /// A message arrived, which takes its room until it is dealt with.
     Message { port: Port, from: RouteKey, message: Box<Message>, room: Room },
+    /// A message arrived that cannot be read. It has been answered, if it was a request of LMCache's.
+    Unreadable,
     /// A connection is gone.
     Gone { route: RouteKey },
 }
@@ -52,6 +64,8 @@ pub(super) struct Ports {
     init: Bound,
     alloc: Bound,
     query: Option<Bound>,
+    /// Of answers that could not be sent.
+    warnings: RateLimited,
 }
 
 impl Ports {
@@ -70,19 +84,21 @@ impl Ports {
             }
             None => None,
         };
-        Ok(Self { init, alloc, query })
+        Ok(Self { init, alloc, query, warnings: RateLimited::default() })
     }
 
     /// Answers a peer. One that is gone, or does not read, misses it.
-    pub(super) fn send(&self, port: Port, to: &RouteKey, message: &Message) {
+    pub(super) fn send(&mut self, port: Port, to: &RouteKey, message: &Message) {
         let bound = match port {
             Port::Init => Some(&self.init),
             Port::Alloc => Some(&self.alloc),
             Port::Query => self.query.as_ref(),
         };
         let (Some(bound), Some(route)) = (bound, &to.route) else { return };
-        if let Err(error) = bound.sender.try_send(route, encode(message).into()) {
-            tracing::warn!(?port, message = message.type_name(), %error, "an answer could not be sent");
+        if let Err(error) = bound.sender.try_send(route, encode(message).into())
+            && let Some(unsaid) = self.warnings.permit(Instant::now())
+        {
+            tracing::warn!(?port, answer = message.type_name(), %error, unsaid, "an answer could not be sent");
         }
     }
 
@@ -112,7 +128,7 @@ async fn bind_one<E: From<PortEvent> + Send + 'static>(
     };
     let bound = RouterSocket::bind_port(&config.bind_host, number, access).await?;
     let RouterSocket { sender, receiver, port: number, .. } = bound;
-    tokio::spawn(read(port, receiver, events.clone()));
+    tokio::spawn(read(port, receiver, sender.clone(), events.clone()));
     Ok(Bound { sender, number })
 }
 
@@ -125,7 +141,7 @@ pub(super) const fn channel(port: Port) -> Channel {
     }
 }
 
-async fn read<E: From<PortEvent>>(port: Port, mut receiver: RouterReceiver, events: Sender<E>) {
+async fn read<E: From<PortEvent>>(port: Port, mut receiver: RouterReceiver, answers: RouterSender, events: Sender<E>) {
     // Each port has its own, so that a flood at one of them holds up no other.
     let rooms = if port == Port::Init { Rooms::for_handshakes() } else { Rooms::for_messages() };
     let mut unreadable = RateLimited::default();
@@ -133,18 +149,33 @@ async fn read<E: From<PortEvent>>(port: Port, mut receiver: RouterReceiver, even
         let event = match event {
             RouterEvent::Message { peer: route, payload } => match rooms.decode(&payload).await {
                 Ok((message, room)) => {
-                    let from = RouteKey { port, tag: route.peer().clone(), route: Some(route) };
+                    let address = receiver.address(route.peer()).into();
+                    let from = RouteKey { port, tag: route.peer().clone(), address, route: Some(route) };
                     PortEvent::Message { port, from, message: Box::new(message), room }
                 }
                 Err(error) => {
-                    if let Some(unsaid) = unreadable.permit(Instant::now()) {
-                        let error = truncate(&error.to_string());
-                        tracing::warn!(?port, unsaid, "a message that cannot be read, ignored: {error}");
+                    let refusal = unreadable_refusal(&payload);
+                    let done = if refusal.is_some() { "refused" } else { "ignored" };
+                    if let Some(refusal) = refusal {
+                        // A peer that is gone, or does not read, misses it.
+                        drop(answers.try_send(&route, encode(&refusal).into()));
                     }
-                    continue;
+                    if let Some(unsaid) = unreadable.permit(Instant::now()) {
+                        let (from, peer) = (receiver.address(route.peer()), route.peer());
+                        let (error, accepted) = (truncate(&error.to_string()), port.accepted());
+                        tracing::warn!(
+                            ?port, %from, %peer, unsaid,
+                            "a message that cannot be read, {done}: {error}; this port takes a sender's {accepted}: correct what \
+                             that process sends, or the port that it was given"
+                        );
+                    }
+                    PortEvent::Unreadable
                 }
             },
-            RouterEvent::Gone { peer } => PortEvent::Gone { route: RouteKey { port, tag: peer, route: None } },
+            RouterEvent::Gone { peer } => {
+                let address = "".into();
+                PortEvent::Gone { route: RouteKey { port, tag: peer, address, route: None } }
+            }
         };
         if events.send(event.into()).await.is_err() {
             return;
@@ -175,6 +206,39 @@ mod tests {
         }
     }
 
+    /// An allocation as an LMCache sender sends it, with a request id of so many bytes.
+    #[cfg(feature = "lmcache")]
+    fn alloc(id_len_bytes: usize, keys: &[&str]) -> Vec<u8> {
+        let mut fields = std::collections::BTreeMap::from([("type", serde_json::json!("AllocRequest"))]);
+        fields.insert("req_id", "r".repeat(id_len_bytes).into());
+        fields.insert("keys", keys.into());
+        encode(&fields)
+    }
+
+    #[cfg(feature = "lmcache")]
+    #[tokio::test]
+    async fn a_request_of_lmcaches_that_cannot_be_read_is_refused_at_every_port() {
+        // Broken in production: an LMCache sender with a long request id waits for ever for its answer.
+        let text = "pd_buffer_size: 1MiB\npd_peer_init_port: 0\npd_peer_alloc_port: 0\npd_peer_query_port: 0\n";
+        let config = fuzzing::read(Role::Receiver, text).unwrap();
+        let (events, mut inbox) = mpsc::channel::<PortEvent>(16);
+        let ports = Ports::bind(&config, &events).await.unwrap();
+        let mut kept = Vec::new();
+        for port in [ports.init_port(), ports.alloc_port(), ports.query_port().unwrap()] {
+            let (sender, mut receiver) = Dealer::connect(&tcp_address("127.0.0.1", port), SOON).await.unwrap();
+            sender.try_send(alloc(305, &["a", "b", "c"]).into()).unwrap();
+            let answer = tokio::time::timeout(SOON, receiver.recv()).await.expect("it is answered").unwrap();
+            match crate::wire::decode(&answer).unwrap() {
+                Message::AllocResponse(response) => assert_eq!(response.remote_indexes, [-1, -1, -1]),
+                other => panic!("{other:?}"),
+            }
+            // It is counted.
+            let event = tokio::time::timeout(SOON, inbox.recv()).await;
+            assert!(matches!(event, Ok(Some(PortEvent::Unreadable))), "{event:?}");
+            kept.push((sender, receiver));
+        }
+    }
+
     #[tokio::test]
     async fn routes_that_end_while_the_driver_is_behind_are_all_told() {
         // Broken in production: what peers were granted that left together is reserved for ever.
@@ -186,7 +250,7 @@ mod tests {
         let config = fuzzing::read(Role::Receiver, text).unwrap();
         // Nobody takes more than one of them.
         let (events, mut inbox) = mpsc::channel::<PortEvent>(1);
-        let ports = Ports::bind(&config, &events).await.unwrap();
+        let mut ports = Ports::bind(&config, &events).await.unwrap();
         let mut clients = Vec::new();
         let mut routes = Vec::new();
         for number in 0..2 * CONNECTIONS {

@@ -5,17 +5,29 @@ use std::time::{Duration, Instant};
 /// How often one kind of line is written at most.
 const PAUSE: Duration = Duration::from_secs(1);
 
-/// Lets one line a second through, so that nobody fills the disk with them.
-#[derive(Debug, Default)]
+/// Lets one line a second through, or one in another time, so that nobody fills the disk with them.
+#[derive(Debug)]
 pub struct RateLimited {
+    pause: Duration,
     said_at: Option<Instant>,
     unsaid: u64,
 }
 
+impl Default for RateLimited {
+    fn default() -> Self {
+        Self::every(PAUSE)
+    }
+}
+
 impl RateLimited {
+    /// Lets one line through in this time.
+    pub const fn every(pause: Duration) -> Self {
+        Self { pause, said_at: None, unsaid: 0 }
+    }
+
     /// Whether the line may be written; if so, how many were not since the last one.
     pub fn permit(&mut self, now: Instant) -> Option<u64> {
-        if self.said_at.is_some_and(|at| now.duration_since(at) < PAUSE) {
+        if self.said_at.is_some_and(|at| now.duration_since(at) < self.pause) {
             self.unsaid += 1;
             return None;
         }
@@ -37,5 +49,9 @@ mod tests {
         assert_eq!((0..500).filter_map(|ms| limited.permit(start + Duration::from_millis(ms))).count(), 0);
         assert_eq!(limited.permit(start + PAUSE), Some(500));
         assert_eq!(limited.permit(start + 2 * PAUSE), Some(0));
+        let mut limited = RateLimited::every(60 * PAUSE);
+        assert_eq!(limited.permit(start), Some(0));
+        assert_eq!(limited.permit(start + 59 * PAUSE), None);
+        assert_eq!(limited.permit(start + 60 * PAUSE), Some(1));
     }
 }

@@ -1,5 +1,6 @@
 //! A ROUTER: bound, many peers, each answered by the way it came.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
@@ -142,6 +143,7 @@ impl RouterSocket {
             receiver: RouterReceiver {
                 half: receive_half,
                 monitor,
+                addresses: BTreeMap::new(),
                 listener: Listener::Open,
                 malformed_count: 0,
                 endpoint: endpoint.clone(),
@@ -311,6 +313,8 @@ impl fmt::Debug for RouterSender {
 pub struct RouterReceiver {
     half: RouterRecvHalf,
     monitor: mpsc::Receiver<SocketEvent>,
+    /// Where connections come from, for the log.
+    addresses: BTreeMap<PeerTag, String>,
     listener: Listener,
     malformed_count: u64,
     /// Where it listens, and how long a message may be there: for the log.
@@ -334,13 +338,17 @@ impl RouterReceiver {
                 event = self.monitor.next() => match event? {
                     SocketEvent::Disconnected(peer, _) => {
                         let peer = PeerTag(peer.into());
+                        self.addresses.remove(&peer);
                         if self.listener.forget(&peer) {
                             return Some(RouterEvent::Gone { peer });
                         }
                         continue;
                     }
                     SocketEvent::Accepted(endpoint, peer, _) => {
-                        self.listener.accept(PeerTag(peer.into()), endpoint.to_string());
+                        let (peer, address) = (PeerTag(peer.into()), endpoint.to_string());
+                        // A second connection under a name that is taken is none.
+                        self.addresses.entry(peer.clone()).or_insert_with(|| address.clone());
+                        self.listener.accept(peer, address);
                         continue;
                     }
                     SocketEvent::Unreadable(peer, error) => {
@@ -368,6 +376,11 @@ impl RouterReceiver {
                 None => self.malformed_count += 1,
             }
         }
+    }
+
+    /// Where a connection comes from, if the library has said so.
+    pub fn address(&self, peer: &PeerTag) -> &str {
+        self.addresses.get(peer).map_or("an unknown address", String::as_str)
     }
 
     fn log_unreadable(&mut self, peer: &PeerTag, error: &ZmqError) {

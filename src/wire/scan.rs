@@ -136,7 +136,7 @@ impl<'a> Scanner<'a> {
     }
 
     fn array(&self, count: usize) -> Result<Head<'a>, DecodeError> {
-        self.container("entries of an array", count, KEYS_MAX, count)?;
+        self.container(Fields::ARRAY, count, KEYS_MAX, count)?;
         Ok(Head::Array(count))
     }
 
@@ -171,6 +171,11 @@ impl<'a> Scanner<'a> {
 pub(super) struct Fields<'a> {
     scanner: Scanner<'a>,
     left: usize,
+}
+
+impl Fields<'_> {
+    /// What a list is too long in.
+    pub(super) const ARRAY: &'static str = "entries of an array";
 }
 
 impl<'a> Fields<'a> {

@@ -212,7 +212,7 @@ impl World {
     }
 
     /// What a receiver of ours notes of a request that may be an LMCache sender's.
-    pub fn lmcache_request_noted(&mut self, at: Proc, note: &Note) {
+    pub fn lmcache_request_noted(&mut self, at: Proc, note: &Note<Route>) {
         match note {
             Note::Granted { request, .. } => self.lmcache.granted = Some(request.clone()),
             Note::Committed { request, .. } | Note::Failed { request, .. } => {

@@ -135,7 +135,7 @@ impl World {
         }
     }
 
-    fn on_receiver_note(&mut self, at: Proc, note: Note) {
+    fn on_receiver_note(&mut self, at: Proc, note: Note<Route>) {
         match note {
             // Of an LMCache sender's, which a reader takes uncommitted.
             Note::Committed { instance, .. } if is_lmcaches(&instance) => {}

@@ -30,7 +30,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
         // What the network delivers twice is asked once: its answer is on its way, or was taken back meanwhile.
         let seen = self.peers.get_mut(&extension.instance).is_some_and(|peer| !peer.allocs.insert(extension.seq));
         if seen {
-            return core.note(Note::Unexpected { port: Port::Alloc, message: "AllocRequest, twice" });
+            return core.note(Note::Unexpected { from, port: Port::Alloc, message: "AllocRequest, twice" });
         }
         let checked = self.check_alloc(core, &request, &extension);
         let checked = checked.and_then(|checked| self.check_share(&extension.instance).map(|()| checked));

@@ -6,12 +6,12 @@ use std::collections::BTreeSet;
 
 use super::origin::Origin;
 use super::request::{Request, Stage};
-use super::{Incoming, Port, Timer};
+use super::{Incoming, Note, Port, Timer};
 use crate::ids::{Failure, FailureKind, GrantId, RequestId, SlotIndex};
 use crate::node::core::Core;
 use crate::node::output::To;
-use crate::wire::Message;
 use crate::wire::message::{AllocReplyExtension, AllocResponse, MemoryUpdate};
+use crate::wire::{Message, refusal};
 
 impl<R: Clone + PartialEq> Incoming<R> {
     /// Slots for those chunks of a request that are not ready, or none.
@@ -106,6 +106,14 @@ impl<R: Clone + PartialEq> Incoming<R> {
             }
         }
         self.lmcache.forget_granted(&request.keys, id);
+    }
+
+    /// A message that its port does not take. An LMCache sender would wait for an answer for ever, and gets a refusal.
+    pub(super) fn refuse_misdirected(&self, core: &mut Core<R>, port: Port, from: R, message: &Message) {
+        if let Some(refusal) = refusal(message) {
+            core.send(To::Route(from.clone()), port, refusal);
+        }
+        core.note(Note::Unexpected { from, port, message: message.type_name() });
     }
 
     /// Whether a request's sender is gone for good, so that another may ask for what it had.

@@ -32,7 +32,7 @@ pub struct ExpectedChunk {
 
 /// What happened, for the log.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Note {
+pub enum Note<R> {
     /// A peer is connected.
     PeerConnected {
         /// Which.
@@ -51,6 +51,13 @@ pub enum Note {
         instance: String,
         /// How we know.
         reason: String,
+    },
+    /// A peer that is there was disconnected, because as many are connected as may be and another one came.
+    PeerEvicted {
+        /// Which.
+        instance: String,
+        /// How many may be connected.
+        peers_max: usize,
     },
     /// Chunks arrived otherwise than they were sent.
     Corrupted {
@@ -123,6 +130,8 @@ pub enum Note {
     },
     /// A message that this port does not take.
     Unexpected {
+        /// Whose.
+        from: R,
         /// Which port.
         port: Port,
         /// Its type.

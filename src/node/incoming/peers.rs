@@ -55,7 +55,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
         let instance = extension.hello.instance.clone();
         if core.draining {
             let failure = Failure::new(FailureKind::ShuttingDown, "this receiver is shutting down; use another");
-            return self.refuse_peer(core, from, extension.seq, instance, failure);
+            return self.refuse_peer(core, from, extension.seq, truncate(&instance), failure);
         }
         let checked = handshake::check_metadata(&metadata);
         let checked = checked.and_then(|()| handshake::check(&core.settings.hello, &extension.hello)).and_then(|()| {
@@ -86,7 +86,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
         }
         let seq = extension.seq;
         if self.peers.get(&instance).is_some_and(|peer| peer.init_seq == seq) {
-            return core.note(Note::Unexpected { port: Port::Init, message: "NixlInitRequest, twice" });
+            return core.note(Note::Unexpected { from, port: Port::Init, message: "NixlInitRequest, twice" });
         }
         // A handshake says that nothing is in flight of what was granted before it was sent. One that arrives after
         // later words of the same sender is late, or comes from a second connection: it says nothing.
@@ -427,8 +427,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
             core.outputs.push_back(Output::ForgetPeer(connection));
         }
         self.unwatch_unless_needed(core, &oldest);
-        let reason = "was idle longest and made room for another".to_owned();
-        core.note(Note::PeerLost { instance: oldest, reason });
+        core.note(Note::PeerEvicted { instance: oldest, peers_max: core.settings.peers_max });
         true
     }
 }

@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use pd_backend::ids::{ChunkKey, ClientId, FailureKind, Pages, RequestId, Seq};
 use pd_backend::node::Port;
-use pd_backend::node::incoming::Lookup;
-use pd_backend::node::{Answer, Output, To};
+use pd_backend::node::incoming::{Lookup, Note};
+use pd_backend::node::{self, Answer, Output, To};
 use pd_backend::wire::message::{AllocRequest, CacheQueryRequest, CancelNotif, InitRequest, MemRegRequest};
 use pd_backend::wire::{Message, descriptor_list};
 
@@ -467,4 +467,65 @@ fn an_lmcache_sender_evicts_only_within_the_pages_that_it_knows() {
     bench.session.handle_client_gone(bench.now, ClientId(1));
     assert_eq!(answers(bench.drain()).len(), 1);
     assert_eq!(there(&mut bench, &["k0", "k1", "k2"], false), [false, true, true]);
+}
+
+#[test]
+fn what_comes_to_another_port_is_refused_there() {
+    // Broken in production: an LMCache sender that was given wrong ports waits for ever for its answer.
+    let mut bench = lmcache_bench(4);
+    let init = || Message::NixlInitRequest(InitRequest { local_meta_bytes: vec![3], pd: None });
+    let register = || {
+        Message::NixlMemRegRequest(MemRegRequest {
+            remote_agent_name: b"lmcache-agent-1".to_vec(),
+            local_id: String::new(),
+            local_xfer_dlist_bytes: Vec::new(),
+            pd: None,
+        })
+    };
+    let alloc = || Ask { names: &["a", "b"], ..SYNC }.message();
+    let cancel = || Message::CancelNotif(CancelNotif { req_id: RequestId::new("r").unwrap(), keys: vec![], pd: None });
+    let query = || Message::CacheQueryRequest(CacheQueryRequest { keys: keys(&["a"]) });
+    let before = bench.session.counts();
+    for (ports, message) in [
+        ([Port::Alloc, Port::Query], init as fn() -> Message),
+        ([Port::Alloc, Port::Query], register),
+        ([Port::Init, Port::Query], alloc),
+        ([Port::Init, Port::Query], cancel),
+        ([Port::Init, Port::Alloc], query),
+    ] {
+        for port in ports {
+            bench.session.handle_message(bench.now, port, "l", message());
+            let mut answers = Vec::new();
+            let mut noted = Vec::new();
+            while let Some(output) = bench.session.poll_output() {
+                match output {
+                    Output::Send { to: To::Route("l"), port: from, message } if from == port => answers.push(message),
+                    Output::Note(node::Note::Incoming(note)) => noted.push(note),
+                    other => panic!("{other:?}"),
+                }
+            }
+            let message = message();
+            let [answer] = answers.as_slice() else { panic!("{port:?} {}: {answers:?}", message.type_name()) };
+            match (&message, answer) {
+                (Message::NixlInitRequest(_), Message::NixlInitResponse(answer)) => {
+                    assert!(answer.remote_meta_bytes.is_empty() && answer.pd.is_none());
+                }
+                (Message::NixlMemRegRequest(_), Message::NixlMemRegResponse(answer)) => {
+                    assert!(answer.remote_xfer_dlist_bytes.is_empty() && answer.pd.is_none());
+                }
+                (Message::AllocRequest(_), Message::AllocResponse(answer)) => {
+                    assert_eq!((answer.remote_indexes.as_slice(), answer.pd.is_none()), (&[-1, -1][..], true));
+                }
+                (Message::CancelNotif(_), Message::AllocResponse(answer)) => assert!(answer.remote_indexes.is_empty()),
+                (Message::CacheQueryRequest(_), Message::CacheQueryResponse(answer)) => {
+                    assert!(answer.cached_keys.is_empty());
+                }
+                (_, answer) => panic!("{port:?} {}: {answer:?}", message.type_name()),
+            }
+            // Whose it was is in the log.
+            let message = message.type_name();
+            assert_eq!(noted, [Note::Unexpected { from: "l", port, message }]);
+        }
+    }
+    assert_eq!(bench.session.counts(), before, "nothing else has come of it");
 }

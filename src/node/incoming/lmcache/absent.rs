@@ -54,7 +54,7 @@ impl Batches {
 impl<R: Clone + PartialEq> Incoming<R> {
     pub(super) fn on_lmcache_message(&mut self, core: &mut Core<R>, port: Port, from: R, message: Message) {
         if !matches!((port, &message), (Port::Init, Message::NixlInitRequest(_))) {
-            return core.note(Note::Unexpected { port, message: message.type_name() });
+            return self.refuse_misdirected(core, port, from, &message);
         }
         let text =
             "it has no `pd` field, as LMCache's have none, and this build has no LMCache (cargo feature `lmcache`)";

@@ -64,6 +64,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
         };
         self.lmcache.agents.remove(&instance);
         core.outputs.push_back(Output::ForgetPeer(connection));
+        core.note(Note::PeerEvicted { instance, peers_max: core.settings.peers_max });
         Ok(())
     }
 

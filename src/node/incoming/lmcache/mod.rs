@@ -24,7 +24,7 @@ mod uncommitted;
 
 use std::collections::BTreeMap;
 
-use super::{Incoming, Note, Port};
+use super::{Incoming, Port};
 use crate::ids::{ChunkKey, ConnectionId, RequestId, SlotIndex};
 use crate::node::core::Core;
 use crate::wire::Message;
@@ -137,7 +137,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
             (Port::Alloc, Message::AllocRequest(request)) => self.on_lmcache_alloc(core, from, request),
             (Port::Alloc, Message::CancelNotif(cancel)) => self.on_lmcache_cancel(core, from, &cancel),
             (Port::Query, Message::CacheQueryRequest(query)) => self.on_query(core, from, query),
-            (port, message) => core.note(Note::Unexpected { port, message: message.type_name() }),
+            (port, message) => self.refuse_misdirected(core, port, from, &message),
         }
     }
 }
