@@ -133,10 +133,15 @@ pub trait TransferEngine: Send {
     /// When nothing is registered, or the engine cannot say.
     fn export(&mut self) -> Result<Export, TransferError>;
 
-    /// Step one: gets to know a peer by its metadata.
+    /// Step one: gets to know a peer by its metadata, as one more connection. Several connections may name one agent, say
+    /// where the peer is written to and is a writer as well: each is connected, posted to and forgotten by itself, and each
+    /// call of this needs its own [`disconnect`](Self::disconnect). What newer metadata of the agent says, later
+    /// [`connect`](Self::connect)s of all of them may use; older metadata takes nothing away.
     ///
     /// # Errors
-    /// [`TransferError::BadExport`] when the bytes are not what this engine writes.
+    /// [`TransferError::BadExport`] when the bytes are not what this engine writes. [`TransferError::Peer`] while a
+    /// connection to the agent that was given up still writes, or when the way to it has to be made anew and a connection
+    /// still writes on the old one: poll, and try again.
     fn load_peer(&mut self, agent_name: &str, metadata: &[u8]) -> Result<ConnectionId, TransferError>;
 
     /// What LMCache's peers need of the engine; none where they cannot reach it.
@@ -190,8 +195,9 @@ pub trait TransferEngine: Send {
     /// still in the library's hands. While it is not 0, somebody must poll.
     fn in_flight(&self) -> usize;
 
-    /// Forgets a peer. Its transfers in flight end with an error from a later `poll`, the next one unless the library
-    /// still writes for them; its connecting ends with the next. Once they have, this side writes nothing more to it.
+    /// Forgets one connection; others to the same agent go on. Its transfers in flight end with an error from a later
+    /// `poll`, the next one unless the library still writes for them; its connecting ends with the next. Once they have,
+    /// this side writes nothing more through it.
     fn disconnect(&mut self, connection: ConnectionId);
 }
 

@@ -7,6 +7,7 @@ mod figures;
 mod growth;
 mod large;
 mod peers;
+mod shared;
 mod stalled;
 // The bench uses the rest of it.
 #[allow(dead_code)]
@@ -31,6 +32,7 @@ use figures::*;
 use growth::*;
 use large::*;
 use peers::*;
+use shared::*;
 use stalled::*;
 use transfers::*;
 
@@ -132,7 +134,11 @@ cases! {
     lost_and_met_again_leaves_nothing_open
     a_kept_connection_that_has_broken_is_made_anew
     no_more_files_is_said_with_the_limit
-    shaken_hands_with_twice
+    two_nodes_write_both_ways_at_once
+    loaded_twice_and_either_forgotten
+    forgotten_and_loaded_again_while_another_stays
+    a_way_that_has_broken_is_made_anew_for_all
+    loaded_again_while_a_first_write_waits
     a_stalled_peer_holds_nobody_up
     a_stalled_peer_is_given_up_and_had_again
     disconnected_while_connecting
@@ -144,6 +150,8 @@ cases! {
     the_sender_grows
     grown_with_writes_in_flight
     bad_growth_is_refused
+    one_connection_hears_of_growth_before_another
+    a_way_made_anew_leaves_the_other_direction_alone
     grown_while_connecting;
     measured:
     gpu_writes_against_copies

@@ -13,7 +13,7 @@ fn connecting_to_stopped(sender: &mut Sender, kind: EngineKind) -> (Receiver, Co
 }
 
 /// Polls until nothing is in flight. What had not been reported before.
-fn poll_to_the_end(sender: &mut Sender) -> Ended {
+pub(super) fn poll_to_the_end(sender: &mut Sender) -> Ended {
     let started = Instant::now();
     let mut ended = Ended::default();
     while sender.engine.in_flight() > 0 {

@@ -229,7 +229,7 @@ Held find(DevicePointer pointer, uint64_t bytes) {
   if (after == allocations.begin()) return nullptr;
   Held &held = std::prev(after)->second;
   uint64_t offset = pointer - held->base;
-  return offset <= held->bytes && bytes <= held->bytes - offset ? held : nullptr;
+  return offset < held->bytes && bytes <= held->bytes - offset ? held : nullptr;
 }
 
 bool is_registered(const void *pointer, uint64_t bytes) {

@@ -2,13 +2,15 @@
 
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver as Lines, channel};
 use std::time::Duration;
 
 use pd_backend::buffer::Memory;
-use pd_backend::transfer::{EngineKind, Export};
+use pd_backend::transfer::{ByteCopy, EngineKind, Export};
 
 use super::memory::{Handle, Mapping, MemoryKind, describe};
+use super::sender::Sender;
 use super::{ENVIRONMENT, engine, hex, kind_named};
 
 /// `gpu` for a receiver whose buffer is on a GPU.
@@ -31,31 +33,60 @@ pub fn serve_if_asked() -> bool {
     let mut engine = engine(kind_named(&name), "receiver");
     engine.register(memory.clone(), unit_bytes, len_bytes).expect("it registers");
     let export = engine.export().expect("it exports");
-    println!(
-        "\n{MARK} {} {} {} {}",
+    say(&format!(
+        "{} {} {} {}",
         export.agent_name,
         hex::encode(&export.metadata),
         hex::encode(&export.descriptors),
         describe(&memory)
-    );
+    ));
+    let mut node = Sender::of(engine, Arc::clone(&memory));
+    let (mut incoming, mut outgoing) = (None, None);
     for line in std::io::stdin().lock().lines() {
         let line = line.expect("the sender writes text");
-        if let Some(end) = line.strip_prefix("grow ") {
-            let step = len_bytes..end.parse().expect("a number");
-            let Memory::Host(host) = &*memory else { panic!("only host memory grows") };
-            host.populate(step.clone()).expect("the step fits");
-            len_bytes = step.end;
-            let Export { metadata, descriptors, .. } = engine.extend(step).expect("it extends");
-            println!("\n{MARK} {} {}", hex::encode(&metadata), hex::encode(&descriptors));
-            continue;
-        }
-        let (agent_name, metadata) = line.split_once(' ').expect("a name and metadata");
-        match engine.load_peer(agent_name, &hex::decode(metadata)) {
-            Ok(_) => println!("\n{MARK} ok"),
-            Err(error) => println!("\n{MARK} refused: {error}"),
+        let words: Vec<&str> = line.split(' ').collect();
+        match words[..] {
+            ["grow", end] => {
+                let step = len_bytes..end.parse().expect("a number");
+                let Memory::Host(host) = &*memory else { panic!("only host memory grows") };
+                host.populate(step.clone()).expect("the step fits");
+                len_bytes = step.end;
+                let Export { metadata, descriptors, .. } = node.engine.extend(step).expect("it extends");
+                say(&format!("{} {}", hex::encode(&metadata), hex::encode(&descriptors)));
+            }
+            ["connect", agent_name, metadata, descriptors] => {
+                let (metadata, descriptors) = (hex::decode(metadata), hex::decode(descriptors));
+                outgoing = Some(node.connect_to(&Export { agent_name: agent_name.to_owned(), metadata, descriptors }));
+                say("ok");
+            }
+            ["write", copies] => {
+                let copies: Vec<ByteCopy> = serde_json::from_str::<Vec<[u64; 3]>>(copies)
+                    .expect("a list of copies")
+                    .into_iter()
+                    .map(|[local_offset, remote_offset, len_bytes]| ByteCopy { local_offset, remote_offset, len_bytes })
+                    .collect();
+                node.ship(outgoing.expect("it has connected"), &copies).expect("it writes");
+                say("ok");
+            }
+            [agent_name, metadata] => {
+                // As after any handshake: a peer that was connected is lost first.
+                if let Some(connection) = incoming.take() {
+                    node.engine.disconnect(connection);
+                }
+                match node.engine.load_peer(agent_name, &hex::decode(metadata)) {
+                    Ok(connection) => incoming = Some(connection),
+                    Err(error) => panic!("refused: {error}"),
+                }
+                say("ok");
+            }
+            _ => panic!("{line}"),
         }
     }
     true
+}
+
+fn say(text: &str) {
+    println!("\n{MARK} {text}");
 }
 
 /// A running receiver; killed when dropped.
@@ -120,20 +151,44 @@ impl Receiver {
 
     /// Introduces the sender to it.
     pub fn load_peer(&mut self, export: &Export) {
-        let stdin = self.stdin.as_mut().expect("stdin is piped");
-        writeln!(stdin, "{} {}", export.agent_name, hex::encode(&export.metadata)).expect("the receiver listens");
-        let answer = self.lines.recv_timeout(ANSWER_MAX).expect("the receiver answers");
-        assert_eq!(answer, "ok");
+        self.ask(&format!("{} {}", export.agent_name, hex::encode(&export.metadata)));
+        self.finish();
+    }
+
+    /// It begins to connect to the sender, to write to it as well. [`finish`](Self::finish) waits for the end.
+    pub fn start_connecting(&mut self, export: &Export) {
+        let Export { agent_name, metadata, descriptors } = export;
+        self.ask(&format!("connect {agent_name} {} {}", hex::encode(metadata), hex::encode(descriptors)));
+    }
+
+    /// It begins to write. [`finish`](Self::finish) waits for the end.
+    pub fn start_writing(&mut self, copies: &[ByteCopy]) {
+        let copies: Vec<[u64; 3]> =
+            copies.iter().map(|copy| [copy.local_offset, copy.remote_offset, copy.len_bytes]).collect();
+        self.ask(&format!("write {}", serde_json::to_string(&copies).expect("numbers")));
+    }
+
+    /// Waits until it has done what was begun.
+    pub fn finish(&self) {
+        assert_eq!(self.answer(), "ok");
     }
 
     /// Its buffer grows up to `end`; `export` is what it says from then on.
     pub fn grow(&mut self, end: u64) {
-        let stdin = self.stdin.as_mut().expect("stdin is piped");
-        writeln!(stdin, "grow {end}").expect("the receiver listens");
-        let answer = self.lines.recv_timeout(ANSWER_MAX).expect("the receiver answers");
+        self.ask(&format!("grow {end}"));
+        let answer = self.answer();
         let (metadata, descriptors) = answer.split_once(' ').expect("two words");
         self.export.metadata = hex::decode(metadata);
         self.export.descriptors = hex::decode(descriptors);
+    }
+
+    fn ask(&mut self, line: &str) {
+        let stdin = self.stdin.as_mut().expect("stdin is piped");
+        writeln!(stdin, "{line}").expect("the receiver listens");
+    }
+
+    fn answer(&self) -> String {
+        self.lines.recv_timeout(ANSWER_MAX).expect("the receiver answers")
     }
 
     /// Its process.

@@ -5,7 +5,9 @@ use std::time::{Duration, Instant};
 
 use pd_backend::buffer::Memory;
 use pd_backend::ids::{ConnectionId, TransferId};
-use pd_backend::transfer::{Backoff, ByteCopy, Completion, Ended, EngineKind, TransferEngine, TransferError, Wait};
+use pd_backend::transfer::{
+    Backoff, ByteCopy, Completion, Ended, EngineKind, Export, TransferEngine, TransferError, Wait,
+};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
@@ -42,14 +44,23 @@ impl Sender {
         memory.write(0, &source).expect("all of it");
         let mut engine = engine(kind, "sender");
         engine.register(Arc::clone(&memory), unit_bytes, registered_bytes).expect("it registers");
-        Self { engine, memory, source, transfers: 0 }
+        Self { source, ..Self::of(engine, memory) }
+    }
+
+    /// Around an engine that has registered that memory, whatever is in there.
+    pub fn of(engine: Box<dyn TransferEngine>, memory: Arc<Memory>) -> Self {
+        Self { engine, memory, source: Vec::new(), transfers: 0 }
     }
 
     /// The whole handshake.
     pub fn connect(&mut self, receiver: &mut Receiver) -> ConnectionId {
         let ours = self.engine.export().expect("it exports");
         receiver.load_peer(&ours);
-        let theirs = &receiver.export;
+        self.connect_to(&receiver.export)
+    }
+
+    /// Our side of it.
+    pub fn connect_to(&mut self, theirs: &Export) -> ConnectionId {
         let connection = self.engine.load_peer(&theirs.agent_name, &theirs.metadata).expect("it loads");
         self.finish_connecting(connection, &theirs.descriptors).expect("it connects");
         connection
@@ -123,6 +134,11 @@ impl Expected {
         Self(bytes)
     }
 
+    /// Those bytes.
+    pub fn new(bytes: &[u8]) -> Self {
+        Self(bytes.to_vec())
+    }
+
     /// What the copies do.
     pub fn apply(&mut self, source: &[u8], copies: &[ByteCopy]) {
         for copy in copies {
@@ -135,6 +151,17 @@ impl Expected {
     pub fn check(&self, receiver: &Receiver) {
         let mut seen = vec![0; self.0.len()];
         receiver.mapping.read(0, &mut seen).expect("all of it");
+        self.compare(&seen);
+    }
+
+    /// The same of memory of this process.
+    pub fn check_own(&self, memory: &Memory) {
+        let mut seen = vec![0; self.0.len()];
+        memory.read(0, &mut seen).expect("all of it");
+        self.compare(&seen);
+    }
+
+    fn compare(&self, seen: &[u8]) {
         let different = seen.iter().zip(&self.0).position(|(seen, expected)| seen != expected);
         assert_eq!(different, None, "first byte that differs");
     }

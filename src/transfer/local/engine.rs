@@ -196,10 +196,6 @@ impl TransferEngine for LocalEngine {
             return Err(refuse(format!("it is that of {}", identity.agent_name)));
         }
         self.identity.check_peer(&identity).map_err(refuse)?;
-        let earlier = self.connections.iter().find(|(_, connection)| connection.agent_name == agent_name);
-        if let Some((&connection, _)) = earlier {
-            self.disconnect(connection);
-        }
         self.connections_made += 1;
         let connection = ConnectionId(self.connections_made);
         self.connections

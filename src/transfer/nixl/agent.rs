@@ -10,6 +10,7 @@ use nixl_sys::{
 };
 
 use super::descriptors::{BufferDescriptor, MEMORY_TYPE_GPU, MEMORY_TYPE_HOST, SCRATCH_LEN_BYTES};
+use super::errors::{bad_descriptors, explain, peer_error};
 use super::{NIXL_ENGINE_NAME, NixlOptions, load_library};
 use crate::buffer::{BufferError, CudaMemory, HostMemory, Memory};
 use crate::ids::BUFFER_PIECES_MAX;
@@ -248,12 +249,19 @@ impl OwnedAgent {
         self.agent.invalidate_remote_md(agent_name)
     }
 
-    pub(super) fn make_connection(&self, agent_name: &str) -> Result<(), NixlError> {
-        self.agent.make_connection(agent_name, None)
+    /// Says so unless the peer's metadata covers the memory that its descriptors name.
+    pub(super) fn check_covered(&self, agent_name: &str, descriptor: &BufferDescriptor) -> Result<(), TransferError> {
+        let reason = match self.knows_remote(agent_name, descriptor) {
+            Ok(true) => return Ok(()),
+            Ok(false) => {
+                format!("{} bytes at {:#x} are not in its metadata", descriptor.len_bytes(), descriptor.address)
+            }
+            Err(error) => format!("check_remote_md: {error}"),
+        };
+        Err(bad_descriptors(agent_name, reason))
     }
 
-    /// Whether the peer's metadata covers the memory that its descriptors name.
-    pub(super) fn knows_remote(&self, agent_name: &str, descriptor: &BufferDescriptor) -> Result<bool, NixlError> {
+    fn knows_remote(&self, agent_name: &str, descriptor: &BufferDescriptor) -> Result<bool, NixlError> {
         let mut buffer = XferDescList::new(mem_type(descriptor))?;
         for (address, len_bytes) in descriptor.pieces() {
             buffer.add_desc(address as usize, len_bytes as usize, descriptor.device);
@@ -323,8 +331,25 @@ impl OwnedAgent {
         self.agent.create_xfer_req(XferOp::Write, &local_list, &remote_list, agent_name, None)
     }
 
+    /// Writes into the peer's scratch memory, which otherwise the first transfer would pay for: UCX wires an endpoint
+    /// up, and chooses how to write, when it is first written to. `make_connection` and a notification do not do that;
+    /// a read does half of it. The request while it is in progress. A peer without scratch memory stays cold.
+    pub(super) fn warm_up(
+        &self,
+        agent_name: &str,
+        remote: &BufferDescriptor,
+    ) -> Result<Option<XferRequest>, TransferError> {
+        let failed =
+            |operation: &'static str| move |error: NixlError| peer_error(operation, agent_name, 1, explain(&error));
+        self.agent.make_connection(agent_name, None).map_err(failed("make_connection"))?;
+        let Some(scratch_address) = remote.scratch_address else { return Ok(None) };
+        let request = self.request_warm_up(agent_name, remote, scratch_address).map_err(failed("create_xfer_req"))?;
+        let in_progress = self.post(&request).map_err(failed("first post_xfer_req"))?;
+        Ok(in_progress.then_some(request))
+    }
+
     /// A request to write our scratch memory into a peer's.
-    pub(super) fn request_warm_up(
+    fn request_warm_up(
         &self,
         agent_name: &str,
         remote: &BufferDescriptor,

@@ -4,17 +4,20 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use nixl_sys::{NixlError, XferDlistHandle, XferRequest};
+use nixl_sys::NixlError;
 
-use super::agent::{OwnedAgent, Side};
+use super::agent::OwnedAgent;
+use super::agents::{Agents, News, Way};
 use super::descriptors::{BufferDescriptor, unit_indices};
+use super::errors::{bad_descriptors, bad_metadata, explain, peer_error, with_shortage};
+use super::flights::{Flight, Purpose};
 use super::metadata::check_metadata;
-use super::peers::{Peer, Peers, RemoteBuffer, Retired};
+use super::peers::{Peer, Peers, RemoteBuffer};
 use super::{NIXL_ENGINE_NAME, NixlOptions};
 use crate::buffer::Memory;
 use crate::ids::{ConnectionId, TransferId};
 use crate::transfer::{
-    ByteCopy, Completion, Connected, Ended, Export, TransferEngine, TransferError, check_ranges, cut, join, open_files,
+    ByteCopy, Completion, Connected, Ended, Export, TransferEngine, TransferError, check_ranges, cut, join,
 };
 
 /// How long the first write of a connection may take; it takes some milliseconds between idle processes, and nobody else
@@ -31,39 +34,11 @@ const LINGER: Duration = Duration::from_secs(2);
 pub struct NixlEngine {
     flights: Vec<Flight>,
     peers: Peers,
+    agents: Agents,
     agent: OwnedAgent,
     agent_name: String,
     /// Ended inside another call.
     ended: Ended,
-}
-
-/// A request that NIXL has not ended.
-struct Flight {
-    purpose: Purpose,
-    connection: ConnectionId,
-    request: XferRequest,
-    descriptor_count: usize,
-}
-
-/// What a request is for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Purpose {
-    Transfer(TransferId),
-    WarmUp {
-        posted: Instant,
-    },
-    /// A warm-up that has been reported: it took too long, or nobody wants it any more. It may still end, and the peer
-    /// cannot be forgotten before.
-    GivenUp,
-}
-
-impl std::fmt::Debug for Flight {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Flight")
-            .field("purpose", &self.purpose)
-            .field("connection", &self.connection)
-            .finish_non_exhaustive()
-    }
 }
 
 impl NixlEngine {
@@ -76,107 +51,89 @@ impl NixlEngine {
         Ok(Self {
             flights: Vec::new(),
             peers: Peers::default(),
+            agents: Agents::default(),
             agent,
             agent_name: options.agent_name,
             ended: Ended::default(),
         })
     }
 
-    /// Drops what is prepared for a peer, unless a request to it is in progress.
+    /// Drops a connection that is leaving, unless a request of it is in progress.
     ///
-    /// NIXL goes on knowing it if its connection is sound, for when it is met again: each time that NIXL 1.5.1 forgets a
-    /// living agent, UCX leaves the TCP connection that had been made to it open in both processes.
-    fn retire_if_idle(&mut self, connection: ConnectionId) {
+    /// NIXL goes on knowing its agent for other connections to it, and for when it is met again if the way to it is sound:
+    /// each time that NIXL 1.5.1 forgets a living agent, UCX leaves the TCP connection that had been made to it open in
+    /// both processes.
+    fn release_if_idle(&mut self, connection: ConnectionId) {
         let idle = self.peers.any_mut(connection).is_some_and(|peer| peer.requests_in_progress == 0);
         if !idle {
             return;
         }
-        let Some(Peer { agent_name, metadata, broken, connecting, buffer, .. }) = self.peers.remove(connection) else {
+        let Some(Peer { agent_name, buffer, .. }) = self.peers.remove(connection) else {
             return;
         };
-        // What was prepared from the peer's metadata goes before the metadata.
-        drop((connecting, buffer));
-        let retired = Retired { agent_name, metadata };
-        let unwanted = if broken { Some(retired) } else { self.peers.retire(retired) };
-        if let Some(Retired { agent_name, .. }) = unwanted {
-            self.forget(&agent_name);
+        // What was prepared from the agent's metadata goes before the metadata.
+        drop(buffer);
+        if let Some(unwanted) = self.agents.released(&agent_name) {
+            self.forget(&unwanted);
         }
     }
 
-    fn forget(&self, agent_name: &str) {
+    /// No request to the agent may be in progress.
+    fn forget(&mut self, agent_name: &str) {
+        self.peers.drop_prepared(agent_name);
         if let Err(error) = self.agent.forget_remote(agent_name) {
             tracing::warn!(agent = agent_name, %error, "NIXL does not forget a peer");
         }
+        self.agents.forgotten(agent_name);
     }
 
-    /// Whether an agent that NIXL knows from an earlier connection is the same still, told of anew where it has grown.
-    /// Otherwise NIXL does not know it any more.
-    fn renew(&self, agent_name: &str, metadata: &[u8], before: &Retired) -> bool {
-        if metadata == before.metadata {
-            return true;
-        }
-        let grown = check_metadata(metadata)
-            .and_then(|after| after.check_grown_from(&check_metadata(&before.metadata)?))
-            .is_ok();
-        if !grown {
-            self.forget(agent_name);
-            return false;
-        }
-        // When it does not take it, it has forgotten the agent as a whole.
-        self.agent.load_remote(metadata).is_ok()
+    fn load(&mut self, agent_name: &str, metadata: &[u8]) -> Result<(), NixlError> {
+        self.agent.load_remote(metadata)?;
+        self.agents.loaded(agent_name, metadata);
+        Ok(())
     }
 
-    /// Says so unless the peer's metadata covers the memory that its descriptors name.
-    fn check_covered(&self, agent_name: &str, descriptor: &BufferDescriptor) -> Result<(), TransferError> {
-        let reason = match self.agent.knows_remote(agent_name, descriptor) {
-            Ok(true) => return Ok(()),
-            Ok(false) => {
-                format!("{} bytes at {:#x} are not in its metadata", descriptor.len_bytes(), descriptor.address)
+    /// Loads more of an agent that is known, under the requests that are in progress.
+    fn load_more(&mut self, agent_name: &str, metadata: &[u8]) -> Result<(), NixlError> {
+        let loaded = self.agent.load_remote(metadata);
+        match loaded {
+            Ok(_) => self.agents.grown(agent_name, metadata),
+            // Then NIXL has forgotten the agent as a whole: what was prepared for it must not be used again.
+            Err(_) => {
+                self.peers.drop_prepared(agent_name);
+                self.agents.forgotten(agent_name);
             }
-            Err(error) => format!("check_remote_md: {error}"),
-        };
-        Err(bad_descriptors(agent_name, reason))
-    }
-
-    /// The peer's units, if they are as long as ours.
-    fn prepare_remote_units(
-        &self,
-        agent_name: &str,
-        descriptor: &BufferDescriptor,
-        unit_bytes: u64,
-    ) -> Result<Option<XferDlistHandle>, TransferError> {
-        if descriptor.unit_bytes != unit_bytes {
-            return Ok(None);
         }
-        let prepared = self.agent.prepare_units(Side::Of(agent_name), descriptor);
-        prepared.map_err(|error| bad_descriptors(agent_name, format!("prepare_xfer_dlist: {error}")))
+        loaded.map(|_| ())
     }
 
-    /// Writes into the peer's scratch memory, which otherwise the first transfer would pay for: UCX wires an endpoint
-    /// up, and chooses how to write, when it is first written to. `make_connection` and a notification do not do that;
-    /// a read does half of it. True while it is in progress, as the last flight. A peer without scratch memory stays cold.
+    /// Makes another way to an agent, for all connections that name it. No request to the agent may be in progress.
+    fn load_anew(&mut self, agent_name: &str, metadata: &[u8]) -> Result<(), NixlError> {
+        self.forget(agent_name);
+        self.load(agent_name, metadata)?;
+        for buffer in self.peers.buffers_of(agent_name) {
+            // Where this fails, ranges are written one by one, and NIXL says what it lacks.
+            if let Ok(prepared) = RemoteBuffer::prepare(&self.agent, agent_name, buffer.descriptor.clone()) {
+                *buffer = prepared;
+            }
+        }
+        Ok(())
+    }
+
+    /// Begins the first write of a connection. Whether it is in progress, as the last flight.
     fn warm_up(
         &mut self,
         connection: ConnectionId,
         agent_name: &str,
         remote: &BufferDescriptor,
     ) -> Result<bool, TransferError> {
-        let failed = |operation: &'static str, reason: String| peer_error(operation, agent_name, 1, reason);
-        self.agent.make_connection(agent_name).map_err(|error| failed("make_connection", explain(&error)))?;
-        let Some(scratch_address) = remote.scratch_address else { return Ok(false) };
-        let request = self
-            .agent
-            .request_warm_up(agent_name, remote, scratch_address)
-            .map_err(|error| failed("create_xfer_req", explain(&error)))?;
-        let in_progress = self.agent.post(&request).map_err(|error| failed("first post_xfer_req", explain(&error)))?;
-        if in_progress {
-            let purpose = Purpose::WarmUp { posted: Instant::now() };
-            self.take_off(Flight { purpose, connection, request, descriptor_count: 1 });
-        }
-        Ok(in_progress)
+        let Some(request) = self.agent.warm_up(agent_name, remote)? else { return Ok(false) };
+        let purpose = Purpose::WarmUp { posted: Instant::now() };
+        self.take_off(Flight { purpose, connection, request, descriptor_count: 1 });
+        Ok(true)
     }
 
-    /// A way that had been kept from an earlier connection may have broken meanwhile: then NIXL makes another one.
+    /// A way that was there before this connection may have broken meanwhile: then NIXL makes another one.
     fn warm_up_anew(
         &mut self,
         connection: ConnectionId,
@@ -184,23 +141,19 @@ impl NixlEngine {
         remote: &BufferDescriptor,
         error: TransferError,
     ) -> Result<bool, TransferError> {
-        let Some(peer) = self.peers.any_mut(connection) else { return Err(error) };
-        if !std::mem::take(&mut peer.reused) {
-            peer.broken = true;
+        let reused = self.peers.any_mut(connection).is_some_and(|peer| std::mem::take(&mut peer.reused));
+        if !reused || self.peers.requests_to(agent_name) != (0, 0) {
+            self.agents.broke(agent_name);
             return Err(error);
         }
-        let metadata = peer.metadata.clone();
         tracing::debug!(agent = agent_name, %error, "a kept connection has broken, making another");
-        self.forget(agent_name);
+        let metadata = self.agents.metadata(agent_name).to_vec();
         let loaded = self
-            .agent
-            .load_remote(&metadata)
+            .load_anew(agent_name, &metadata)
             .map_err(|error| peer_error("load_remote_md", agent_name, 0, with_shortage(error.to_string())));
-        let warmed = loaded.and_then(|_| self.warm_up(connection, agent_name, remote));
-        if warmed.is_err()
-            && let Some(peer) = self.peers.any_mut(connection)
-        {
-            peer.broken = true;
+        let warmed = loaded.and_then(|()| self.warm_up(connection, agent_name, remote));
+        if warmed.is_err() {
+            self.agents.broke(agent_name);
         }
         warmed
     }
@@ -215,18 +168,13 @@ impl NixlEngine {
     /// The connection is warm: from here on it can be posted to.
     fn finish_connecting(&mut self, connection: ConnectionId) -> Result<(), TransferError> {
         let not_connected = TransferError::NotConnected { engine: NIXL_ENGINE_NAME, connection };
-        let unit_bytes = self.agent.buffer()?.unit_bytes;
         let Some(peer) = self.peers.any_mut(connection) else {
             return Err(not_connected);
         };
         let Some(descriptor) = peer.connecting.take() else {
             return Err(not_connected);
         };
-        let agent_name = peer.agent_name.clone();
-        let units = self.prepare_remote_units(&agent_name, &descriptor, unit_bytes)?;
-        if let Some(peer) = self.peers.any_mut(connection) {
-            peer.buffer = Some(RemoteBuffer { units, descriptor });
-        }
+        peer.buffer = Some(RemoteBuffer::prepare(&self.agent, &peer.agent_name, descriptor)?);
         Ok(())
     }
 
@@ -280,12 +228,7 @@ impl TransferEngine for NixlEngine {
     }
 
     fn load_peer(&mut self, agent_name: &str, metadata: &[u8]) -> Result<ConnectionId, TransferError> {
-        let refuse = |reason: String| TransferError::BadExport {
-            engine: NIXL_ENGINE_NAME,
-            what: "metadata",
-            agent: agent_name.to_owned(),
-            reason,
-        };
+        let refuse = |reason: String| bad_metadata(agent_name, reason);
         let named = check_metadata(metadata).map_err(refuse)?.agent_name;
         if named != agent_name {
             return Err(refuse(format!("it is that of {named}")));
@@ -293,21 +236,24 @@ impl TransferEngine for NixlEngine {
         if named == self.agent_name {
             return Err(refuse("it is our own; an agent does not connect to itself".to_owned()));
         }
-        if let Some((earlier, peer)) = self.peers.of_agent(agent_name) {
-            if peer.requests_in_progress > 0 {
-                let reason = format!("{} requests of its earlier connection have not ended", peer.requests_in_progress);
-                return Err(peer_error("load_remote_md", agent_name, 0, reason));
-            }
-            self.retire_if_idle(earlier);
+        let way = self.agents.way_to(agent_name, metadata);
+        let (leaving, staying) = self.peers.requests_to(agent_name);
+        if leaving > 0 || (way == Way::Anew && staying > 0) {
+            let reason = format!("{} requests of its earlier connections have not ended", leaving + staying);
+            return Err(peer_error("load_remote_md", agent_name, 0, reason));
         }
-        let retired = self.peers.take_retired(agent_name);
-        let reused = retired.is_some_and(|before| self.renew(agent_name, metadata, &before));
-        if !reused {
-            self.agent
-                .load_remote(metadata)
-                .map_err(|error| refuse(with_shortage(format!("load_remote_md: {error}"))))?;
-        }
-        Ok(self.peers.insert(agent_name.to_owned(), metadata.to_vec(), reused))
+        let reused = match way {
+            Way::Known => Ok(true),
+            Way::New => self.load(agent_name, metadata).map(|()| false),
+            Way::Anew => self.load_anew(agent_name, metadata).map(|()| false),
+            Way::Grown => match self.load_more(agent_name, metadata) {
+                Ok(()) => Ok(true),
+                Err(_) => self.load_anew(agent_name, metadata).map(|()| false),
+            },
+        };
+        let reused = reused.map_err(|error| refuse(with_shortage(format!("load_remote_md: {error}"))))?;
+        self.agents.named(agent_name);
+        Ok(self.peers.insert(agent_name.to_owned(), reused))
     }
 
     #[cfg(feature = "lmcache")]
@@ -328,7 +274,7 @@ impl TransferEngine for NixlEngine {
         let descriptor =
             BufferDescriptor::decode(descriptors).map_err(|reason| bad_descriptors(&agent_name, reason))?;
         descriptor.check_kind(ours).map_err(|reason| bad_descriptors(&agent_name, reason))?;
-        self.check_covered(&agent_name, &descriptor)?;
+        self.agent.check_covered(&agent_name, &descriptor)?;
         let in_progress = match self.warm_up(connection, &agent_name, &descriptor) {
             Ok(in_progress) => in_progress,
             Err(error) => self.warm_up_anew(connection, &agent_name, &descriptor, error)?,
@@ -349,51 +295,36 @@ impl TransferEngine for NixlEngine {
         metadata: &[u8],
         descriptors: &[u8],
     ) -> Result<(), TransferError> {
-        let unit_bytes = self.agent.buffer()?.unit_bytes;
         let not_connected = TransferError::NotConnected { engine: NIXL_ENGINE_NAME, connection };
-        let Some(Peer { agent_name, metadata: metadata_before, buffer, connecting, .. }) =
-            self.peers.present(connection)
-        else {
+        let Some(Peer { agent_name, buffer, connecting, .. }) = self.peers.present(connection) else {
             return Err(not_connected);
         };
         let Some(before) = buffer.as_ref().map(|remote| &remote.descriptor).or(connecting.as_ref()) else {
             return Err(not_connected);
         };
         let agent_name = agent_name.clone();
-        let refuse = |what: &'static str, reason: String| TransferError::BadExport {
-            engine: NIXL_ENGINE_NAME,
-            what,
-            agent: agent_name.clone(),
-            reason,
-        };
-        let grown =
-            check_metadata(metadata).and_then(|after| after.check_grown_from(&check_metadata(metadata_before)?));
-        grown.map_err(|reason| refuse("metadata", reason))?;
+        let news = self.agents.news(&agent_name, metadata).map_err(|reason| bad_metadata(&agent_name, reason))?;
         let descriptor = BufferDescriptor::decode(descriptors)
             .and_then(|after| after.check_grown_from(before).map(|()| after))
-            .map_err(|reason| refuse("descriptors", reason))?;
-        if let Err(error) = self.agent.load_remote(metadata) {
-            // NIXL has forgotten it as a whole: what was prepared for it must not be used again.
+            .map_err(|reason| bad_descriptors(&agent_name, reason))?;
+        if news == News::Grown
+            && let Err(error) = self.load_more(&agent_name, metadata)
+        {
             self.disconnect(connection);
-            return Err(refuse("metadata", format!("load_remote_md: {error}; the connection is given up")));
+            return Err(bad_metadata(&agent_name, format!("load_remote_md: {error}; the connection is given up")));
         }
-        if let Some(peer) = self.peers.any_mut(connection) {
-            peer.metadata = metadata.to_vec();
-        }
-        self.check_covered(&agent_name, &descriptor)?;
+        self.agent.check_covered(&agent_name, &descriptor)?;
         if let Some(connecting) = self.peers.any_mut(connection).and_then(|peer| peer.connecting.as_mut()) {
             *connecting = descriptor;
             return Ok(());
         }
         // Requests in progress have their own copies of what was prepared before.
-        let units = self.prepare_remote_units(&agent_name, &descriptor, unit_bytes)?;
-        match self.peers.any_mut(connection) {
-            Some(peer) => {
-                peer.buffer = Some(RemoteBuffer { units, descriptor });
-                Ok(())
-            }
-            None => Err(not_connected),
-        }
+        let prepared = RemoteBuffer::prepare(&self.agent, &agent_name, descriptor)?;
+        let Some(peer) = self.peers.any_mut(connection) else {
+            return Err(not_connected);
+        };
+        peer.buffer = Some(prepared);
+        Ok(())
     }
 
     fn post(
@@ -445,9 +376,7 @@ impl TransferEngine for NixlEngine {
             Err(error) => {
                 let result = Err(failed("post_xfer_req", &error));
                 self.ended.transfers.push(Completion { transfer, result });
-                if let Some(peer) = self.peers.any_mut(connection) {
-                    peer.broken = true;
-                }
+                self.agents.broke(&peer.agent_name);
             }
             Ok(true) => {
                 let descriptor_count = joined.len();
@@ -478,7 +407,9 @@ impl TransferEngine for NixlEngine {
                 continue;
             };
             peer.requests_in_progress = peer.requests_in_progress.saturating_sub(1);
-            peer.broken |= status.is_err();
+            if status.is_err() {
+                self.agents.broke(&peer.agent_name);
+            }
             let leaving = peer.leaving;
             let operation = if matches!(purpose, Purpose::Transfer(_)) { "transfer" } else { "first write" };
             let failed = |reason: String| peer_error(operation, &peer.agent_name, descriptor_count, reason);
@@ -500,7 +431,7 @@ impl TransferEngine for NixlEngine {
                 Purpose::GivenUp => {}
             }
             if leaving {
-                self.retire_if_idle(connection);
+                self.release_if_idle(connection);
             }
         }
         ended.append(&mut self.ended);
@@ -521,32 +452,7 @@ impl TransferEngine for NixlEngine {
         }
         if let Some(peer) = self.peers.any_mut(connection) {
             peer.leaving = true;
-            self.retire_if_idle(connection);
+            self.release_if_idle(connection);
         }
-    }
-}
-
-fn bad_descriptors(agent: &str, reason: String) -> TransferError {
-    TransferError::BadExport { engine: NIXL_ENGINE_NAME, what: "descriptors", agent: agent.to_owned(), reason }
-}
-
-fn peer_error(operation: &'static str, agent: &str, descriptor_count: usize, reason: String) -> TransferError {
-    TransferError::Peer { engine: NIXL_ENGINE_NAME, operation, agent: agent.to_owned(), descriptor_count, reason }
-}
-
-/// NIXL does not say that the process cannot open anything more.
-fn with_shortage(reason: String) -> String {
-    match open_files::shortage() {
-        Some(shortage) => format!("{reason}; {shortage}"),
-        None => reason,
-    }
-}
-
-/// NIXL's statuses are few: what each means here.
-fn explain(error: &NixlError) -> String {
-    match error {
-        NixlError::BackendError => with_shortage(format!("{error}; the peer has ended, or cannot be reached")),
-        NixlError::NotFound => format!("{error}; the peer's metadata does not cover it"),
-        other => other.to_string(),
     }
 }

@@ -13,12 +13,19 @@
 mod absent;
 #[cfg(feature = "nixl")]
 mod agent;
+#[cfg(any(feature = "nixl", test))]
+#[cfg_attr(not(feature = "nixl"), allow(dead_code))]
+mod agents;
 #[cfg(any(feature = "nixl", test, feature = "fuzzing"))]
 #[cfg_attr(not(feature = "nixl"), allow(dead_code))]
 mod descriptors;
 #[cfg(feature = "nixl")]
 mod engine;
 mod environment;
+#[cfg(feature = "nixl")]
+mod errors;
+#[cfg(feature = "nixl")]
+mod flights;
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) mod fuzzing;
 #[cfg(feature = "nixl")]

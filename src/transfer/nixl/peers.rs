@@ -1,41 +1,28 @@
-//! The peers that NIXL knows.
+//! Connections to the agents that NIXL knows.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 
 use nixl_sys::XferDlistHandle;
 
+use super::agent::{OwnedAgent, Side};
 use super::descriptors::BufferDescriptor;
+use super::errors::bad_descriptors;
 use crate::ids::ConnectionId;
+use crate::transfer::TransferError;
 
-/// Agents that NIXL goes on knowing after their connection was given up: as many as there may be peers by default
-/// (`pd_max_peers`), so that all of them can be lost at once.
-const RETIRED_MAX: usize = 1024;
-
-/// An agent whose metadata is loaded.
+/// A connection to an agent that NIXL knows.
 pub(super) struct Peer {
     pub(super) agent_name: String,
-    /// What NIXL was told of it.
-    pub(super) metadata: Vec<u8>,
     /// Where its memory is, while the connection is being warmed.
     pub(super) connecting: Option<BufferDescriptor>,
     /// From then on.
     pub(super) buffer: Option<RemoteBuffer>,
-    /// Requests to it that NIXL has not ended.
+    /// Requests of this connection that NIXL has not ended.
     pub(super) requests_in_progress: usize,
-    /// To be retired or forgotten when the last of those has ended.
+    /// To be forgotten when the last of those has ended.
     pub(super) leaving: bool,
-    /// NIXL knew it from an earlier connection, whose way to it is used again.
+    /// NIXL knew the agent before this connection, which uses the same way to it.
     pub(super) reused: bool,
-    /// A request to it has failed: the way to it is not to be used again.
-    pub(super) broken: bool,
-}
-
-/// An agent that NIXL still knows, and no connection names.
-#[derive(Debug)]
-pub(super) struct Retired {
-    pub(super) agent_name: String,
-    /// What NIXL was told of it.
-    pub(super) metadata: Vec<u8>,
 }
 
 /// Where a peer's memory is.
@@ -45,12 +32,27 @@ pub(super) struct RemoteBuffer {
     pub(super) descriptor: BufferDescriptor,
 }
 
-/// All of them.
+impl RemoteBuffer {
+    /// The agent has to be known, with that memory.
+    pub(super) fn prepare(
+        agent: &OwnedAgent,
+        agent_name: &str,
+        descriptor: BufferDescriptor,
+    ) -> Result<Self, TransferError> {
+        let units = if descriptor.unit_bytes == agent.buffer()?.unit_bytes {
+            let prepared = agent.prepare_units(Side::Of(agent_name), &descriptor);
+            prepared.map_err(|error| bad_descriptors(agent_name, format!("prepare_xfer_dlist: {error}")))?
+        } else {
+            None
+        };
+        Ok(Self { units, descriptor })
+    }
+}
+
+/// All connections, several of which may name one agent.
 #[derive(Default)]
 pub(super) struct Peers {
     known: BTreeMap<ConnectionId, Peer>,
-    /// The latest last.
-    retired: VecDeque<Retired>,
     connections_made: u64,
 }
 
@@ -60,19 +62,10 @@ pub(super) struct Peers {
 unsafe impl Send for Peers {}
 
 impl Peers {
-    pub(super) fn insert(&mut self, agent_name: String, metadata: Vec<u8>, reused: bool) -> ConnectionId {
+    pub(super) fn insert(&mut self, agent_name: String, reused: bool) -> ConnectionId {
         self.connections_made += 1;
         let connection = ConnectionId(self.connections_made);
-        let peer = Peer {
-            agent_name,
-            metadata,
-            connecting: None,
-            buffer: None,
-            requests_in_progress: 0,
-            leaving: false,
-            reused,
-            broken: false,
-        };
+        let peer = Peer { agent_name, connecting: None, buffer: None, requests_in_progress: 0, leaving: false, reused };
         self.known.insert(connection, peer);
         connection
     }
@@ -91,21 +84,27 @@ impl Peers {
         self.known.remove(&connection)
     }
 
-    /// Keeps an agent for when it is met again. The one to forget for it, if they have become too many.
-    pub(super) fn retire(&mut self, retired: Retired) -> Option<Retired> {
-        self.retired.push_back(retired);
-        if self.retired.len() > RETIRED_MAX { self.retired.pop_front() } else { None }
+    /// Requests to an agent that NIXL has not ended: of connections that are leaving, and of the others.
+    pub(super) fn requests_to(&self, agent_name: &str) -> (usize, usize) {
+        let of_agent = || self.known.values().filter(|peer| peer.agent_name == agent_name);
+        let count =
+            |leaving| of_agent().filter(|peer| peer.leaving == leaving).map(|peer| peer.requests_in_progress).sum();
+        (count(true), count(false))
     }
 
-    /// An agent that is met again.
-    pub(super) fn take_retired(&mut self, agent_name: &str) -> Option<Retired> {
-        let at = self.retired.iter().position(|retired| retired.agent_name == agent_name)?;
-        self.retired.remove(at)
+    /// Drops what was prepared from an agent's metadata, which NIXL forgets now. Ranges can be written without it.
+    pub(super) fn drop_prepared(&mut self, agent_name: &str) {
+        for buffer in self.buffers_of(agent_name) {
+            buffer.units = None;
+        }
     }
 
-    /// The connection of an agent, leaving or not.
-    pub(super) fn of_agent(&self, agent_name: &str) -> Option<(ConnectionId, &Peer)> {
-        self.known.iter().find(|(_, peer)| peer.agent_name == agent_name).map(|(&connection, peer)| (connection, peer))
+    /// Where an agent's memory is, for each connection that has connected to it.
+    pub(super) fn buffers_of(&mut self, agent_name: &str) -> impl Iterator<Item = &mut RemoteBuffer> {
+        self.known
+            .values_mut()
+            .filter(move |peer| peer.agent_name == agent_name)
+            .filter_map(|peer| peer.buffer.as_mut())
     }
 }
 
