@@ -35,6 +35,7 @@ from .messages import (
     Status,
     Timings,
 )
+from .node_client import NodeClient
 from .receiver_client import Lease, ReceiverClient
 from .sender_client import SenderClient
 
@@ -57,6 +58,7 @@ __all__ = [
     "Kind",
     "Lease",
     "MappingError",
+    "NodeClient",
     "Opened",
     "PdBuffer",
     "PdError",

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 
 from .errors import MappingError
-from .messages import Attached, HostBuffer, ReadyChunk, StagedSlot
+from .messages import HostBuffer, ReadyChunk, StagedSlot
 
 
 _MADV_POPULATE_READ = 22
@@ -40,17 +40,15 @@ class PdBuffer:
         self._present_bytes = handle.present_bytes
         self._bytes: np.ndarray | None = _map(handle, writable)
 
-    @classmethod
-    def attached(cls, attached: Attached) -> PdBuffer:
-        """The buffer of the daemon that answered so: writable for a sender, read-only for a receiver."""
-        return cls(attached.buffer, writable=attached.role == "sender")
-
     def view(self, chunk: StagedSlot | ReadyChunk) -> np.ndarray:
-        """The bytes of a staged slot or a ready chunk, without copying.
+        """The bytes of a staged slot or a ready chunk, without copying; those of a ready chunk are read-only.
 
         Raises `MappingError` when it lies outside of the buffer.
         """
-        return self.range(chunk.offset_bytes, chunk.len_bytes)
+        view = self.range(chunk.offset_bytes, chunk.len_bytes)
+        if isinstance(chunk, ReadyChunk):
+            view.flags.writeable = False
+        return view
 
     def range(self, offset_bytes: int, len_bytes: int) -> np.ndarray:
         """Bytes of the buffer, without copying. Raises `MappingError` when they lie outside of it, or after `close`."""

@@ -98,8 +98,10 @@ class Client:
     For one thread at a time, and for the process that made it: see the package's README.
     """
 
-    #: Which daemon this client is for.
+    #: Which half of a daemon this client is for.
     role: str
+    #: Whether it fills slots.
+    writes: bool = False
 
     def __init__(
         self,
@@ -122,8 +124,8 @@ class Client:
         `pid` is known, its end is noticed before it has answered for the first time as well. `populate=False` leaves the
         pages of a buffer in host memory to `PdBuffer.populate`.
 
-        Raises `ReplyTimeout` when nobody answers, `ProtocolError` for another version, `ClientMisuse` for the other
-        role, `MappingError` when the buffer cannot be mapped.
+        Raises `ReplyTimeout` when nobody answers, `ProtocolError` for another version, `ClientMisuse` for a daemon
+        that lacks the half, `MappingError` when the buffer cannot be mapped.
         """
         self.endpoint = endpoint
         self._reply_timeout_s = reply_timeout_s
@@ -274,16 +276,19 @@ class Client:
                 f"{self.endpoint} speaks connector API version {attached.version}, this client "
                 f"{m.CONNECTOR_API_VERSION}; install the client that came with the daemon"
             )
-        if attached.role != self.role:
-            raise ClientMisuse(f"{self.endpoint} is a pd-{attached.role}, expected a pd-{self.role}")
+        if attached.role not in (self.role, "both"):
+            seen = f"{self.endpoint} is a pd-{attached.role}"
+            if self.role == "both":
+                raise ClientMisuse(f"{seen}, expected a daemon with both halves; start it with pd_role: both")
+            raise ClientMisuse(f"{seen}, expected a pd-{self.role}, or a daemon with both halves")
         return attached
 
     def _map_buffer(self) -> None:
         if isinstance(self.attached.buffer, m.DeviceBuffer):
-            self._buffer = CudaBuffer.attached(self.attached)
+            self._buffer = CudaBuffer(self.attached.buffer, writable=self.writes)
             self._order = StreamOrder(self._buffer.device)
         else:
-            self._buffer = PdBuffer.attached(self.attached)
+            self._buffer = PdBuffer(self.attached.buffer, writable=self.writes)
 
     def _close_buffer(self) -> None:
         if self._order is not None:

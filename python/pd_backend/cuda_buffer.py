@@ -9,7 +9,7 @@ import numpy as np
 
 from .cuda import Device
 from .errors import CudaError, MappingError
-from .messages import Attached, DeviceBuffer, ReadyChunk, StagedSlot
+from .messages import DeviceBuffer, ReadyChunk, StagedSlot
 
 
 class CudaBuffer:
@@ -42,12 +42,6 @@ class CudaBuffer:
                 "daemon must be alive and another process, on a GPU that this process sees"
             ) from error
         self._offset_bytes = handle.offset_bytes
-
-    @classmethod
-    def attached(cls, attached: Attached) -> CudaBuffer:
-        """The buffer of the daemon that answered so."""
-        assert isinstance(attached.buffer, DeviceBuffer)
-        return cls(attached.buffer, writable=attached.role == "sender")
 
     def view(self, chunk: StagedSlot | ReadyChunk) -> CudaView:
         """The bytes of a staged slot or a ready chunk, without copying.

@@ -14,6 +14,7 @@ class SenderClient(Client):
     """Beside a prefill worker: open a request, stage slots, fill them, send them."""
 
     role = "sender"
+    writes = True
 
     def open(
         self,
