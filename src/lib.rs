@@ -20,8 +20,8 @@
 //!
 //! Where to begin reading:
 //!
-//! - what a request goes through: [`node`], two state machines that never wait and never look at a clock;
-//! - what happens in which order in a daemon: `runtime::driver`, then `runtime::sender` and `runtime::receiver`;
+//! - what a request goes through: [`node`], a state machine of one or two halves that never waits and never looks at a clock;
+//! - what happens in which order in a daemon: `runtime::driver`, then `runtime::daemon`;
 //! - what travels: [`wire::message`] between daemons, [`connector::message`] between an engine and its daemon;
 //! - how bytes move: [`transfer::TransferEngine`] and its two engines;
 //! - memory of a GPU: `buffer::cuda`, over `buffer::cuda::driver` alone; what waits for an engine's stream:

@@ -63,7 +63,7 @@ impl MemoryUsage {
 
 /// The pd_buffer: memory, the addresses in it that are taken, and how it grows. Clones are handles of the same buffer.
 ///
-/// A session takes slots from [`addresses`](Self::addresses); both then see one space, with one lock. The memory itself
+/// A node takes slots from [`addresses`](Self::addresses); both then see one space, with one lock. The memory itself
 /// lives as long as anybody holds it: the manager, an engine.
 #[derive(Clone)]
 pub struct MemoryManager {

@@ -1,4 +1,4 @@
-//! What a client and its daemon say of slots: the same value in the connector API's messages and in the sessions.
+//! What a client and its daemon say of slots: the same value in the connector API's messages and in the node.
 
 use serde::{Deserialize, Deserializer, Serialize};
 

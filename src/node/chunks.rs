@@ -1,4 +1,4 @@
-//! What a chunk is, as far as the sessions need to know.
+//! What a chunk is, as far as a node needs to know.
 
 use crate::ids::{Failure, FailureKind, GroupIndex, RequestId};
 

@@ -3,12 +3,14 @@
 use std::collections::VecDeque;
 use std::time::Instant;
 
+use super::Port;
 use super::answer::Answer;
 use super::growth::{GROW_AGAIN_AFTER, Grown, Growth};
+use super::incoming::timer as incoming;
+use super::outgoing::timer as outgoing;
 use super::output::{Note, Output, To};
 use super::settings::NodeSettings;
 use super::timers::Timers;
-use super::{Port, incoming, outgoing};
 use crate::ids::{ClientId, Failure, Seq};
 use crate::slot::SlotTable;
 use crate::wire::Message;

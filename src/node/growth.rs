@@ -1,8 +1,8 @@
-//! When a lazy pd_buffer grows, as far as a session decides it.
+//! When a lazy pd_buffer grows, as far as a node decides it.
 
 use std::time::Duration;
 
-/// How long a session that wants more room waits after a step that failed.
+/// How long a node that wants more room waits after a step that failed.
 pub(super) const GROW_AGAIN_AFTER: Duration = Duration::from_secs(1);
 
 /// What the runtime made of the buffer's next step.

@@ -1,11 +1,20 @@
-//! What a pd-sender and a pd-receiver say to each other, to their connectors and to their engines, as state machines.
+//! What a daemon says to its peers, to its connectors and to its engine, as a state machine: a [`Node`] of one or two halves.
 //!
 //! Sans-IO: `handle_*` takes events in and never waits, `poll_output` gives work out, `poll_timeout` says when to call
 //! `handle_timeout` next. Time is an argument, so a test or a simulation owns the clock. A peer's message is never
 //! asserted on: it is refused. Every request ends exactly once, and every wait has a deadline.
 //!
+//! | file | what is in it |
+//! |---|---|
+//! | `session` | the node: which half an event is for, and what both must learn of |
+//! | `core` | what the halves share: slots, deadlines, growth, the way out |
+//! | `outgoing` | the half that sends: open, stage, send, commit |
+//! | `incoming` | the half that receives: grant, take a commit, lease |
+//! | `settings`, `output`, `answer` | what a node is told at start, asks of the world, answers its clients |
+//! | `handshake`, `chunks`, `growth`, `timers`, `seen` | what either half uses |
+//!
 //! ```text
-//! connector          SenderSession                    ReceiverSession          connector
+//! connector            outgoing                          incoming              connector
 //!   open -------------->|-- NixlInitRequest ---------------->|
 //!                       |<----------------- NixlInitResponse-|
 //!                       |-- NixlMemRegRequest -------------->|      (once: at start, or with the first request)

@@ -1,7 +1,9 @@
 //! What a node asks of the world around it.
 
+use super::Port;
 use super::answer::Answer;
-use super::{Port, incoming, outgoing};
+use super::incoming::io as incoming;
+use super::outgoing::io as outgoing;
 use crate::ids::{
     ByteCopy, ClientId, ConnectionId, GrantId, IpcHandle, Pages, PeerAddress, PeerId, RequestId, Seq, TransferId,
 };

@@ -66,7 +66,7 @@ pub(super) fn no_event_here() -> Failure {
     Failure::new(FailureKind::BadRequest, text)
 }
 
-/// An engine's thread that has ended is the daemon's end, as soon as the session asks for something.
+/// An engine's thread that has ended is the daemon's end, as soon as the node asks for something.
 fn note_end(told: Result<(), RuntimeError>) {
     if let Err(error) = told {
         tracing::error!(%error, "a message about GPU memory is lost");

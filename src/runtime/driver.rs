@@ -1,4 +1,4 @@
-//! The loop around a session: one event after the other, deadlines, and an orderly end.
+//! The loop around a node: one event after the other, deadlines, and an orderly end.
 
 use std::time::{Duration, Instant};
 
@@ -61,7 +61,7 @@ pub(super) trait Daemon {
     fn handle_timeout(&mut self, now: Instant);
     /// When the next one passes.
     fn next_timeout(&self) -> Option<Instant>;
-    /// Does at most [`OUTPUTS_AT_ONCE`] things of what the session has put out. True: there may be more.
+    /// Does at most [`OUTPUTS_AT_ONCE`] things of what the node has put out. True: there may be more.
     ///
     /// # Errors
     /// What the daemon cannot go on without.

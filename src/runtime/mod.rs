@@ -1,19 +1,19 @@
 //! The daemons: the only place with tasks, threads, a clock and signals.
 //!
-//! One driver task per daemon owns the session and everything that must be done in order. Around it: one task for
+//! One driver task per daemon owns the node and everything that must be done in order. Around it: one task for
 //! each socket, one thread for the transfer engine, one watcher for each signal, parent and peer process. They talk to
-//! the driver through two queues, a bounded one for sockets and one for everything else, so the session sees one event
+//! the driver through two queues, a bounded one for sockets and one for everything else, so the node sees one event
 //! after the other.
 //!
 //! | file | what is in it |
 //! |---|---|
-//! | `driver` | the loop around a session: events, deadlines, draining |
+//! | `driver` | the loop around a node: events, deadlines, draining |
 //! | `daemon` | which event goes where, which output does what |
 //! | `setup`, `identity`, `ready` | before the loop: memory, engine, who we are, the ready line |
 //! | `engine_thread`, `engine_server`, `engine_work`, `probe` | the thread that owns the transfer engine, its loop, what it is told and tells, and whether it is at work |
 //! | `awaiting_event`, `deferred`, `summing`, `sum_queue` | what waits there for a GPU, or for checksums |
 //! | `ports`, `peer_links`, `room`, `proxy` | our ports, our connections to receivers, what waits of what they hear, the way to the router |
-//! | `clients`, `translate` | the connector API: who is attached, and its words for the sessions' words |
+//! | `clients`, `translate` | the connector API: who is attached, and its words for the node's words |
 //! | `lifecycle`, `process`, `watches`, `witness` | signals, the parent, the ends of peers' processes |
 //! | `notes`, `error` | log lines, and why a daemon could not go on |
 //! | `http`, `health`, `usage` | metrics and health: the server, how it asks the driver, what the process uses |

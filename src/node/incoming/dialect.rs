@@ -28,7 +28,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
             return self.reserve_pages(core, id, grant, missing, keep);
         }
         let lens: Vec<u64> = missing.iter().map(|&index| request.sizes[index as usize].len_bytes).collect();
-        // The addresses may be ahead of what the session was told of the buffer. Once it is told, this is tried again.
+        // The addresses may be ahead of what the node was told of the buffer. Once it is told, this is tried again.
         core.slots.reserve(grant, &lens, keep, core.described_len_bytes).ok()
     }
 

@@ -1,8 +1,8 @@
-//! The receiver's session: handshakes, grants of slots, commits, ready chunks for readers.
+//! The half that receives: handshakes, grants of slots, commits, ready chunks for readers.
 //!
 //! | file | what is in it |
 //! |---|---|
-//! | `io` | what comes out: outputs, answers, notes |
+//! | `io` | what goes in and comes out: look-ups, notes, counts |
 //! | `peers`, `lost` | handshakes with senders, and losing them |
 //! | `admission` | who gets slots, and when (`piecemeal`: how it must not be done) |
 //! | `request`, `requests` | a request, and its way from the grant to its end: commit, cancel, quarantine |
@@ -16,7 +16,7 @@
 mod admission;
 mod dialect;
 mod ended;
-mod io;
+pub(super) mod io;
 mod leases;
 #[cfg(feature = "lmcache")]
 mod lmcache;
@@ -31,6 +31,7 @@ mod readers;
 mod request;
 mod requests;
 mod reset;
+pub(super) mod timer;
 mod verification;
 mod waiters;
 
@@ -45,33 +46,14 @@ use self::lmcache::Senders;
 use self::lost::LostPeers;
 use self::peers::Peer;
 use self::request::{Closing, Request};
+use self::timer::Timer;
 use self::waiters::Waiters;
 use super::Port;
 use super::settings::IncomingSettings;
-use crate::ids::{ClientId, Failure, FailureKind, GrantId, LeaseId, RequestId, Seq};
+use crate::ids::{Failure, FailureKind, GrantId, RequestId, Seq};
 use crate::node::core::Core;
 use crate::wire::Message;
 use crate::wire::message::{AllocRequest, CancelNotif, InitRequest, MemRegRequest};
-
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Timer {
-    /// A request has waited long enough for slots.
-    Allocation(RequestId),
-    /// A grant has not been committed in time.
-    Write(RequestId),
-    /// A ready request has not been fetched in time.
-    Retention(RequestId),
-    /// A reader has waited long enough.
-    Wait(ClientId, Seq),
-    /// A peer may have been silent for too long.
-    Silence(String),
-    /// Nothing of a process that has ended is under way any more.
-    Linger(String),
-    /// A lease that nobody gives back is over.
-    Lease(ClientId, LeaseId),
-    /// A writer has not acknowledged yet that it has stopped: it is asked again.
-    Revoke(GrantId),
-}
 
 /// The half that receives. `R` is how a message's sender is answered: opaque, and compared for equality alone.
 #[derive(Debug)]

@@ -3,7 +3,8 @@
 //! in [`lmcache`](super::lmcache).
 
 use super::link::Link;
-use super::requests::{Uid, truncated};
+use super::requests::truncated;
+use super::uid::Uid;
 use super::{Outgoing, Port};
 use crate::ids::{ChunkKey, ConnectionId, Failure, FailureKind, GrantId, PeerId, RequestId, Seq};
 use crate::node::PeerMemory;

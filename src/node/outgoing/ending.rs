@@ -1,6 +1,7 @@
 //! How a request ends without having been sent: cancelled, revoked, failed; and what its client must still say.
 
-use super::requests::{Request, Stage, Uid, truncated};
+use super::requests::{Request, Stage, truncated};
+use super::uid::Uid;
 use super::{Event, Note, Outgoing, Timer};
 use crate::ids::{ClientId, Failure, FailureKind, PeerId, RequestId, Seq};
 use crate::node::Answer;

@@ -1,9 +1,8 @@
-//! The sender's session: connects to receivers, opens requests, stages local slots, has chunks written,
-//! commits them.
+//! The half that sends: connects to receivers, opens requests, stages local slots, has chunks written, commits them.
 //!
 //! | file | what is in it |
 //! |---|---|
-//! | `io` | what goes in and comes out: requests, outputs, answers, notes |
+//! | `io` | what goes in and comes out: requests, events, notes, counts |
 //! | `peers` | handshakes with receivers, and losing them |
 //! | `reconnects` | receivers that the configuration names: connected before any request, and again when they are lost |
 //! | `quiesce`, `acknowledging` | what receivers must still be told: that nothing writes to their slots any more |
@@ -18,7 +17,7 @@ mod acknowledging;
 mod coverage;
 mod dialect;
 mod ending;
-mod io;
+pub(super) mod io;
 mod link;
 #[cfg(feature = "lmcache")]
 mod lmcache;
@@ -30,7 +29,9 @@ mod quiesce;
 mod reconnects;
 mod requests;
 mod staging;
+pub(super) mod timer;
 mod transfers;
+mod uid;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::marker::PhantomData;
@@ -42,9 +43,11 @@ use self::lmcache::RememberedReceivers;
 use self::peers::Peer;
 use self::quiesce::Quiesce;
 use self::reconnects::{Lost, PAUSE_MAX, Reconnects};
-use self::requests::{Request, Stage, Uid, WRITE_DEADLINE_PASSED};
+use self::requests::{Request, Stage, WRITE_DEADLINE_PASSED};
 use self::staging::Staging;
+use self::timer::Timer;
 use self::transfers::Transfer;
+use self::uid::Uid;
 use super::Port;
 use super::settings::OutgoingSettings;
 use crate::ids::{
@@ -53,34 +56,6 @@ use crate::ids::{
 use crate::node::core::Core;
 use crate::wire::Message;
 use crate::wire::message::Commit;
-
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Timer {
-    /// A receiver has not answered the handshake in time.
-    Handshake(PeerId),
-    /// A request has waited long enough for its grant.
-    Allocation(Uid),
-    /// A grant must not be written to any more.
-    Write(Uid),
-    /// Nothing was heard of a commit for too long.
-    Commit(Uid),
-    /// A cancelled request's transfers have not ended in time.
-    Cancel(Uid),
-    /// A client has waited long enough for local slots.
-    Stage(ClientId, Seq),
-    /// A receiver is pinged, or has been silent for too long.
-    Ping(PeerId),
-    /// A commit is sent again.
-    Recommit(Uid),
-    /// A quiesce acknowledgement is sent again.
-    Retransmit(Seq),
-    /// A lost receiver that is owed a quiesce acknowledgement is connected to again.
-    Seek(PeerAddress),
-    /// An LMCache receiver has not answered for too long.
-    Answer(PeerId),
-    /// A receiver of the configuration is connected to, or connected to again.
-    Connect(PeerAddress),
-}
 
 /// The half that sends.
 #[derive(Debug)]

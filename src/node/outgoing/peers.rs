@@ -4,7 +4,8 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use super::link::{LMCACHE_INSTANCE, Link};
-use super::requests::{Stage, Uid, truncated};
+use super::requests::{Stage, truncated};
+use super::uid::Uid;
 use super::{Note, Outgoing, Port, Timer};
 use crate::ids::{ConnectionId, Failure, FailureKind, PeerAddress, PeerId, Seq, truncate};
 use crate::node::Output;

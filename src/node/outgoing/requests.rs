@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use super::coverage::Coverage;
+use super::uid::Uid;
 use super::{Event, Note, OpenRequest, Outgoing, Phases, Port, Timer};
 use crate::ids::{
     Checksum, ChunkKey, ClientId, Failure, FailureKind, GrantId, GroupIndex, PeerAddress, PeerId, RequestId, Seq,
@@ -31,10 +32,6 @@ const HOST_LEN_BYTES_MAX: usize = 255;
 
 /// Longest that a grant is taken to last, whatever its receiver says.
 const WRITE_TIME_MAX: Duration = Duration::from_secs(86_400);
-
-/// A request's name inside the session: a client may use the same [`RequestId`] again while the transfers of its
-/// predecessor are still ending.
-pub(super) type Uid = u64;
 
 /// A request that has not ended, or whose transfers have not.
 #[derive(Debug)]

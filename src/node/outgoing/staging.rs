@@ -3,7 +3,8 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use super::requests::{Stage, Uid};
+use super::requests::Stage;
+use super::uid::Uid;
 use super::{Outgoing, Timer};
 use crate::ids::{ClientId, Failure, FailureKind, RequestId, Seq, SlotIndex, StagedSlot};
 use crate::node::Answer;

@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 
 use super::coverage::Coverage;
 use super::peers::Peer;
-use super::requests::{Stage, Uid, WRITE_DEADLINE_PASSED};
+use super::requests::{Stage, WRITE_DEADLINE_PASSED};
+use super::uid::Uid;
 use super::{Outgoing, Sending};
 use crate::ids::{
     ByteCopy, Checksum, ClientId, Failure, FailureKind, PeerAddress, PeerId, RequestId, Seq, SlotPart, TransferId,

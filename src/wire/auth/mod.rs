@@ -1,6 +1,6 @@
 //! Who may talk: mutual authentication of a connection by a shared secret, and a code on every later message.
 //!
-//! It happens once for each connection, below the sessions: they never see a message that has not been authenticated,
+//! It happens once for each connection, below the node, which never sees a message that has not been authenticated,
 //! and no message of theirs changes. Values alone: nonces are passed in, sockets and deadlines are the side channel's.
 //!
 //! ```text

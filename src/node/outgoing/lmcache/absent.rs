@@ -5,7 +5,7 @@ use std::time::Instant;
 use self::receiver::LmcacheReceiver;
 use super::Outgoing;
 use super::peers::Peer;
-use super::requests::Uid;
+use super::uid::Uid;
 use crate::ids::{ChunkKey, Failure, FailureKind, Pages, PeerId, RequestId};
 use crate::node::core::Core;
 use crate::wire::Message;

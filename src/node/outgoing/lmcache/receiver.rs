@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::time::Instant;
 
-use super::super::requests::Uid;
+use super::super::uid::Uid;
 use super::unwritten::Unwritten;
 use crate::ids::{ChunkKey, Pages, RequestId, Seq};
 use crate::wire::LmcacheMode;

@@ -1,0 +1,24 @@
+//! What the half that receives waits for, by name.
+
+use crate::ids::{ClientId, GrantId, LeaseId, RequestId, Seq};
+
+/// A deadline.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(in crate::node) enum Timer {
+    /// A request has waited long enough for slots.
+    Allocation(RequestId),
+    /// A grant has not been committed in time.
+    Write(RequestId),
+    /// A ready request has not been fetched in time.
+    Retention(RequestId),
+    /// A reader has waited long enough.
+    Wait(ClientId, Seq),
+    /// A peer may have been silent for too long.
+    Silence(String),
+    /// Nothing of a process that has ended is under way any more.
+    Linger(String),
+    /// A lease that nobody gives back is over.
+    Lease(ClientId, LeaseId),
+    /// A writer has not acknowledged yet that it has stopped: it is asked again.
+    Revoke(GrantId),
+}

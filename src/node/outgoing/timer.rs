@@ -1,0 +1,33 @@
+//! What the half that sends waits for, by name.
+
+use super::uid::Uid;
+use crate::ids::{ClientId, PeerAddress, PeerId, Seq};
+
+/// A deadline.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(in crate::node) enum Timer {
+    /// A receiver has not answered the handshake in time.
+    Handshake(PeerId),
+    /// A request has waited long enough for its grant.
+    Allocation(Uid),
+    /// A grant must not be written to any more.
+    Write(Uid),
+    /// Nothing was heard of a commit for too long.
+    Commit(Uid),
+    /// A cancelled request's transfers have not ended in time.
+    Cancel(Uid),
+    /// A client has waited long enough for local slots.
+    Stage(ClientId, Seq),
+    /// A receiver is pinged, or has been silent for too long.
+    Ping(PeerId),
+    /// A commit is sent again.
+    Recommit(Uid),
+    /// A quiesce acknowledgement is sent again.
+    Retransmit(Seq),
+    /// A lost receiver that is owed a quiesce acknowledgement is connected to again.
+    Seek(PeerAddress),
+    /// An LMCache receiver has not answered for too long.
+    Answer(PeerId),
+    /// A receiver of the configuration is connected to, or connected to again.
+    Connect(PeerAddress),
+}
