@@ -11,7 +11,7 @@
 //! | `outgoing` | the half that sends: open, stage, send, commit |
 //! | `incoming` | the half that receives: grant, take a commit, lease |
 //! | `settings`, `output`, `answer` | what a node is told at start, asks of the world, answers its clients |
-//! | `handshake`, `chunks`, `growth`, `timers`, `seen` | what either half uses |
+//! | `handshake`, `heard`, `chunks`, `growth`, `timers`, `seen` | what either half uses |
 //!
 //! ```text
 //! connector            outgoing                          incoming              connector
@@ -37,6 +37,7 @@ mod chunks;
 mod core;
 mod growth;
 mod handshake;
+mod heard;
 #[cfg(feature = "lmcache")]
 mod lmcache_terms;
 // Without LMCache nothing makes the variants that stand for it.

@@ -8,6 +8,7 @@ use super::{Incoming, Note, Port, Timer};
 use crate::ids::{ChecksumMode, ConnectionId, Failure, FailureKind, RequestId, Seq, truncate};
 use crate::node::Output;
 use crate::node::core::Core;
+use crate::node::heard::Heard;
 use crate::node::output::Remote;
 use crate::node::output::To;
 use crate::node::seen::SeenSeqs;
@@ -37,7 +38,7 @@ pub(super) struct Peer<R> {
     /// Its allocations, so that none counts twice.
     pub(super) allocs: SeenSeqs,
     /// When it was last heard of.
-    last_seen: Instant,
+    heard: Heard,
     /// When it last wanted something.
     last_used: Instant,
 }
@@ -100,7 +101,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
         {
             // The sender has given the earlier handshake up. What the engine reads serves this one as well.
             peer.state = PeerState::Loading { reply_to: from, seq };
-            (peer.init_seq, peer.last_seq, peer.last_seen) = (seq, seq, core.now);
+            (peer.init_seq, peer.last_seq, peer.heard) = (seq, seq, Heard::at(core.now));
             peer.allocs = SeenSeqs::above(seq);
             return self.free_closing_of(core, &instance, seq);
         }
@@ -126,7 +127,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
             init_seq: seq,
             last_seq: seq,
             allocs: SeenSeqs::above(seq),
-            last_seen: core.now,
+            heard: Heard::at(core.now),
             last_used: core.now,
         };
         self.peers.insert(instance.clone(), peer);
@@ -170,7 +171,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
             }
         };
         peer.state = PeerState::Connected(connection);
-        peer.last_seen = core.now;
+        peer.heard = Heard::at(core.now);
         if peer.heartbeat {
             core.timers.set(Timer::Silence(instance.to_owned()), core.now + core.settings.peer_timeout);
         }
@@ -210,7 +211,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
     pub(super) fn touch_peer(&mut self, now: Instant, instance: &str, seq: Seq) -> bool {
         match self.peers.get_mut(instance) {
             Some(peer) if matches!(peer.state, PeerState::Connected(_)) && seq > peer.init_seq => {
-                peer.last_seen = now;
+                peer.heard = Heard::at(now);
                 peer.last_seq = peer.last_seq.max(seq);
                 true
             }
@@ -308,13 +309,9 @@ impl<R: Clone + PartialEq> Incoming<R> {
     pub(super) fn check_silence(&mut self, core: &mut Core<R>, due: Instant, instance: &str) {
         let (interval, timeout) = (core.settings.heartbeat_interval, core.settings.peer_timeout);
         let Some(peer) = self.peers.get_mut(instance) else { return };
-        // Whoever has slept has not listened: what the peer said meanwhile is still to be read.
-        if core.now.saturating_duration_since(due) >= interval {
-            peer.last_seen = core.now;
-        }
-        let silent = core.now.saturating_duration_since(peer.last_seen);
+        let silent = peer.heard.silence(core.now, due, interval);
         if silent < timeout {
-            let at = peer.last_seen + timeout;
+            let at = peer.heard.silent_for(timeout);
             return core.timers.set(Timer::Silence(instance.to_owned()), at);
         }
         let reason = format!("said nothing for {} ms (pd_peer_timeout_sec)", silent.as_millis());

@@ -11,6 +11,7 @@ use crate::ids::{ConnectionId, Failure, FailureKind, PeerAddress, PeerId, Seq, t
 use crate::node::Output;
 use crate::node::PeerMemory;
 use crate::node::core::Core;
+use crate::node::heard::Heard;
 use crate::node::output::Remote;
 use crate::node::output::To;
 use crate::node::{PROCESSES_ASKED_MAX, handshake};
@@ -37,7 +38,7 @@ pub(super) struct Peer {
     /// Whether it answers pings.
     heartbeat: bool,
     /// When anything was last heard of it.
-    last_heard: Instant,
+    heard: Heard,
 }
 
 #[derive(Debug)]
@@ -107,7 +108,7 @@ impl<R> Outgoing<R> {
             link: Link::Pd,
             lmcache_mode: LmcacheMode::Sync,
             heartbeat: false,
-            last_heard: core.now,
+            heard: Heard::at(core.now),
         };
         self.peers.insert(peer, record);
         self.peer_by_address.insert(address.clone(), peer);
@@ -301,7 +302,7 @@ impl<R> Outgoing<R> {
         match result {
             Ok(()) => {
                 record.state = PeerState::Up(connection);
-                record.last_heard = core.now;
+                record.heard = Heard::at(core.now);
                 let heartbeat = record.heartbeat;
                 let (address, instance, len_bytes) = (record.address.clone(), record.name(), record.len_bytes);
                 core.timers.cancel(Timer::Handshake(peer));
@@ -371,7 +372,7 @@ impl<R> Outgoing<R> {
     /// Something arrived from a receiver.
     pub(super) fn hear_of(&mut self, now: Instant, peer: PeerId) {
         if let Some(record) = self.peers.get_mut(&peer) {
-            record.last_heard = now;
+            record.heard = Heard::at(now);
         }
     }
 
@@ -380,11 +381,7 @@ impl<R> Outgoing<R> {
         let (interval, timeout) = (core.settings.heartbeat_interval, core.settings.peer_timeout);
         let seq = Seq(core.fresh());
         let Some(record) = self.peers.get_mut(&peer) else { return };
-        // Whoever has slept has not listened: what the receiver said meanwhile is still to be read.
-        if core.now.saturating_duration_since(due) >= interval {
-            record.last_heard = core.now;
-        }
-        let silent: Duration = core.now.saturating_duration_since(record.last_heard);
+        let silent = record.heard.silence(core.now, due, interval);
         if silent >= timeout {
             let text = format!(
                 "receiver {} ({}) said nothing for {} ms (pd_peer_timeout_sec)",

@@ -3,7 +3,6 @@
 use std::collections::BTreeSet;
 use std::convert::Infallible;
 use std::marker::PhantomData;
-use std::time::Instant;
 
 use super::{Incoming, Note, Port};
 use crate::ids::{ChunkKey, ConnectionId, Failure, FailureKind, GrantId, RequestId, SlotIndex};
@@ -64,17 +63,17 @@ impl<R: Clone + PartialEq> Incoming<R> {
         core.send(To::Route(from), Port::Init, Message::NixlInitResponse(refusal));
     }
 
-    pub(super) const fn on_lmcache_route_gone(&self, core: &Core<R>, _route: &R) -> bool {
+    pub(super) const fn on_lmcache_route_gone(&self, _: &Core<R>, _route: &R) -> bool {
         false
     }
 
-    pub(super) const fn on_lmcache_loaded(&self, core: &Core<R>, _: &str, _: &Result<ConnectionId, String>) -> bool {
+    pub(super) const fn on_lmcache_loaded(&self, _: &Core<R>, _: &str, _: &Result<ConnectionId, String>) -> bool {
         false
     }
 
     pub(super) const fn reserve_pages(
         &self,
-        core: &Core<R>,
+        _: &Core<R>,
         _: &RequestId,
         _: GrantId,
         _: &[u32],
@@ -83,19 +82,19 @@ impl<R: Clone + PartialEq> Incoming<R> {
         None
     }
 
-    pub(super) fn answer_pages(&self, core: &Core<R>, _: &RequestId, _: &[(u32, SlotIndex)], _: Vec<u32>) {}
+    pub(super) fn answer_pages(&self, _: &Core<R>, _: &RequestId, _: &[(u32, SlotIndex)], _: Vec<u32>) {}
 
-    pub(super) fn refuse_pages(&self, core: &Core<R>, _: R, _: usize, _: &str, _: Option<RequestId>, _: Failure) {}
+    pub(super) fn refuse_pages(&self, _: &Core<R>, _: R, _: usize, _: &str, _: Option<RequestId>, _: Failure) {}
 
-    pub(super) const fn nobody_fetched(&self, core: &Core<R>, _: &RequestId) {}
+    pub(super) const fn nobody_fetched(&self, _: &Core<R>, _: &RequestId) {}
 
-    pub(super) const fn waits_for_a_reader(&self, core: &Core<R>, _: &RequestId) -> bool {
+    pub(super) const fn waits_for_a_reader(&self, _: &Core<R>, _: &RequestId) -> bool {
         false
     }
 
-    pub(super) const fn take_uncommitted(&self, core: &Core<R>, _: &[ChunkKey]) {}
+    pub(super) const fn take_uncommitted(&self, _: &Core<R>, _: &[ChunkKey]) {}
 
-    pub(super) const fn uncommitted_among(&self, core: &Core<R>, _: &[ChunkKey]) -> Vec<u32> {
+    pub(super) const fn uncommitted_among(&self, _: &Core<R>, _: &[ChunkKey]) -> Vec<u32> {
         Vec::new()
     }
 

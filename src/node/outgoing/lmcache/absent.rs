@@ -1,7 +1,5 @@
 //! LMCache's receivers in a build without the feature `lmcache`: they are refused at their handshake.
 
-use std::time::Instant;
-
 use self::receiver::LmcacheReceiver;
 use super::Outgoing;
 use super::peers::Peer;
@@ -36,29 +34,29 @@ impl<R> Outgoing<R> {
         self.peer_failed(core, peer, Failure::new(FailureKind::HandshakeRefused, text));
     }
 
-    pub(super) fn on_lmcache_message(&self, core: &Core<R>, _: PeerId, _: Message) {}
+    pub(super) fn on_lmcache_message(&self, _: &Core<R>, _: PeerId, _: Message) {}
 
-    pub(super) fn lmcache_registration(&self, core: &Core<R>, receiver: &LmcacheReceiver) -> MemRegRequest {
+    pub(super) fn lmcache_registration(&self, _: &Core<R>, receiver: &LmcacheReceiver) -> MemRegRequest {
         match receiver.0 {}
     }
 
-    pub(super) fn lmcache_pages(&self, core: &Core<R>, _: PeerId, _: &MemRegResponse) -> Result<Pages, Failure> {
+    pub(super) fn lmcache_pages(&self, _: &Core<R>, _: PeerId, _: &MemRegResponse) -> Result<Pages, Failure> {
         Err(Failure::new(FailureKind::Internal, "an LMCache receiver in a build without LMCache"))
     }
 
-    pub(super) fn queue_allocation(&self, core: &Core<R>, _: PeerId, _: Uid) {}
+    pub(super) fn queue_allocation(&self, _: &Core<R>, _: PeerId, _: Uid) {}
 
-    pub(super) fn lmcache_allocation_timed_out(&self, core: &Core<R>, _: Uid) -> Option<Failure> {
+    pub(super) fn lmcache_allocation_timed_out(&self, _: &Core<R>, _: Uid) -> Option<Failure> {
         None
     }
 
-    pub(super) fn give_back_pages(&self, core: &Core<R>, _: PeerId, _: RequestId, _: Vec<ChunkKey>) {}
+    pub(super) fn give_back_pages(&self, _: &Core<R>, _: PeerId, _: RequestId, _: Vec<ChunkKey>) {}
 
     pub(super) fn lmcache_written(&self, _: PeerId, _: &[ChunkKey]) {}
 
-    pub(super) fn answer_timed_out(&self, core: &Core<R>, _: PeerId) {}
+    pub(super) fn answer_timed_out(&self, _: &Core<R>, _: PeerId) {}
 
-    pub(super) fn end_lmcache(&self, core: &Core<R>, _: PeerId) {}
+    pub(super) fn end_lmcache(&self, _: &Core<R>, _: PeerId) {}
 
-    pub(super) fn remember_lmcache(&self, core: &Core<R>, _: Peer) {}
+    pub(super) fn remember_lmcache(&self, _: &Core<R>, _: Peer) {}
 }
