@@ -187,7 +187,7 @@ pub enum Reply {
         id: Seq,
         /// [`CONNECTOR_API_VERSION`] of the daemon.
         version: u16,
-        /// `sender` or `receiver`.
+        /// `sender`, `receiver` or `both`.
         role: String,
         /// How to map the pd_buffer.
         buffer: BufferHandle,
@@ -397,7 +397,7 @@ pub enum BufferHandle {
 /// What a daemon counts. Counters start at 0 with the process.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Status {
-    /// `sender` or `receiver`.
+    /// `sender`, `receiver` or `both`.
     pub role: String,
     /// Transfer engine.
     pub engine: String,

@@ -1,4 +1,4 @@
-//! What the halves of a node share: the slots, the buffer's growth, the deadlines, and the way out.
+//! What the halves of a node share: the slots, the buffer's growth, the deadlines, and the outputs.
 
 use std::collections::VecDeque;
 use std::time::Instant;

@@ -89,7 +89,7 @@ pub(super) fn check_metadata(metadata: &[u8]) -> Result<(), Failure> {
         return Ok(());
     }
     let text = format!(
-        "the handshake holds {} bytes of engine metadata; at most {METADATA_LEN_BYTES_MAX} are read: give the engine fewer          backends (nixl_backends), or the buffer fewer pieces (a larger pd_buffer_growth_step)",
+        "the handshake holds {} bytes of engine metadata; at most {METADATA_LEN_BYTES_MAX} are read: give the engine fewer backends (nixl_backends), or the buffer fewer pieces (a larger pd_buffer_growth_step)",
         metadata.len()
     );
     Err(Failure::new(FailureKind::Limit, text))

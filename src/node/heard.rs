@@ -11,8 +11,8 @@ impl Heard {
         Self(now)
     }
 
-    /// For how long the peer has been silent, as looked at `now`, which was to be at `due`, once an `interval`. Whoever has
-    /// slept has not listened: what the peer said meanwhile is still to be read.
+    /// For how long the peer has been silent. `due` is when this look was to be, `interval` how far looks are apart. One that is
+    /// late by an interval or more means that we have slept: what the peer said meanwhile is still to be read.
     pub(super) fn silence(&mut self, now: Instant, due: Instant, interval: Duration) -> Duration {
         if now.saturating_duration_since(due) >= interval {
             self.0 = now;

@@ -2,22 +2,23 @@
 //!
 //! Sans-IO: `handle_*` takes events in and never waits, `poll_output` gives work out, `poll_timeout` says when to call
 //! `handle_timeout` next. Time is an argument, so a test or a simulation owns the clock. A peer's message is never
-//! asserted on: it is refused. Every request ends exactly once, and every wait has a deadline.
+//! asserted on: it is refused, or ignored with a note. Every request ends exactly once, and every wait has a deadline.
 //!
 //! | file | what is in it |
 //! |---|---|
-//! | `session` | the node: which half an event is for, and what both must learn of |
-//! | `core` | what the halves share: slots, deadlines, growth, the way out |
+//! | `session` | [`Node`] itself: passes each event to its half, and offers freed slots to the other half |
+//! | `core` | what the halves share: slots, deadlines, growth, outputs |
 //! | `outgoing` | the half that sends: open, stage, send, commit |
 //! | `incoming` | the half that receives: grant, take a commit, lease |
 //! | `settings`, `output`, `answer` | what a node is told at start, asks of the world, answers its clients |
-//! | `handshake`, `heard`, `chunks`, `growth`, `timers`, `seen` | what either half uses |
+//! | `handshake`, `heard` | whether two daemons may talk; for how long a peer has been silent |
+//! | `chunks`, `growth`, `timers`, `seen` | how long a chunk is; when the buffer grows; deadlines by name; numbers that were seen |
 //!
 //! ```text
 //! connector            outgoing                          incoming              connector
 //!   open -------------->|-- NixlInitRequest ---------------->|
 //!                       |<----------------- NixlInitResponse-|
-//!                       |-- NixlMemRegRequest -------------->|      (once: at start, or with the first request)
+//!                       |-- NixlMemRegRequest -------------->|      (once for each receiver: at start, or with the first request)
 //!                       |<--------------- NixlMemRegResponse-|
 //!                       |-- AllocRequest ------------------->|
 //!   <-- opened ---------|<-------------------- AllocResponse-|<------------- wait
@@ -28,7 +29,7 @@
 //! ```
 //!
 //! Messages may be lost, repeated, reordered and late: a message counts for what it names (an instance, a grant, the
-//! number of an allocation), a repeated one is answered like the first, and what must arrive (a commit, the acknowledgement
+//! number of an allocation), a repeated one changes nothing (a repeated commit is answered like the first), and what must arrive (a commit, the acknowledgement
 //! that a writer has stopped) is retransmitted until it is answered. A connected sender pings; a side that hears nothing for
 //! `peer_timeout` gives the other up.
 

@@ -25,7 +25,7 @@ pub struct Node<R> {
     core: Core<R>,
     outgoing: Option<Outgoing<R>>,
     incoming: Option<Incoming<R>>,
-    /// The slots as both halves have seen them: what one frees, the other may wait for.
+    /// [`SlotTable::version`](crate::slot::SlotTable::version) when both halves were last asked whether they can go on.
     settled_version: u64,
 }
 
@@ -119,6 +119,7 @@ impl<R: Clone + PartialEq> Node<R> {
     /// The process behind the sender `instance` has ended: whatever it was writing, it writes no more.
     pub fn handle_process_ended(&mut self, now: Instant, instance: &str) {
         self.in_incoming(now, |half, core| half.process_ended(core, instance));
+        // With an engine that leaves nothing under way, the time for it has passed already.
         self.handle_timeout(now);
     }
 
@@ -220,8 +221,8 @@ impl<R: Clone + PartialEq> Node<R> {
         self.ask_incoming(now, client, id, |half, core| half.handle_release(core, client, id, lease));
     }
 
-    /// A client gives a request up. Answered when nothing of it is written any more that this node writes; slots that a peer
-    /// may still write stay quarantined until it has stopped.
+    /// A client gives a request up: one that it has opened under this name, or else the one that is received under it. Answered
+    /// once this node writes nothing of it any more; slots that a peer may still write stay quarantined until it has stopped.
     pub fn handle_cancel(&mut self, now: Instant, client: ClientId, id: Seq, request: &RequestId) {
         let sends = self.outgoing.as_ref().is_some_and(|half| half.knows(client, request));
         if sends || self.incoming.is_none() {
@@ -288,6 +289,7 @@ impl<R: Clone + PartialEq> Node<R> {
         self.incoming.as_ref().map_or(Ok(()), |half| half.check_invariants(&self.core))
     }
 
+    /// An event of a half that is not there is dropped; none is expected.
     fn in_outgoing(&mut self, now: Instant, act: impl FnOnce(&mut Outgoing<R>, &mut Core<R>)) {
         self.core.now = now;
         if let Some(half) = &mut self.outgoing {

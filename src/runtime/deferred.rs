@@ -20,7 +20,7 @@ pub(super) struct Deferred {
 }
 
 impl Deferred {
-    /// A message that speaks of nothing else than now; none when it is deferred until the engine reports its ticket.
+    /// Gives the message back if it need not wait; none when it is deferred until the engine reports its ticket.
     ///
     /// # Errors
     /// Which cannot be deferred, and why.

@@ -1,7 +1,7 @@
 //! The daemons: the only place with tasks, threads, a clock and signals.
 //!
 //! One driver task per daemon owns the node and everything that must be done in order. Around it: one task for
-//! each socket, one thread for the transfer engine, one watcher for each signal, parent and peer process. They talk to
+//! each bound port and one for each receiver's two sockets, one thread for the transfer engine, one watcher for each signal, parent and peer process. They talk to
 //! the driver through two queues, a bounded one for sockets and one for everything else, so the node sees one event
 //! after the other.
 //!

@@ -1,4 +1,4 @@
-//! A sender's connections: two sockets for each receiver, and the tasks that read them.
+//! The connections of the outgoing half: two sockets for each receiver, and the tasks that read them.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};

@@ -1,4 +1,4 @@
-//! A receiver's ports and the tasks that read them.
+//! The ports of the incoming half, and the tasks that read them.
 
 use std::fmt;
 use std::sync::Arc;

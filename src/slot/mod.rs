@@ -1,11 +1,11 @@
 //! Which chunk is where, in which state and whose. No memory, no clock, no peers.
 //!
-//! [`SlotPool`] hands out slots of a pd_buffer, each as long as its chunk; a sender needs no more.
-//! [`SlotTable`] adds what a receiver must know of each slot: who may write it, and what can be read from it.
+//! [`SlotTable`] is what a node has: each slot's state, whose it is, and what can be read from it. The pool underneath hands out
+//! slots, each as long as its chunk.
 
 mod idle;
 mod pool;
 mod table;
 
-pub use pool::{NoRoom, SlotPool, Taken};
+pub use pool::NoRoom;
 pub use table::{SlotCounts, SlotState, SlotTable};

@@ -22,7 +22,7 @@ use crate::ids::{ChunkKey, GrantId, GroupIndex, SlotIndex};
 /// What a slot is good for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum SlotState {
-    /// Nothing; it can be reserved.
+    /// Nothing; it can be staged or reserved.
     Free,
     /// Our own engine fills it, or it is being sent.
     Staged,
@@ -56,8 +56,7 @@ pub struct SlotCounts {
     pub quarantined: u32,
 }
 
-/// What slots are staged for and what they are reserved for, where one buffer serves both: each is sure of this part of it,
-/// one in so many.
+/// Where one buffer serves both halves, each is sure of one part in so many of it: neither may take more than the rest.
 const SURE_PART: u64 = 4;
 
 /// A node's slots.

@@ -30,7 +30,7 @@ pub enum Message {
     NixlInitRequest(InitRequest),
     /// init port, the answer.
     NixlInitResponse(InitResponse),
-    /// init port, sender to receiver, second step: where my memory is.
+    /// init port, sender to receiver, second step: where is your memory? LMCache also says where its own is.
     NixlMemRegRequest(MemRegRequest),
     /// init port, the answer: where the receiver's memory is.
     NixlMemRegResponse(MemRegResponse),
@@ -38,7 +38,8 @@ pub enum Message {
     AllocRequest(AllocRequest),
     /// alloc port, the answer; also the answer to a cancel.
     AllocResponse(AllocResponse),
-    /// alloc port, sender to receiver: never mind.
+    /// alloc port, sender to receiver: given up; with `writer_stopped` nothing of it is written any more. Also the answer to a
+    /// `PdRevoke`.
     CancelNotif(CancelNotif),
     /// query port: which of these do you hold?
     CacheQueryRequest(CacheQueryRequest),

@@ -1,7 +1,8 @@
-//! Each session alone, message by message. Both together, under a seeded world: tests/simulation.
+//! Each half alone, message by message. Many nodes together, in a seeded world: tests/simulation.
 
 #![allow(clippy::unwrap_used)]
 
+mod both;
 mod incoming;
 mod outgoing;
 

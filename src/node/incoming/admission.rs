@@ -50,7 +50,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
         if self.requests.get(&id).is_some_and(Request::is_ready) {
             self.drop_ready(core, &id);
         }
-        let text = "its sender is gone, and another has the request core.now";
+        let text = "its sender is gone, and another has the request now";
         self.replace(core, &id, &Failure::new(FailureKind::PeerLost, text));
         let wait = Duration::from_millis(extension.wait_ms).min(core.settings.allocation_timeout);
         core.timers.set(Timer::Allocation(id.clone()), core.now + wait);

@@ -1,6 +1,6 @@
-//! What a receiver does otherwise for a request of an LMCache sender. A pd-sender commits what it has written and says when it
-//! has stopped writing; an LMCache sender does neither, and is granted pages. This file is the boundary: what it asks of an
-//! LMCache sender's request is in [`lmcache`](super::lmcache).
+//! Where a request's way depends on its sender's dialect: reserving, telling the grant, its deadline, refusing. What is said to
+//! our own senders is here; what to LMCache's is in [`lmcache`](super::lmcache). A pd-sender commits what it has written and says
+//! when it has stopped writing; an LMCache sender does neither, and is granted pages. This file is the boundary.
 
 use std::collections::BTreeSet;
 

@@ -1,4 +1,4 @@
-//! Peers that were lost, as far as their late messages must be recognised, and their end.
+//! What is kept of lost senders: the last number seen, to recognise late handshakes, and the process, to learn of its end.
 
 use std::collections::{BTreeMap, VecDeque};
 

@@ -5,12 +5,13 @@
 //! | `io` | what goes in and comes out: look-ups, notes, counts |
 //! | `peers`, `lost` | handshakes with senders, and losing them |
 //! | `admission` | who gets slots, and when (`piecemeal`: how it must not be done) |
-//! | `request`, `requests` | a request, and its way from the grant to its end: commit, cancel, quarantine |
+//! | `request`, `requests` | a request, and its way from the grant on to its end: commit, the sender's cancel, quarantine |
 //! | `lmcache` | LMCache's senders, which commit nothing |
 //! | `origin`, `dialect` | what differs with the dialect of a request's sender: ours, or LMCache's |
 //! | `verification` | commits whose chunks are summed before they are taken |
-//! | `readers`, `waiters`, `leases` | waits, look-ups and leases |
-//! | `ended` | how attempts ended, and who has yet to be told |
+//! | `readers`, `waiters`, `leases` | waits, look-ups, leases, and a reader's cancel |
+//! | `ended` | how attempts ended (each use of a request's name is one), and who has yet to be told |
+//! | `timer` | its deadlines |
 //! | `reset` | everything that was computed before now is void |
 
 mod admission;

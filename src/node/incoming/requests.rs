@@ -116,7 +116,8 @@ impl<R: Clone + PartialEq> Incoming<R> {
         self.counts.chunks_expired += freed as u64;
     }
 
-    /// Asks a writer again whether it has stopped: the first time, or its answer, may have been lost.
+    /// Asks a writer whether it has stopped, once in a peer's time-out until it says so. If it gave the request up itself, this is
+    /// the first question.
     pub(super) fn revoke_again(&mut self, core: &mut Core<R>, grant: GrantId) {
         let Some(closing) = self.closing.get(&grant) else { return };
         // A writer that is not connected says so with its next handshake.

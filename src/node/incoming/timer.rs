@@ -17,7 +17,7 @@ pub(in crate::node) enum Timer {
     Silence(String),
     /// Nothing of a process that has ended is under way any more.
     Linger(String),
-    /// A lease that nobody gives back is over.
+    /// The lease of an LMCache query is over; those of clients have no deadline.
     Lease(ClientId, LeaseId),
     /// A writer has not acknowledged yet that it has stopped: it is asked again.
     Revoke(GrantId),

@@ -64,7 +64,7 @@ impl<R> Outgoing<R> {
     /// Gives a late grant back, unless it is one that a request has taken.
     pub(super) fn on_unawaited_grant(&mut self, core: &mut Core<R>, peer: PeerId, seq: Seq, grant: Option<GrantId>) {
         let Some(grant) = grant else { return };
-        // If the allocation is no longer remembered, do nothing: the receiver will ask by name.
+        // If the allocation is no longer remembered, do nothing: the receiver revokes the grant at its deadline, and that is answered.
         if let Some((request, taken)) = self.asked.get(&seq)
             && *taken != Some(grant)
         {

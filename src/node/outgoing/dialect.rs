@@ -1,6 +1,7 @@
-//! What a sender does otherwise for an LMCache receiver. A pd-receiver takes allocations at any time, commits, and quiesce
-//! acknowledgements; an LMCache receiver knows none of these. This file is the boundary: what it asks of an LMCache receiver is
-//! in [`lmcache`](super::lmcache).
+//! Where a receiver's dialect decides: the messages of its port for allocations, the second step of the handshake, asking for
+//! slots, the end of a request. A pd-receiver takes allocations at any time, and takes commits and quiesce acknowledgements; an
+//! LMCache receiver knows none of these. This file is the boundary: what it asks of an LMCache receiver is in
+//! [`lmcache`](super::lmcache).
 
 use super::link::Link;
 use super::requests::truncated;
@@ -33,7 +34,7 @@ impl<R> Outgoing<R> {
         }
     }
 
-    /// The engine has loaded a receiver: tells it where our memory is, and asks where its memory is.
+    /// The engine has loaded a receiver: asks where its memory is, and tells an LMCache receiver where ours is.
     pub(super) fn register(&mut self, core: &mut Core<R>, peer: PeerId, seq: Seq) {
         let request = match self.link_of(peer) {
             Link::Lmcache(receiver) => self.lmcache_registration(core, receiver),

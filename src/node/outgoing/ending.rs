@@ -9,11 +9,14 @@ use crate::node::Output;
 use crate::node::core::Core;
 use crate::wire::message::Revoke;
 
+/// How many failures are remembered that were not acknowledged. They hold nothing.
+const TOLD_MAX: usize = 4096;
+
 impl<R> Outgoing<R> {
-    /// Whether this client has opened a request of this name, or has yet to be told, or to say, that it has ended.
+    /// Whether this client has opened a request of this name, or has not acknowledged yet that one has failed.
     pub(in crate::node) fn knows(&self, client: ClientId, request: &RequestId) -> bool {
         self.find_request(client, request).is_ok()
-            || self.unacknowledged.contains_key(&(client, request.clone()))
+            || self.told.contains(&(client, request.clone()))
             || self.requests.values().any(|closing| closing.client == Some(client) && closing.id == *request)
     }
 
@@ -25,6 +28,7 @@ impl<R> Outgoing<R> {
         id: Seq,
         request: &RequestId,
     ) {
+        self.told.remove(&(client, request.clone()));
         // The acknowledgement of an earlier attempt's failure is not a cancel of the next attempt.
         if self.acknowledge_failure(core, client, request) {
             return core.answer(client, id, Answer::Cancelled { request: request.clone() });
@@ -55,7 +59,7 @@ impl<R> Outgoing<R> {
             _ => false,
         };
         match self.requests.iter().find(|(_, request)| of_grant(request)).map(|(&uid, request)| (uid, &request.stage)) {
-            // It says when it has stopped, by itself.
+            // `finish_closing` will send the acknowledgement.
             Some((_, Stage::Closing { .. })) => {}
             Some((uid, _)) => self.fail(core, uid, truncated(revoke.reason)),
             None => {
@@ -137,6 +141,10 @@ impl<R> Outgoing<R> {
             (Some(client), Some(open_id)) => core.refuse(client, open_id, failure.clone(), Some(peer)),
             (Some(client), None) if cancel.is_none() => {
                 told_by_event = true;
+                self.told.insert((client, id.clone()));
+                if self.told.len() > TOLD_MAX {
+                    self.told.pop_first();
+                }
                 let event = Event::Failed { request: id.clone(), failure: failure.clone(), peer };
                 core.outputs.push_back(Output::Event { client, event });
             }
@@ -185,7 +193,7 @@ impl<R> Outgoing<R> {
 
     /// A client knows that its request has failed: what it may have been filling until then can be staged again.
     pub(super) fn acknowledge_failure(&mut self, core: &mut Core<R>, client: ClientId, request: &RequestId) -> bool {
-        // Its transfers may not have ended yet: then nothing is kept back for it when they do.
+        // If its transfers are under way, its slots are freed with them, and not kept for the client.
         let closing = self.requests.values_mut().find(|closing| {
             closing.client == Some(client) && closing.id == *request && closing.told_by_event && closing.is_filling()
         });
@@ -201,6 +209,7 @@ impl<R> Outgoing<R> {
 
     /// A client that is gone fills nothing any more.
     pub(super) fn acknowledge_all(&mut self, core: &mut Core<R>, client: ClientId) {
+        self.told.retain(|(other, _)| *other != client);
         let of_client = self.unacknowledged.keys().filter(|(other, _)| *other == client);
         let requests: Vec<RequestId> = of_client.map(|(_, request)| request.clone()).collect();
         for request in requests {

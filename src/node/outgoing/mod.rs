@@ -9,6 +9,7 @@
 //! | `requests` | a request from `open` to its acknowledged commit |
 //! | `ending` | how a request ends otherwise |
 //! | `staging` | who waits for local slots, and who gets them |
+//! | `timer`, `uid` | its deadlines; a request's name inside the node |
 //! | `transfers`, `coverage` | `send`: parts into copies, and which bytes were given to the engine |
 //! | `link`, `dialect` | what differs with the dialect of a receiver: ours, or LMCache's |
 //! | `lmcache` | LMCache's receivers: what they are told and say, which pages of theirs wait for our bytes |
@@ -33,7 +34,7 @@ pub(super) mod timer;
 mod transfers;
 mod uid;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::marker::PhantomData;
 use std::time::Instant;
 
@@ -57,7 +58,7 @@ use crate::node::core::Core;
 use crate::wire::Message;
 use crate::wire::message::Commit;
 
-/// The half that sends.
+/// The half that sends. `R` is how the senders of messages to our ports are answered.
 #[derive(Debug)]
 pub(super) struct Outgoing<R> {
     settings: OutgoingSettings,
@@ -80,9 +81,12 @@ pub(super) struct Outgoing<R> {
     transfers: BTreeMap<TransferId, Transfer>,
     /// Slots of failed requests that their clients may be filling, until these say that they know.
     unacknowledged: BTreeMap<(ClientId, RequestId), Vec<SlotIndex>>,
+    /// Failures that clients were told of by an event, and have not acknowledged.
+    told: BTreeSet<(ClientId, RequestId)>,
     /// Clients that wait for local slots, in the order of their arrival.
     staging: VecDeque<Staging>,
     counts: OutgoingCounts,
+    /// Only what it puts out has one.
     route: PhantomData<R>,
 }
 
@@ -107,6 +111,7 @@ impl<R> Outgoing<R> {
             lmcache: RememberedReceivers::default(),
             transfers: BTreeMap::new(),
             unacknowledged: BTreeMap::new(),
+            told: BTreeSet::new(),
             staging: VecDeque::new(),
             counts: OutgoingCounts::default(),
             route: PhantomData,

@@ -50,7 +50,7 @@ impl<R> Outgoing<R> {
         self.serve_staging(core);
     }
 
-    /// Gives slots to whoever waits for them, the first first.
+    /// Gives slots to whoever waits for them, in the order of asking.
     pub(in crate::node) fn serve_staging(&mut self, core: &mut Core<R>) {
         while let Some(first) = self.staging.front() {
             let Ok(slots) = core.slots.stage(&first.lens_bytes) else {
