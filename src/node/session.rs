@@ -78,7 +78,7 @@ impl<R: Clone + PartialEq> Node<R> {
     }
 
     /// The engine has loaded a peer's metadata, or could not.
-    pub fn handle_loaded(&mut self, now: Instant, remote: &Remote, result: Result<ConnectionId, String>) {
+    pub fn handle_loaded(&mut self, now: Instant, remote: &Remote, result: Result<ConnectionId, Failure>) {
         match remote {
             Remote::Receiver(peer) => self.in_outgoing(now, |half, core| half.handle_peer_loaded(core, *peer, result)),
             Remote::Sender(instance) => {

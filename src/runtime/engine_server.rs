@@ -232,7 +232,7 @@ impl<'a, E: From<EngineEvent>> Server<'a, E> {
             Command::LoadPeer { remote, agent_name, metadata } => {
                 let agent_name = agent_name.map_or_else(|| self.lmcache()?.agent_name_in(&metadata), Ok);
                 let loaded = agent_name.and_then(|agent_name| self.engine.load_peer(&agent_name, &metadata));
-                let result = loaded.map_err(|error| error.to_string());
+                let result = loaded.map_err(|error| load_failure(&error));
                 self.send(EngineEvent::PeerLoaded { remote, result })
             }
             Command::Connect { peer, connection, memory } => match self.connect(connection, &memory) {
@@ -285,6 +285,15 @@ impl<'a, E: From<EngineEvent>> Server<'a, E> {
             }
         }
     }
+}
+
+/// What is in the way now may be gone at the next try; what a peer's metadata says will not.
+fn load_failure(error: &TransferError) -> Failure {
+    let kind = match error {
+        TransferError::Peer { .. } => FailureKind::PeerUnreachable,
+        _ => FailureKind::HandshakeRefused,
+    };
+    Failure::new(kind, error.to_string())
 }
 
 /// What failed with the peer, or on the way to it, takes the connection along: an engine notices a killed peer before its

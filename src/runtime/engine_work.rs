@@ -91,7 +91,7 @@ pub(super) enum Work {
 pub(super) enum EngineEvent {
     PeerLoaded {
         remote: Remote,
-        result: Result<ConnectionId, String>,
+        result: Result<ConnectionId, Failure>,
     },
     Connected {
         peer: PeerId,

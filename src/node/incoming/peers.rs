@@ -142,7 +142,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
         &mut self,
         core: &mut Core<R>,
         instance: &str,
-        result: Result<ConnectionId, String>,
+        result: Result<ConnectionId, Failure>,
     ) {
         if self.on_lmcache_loaded(core, instance, &result) {
             return;
@@ -164,9 +164,8 @@ impl<R: Clone + PartialEq> Incoming<R> {
         let (to, seq) = (reply_to.clone(), *seq);
         let connection = match result {
             Ok(connection) => connection,
-            Err(text) => {
+            Err(failure) => {
                 self.peers.remove(instance);
-                let failure = Failure::new(FailureKind::HandshakeRefused, text);
                 return self.refuse_peer(core, to, seq, instance.to_owned(), failure);
             }
         };

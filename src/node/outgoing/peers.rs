@@ -222,7 +222,7 @@ impl<R> Outgoing<R> {
         &mut self,
         core: &mut Core<R>,
         peer: PeerId,
-        result: Result<ConnectionId, String>,
+        result: Result<ConnectionId, Failure>,
     ) {
         let seq = Seq(core.fresh());
         let loading = self.peers.get_mut(&peer).filter(|record| matches!(record.state, PeerState::Loading));
@@ -233,9 +233,7 @@ impl<R> Outgoing<R> {
                 record.state = PeerState::Registering(seq, connection);
                 self.register(core, peer, seq);
             }
-            (Some(_), Err(text)) => {
-                self.peer_failed(core, peer, Failure::new(FailureKind::HandshakeRefused, text));
-            }
+            (Some(_), Err(failure)) => self.peer_failed(core, peer, failure),
         }
     }
 

@@ -67,7 +67,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
         false
     }
 
-    pub(super) const fn on_lmcache_loaded(&self, _: &Core<R>, _: &str, _: &Result<ConnectionId, String>) -> bool {
+    pub(super) const fn on_lmcache_loaded(&self, _: &Core<R>, _: &str, _: &Result<ConnectionId, Failure>) -> bool {
         false
     }
 

@@ -73,7 +73,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
         &mut self,
         core: &mut Core<R>,
         instance: &str,
-        result: &Result<ConnectionId, String>,
+        result: &Result<ConnectionId, Failure>,
     ) -> bool {
         let Some(agent) = self.lmcache.agents.get_mut(instance) else { return false };
         let AgentState::Loading { reply_to } = &agent.state else { return false };
@@ -86,10 +86,9 @@ impl<R: Clone + PartialEq> Incoming<R> {
                 let remote_agent_name = instance.as_bytes().to_vec();
                 InitResponse { remote_agent_name, remote_meta_bytes: core.settings.metadata.clone(), pd: None }
             }
-            Err(text) => {
+            Err(failure) => {
                 self.lmcache.agents.remove(instance);
-                let failure = Failure::new(FailureKind::HandshakeRefused, text.as_str());
-                core.note(Note::PeerRefused { instance: instance.to_owned(), failure });
+                core.note(Note::PeerRefused { instance: instance.to_owned(), failure: failure.clone() });
                 InitResponse { remote_agent_name: Vec::new(), remote_meta_bytes: Vec::new(), pd: None }
             }
         };
