@@ -58,7 +58,10 @@ impl World {
             name = self.jobs[self.rng.random_range(0..index)].name.clone();
         }
         let sender = self.rng.random_range(0..self.plan.senders);
-        let receiver = self.rng.random_range(0..self.plan.all_receivers());
+        let mut receiver = self.rng.random_range(0..self.plan.all_receivers());
+        if self.plan.is_one(sender, receiver) {
+            receiver = (receiver + 1) % self.plan.all_receivers();
+        }
         if self.is_lmcache_receiver(receiver) {
             // Senders that share prefixes are not safe with LMCache's receivers, so most do not.
             let owner = self.rng.random_bool(0.75).then_some(sender);
@@ -74,7 +77,7 @@ impl World {
         let many = self.plan.senders * self.plan.receivers > 100;
         for sender in 0..self.plan.senders {
             for receiver in 0..self.plan.all_receivers() {
-                if many && sender != receiver {
+                if many && sender != receiver || self.plan.is_one(sender, receiver) {
                     continue;
                 }
                 for number in 0..2 {

@@ -19,6 +19,7 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod daemon_io;
 mod decode;
 mod engine;
 mod events;
