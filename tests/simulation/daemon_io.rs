@@ -72,13 +72,16 @@ impl World {
         let now = self.now;
         let daemon = &mut self.daemons[target];
         let checked = daemon.node.check_invariants();
-        let due = daemon.node.poll_timeout();
+        let (due, counts) = (daemon.node.poll_timeout(), daemon.node.counts());
         if let Some(due) = due
             && daemon.process.armed.is_none_or(|armed| armed <= now || due < armed)
         {
             daemon.process.armed = Some(due);
             self.schedule_at(due.max(now), WorldEvent::Timer(target));
         }
+        let outgoing_waits = counts.outgoing.is_some_and(|half| half.stages_waiting > 0);
+        let incoming_waits = counts.incoming.is_some_and(|half| half.requests_waiting > 0);
+        self.tally.both_wait += u64::from(outgoing_waits && incoming_waits);
         self.check(checked.map_err(|text| format!("{name}: {text}")));
     }
 }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use pd_backend::node::Safeguards;
+use pd_backend::node::Safeguard;
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
@@ -98,7 +98,8 @@ pub struct Plan {
     pub lmcache_jobs: usize,
     /// Whether asynchronous LMCache receivers wait for room without end.
     pub lmcache_waits: bool,
-    pub safeguards: Safeguards,
+    /// What every daemon of ours is to do without.
+    pub without: Option<Safeguard>,
 }
 
 impl Plan {
@@ -122,7 +123,7 @@ impl Plan {
             senders,
             receivers,
             both: rng.random_range(1..=senders.min(receivers)),
-            receiver_slots: if rng.random_bool(0.6) { 6 } else { rng.random_range(7..=12) },
+            receiver_slots: if rng.random_bool(0.6) { 4 } else { rng.random_range(5..=12) },
             crowded: false,
             ..self
         }
@@ -234,7 +235,7 @@ impl Plan {
             lmcache_receivers: 0,
             lmcache_jobs: 0,
             lmcache_waits: false,
-            safeguards: Safeguards::default(),
+            without: None,
         };
         Self {
             senders: rng.random_range(1..=3),
@@ -296,7 +297,7 @@ impl Plan {
             lmcache_receivers: 0,
             lmcache_jobs: 0,
             lmcache_waits: false,
-            safeguards: Safeguards::default(),
+            without: None,
         }
     }
 

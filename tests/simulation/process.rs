@@ -209,7 +209,7 @@ pub fn new_daemon(plan: &Plan, target: Target, now: Instant) -> Daemon {
         peer_timeout: plan::PEER,
         outgoing: sends.then(|| outgoing(plan, target, at.index)),
         incoming: receives.then(|| incoming(plan)),
-        safeguards: plan.safeguards,
+        without: plan.without,
     };
     Daemon {
         name: plan.name(target),
