@@ -101,6 +101,38 @@ fn chunks_that_lie_off_the_pages_of_a_peer_are_not_evicted_for_it() {
     assert_eq!((table.counts().ready_idle, table.find(&key(1))), (3, None), "the one in the second page");
 }
 
+proptest! {
+    #[test]
+    fn a_quarter_of_a_shared_buffer_can_always_be_staged(
+        ops in prop::collection::vec((prop::collection::vec(1..=SLOT_BYTES, 1..4), any::<bool>(), any::<bool>(), 0..8usize), 1..60),
+    ) {
+        // Broken in production: two nodes that send to each other wait for room to stage until their requests' deadlines,
+        // each with its buffer full, or in pieces, of what the other has been granted and cannot send.
+        let addresses = AddressManager::with_slots(8 * SLOT_BYTES, 1, SLOT_BYTES).unwrap();
+        let mut table = SlotTable::new(addresses, true);
+        let mut reserved: Vec<(u64, SlotIndex)> = Vec::new();
+        // Staged while something is reserved, and gone before the next look.
+        let mut odd: Option<SlotIndex> = None;
+        for (grant, (lens_bytes, keeps, stages, free)) in (1..).zip(ops) {
+            if let Ok(slots) = reserve(&mut table, grant, &lens_bytes) {
+                reserved.extend(slots.into_iter().map(|slot| (grant, slot)));
+            }
+            if !keeps && !reserved.is_empty() {
+                let (grant, slot) = reserved.swap_remove(free % reserved.len());
+                table.writer_stopped(slot, GrantId(grant));
+            }
+            if let Some(slot) = odd.take() {
+                table.unstage(slot);
+            }
+            let one = table.stage(&[SLOT_BYTES]).unwrap();
+            let other = table.stage(&[SLOT_BYTES]).unwrap();
+            one.into_iter().chain(other).for_each(|slot| table.unstage(slot));
+            odd = stages.then(|| table.stage(&[1 + free as u64 % SLOT_BYTES]).unwrap()[0]);
+            table.check_invariants().unwrap();
+        }
+    }
+}
+
 #[test]
 fn what_a_request_shares_and_what_no_sender_knows_of_is_left_alone() {
     // Broken in production: a request evicts the prefix that it was to share, or idle chunks for room that it may not use yet.

@@ -126,8 +126,8 @@ impl AddressManager {
 
     /// As [`allocate_each`](Self::allocate_each), in bytes before `end_bytes`. Where there is no room, ranges of `spare`,
     /// which are all handed out, are given back: as few as will do, the first before the others, and of those only the ones
-    /// whose bytes are taken for this (or all, where the rest finds no place without). When all of them are too few, or
-    /// what was found ends beyond `end_bytes`, nothing has changed.
+    /// whose bytes are taken for this (or all, where the rest finds no place without). There is room where `slots_left` whole
+    /// slots are free afterwards. When all of them are too few, or what was found ends beyond `end_bytes`, nothing has changed.
     ///
     /// # Errors
     /// As [`allocate_each`](Self::allocate_each).
@@ -138,10 +138,13 @@ impl AddressManager {
         &self,
         lens_bytes: &[u64],
         end_bytes: u64,
+        slots_left: usize,
         spare: impl Iterator<Item = AddressRange>,
     ) -> Result<MadeRoom, AddressError> {
         let least_bytes = lens_bytes.iter().fold(0, |sum: u64, len_bytes| sum.saturating_add(*len_bytes));
-        let take = |space: &mut Space, out: &mut Vec<AddressRange>| space.allocate_each(lens_bytes, out);
+        let take = |space: &mut Space, out: &mut Vec<AddressRange>| {
+            space.allocate_each(lens_bytes, out).and_then(|()| space.leave_slots(slots_left, out))
+        };
         lock(&self.shared).open()?.make_room(least_bytes, end_bytes, spare, take)
     }
 
@@ -157,9 +160,12 @@ impl AddressManager {
         &self,
         count: usize,
         end_bytes: u64,
+        slots_left: usize,
         spare: impl Iterator<Item = AddressRange>,
     ) -> Result<MadeRoom, AddressError> {
-        let take = |space: &mut Space, out: &mut Vec<AddressRange>| space.allocate_slots_below(count, end_bytes, out);
+        let take = |space: &mut Space, out: &mut Vec<AddressRange>| {
+            space.allocate_slots_below(count, end_bytes, out).and_then(|()| space.leave_slots(slots_left, out))
+        };
         let mut shared = lock(&self.shared);
         let space = shared.open()?;
         let least_bytes = space.slots.slot_bytes().saturating_mul(count as u64);
@@ -199,6 +205,11 @@ impl AddressManager {
     /// What every start is a multiple of, in bytes.
     pub fn alignment(&self) -> u64 {
         lock(&self.shared).space.alignment()
+    }
+
+    /// Length of a whole slot.
+    pub fn slot_bytes(&self) -> u64 {
+        lock(&self.shared).space.slots.slot_bytes()
     }
 
     /// Bytes in the address space.

@@ -153,6 +153,16 @@ impl Space {
         Err(self.out_of_memory(count, total_bytes))
     }
 
+    /// Gives back all that was taken, unless so many whole slots are free beside it.
+    pub(super) fn leave_slots(&mut self, slots_left: usize, taken: &mut Vec<AddressRange>) -> Result<(), AddressError> {
+        if self.has_room_for_slots(slots_left) {
+            return Ok(());
+        }
+        self.free_batch(taken)?;
+        taken.clear();
+        Err(self.out_of_memory(slots_left, self.slots.slot_bytes().saturating_mul(slots_left as u64)))
+    }
+
     /// Gives one range back.
     #[inline]
     pub(super) fn free(&mut self, range: AddressRange) -> Result<(), AddressError> {

@@ -9,6 +9,7 @@ use super::growth::{GROW_AGAIN_AFTER, Grown, Growth};
 use super::incoming::timer as incoming;
 use super::outgoing::timer as outgoing;
 use super::output::{Note, Output, To};
+use super::safeguards::Safeguard;
 use super::settings::NodeSettings;
 use super::timers::Timers;
 use crate::ids::{ClientId, Failure, Seq};
@@ -56,7 +57,7 @@ pub(super) struct Core<R> {
 impl<R> Core<R> {
     pub(super) fn new(now: Instant, settings: NodeSettings, is_shared: bool) -> Self {
         Self {
-            slots: SlotTable::new(settings.addresses.clone(), is_shared),
+            slots: SlotTable::new(settings.addresses.clone(), is_shared && settings.keeps(Safeguard::SurePart)),
             growth: Growth::new(settings.len_max_bytes),
             described_len_bytes: settings.addresses.len_bytes(),
             timers: Timers::new(),

@@ -57,8 +57,9 @@ pub use answer::Answer;
 pub use chunks::ChunkShape;
 pub use growth::Grown;
 pub use output::{Note, Output, PeerMemory, Remote, To};
+#[cfg(feature = "mutants")]
 #[doc(hidden)]
-pub use safeguards::Safeguards;
+pub use safeguards::Safeguard;
 pub use session::{Node, NodeCounts};
 pub use settings::{IncomingSettings, NodeSettings, OutgoingSettings};
 

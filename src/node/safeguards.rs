@@ -1,38 +1,51 @@
-//! What keeps bytes whole and answers right, switchable.
+//! What keeps bytes whole, requests going and answers right, by name.
 
-/// Each of these is always on. The simulation switches them off one by one, to show that it would notice their absence.
+use super::NodeSettings;
+
+/// Every node has all of these. With the feature `mutants`, which no released binary has, the simulation leaves out one at a
+/// time, to show that it would notice its absence.
 #[doc(hidden)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Safeguards {
+pub enum Safeguard {
     /// Slots whose writer may still be writing are not granted again.
-    pub quarantine: bool,
+    Quarantine,
     /// A commit or a cancel counts for the grant that it names, and not for its request's name.
-    pub grant_check: bool,
+    GrantCheck,
     /// A request holds no slot before it has all of them.
-    pub whole_requests: bool,
+    #[cfg(feature = "mutants")]
+    WholeRequests,
     /// The proxy is told after the commit was acknowledged.
-    pub commit_before_notify: bool,
+    CommitBeforeNotify,
     /// A reader that asks after another was told of a failure waits for the next attempt.
-    pub ends_told_once: bool,
+    EndsToldOnce,
+    /// Slots that a client may be filling are not used again before it knows that its request has failed.
+    FailureAcknowledged,
+    /// Where one buffer serves both halves, each is sure of a part of it.
+    SurePart,
+    /// What one half frees, the other is told of.
+    OtherHalfWoken,
     /// Of a chunk that several LMCache senders were granted, no copy is taken for written by its key.
-    pub copies_told_apart: bool,
+    #[cfg(any(feature = "lmcache", feature = "mutants"))]
+    CopiesToldApart,
     /// Slots of an LMCache sender whose connection is gone are not granted again while what it had posted may arrive.
-    pub linger: bool,
+    #[cfg(any(feature = "lmcache", feature = "mutants"))]
+    Linger,
     /// What an LMCache receiver says is there, and was granted to us and never written, is written.
-    pub unwritten_remembered: bool,
+    #[cfg(any(feature = "lmcache", feature = "mutants"))]
+    UnwrittenRemembered,
 }
 
-impl Default for Safeguards {
-    fn default() -> Self {
-        Self {
-            quarantine: true,
-            grant_check: true,
-            whole_requests: true,
-            commit_before_notify: true,
-            ends_told_once: true,
-            copies_told_apart: true,
-            linger: true,
-            unwritten_remembered: true,
-        }
+impl NodeSettings {
+    /// Whether the node has a safeguard.
+    #[cfg(not(feature = "mutants"))]
+    #[allow(clippy::unused_self)]
+    pub(super) const fn keeps(&self, _: Safeguard) -> bool {
+        true
+    }
+
+    /// Whether the node has a safeguard.
+    #[cfg(feature = "mutants")]
+    pub(super) fn keeps(&self, safeguard: Safeguard) -> bool {
+        self.without != Some(safeguard)
     }
 }

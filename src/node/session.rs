@@ -9,6 +9,7 @@ use super::growth::Grown;
 use super::incoming::{Incoming, IncomingCounts, Lookup};
 use super::outgoing::{ConnectState, OpenRequest, Outgoing, OutgoingCounts, Sending};
 use super::output::{Output, Remote};
+use super::safeguards::Safeguard;
 use super::settings::NodeSettings;
 use crate::ids::{
     Checksum, ClientId, ConnectionId, Failure, FailureKind, GrantId, LeaseId, PeerAddress, PeerId, RequestId, Seq,
@@ -309,7 +310,7 @@ impl<R: Clone + PartialEq> Node<R> {
     /// What one half has freed may be what the other waits for.
     fn settle(&mut self) {
         let (Some(outgoing), Some(incoming)) = (&mut self.outgoing, &mut self.incoming) else { return };
-        if self.settled_version != self.core.slots.version() {
+        if self.settled_version != self.core.slots.version() && self.core.settings.keeps(Safeguard::OtherHalfWoken) {
             outgoing.serve_staging(&mut self.core);
             incoming.admit(&mut self.core);
             self.settled_version = self.core.slots.version();

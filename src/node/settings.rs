@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use super::{ChunkShape, Safeguards};
+use super::ChunkShape;
+#[cfg(feature = "mutants")]
+use super::Safeguard;
 use crate::address::AddressManager;
 use crate::ids::{ChecksumMode, Pages, PeerAddress};
 use crate::wire::message::Hello;
@@ -47,8 +49,10 @@ pub struct NodeSettings {
     pub outgoing: Option<OutgoingSettings>,
     /// For the half that receives, if the node has it.
     pub incoming: Option<IncomingSettings>,
+    /// What the node is to do without.
+    #[cfg(feature = "mutants")]
     #[doc(hidden)]
-    pub safeguards: Safeguards,
+    pub without: Option<Safeguard>,
 }
 
 /// What the half that sends is told at start.

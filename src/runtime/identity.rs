@@ -8,7 +8,7 @@ use crate::address::AddressManager;
 use crate::config::Config;
 use crate::ids::ChecksumMode;
 use crate::kv_layout::KvGroup;
-use crate::node::{ChunkShape, IncomingSettings, NodeSettings, OutgoingSettings, Safeguards};
+use crate::node::{ChunkShape, IncomingSettings, NodeSettings, OutgoingSettings};
 use crate::wire::message::{
     CAPABILITY_CHECKSUMS, CAPABILITY_COMMIT, CAPABILITY_HEARTBEAT, CAPABILITY_VERIFYING, Hello, PROTOCOL_VERSION,
     PROTOCOL_VERSION_MIN,
@@ -74,12 +74,13 @@ pub(super) fn settings(config: &Config, instance: &str, started: Started, addres
             receivers: config.receivers.clone(),
             notify_proxy: config.proxy.is_some(),
         }),
-        incoming: config.role.receives().then(|| IncomingSettings {
+        incoming: config.role.receives().then_some(IncomingSettings {
             wait_timeout: deadlines.wait,
             retention: deadlines.retention,
             peer_requests_max: limits.peer_requests_max as usize,
             linger: started.linger,
         }),
-        safeguards: Safeguards::default(),
+        #[cfg(feature = "mutants")]
+        without: None,
     }
 }

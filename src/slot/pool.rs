@@ -56,7 +56,7 @@ impl SlotPool {
 
     /// Takes a slot of each of these lengths, in that order, or none, in bytes before `end_bytes`. Where there is no room, gives
     /// slots of `spare` back, which are taken and whose owner can do without them: as few as will do, the first before the
-    /// others, and none in vain.
+    /// others, and none in vain. There is room where `slots_left` whole slots are free afterwards.
     ///
     /// # Errors
     /// [`NoRoom`]: all of them are too few, or what was found ends beyond `end_bytes`. Nothing was given back.
@@ -67,11 +67,12 @@ impl SlotPool {
         &mut self,
         lens_bytes: &[u64],
         end_bytes: u64,
+        slots_left: usize,
         spare: impl Iterator<Item = SlotIndex>,
     ) -> Result<Taken, NoRoom> {
         debug_assert!(!lens_bytes.contains(&0), "a slot of 0 bytes");
         let (mut seen, addresses) = (Vec::new(), self.addresses.clone());
-        let made = addresses.allocate_each_or_free(lens_bytes, end_bytes, self.ranges_of(spare, &mut seen));
+        let made = addresses.allocate_each_or_free(lens_bytes, end_bytes, slots_left, self.ranges_of(spare, &mut seen));
         made.map(|made| self.taken(made, &seen)).map_err(|_| self.no_room(lens_bytes))
     }
 
@@ -84,13 +85,15 @@ impl SlotPool {
         count: usize,
         page_bytes: u64,
         end_bytes: u64,
+        slots_left: usize,
         spare: impl Iterator<Item = SlotIndex>,
     ) -> Result<Taken, NoRoom> {
         let (mut seen, addresses) = (Vec::new(), self.addresses.clone());
         // A slot that begins behind the last page that the peer knows cannot help it.
-        let can_help = |slot: &SlotIndex| self.range(*slot).is_some_and(|range| range.start < end_bytes);
+        let can_help =
+            |slot: &SlotIndex| slots_left > 0 || self.range(*slot).is_some_and(|range| range.start < end_bytes);
         let ranges = self.ranges_of(spare.filter(can_help), &mut seen);
-        let made = addresses.allocate_slots_below_or_free(count, end_bytes, ranges);
+        let made = addresses.allocate_slots_below_or_free(count, end_bytes, slots_left, ranges);
         made.map(|made| self.taken(made, &seen)).map_err(|_| self.no_room(&vec![page_bytes; count]))
     }
 

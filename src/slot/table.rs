@@ -56,7 +56,10 @@ pub struct SlotCounts {
     pub quarantined: u32,
 }
 
-/// Where one buffer serves both halves, each is sure of one part in so many of it: neither may take more than the rest.
+/// Where one buffer serves both halves, each is sure of one part in so many of it: neither may take more than the rest. What
+/// is staged is sent, and freed, whatever else there is. A reservation is freed when its writer has found room to stage,
+/// elsewhere: two nodes that send to each other would wait for each other if reservations left that part in pieces. So they
+/// leave it in whole slots.
 const SURE_PART: u64 = 4;
 
 /// A node's slots.
@@ -66,6 +69,8 @@ pub struct SlotTable {
     /// Whether slots are both staged and reserved, so that neither may take everything.
     is_shared: bool,
     staged_bytes: u64,
+    /// Of the staged slots: as long as a whole one.
+    staged_whole: usize,
     states: Vec<SlotState>,
     /// Ready chunks that can be found by name. A second copy of a key that is ready already is not in here.
     by_key: BTreeMap<ChunkKey, SlotIndex>,
@@ -81,6 +86,7 @@ impl SlotTable {
             pool: SlotPool::new(addresses),
             is_shared,
             staged_bytes: 0,
+            staged_whole: 0,
             states: Vec::new(),
             by_key: BTreeMap::new(),
             idle: IdleSlots::default(),
@@ -110,10 +116,11 @@ impl SlotTable {
         if asked_bytes > self.available_bytes() || staged_bytes > self.most_bytes(self.addresses().len_bytes()) {
             return Err(self.pool.no_room(lens_bytes));
         }
-        let taken = self.pool.take_or_free(lens_bytes, u64::MAX, self.idle.iter())?;
+        let taken = self.pool.take_or_free(lens_bytes, u64::MAX, 0, self.idle.iter())?;
         let slots = self.enter(taken, &SlotState::Staged);
         self.counts.staged += slots.len() as u32;
         self.staged_bytes = staged_bytes;
+        self.staged_whole += slots.iter().filter(|slot| self.is_whole(**slot)).count();
         Ok(slots)
     }
 
@@ -125,6 +132,7 @@ impl SlotTable {
         }
         self.counts.staged -= 1;
         self.staged_bytes -= self.pool.taken_bytes(slot);
+        self.staged_whole -= usize::from(self.is_whole(slot));
         self.vacate(slot);
     }
 
@@ -144,8 +152,14 @@ impl SlotTable {
         if !self.can_reserve(self.pool.asked_bytes(lens_bytes)) {
             return Err(self.pool.no_room(lens_bytes));
         }
-        let spare = self.idle.iter().filter(|slot| !keep.contains(slot));
-        let taken = self.pool.take_or_free(lens_bytes, end_bytes, spare)?;
+        let spare = || self.idle.iter().filter(|slot| !keep.contains(slot));
+        let slots_left = self.slots_left();
+        let mut taken = self.pool.take_or_free(lens_bytes, end_bytes, slots_left, spare());
+        // Odd lengths may leave no whole slot even if there is nothing else. They are not to wait for ever.
+        if taken.is_err() && slots_left > 0 && self.incoming_bytes() + self.staged_bytes == 0 {
+            taken = self.pool.take_or_free(lens_bytes, end_bytes, 0, spare());
+        }
+        let taken = taken?;
         Ok(self.mark_reserved(grant, taken))
     }
 
@@ -165,7 +179,7 @@ impl SlotTable {
             return Err(self.pool.no_room(&vec![page_bytes; count]));
         }
         let spare = self.idle.iter().filter(|slot| !keep.contains(slot));
-        let taken = self.pool.take_pages_or_free(count, page_bytes, end_bytes, spare)?;
+        let taken = self.pool.take_pages_or_free(count, page_bytes, end_bytes, self.slots_left(), spare)?;
         Ok(self.mark_reserved(grant, taken))
     }
 
@@ -178,11 +192,28 @@ impl SlotTable {
 
     /// Whether there may be room for so many bytes. What others hold of a peer's chunks counts as taken by peers.
     fn can_reserve(&self, asked_bytes: u64) -> bool {
-        let len_bytes = self.addresses().len_bytes();
-        let available_bytes = self.available_bytes();
-        // The buffer may grow while it is looked at.
-        let incoming_bytes = len_bytes.saturating_sub(available_bytes + self.staged_bytes);
-        asked_bytes <= available_bytes && incoming_bytes.saturating_add(asked_bytes) <= self.most_bytes(len_bytes)
+        let most_bytes = self.most_bytes(self.addresses().len_bytes());
+        asked_bytes <= self.available_bytes() && self.incoming_bytes().saturating_add(asked_bytes) <= most_bytes
+    }
+
+    /// What is reserved, quarantined and held. The buffer may grow while it is looked at.
+    fn incoming_bytes(&self) -> u64 {
+        self.addresses().len_bytes().saturating_sub(self.available_bytes() + self.staged_bytes)
+    }
+
+    /// How many whole slots a reservation leaves free, for what can be staged in any case.
+    fn slots_left(&self) -> usize {
+        if !self.is_shared {
+            return 0;
+        }
+        let sure_bytes = self.addresses().len_bytes() / SURE_PART;
+        let sure = sure_bytes.checked_div(self.addresses().slot_bytes()).unwrap_or(0);
+        // What is staged in pieces of a slot may lie anywhere, and leaves no whole one.
+        (sure as usize).saturating_sub(self.staged_whole)
+    }
+
+    fn is_whole(&self, slot: SlotIndex) -> bool {
+        self.pool.taken_bytes(slot) == self.addresses().slot_bytes()
     }
 
     fn mark_reserved(&mut self, grant: GrantId, taken: Taken) -> Vec<SlotIndex> {

@@ -41,15 +41,22 @@ pub struct End {
     past: bool,
 }
 
+/// The numbers of readers are beyond those of prefill connectors.
+const READERS: u64 = 1 << 32;
+
+pub fn is_reader(client: ClientId) -> bool {
+    client.0 > READERS
+}
+
 fn ranges(chunks: &[ReadyChunk]) -> Vec<(Range<u64>, ChunkKey)> {
     chunks.iter().map(|chunk| (chunk.offset_bytes..chunk.offset_bytes + chunk.len_bytes, chunk.key.clone())).collect()
 }
 
 impl World {
     fn reading(&mut self, at: Proc, request: Option<RequestId>, within: Duration) -> (ClientId, Seq) {
-        let client = ClientId(self.rng.random_range(1..=2));
+        let client = ClientId(READERS + self.rng.random_range(1..=2));
         let id = Seq(self.fresh_id());
-        let paused_before = self.receivers[at.index].process.paused_for;
+        let paused_before = self.daemons.receiver(at.index).process.paused_for;
         let due = self.now + within + SLACK;
         let end = request.as_ref().and_then(|request| self.ends.get(&(at, request.clone())));
         let again = end.is_some_and(|end| end.told && !end.past);
@@ -61,7 +68,7 @@ impl World {
 
     pub fn wait(&mut self, at: Proc, request: RequestId) {
         let (client, id) = self.reading(at, Some(request.clone()), plan::WAIT);
-        self.receivers[at.index].session.handle_wait(self.now, client, id, request, None, false);
+        self.daemons.receiver(at.index).node.handle_wait(self.now, client, id, request, None, false);
     }
 
     pub fn lookup(&mut self, at: Proc) {
@@ -69,7 +76,7 @@ impl World {
             (0..self.plan.keys.min(20)).map(|n| ChunkKey::new(format!("k{n}")).unwrap()).collect();
         let (client, id) = self.reading(at, None, Duration::ZERO);
         let lookup = Lookup { keys, uncommitted: false, fetches: false };
-        self.receivers[at.index].session.handle_lookup(self.now, client, id, &lookup);
+        self.daemons.receiver(at.index).node.handle_lookup(self.now, client, id, &lookup);
     }
 
     /// The proxy was told of an LMCache sender's request: a reader says that it is written. By its keys it does so once, and
@@ -84,43 +91,43 @@ impl World {
         if let Some(reading) = self.readings.get_mut(&(at, client, id)).filter(|_| uncommitted) {
             reading.uncommitted = Some(attempt);
         }
-        let session = &mut self.receivers[at.index].session;
+        let node = &mut self.daemons.receiver(at.index).node;
         if named {
-            session.handle_wait(self.now, client, id, name, None, true);
+            node.handle_wait(self.now, client, id, name, None, true);
         } else {
             let fetches = self.rng.random_bool(0.5);
-            session.handle_lookup(self.now, client, id, &Lookup { keys, uncommitted, fetches });
+            node.handle_lookup(self.now, client, id, &Lookup { keys, uncommitted, fetches });
         }
     }
 
     pub fn reader_cancels(&mut self, at: Proc, request: &RequestId) {
         let (client, id) = self.reading(at, None, Duration::ZERO);
-        self.receivers[at.index].session.handle_cancel(self.now, client, id, request);
+        self.daemons.receiver(at.index).node.handle_cancel(self.now, client, id, request);
     }
 
     pub fn receiver_resets(&mut self, at: Proc) {
         let (client, id) = self.reading(at, None, Duration::ZERO);
-        self.receivers[at.index].truth.reset();
-        self.receivers[at.index].session.handle_reset(self.now, client, id);
+        self.daemons.receiver(at.index).truth.reset();
+        self.daemons.receiver(at.index).node.handle_reset(self.now, client, id);
     }
 
     /// The reader is done: what it copied must still be what it was given.
     pub fn release(&mut self, at: Proc, client: ClientId, lease: LeaseId) {
-        let Some(leased) = self.receivers[at.index].truth.leases.remove(&lease) else { return };
-        let checked = self.receivers[at.index].truth.verify(&leased.chunks);
+        let Some(leased) = self.daemons.receiver(at.index).truth.leases.remove(&lease) else { return };
+        let checked = self.daemons.receiver(at.index).truth.verify(&leased.chunks);
         self.check(checked.map_err(|text| format!("under a lease: {text}")));
         let id = Seq(self.fresh_id());
-        let (paused_before, asked_with) = (self.receivers[at.index].process.paused_for, self.handled);
+        let (paused_before, asked_with) = (self.daemons.receiver(at.index).process.paused_for, self.handled);
         let due = self.now + SLACK;
         let reading = Reading { request: None, due, paused_before, asked_with, again: false, uncommitted: None };
         self.readings.insert((at, client, id), reading);
-        self.receivers[at.index].session.handle_release(self.now, client, id, lease);
+        self.daemons.receiver(at.index).node.handle_release(self.now, client, id, lease);
     }
 
     pub fn reader_gone(&mut self, at: Proc, client: ClientId) {
-        self.receivers[at.index].truth.leases.retain(|_, leased| leased.client != client.0);
+        self.daemons.receiver(at.index).truth.leases.retain(|_, leased| leased.client != client.0);
         self.readings.retain(|(owner, other, _), _| (*owner, *other) != (at, client));
-        self.receivers[at.index].session.handle_client_gone(self.now, client);
+        self.daemons.receiver(at.index).node.handle_client_gone(self.now, client);
     }
 
     pub fn readings_die(&mut self, at: Proc) {
@@ -131,7 +138,7 @@ impl World {
         let Some(reading) = self.readings.remove(&(at, client, id)) else {
             return self.wrong(format!("{} answers {id} of reader {client} twice: {answer:?}", receiver_name(at)));
         };
-        let paused = self.receivers[at.index].process.paused_for.saturating_sub(reading.paused_before);
+        let paused = self.daemons.receiver(at.index).process.paused_for.saturating_sub(reading.paused_before);
         if self.now > reading.due + paused {
             self.wrong(format!("{reading:?} was answered too late: {answer:?}"));
         }
@@ -225,11 +232,11 @@ impl World {
     fn lease(&mut self, at: Proc, client: ClientId, lease: LeaseId, chunks: &[ReadyChunk]) {
         let chunks = ranges(chunks);
         let under_way = if self.has_lmcache() { self.under_way(at) } else { Vec::new() };
-        let handed = self.receivers[at.index].truth.hand_out(&chunks, &under_way);
+        let handed = self.daemons.receiver(at.index).truth.hand_out(&chunks, &under_way);
         self.check(handed.map_err(|text| format!("a reader was given wrong bytes: {text}")));
         let vanishes = self.plan.reader_vanishes;
         let vanishes = self.fault(vanishes);
-        self.receivers[at.index].truth.leases.insert(lease, Leased { client: client.0, chunks });
+        self.daemons.receiver(at.index).truth.leases.insert(lease, Leased { client: client.0, chunks });
         let after = self.ms(0, if self.settling { 10 } else { 80 });
         let news = if vanishes { WorldEvent::ReaderGone(at, client) } else { WorldEvent::Release(at, client, lease) };
         self.schedule(after, news);

@@ -7,7 +7,7 @@ use pd_backend::ids::{ByteCopy, Checksum, ChunkKey, ConnectionId, RequestId, Tra
 use pd_backend::wire::message::AllocRequest;
 use rand::RngExt;
 
-use crate::events::{Proc, WorldEvent};
+use crate::events::{Proc, Target, WorldEvent};
 use crate::plan::LINGER;
 use crate::process::{TOKEN_BYTES, TOKENS, sender_name};
 use crate::world::World;
@@ -87,17 +87,35 @@ impl World {
         ranges
     }
 
+    /// Bytes of a daemon that are in use, and by whom: a write from elsewhere, a transfer from here, or a connector.
+    pub fn in_use(&self, target: Target) -> Vec<(Range<u64>, String)> {
+        let at = target.at();
+        let mut used = if self.plan.receives(target) { self.under_way(at) } else { Vec::new() };
+        if self.plan.sends(target) {
+            for write in self.writes.values().filter(|write| write.sender == at && write.bytes.is_none()) {
+                let left = write.copies.iter().zip(&write.landed).filter(|(_, landed)| !**landed);
+                let start = |copy: &ByteCopy| copy.local_offset..copy.local_offset + copy.len_bytes;
+                used.extend(left.map(|(copy, _)| (start(copy), format!("transfer {:?}", write.transfer))));
+            }
+            let filling = self.daemons[target].truth.filling.iter();
+            let filling = filling.filter(|(attempt, _)| !self.attempts[*attempt].knows);
+            used.extend(filling.map(|(attempt, range)| (range.clone(), format!("the connector of attempt {attempt}"))));
+        }
+        used
+    }
+
     /// Sums what the receiver will check, as the bytes are now.
     pub fn sum(&mut self, at: Proc, transfer: TransferId, copies: &[ByteCopy], summed: &[u32]) {
-        let sender = &mut self.senders[at.index];
-        let sum = |&index: &u32| Checksum::of(&sender.memory[local(&copies[index as usize])]);
+        let sender = self.daemons.sender(at.index);
+        let sum = |&index: &u32| Checksum::of(&sender.truth.memory[local(&copies[index as usize])]);
         let sums = summed.iter().map(sum).collect();
         sender.sums.insert(transfer, sums);
     }
 
     pub fn post(&mut self, at: Proc, transfer: TransferId, connection: ConnectionId, copies: Vec<ByteCopy>) {
         let soon = self.ms(1, 20);
-        let Some(known) = self.senders[at.index].connections.get(&connection).filter(|known| !known.forgotten) else {
+        let Some(known) = self.daemons.sender(at.index).connections.get(&connection).filter(|known| !known.forgotten)
+        else {
             return self.schedule(soon, WorldEvent::Done(at, transfer, false));
         };
         let (receiver, told) = (known.receiver, known.told_len_bytes);
@@ -137,7 +155,7 @@ impl World {
 
     fn check_post(&mut self, at: Proc, receiver: Proc, copy: &ByteCopy) {
         if self.receiver_lives(receiver) && !self.is_lmcache_receiver(receiver.index) {
-            let checked = self.receivers[receiver.index].truth.check_write(&sender_name(at), &remote(copy));
+            let checked = self.daemons.receiver(receiver.index).truth.check_write(&sender_name(at), &remote(copy));
             self.check(checked);
         }
     }
@@ -188,22 +206,22 @@ impl World {
             return;
         }
         if let Some((_, connection)) = transfer
-            && self.senders[at.index].connections.get(&connection).is_some_and(|known| known.forgotten)
+            && self.daemons.sender(at.index).connections.get(&connection).is_some_and(|known| known.forgotten)
         {
             self.tally.landed_late += 1;
         }
         let range = remote(&bytes);
         let source = match &self.writes[&id].bytes {
             Some(bytes) => bytes[copy].clone(),
-            None => self.senders[at.index].memory[local(&bytes)].to_vec(),
+            None => self.daemons.sender(at.index).truth.memory[local(&bytes)].to_vec(),
         };
         if self.is_lmcache_receiver(receiver.index) {
             return self.lmcache_takes(receiver, at, &range, &source);
         }
-        let checked = self.receivers[receiver.index].truth.check_write(&sender_name(at), &range);
+        let checked = self.daemons.receiver(receiver.index).truth.check_write(&sender_name(at), &range);
         self.check(checked);
         let to = range.start as usize..range.end as usize;
-        self.receivers[receiver.index].truth.memory[to].copy_from_slice(&source);
+        self.daemons.receiver(receiver.index).truth.memory[to].copy_from_slice(&source);
     }
 
     /// A writer dies. With sockets between it and the receiver, some of what it had posted arrives all the same.
@@ -214,7 +232,7 @@ impl World {
         for write in self.writes.values_mut().filter(|write| write.sender == at) {
             write.until = Some(until);
             if write.bytes.is_none() {
-                let memory = &self.senders[at.index].memory;
+                let memory = &self.daemons.sender(at.index).truth.memory;
                 write.bytes = Some(write.copies.iter().map(|copy| memory[local(copy)].to_vec()).collect());
             }
         }
@@ -222,7 +240,7 @@ impl World {
 
     /// The engine is told to forget a receiver: it stops what it writes there, or does not.
     pub fn forget(&mut self, at: Proc, connection: ConnectionId) {
-        if let Some(known) = self.senders[at.index].connections.get_mut(&connection) {
+        if let Some(known) = self.daemons.sender(at.index).connections.get_mut(&connection) {
             known.forgotten = true;
         }
         let lands = self.plan.forgotten_lands;

@@ -14,7 +14,7 @@ pub struct Proc {
     pub life: u32,
 }
 
-/// Whom something happens to.
+/// Whom something happens to. A daemon that is both is named either way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Target {
     Sender(Proc),
@@ -22,9 +22,22 @@ pub enum Target {
     World,
 }
 
+impl Target {
+    /// Which sender, or which receiver; a two-role daemon is the same number of both.
+    pub fn at(self) -> Proc {
+        match self {
+            Self::Sender(at) | Self::Receiver(at) => at,
+            Self::World => unreachable!("the world is no process"),
+        }
+    }
+}
+
 /// Something that happens.
 #[derive(Debug, Clone)]
 pub enum WorldEvent {
+    // To any daemon.
+    Timer(Target),
+    Grows(Target),
     // To a sender.
     Opened(Proc, PeerId),
     Closed(Proc, PeerId),
@@ -32,9 +45,7 @@ pub enum WorldEvent {
     Met(Proc, PeerId),
     Warm(Proc, PeerId),
     Updated(Proc, PeerId, ConnectionId),
-    SenderGrows(Proc),
     Done(Proc, TransferId, bool),
-    SenderTimer(Proc),
     Open(Proc, usize),
     Fill(Proc, usize, Vec<StagedSlot>),
     Cancel(Proc, usize),
@@ -52,11 +63,9 @@ pub enum WorldEvent {
     ToReceiver(Route, Box<Message>),
     RouteGone(Route),
     ReceiverLoads(Proc, String),
-    ReceiverGrows(Proc),
     Verifying(Proc),
     Verified(Proc, RequestId, GrantId, Vec<ExpectedChunk>),
     ProcessEnded(Proc, String),
-    ReceiverTimer(Proc),
     Wait(Proc, RequestId),
     Lookup(Proc),
     ReaderCancels(Proc, RequestId),
@@ -85,14 +94,13 @@ pub enum WorldEvent {
 impl WorldEvent {
     pub fn target(&self) -> Target {
         match self {
+            Self::Timer(target) | Self::Grows(target) => *target,
             Self::Opened(at, _)
             | Self::Closed(at, _)
             | Self::Met(at, _)
             | Self::Warm(at, _)
             | Self::Updated(at, ..)
-            | Self::SenderGrows(at)
             | Self::Done(at, ..)
-            | Self::SenderTimer(at)
             | Self::Open(at, _)
             | Self::Fill(at, ..)
             | Self::Cancel(at, _)
@@ -108,11 +116,9 @@ impl WorldEvent {
             Self::ToSender(route, _) => Target::Sender(route.sender),
             Self::ToReceiver(route, _) | Self::RouteGone(route) => Target::Receiver(route.receiver),
             Self::ReceiverLoads(at, _)
-            | Self::ReceiverGrows(at)
             | Self::Verifying(at)
             | Self::Verified(at, ..)
             | Self::ProcessEnded(at, _)
-            | Self::ReceiverTimer(at)
             | Self::Wait(at, _)
             | Self::Lookup(at)
             | Self::ReaderCancels(at, _)

@@ -58,7 +58,10 @@ impl World {
             name = self.jobs[self.rng.random_range(0..index)].name.clone();
         }
         let sender = self.rng.random_range(0..self.plan.senders);
-        let receiver = self.rng.random_range(0..self.plan.all_receivers());
+        let mut receiver = self.rng.random_range(0..self.plan.all_receivers());
+        if self.plan.is_one(sender, receiver) {
+            receiver = (receiver + 1) % self.plan.all_receivers();
+        }
         if self.is_lmcache_receiver(receiver) {
             // Senders that share prefixes are not safe with LMCache's receivers, so most do not.
             let owner = self.rng.random_bool(0.75).then_some(sender);
@@ -69,28 +72,34 @@ impl World {
     }
 
     /// Two requests from each sender to each receiver, all at once and each for most of the buffer. A world of hundreds
-    /// asks between neighbours alone.
+    /// asks between neighbours alone. Where daemons send and receive there are more of them, and of other lengths: what is
+    /// staged and what is granted stand in each other's way.
     pub fn ask_afresh(&mut self) {
         let many = self.plan.senders * self.plan.receivers > 100;
+        let both = self.plan.both > 0;
+        // Peers may have three quarters of a buffer that serves both halves.
+        let count = if both { (self.plan.receiver_slots as usize * 3 / 4).min(4) } else { 4 };
         for sender in 0..self.plan.senders {
             for receiver in 0..self.plan.all_receivers() {
-                if many && sender != receiver {
+                if many && sender != receiver || self.plan.is_one(sender, receiver) {
                     continue;
                 }
-                for number in 0..2 {
+                for number in 0..if both { 4 } else { 2 } {
                     let name = RequestId::new(format!("fresh-{sender}-{receiver}-{number}")).unwrap();
                     let key = |index: usize| match self.is_lmcache_receiver(receiver) {
                         true => lmcache_key(&format!("{name}{index}").replace('-', "/"), None),
                         false => ChunkKey::new(format!("{name}-{index}")).unwrap(),
                     };
-                    let keys = (0..4).map(key).collect();
+                    let keys = (0..count).map(key).collect();
+                    let whole = !both || self.has_lmcache();
+                    let last_tokens = if whole { TOKENS } else { self.rng.random_range(1..=TOKENS) };
                     let job = Job {
                         sender,
                         receiver,
                         name,
                         keys,
                         groups: Vec::new(),
-                        last_tokens: TOKENS,
+                        last_tokens,
                         client: ClientId(500),
                         tries_left: 0,
                         fresh: true,

@@ -8,45 +8,49 @@ use rand::RngExt;
 use crate::events::{Proc, Target, WorldEvent};
 use crate::lmcache_receiver::LmcacheReceiver;
 use crate::lmcache_sender::LmcacheSender;
-use crate::process::{Process, new_receiver, new_sender, sender_name};
+use crate::process::{Process, new_daemon, sender_name};
 use crate::world::World;
 
 impl World {
-    fn sender_process(&self, index: usize) -> &Process {
-        let ours = self.senders.get(index).map(|sender| &sender.process);
-        ours.unwrap_or_else(|| &self.lmcache.senders[index - self.senders.len()].process)
-    }
-
-    fn receiver_process(&self, index: usize) -> &Process {
-        let ours = self.receivers.get(index).map(|receiver| &receiver.process);
-        ours.unwrap_or_else(|| &self.lmcache.receivers[index - self.receivers.len()].process)
+    fn process_of(&self, sender: bool, index: usize) -> &Process {
+        let at = Proc { index, life: 0 };
+        match (sender, self.plan.senders, self.plan.receivers) {
+            (true, ours, _) if index < ours => &self.daemons[Target::Sender(at)].process,
+            (true, ours, _) => &self.lmcache.senders[index - ours].process,
+            (false, _, ours) if index < ours => &self.daemons[Target::Receiver(at)].process,
+            (false, _, ours) => &self.lmcache.receivers[index - ours].process,
+        }
     }
 
     /// A process of ours or of LMCache's, whichever life it is in.
     pub fn process(&mut self, sender: bool, index: usize) -> &mut Process {
-        match (sender, self.senders.len(), self.receivers.len()) {
-            (true, ours, _) if index < ours => &mut self.senders[index].process,
+        match (sender, self.plan.senders, self.plan.receivers) {
+            (true, ours, _) if index < ours => &mut self.daemons.sender(index).process,
             (true, ours, _) => &mut self.lmcache.senders[index - ours].process,
-            (false, _, ours) if index < ours => &mut self.receivers[index].process,
+            (false, _, ours) if index < ours => &mut self.daemons.receiver(index).process,
             (false, _, ours) => &mut self.lmcache.receivers[index - ours].process,
         }
     }
 
     pub fn sender_at(&self, index: usize) -> Proc {
-        Proc { index, life: self.sender_process(index).life }
+        Proc { index, life: self.process_of(true, index).life }
     }
 
     pub fn receiver_at(&self, index: usize) -> Proc {
-        Proc { index, life: self.receiver_process(index).life }
+        Proc { index, life: self.process_of(false, index).life }
+    }
+
+    fn target(&self, sender: bool, index: usize) -> Target {
+        if sender { Target::Sender(self.sender_at(index)) } else { Target::Receiver(self.receiver_at(index)) }
     }
 
     pub fn sender_lives(&self, at: Proc) -> bool {
-        let process = self.sender_process(at.index);
+        let process = self.process_of(true, at.index);
         process.alive && process.life == at.life
     }
 
     pub fn receiver_lives(&self, at: Proc) -> bool {
-        let process = self.receiver_process(at.index);
+        let process = self.process_of(false, at.index);
         process.alive && process.life == at.life
     }
 
@@ -64,25 +68,25 @@ impl World {
 
     /// A process ends. False: it had ended before.
     pub fn stop(&mut self, sender: bool, index: usize) -> bool {
-        let at = if sender { self.sender_at(index) } else { self.receiver_at(index) };
+        let target = self.target(sender, index);
+        let at = target.at();
         if !self.process(sender, index).alive {
             return false;
         }
         self.process(sender, index).alive = false;
-        if sender {
+        if self.plan.sends(target) {
             self.writes_die(at);
             self.attempts_die(at);
             self.lmcache_attempts_die(at);
             self.links_of_sender_die(at);
-            if self.plan.same_host {
-                for receiver in 0..self.receivers.len() {
-                    if self.receivers[receiver].watched.contains(&sender_name(at)) {
-                        let (after, to) = (self.ms(1, 250), self.receiver_at(receiver));
-                        self.schedule(after, WorldEvent::ProcessEnded(to, sender_name(at)));
-                    }
+            for receiver in 0..self.plan.receivers {
+                if self.daemons.receiver(receiver).watched.contains(&sender_name(at)) {
+                    let (after, to) = (self.ms(1, 250), self.receiver_at(receiver));
+                    self.schedule(after, WorldEvent::ProcessEnded(to, sender_name(at)));
                 }
             }
-        } else {
+        }
+        if self.plan.receives(target) {
             self.readings_die(at);
             self.lmcache_questions_die(at);
             self.links_of_receiver_die(at);
@@ -97,18 +101,17 @@ impl World {
                 let mode = self.lmcache_sender(index).mode;
                 *self.lmcache_sender(index) = LmcacheSender::new(at, mode);
             }
-            true => self.senders[index] = new_sender(&self.plan, at, self.now),
+            true => *self.daemons.sender(index) = new_daemon(&self.plan, Target::Sender(at), self.now),
             false if self.is_lmcache_receiver(index) => {
                 let mode = self.lmcache_receiver(index).mode;
                 *self.lmcache_receiver(index) = LmcacheReceiver::new(at, mode);
             }
-            false => self.receivers[index] = new_receiver(&self.plan, at, self.now),
+            false => *self.daemons.receiver(index) = new_daemon(&self.plan, Target::Receiver(at), self.now),
         }
     }
 
     pub fn pause(&mut self, sender: bool, index: usize, length_ms: u64) {
-        let target =
-            if sender { Target::Sender(self.sender_at(index)) } else { Target::Receiver(self.receiver_at(index)) };
+        let target = self.target(sender, index);
         let settling = self.settling;
         let process = self.process(sender, index);
         if settling || !process.alive || process.paused.is_some() {
@@ -129,16 +132,12 @@ impl World {
         };
         let unread = process.paused.take().unwrap_or_default();
         process.armed = None;
-        let timer = match target {
-            Target::Sender(at) => WorldEvent::SenderTimer(at),
-            Target::Receiver(at) => WorldEvent::ReceiverTimer(at),
-            Target::World => return,
-        };
+        let timer = WorldEvent::Timer(target);
         if self.rng.random_bool(0.5) {
             self.handle(target, timer.clone());
         }
         for news in unread {
-            self.handle(target, news);
+            self.handle(news.target(), news);
         }
         self.handle(target, timer);
     }

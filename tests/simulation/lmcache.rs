@@ -12,7 +12,7 @@ pub use pd_backend::wire::descriptor_list;
 use pd_backend::wire::message::AllocResponse;
 use pd_backend::wire::{LmcacheMode, Message};
 
-use crate::events::{Proc, WorldEvent};
+use crate::events::{Proc, Target, WorldEvent};
 use crate::lmcache_prefill::{Attempt, Job};
 use crate::lmcache_receiver::LmcacheReceiver;
 use crate::lmcache_sender::LmcacheSender;
@@ -92,11 +92,11 @@ pub mod descriptor_list {
 
 impl World {
     pub fn is_lmcache_sender(&self, index: usize) -> bool {
-        index >= self.senders.len()
+        index >= self.plan.senders
     }
 
     pub fn is_lmcache_receiver(&self, index: usize) -> bool {
-        index >= self.receivers.len()
+        index >= self.plan.receivers
     }
 
     pub fn has_lmcache(&self) -> bool {
@@ -104,7 +104,7 @@ impl World {
     }
 
     pub fn lmcache_sender(&mut self, index: usize) -> &mut LmcacheSender {
-        &mut self.lmcache.senders[index - self.senders.len()]
+        &mut self.lmcache.senders[index - self.plan.senders]
     }
 
     /// In which mode LMCache runs behind a connection, as its socket says.
@@ -116,13 +116,13 @@ impl World {
     }
 
     pub fn lmcache_receiver(&mut self, index: usize) -> &mut LmcacheReceiver {
-        &mut self.lmcache.receivers[index - self.receivers.len()]
+        &mut self.lmcache.receivers[index - self.plan.receivers]
     }
 
     /// A question of an LMCache sender arrives at a receiver of ours.
     pub fn lmcache_question_arrives(&mut self, route: Route) {
         let within = if route.port == Port::Alloc { plan::ALLOCATION } else { plan::HANDSHAKE };
-        let paused = self.receivers[route.receiver.index].process.paused_for;
+        let paused = self.daemons.receiver(route.receiver.index).process.paused_for;
         let arrived = Some((self.now + within + SLACK, paused));
         if let Some(question) = self.lmcache.questions.get_mut(&route) {
             question.arrived = arrived;
@@ -134,7 +134,7 @@ impl World {
         let Some(question) = self.lmcache.questions.remove(&route) else {
             return self.wrong(format!("{} is told {message:?}, and has asked nothing", sender_name(route.sender)));
         };
-        let paused = self.receivers[at.index].process.paused_for;
+        let paused = self.daemons.receiver(at.index).process.paused_for;
         if question.arrived.is_none_or(|(due, before)| self.now > due + paused.saturating_sub(before)) {
             self.wrong(format!("{question:?} was answered too late, or before it arrived: {message:?}"));
         }
@@ -155,7 +155,7 @@ impl World {
                     })
                     .collect();
                 let lease = LeaseId(QUERY_LEASES + self.fresh_id());
-                let truth = &mut self.receivers[at.index].truth;
+                let truth = &mut self.daemons.receiver(at.index).truth;
                 let checked = truth.verify(&chunks);
                 truth.leases.insert(lease, Leased { client: u64::MAX, chunks });
                 self.check(checked.map_err(|text| format!("a query is answered with wrong bytes: {text}")));
@@ -189,7 +189,7 @@ impl World {
         let Some(id) = question.request.clone().or(granted) else {
             return self.wrong(format!("{question:?} is granted under no name"));
         };
-        let under_way = self.under_way(at);
+        let in_use = self.in_use(Target::Receiver(at));
         let instance = sender_name(route.sender);
         for (key, &page) in own.into_iter().zip(&response.remote_indexes) {
             let start = page as u64 * CHUNK_BYTES;
@@ -200,7 +200,7 @@ impl World {
                 committed: false,
                 page: true,
             };
-            let checked = self.receivers[at.index].truth.grant(None, grant, &under_way);
+            let checked = self.daemons.receiver(at.index).truth.grant(None, grant, &in_use);
             self.check(checked);
         }
         let (owner, keys) = self.lmcache.open.entry((at, id)).or_insert_with(|| (attempt, BTreeSet::new()));
@@ -237,11 +237,11 @@ impl World {
     /// An operator looks after LMCache's peers once everything has settled: restarts senders, which never shake hands
     /// again, and receivers that hold pages which nobody will read. One that need not hold any has lost them.
     pub fn tend(&mut self) {
-        for index in self.senders.len()..self.senders.len() + self.lmcache.senders.len() {
+        for index in self.plan.senders..self.plan.senders + self.lmcache.senders.len() {
             self.stop(true, index);
             self.restart(true, index);
         }
-        for index in self.receivers.len()..self.receivers.len() + self.lmcache.receivers.len() {
+        for index in self.plan.receivers..self.plan.receivers + self.lmcache.receivers.len() {
             let at = self.receiver_at(index);
             let lives = self.receiver_lives(at);
             let receiver = self.lmcache_receiver(index);
@@ -265,7 +265,7 @@ impl World {
                 return self.wrong(text);
             }
         }
-        for index in self.receivers.len()..self.receivers.len() + self.lmcache.receivers.len() {
+        for index in self.plan.receivers..self.plan.receivers + self.lmcache.receivers.len() {
             let name = receiver_name(self.receiver_at(index));
             let receiver = self.lmcache_receiver(index);
             if let Some(left) = receiver.left().filter(|_| !receiver.may_keep_pages()) {

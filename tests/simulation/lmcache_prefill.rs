@@ -115,8 +115,8 @@ impl World {
         fresh: Option<(usize, usize)>,
     ) {
         let drawn = |world: &mut Self| {
-            let sender = world.senders.len() + world.rng.random_range(0..world.lmcache.senders.len());
-            (sender, world.rng.random_range(0..world.receivers.len()))
+            let sender = world.plan.senders + world.rng.random_range(0..world.lmcache.senders.len());
+            (sender, world.rng.random_range(0..world.plan.receivers))
         };
         let (sender, receiver) = fresh.unwrap_or_else(|| drawn(self));
         let (mut batches, mut left) = (Vec::new(), keys);
@@ -134,9 +134,11 @@ impl World {
 
     /// Two requests from each LMCache sender to each receiver of ours, once those of our own senders are served.
     pub fn ask_lmcache_afresh(&mut self, after_ms: u64) {
-        let count = self.plan.initial_slots.min(4);
-        for sender in self.senders.len()..self.senders.len() + self.lmcache.senders.len() {
-            for receiver in 0..self.receivers.len() {
+        let known = self.plan.initial_slots;
+        // Where a daemon sends as well, peers may have three quarters of its pages.
+        let count = if self.plan.both > 0 { known - known.div_ceil(4) } else { known }.min(4);
+        for sender in self.plan.senders..self.plan.senders + self.lmcache.senders.len() {
+            for receiver in 0..self.plan.receivers {
                 for number in 0..2 {
                     let name = RequestId::new(format!("lfresh-{sender}-{receiver}-{number}")).unwrap();
                     let keys = (0..count).map(|index| ChunkKey::new(format!("{name}@{index}")).unwrap()).collect();
@@ -262,7 +264,7 @@ impl World {
             self.lmcache.jobs[job].tries_left -= 1;
             if self.rng.random_bool(0.3) {
                 let sender = self.rng.random_range(0..self.lmcache.senders.len());
-                self.lmcache.jobs[job].sender = self.senders.len() + sender;
+                self.lmcache.jobs[job].sender = self.plan.senders + sender;
             }
             let after = self.ms(0, 200);
             self.schedule(after, WorldEvent::LmcacheStart(job));

@@ -244,7 +244,7 @@ impl World {
             }
             Message::CacheQueryResponse(response) => {
                 self.tally.lmcache_queried += response.cached_indexes.len() as u64;
-                let leases = self.receivers[receiver].truth.leases.last_key_value();
+                let leases = self.daemons.receiver(receiver).truth.leases.last_key_value();
                 if let Some(lease) = leases.map(|(lease, _)| *lease).filter(|_| !response.cached_keys.is_empty()) {
                     let after = self.ms(0, 300);
                     self.schedule(after, WorldEvent::QueryRead(at, route.receiver, lease));
@@ -351,7 +351,7 @@ impl World {
         if !self.receiver_lives(receiver) {
             return;
         }
-        let truth = &self.receivers[receiver.index].truth;
+        let truth = &self.daemons.receiver(receiver.index).truth;
         let Some(leased) = truth.leases.get(&lease) else { return };
         let checked = truth.verify(&leased.chunks);
         self.check(checked.map_err(|text| format!("what was asked after is gone: {text}")));

@@ -1,24 +1,25 @@
-//! Deterministic simulation: both sessions in a world of processes, networks, engines and connectors that a seed makes
-//! slow, lossy, forgetful or dead. No socket, no clock: the same seed is the same run.
+//! Deterministic simulation: nodes that send, that receive and that do both, in a world of processes, networks, engines and
+//! connectors that a seed makes slow, lossy, forgetful or dead. No socket, no clock: the same seed is the same run.
 //!
 //! | file | what is in it |
 //! |---|---|
 //! | `plan` | how unkind a world is |
-//! | `news`, `process` | what can happen, and whom to |
+//! | `events`, `process` | what can happen, and whom to: daemons, each a sender, a receiver, or both |
 //! | `world` | the order of events, timers; what must be so at the end |
 //! | `lives` | processes that crash, begin again and stand still |
 //! | `network`, `engine` | links and writes of any quality |
-//! | `sender_io`, `receiver_io` | the sessions, and what they ask of the world |
+//! | `daemon_io`, `sender_io`, `receiver_io` | the nodes, and what they ask of the world |
 //! | `jobs`, `prefill`, `decode` | what routers want of our senders; connectors |
 //! | `lmcache` | LMCache's own peers: what the world knows of them |
 //! | `lmcache_sender`, `lmcache_prefill` | its senders, their engines, and the router |
 //! | `lmcache_receiver` | its receivers, and the engine that reads there |
-//! | `truth` | what is really so at a receiver, held against what the sessions do |
+//! | `truth` | what is really so in a daemon's memory, held against what the nodes do |
 //!
-//! After every event the session that it touched checks itself, and the world checks what it did: see docs/reliability.md.
+//! After every event the node that it touched checks itself, and the world checks what it did: see docs/reliability.md.
 
 #![allow(clippy::unwrap_used)]
 
+mod daemon_io;
 mod decode;
 mod engine;
 mod events;
@@ -38,7 +39,7 @@ mod tally;
 mod truth;
 mod world;
 
-use pd_backend::node::Safeguards;
+use pd_backend::node::Safeguard;
 use plan::Plan;
 use rand::SeedableRng;
 use rand::rngs::StdRng;
@@ -199,11 +200,11 @@ fn the_same_seed_is_the_same_run() {
 }
 
 /// Plays seeds without one of the safeguards until something goes wrong.
-fn found_without(safeguards: Safeguards, seeds: u64) -> Option<(u64, String)> {
+fn found_without(safeguard: Safeguard, seeds: u64) -> Option<(u64, String)> {
     (0..seeds).find_map(|seed| {
         let (rng, plan) = Plan::of_seed(seed);
         // A checksum finds some of it as well, before anybody reads it.
-        let plan = Plan { safeguards, checksums: false, ..plan };
+        let plan = Plan { without: Some(safeguard), checksums: false, ..plan };
         // The code under test may notice first, and panic.
         let played = std::panic::catch_unwind(|| World::with_plan(rng, plan, false).run());
         match played {
@@ -220,24 +221,22 @@ fn without_a_safeguard_something_is_found() {
     if replays_one() {
         return;
     }
-    let all = Safeguards::default();
-    let lmcaches = [
-        ("copies told apart", Safeguards { copies_told_apart: false, ..all }),
-        ("linger", Safeguards { linger: false, ..all }),
-        ("unwritten remembered", Safeguards { unwritten_remembered: false, ..all }),
-    ];
-    let lmcaches = if cfg!(feature = "lmcache") { &lmcaches[..] } else { &[] };
     let ours = [
-        ("quarantine", Safeguards { quarantine: false, ..all }),
-        ("grant check", Safeguards { grant_check: false, ..all }),
-        ("whole requests", Safeguards { whole_requests: false, ..all }),
-        ("commit before notify", Safeguards { commit_before_notify: false, ..all }),
-        ("ends told once", Safeguards { ends_told_once: false, ..all }),
+        Safeguard::Quarantine,
+        Safeguard::GrantCheck,
+        Safeguard::WholeRequests,
+        Safeguard::CommitBeforeNotify,
+        Safeguard::EndsToldOnce,
+        Safeguard::FailureAcknowledged,
+        Safeguard::SurePart,
+        Safeguard::OtherHalfWoken,
     ];
-    for &(name, safeguards) in ours.iter().chain(lmcaches) {
-        let found = found_without(safeguards, WITHOUT_SEEDS_MAX);
+    let lmcaches = [Safeguard::CopiesToldApart, Safeguard::Linger, Safeguard::UnwrittenRemembered];
+    let lmcaches = if cfg!(feature = "lmcache") { &lmcaches[..] } else { &[] };
+    for &safeguard in ours.iter().chain(lmcaches) {
+        let found = found_without(safeguard, WITHOUT_SEEDS_MAX);
         let (seed, text) =
-            found.unwrap_or_else(|| panic!("without {name} nothing was found in {WITHOUT_SEEDS_MAX} seeds"));
-        println!("without {name}: seed {seed}: {text}");
+            found.unwrap_or_else(|| panic!("without {safeguard:?} nothing was found in {WITHOUT_SEEDS_MAX} seeds"));
+        println!("without {safeguard:?}: seed {seed}: {text}");
     }
 }

@@ -2,9 +2,12 @@
 
 use std::time::Duration;
 
-use pd_backend::node::Safeguards;
+use pd_backend::node::Safeguard;
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
+
+use crate::events::{Proc, Target};
+use crate::process::{receiver_name, sender_name};
 
 pub const ALLOCATION: Duration = Duration::from_millis(1000);
 pub const HANDSHAKE: Duration = Duration::from_millis(200);
@@ -15,6 +18,8 @@ pub const RETENTION: Duration = Duration::from_millis(600);
 pub const HEARTBEAT: Duration = Duration::from_millis(100);
 pub const PEER: Duration = Duration::from_millis(350);
 pub const LINGER: Duration = Duration::from_millis(60);
+/// Draws apart from the others, for worlds whose daemons send and receive.
+const BOTH: u64 = 0xb07b;
 /// Longest that a message is held up.
 pub const LATE_MS: u64 = 700;
 /// Longest that a process stands still.
@@ -25,6 +30,8 @@ pub const PAUSE_MS: u64 = 900;
 pub struct Plan {
     pub senders: usize,
     pub receivers: usize,
+    /// So many of the first senders are the first receivers as well.
+    pub both: usize,
     pub sender_slots: u64,
     pub receiver_slots: u64,
     /// Buffers begin with so many slots, and grow by one at a time.
@@ -76,7 +83,8 @@ pub struct Plan {
     pub crashes: u32,
     /// How many processes stand still for a while.
     pub pauses: u32,
-    /// Whether the end of a sender's process is seen by receivers: they are on one host.
+    /// Whether the end of a sender's process is seen by receivers: they are on one host. Those that send as well see it in any
+    /// case.
     pub same_host: bool,
     /// Whether writes of a process that has died arrive for up to [`LINGER`] yet.
     pub lingers: bool,
@@ -90,7 +98,8 @@ pub struct Plan {
     pub lmcache_jobs: usize,
     /// Whether asynchronous LMCache receivers wait for room without end.
     pub lmcache_waits: bool,
-    pub safeguards: Safeguards,
+    /// What every daemon of ours is to do without.
+    pub without: Option<Safeguard>,
 }
 
 impl Plan {
@@ -99,7 +108,25 @@ impl Plan {
     pub fn of_seed(seed: u64) -> (StdRng, Self) {
         let mut rng = StdRng::seed_from_u64(seed);
         let plan = Self::draw(&mut rng);
+        let plan = plan.with_both(&mut StdRng::seed_from_u64(seed ^ BOTH));
         (rng, plan.with_lmcache(&mut StdRng::seed_from_u64(!seed)))
+    }
+
+    /// In a quarter of the worlds some daemons send and receive, most of them with buffers that are full of one direction at
+    /// times.
+    fn with_both(self, rng: &mut StdRng) -> Self {
+        if !rng.random_bool(0.25) {
+            return self;
+        }
+        let (senders, receivers) = (rng.random_range(2..=3), rng.random_range(2..=3));
+        Self {
+            senders,
+            receivers,
+            both: rng.random_range(1..=senders.min(receivers)),
+            receiver_slots: if rng.random_bool(0.6) { 4 } else { rng.random_range(5..=12) },
+            crowded: false,
+            ..self
+        }
     }
 
     /// A fifth of the worlds has some of LMCache's peers, in a build that has LMCache.
@@ -136,12 +163,39 @@ impl Plan {
         self.receivers + self.lmcache_receivers
     }
 
+    /// A daemon of the first [`both`](Self::both) sends and receives.
+    pub fn sends(&self, target: Target) -> bool {
+        matches!(target, Target::Sender(_)) || target.at().index < self.both
+    }
+
+    pub fn receives(&self, target: Target) -> bool {
+        matches!(target, Target::Receiver(_)) || target.at().index < self.both
+    }
+
+    /// Whether a sender and a receiver are the same daemon. None sends to itself.
+    pub fn is_one(&self, sender: usize, receiver: usize) -> bool {
+        sender == receiver && sender < self.both
+    }
+
+    /// Every daemon of ours, in its first life.
+    pub fn targets(&self) -> impl Iterator<Item = Target> {
+        let first = |index| Proc { index, life: 1 };
+        let senders = (0..self.senders).map(move |index| Target::Sender(first(index)));
+        senders.chain((self.both..self.receivers).map(move |index| Target::Receiver(first(index))))
+    }
+
+    /// What a daemon is called.
+    pub fn name(&self, target: Target) -> String {
+        if self.sends(target) { sender_name(target.at()) } else { receiver_name(target.at()) }
+    }
+
     /// What a seed draws.
     fn draw(rng: &mut StdRng) -> Self {
         let mut some = |most: u32| if rng.random_bool(0.5) { rng.random_range(1..=most) } else { 0 };
         let plan = Self {
             senders: 2,
             receivers: 2,
+            both: 0,
             sender_slots: 5,
             receiver_slots: 6,
             initial_slots: 6,
@@ -181,7 +235,7 @@ impl Plan {
             lmcache_receivers: 0,
             lmcache_jobs: 0,
             lmcache_waits: false,
-            safeguards: Safeguards::default(),
+            without: None,
         };
         Self {
             senders: rng.random_range(1..=3),
@@ -203,6 +257,7 @@ impl Plan {
         Self {
             senders: 2,
             receivers: 2,
+            both: 0,
             sender_slots: 5,
             receiver_slots: 7,
             initial_slots: 3,
@@ -242,7 +297,7 @@ impl Plan {
             lmcache_receivers: 0,
             lmcache_jobs: 0,
             lmcache_waits: false,
-            safeguards: Safeguards::default(),
+            without: None,
         }
     }
 

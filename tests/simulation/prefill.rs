@@ -1,6 +1,7 @@
 //! The prefill workers' connectors: they open, stage, fill and send, cancel, try again, and vanish.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use pd_backend::ids::{ClientId, FailureKind, RequestId, Seq, SlotPart, StagedSlot};
@@ -8,7 +9,7 @@ use pd_backend::node::Answer;
 use pd_backend::node::outgoing::{Event, OpenRequest, Sending};
 use rand::RngExt;
 
-use crate::events::{Proc, WorldEvent};
+use crate::events::{Proc, Target, WorldEvent};
 use crate::plan;
 use crate::process::sender_name;
 use crate::sender_io::address;
@@ -36,7 +37,7 @@ pub struct Attempt {
     pub state: State,
     to_stage: VecDeque<u32>,
     /// Its connector has said that it knows of the failure, or was told otherwise: it fills nothing any more.
-    knows: bool,
+    pub knows: bool,
     notified: bool,
     due: Instant,
     paused_before: Duration,
@@ -59,6 +60,10 @@ pub struct Call {
     kind: Kind,
     due: Instant,
     paused_before: Duration,
+}
+
+fn bytes_of(slot: &StagedSlot) -> Range<u64> {
+    slot.offset_bytes..slot.offset_bytes + slot.len_bytes
 }
 
 impl World {
@@ -142,7 +147,7 @@ impl World {
 
     fn call(&mut self, at: Proc, attempt: usize, kind: Kind, within: Duration) -> (ClientId, Seq) {
         let (client, id) = (self.attempts[attempt].client, Seq(self.fresh_id()));
-        let paused_before = self.senders[at.index].process.paused_for;
+        let paused_before = self.daemons.sender(at.index).process.paused_for;
         let due = self.now + within + SLACK;
         self.calls.insert((at, client, id), Call { attempt, kind, due, paused_before });
         (client, id)
@@ -184,7 +189,7 @@ impl World {
             wait: None,
             stage,
         };
-        self.senders[at.index].session.handle_open(self.now, client, id, open);
+        self.daemons.sender(at.index).node.handle_open(self.now, client, id, open);
     }
 
     pub fn cancel(&mut self, at: Proc, attempt: usize) {
@@ -193,12 +198,13 @@ impl World {
         }
         let (client, id) = self.call(at, attempt, Kind::Cancel, plan::COMMIT);
         let name = self.jobs[self.attempts[attempt].job].name.clone();
-        self.senders[at.index].session.handle_cancel(self.now, client, id, &name);
+        self.daemons.sender(at.index).node.handle_cancel(self.now, client, id, &name);
     }
 
     pub fn sender_resets(&mut self, at: Proc, attempt: usize) {
         let (client, id) = self.call(at, attempt, Kind::Reset, Duration::ZERO);
-        self.senders[at.index].session.handle_reset(self.now, client, id);
+        self.daemons.sender(at.index).truth.reset();
+        self.daemons.sender(at.index).node.handle_reset(self.now, client, id);
     }
 
     pub fn acknowledge(&mut self, at: Proc, attempt: usize) {
@@ -208,7 +214,7 @@ impl World {
         self.attempts[attempt].knows = true;
         let (client, id) = self.call(at, attempt, Kind::Acknowledge, Duration::ZERO);
         let name = self.jobs[self.attempts[attempt].job].name.clone();
-        self.senders[at.index].session.handle_cancel(self.now, client, id, &name);
+        self.daemons.sender(at.index).node.handle_cancel(self.now, client, id, &name);
     }
 
     pub fn fill_and_send(&mut self, at: Proc, attempt: usize, slots: &[StagedSlot]) {
@@ -218,9 +224,10 @@ impl World {
         let spec = self.jobs[self.attempts[attempt].job].clone();
         let mut parts = Vec::new();
         for slot in slots {
-            let bytes = content(&spec.keys[slot.chunk as usize], slot.len_bytes);
-            let to = slot.offset_bytes as usize;
-            self.senders[at.index].memory[to..to + bytes.len()].copy_from_slice(&bytes);
+            let (bytes, range) = (content(&spec.keys[slot.chunk as usize], slot.len_bytes), bytes_of(slot));
+            let truth = &mut self.daemons.sender(at.index).truth;
+            truth.memory[range.start as usize..range.end as usize].copy_from_slice(&bytes);
+            truth.filling.retain(|(_, other)| *other != range);
             let cut = self.rng.random_range(0..slot.len_bytes);
             if cut > 0 {
                 parts.push(SlotPart { slot: slot.slot, offset_bytes: cut, len_bytes: None });
@@ -234,7 +241,7 @@ impl World {
         }
         let last = self.attempts[attempt].to_stage.is_empty();
         let (client, id) = self.call(at, attempt, Kind::Send, Duration::ZERO);
-        self.senders[at.index].session.handle_send(
+        self.daemons.sender(at.index).node.handle_send(
             self.now,
             client,
             id,
@@ -247,13 +254,15 @@ impl World {
     }
 
     fn stage(&mut self, at: Proc, attempt: usize) {
-        let portion = self.rng.random_range(1..=2);
+        // Of daemons that all send and receive, none asks for more than it is sure of: each might wait for the others.
+        let sure = if self.plan.both > 1 { (self.plan.receiver_slots / 4).max(1) } else { 2 };
+        let portion = self.rng.random_range(1..=2).min(sure);
         let record = &mut self.attempts[attempt];
         let chunks: Vec<u32> = (0..portion).filter_map(|_| record.to_stage.pop_front()).collect();
         let name = self.jobs[record.job].name.clone();
         if chunks.is_empty() {
             let (client, id) = self.call(at, attempt, Kind::Send, Duration::ZERO);
-            self.senders[at.index].session.handle_send(
+            self.daemons.sender(at.index).node.handle_send(
                 self.now,
                 client,
                 id,
@@ -262,7 +271,7 @@ impl World {
             );
         } else {
             let (client, id) = self.call(at, attempt, Kind::Stage, plan::ALLOCATION);
-            self.senders[at.index].session.handle_stage(self.now, client, id, &name, chunks, None);
+            self.daemons.sender(at.index).node.handle_stage(self.now, client, id, &name, chunks, None);
         }
     }
 
@@ -279,7 +288,7 @@ impl World {
             }
             return;
         };
-        let paused = self.senders[at.index].process.paused_for.saturating_sub(call.paused_before);
+        let paused = self.daemons.sender(at.index).process.paused_for.saturating_sub(call.paused_before);
         if self.now > call.due + paused {
             self.wrong(format!(
                 "{:?} of q{} was answered too late: {answer:?}",
@@ -294,6 +303,7 @@ impl World {
                 self.attempts[attempt].knows = true;
             }
             (Kind::Stage, Answer::Staged { slots }) => {
+                self.staged(at, attempt, &slots);
                 let after = self.think_ms();
                 self.schedule(after, WorldEvent::Fill(at, attempt, slots));
             }
@@ -328,6 +338,17 @@ impl World {
         }
     }
 
+    /// A connector may fill these from now on.
+    fn staged(&mut self, at: Proc, attempt: usize, slots: &[StagedSlot]) {
+        for range in slots.iter().map(bytes_of) {
+            let in_use = self.in_use(Target::Sender(at));
+            let truth = &mut self.daemons.sender(at.index).truth;
+            let taken = truth.take(&range, &in_use);
+            truth.filling.push((attempt, range));
+            self.check(taken.map_err(|text| format!("staged for attempt {attempt}: {text}")));
+        }
+    }
+
     /// How long a connector fills slots.
     fn think_ms(&mut self) -> u64 {
         let most = if self.settling { 3 } else { THINK_MS };
@@ -338,7 +359,7 @@ impl World {
         let spec = &self.jobs[self.attempts[attempt].job];
         let name = spec.name.clone();
         let count = spec.keys.len() as u32;
-        let paused = self.senders[at.index].process.paused_for;
+        let paused = self.daemons.sender(at.index).process.paused_for;
         let record = &mut self.attempts[attempt];
         if record.state != State::Opening {
             return self.wrong(format!("{name} is opened twice, or after its end"));
@@ -357,6 +378,7 @@ impl World {
             return self.wrong(format!("{name} is opened with slots for other chunks than those to send: {slots:?}"));
         }
         if staged {
+            self.staged(at, attempt, &slots);
             let after = self.think_ms();
             self.schedule(after, WorldEvent::Fill(at, attempt, slots));
         } else {
@@ -397,7 +419,7 @@ impl World {
         if was == State::Ended {
             return self.wrong(format!("{name} ends twice"));
         }
-        let paused = self.senders[at.index].process.paused_for.saturating_sub(record.paused_before);
+        let paused = self.daemons.sender(at.index).process.paused_for.saturating_sub(record.paused_before);
         if was == State::Open && self.now > record.due + paused {
             self.wrong(format!("{name} ends {failed:?} after its deadline"));
         }

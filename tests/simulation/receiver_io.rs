@@ -8,7 +8,7 @@ use pd_backend::node::{self, Output, Remote, To};
 use pd_backend::wire::Message;
 use pd_backend::wire::message::AllocResponse;
 
-use crate::events::{Proc, WorldEvent};
+use crate::events::{Proc, Target, WorldEvent};
 use crate::network::Route;
 use crate::process::{receiver_name, sender_name};
 use crate::truth::Grant;
@@ -33,23 +33,18 @@ impl World {
             WorldEvent::ReceiverReset(_) => return self.receiver_resets(at),
             WorldEvent::Release(_, client, lease) => return self.release(at, client, lease),
             WorldEvent::ReaderGone(_, client) => return self.reader_gone(at, client),
-            WorldEvent::ReceiverGrows(_) => {
-                let addresses = self.receivers[at.index].addresses.clone();
-                let result = self.grow(&addresses);
-                return self.receivers[at.index].session.handle_grown(now, result);
-            }
             WorldEvent::ReceiverLoads(_, instance) => {
                 let refuses = self.plan.engine_refuses;
                 let result = if self.fault(refuses) {
                     Err("no such agent".to_owned())
                 } else {
-                    Ok(self.fresh_connection(false, at.index))
+                    Ok(self.daemons.receiver(at.index).fresh_connection())
                 };
-                return self.receivers[at.index].session.handle_loaded(now, &Remote::Sender(instance), result);
+                return self.daemons.receiver(at.index).node.handle_loaded(now, &Remote::Sender(instance), result);
             }
             WorldEvent::Verified(_, request, grant, chunks) => {
                 let corrupted = self.corrupted(at, &chunks);
-                return self.receivers[at.index].session.handle_verified(now, &request, grant, &corrupted);
+                return self.daemons.receiver(at.index).node.handle_verified(now, &request, grant, &corrupted);
             }
             _ => {}
         }
@@ -58,27 +53,20 @@ impl World {
         {
             self.lmcache_question_arrives(*route);
         }
-        let session = &mut self.receivers[at.index].session;
+        let node = &mut self.daemons.receiver(at.index).node;
         match news {
-            WorldEvent::ToReceiver(route, message) => session.handle_message(now, route.port, route, *message),
-            WorldEvent::Verifying(_) => session.handle_verifying(now),
-            WorldEvent::RouteGone(route) => session.handle_route_gone(now, &route),
+            WorldEvent::ToReceiver(route, message) => node.handle_message(now, route.port, route, *message),
+            WorldEvent::Verifying(_) => node.handle_verifying(now),
+            WorldEvent::RouteGone(route) => node.handle_route_gone(now, &route),
             WorldEvent::ProcessEnded(_, instance) => {
-                self.receivers[at.index].watched.remove(&instance);
-                self.receivers[at.index].session.handle_process_ended(now, &instance);
+                self.daemons.receiver(at.index).watched.remove(&instance);
+                self.daemons.receiver(at.index).node.handle_process_ended(now, &instance);
             }
             _ => {}
         }
     }
 
-    pub fn pump_receiver(&mut self, at: Proc) {
-        while let Some(output) = self.receivers[at.index].session.poll_output() {
-            self.say(|| format!("  {}: {output:?}", receiver_name(at)));
-            self.on_receiver_output(at, output);
-        }
-    }
-
-    fn on_receiver_output(&mut self, at: Proc, output: Output<Route>) {
+    pub fn on_receiver_output(&mut self, at: Proc, output: Output<Route>) {
         if let Output::Note(node::Note::Incoming(note)) = &output
             && self.has_lmcache()
         {
@@ -102,11 +90,10 @@ impl World {
                 let soon = self.ms(0, 20);
                 self.schedule(soon, WorldEvent::ReceiverLoads(at, instance));
             }
-            Output::ForgetPeer(_) => {}
-            Output::WatchProcess { .. } if !self.plan.same_host => {}
-            Output::UnwatchProcess { instance } => drop(self.receivers[at.index].watched.remove(&instance)),
+            Output::WatchProcess { .. } if !self.plan.same_host && !self.plan.sends(Target::Receiver(at)) => {}
+            Output::UnwatchProcess { instance } => drop(self.daemons.receiver(at.index).watched.remove(&instance)),
             Output::WatchProcess { instance, process } => {
-                if !self.receivers[at.index].watched.insert(instance.clone()) {
+                if !self.daemons.receiver(at.index).watched.insert(instance.clone()) {
                     return;
                 }
                 let watched = Proc { index: process.pid as usize, life: process.start_ticks as u32 };
@@ -124,13 +111,7 @@ impl World {
             }
             // The session takes no notice of a result that comes all the same.
             Output::AbandonVerification(_) => {}
-            Output::GrowBuffer => {
-                let soon = self.ms(0, 20);
-                self.schedule(soon, WorldEvent::ReceiverGrows(at));
-            }
-            Output::Answer { client, id, answer } => self.on_reader_answer(at, client, id, answer),
             Output::Note(node::Note::Incoming(note)) => self.on_receiver_note(at, note),
-            Output::Note(_) => {}
             output => self.wrong(format!("{} only receives: {output:?}", receiver_name(at))),
         }
     }
@@ -141,7 +122,7 @@ impl World {
             Note::Committed { instance, .. } if is_lmcaches(&instance) => {}
             Note::Committed { request, instance, .. } => {
                 let under_way = self.under_way(at);
-                let checked = self.receivers[at.index].truth.commit(&instance, &request, &under_way);
+                let checked = self.daemons.receiver(at.index).truth.commit(&instance, &request, &under_way);
                 self.check(checked);
                 *self.committed.entry((instance, request)).or_default() += 1;
             }
@@ -166,7 +147,7 @@ impl World {
 
     /// The chunks that are not as they were sent.
     fn corrupted(&self, at: Proc, chunks: &[ExpectedChunk]) -> Vec<u32> {
-        let memory = &self.receivers[at.index].truth.memory;
+        let memory = &self.daemons[Target::Receiver(at)].truth.memory;
         let bytes = |start: u64, len_bytes: u64| &memory[start as usize..(start + len_bytes) as usize];
         let differs =
             |chunk: &&ExpectedChunk| Checksum::of(bytes(chunk.offset_bytes, chunk.len_bytes)) != chunk.checksum;
@@ -188,8 +169,8 @@ impl World {
             .map(|((_, (key, len_bytes)), &offset)| (offset..offset + len_bytes, key.clone()))
             .collect();
         let record = Grant { instance, request: asked.request, chunks, committed: false, page: false };
-        let under_way = self.under_way(at);
-        let checked = self.receivers[at.index].truth.grant(Some(grant), record, &under_way);
+        let in_use = self.in_use(Target::Receiver(at));
+        let checked = self.daemons.receiver(at.index).truth.grant(Some(grant), record, &in_use);
         self.check(checked);
     }
 }

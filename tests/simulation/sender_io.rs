@@ -33,21 +33,16 @@ impl World {
             WorldEvent::Cancel(_, attempt) => return self.cancel(at, attempt),
             WorldEvent::SenderReset(_, attempt) => return self.sender_resets(at, attempt),
             WorldEvent::Acknowledge(_, attempt) => return self.acknowledge(at, attempt),
-            WorldEvent::SenderGrows(_) => {
-                let addresses = self.senders[at.index].addresses.clone();
-                let result = self.grow(&addresses);
-                return self.senders[at.index].session.handle_grown(now, result);
-            }
             WorldEvent::Met(_, peer) => return self.meet(at, peer),
             WorldEvent::Warm(_, peer) => {
                 let refuses = self.plan.engine_refuses;
                 let result = if self.fault(refuses) { Err("no memory there".to_owned()) } else { Ok(()) };
-                return self.senders[at.index].session.handle_peer_connected(now, peer, result);
+                return self.daemons.sender(at.index).node.handle_peer_connected(now, peer, result);
             }
             WorldEvent::Updated(_, peer, connection) => {
                 let refuses = self.plan.engine_refuses;
                 let result = if self.fault(refuses) { Err("no such memory".to_owned()) } else { Ok(()) };
-                return self.senders[at.index].session.handle_peer_updated(now, peer, connection, result);
+                return self.daemons.sender(at.index).node.handle_peer_updated(now, peer, connection, result);
             }
             _ => {}
         }
@@ -60,17 +55,17 @@ impl World {
             WorldEvent::Opened(_, peer) => self.lmcache_mode_behind(at, *peer),
             _ => LmcacheMode::Async,
         };
-        let sender = &mut self.senders[at.index];
+        let sender = self.daemons.sender(at.index);
         let sums = match &news {
             WorldEvent::Done(_, transfer, _) => sender.sums.remove(transfer),
             _ => None,
         };
-        let session = &mut sender.session;
+        let node = &mut sender.node;
         match news {
-            WorldEvent::Opened(_, peer) => session.handle_peer_opened(now, peer, lmcache_mode),
-            WorldEvent::Closed(_, peer) => session.handle_peer_closed(now, peer, Self::link_failure()),
+            WorldEvent::Opened(_, peer) => node.handle_peer_opened(now, peer, lmcache_mode),
+            WorldEvent::Closed(_, peer) => node.handle_peer_closed(now, peer, Self::link_failure()),
             WorldEvent::ToSender(route, message) if open => {
-                session.handle_peer_message(now, route.peer, route.port, *message)
+                node.handle_peer_message(now, route.peer, route.port, *message)
             }
             WorldEvent::Done(_, transfer, good) => {
                 let sums = sums.unwrap_or_default();
@@ -78,9 +73,9 @@ impl World {
                 let kind =
                     if transfer.0.is_multiple_of(2) { FailureKind::PeerLost } else { FailureKind::TransferFailed };
                 let result = if good { Ok(sums) } else { Err(Failure::new(kind, "the engine broke")) };
-                session.handle_transfer_done(now, transfer, result);
+                node.handle_transfer_done(now, transfer, result);
             }
-            WorldEvent::ConnectorGone(_, client) => session.handle_client_gone(now, client),
+            WorldEvent::ConnectorGone(_, client) => node.handle_client_gone(now, client),
             _ => {}
         }
     }
@@ -91,22 +86,15 @@ impl World {
         let result = if self.fault(refuses) {
             Err("no such agent".to_owned())
         } else {
-            let connection = self.fresh_connection(true, at.index);
+            let connection = self.daemons.sender(at.index).fresh_connection();
             let known = Connection { receiver, told_len_bytes: 0, forgotten: false };
-            self.senders[at.index].connections.insert(connection, known);
+            self.daemons.sender(at.index).connections.insert(connection, known);
             Ok(connection)
         };
-        self.senders[at.index].session.handle_loaded(self.now, &Remote::Receiver(peer), result);
+        self.daemons.sender(at.index).node.handle_loaded(self.now, &Remote::Receiver(peer), result);
     }
 
-    pub fn pump_sender(&mut self, at: Proc) {
-        while let Some(output) = self.senders[at.index].session.poll_output() {
-            self.say(|| format!("  {}: {output:?}", sender_name(at)));
-            self.on_sender_output(at, output);
-        }
-    }
-
-    fn on_sender_output(&mut self, at: Proc, output: Output<Route>) {
+    pub fn on_sender_output(&mut self, at: Proc, output: Output<Route>) {
         match output {
             Output::OpenPeer { peer, address } => self.connect(at, peer, receiver_index(&address)),
             Output::ClosePeer(peer) => self.close(at, peer),
@@ -148,18 +136,13 @@ impl World {
                 let soon = self.ms(0, 20);
                 self.schedule(soon, WorldEvent::Updated(at, peer, connection));
             }
-            Output::GrowBuffer => {
-                let soon = self.ms(0, 20);
-                self.schedule(soon, WorldEvent::SenderGrows(at));
-            }
             Output::CheckProcesses { peer, mut processes } => {
                 let there =
                     |process: &ProcessIdentity| Proc { index: process.pid as usize, life: process.start_ticks as u32 };
                 processes.retain(|process| !self.sender_lives(there(process)));
                 self.tally.vouched += processes.len() as u64;
-                self.senders[at.index].session.handle_processes_ended(self.now, peer, processes);
+                self.daemons.sender(at.index).node.handle_processes_ended(self.now, peer, processes);
             }
-            Output::ForgetPeer(connection) => self.forget(at, connection),
             Output::Post { transfer, connection, copies, summed, .. } => {
                 self.sum(at, transfer, &copies, &summed);
                 self.post(at, transfer, connection, copies);
@@ -167,15 +150,13 @@ impl World {
             // No engine here has a GPU.
             Output::Abandon { .. } => {}
             Output::NotifyProxy { request } => self.proxy_hears(at, &request),
-            Output::Answer { client, id, answer } => self.on_prefill_answer(at, client, id, answer),
             Output::Event { client, event } => self.on_prefill_event(at, client, event),
-            Output::Note(_) => {}
             output => self.wrong(format!("{} only sends: {output:?}", sender_name(at))),
         }
     }
 
     fn tell(&mut self, at: Proc, connection: pd_backend::ids::ConnectionId, len_bytes: u64) {
-        if let Some(known) = self.senders[at.index].connections.get_mut(&connection) {
+        if let Some(known) = self.daemons.sender(at.index).connections.get_mut(&connection) {
             known.told_len_bytes = known.told_len_bytes.max(len_bytes);
         }
     }

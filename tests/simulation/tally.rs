@@ -44,6 +44,8 @@ tally! {
     vanished,
     vouched,
     verifying,
+    /// Events after which both halves of a daemon waited for room.
+    both_wait,
     /// Of those fetched: by readers that had asked after an earlier attempt's end was told, and before theirs was granted.
     fetched_again,
     /// Pages that LMCache senders were granted by our receivers.

@@ -1,5 +1,5 @@
-//! What is really so at one receiver, whatever the sessions believe: who was granted which bytes, which writes are on
-//! their way, who reads what.
+//! What is really so in the memory of one daemon, whatever its node believes: who was granted which bytes, which are staged,
+//! who reads what.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
@@ -38,7 +38,7 @@ pub struct Leased {
     pub chunks: Vec<(Range<u64>, ChunkKey)>,
 }
 
-/// One life of one receiver.
+/// One life of one daemon.
 #[derive(Debug, Default)]
 pub struct Truth {
     pub memory: Vec<u8>,
@@ -49,6 +49,8 @@ pub struct Truth {
     /// The latest grant of each range that was ever granted, by its start: its end, and which.
     pub owners: BTreeMap<u64, (u64, usize)>,
     pub leases: BTreeMap<LeaseId, Leased>,
+    /// What was staged for which attempt and is not filled yet.
+    pub filling: Vec<(usize, Range<u64>)>,
     /// So many grants came before the latest reset: what they brought is void.
     pub void: usize,
 }
@@ -58,12 +60,12 @@ fn overlap(left: &Range<u64>, right: &Range<u64>) -> bool {
 }
 
 impl Truth {
-    /// Bytes change hands. `under_way` are the writes that have not landed, with their writers.
+    /// Bytes change hands. `in_use` are those that a write under way, a transfer from here or a connector uses, and which.
     pub fn grant(
         &mut self,
         name: Option<GrantId>,
         grant: Grant,
-        under_way: &[(Range<u64>, String)],
+        in_use: &[(Range<u64>, String)],
     ) -> Result<(), String> {
         if let Some(name) = name
             && !self.names.insert(name)
@@ -71,28 +73,27 @@ impl Truth {
             return Err(format!("grant {name} is given twice"));
         }
         for (range, _) in &grant.chunks {
-            if let Some((write, writer)) = under_way.iter().find(|(write, _)| overlap(write, range)) {
-                return Err(format!(
-                    "{range:?} is granted to {} for {} while {writer} writes {write:?}: two writers of one slot",
-                    grant.instance, grant.request
-                ));
-            }
-            if let Some(lease) = self.leases.values().flat_map(|leased| &leased.chunks).find(|(r, _)| overlap(r, range))
-            {
-                return Err(format!("{range:?} is granted while a reader holds {lease:?}"));
-            }
-            let gone: Vec<u64> = self
-                .owners
-                .range(..range.end)
-                .filter(|&(&start, &(end, _))| overlap(&(start..end), range))
-                .map(|(&start, _)| start)
-                .collect();
-            for start in gone {
-                self.owners.remove(&start);
-            }
+            let taken = self.take(range, in_use);
+            taken.map_err(|text| format!("granted to {} for {}: {text}", grant.instance, grant.request))?;
             self.owners.insert(range.start, (range.end, self.grants.len()));
         }
         self.grants.push(grant);
+        Ok(())
+    }
+
+    /// Bytes that nobody uses, and that nobody owns any more: what was granted there, or was ready, is gone.
+    pub fn take(&mut self, range: &Range<u64>, in_use: &[(Range<u64>, String)]) -> Result<(), String> {
+        if let Some((used, user)) = in_use.iter().find(|(used, _)| overlap(used, range)) {
+            return Err(format!("{range:?} is taken while {user} uses {used:?}"));
+        }
+        if let Some(lease) = self.leases.values().flat_map(|leased| &leased.chunks).find(|(r, _)| overlap(r, range)) {
+            return Err(format!("{range:?} is taken while a reader holds {lease:?}"));
+        }
+        let overlapping = self.owners.range(..range.end).filter(|&(&start, &(end, _))| overlap(&(start..end), range));
+        let gone: Vec<u64> = overlapping.map(|(&start, _)| start).collect();
+        for start in gone {
+            self.owners.remove(&start);
+        }
         Ok(())
     }
 

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use std::time::{Duration, Instant};
 
 use pd_backend::address::AddressManager;
-use pd_backend::ids::{ClientId, ConnectionId, PeerId, RequestId, Seq};
+use pd_backend::ids::{ClientId, PeerId, RequestId, Seq};
 use pd_backend::node::Grown;
 use pd_backend::wire::LmcacheMode;
 use rand::RngExt;
@@ -21,7 +21,7 @@ use crate::lmcache_sender::LmcacheSender;
 use crate::network::{Link, Route};
 use crate::plan::{self, Plan};
 use crate::prefill::{Attempt, Call};
-use crate::process::{CHUNK_BYTES, Receiver, Sender, new_receiver, new_sender, receiver_name, sender_name};
+use crate::process::{CHUNK_BYTES, Daemon, Daemons};
 use crate::tally::Tally;
 
 /// LMCache senders ask afresh so long after ours: each wants most of a buffer.
@@ -40,8 +40,7 @@ pub struct World {
     pub handled: u64,
     /// No more faults: the world settles.
     pub settling: bool,
-    pub senders: Vec<Sender>,
-    pub receivers: Vec<Receiver>,
+    pub daemons: Daemons,
     pub links: BTreeMap<(Proc, PeerId), Link>,
     pub link_busy: BTreeMap<(bool, Route), Instant>,
     pub parted: BTreeSet<(usize, usize)>,
@@ -73,7 +72,6 @@ impl World {
 
     pub fn with_plan(rng: StdRng, plan: Plan, logged: bool) -> Self {
         let now = Instant::now();
-        let first = |index| Proc { index, life: 1 };
         let mut world = Self {
             rng,
             start: now,
@@ -82,8 +80,7 @@ impl World {
             order: 0,
             handled: 0,
             settling: false,
-            senders: (0..plan.senders).map(|index| new_sender(&plan, first(index), now)).collect(),
-            receivers: (0..plan.receivers).map(|index| new_receiver(&plan, first(index), now)).collect(),
+            daemons: Daemons::new(&plan, now),
             links: BTreeMap::new(),
             link_busy: BTreeMap::new(),
             parted: BTreeSet::new(),
@@ -129,8 +126,8 @@ impl World {
         let (senders, receivers) = modes.split_at(self.plan.lmcache_senders);
         let first = |index| Proc { index, life: 1 };
         self.lmcache.senders =
-            (self.senders.len()..).zip(senders).map(|(index, &mode)| LmcacheSender::new(first(index), mode)).collect();
-        self.lmcache.receivers = (self.receivers.len()..)
+            (self.plan.senders..).zip(senders).map(|(index, &mode)| LmcacheSender::new(first(index), mode)).collect();
+        self.lmcache.receivers = (self.plan.receivers..)
             .zip(receivers)
             .map(|(index, &mode)| LmcacheReceiver::new(first(index), mode))
             .collect();
@@ -140,9 +137,9 @@ impl World {
             let which = self.rng.random_range(0..modes.len());
             let sender = which < self.plan.lmcache_senders;
             let index = if sender {
-                self.senders.len() + which
+                self.plan.senders + which
             } else {
-                self.receivers.len() + which - self.plan.lmcache_senders
+                self.plan.receivers + which - self.plan.lmcache_senders
             };
             let at = self.rng.random_range(0..rough_ms);
             let news = match pause {
@@ -200,13 +197,6 @@ impl World {
     pub fn fresh_id(&mut self) -> u64 {
         self.next_id += 1;
         self.next_id
-    }
-
-    pub fn fresh_connection(&mut self, sender: bool, index: usize) -> ConnectionId {
-        let next =
-            if sender { &mut self.senders[index].next_connection } else { &mut self.receivers[index].next_connection };
-        *next += 1;
-        ConnectionId(*next)
     }
 
     pub fn say(&mut self, text: impl FnOnce() -> String) {
@@ -279,65 +269,16 @@ impl World {
 
     pub fn handle(&mut self, target: Target, news: WorldEvent) {
         self.handled += 1;
-        let is_timer = matches!(news, WorldEvent::SenderTimer(_) | WorldEvent::ReceiverTimer(_));
+        let is_timer = matches!(news, WorldEvent::Timer(_));
         if !is_timer && self.log.is_some() {
             self.say(|| format!("{news:?}"));
         }
         match target {
             Target::Sender(at) if self.is_lmcache_sender(at.index) => self.on_lmcache_sender_news(at, news),
             Target::Receiver(at) if self.is_lmcache_receiver(at.index) => self.on_lmcache_receiver_news(at, news),
-            Target::Sender(at) => {
-                if !is_timer {
-                    self.on_sender_news(at, news);
-                }
-                let now = self.now;
-                let sender = &mut self.senders[at.index];
-                if sender.session.poll_timeout().is_some_and(|due| due <= now) {
-                    sender.session.handle_timeout(now);
-                }
-                self.pump_sender(at);
-                self.arm_sender(at);
-            }
-            Target::Receiver(at) => {
-                if !is_timer {
-                    self.on_receiver_news(at, news);
-                }
-                let now = self.now;
-                let receiver = &mut self.receivers[at.index];
-                if receiver.session.poll_timeout().is_some_and(|due| due <= now) {
-                    receiver.session.handle_timeout(now);
-                }
-                self.pump_receiver(at);
-                self.arm_receiver(at);
-            }
             Target::World => {}
+            target => self.on_daemon_news(target, news),
         }
-    }
-
-    fn arm_sender(&mut self, at: Proc) {
-        let sender = &mut self.senders[at.index];
-        let checked = sender.session.check_invariants();
-        let due = sender.session.poll_timeout();
-        if let Some(due) = due
-            && sender.process.armed.is_none_or(|armed| armed <= self.now || due < armed)
-        {
-            sender.process.armed = Some(due);
-            self.schedule_at(due.max(self.now), WorldEvent::SenderTimer(at));
-        }
-        self.check(checked.map_err(|text| format!("{}: {text}", sender_name(at))));
-    }
-
-    fn arm_receiver(&mut self, at: Proc) {
-        let receiver = &mut self.receivers[at.index];
-        let checked = receiver.session.check_invariants();
-        let due = receiver.session.poll_timeout();
-        if let Some(due) = due
-            && receiver.process.armed.is_none_or(|armed| armed <= self.now || due < armed)
-        {
-            receiver.process.armed = Some(due);
-            self.schedule_at(due.max(self.now), WorldEvent::ReceiverTimer(at));
-        }
-        self.check(checked.map_err(|text| format!("{}: {text}", receiver_name(at))));
     }
 
     fn on_world(&mut self, news: WorldEvent) {
@@ -349,7 +290,7 @@ impl World {
             WorldEvent::LmcacheStart(job) => self.start_lmcache(job),
             WorldEvent::QueryOver(receiver, lease) => {
                 if self.receiver_lives(receiver) {
-                    self.receivers[receiver.index].truth.leases.remove(&lease);
+                    self.daemons.receiver(receiver.index).truth.leases.remove(&lease);
                 }
             }
             WorldEvent::Land(write, copy) => self.land(write, copy),
@@ -391,28 +332,9 @@ impl World {
     }
 
     fn check_end(&mut self) {
-        for index in 0..self.senders.len() {
-            let name = sender_name(self.sender_at(index));
-            let counts = self.senders[index].session.counts();
-            let half = counts.outgoing.unwrap_or_default();
-            let left = (counts.slots.staged, half.transfers_in_flight, half.requests_active);
-            if left != (0, 0, 0) {
-                self.wrong(format!("{name} has (slots, transfers, requests) {left:?} left after everything ended"));
-            }
-        }
-        for index in 0..self.receivers.len() {
-            let name = receiver_name(self.receiver_at(index));
-            let slots = self.receivers[index].session.counts().slots;
-            if (slots.reserved, slots.ready_pinned, slots.ready_idle) != (0, 0, 0) {
-                self.wrong(format!("{name} has {slots:?} after everything ended"));
-            }
-            // The end of a writer is seen on its host: by the receiver, or by the sender that came after it.
-            if slots.quarantined > 0 {
-                self.wrong(format!(
-                    "{name} has {} slots in quarantine, and every writer has stopped",
-                    slots.quarantined
-                ));
-            }
+        let ends: Vec<String> = self.daemons.list.iter().filter_map(Daemon::left).collect();
+        for left in ends {
+            self.wrong(format!("{left} after everything ended"));
         }
         self.check_calls_ended();
         self.check_lmcache_end();

@@ -10,6 +10,8 @@ use crate::ids::{ChunkKey, Failure, FailureKind, GrantId, RequestId, Seq, SlotIn
 use crate::node::chunks::ChunkSize;
 use crate::node::core::Core;
 use crate::node::output::To;
+#[cfg(feature = "mutants")]
+use crate::node::safeguards::Safeguard;
 use crate::slot::SlotState;
 use crate::wire::Message;
 use crate::wire::message::{AllocExtension, AllocReplyExtension, AllocRequest, AllocResponse};
@@ -66,7 +68,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
             refused_in: None,
             verifying: None,
             origin: Origin::Pd,
-            stage: Stage::Waiting { wait, partial: None },
+            stage: Stage::Waiting { wait },
         };
         self.requests.insert(id.clone(), request);
         self.waiting.push_back(id);
@@ -75,7 +77,8 @@ impl<R: Clone + PartialEq> Incoming<R> {
 
     /// Grants slots to whoever may have them now.
     pub(in crate::node) fn admit(&mut self, core: &mut Core<R>) {
-        if !core.settings.safeguards.whole_requests {
+        #[cfg(feature = "mutants")]
+        if !core.settings.keeps(Safeguard::WholeRequests) {
             return self.admit_piecemeal(core);
         }
         let mut at = 0;
@@ -119,7 +122,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
 
     pub(super) fn allocation_timed_out(&mut self, core: &mut Core<R>, id: &RequestId) {
         let Some(request) = self.requests.get(id) else { return };
-        let Stage::Waiting { wait, .. } = &request.stage else { return };
+        let Stage::Waiting { wait } = &request.stage else { return };
         if self.waits_for_a_reader(core, id) {
             let text = format!(
                 "another request was granted some of its chunks {} ms ago or more, and nobody has fetched them since (pd_allocation_timeout_sec)",

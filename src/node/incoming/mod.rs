@@ -27,6 +27,7 @@ mod lmcache;
 mod lost;
 mod origin;
 mod peers;
+#[cfg(feature = "mutants")]
 mod piecemeal;
 mod readers;
 mod request;
@@ -80,6 +81,8 @@ pub(super) struct Incoming<R> {
     leases: Leases,
     counts: IncomingCounts,
     next_grant: u64,
+    #[cfg(feature = "mutants")]
+    piecemeal: piecemeal::Piecemeal,
 }
 
 impl<R: Clone + PartialEq> Incoming<R> {
@@ -100,6 +103,8 @@ impl<R: Clone + PartialEq> Incoming<R> {
             leases: Leases::default(),
             counts: IncomingCounts::default(),
             next_grant: 1,
+            #[cfg(feature = "mutants")]
+            piecemeal: piecemeal::Piecemeal::new(),
         }
     }
 
@@ -226,6 +231,8 @@ impl<R: Clone + PartialEq> Incoming<R> {
     pub(super) fn check_invariants(&self, core: &Core<R>) -> Result<(), String> {
         let counts = core.slots.counts();
         let granted: usize = self.requests.values().map(Request::written_slots).sum();
+        #[cfg(feature = "mutants")]
+        let granted = granted + self.piecemeal.values().map(|(_, slots)| slots.len()).sum::<usize>();
         let closing: usize = self.closing.values().map(|closing| closing.slots.len()).sum();
         if (granted, closing) != (counts.reserved as usize, counts.quarantined as usize) {
             return Err(format!("{granted} slots are granted and {closing} closing, the table says {counts:?}"));

@@ -10,6 +10,7 @@ use super::{Incoming, Lookup, Note, Timer};
 use crate::ids::{ClientId, Failure, FailureKind, GrantId, LeaseId, ReadyChunk, RequestId, Seq, SlotIndex};
 use crate::node::Answer;
 use crate::node::core::Core;
+use crate::node::safeguards::Safeguard;
 use crate::slot::SlotState;
 
 /// Most waits that one client may have open.
@@ -187,7 +188,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
         grant: Option<GrantId>,
     ) {
         let told = self.fail_waiters(core, &id, &failure, &instance);
-        let once = core.settings.safeguards.ends_told_once;
+        let once = core.settings.keeps(Safeguard::EndsToldOnce);
         let audience = match (once, told) {
             (false, _) => Audience::Everybody,
             (true, true) => Audience::Nobody,

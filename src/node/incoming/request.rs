@@ -37,7 +37,7 @@ pub(super) struct Request<R> {
 #[derive(Debug)]
 pub(super) enum Stage {
     /// In the queue for slots.
-    Waiting { wait: Duration, partial: Option<PartialGrant> },
+    Waiting { wait: Duration },
     /// Its sender writes `own`; `shared` were ready before and are held for it. Positions in `keys` come first.
     Granted { grant: GrantId, own: Vec<(u32, SlotIndex)>, shared: Vec<(u32, SlotIndex)> },
     /// Every chunk is ready and held for it, in the order of `keys`.
@@ -86,7 +86,6 @@ impl<R> Request<R> {
     pub(super) fn written_slots(&self) -> usize {
         match &self.stage {
             Stage::Granted { own, .. } => own.len() + self.origin.spare_slots().len(),
-            Stage::Waiting { partial: Some(partial), .. } => partial.slots.len(),
             _ => 0,
         }
     }
@@ -98,13 +97,6 @@ pub(super) struct Room {
     pub(super) version: u64,
     pub(super) described_len_bytes: u64,
     pub(super) can_grow: bool,
-}
-
-/// What a waiting request has already, where admission goes slot by slot.
-#[derive(Debug)]
-pub(super) struct PartialGrant {
-    pub(super) grant: GrantId,
-    pub(super) slots: Vec<SlotIndex>,
 }
 
 /// A commit whose chunks are being summed.

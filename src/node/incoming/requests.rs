@@ -10,6 +10,7 @@ use crate::node::Output;
 use crate::node::chunks::ChunkSize;
 use crate::node::core::Core;
 use crate::node::output::To;
+use crate::node::safeguards::Safeguard;
 use crate::wire::Message;
 use crate::wire::message::{AllocReplyExtension, AllocResponse, CancelExtension, Commit, CommitAck};
 
@@ -19,7 +20,7 @@ const COMMITTED_MAX: usize = 4096;
 impl<R: Clone + PartialEq> Incoming<R> {
     pub(super) fn on_commit(&mut self, core: &mut Core<R>, from: R, commit: Commit) {
         let known = self.touch_peer(core.now, &commit.instance, commit.seq);
-        let any_grant = !core.settings.safeguards.grant_check;
+        let any_grant = !core.settings.keeps(Safeguard::GrantCheck);
         let refusal = match self.requests.get(&commit.req_id) {
             Some(request) if known && request.instance == commit.instance => match &request.stage {
                 Stage::Granted { grant, .. } if *grant == commit.grant || any_grant => {
@@ -64,7 +65,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
         if let (Some(seq), Some(peer)) = (extension.alloc_seq, self.peers.get_mut(&extension.instance)) {
             peer.allocs.insert(seq);
         }
-        let any_grant = !core.settings.safeguards.grant_check;
+        let any_grant = !core.settings.keeps(Safeguard::GrantCheck);
         // A grant names one attempt; so does the number of its allocation, for a sender that never learnt the grant.
         let names = |grant: Option<GrantId>, seq: Seq| match extension.grant {
             _ if any_grant => true,
@@ -238,8 +239,9 @@ impl<R: Clone + PartialEq> Incoming<R> {
         }
         let (commits, abandoned) = (request.origin.commits(), self.is_abandoned(&request));
         match request.stage {
-            Stage::Waiting { partial, .. } => {
-                self.let_go(core, partial);
+            Stage::Waiting { .. } => {
+                #[cfg(feature = "mutants")]
+                self.let_go(core, id);
                 self.waiting.retain(|other| other != id);
             }
             Stage::Granted { grant, own, shared } => {
@@ -250,7 +252,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
                     core.slots.unpin(core.now, slot);
                 }
                 let slots: Vec<SlotIndex> = own.into_iter().map(|(_, slot)| slot).collect();
-                let quarantine = core.settings.safeguards.quarantine;
+                let quarantine = core.settings.keeps(Safeguard::Quarantine);
                 for &slot in &slots {
                     if quarantine {
                         core.slots.quarantine(slot, grant);

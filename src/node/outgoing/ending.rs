@@ -7,6 +7,7 @@ use crate::ids::{ClientId, Failure, FailureKind, PeerId, RequestId, Seq};
 use crate::node::Answer;
 use crate::node::Output;
 use crate::node::core::Core;
+use crate::node::safeguards::Safeguard;
 use crate::wire::message::Revoke;
 
 /// How many failures are remembered that were not acknowledged. They hold nothing.
@@ -180,7 +181,9 @@ impl<R> Outgoing<R> {
         }
         self.cancel_timers(core, uid);
         for (&slot, &chunk) in &request.staged {
-            let filling = request.told_by_event && request.chunks[chunk as usize].is_filling();
+            let filling = request.told_by_event
+                && request.chunks[chunk as usize].is_filling()
+                && core.settings.keeps(Safeguard::FailureAcknowledged);
             match request.client {
                 Some(client) if filling => {
                     self.unacknowledged.entry((client, request.id.clone())).or_default().push(slot);

@@ -17,6 +17,7 @@ use crate::node::Output;
 use crate::node::chunks::ChunkSize;
 use crate::node::core::Core;
 use crate::node::output::To;
+use crate::node::safeguards::Safeguard;
 use crate::wire::Message;
 use crate::wire::message::{AllocExtension, AllocRequest, AllocResponse, Commit, CommitAck, Verifying};
 
@@ -341,7 +342,7 @@ impl<R> Outgoing<R> {
         }
         let instance = core.settings.hello.instance.clone();
         let commit = Commit { seq, instance, req_id: request.id.clone(), grant, checksums };
-        if self.settings.notify_proxy && !core.settings.safeguards.commit_before_notify {
+        if self.settings.notify_proxy && !core.settings.keeps(Safeguard::CommitBeforeNotify) {
             core.outputs.push_back(Output::NotifyProxy { request: commit.req_id.clone() });
         }
         self.awaited.insert(seq, uid);
@@ -371,7 +372,7 @@ impl<R> Outgoing<R> {
         if let Some(refusal) = ack.refusal {
             return self.fail(core, uid, truncated(refusal));
         }
-        self.finish_sent(core, uid, core.settings.safeguards.commit_before_notify);
+        self.finish_sent(core, uid, core.settings.keeps(Safeguard::CommitBeforeNotify));
     }
 
     /// The receiver is still checking what was written.

@@ -84,7 +84,7 @@ impl Bench {
                 peer_requests_max: 1000,
                 linger: Duration::ZERO,
             }),
-            safeguards: Default::default(),
+            without: None,
         };
         change(&mut settings);
         let now = Instant::now();

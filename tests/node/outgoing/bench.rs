@@ -83,7 +83,7 @@ pub fn settings() -> NodeSettings {
             notify_proxy: true,
         }),
         incoming: None,
-        safeguards: Default::default(),
+        without: None,
     }
 }
 

@@ -12,6 +12,7 @@ use crate::node::chunks::ChunkSize;
 use crate::node::core::Core;
 use crate::node::lmcache_terms;
 use crate::node::output::To;
+use crate::node::safeguards::Safeguard;
 use crate::wire::Message;
 use crate::wire::message::{AllocRequest, AllocResponse, CancelNotif};
 
@@ -172,7 +173,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
             refused_in: None,
             verifying: None,
             origin: Origin::Lmcache(batches),
-            stage: Stage::Waiting { wait, partial: None },
+            stage: Stage::Waiting { wait },
         };
         self.requests.insert(id.clone(), request);
         self.waiting.push_back(id);
@@ -297,7 +298,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
             let text = format!("sender {instance} closed its connection before {id} had slots");
             self.end(core, &id, Failure::new(FailureKind::PeerLost, text), false);
         }
-        let linger = if core.settings.safeguards.linger { self.settings.linger } else { Duration::ZERO };
+        let linger = if core.settings.keeps(Safeguard::Linger) { self.settings.linger } else { Duration::ZERO };
         core.timers.set(Timer::Linger(instance), core.now + linger);
         self.admit(core);
         true

@@ -6,6 +6,7 @@ use super::super::Incoming;
 use super::super::request::{Request, Stage};
 use crate::ids::{ChunkKey, Failure, FailureKind, RequestId};
 use crate::node::core::Core;
+use crate::node::safeguards::Safeguard;
 
 impl<R: Clone + PartialEq> Incoming<R> {
     /// Makes chunks ready that an LMCache sender was granted: a reader knows from the proxy that they are written. Of
@@ -15,7 +16,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
             if core.slots.find(key).is_some() {
                 continue;
             }
-            let told_apart = core.settings.safeguards.copies_told_apart;
+            let told_apart = core.settings.keeps(Safeguard::CopiesToldApart);
             if let Some([id, others @ ..]) = self.lmcache.granted.get(key).map(Vec::as_slice)
                 && (others.is_empty() || !told_apart)
             {

@@ -30,6 +30,7 @@ use super::{Outgoing, Port, Timer};
 use crate::ids::{ChunkKey, Failure, FailureKind, GrantId, Pages, PeerAddress, PeerId, RequestId, Seq};
 use crate::node::core::Core;
 use crate::node::output::To;
+use crate::node::safeguards::Safeguard;
 use crate::node::{handshake, lmcache_terms};
 use crate::wire::message::{AllocResponse, CancelNotif, InitResponse, MemRegRequest, MemRegResponse};
 use crate::wire::{LmcacheMode, Message, descriptor_list};
@@ -331,7 +332,7 @@ impl<R> Outgoing<R> {
                 receiver.unwritten.granted(key, *page);
             }
         }
-        let remembered = core.settings.safeguards.unwritten_remembered;
+        let remembered = core.settings.keeps(Safeguard::UnwrittenRemembered);
         let mut doubtful = 0;
         let mut claim = |(key, place): (&ChunkKey, Option<u32>)| {
             place.or_else(|| match receiver.unwritten.claimed(key) {
