@@ -84,7 +84,7 @@ impl Bench {
                 peer_requests_max: 10,
                 linger: Duration::ZERO,
             }),
-            safeguards: Default::default(),
+            without: None,
         };
         let (answers, events, asked, said) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         let node = Node::new(now, settings);
