@@ -28,7 +28,7 @@ pub const CONTENT_TYPE_TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
 pub fn exposition(snapshot: Snapshot, process: Option<ProcessUsage>) -> Result<String, fmt::Error> {
     let role = (Cow::Borrowed("role"), Cow::Borrowed(snapshot.tally.role));
     let mut registry = Registry::with_labels([role].into_iter());
-    registry.register_collector(Box::new(Daemon(snapshot)));
+    registry.register_collector(Box::new(DaemonMetrics(snapshot)));
     if let Some(process) = process {
         registry.register_collector(Box::new(Process(process)));
     }
@@ -38,9 +38,9 @@ pub fn exposition(snapshot: Snapshot, process: Option<ProcessUsage>) -> Result<S
 }
 
 #[derive(Debug)]
-struct Daemon(Snapshot);
+struct DaemonMetrics(Snapshot);
 
-impl Collector for Daemon {
+impl Collector for DaemonMetrics {
     fn encode(&self, encoder: DescriptorEncoder<'_>) -> fmt::Result {
         let mut page = Page { encoder };
         self.encode_requests(&mut page)?;
@@ -58,7 +58,7 @@ impl Collector for Daemon {
     }
 }
 
-impl Daemon {
+impl DaemonMetrics {
     fn encode_requests(&self, page: &mut Page<'_>) -> fmt::Result {
         let Snapshot { status, counts, tally } = &self.0;
         let mut outcomes = tally.requests_failed.clone();

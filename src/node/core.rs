@@ -19,20 +19,20 @@ use crate::wire::Message;
 /// A deadline of one of the halves, or of what they share.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Timer {
-    Outgoing(outgoing::Timer),
-    Incoming(incoming::Timer),
+    Outgoing(outgoing::OutgoingTimer),
+    Incoming(incoming::IncomingTimer),
     /// The buffer may grow again after a step that failed.
     Grow,
 }
 
-impl From<outgoing::Timer> for Timer {
-    fn from(timer: outgoing::Timer) -> Self {
+impl From<outgoing::OutgoingTimer> for Timer {
+    fn from(timer: outgoing::OutgoingTimer) -> Self {
         Self::Outgoing(timer)
     }
 }
 
-impl From<incoming::Timer> for Timer {
-    fn from(timer: incoming::Timer) -> Self {
+impl From<incoming::IncomingTimer> for Timer {
+    fn from(timer: incoming::IncomingTimer) -> Self {
         Self::Incoming(timer)
     }
 }

@@ -30,13 +30,13 @@ pub(super) struct Guard {
     secret: SharedSecret,
     channel: Channel,
     timeout: Duration,
-    peers: BTreeMap<PeerTag, Peer>,
+    peers: BTreeMap<PeerTag, GuardedPeer>,
     /// Connections that are not authenticated yet, the oldest first.
     unauthenticated: BTreeSet<(Instant, PeerTag)>,
     warnings: RateLimited,
 }
 
-struct Peer {
+struct GuardedPeer {
     /// The address that it connects from; empty where the library has not said.
     address: String,
     state: State,
@@ -91,7 +91,7 @@ impl Guard {
         }
         let handshake = RouterHandshake::new(self.secret.clone(), self.channel, rand::random());
         self.unauthenticated.insert((now, tag.clone()));
-        self.peers.insert(tag, Peer { address, state: State::Unauthenticated { since: now, handshake } });
+        self.peers.insert(tag, GuardedPeer { address, state: State::Unauthenticated { since: now, handshake } });
         let crowded = self.unauthenticated.len() > AUTHENTICATING_MAX;
         let (_, oldest) = if crowded { self.unauthenticated.pop_first()? } else { return None };
         let address = self.peers.remove(&oldest).map(|peer| peer.address).unwrap_or_default();
@@ -102,7 +102,7 @@ impl Guard {
     /// A message came. Also returns the connection that has to be closed to make room for its sender.
     pub(super) fn admit(&mut self, now: Instant, tag: &PeerTag, payload: &Bytes) -> (Option<PeerTag>, Verdict) {
         let evicted = self.accept(now, tag.clone(), String::new());
-        let Some(Peer { address, state }) = self.peers.remove(tag) else { return (evicted, Verdict::Ignore) };
+        let Some(GuardedPeer { address, state }) = self.peers.remove(tag) else { return (evicted, Verdict::Ignore) };
         if let State::Unauthenticated { since, .. } = state {
             self.unauthenticated.remove(&(since, tag.clone()));
         }
@@ -118,7 +118,7 @@ impl Guard {
                     }
                     State::Authenticated { .. } => {}
                 }
-                self.peers.insert(tag.clone(), Peer { address, state });
+                self.peers.insert(tag.clone(), GuardedPeer { address, state });
                 verdict
             }
             Err(Refused { error, close_reason }) => {
@@ -165,7 +165,7 @@ impl Guard {
         message: Bytes,
         send: impl FnOnce(Bytes) -> Result<(), E>,
     ) -> Option<Result<(), E>> {
-        let Some(Peer { state: State::Authenticated { sealer, .. }, .. }) = self.peers.get_mut(tag) else {
+        let Some(GuardedPeer { state: State::Authenticated { sealer, .. }, .. }) = self.peers.get_mut(tag) else {
             return None;
         };
         let Sealed(sealed) = sealer.seal(message.into());

@@ -4,8 +4,8 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use super::origin::Origin;
-use super::request::{Request, Room, Stage};
-use super::{Incoming, Note, Port, Timer};
+use super::request::{IncomingRequest, IncomingStage, RoomSeen};
+use super::{Incoming, IncomingTimer, Note, Port};
 use crate::ids::{ChunkKey, Failure, FailureKind, GrantId, RequestId, Seq, SlotIndex, truncate};
 use crate::node::chunks::ChunkSize;
 use crate::node::core::Core;
@@ -49,14 +49,14 @@ impl<R: Clone + PartialEq> Incoming<R> {
             }
         };
         // A name that is ready but not fetched is sent again: the newer request takes its place.
-        if self.requests.get(&id).is_some_and(Request::is_ready) {
+        if self.requests.get(&id).is_some_and(IncomingRequest::is_ready) {
             self.drop_ready(core, &id);
         }
         let text = "its sender is gone, and another has the request now";
         self.replace(core, &id, &Failure::new(FailureKind::PeerLost, text));
         let wait = Duration::from_millis(extension.wait_ms).min(core.settings.allocation_timeout);
-        core.timers.set(Timer::Allocation(id.clone()), core.now + wait);
-        let request = Request {
+        core.timers.set(IncomingTimer::Allocation(id.clone()), core.now + wait);
+        let request = IncomingRequest {
             instance: extension.instance,
             route: from,
             seq: extension.seq,
@@ -68,7 +68,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
             refused_in: None,
             verifying: None,
             origin: Origin::Pd,
-            stage: Stage::Waiting { wait },
+            stage: IncomingStage::Waiting { wait },
         };
         self.requests.insert(id.clone(), request);
         self.waiting.push_back(id);
@@ -122,7 +122,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
 
     pub(super) fn allocation_timed_out(&mut self, core: &mut Core<R>, id: &RequestId) {
         let Some(request) = self.requests.get(id) else { return };
-        let Stage::Waiting { wait } = &request.stage else { return };
+        let IncomingStage::Waiting { wait } = &request.stage else { return };
         if self.waits_for_a_reader(core, id) {
             let text = format!(
                 "another request was granted some of its chunks {} ms ago or more, and nobody has fetched them since (pd_allocation_timeout_sec)",
@@ -179,7 +179,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
 
     /// Whether a sender may have one more request: none may take all places from the others.
     pub(super) fn check_share(&self, instance: &str) -> Result<(), Failure> {
-        let open = |request: &&Request<R>| {
+        let open = |request: &&IncomingRequest<R>| {
             request.instance == instance
                 && !request.is_ready()
                 && (request.origin.commits() || !request.writes_nothing())
@@ -254,7 +254,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
     /// Grants a waiting request all its slots, if there are enough. True: it waits no longer.
     fn try_grant(&mut self, core: &mut Core<R>, id: &RequestId) -> bool {
         let Some(request) = self.requests.get(id) else { return true };
-        if !matches!(request.stage, Stage::Waiting { .. }) {
+        if !matches!(request.stage, IncomingStage::Waiting { .. }) {
             return true;
         }
         // What is shared stays where it is, perhaps in the middle of the room that the rest needs: then, if the buffer
@@ -263,8 +263,8 @@ impl<R: Clone + PartialEq> Incoming<R> {
         self.try_reserve(core, id, true) || (!can_grow && self.try_reserve(core, id, false))
     }
 
-    fn room(&self, core: &Core<R>) -> Room {
-        Room {
+    fn room(&self, core: &Core<R>) -> RoomSeen {
+        RoomSeen {
             version: core.slots.version(),
             described_len_bytes: core.described_len_bytes,
             can_grow: core.growth.can_grow(core.slots.addresses().len_bytes()),
@@ -317,9 +317,9 @@ impl<R: Clone + PartialEq> Incoming<R> {
         core.note(Note::Granted { request: id.clone(), instance, chunks: count, already_sent: shared.len(), waited });
         if let Some(request) = self.requests.get_mut(id) {
             request.since = core.now;
-            request.stage = Stage::Granted { grant, own, shared };
+            request.stage = IncomingStage::Granted { grant, own, shared };
         }
-        core.timers.cancel(Timer::Allocation(id.clone()));
+        core.timers.cancel(IncomingTimer::Allocation(id.clone()));
         self.tell_granted(core, id);
     }
 }

@@ -5,8 +5,8 @@
 use std::collections::BTreeSet;
 
 use super::origin::Origin;
-use super::request::{Request, Stage};
-use super::{Incoming, Note, Port, Timer};
+use super::request::{IncomingRequest, IncomingStage};
+use super::{Incoming, IncomingTimer, Note, Port};
 use crate::ids::{Failure, FailureKind, GrantId, RequestId, SlotIndex};
 use crate::node::core::Core;
 use crate::node::output::To;
@@ -35,11 +35,11 @@ impl<R: Clone + PartialEq> Incoming<R> {
     /// Tells a sender where it may write, and sets the deadline of its grant.
     pub(super) fn tell_granted(&mut self, core: &mut Core<R>, id: &RequestId) {
         let Some(request) = self.requests.get(id) else { return };
-        let Stage::Granted { grant, own, shared } = &request.stage else { return };
+        let IncomingStage::Granted { grant, own, shared } = &request.stage else { return };
         let already_sent_indexes: Vec<u32> = shared.iter().map(|&(index, _)| index).collect();
         if let Origin::Lmcache(_) = request.origin {
             let own = own.clone();
-            core.timers.set(Timer::Write(id.clone()), core.now + self.settings.retention);
+            core.timers.set(IncomingTimer::Write(id.clone()), core.now + self.settings.retention);
             self.answer_pages(core, id, &own, already_sent_indexes);
             return self.serve_waiters(core, id);
         }
@@ -55,7 +55,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
             }),
         };
         let to = request.route.clone();
-        core.timers.set(Timer::Write(id.clone()), core.now + core.settings.write_timeout);
+        core.timers.set(IncomingTimer::Write(id.clone()), core.now + core.settings.write_timeout);
         core.send(To::Route(to), Port::Alloc, Message::AllocResponse(response));
     }
 
@@ -86,7 +86,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
         &mut self,
         core: &mut Core<R>,
         id: &RequestId,
-        request: &Request<R>,
+        request: &IncomingRequest<R>,
         failure: &Failure,
         tell_sender: bool,
     ) {
@@ -99,7 +99,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
     }
 
     /// A request has ended: what it was granted and never told of is free again.
-    pub(super) fn free_spare_slots(&mut self, core: &mut Core<R>, id: &RequestId, request: &Request<R>) {
+    pub(super) fn free_spare_slots(&mut self, core: &mut Core<R>, id: &RequestId, request: &IncomingRequest<R>) {
         if let Some(grant) = request.stage.grant() {
             for &slot in request.origin.spare_slots() {
                 core.slots.writer_stopped(slot, grant);
@@ -117,7 +117,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
     }
 
     /// Whether a request's sender is gone for good, so that another may ask for what it had.
-    pub(super) fn is_abandoned(&self, request: &Request<R>) -> bool {
+    pub(super) fn is_abandoned(&self, request: &IncomingRequest<R>) -> bool {
         match request.origin {
             Origin::Pd => false,
             Origin::Lmcache(_) => !self.lmcache.is_connected(&request.instance),

@@ -11,12 +11,12 @@ const LOST_MAX: usize = 4096;
 /// What is remembered of the peers that were lost last.
 #[derive(Debug, Default)]
 pub(super) struct LostPeers {
-    by_instance: BTreeMap<String, Lost>,
+    by_instance: BTreeMap<String, LostPeer>,
     order: VecDeque<String>,
 }
 
 #[derive(Debug)]
-struct Lost {
+struct LostPeer {
     /// The last number that it had used: a handshake with a lower one was sent before, and says nothing about what the
     /// peer has done since.
     last_seq: Seq,
@@ -34,9 +34,9 @@ impl LostPeers {
 
     pub(super) fn remember(&mut self, instance: &str, last_seq: Seq, process: Option<ProcessIdentity>) {
         match self.by_instance.get_mut(instance) {
-            Some(known) => *known = Lost { last_seq: last_seq.max(known.last_seq), process },
+            Some(known) => *known = LostPeer { last_seq: last_seq.max(known.last_seq), process },
             None => {
-                self.by_instance.insert(instance.to_owned(), Lost { last_seq, process });
+                self.by_instance.insert(instance.to_owned(), LostPeer { last_seq, process });
                 self.order.push_back(instance.to_owned());
             }
         }

@@ -3,7 +3,7 @@
 //! | file | what is in it |
 //! |---|---|
 //! | `io` | what goes in and comes out: look-ups, notes, counts |
-//! | `peers`, `lost` | handshakes with senders, and losing them |
+//! | `senders`, `lost` | handshakes with senders, and losing them |
 //! | `admission` | who gets slots, and when (`piecemeal`: how it must not be done) |
 //! | `request`, `requests` | a request, and its way from the grant on to its end: commit, the sender's cancel, quarantine |
 //! | `lmcache` | LMCache's senders, which commit nothing |
@@ -26,13 +26,13 @@ mod lmcache;
 mod lmcache;
 mod lost;
 mod origin;
-mod peers;
 #[cfg(feature = "mutants")]
 mod piecemeal;
 mod readers;
 mod request;
 mod requests;
 mod reset;
+mod senders;
 pub(super) mod timer;
 mod verification;
 mod waiters;
@@ -46,9 +46,9 @@ use self::ended::Ended;
 use self::leases::Leases;
 use self::lmcache::Senders;
 use self::lost::LostPeers;
-use self::peers::Peer;
-use self::request::{Closing, Request};
-use self::timer::Timer;
+use self::request::{Closing, IncomingRequest};
+use self::senders::Sender;
+use self::timer::IncomingTimer;
 use self::waiters::Waiters;
 use super::Port;
 use super::settings::IncomingSettings;
@@ -62,11 +62,11 @@ use crate::wire::message::{AllocRequest, CancelNotif, InitRequest, MemRegRequest
 pub(super) struct Incoming<R> {
     settings: IncomingSettings,
     /// By [`Hello::instance`](crate::wire::message::Hello::instance).
-    peers: BTreeMap<String, Peer<R>>,
+    peers: BTreeMap<String, Sender<R>>,
     /// LMCache's senders.
     lmcache: Senders<R>,
     lost: LostPeers,
-    requests: BTreeMap<RequestId, Request<R>>,
+    requests: BTreeMap<RequestId, IncomingRequest<R>>,
     /// Requests that wait for slots, in the order of their arrival.
     waiting: VecDeque<RequestId>,
     /// Grants that were given up while a write may be in flight: their slots are quarantined.
@@ -146,16 +146,16 @@ impl<R: Clone + PartialEq> Incoming<R> {
     }
 
     /// A deadline has passed, which was to be at `due`.
-    pub(super) fn handle_timer(&mut self, core: &mut Core<R>, due: Instant, timer: Timer) {
+    pub(super) fn handle_timer(&mut self, core: &mut Core<R>, due: Instant, timer: IncomingTimer) {
         match timer {
-            Timer::Allocation(id) => self.allocation_timed_out(core, &id),
-            Timer::Write(id) => self.write_timed_out(core, &id),
-            Timer::Retention(id) => self.retention_passed(core, &id),
-            Timer::Wait(client, seq) => self.wait_timed_out(core, client, seq),
-            Timer::Silence(instance) => self.check_silence(core, due, &instance),
-            Timer::Lease(client, lease) => drop(self.end_lease(core, client, lease)),
-            Timer::Linger(instance) => self.free_closing_of(core, &instance, Seq(u64::MAX)),
-            Timer::Revoke(grant) => self.revoke_again(core, grant),
+            IncomingTimer::Allocation(id) => self.allocation_timed_out(core, &id),
+            IncomingTimer::Write(id) => self.write_timed_out(core, &id),
+            IncomingTimer::Retention(id) => self.retention_passed(core, &id),
+            IncomingTimer::Wait(client, seq) => self.wait_timed_out(core, client, seq),
+            IncomingTimer::Silence(instance) => self.check_silence(core, due, &instance),
+            IncomingTimer::Lease(client, lease) => drop(self.end_lease(core, client, lease)),
+            IncomingTimer::Linger(instance) => self.free_closing_of(core, &instance, Seq(u64::MAX)),
+            IncomingTimer::Revoke(grant) => self.revoke_again(core, grant),
         }
     }
 
@@ -230,7 +230,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
     /// What does not.
     pub(super) fn check_invariants(&self, core: &Core<R>) -> Result<(), String> {
         let counts = core.slots.counts();
-        let granted: usize = self.requests.values().map(Request::written_slots).sum();
+        let granted: usize = self.requests.values().map(IncomingRequest::written_slots).sum();
         #[cfg(feature = "mutants")]
         let granted = granted + self.piecemeal.values().map(|(_, slots)| slots.len()).sum::<usize>();
         let closing: usize = self.closing.values().map(|closing| closing.slots.len()).sum();

@@ -4,9 +4,9 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use super::ended::Audience;
-use super::request::{Request, Stage};
+use super::request::{IncomingRequest, IncomingStage};
 use super::waiters::Waiter;
-use super::{Incoming, Lookup, Note, Timer};
+use super::{Incoming, IncomingTimer, Lookup, Note};
 use crate::ids::{ClientId, Failure, FailureKind, GrantId, LeaseId, ReadyChunk, RequestId, Seq, SlotIndex};
 use crate::node::Answer;
 use crate::node::core::Core;
@@ -41,7 +41,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
             return core.answer(client, id, Answer::Failed { failure, peer: None });
         }
         let wait = wait.map_or(self.settings.wait_timeout, |wait| wait.min(self.settings.wait_timeout));
-        core.timers.set(Timer::Wait(client, id), core.now + wait);
+        core.timers.set(IncomingTimer::Wait(client, id), core.now + wait);
         self.waiters.insert(client, id, Waiter { request: request.clone(), wait, uncommitted });
         self.serve_waiters(core, &request);
     }
@@ -77,7 +77,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
     /// Ready requests of which every chunk is among these.
     fn ready_among(&self, slots: &[SlotIndex]) -> Vec<RequestId> {
         let found: BTreeSet<SlotIndex> = slots.iter().copied().collect();
-        let all_found = |stage: &Stage| matches!(stage, Stage::Ready { slots, .. } if slots.iter().all(|slot| found.contains(slot)));
+        let all_found = |stage: &IncomingStage| matches!(stage, IncomingStage::Ready { slots, .. } if slots.iter().all(|slot| found.contains(slot)));
         self.requests.iter().filter(|(_, request)| all_found(&request.stage)).map(|(id, _)| id.clone()).collect()
     }
 
@@ -129,7 +129,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
         let (state, peer) = match self.requests.get(&waiter.request) {
             None => ("no sender has announced it", None),
             Some(request) => match request.stage {
-                Stage::Waiting { .. } => ("it waits for slots", Some(request.instance.clone())),
+                IncomingStage::Waiting { .. } => ("it waits for slots", Some(request.instance.clone())),
                 _ => ("its sender has not committed it", Some(request.instance.clone())),
             },
         };
@@ -145,7 +145,9 @@ impl<R: Clone + PartialEq> Incoming<R> {
             return self.make_ready(core, id);
         }
         while let Some((client, seq)) = self.waiters.first_for(id) {
-            let Some(Request { stage: Stage::Ready { slots, .. }, .. }) = self.requests.get(id) else { return };
+            let Some(IncomingRequest { stage: IncomingStage::Ready { slots, .. }, .. }) = self.requests.get(id) else {
+                return;
+            };
             if let Err(failure) = self.leases.check(client) {
                 // It stays ready, for a reader that gives leases back.
                 self.end_wait(core, client, seq);
@@ -225,7 +227,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
 
     fn end_wait(&mut self, core: &mut Core<R>, client: ClientId, id: Seq) {
         self.waiters.remove(client, id);
-        core.timers.cancel(Timer::Wait(client, id));
+        core.timers.cancel(IncomingTimer::Wait(client, id));
     }
 
     fn ready_chunk(&self, core: &Core<R>, slot: SlotIndex) -> Option<ReadyChunk> {

@@ -10,7 +10,7 @@ use crate::wire::message::Revoke;
 
 /// A request that has not ended.
 #[derive(Debug)]
-pub(super) struct Request<R> {
+pub(super) struct IncomingRequest<R> {
     /// Whose.
     pub(super) instance: String,
     /// How its sender is answered.
@@ -27,15 +27,15 @@ pub(super) struct Request<R> {
     /// How many later requests got slots before it.
     pub(super) overtaken: u32,
     /// Where it was last refused room.
-    pub(super) refused_in: Option<Room>,
+    pub(super) refused_in: Option<RoomSeen>,
     /// Its commit, while its chunks are being summed.
     pub(super) verifying: Option<Verification<R>>,
     pub(super) origin: Origin,
-    pub(super) stage: Stage,
+    pub(super) stage: IncomingStage,
 }
 
 #[derive(Debug)]
-pub(super) enum Stage {
+pub(super) enum IncomingStage {
     /// In the queue for slots.
     Waiting { wait: Duration },
     /// Its sender writes `own`; `shared` were ready before and are held for it. Positions in `keys` come first.
@@ -56,7 +56,7 @@ pub(super) struct Closing {
     pub(super) reason: Failure,
 }
 
-impl Stage {
+impl IncomingStage {
     pub(super) fn grant(&self) -> Option<GrantId> {
         match self {
             Self::Waiting { .. } => None,
@@ -72,20 +72,20 @@ impl Closing {
     }
 }
 
-impl<R> Request<R> {
+impl<R> IncomingRequest<R> {
     pub(super) fn is_ready(&self) -> bool {
-        matches!(self.stage, Stage::Ready { .. })
+        matches!(self.stage, IncomingStage::Ready { .. })
     }
 
     /// Whether every chunk of it was there before.
     pub(super) fn writes_nothing(&self) -> bool {
-        self.origin.is_complete() && matches!(&self.stage, Stage::Granted { own, .. } if own.is_empty())
+        self.origin.is_complete() && matches!(&self.stage, IncomingStage::Granted { own, .. } if own.is_empty())
     }
 
     /// Slots that its sender may write.
     pub(super) fn written_slots(&self) -> usize {
         match &self.stage {
-            Stage::Granted { own, .. } => own.len() + self.origin.spare_slots().len(),
+            IncomingStage::Granted { own, .. } => own.len() + self.origin.spare_slots().len(),
             _ => 0,
         }
     }
@@ -93,7 +93,7 @@ impl<R> Request<R> {
 
 /// What decides, beside the request, whether it finds room.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Room {
+pub(super) struct RoomSeen {
     pub(super) version: u64,
     pub(super) described_len_bytes: u64,
     pub(super) can_grow: bool,

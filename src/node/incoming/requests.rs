@@ -3,8 +3,8 @@
 use std::time::Instant;
 
 use super::ended::{Audience, End};
-use super::request::{Closing, Request, Stage};
-use super::{Incoming, Note, Port, Timer};
+use super::request::{Closing, IncomingRequest, IncomingStage};
+use super::{Incoming, IncomingTimer, Note, Port};
 use crate::ids::{Failure, FailureKind, GrantId, RequestId, Seq, SlotIndex};
 use crate::node::Output;
 use crate::node::chunks::ChunkSize;
@@ -23,7 +23,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
         let any_grant = !core.settings.keeps(Safeguard::GrantCheck);
         let refusal = match self.requests.get(&commit.req_id) {
             Some(request) if known && request.instance == commit.instance => match &request.stage {
-                Stage::Granted { grant, .. } if *grant == commit.grant || any_grant => {
+                IncomingStage::Granted { grant, .. } if *grant == commit.grant || any_grant => {
                     match self.begin_verification(core, &from, &commit) {
                         Ok(true) => return,
                         Ok(false) => {
@@ -37,7 +37,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
                     }
                 }
                 // Said twice, it is as true as said once.
-                Stage::Ready { grant, .. } if *grant == commit.grant => None,
+                IncomingStage::Ready { grant, .. } if *grant == commit.grant => None,
                 _ => Some(self.why_not(&commit)),
             },
             _ => Some(self.why_not(&commit)),
@@ -109,7 +109,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
             self.settings.retention.as_millis()
         );
         let slots = match self.requests.get(id).map(|request| &request.stage) {
-            Some(Stage::Ready { slots, .. }) => slots.clone(),
+            Some(IncomingStage::Ready { slots, .. }) => slots.clone(),
             _ => Vec::new(),
         };
         self.end(core, id, Failure::new(FailureKind::Expired, text), false);
@@ -125,7 +125,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
         let Some(to) = self.peers.get(&closing.instance).and_then(|peer| peer.alloc_route.clone()) else { return };
         let message = closing.revoke(grant);
         core.send(To::Route(to), Port::Alloc, message);
-        core.timers.set(Timer::Revoke(grant), core.now + core.settings.peer_timeout);
+        core.timers.set(IncomingTimer::Revoke(grant), core.now + core.settings.peer_timeout);
     }
 
     pub(super) fn remember_ended(
@@ -143,8 +143,8 @@ impl<R: Clone + PartialEq> Incoming<R> {
 
     /// Lets go of a ready request that was sent again, or fetched.
     pub(super) fn drop_ready(&mut self, core: &mut Core<R>, id: &RequestId) {
-        core.timers.cancel(Timer::Retention(id.clone()));
-        if let Some(Request { stage: Stage::Ready { slots, .. }, .. }) = self.requests.remove(id) {
+        core.timers.cancel(IncomingTimer::Retention(id.clone()));
+        if let Some(IncomingRequest { stage: IncomingStage::Ready { slots, .. }, .. }) = self.requests.remove(id) {
             for slot in slots {
                 core.slots.unpin(core.now, slot);
             }
@@ -154,7 +154,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
     /// Frees the slots of a grant whose writer has stopped.
     pub(super) fn free_closing(&mut self, core: &mut Core<R>, grant: GrantId) {
         let Some(closing) = self.closing.remove(&grant) else { return };
-        core.timers.cancel(Timer::Revoke(grant));
+        core.timers.cancel(IncomingTimer::Revoke(grant));
         for &slot in &closing.slots {
             core.slots.writer_stopped(slot, grant);
         }
@@ -174,7 +174,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
 
     pub(super) fn make_ready(&mut self, core: &mut Core<R>, id: &RequestId) {
         let Some(request) = self.requests.get_mut(id) else { return };
-        let Stage::Granted { grant, own, shared } = &request.stage else { return };
+        let IncomingStage::Granted { grant, own, shared } = &request.stage else { return };
         let (grant, count) = (*grant, request.keys.len());
         let mut slots = vec![SlotIndex(0); count];
         let mut bytes = 0;
@@ -191,15 +191,15 @@ impl<R: Clone + PartialEq> Incoming<R> {
         }
         let took = core.now.saturating_duration_since(request.since);
         request.since = core.now;
-        request.stage = Stage::Ready { grant, slots };
+        request.stage = IncomingStage::Ready { grant, slots };
         let instance = request.instance.clone();
         self.committed.insert(grant, (instance.clone(), id.clone()));
         if self.committed.len() > COMMITTED_MAX {
             self.committed.pop_first();
         }
         self.lmcache.forget_granted(&request.keys, id);
-        core.timers.cancel(Timer::Write(id.clone()));
-        core.timers.set(Timer::Retention(id.clone()), core.now + self.settings.retention);
+        core.timers.cancel(IncomingTimer::Write(id.clone()));
+        core.timers.set(IncomingTimer::Retention(id.clone()), core.now + self.settings.retention);
         self.counts.requests_ready += 1;
         self.counts.bytes += bytes;
         core.note(Note::Committed { request: id.clone(), instance, chunks: count, bytes, took });
@@ -228,23 +228,27 @@ impl<R: Clone + PartialEq> Incoming<R> {
         tell_sender: bool,
     ) -> Option<(String, Option<GrantId>)> {
         let request = self.requests.remove(id)?;
-        for timer in [Timer::Allocation(id.clone()), Timer::Write(id.clone()), Timer::Retention(id.clone())] {
+        for timer in [
+            IncomingTimer::Allocation(id.clone()),
+            IncomingTimer::Write(id.clone()),
+            IncomingTimer::Retention(id.clone()),
+        ] {
             core.timers.cancel(timer);
         }
         let mut quarantined = 0;
         let grant = request.stage.grant();
         self.free_spare_slots(core, id, &request);
-        if let Stage::Waiting { .. } = request.stage {
+        if let IncomingStage::Waiting { .. } = request.stage {
             self.refuse_waiting(core, id, &request, failure, tell_sender);
         }
         let (commits, abandoned) = (request.origin.commits(), self.is_abandoned(&request));
         match request.stage {
-            Stage::Waiting { .. } => {
+            IncomingStage::Waiting { .. } => {
                 #[cfg(feature = "mutants")]
                 self.let_go(core, id);
                 self.waiting.retain(|other| other != id);
             }
-            Stage::Granted { grant, own, shared } => {
+            IncomingStage::Granted { grant, own, shared } => {
                 if request.verifying.is_some() {
                     core.outputs.push_back(Output::AbandonVerification(grant));
                 }
@@ -270,13 +274,14 @@ impl<R: Clone + PartialEq> Incoming<R> {
                 if !closing.slots.is_empty() && quarantine {
                     quarantined = closing.slots.len();
                     self.closing.insert(grant, closing);
-                    core.timers.set(Timer::Revoke(grant), core.now + core.settings.peer_timeout);
+                    core.timers.set(IncomingTimer::Revoke(grant), core.now + core.settings.peer_timeout);
                     if abandoned {
-                        core.timers.set(Timer::Linger(request.instance.clone()), core.now + self.settings.linger);
+                        core.timers
+                            .set(IncomingTimer::Linger(request.instance.clone()), core.now + self.settings.linger);
                     }
                 }
             }
-            Stage::Ready { slots, .. } => {
+            IncomingStage::Ready { slots, .. } => {
                 for slot in slots {
                     core.slots.unpin(core.now, slot);
                 }

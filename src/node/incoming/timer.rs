@@ -4,7 +4,7 @@ use crate::ids::{ClientId, GrantId, LeaseId, RequestId, Seq};
 
 /// A deadline.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub(in crate::node) enum Timer {
+pub(in crate::node) enum IncomingTimer {
     /// A request has waited long enough for slots.
     Allocation(RequestId),
     /// A grant has not been committed in time.

@@ -2,8 +2,8 @@
 
 use std::time::Instant;
 
-use super::request::{Stage, Verification};
-use super::{ExpectedChunk, Incoming, Note, Port, Timer};
+use super::request::{IncomingStage, Verification};
+use super::{ExpectedChunk, Incoming, IncomingTimer, Note, Port};
 use crate::ids::{ChecksumMode, Failure, FailureKind, GrantId, RequestId};
 use crate::node::Output;
 use crate::node::core::Core;
@@ -24,7 +24,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
     ) -> Result<bool, Failure> {
         let Commit { seq, req_id: id, checksums, .. } = commit;
         let Some(request) = self.requests.get_mut(id) else { return Ok(false) };
-        let Stage::Granted { grant, own, .. } = &request.stage else { return Ok(false) };
+        let IncomingStage::Granted { grant, own, .. } = &request.stage else { return Ok(false) };
         // Said again while it is looked into: the answer goes to the latest.
         if let Some(verification) = &mut request.verifying {
             (verification.to, verification.seq) = (from.clone(), *seq);
@@ -57,7 +57,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
         let grant = *grant;
         request.verifying = Some(Verification { to: from.clone(), seq: *seq, since: core.now });
         // Everything is written: what it takes from here on is our time, and not its sender's.
-        core.timers.cancel(Timer::Write(id.clone()));
+        core.timers.cancel(IncomingTimer::Write(id.clone()));
         core.outputs.push_back(Output::Verify { request: id.clone(), grant, chunks });
         Ok(true)
     }
@@ -88,7 +88,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
         self.handle_verifying(core.now);
         let Some(request) = self.requests.get_mut(id) else { return };
         // It may have ended meanwhile, and may have been sent again.
-        if !matches!(request.stage, Stage::Granted { grant: current, .. } if current == grant) {
+        if !matches!(request.stage, IncomingStage::Granted { grant: current, .. } if current == grant) {
             return;
         }
         let Some(Verification { to, seq, .. }) = request.verifying.take() else { return };

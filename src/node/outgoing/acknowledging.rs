@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::quiesce::{ACK_TRIES_MAX, TRANSMISSIONS, Unanswered};
-use super::{Outgoing, Port, Timer};
+use super::{Outgoing, OutgoingTimer, Port};
 use crate::ids::{Failure, FailureKind, GrantId, PeerAddress, PeerId, RequestId, Seq};
 use crate::node::core::Core;
 use crate::node::output::To;
@@ -27,7 +27,7 @@ impl<R> Outgoing<R> {
         let cancel = CancelNotif { req_id: request, keys: Vec::new(), pd };
         if writer_stopped && self.peers.contains_key(&peer) {
             self.quiesce.sent(seq, peer, cancel.clone());
-            core.timers.set(Timer::Retransmit(seq), core.now + self.retransmit_after());
+            core.timers.set(OutgoingTimer::Retransmit(seq), core.now + self.retransmit_after());
         }
         core.send(To::Peer(peer), Port::Alloc, Message::CancelNotif(cancel));
     }
@@ -42,7 +42,7 @@ impl<R> Outgoing<R> {
         match self.quiesce.unanswered(seq) {
             None => {}
             Some(Unanswered::Retransmit(peer, cancel)) => {
-                core.timers.set(Timer::Retransmit(seq), core.now + self.retransmit_after());
+                core.timers.set(OutgoingTimer::Retransmit(seq), core.now + self.retransmit_after());
                 core.send(To::Peer(peer), Port::Alloc, Message::CancelNotif(cancel));
             }
             Some(Unanswered::GiveUp(peer)) => {
@@ -56,7 +56,7 @@ impl<R> Outgoing<R> {
     pub(super) fn ack_answered(&mut self, core: &mut Core<R>, peer: PeerId, seq: Seq) -> bool {
         let answered = self.quiesce.answered(peer, seq);
         if answered {
-            core.timers.cancel(Timer::Retransmit(seq));
+            core.timers.cancel(OutgoingTimer::Retransmit(seq));
         }
         answered
     }
@@ -78,19 +78,19 @@ impl<R> Outgoing<R> {
         let address = record.address.clone();
         let has_grant = self.requests.values().any(|request| request.peer == peer && request.may_have_grant());
         if (has_grant || self.quiesce.is_pending(peer)) && self.quiesce.owe(&address) {
-            core.timers.set(Timer::Seek(address), core.now + core.settings.peer_timeout);
+            core.timers.set(OutgoingTimer::Seek(address), core.now + core.settings.peer_timeout);
         }
     }
 
     pub(super) fn forget_owed_ack(&mut self, core: &mut Core<R>, address: &PeerAddress) {
         self.quiesce.paid(address);
-        core.timers.cancel(Timer::Seek(address.clone()));
+        core.timers.cancel(OutgoingTimer::Seek(address.clone()));
     }
 
     /// A receiver is gone.
     pub(super) fn forget_pending_acks(&mut self, core: &mut Core<R>, peer: PeerId) {
         for seq in self.quiesce.forget_pending(peer) {
-            core.timers.cancel(Timer::Retransmit(seq));
+            core.timers.cancel(OutgoingTimer::Retransmit(seq));
         }
     }
 
@@ -102,6 +102,6 @@ impl<R> Outgoing<R> {
         // Not counted when a request is connecting to it already, or when the receivers that may be known are all busy.
         let tried = !self.peer_by_address.contains_key(address) && self.peer_for(core, address).is_ok();
         let pause = self.quiesce.pause_after(address, tried, core.settings.peer_timeout);
-        core.timers.set(Timer::Seek(address.clone()), core.now + pause);
+        core.timers.set(OutgoingTimer::Seek(address.clone()), core.now + pause);
     }
 }

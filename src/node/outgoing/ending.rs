@@ -1,8 +1,8 @@
 //! How a request ends without having been sent: cancelled, revoked, failed; and what its client must still say.
 
-use super::requests::{Request, Stage, truncated};
+use super::requests::{OutgoingRequest, OutgoingStage, truncated};
 use super::uid::Uid;
-use super::{Event, Note, Outgoing, Timer};
+use super::{Event, Note, Outgoing, OutgoingTimer};
 use crate::ids::{ClientId, Failure, FailureKind, PeerId, RequestId, Seq};
 use crate::node::Answer;
 use crate::node::Output;
@@ -41,7 +41,7 @@ impl<R> Outgoing<R> {
         let failure = Failure::new(FailureKind::Cancelled, format!("{request} was cancelled by its connector"));
         self.end(core, uid, failure, Some((client, id)));
         if self.requests.contains_key(&uid) {
-            core.timers.set(Timer::Cancel(uid), core.now + self.settings.commit_timeout);
+            core.timers.set(OutgoingTimer::Cancel(uid), core.now + self.settings.commit_timeout);
         }
     }
 
@@ -54,19 +54,21 @@ impl<R> Outgoing<R> {
     }
 
     pub(super) fn on_revoke(&mut self, core: &mut Core<R>, peer: PeerId, revoke: Revoke) {
-        let of_grant = |request: &Request| match &request.stage {
-            Stage::Open { grant, .. } | Stage::Committing { grant } => request.peer == peer && *grant == revoke.grant,
-            Stage::Closing { grant, .. } => request.peer == peer && *grant == Some(revoke.grant),
+        let of_grant = |request: &OutgoingRequest| match &request.stage {
+            OutgoingStage::Open { grant, .. } | OutgoingStage::Committing { grant } => {
+                request.peer == peer && *grant == revoke.grant
+            }
+            OutgoingStage::Closing { grant, .. } => request.peer == peer && *grant == Some(revoke.grant),
             _ => false,
         };
         match self.requests.iter().find(|(_, request)| of_grant(request)).map(|(&uid, request)| (uid, &request.stage)) {
             // `finish_closing` will send the acknowledgement.
-            Some((_, Stage::Closing { .. })) => {}
+            Some((_, OutgoingStage::Closing { .. })) => {}
             Some((uid, _)) => self.fail(core, uid, truncated(revoke.reason)),
             None => {
                 // It may have overtaken the grant itself, which nobody may take then.
-                let asks = |request: &Request| match request.stage {
-                    Stage::Allocating { seq, .. } => {
+                let asks = |request: &OutgoingRequest| match request.stage {
+                    OutgoingStage::Allocating { seq, .. } => {
                         request.peer == peer
                             && revoke.alloc_seq.map_or(request.id == revoke.req_id, |asked| asked == seq)
                     }
@@ -88,12 +90,12 @@ impl<R> Outgoing<R> {
     /// A transfer of a closing request has ended: the last one lets it go.
     pub(super) fn finish_closing(&mut self, core: &mut Core<R>, uid: Uid) {
         let Some(request) = self.requests.get(&uid) else { return };
-        let Stage::Closing { grant, alloc_seq, cancel } = request.stage else { return };
+        let OutgoingStage::Closing { grant, alloc_seq, cancel } = request.stage else { return };
         if request.in_flight > 0 {
             return;
         }
         let peer = request.peer;
-        core.timers.cancel(Timer::Cancel(uid));
+        core.timers.cancel(OutgoingTimer::Cancel(uid));
         let Some(request) = self.remove(core, uid) else { return };
         self.give_back(core, peer, (request.id.clone(), request.keys), grant, alloc_seq);
         if let Some((client, id)) = cancel {
@@ -105,7 +107,7 @@ impl<R> Outgoing<R> {
     /// The engine has not finished a cancelled request's transfers in time: its client is told, its slots stay taken.
     pub(super) fn cancel_timed_out(&mut self, core: &mut Core<R>, uid: Uid) {
         let Some(request) = self.requests.get_mut(&uid) else { return };
-        let Stage::Closing { cancel, .. } = &mut request.stage else { return };
+        let OutgoingStage::Closing { cancel, .. } = &mut request.stage else { return };
         let Some((client, id)) = cancel.take() else { return };
         let text = format!(
             "{} has ended, but {} transfers of it are still being written; its slots stay taken until they are not",
@@ -120,15 +122,15 @@ impl<R> Outgoing<R> {
         let Some(request) = self.requests.get_mut(&uid) else { return };
         let mut alloc_seq = None;
         let (open_id, grant, asked) = match request.stage {
-            Stage::Peer { open_id, .. } => (Some(open_id), None, false),
-            Stage::Allocating { open_id, seq, .. } => {
+            OutgoingStage::Connecting { open_id, .. } => (Some(open_id), None, false),
+            OutgoingStage::Allocating { open_id, seq, .. } => {
                 alloc_seq = Some(seq);
                 (Some(open_id), None, true)
             }
-            Stage::Open { grant, .. } | Stage::Committing { grant } => (None, Some(grant), true),
-            Stage::Closing { .. } => return,
+            OutgoingStage::Open { grant, .. } | OutgoingStage::Committing { grant } => (None, Some(grant), true),
+            OutgoingStage::Closing { .. } => return,
         };
-        request.stage = Stage::Closing { grant, alloc_seq, cancel };
+        request.stage = OutgoingStage::Closing { grant, alloc_seq, cancel };
         let (id, address, client, in_flight, request_peer) =
             (request.id.clone(), request.address.clone(), request.client, request.in_flight, request.peer);
         self.cancel_timers(core, uid);
@@ -174,7 +176,7 @@ impl<R> Outgoing<R> {
     }
 
     /// Takes a request out of every table and frees its local slots.
-    pub(super) fn remove(&mut self, core: &mut Core<R>, uid: Uid) -> Option<Request> {
+    pub(super) fn remove(&mut self, core: &mut Core<R>, uid: Uid) -> Option<OutgoingRequest> {
         let request = self.requests.remove(&uid)?;
         if self.request_by_name.get(&request.id) == Some(&uid) {
             self.request_by_name.remove(&request.id);

@@ -3,7 +3,7 @@
 //! | file | what is in it |
 //! |---|---|
 //! | `io` | what goes in and comes out: requests, events, notes, counts |
-//! | `peers` | handshakes with receivers, and losing them |
+//! | `receivers` | handshakes with receivers, and losing them |
 //! | `reconnects` | receivers that the configuration names: connected before any request, and again when they are lost |
 //! | `quiesce`, `acknowledging` | what receivers must still be told: that nothing writes to their slots any more |
 //! | `requests` | a request from `open` to its acknowledged commit |
@@ -25,8 +25,8 @@ mod lmcache;
 #[cfg(not(feature = "lmcache"))]
 #[path = "lmcache/absent.rs"]
 mod lmcache;
-mod peers;
 mod quiesce;
+mod receivers;
 mod reconnects;
 mod requests;
 mod staging;
@@ -41,12 +41,12 @@ use std::time::Instant;
 pub use io::{ConnectState, Event, Note, OpenRequest, OutgoingCounts, Phases, Sending};
 
 use self::lmcache::RememberedReceivers;
-use self::peers::Peer;
 use self::quiesce::Quiesce;
-use self::reconnects::{Lost, PAUSE_MAX, Reconnects};
-use self::requests::{Request, Stage, WRITE_DEADLINE_PASSED};
+use self::receivers::Receiver;
+use self::reconnects::{AfterLoss, PAUSE_MAX, Reconnects};
+use self::requests::{OutgoingRequest, OutgoingStage, WRITE_DEADLINE_PASSED};
 use self::staging::Staging;
-use self::timer::Timer;
+use self::timer::OutgoingTimer;
 use self::transfers::Transfer;
 use self::uid::Uid;
 use super::Port;
@@ -62,9 +62,9 @@ use crate::wire::message::Commit;
 #[derive(Debug)]
 pub(super) struct Outgoing<R> {
     settings: OutgoingSettings,
-    peers: BTreeMap<PeerId, Peer>,
+    peers: BTreeMap<PeerId, Receiver>,
     peer_by_address: BTreeMap<PeerAddress, PeerId>,
-    requests: BTreeMap<Uid, Request>,
+    requests: BTreeMap<Uid, OutgoingRequest>,
     /// Requests that have not ended as far as their clients know.
     request_by_name: BTreeMap<RequestId, Uid>,
     /// Which request a receiver's answer is about.
@@ -95,7 +95,7 @@ impl<R> Outgoing<R> {
     pub(super) fn new(core: &mut Core<R>, mut settings: OutgoingSettings) -> Self {
         let receivers = std::mem::take(&mut settings.receivers);
         for address in &receivers {
-            core.timers.set(Timer::Connect(address.clone()), core.now);
+            core.timers.set(OutgoingTimer::Connect(address.clone()), core.now);
         }
         Self {
             settings,
@@ -130,28 +130,28 @@ impl<R> Outgoing<R> {
     }
 
     /// A deadline has passed, which was to be at `due`.
-    pub(super) fn handle_timer(&mut self, core: &mut Core<R>, due: Instant, timer: Timer) {
+    pub(super) fn handle_timer(&mut self, core: &mut Core<R>, due: Instant, timer: OutgoingTimer) {
         match timer {
-            Timer::Handshake(peer) => self.handshake_timed_out(core, peer),
-            Timer::Allocation(uid) => self.allocation_timed_out(core, uid),
-            Timer::Write(uid) => {
+            OutgoingTimer::Handshake(peer) => self.handshake_timed_out(core, peer),
+            OutgoingTimer::Allocation(uid) => self.allocation_timed_out(core, uid),
+            OutgoingTimer::Write(uid) => {
                 self.fail(core, uid, Failure::new(FailureKind::Deadline, WRITE_DEADLINE_PASSED));
             }
-            Timer::Commit(uid) => {
+            OutgoingTimer::Commit(uid) => {
                 let text = format!(
                     "nothing was heard of the commit for {} ms (pd_commit_timeout_sec)",
                     self.settings.commit_timeout.as_millis()
                 );
                 self.fail(core, uid, Failure::new(FailureKind::Deadline, text));
             }
-            Timer::Cancel(uid) => self.cancel_timed_out(core, uid),
-            Timer::Stage(client, id) => self.staging_timed_out(core, client, id),
-            Timer::Ping(peer) => self.ping(core, due, peer),
-            Timer::Recommit(uid) => self.retransmit_commit(core, uid),
-            Timer::Retransmit(seq) => self.retransmit_ack(core, seq),
-            Timer::Seek(address) => self.seek(core, &address),
-            Timer::Answer(peer) => self.answer_timed_out(core, peer),
-            Timer::Connect(address) => self.connect_configured(core, &address),
+            OutgoingTimer::Cancel(uid) => self.cancel_timed_out(core, uid),
+            OutgoingTimer::Stage(client, id) => self.staging_timed_out(core, client, id),
+            OutgoingTimer::Ping(peer) => self.ping(core, due, peer),
+            OutgoingTimer::Recommit(uid) => self.retransmit_commit(core, uid),
+            OutgoingTimer::Retransmit(seq) => self.retransmit_ack(core, seq),
+            OutgoingTimer::Seek(address) => self.seek(core, &address),
+            OutgoingTimer::Answer(peer) => self.answer_timed_out(core, peer),
+            OutgoingTimer::Connect(address) => self.connect_configured(core, &address),
         }
     }
 
@@ -170,7 +170,7 @@ impl<R> Outgoing<R> {
         for uid in gone {
             let closing = self.requests.get_mut(&uid).is_some_and(|request| {
                 request.client = None;
-                matches!(request.stage, Stage::Closing { .. })
+                matches!(request.stage, OutgoingStage::Closing { .. })
             });
             if closing {
                 self.abandon_delayed(core, uid, true);
@@ -217,7 +217,7 @@ impl<R> Outgoing<R> {
     /// Slots that are staged for its requests.
     pub(super) fn staged_slots(&self) -> usize {
         let unacknowledged: usize = self.unacknowledged.values().map(Vec::len).sum();
-        unacknowledged + self.requests.values().map(Request::staged_slots).sum::<usize>()
+        unacknowledged + self.requests.values().map(OutgoingRequest::staged_slots).sum::<usize>()
     }
 
     /// Checks that slots, requests and transfers agree.
@@ -267,13 +267,13 @@ impl<R> Outgoing<R> {
         }
         let room = self.peers.len() < core.settings.peers_max || self.evict_peer(core, false);
         if !room || self.peer_for(core, address).is_err() {
-            core.timers.set(Timer::Connect(address.clone()), core.now + PAUSE_MAX);
+            core.timers.set(OutgoingTimer::Connect(address.clone()), core.now + PAUSE_MAX);
         }
     }
 
     /// A receiver can be written to.
     fn note_connected(&mut self, core: &mut Core<R>, address: &PeerAddress) {
-        core.timers.cancel(Timer::Connect(address.clone()));
+        core.timers.cancel(OutgoingTimer::Connect(address.clone()));
         self.reconnects.connected(core.now, address);
     }
 
@@ -281,9 +281,9 @@ impl<R> Outgoing<R> {
     fn note_lost(&mut self, core: &mut Core<R>, address: &PeerAddress, failure: &Failure) {
         let note = match self.reconnects.lost(core.now, address, failure) {
             None => Some(Note::PeerDown { address: address.clone(), failure: failure.clone() }),
-            Some(Lost { pause, note }) => {
+            Some(AfterLoss { pause, note }) => {
                 if !core.draining {
-                    core.timers.set(Timer::Connect(address.clone()), core.now + pause);
+                    core.timers.set(OutgoingTimer::Connect(address.clone()), core.now + pause);
                 }
                 note
             }
@@ -296,7 +296,7 @@ impl<R> Outgoing<R> {
     /// A receiver had to go, so that another could be connected.
     fn postpone_connecting(&mut self, core: &mut Core<R>, address: &PeerAddress) {
         if self.reconnects.postponed(core.now, address) {
-            core.timers.set(Timer::Connect(address.clone()), core.now + PAUSE_MAX);
+            core.timers.set(OutgoingTimer::Connect(address.clone()), core.now + PAUSE_MAX);
         }
     }
 
@@ -308,7 +308,7 @@ impl<R> Outgoing<R> {
             if connected != (*state == ConnectState::Connected) {
                 return Err(format!("receiver {address} is said to be {state:?}, and connected: {connected}"));
             }
-            if peer.is_none() && !core.draining && !core.timers.contains(Timer::Connect(address.clone())) {
+            if peer.is_none() && !core.draining && !core.timers.contains(OutgoingTimer::Connect(address.clone())) {
                 return Err(format!("nothing will connect to receiver {address}"));
             }
         }

@@ -33,7 +33,7 @@ struct Reconnect {
 
 /// What follows when one of them is lost, or could not be connected.
 #[derive(Debug)]
-pub(super) struct Lost {
+pub(super) struct AfterLoss {
     /// How long to wait before the next try.
     pub(super) pause: Duration,
     /// What to note: each change, and not every try.
@@ -73,7 +73,7 @@ impl Reconnects {
     }
 
     /// A receiver was lost, or could not be connected. None: the configuration does not name it.
-    pub(super) fn lost(&mut self, now: Instant, address: &PeerAddress, failure: &Failure) -> Option<Lost> {
+    pub(super) fn lost(&mut self, now: Instant, address: &PeerAddress, failure: &Failure) -> Option<AfterLoss> {
         let reconnect = self.by_address.get_mut(address)?;
         // Its address stands beside it wherever it is shown.
         let text = failure.text.strip_prefix(&format!("receiver {address}: ")).unwrap_or(&failure.text);
@@ -100,7 +100,7 @@ impl Reconnects {
             reconnect.since = now;
         }
         reconnect.state = state;
-        Some(Lost { pause, note })
+        Some(AfterLoss { pause, note })
     }
 }
 

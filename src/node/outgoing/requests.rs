@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::coverage::Coverage;
 use super::uid::Uid;
-use super::{Event, Note, OpenRequest, Outgoing, Phases, Port, Timer};
+use super::{Event, Note, OpenRequest, Outgoing, OutgoingTimer, Phases, Port};
 use crate::ids::{
     Checksum, ChunkKey, ClientId, Failure, FailureKind, GrantId, GroupIndex, PeerAddress, PeerId, RequestId, Seq,
     SlotIndex, truncate,
@@ -36,7 +36,7 @@ const WRITE_TIME_MAX: Duration = Duration::from_secs(86_400);
 
 /// A request that has not ended, or whose transfers have not.
 #[derive(Debug)]
-pub(super) struct Request {
+pub(super) struct OutgoingRequest {
     pub(super) id: RequestId,
     /// Who opened it, as long as somebody cares.
     pub(super) client: Option<ClientId>,
@@ -61,7 +61,7 @@ pub(super) struct Request {
     pub(super) phases: Phases,
     /// Whether its receiver had forgotten us once, and was connected to again.
     pub(super) reconnected: bool,
-    pub(super) stage: Stage,
+    pub(super) stage: OutgoingStage,
 }
 
 /// One chunk of a request.
@@ -81,9 +81,9 @@ pub(super) struct Chunk {
 }
 
 #[derive(Debug)]
-pub(super) enum Stage {
+pub(super) enum OutgoingStage {
     /// The receiver has not answered the handshake yet.
-    Peer { open_id: Seq, wait: Duration },
+    Connecting { open_id: Seq, wait: Duration },
     /// The receiver was asked for slots.
     Allocating { open_id: Seq, seq: Seq, wait: Duration },
     /// Chunks can be staged and sent.
@@ -110,10 +110,10 @@ impl Chunk {
     }
 }
 
-impl Request {
+impl OutgoingRequest {
     /// Whether its receiver may hold slots for it.
     pub(super) fn may_have_grant(&self) -> bool {
-        !matches!(self.stage, Stage::Peer { .. })
+        !matches!(self.stage, OutgoingStage::Connecting { .. })
     }
 
     /// Whether its client has slots of it that it may not have filled yet.
@@ -127,13 +127,13 @@ impl Request {
 
     /// Whether it has no slots at its receiver yet.
     pub(super) const fn waits(&self) -> bool {
-        matches!(self.stage, Stage::Peer { .. } | Stage::Allocating { .. })
+        matches!(self.stage, OutgoingStage::Connecting { .. } | OutgoingStage::Allocating { .. })
     }
 
     /// Makes it wait for a handshake again. What it has waited so far counts.
     pub(super) fn set_aside(&mut self, now: Instant, open_id: Seq, wait: Duration) {
         let wait = wait.saturating_sub(now.saturating_duration_since(self.opened_at));
-        self.stage = Stage::Peer { open_id, wait };
+        self.stage = OutgoingStage::Connecting { open_id, wait };
         // Detach the request from the peer, so that dropping the peer does not fail it.
         self.peer = PeerId(0);
     }
@@ -170,7 +170,7 @@ impl<R> Outgoing<R> {
             done_bytes: 0,
             sums: BTreeMap::new(),
         };
-        let request = Request {
+        let request = OutgoingRequest {
             client: Some(client),
             peer,
             address: open.receiver,
@@ -187,7 +187,7 @@ impl<R> Outgoing<R> {
             since: core.now,
             phases: Phases::default(),
             reconnected: false,
-            stage: Stage::Peer { open_id: id, wait: self.allocation_wait(core, open.wait) },
+            stage: OutgoingStage::Connecting { open_id: id, wait: self.allocation_wait(core, open.wait) },
             id: open.id.clone(),
         };
         let uid = core.fresh();
@@ -213,8 +213,8 @@ impl<R> Outgoing<R> {
     pub(super) fn allocate(&mut self, core: &mut Core<R>, uid: Uid) {
         let seq = Seq(core.fresh());
         let Some(request) = self.requests.get_mut(&uid) else { return };
-        let Stage::Peer { open_id, wait } = request.stage else { return };
-        request.stage = Stage::Allocating { open_id, seq, wait };
+        let OutgoingStage::Connecting { open_id, wait } = request.stage else { return };
+        request.stage = OutgoingStage::Allocating { open_id, seq, wait };
         self.asked.insert(seq, (request.id.clone(), None));
         if self.asked.len() > ASKED_MAX {
             self.asked.pop_first();
@@ -231,7 +231,7 @@ impl<R> Outgoing<R> {
         let peer = request.peer;
         self.awaited.insert(seq, uid);
         // The receiver's own answer says more than our clock: give it the time of an acknowledgement beyond the wait.
-        core.timers.set(Timer::Allocation(uid), core.now + wait + self.settings.commit_timeout);
+        core.timers.set(OutgoingTimer::Allocation(uid), core.now + wait + self.settings.commit_timeout);
         core.send(To::Peer(peer), Port::Alloc, Message::AllocRequest(message));
     }
 
@@ -239,7 +239,10 @@ impl<R> Outgoing<R> {
         if let Some(failure) = self.lmcache_allocation_timed_out(core, uid) {
             return self.fail(core, uid, failure);
         }
-        let Some(Request { stage: Stage::Allocating { wait, .. }, .. }) = self.requests.get(&uid) else { return };
+        let Some(OutgoingRequest { stage: OutgoingStage::Allocating { wait, .. }, .. }) = self.requests.get(&uid)
+        else {
+            return;
+        };
         let text = format!(
             "the receiver did not answer the allocation in time; it was given {} ms to find slots and {} ms to say so",
             wait.as_millis(),
@@ -263,12 +266,12 @@ impl<R> Outgoing<R> {
         }
         let len_bytes = self.peers.get(&peer).map_or(0, |peer| peer.len_bytes);
         let Some(request) = self.requests.get_mut(&uid).filter(|request| request.peer == peer) else { return };
-        let Stage::Allocating { open_id, seq, .. } = request.stage else { return };
+        let OutgoingStage::Allocating { open_id, seq, .. } = request.stage else { return };
         if seq != extension.seq {
             return;
         }
         self.awaited.remove(&seq);
-        core.timers.cancel(Timer::Allocation(uid));
+        core.timers.cancel(OutgoingTimer::Allocation(uid));
         let Some(grant) = extension.grant.filter(|_| extension.refusal.is_none()) else {
             let failure = extension.refusal.map(truncated).unwrap_or_else(|| {
                 Failure::new(FailureKind::Other, "the receiver granted nothing and did not say why")
@@ -295,7 +298,7 @@ impl<R> Outgoing<R> {
             );
             return self.fail(core, uid, Failure::new(FailureKind::Other, text));
         };
-        request.stage = Stage::Open { grant, write_until, last: false };
+        request.stage = OutgoingStage::Open { grant, write_until, last: false };
         self.opened(core, uid, open_id, write_until, already_sent);
     }
 
@@ -308,7 +311,7 @@ impl<R> Outgoing<R> {
         write_until: Instant,
         already_sent: Vec<u32>,
     ) {
-        core.timers.cancel(Timer::Allocation(uid));
+        core.timers.cancel(OutgoingTimer::Allocation(uid));
         let Some(request) = self.requests.get_mut(&uid) else { return };
         request.phases.alloc = core.now.saturating_duration_since(request.opened_at);
         request.since = core.now;
@@ -320,7 +323,7 @@ impl<R> Outgoing<R> {
             took: request.phases.alloc,
         };
         let (client, name, stage_all) = (request.client, request.id.clone(), request.stage_all);
-        core.timers.set(Timer::Write(uid), write_until);
+        core.timers.set(OutgoingTimer::Write(uid), write_until);
         core.note(note);
         if let Some(client) = client {
             let slots = if stage_all { self.stage_granted(core, uid) } else { Vec::new() };
@@ -332,9 +335,9 @@ impl<R> Outgoing<R> {
     pub(super) fn commit(&mut self, core: &mut Core<R>, uid: Uid) {
         let seq = Seq(core.fresh());
         let Some(request) = self.requests.get_mut(&uid) else { return };
-        let Stage::Open { grant, last: true, .. } = request.stage else { return };
+        let OutgoingStage::Open { grant, last: true, .. } = request.stage else { return };
         let peer = request.peer;
-        request.stage = Stage::Committing { grant };
+        request.stage = OutgoingStage::Committing { grant };
         let granted = request.chunks.iter().filter(|chunk| chunk.remote.is_some());
         let mut checksums: Vec<Option<Checksum>> = granted.map(Chunk::checksum).collect();
         if checksums.iter().all(Option::is_none) {
@@ -347,9 +350,9 @@ impl<R> Outgoing<R> {
         }
         self.awaited.insert(seq, uid);
         self.commits.insert(uid, commit.clone());
-        core.timers.cancel(Timer::Write(uid));
-        core.timers.set(Timer::Commit(uid), core.now + self.settings.commit_timeout);
-        core.timers.set(Timer::Recommit(uid), core.now + self.retransmit_after());
+        core.timers.cancel(OutgoingTimer::Write(uid));
+        core.timers.set(OutgoingTimer::Commit(uid), core.now + self.settings.commit_timeout);
+        core.timers.set(OutgoingTimer::Recommit(uid), core.now + self.retransmit_after());
         core.send(To::Peer(peer), Port::Alloc, Message::PdCommit(commit));
     }
 
@@ -357,16 +360,16 @@ impl<R> Outgoing<R> {
     pub(super) fn retransmit_commit(&mut self, core: &mut Core<R>, uid: Uid) {
         let Some(commit) = self.commits.get(&uid).cloned() else { return };
         let Some(request) = self.requests.get(&uid) else { return };
-        if matches!(request.stage, Stage::Committing { .. }) {
+        if matches!(request.stage, OutgoingStage::Committing { .. }) {
             core.send(To::Peer(request.peer), Port::Alloc, Message::PdCommit(commit));
-            core.timers.set(Timer::Recommit(uid), core.now + self.retransmit_after());
+            core.timers.set(OutgoingTimer::Recommit(uid), core.now + self.retransmit_after());
         }
     }
 
     pub(super) fn on_commit_ack(&mut self, core: &mut Core<R>, peer: PeerId, ack: CommitAck) {
         let Some(uid) = self.awaited.remove(&ack.seq) else { return };
         let Some(request) = self.requests.get(&uid).filter(|request| request.peer == peer) else { return };
-        if !matches!(request.stage, Stage::Committing { .. }) {
+        if !matches!(request.stage, OutgoingStage::Committing { .. }) {
             return;
         }
         if let Some(refusal) = ack.refusal {
@@ -378,9 +381,11 @@ impl<R> Outgoing<R> {
     /// The receiver is still checking what was written.
     pub(super) fn on_verifying(&mut self, core: &mut Core<R>, peer: PeerId, verifying: &Verifying) {
         let Some(&uid) = self.awaited.get(&verifying.seq) else { return };
-        let committing = |request: &Request| request.peer == peer && matches!(request.stage, Stage::Committing { .. });
+        let committing = |request: &OutgoingRequest| {
+            request.peer == peer && matches!(request.stage, OutgoingStage::Committing { .. })
+        };
         if self.requests.get(&uid).is_some_and(committing) {
-            core.timers.set(Timer::Commit(uid), core.now + self.settings.commit_timeout);
+            core.timers.set(OutgoingTimer::Commit(uid), core.now + self.settings.commit_timeout);
         }
     }
 
@@ -404,7 +409,12 @@ impl<R> Outgoing<R> {
     }
 
     pub(super) fn cancel_timers(&mut self, core: &mut Core<R>, uid: Uid) {
-        for timer in [Timer::Allocation(uid), Timer::Write(uid), Timer::Commit(uid), Timer::Recommit(uid)] {
+        for timer in [
+            OutgoingTimer::Allocation(uid),
+            OutgoingTimer::Write(uid),
+            OutgoingTimer::Commit(uid),
+            OutgoingTimer::Recommit(uid),
+        ] {
             core.timers.cancel(timer);
         }
         self.commits.remove(&uid);
@@ -457,7 +467,12 @@ pub(super) fn truncated(failure: Failure) -> Failure {
 }
 
 /// Notes where each chunk goes. Returns the positions that need not be sent; none when the answer does not add up.
-fn place_chunks(request: &mut Request, already_sent: &[u32], offsets: &[u64], len_bytes: u64) -> Option<Vec<u32>> {
+fn place_chunks(
+    request: &mut OutgoingRequest,
+    already_sent: &[u32],
+    offsets: &[u64],
+    len_bytes: u64,
+) -> Option<Vec<u32>> {
     let skip: BTreeSet<u32> = already_sent.iter().copied().collect();
     let in_range = skip.last().is_none_or(|&last| (last as usize) < request.chunks.len());
     if !in_range || skip.len() + offsets.len() != request.chunks.len() {

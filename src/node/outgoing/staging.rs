@@ -3,9 +3,9 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use super::requests::Stage;
+use super::requests::OutgoingStage;
 use super::uid::Uid;
-use super::{Outgoing, Timer};
+use super::{Outgoing, OutgoingTimer};
 use crate::ids::{ClientId, Failure, FailureKind, RequestId, Seq, SlotIndex, StagedSlot};
 use crate::node::Answer;
 use crate::node::core::Core;
@@ -45,7 +45,7 @@ impl<R> Outgoing<R> {
             return core.refuse(client, id, failure, None);
         }
         let wait = self.allocation_wait(core, wait);
-        core.timers.set(Timer::Stage(client, id), core.now + wait);
+        core.timers.set(OutgoingTimer::Stage(client, id), core.now + wait);
         self.staging.push_back(Staging { client, id, uid, chunks, lens_bytes, wait });
         self.serve_staging(core);
     }
@@ -58,7 +58,7 @@ impl<R> Outgoing<R> {
                 return;
             };
             let Some(staging) = self.staging.pop_front() else { return };
-            core.timers.cancel(Timer::Stage(staging.client, staging.id));
+            core.timers.cancel(OutgoingTimer::Stage(staging.client, staging.id));
             if let Some(slots) = self.fill(core, staging.uid, &staging.chunks, slots) {
                 core.answer(staging.client, staging.id, Answer::Staged { slots });
             }
@@ -123,7 +123,7 @@ impl<R> Outgoing<R> {
             self.staging.drain(..).partition(|staging| core.slots.asked_bytes(&staging.lens_bytes) > most_bytes);
         self.staging = kept;
         for Staging { client, id, lens_bytes, .. } in refused {
-            core.timers.cancel(Timer::Stage(client, id));
+            core.timers.cancel(OutgoingTimer::Stage(client, id));
             let (asked_bytes, note) = (core.slots.asked_bytes(&lens_bytes), core.growth.failure_note());
             let text = format!("{asked_bytes} bytes are wanted, the sender's buffer has {most_bytes}{share}{note}");
             core.refuse(client, id, Failure::new(FailureKind::NoSlots, text), None);
@@ -134,7 +134,7 @@ impl<R> Outgoing<R> {
         self.staging.retain(|waiting| {
             let keep = waiting.client != client;
             if !keep {
-                core.timers.cancel(Timer::Stage(waiting.client, waiting.id));
+                core.timers.cancel(OutgoingTimer::Stage(waiting.client, waiting.id));
             }
             keep
         });
@@ -150,7 +150,7 @@ impl<R> Outgoing<R> {
             .collect();
         self.staging.retain(|staging| staging.uid != uid);
         for (client, id) in ended {
-            core.timers.cancel(Timer::Stage(client, id));
+            core.timers.cancel(OutgoingTimer::Stage(client, id));
             core.refuse(client, id, failure.clone(), None);
         }
     }
@@ -161,7 +161,7 @@ impl<R> Outgoing<R> {
         let Some(request) = self.requests.get(&uid) else {
             return bad(format!("{name} has ended"));
         };
-        if !matches!(request.stage, Stage::Open { last: false, .. }) {
+        if !matches!(request.stage, OutgoingStage::Open { last: false, .. }) {
             return bad(format!("{name} is not open for staging: wait for `opened`, and stage before the last `send`"));
         }
         if chunks.is_empty() {

@@ -5,7 +5,7 @@ use crate::ids::{ClientId, PeerAddress, PeerId, Seq};
 
 /// A deadline.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub(in crate::node) enum Timer {
+pub(in crate::node) enum OutgoingTimer {
     /// A receiver has not answered the handshake in time.
     Handshake(PeerId),
     /// A request has waited long enough for its grant.

@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 
 use super::coverage::Coverage;
-use super::peers::Peer;
-use super::requests::{Stage, WRITE_DEADLINE_PASSED};
+use super::receivers::Receiver;
+use super::requests::{OutgoingStage, WRITE_DEADLINE_PASSED};
 use super::uid::Uid;
 use super::{Outgoing, Sending};
 use crate::ids::{
@@ -67,7 +67,7 @@ impl<R> Outgoing<R> {
         let transfer = TransferId(core.fresh());
         let Some(record) = self.requests.get_mut(&uid) else { return };
         // A process that was paused may learn of its deadline here first: nothing is posted after it.
-        if matches!(record.stage, Stage::Open { write_until, .. } if core.now >= write_until) {
+        if matches!(record.stage, OutgoingStage::Open { write_until, .. } if core.now >= write_until) {
             let failure = Failure::new(FailureKind::Deadline, WRITE_DEADLINE_PASSED);
             let peer = record.address.to_string();
             core.refuse(client, id, failure.clone(), Some(peer));
@@ -79,7 +79,7 @@ impl<R> Outgoing<R> {
         }
         if last {
             record.since = core.now;
-            if let Stage::Open { last, .. } = &mut record.stage {
+            if let OutgoingStage::Open { last, .. } = &mut record.stage {
                 *last = true;
             }
         }
@@ -132,7 +132,7 @@ impl<R> Outgoing<R> {
         let mut written = Vec::new();
         if let Some(request) = self.requests.get_mut(&uid) {
             request.in_flight -= 1;
-            let closing = matches!(request.stage, Stage::Closing { .. });
+            let closing = matches!(request.stage, OutgoingStage::Closing { .. });
             match result {
                 Ok(sums) if !closing => {
                     let mut sums = sums.into_iter();
@@ -160,7 +160,7 @@ impl<R> Outgoing<R> {
             }
         }
         if let Some(Failure { kind, text }) = connection_lost {
-            let name = self.peers.get(&peer).map(Peer::name).unwrap_or_default();
+            let name = self.peers.get(&peer).map(Receiver::name).unwrap_or_default();
             let text = format!("receiver {address} ({}): {text}", truncate(&name));
             self.peer_failed(core, peer, Failure::new(kind, text));
         }
@@ -178,7 +178,7 @@ impl<R> Outgoing<R> {
 
     fn commit_if_written(&mut self, core: &mut Core<R>, uid: Uid) {
         let Some(request) = self.requests.get_mut(&uid).filter(|request| request.in_flight == 0) else { return };
-        if matches!(request.stage, Stage::Open { last: true, .. }) {
+        if matches!(request.stage, OutgoingStage::Open { last: true, .. }) {
             request.phases.transfer = core.now.saturating_duration_since(request.since);
             request.since = core.now;
             let peer = request.peer;
@@ -199,7 +199,7 @@ impl<R> Outgoing<R> {
         let Some(request) = self.requests.get(&uid) else {
             return bad(format!("{name} has ended"));
         };
-        if !matches!(request.stage, Stage::Open { last: false, .. }) {
+        if !matches!(request.stage, OutgoingStage::Open { last: false, .. }) {
             return bad(format!("{name} takes no more sends: it is not opened yet, or its last send was given"));
         }
         if parts.is_empty() && !last {

@@ -11,7 +11,7 @@ use super::descriptor::BufferDescriptor;
 use super::devices::Devices;
 use super::flight::Flight;
 use super::identity::Identity;
-use super::peer::{Peer, PeerError};
+use super::peer::{LocalPeer, PeerError};
 use crate::buffer::Memory;
 use crate::ids::{ConnectionId, TransferId};
 use crate::transfer::{
@@ -53,7 +53,7 @@ struct Connection {
     agent_name: String,
     pid: u32,
     /// From step two on.
-    peer: Option<Peer>,
+    peer: Option<LocalPeer>,
 }
 
 #[derive(Debug)]
@@ -209,7 +209,7 @@ impl TransferEngine for LocalEngine {
             .connections
             .get_mut(&connection)
             .ok_or(TransferError::NotConnected { engine: LOCAL_ENGINE_NAME, connection })?;
-        let opened = Peer::open(known.pid, descriptors, &registered.memory, &mut self.devices);
+        let opened = LocalPeer::open(known.pid, descriptors, &registered.memory, &mut self.devices);
         known.peer = Some(opened.map_err(|error| peer_error(&known.agent_name, error))?);
         // Mapping is all there is to it; pages come with the copies.
         self.ended.connections.push(Connected { connection, result: Ok(()) });

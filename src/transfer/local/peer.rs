@@ -15,7 +15,7 @@ use crate::ids::ByteCopy;
 /// A process whose memory is open here. It stays valid when the process is gone; only then nobody reads it any more, so
 /// bytes written there do not count.
 #[derive(Debug)]
-pub(super) struct Peer {
+pub(super) struct LocalPeer {
     memory: OpenedMemory,
     /// What the peer told of it: how much may be written.
     descriptor: BufferDescriptor,
@@ -32,7 +32,7 @@ enum OpenedMemory {
     Device { stream: Arc<CopyStream>, target: CopyEnd },
 }
 
-impl Peer {
+impl LocalPeer {
     /// Opens what `descriptors` name, which must belong to process `pid`, for copies out of `ours`.
     pub(super) fn open(
         pid: u32,

@@ -12,7 +12,7 @@ use super::descriptors::{BufferDescriptor, unit_indices};
 use super::errors::{bad_descriptors, bad_metadata, explain, peer_error, with_shortage};
 use super::flights::{Flight, Purpose};
 use super::metadata::check_metadata;
-use super::peers::{Peer, Peers, RemoteBuffer};
+use super::peers::{NixlPeer, Peers, RemoteBuffer};
 use super::{NIXL_ENGINE_NAME, NixlOptions};
 use crate::buffer::Memory;
 use crate::ids::{ConnectionId, TransferId};
@@ -68,7 +68,7 @@ impl NixlEngine {
         if !idle {
             return;
         }
-        let Some(Peer { agent_name, buffer, .. }) = self.peers.remove(connection) else {
+        let Some(NixlPeer { agent_name, buffer, .. }) = self.peers.remove(connection) else {
             return;
         };
         // What was prepared from the agent's metadata goes before the metadata.
@@ -296,7 +296,7 @@ impl TransferEngine for NixlEngine {
         descriptors: &[u8],
     ) -> Result<(), TransferError> {
         let not_connected = TransferError::NotConnected { engine: NIXL_ENGINE_NAME, connection };
-        let Some(Peer { agent_name, buffer, connecting, .. }) = self.peers.present(connection) else {
+        let Some(NixlPeer { agent_name, buffer, connecting, .. }) = self.peers.present(connection) else {
             return Err(not_connected);
         };
         let Some(before) = buffer.as_ref().map(|remote| &remote.descriptor).or(connecting.as_ref()) else {

@@ -11,7 +11,7 @@ use crate::ids::ConnectionId;
 use crate::transfer::TransferError;
 
 /// A connection to an agent that NIXL knows.
-pub(super) struct Peer {
+pub(super) struct NixlPeer {
     pub(super) agent_name: String,
     /// Where its memory is, while the connection is being warmed.
     pub(super) connecting: Option<BufferDescriptor>,
@@ -52,7 +52,7 @@ impl RemoteBuffer {
 /// All connections, several of which may name one agent.
 #[derive(Default)]
 pub(super) struct Peers {
-    known: BTreeMap<ConnectionId, Peer>,
+    known: BTreeMap<ConnectionId, NixlPeer>,
     connections_made: u64,
 }
 
@@ -65,22 +65,23 @@ impl Peers {
     pub(super) fn insert(&mut self, agent_name: String, reused: bool) -> ConnectionId {
         self.connections_made += 1;
         let connection = ConnectionId(self.connections_made);
-        let peer = Peer { agent_name, connecting: None, buffer: None, requests_in_progress: 0, leaving: false, reused };
+        let peer =
+            NixlPeer { agent_name, connecting: None, buffer: None, requests_in_progress: 0, leaving: false, reused };
         self.known.insert(connection, peer);
         connection
     }
 
     /// A peer that is not leaving.
-    pub(super) fn present(&self, connection: ConnectionId) -> Option<&Peer> {
+    pub(super) fn present(&self, connection: ConnectionId) -> Option<&NixlPeer> {
         self.known.get(&connection).filter(|peer| !peer.leaving)
     }
 
     /// Any peer, leaving or not.
-    pub(super) fn any_mut(&mut self, connection: ConnectionId) -> Option<&mut Peer> {
+    pub(super) fn any_mut(&mut self, connection: ConnectionId) -> Option<&mut NixlPeer> {
         self.known.get_mut(&connection)
     }
 
-    pub(super) fn remove(&mut self, connection: ConnectionId) -> Option<Peer> {
+    pub(super) fn remove(&mut self, connection: ConnectionId) -> Option<NixlPeer> {
         self.known.remove(&connection)
     }
 

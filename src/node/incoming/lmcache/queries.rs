@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::super::{Incoming, Port, Timer};
+use super::super::{Incoming, IncomingTimer, Port};
 use crate::ids::{ClientId, SlotIndex};
 use crate::node::core::Core;
 use crate::node::output::To;
@@ -42,7 +42,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
                 core.slots.pin(slot);
             }
             let lease = self.leases.open(QUERIES, held);
-            core.timers.set(Timer::Lease(QUERIES, lease), core.now + core.settings.write_timeout);
+            core.timers.set(IncomingTimer::Lease(QUERIES, lease), core.now + core.settings.write_timeout);
         }
         core.send(To::Route(from), Port::Query, Message::CacheQueryResponse(answer));
     }

@@ -4,8 +4,8 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use super::super::origin::Origin;
-use super::super::request::{Request, Stage};
-use super::super::{Incoming, Note, Port, Timer};
+use super::super::request::{IncomingRequest, IncomingStage};
+use super::super::{Incoming, IncomingTimer, Note, Port};
 use super::{Batches, NAME_PREFIX};
 use crate::ids::{Failure, FailureKind, GrantId, RequestId, Seq, SlotIndex, truncate};
 use crate::node::chunks::ChunkSize;
@@ -144,7 +144,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
     fn is_next_batch(&self, instance: &str, id: &RequestId) -> bool {
         self.requests.get(id).is_some_and(|open| {
             open.instance == instance
-                && matches!(open.stage, Stage::Granted { .. })
+                && matches!(open.stage, IncomingStage::Granted { .. })
                 && open.origin.batches().is_some_and(|batches| !batches.complete)
         })
     }
@@ -158,10 +158,10 @@ impl<R: Clone + PartialEq> Incoming<R> {
         sizes: Vec<ChunkSize>,
     ) {
         let wait = core.settings.allocation_timeout;
-        core.timers.set(Timer::Allocation(id.clone()), core.now + wait);
+        core.timers.set(IncomingTimer::Allocation(id.clone()), core.now + wait);
         let (complete, total) = (is_last(&request), announced(&request));
         let batches = Batches { total, spare: Vec::new(), complete, unnamed: request.req_id.is_none() };
-        let request = Request {
+        let request = IncomingRequest {
             instance,
             route: from,
             seq: Seq(0),
@@ -173,7 +173,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
             refused_in: None,
             verifying: None,
             origin: Origin::Lmcache(batches),
-            stage: Stage::Waiting { wait },
+            stage: IncomingStage::Waiting { wait },
         };
         self.requests.insert(id.clone(), request);
         self.waiting.push_back(id);
@@ -205,7 +205,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
     fn take_batch(&mut self, core: &mut Core<R>, from: R, id: RequestId, batch: AllocRequest, sizes: Vec<ChunkSize>) {
         let shared = self.ready_of(core, &batch.keys, &sizes);
         let Some(request) = self.requests.get_mut(&id) else { return };
-        let (Stage::Granted { grant, own, shared: held }, Some(batches)) =
+        let (IncomingStage::Granted { grant, own, shared: held }, Some(batches)) =
             (&mut request.stage, request.origin.batches_mut())
         else {
             return;
@@ -299,7 +299,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
             self.end(core, &id, Failure::new(FailureKind::PeerLost, text), false);
         }
         let linger = if core.settings.keeps(Safeguard::Linger) { self.settings.linger } else { Duration::ZERO };
-        core.timers.set(Timer::Linger(instance), core.now + linger);
+        core.timers.set(IncomingTimer::Linger(instance), core.now + linger);
         self.admit(core);
         true
     }

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::super::Incoming;
-use super::super::request::{Request, Stage};
+use super::super::request::{IncomingRequest, IncomingStage};
 use crate::ids::{ChunkKey, Failure, FailureKind, RequestId};
 use crate::node::core::Core;
 use crate::node::safeguards::Safeguard;
@@ -59,7 +59,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
 
     fn take_one_uncommitted(&mut self, core: &mut Core<R>, id: &RequestId, key: &ChunkKey) {
         let Some(request) = self.requests.get_mut(id) else { return };
-        let Stage::Granted { grant, own, shared } = &mut request.stage else { return };
+        let IncomingStage::Granted { grant, own, shared } = &mut request.stage else { return };
         let Some(at) = own.iter().position(|&(index, _)| request.keys[index as usize] == *key) else { return };
         let (index, slot) = own.remove(at);
         let committed = core.slots.commit(slot, *grant, key.clone(), request.sizes[index as usize].group);
@@ -75,7 +75,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
 
     /// No reader has fetched a request in time.
     pub(in crate::node::incoming) fn nobody_fetched(&mut self, core: &mut Core<R>, id: &RequestId) {
-        if self.requests.get(id).is_some_and(Request::writes_nothing) {
+        if self.requests.get(id).is_some_and(IncomingRequest::writes_nothing) {
             // It only held what others had brought.
             self.make_ready(core, id);
             return self.drop_ready(core, id);
@@ -90,7 +90,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
     /// Whether a request is granted as a whole, so that a reader that knows it to be written can have it.
     pub(in crate::node::incoming) fn can_be_taken_uncommitted(&self, id: &RequestId) -> bool {
         self.requests.get(id).is_some_and(|request| {
-            matches!(request.stage, Stage::Granted { .. })
+            matches!(request.stage, IncomingStage::Granted { .. })
                 && request.origin.batches().is_some_and(|batches| batches.complete)
         })
     }

@@ -2,7 +2,7 @@
 
 use self::receiver::LmcacheReceiver;
 use super::Outgoing;
-use super::peers::Peer;
+use super::receivers::Receiver;
 use super::uid::Uid;
 use crate::ids::{ChunkKey, Failure, FailureKind, Pages, PeerId, RequestId};
 use crate::node::core::Core;
@@ -58,5 +58,5 @@ impl<R> Outgoing<R> {
 
     pub(super) fn end_lmcache(&self, _: &Core<R>, _: PeerId) {}
 
-    pub(super) fn remember_lmcache(&self, _: &Core<R>, _: Peer) {}
+    pub(super) fn remember_lmcache(&self, _: &Core<R>, _: Receiver) {}
 }

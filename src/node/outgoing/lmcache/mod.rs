@@ -23,10 +23,10 @@ use self::places::{NoPlaces, Places, places};
 use self::receiver::{Asked, Cancelled, LmcacheReceiver};
 use self::unwritten::{Claim, Unwritten};
 use super::link::Link;
-use super::peers::Peer;
-use super::requests::{Request, Stage};
+use super::receivers::Receiver;
+use super::requests::{OutgoingRequest, OutgoingStage};
 use super::uid::Uid;
-use super::{Outgoing, Port, Timer};
+use super::{Outgoing, OutgoingTimer, Port};
 use crate::ids::{ChunkKey, Failure, FailureKind, GrantId, Pages, PeerAddress, PeerId, RequestId, Seq};
 use crate::node::core::Core;
 use crate::node::output::To;
@@ -169,12 +169,12 @@ impl<R> Outgoing<R> {
     /// A request wants slots of an LMCache receiver.
     pub(super) fn queue_allocation(&mut self, core: &mut Core<R>, peer: PeerId, uid: Uid) {
         let Some(request) = self.requests.get(&uid) else { return };
-        let Stage::Peer { wait, .. } = request.stage else { return };
+        let OutgoingStage::Connecting { wait, .. } = request.stage else { return };
         if let Some(failure) = request.keys.iter().find_map(|key| lmcache_terms::check_key(key).err()) {
             return self.fail(core, uid, failure);
         }
         let until = core.now + wait;
-        core.timers.set(Timer::Allocation(uid), until);
+        core.timers.set(OutgoingTimer::Allocation(uid), until);
         if let Some(receiver) = self.lmcache_mut(peer) {
             receiver.waiting.push_back((uid, until));
         }
@@ -189,7 +189,7 @@ impl<R> Outgoing<R> {
         {
             keys.iter().for_each(|key| receiver.unwritten.give_back(key));
             receiver.cancelled = Some(Cancelled { keys: keys.clone(), since: core.now });
-            core.timers.set(Timer::Answer(peer), core.now + ANSWER_TIME_MAX);
+            core.timers.set(OutgoingTimer::Answer(peer), core.now + ANSWER_TIME_MAX);
             let cancel = CancelNotif { req_id, keys, pd: None };
             core.send(To::Peer(peer), Port::Alloc, Message::CancelNotif(cancel));
         }
@@ -216,7 +216,7 @@ impl<R> Outgoing<R> {
         let Ok(dtype) = lmcache_terms::dtype(&core.settings.chunk.dtype) else { return };
         // It may have ended while it waited.
         let Some(request) = self.requests.get_mut(&uid).filter(|request| request.peer == peer) else { return };
-        let Stage::Peer { open_id, wait } = request.stage else { return };
+        let OutgoingStage::Connecting { open_id, wait } = request.stage else { return };
         let (id, keys) = (request.id.clone(), request.keys.clone());
         let Some(receiver) = self.peers.get_mut(&peer).and_then(|record| record.link.lmcache_mut()) else { return };
         if receiver.unwritten.len() + keys.len() > receiver.unwritten_max() {
@@ -228,14 +228,14 @@ impl<R> Outgoing<R> {
             );
             return self.fail(core, uid, Failure::new(FailureKind::Limit, text));
         }
-        request.stage = Stage::Allocating { open_id, seq, wait };
+        request.stage = OutgoingStage::Allocating { open_id, seq, wait };
         receiver.asked = Some(Asked { uid, seq, request: id, keys, since: core.now });
         let mut message = request.alloc_message(&core.settings.chunk);
         message.dtype = dtype;
         // Its turn came late, perhaps, but the receiver is not slower for that.
         let until = until + self.settings.commit_timeout;
-        core.timers.set(Timer::Allocation(uid), until);
-        core.timers.set(Timer::Answer(peer), until.max(core.now + ANSWER_TIME_MAX));
+        core.timers.set(OutgoingTimer::Allocation(uid), until);
+        core.timers.set(OutgoingTimer::Answer(peer), until.max(core.now + ANSWER_TIME_MAX));
         core.send(To::Peer(peer), Port::Alloc, Message::AllocRequest(message));
     }
 
@@ -247,11 +247,11 @@ impl<R> Outgoing<R> {
         let since = receiver.silent_since()?;
         let silent_ms = core.now.saturating_duration_since(since).as_millis();
         let text = match request.stage {
-            Stage::Allocating { .. } => format!(
+            OutgoingStage::Allocating { .. } => format!(
                 "receiver {address} (LMCache) has not answered the allocation within {silent_ms} ms; one that is full \
                  answers when its engine has freed pages (pd_allocation_timeout_sec, pd_commit_timeout_sec)"
             ),
-            Stage::Peer { .. } => format!(
+            OutgoingStage::Connecting { .. } => format!(
                 "receiver {address} (LMCache) is asked one thing at a time, and has not answered another request for \
                  {silent_ms} ms; one that is full answers when its engine has freed pages (pd_allocation_timeout_sec)"
             ),
@@ -273,7 +273,7 @@ impl<R> Outgoing<R> {
             keys.iter().filter(|key| !asked.contains(key)).for_each(|key| receiver.unwritten.given_back(key));
         }
         if receiver.silent_since().is_none() {
-            core.timers.cancel(Timer::Answer(peer));
+            core.timers.cancel(OutgoingTimer::Answer(peer));
         }
         match asked {
             Some(Asked { uid, seq, request, keys, .. }) => {
@@ -296,7 +296,7 @@ impl<R> Outgoing<R> {
         keys: &[ChunkKey],
         response: &AllocResponse,
     ) {
-        let waits = |request: &&Request| matches!(request.stage, Stage::Allocating { seq: asked, .. } if asked == seq);
+        let waits = |request: &&OutgoingRequest| matches!(request.stage, OutgoingStage::Allocating { seq: asked, .. } if asked == seq);
         let waits = self.requests.get(&uid).filter(waits).is_some();
         let Some(record) = self.peers.get_mut(&peer) else { return };
         let address = record.address.clone();
@@ -373,14 +373,14 @@ impl<R> Outgoing<R> {
         // Its receiver sets no time, so ours counts: pages that are never written are lost to a synchronous one.
         let write_until = core.now + core.settings.write_timeout;
         let Some(request) = self.requests.get_mut(&uid) else { return };
-        let Stage::Allocating { open_id, .. } = request.stage else { return };
+        let OutgoingStage::Allocating { open_id, .. } = request.stage else { return };
         for (chunk, place) in request.chunks.iter_mut().zip(places) {
             chunk.remote = place.map(|page| u64::from(page) * pages.page_bytes);
         }
         let already_sent: Vec<u32> =
             (0u32..).zip(places).filter(|(_, place)| place.is_none()).map(|(index, _)| index).collect();
         // A name that nobody else hears.
-        request.stage = Stage::Open { grant: GrantId(seq.0), write_until, last: false };
+        request.stage = OutgoingStage::Open { grant: GrantId(seq.0), write_until, last: false };
         self.opened(core, uid, open_id, write_until, already_sent);
     }
 
@@ -418,9 +418,9 @@ impl<R> Outgoing<R> {
         let mut again = Vec::new();
         for uid in self.requests_of(peer) {
             let Some(request) = self.requests.get_mut(&uid) else { continue };
-            let Stage::Peer { open_id, wait } = request.stage else { continue };
+            let OutgoingStage::Connecting { open_id, wait } = request.stage else { continue };
             request.set_aside(core.now, open_id, wait);
-            core.timers.cancel(Timer::Allocation(uid));
+            core.timers.cancel(OutgoingTimer::Allocation(uid));
             again.push(uid);
         }
         self.peer_failed(core, peer, Failure::new(FailureKind::PeerLost, text));
@@ -434,12 +434,12 @@ impl<R> Outgoing<R> {
             if let Some(Asked { keys, .. }) = receiver.asked.take() {
                 receiver.unwritten.orphaned(&keys);
             }
-            core.timers.cancel(Timer::Answer(peer));
+            core.timers.cancel(OutgoingTimer::Answer(peer));
         }
     }
 
     /// An LMCache receiver is gone: remembers what it holds of ours.
-    pub(super) fn remember_lmcache(&mut self, core: &mut Core<R>, record: Peer) {
+    pub(super) fn remember_lmcache(&mut self, core: &mut Core<R>, record: Receiver) {
         let Link::Lmcache(receiver) = record.link else { return };
         let LmcacheReceiver { metadata, pages: Some(pages), unwritten, .. } = *receiver else { return };
         if unwritten.is_empty() {

@@ -4,9 +4,9 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use super::link::{LMCACHE_INSTANCE, Link};
-use super::requests::{Stage, truncated};
+use super::requests::{OutgoingStage, truncated};
 use super::uid::Uid;
-use super::{Note, Outgoing, Port, Timer};
+use super::{Note, Outgoing, OutgoingTimer, Port};
 use crate::ids::{ConnectionId, Failure, FailureKind, PeerAddress, PeerId, Seq, truncate};
 use crate::node::Output;
 use crate::node::PeerMemory;
@@ -23,9 +23,9 @@ use crate::wire::{LmcacheMode, Message};
 
 /// A receiver, from the first request to it until it is lost.
 #[derive(Debug)]
-pub(super) struct Peer {
+pub(super) struct Receiver {
     pub(super) address: PeerAddress,
-    state: PeerState,
+    state: ReceiverProgress,
     since: Instant,
     /// Its name for itself, once it has said.
     pub(super) instance: String,
@@ -42,10 +42,10 @@ pub(super) struct Peer {
 }
 
 #[derive(Debug)]
-enum PeerState {
+enum ReceiverProgress {
     /// Transfers to a lost peer at the same address have not ended yet. A handshake tells a receiver that nothing of the old
     /// connection is in flight, so the handshake has to wait for their end.
-    Draining,
+    AwaitingOldWrites,
     /// The sockets are being connected.
     Connecting,
     /// Asked who it is.
@@ -60,10 +60,10 @@ enum PeerState {
     Up(ConnectionId),
 }
 
-impl Peer {
+impl Receiver {
     pub(super) fn connection(&self) -> Option<ConnectionId> {
         match self.state {
-            PeerState::Up(connection) => Some(connection),
+            ReceiverProgress::Up(connection) => Some(connection),
             _ => None,
         }
     }
@@ -71,9 +71,9 @@ impl Peer {
     /// What the engine has of it, connected or not yet.
     fn held(&self) -> Option<ConnectionId> {
         match self.state {
-            PeerState::Registering(_, connection) | PeerState::Warming(connection, _) | PeerState::Up(connection) => {
-                Some(connection)
-            }
+            ReceiverProgress::Registering(_, connection)
+            | ReceiverProgress::Warming(connection, _)
+            | ReceiverProgress::Up(connection) => Some(connection),
             _ => None,
         }
     }
@@ -98,9 +98,9 @@ impl<R> Outgoing<R> {
             return Err(Failure::new(FailureKind::Limit, text));
         }
         let peer = PeerId(core.fresh());
-        let record = Peer {
+        let record = Receiver {
             address: address.clone(),
-            state: PeerState::Draining,
+            state: ReceiverProgress::AwaitingOldWrites,
             since: core.now,
             instance: String::new(),
             len_bytes: 0,
@@ -112,7 +112,7 @@ impl<R> Outgoing<R> {
         };
         self.peers.insert(peer, record);
         self.peer_by_address.insert(address.clone(), peer);
-        core.timers.set(Timer::Handshake(peer), core.now + self.settings.handshake_timeout);
+        core.timers.set(OutgoingTimer::Handshake(peer), core.now + self.settings.handshake_timeout);
         self.connect_when_drained(core, peer);
         Ok(peer)
     }
@@ -120,12 +120,12 @@ impl<R> Outgoing<R> {
     /// Starts connecting once nothing is in flight to an earlier peer at the same address.
     fn connect_when_drained(&mut self, core: &mut Core<R>, peer: PeerId) {
         let Some(record) = self.peers.get_mut(&peer) else { return };
-        if !matches!(record.state, PeerState::Draining)
+        if !matches!(record.state, ReceiverProgress::AwaitingOldWrites)
             || self.transfers.values().any(|transfer| transfer.peer != peer && transfer.address == record.address)
         {
             return;
         }
-        record.state = PeerState::Connecting;
+        record.state = ReceiverProgress::Connecting;
         let address = record.address.clone();
         core.outputs.push_back(Output::OpenPeer { peer, address });
     }
@@ -141,10 +141,10 @@ impl<R> Outgoing<R> {
     pub(in crate::node) fn handle_peer_opened(&mut self, core: &mut Core<R>, peer: PeerId, lmcache_mode: LmcacheMode) {
         let seq = Seq(core.fresh());
         let Some(record) = self.peers.get_mut(&peer) else { return };
-        if !matches!(record.state, PeerState::Connecting) {
+        if !matches!(record.state, ReceiverProgress::Connecting) {
             return;
         }
-        record.state = PeerState::Introducing(seq);
+        record.state = ReceiverProgress::Introducing(seq);
         record.lmcache_mode = lmcache_mode;
         let connected = self.connected_instances();
         if connected.len() > handshake::CONNECTED_MAX {
@@ -178,7 +178,7 @@ impl<R> Outgoing<R> {
 
     pub(super) fn on_init_response(&mut self, core: &mut Core<R>, peer: PeerId, response: InitResponse) {
         let Some(record) = self.peers.get_mut(&peer) else { return };
-        let PeerState::Introducing(seq) = record.state else {
+        let ReceiverProgress::Introducing(seq) = record.state else {
             return self.note_unexpected(core, peer, "NixlInitResponse");
         };
         // No receiver of ours leaves `pd` out.
@@ -209,7 +209,7 @@ impl<R> Outgoing<R> {
     ) {
         let Some(record) = self.peers.get_mut(&peer) else { return };
         record.link = link;
-        record.state = PeerState::Loading;
+        record.state = ReceiverProgress::Loading;
         // Our handshake has told a receiver of ours that nothing is in flight. Where an LMCache receiver is now, there is
         // none of ours any more.
         let address = record.address.clone();
@@ -225,12 +225,12 @@ impl<R> Outgoing<R> {
         result: Result<ConnectionId, Failure>,
     ) {
         let seq = Seq(core.fresh());
-        let loading = self.peers.get_mut(&peer).filter(|record| matches!(record.state, PeerState::Loading));
+        let loading = self.peers.get_mut(&peer).filter(|record| matches!(record.state, ReceiverProgress::Loading));
         match (loading, result) {
             (None, Ok(connection)) => core.outputs.push_back(Output::ForgetPeer(connection)),
             (None, Err(_)) => {}
             (Some(record), Ok(connection)) => {
-                record.state = PeerState::Registering(seq, connection);
+                record.state = ReceiverProgress::Registering(seq, connection);
                 self.register(core, peer, seq);
             }
             (Some(_), Err(failure)) => self.peer_failed(core, peer, failure),
@@ -239,7 +239,7 @@ impl<R> Outgoing<R> {
 
     pub(super) fn on_mem_reg_response(&mut self, core: &mut Core<R>, peer: PeerId, response: MemRegResponse) {
         let Some(record) = self.peers.get(&peer) else { return };
-        let PeerState::Registering(seq, connection) = record.state else {
+        let ReceiverProgress::Registering(seq, connection) = record.state else {
             return self.note_unexpected(core, peer, "NixlMemRegResponse");
         };
         self.on_registered(core, peer, (seq, connection), response);
@@ -256,7 +256,7 @@ impl<R> Outgoing<R> {
     ) {
         let Some(record) = self.peers.get_mut(&peer) else { return };
         record.len_bytes = len_bytes;
-        record.state = PeerState::Warming(connection, core.now.saturating_duration_since(record.since));
+        record.state = ReceiverProgress::Warming(connection, core.now.saturating_duration_since(record.since));
         core.outputs.push_back(Output::ConnectPeer { peer, connection, memory });
     }
 
@@ -264,7 +264,7 @@ impl<R> Outgoing<R> {
     pub(super) fn on_memory_update(&mut self, core: &mut Core<R>, peer: PeerId, update: MemoryUpdate) {
         let Some(record) = self.peers.get_mut(&peer) else { return };
         // Two grants may carry the same update.
-        if let PeerState::Up(connection) = record.state
+        if let ReceiverProgress::Up(connection) = record.state
             && update.len_bytes > record.len_bytes
         {
             record.len_bytes = update.len_bytes;
@@ -296,14 +296,14 @@ impl<R> Outgoing<R> {
         result: Result<(), String>,
     ) {
         let Some(record) = self.peers.get_mut(&peer) else { return };
-        let PeerState::Warming(connection, took) = record.state else { return };
+        let ReceiverProgress::Warming(connection, took) = record.state else { return };
         match result {
             Ok(()) => {
-                record.state = PeerState::Up(connection);
+                record.state = ReceiverProgress::Up(connection);
                 record.heard = Heard::at(core.now);
                 let heartbeat = record.heartbeat;
                 let (address, instance, len_bytes) = (record.address.clone(), record.name(), record.len_bytes);
-                core.timers.cancel(Timer::Handshake(peer));
+                core.timers.cancel(OutgoingTimer::Handshake(peer));
                 self.note_connected(core, &address);
                 core.note(Note::PeerUp { address, instance, len_bytes, took });
                 // At once, so that a port for allocations that is not this receiver's is noticed before it is used.
@@ -347,8 +347,8 @@ impl<R> Outgoing<R> {
         for uid in self.requests_of(peer) {
             self.fail(core, uid, told.clone());
         }
-        core.timers.cancel(Timer::Handshake(peer));
-        core.timers.cancel(Timer::Ping(peer));
+        core.timers.cancel(OutgoingTimer::Handshake(peer));
+        core.timers.cancel(OutgoingTimer::Ping(peer));
         self.forget_pending_acks(core, peer);
         self.peer_by_address.remove(&address);
         if let Some(record) = self.peers.remove(&peer) {
@@ -361,7 +361,8 @@ impl<R> Outgoing<R> {
 
     pub(super) fn handshake_timed_out(&mut self, core: &mut Core<R>, peer: PeerId) {
         let limit_ms = self.settings.handshake_timeout.as_millis();
-        let draining = self.peers.get(&peer).is_some_and(|record| matches!(record.state, PeerState::Draining));
+        let draining =
+            self.peers.get(&peer).is_some_and(|record| matches!(record.state, ReceiverProgress::AwaitingOldWrites));
         let why = if draining { ": transfers to it from before have not ended yet" } else { "" };
         let text = format!("no handshake within {limit_ms} ms (pd_handshake_timeout_sec){why}");
         self.peer_failed(core, peer, Failure::new(FailureKind::PeerUnreachable, text));
@@ -391,7 +392,7 @@ impl<R> Outgoing<R> {
         }
         let receiver = record.instance.clone();
         let instance = core.settings.hello.instance.clone();
-        core.timers.set(Timer::Ping(peer), core.now + interval);
+        core.timers.set(OutgoingTimer::Ping(peer), core.now + interval);
         core.send(To::Peer(peer), Port::Alloc, Message::PdPing(Ping { seq, instance, ended: Vec::new(), receiver }));
     }
 
@@ -435,13 +436,13 @@ impl<R> Outgoing<R> {
         let mut again = Vec::new();
         for uid in self.requests_of(peer) {
             let Some(request) = self.requests.get_mut(&uid) else { continue };
-            let Stage::Allocating { open_id, seq, wait } = request.stage else { continue };
+            let OutgoingStage::Allocating { open_id, seq, wait } = request.stage else { continue };
             if std::mem::replace(&mut request.reconnected, true) {
                 continue;
             }
             request.set_aside(core.now, open_id, wait);
             self.awaited.remove(&seq);
-            core.timers.cancel(Timer::Allocation(uid));
+            core.timers.cancel(OutgoingTimer::Allocation(uid));
             again.push(uid);
         }
         let text = format!("receiver {address} has forgotten this sender: {}", refusal.text);
@@ -467,7 +468,7 @@ impl<R> Outgoing<R> {
         let of_peer = self
             .requests
             .iter()
-            .filter(|(_, request)| request.peer == peer && !matches!(request.stage, Stage::Closing { .. }));
+            .filter(|(_, request)| request.peer == peer && !matches!(request.stage, OutgoingStage::Closing { .. }));
         of_peer.map(|(&uid, _)| uid).collect()
     }
 
@@ -485,8 +486,8 @@ impl<R> Outgoing<R> {
         let last = idle.min_by_key(|(_, record)| (self.reconnects.contains(&record.address), record.last_used));
         let Some((&peer, record)) = last else { return false };
         let (address, connection) = (record.address.clone(), record.held());
-        core.timers.cancel(Timer::Handshake(peer));
-        core.timers.cancel(Timer::Ping(peer));
+        core.timers.cancel(OutgoingTimer::Handshake(peer));
+        core.timers.cancel(OutgoingTimer::Ping(peer));
         self.postpone_connecting(core, &address);
         self.peer_by_address.remove(&address);
         if let Some(record) = self.peers.remove(&peer) {

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::time::Instant;
 
 use super::lmcache::NAME_PREFIX;
-use super::{Incoming, Note, Port, Timer};
+use super::{Incoming, IncomingTimer, Note, Port};
 use crate::ids::{ChecksumMode, ConnectionId, Failure, FailureKind, RequestId, Seq, truncate};
 use crate::node::Output;
 use crate::node::core::Core;
@@ -21,10 +21,10 @@ use crate::wire::message::{
 
 /// A sender that is connected, or connecting.
 #[derive(Debug)]
-pub(super) struct Peer<R> {
+pub(super) struct Sender<R> {
     agent_name: String,
     process: Option<ProcessIdentity>,
-    state: PeerState<R>,
+    state: SenderProgress<R>,
     /// Where its allocations come from: the connection that tells us when it is gone.
     pub(super) alloc_route: Option<R>,
     /// Whether it pings.
@@ -44,7 +44,7 @@ pub(super) struct Peer<R> {
 }
 
 #[derive(Debug)]
-enum PeerState<R> {
+enum SenderProgress<R> {
     /// The engine reads its metadata; then it is answered.
     Loading { reply_to: R, seq: Seq },
     /// Both sides know each other.
@@ -97,10 +97,10 @@ impl<R: Clone + PartialEq> Incoming<R> {
             return self.refuse_peer(core, from, seq, instance, Failure::new(FailureKind::BadRequest, text));
         }
         if let Some(peer) = self.peers.get_mut(&instance)
-            && matches!(peer.state, PeerState::Loading { .. })
+            && matches!(peer.state, SenderProgress::Loading { .. })
         {
             // The sender has given the earlier handshake up. What the engine reads serves this one as well.
-            peer.state = PeerState::Loading { reply_to: from, seq };
+            peer.state = SenderProgress::Loading { reply_to: from, seq };
             (peer.init_seq, peer.last_seq, peer.heard) = (seq, seq, Heard::at(core.now));
             peer.allocs = SeenSeqs::above(seq);
             return self.free_closing_of(core, &instance, seq);
@@ -117,10 +117,10 @@ impl<R: Clone + PartialEq> Incoming<R> {
             return self.refuse_peer(core, from, extension.seq, instance, Failure::new(FailureKind::Limit, text));
         }
         let can = |capability| extension.hello.capabilities.iter().any(|name| name == capability);
-        let peer = Peer {
+        let peer = Sender {
             agent_name: extension.agent_name.clone(),
             process: extension.hello.process,
-            state: PeerState::Loading { reply_to: from, seq },
+            state: SenderProgress::Loading { reply_to: from, seq },
             alloc_route: None,
             heartbeat: can(CAPABILITY_HEARTBEAT),
             waits_for_verifying: can(CAPABILITY_VERIFYING),
@@ -153,9 +153,9 @@ impl<R: Clone + PartialEq> Incoming<R> {
             }
             return;
         };
-        let PeerState::Loading { reply_to, seq } = &peer.state else {
+        let SenderProgress::Loading { reply_to, seq } = &peer.state else {
             // Two handshakes ran into each other: the engine knows the peer by its latest connection.
-            if let (PeerState::Connected(old), Ok(new)) = (&mut peer.state, result) {
+            if let (SenderProgress::Connected(old), Ok(new)) = (&mut peer.state, result) {
                 let old = std::mem::replace(old, new);
                 core.outputs.push_back(Output::ForgetPeer(old));
             }
@@ -169,10 +169,10 @@ impl<R: Clone + PartialEq> Incoming<R> {
                 return self.refuse_peer(core, to, seq, instance.to_owned(), failure);
             }
         };
-        peer.state = PeerState::Connected(connection);
+        peer.state = SenderProgress::Connected(connection);
         peer.heard = Heard::at(core.now);
         if peer.heartbeat {
-            core.timers.set(Timer::Silence(instance.to_owned()), core.now + core.settings.peer_timeout);
+            core.timers.set(IncomingTimer::Silence(instance.to_owned()), core.now + core.settings.peer_timeout);
         }
         let response = InitResponse {
             remote_agent_name: peer.agent_name.clone().into_bytes(),
@@ -209,7 +209,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
     /// Whether this peer has made its handshake, and did so before it sent message `seq`; notes that it was heard of.
     pub(super) fn touch_peer(&mut self, now: Instant, instance: &str, seq: Seq) -> bool {
         match self.peers.get_mut(instance) {
-            Some(peer) if matches!(peer.state, PeerState::Connected(_)) && seq > peer.init_seq => {
+            Some(peer) if matches!(peer.state, SenderProgress::Connected(_)) && seq > peer.init_seq => {
                 peer.heard = Heard::at(now);
                 peer.last_seq = peer.last_seq.max(seq);
                 true
@@ -298,7 +298,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
     /// The process behind `instance` has ended. What it had posted may arrive for a moment yet.
     pub(in crate::node) fn process_ended(&mut self, core: &mut Core<R>, instance: &str) {
         self.lose_peer(core, instance, "ended");
-        let timer = Timer::Linger(instance.to_owned());
+        let timer = IncomingTimer::Linger(instance.to_owned());
         if !core.timers.contains(timer.clone()) {
             core.timers.set(timer, core.now + self.settings.linger);
         }
@@ -311,7 +311,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
         let silent = peer.heard.silence(core.now, due, interval);
         if silent < timeout {
             let at = peer.heard.silent_for(timeout);
-            return core.timers.set(Timer::Silence(instance.to_owned()), at);
+            return core.timers.set(IncomingTimer::Silence(instance.to_owned()), at);
         }
         let reason = format!("said nothing for {} ms (pd_peer_timeout_sec)", silent.as_millis());
         self.lose_peer(core, instance, &reason);
@@ -320,9 +320,9 @@ impl<R: Clone + PartialEq> Incoming<R> {
     /// Fails everything that a peer had begun, and forgets it.
     pub(super) fn lose_peer(&mut self, core: &mut Core<R>, instance: &str, reason: &str) {
         let Some(peer) = self.peers.remove(instance) else { return };
-        core.timers.cancel(Timer::Silence(instance.to_owned()));
+        core.timers.cancel(IncomingTimer::Silence(instance.to_owned()));
         self.lost.remember(instance, peer.last_seq, peer.process);
-        if let PeerState::Connected(connection) = peer.state {
+        if let SenderProgress::Connected(connection) = peer.state {
             core.outputs.push_back(Output::ForgetPeer(connection));
         }
         core.note(Note::PeerLost { instance: instance.to_owned(), reason: reason.to_owned() });
@@ -411,14 +411,14 @@ impl<R: Clone + PartialEq> Incoming<R> {
         let idle = self
             .peers
             .iter()
-            .filter(|(instance, peer)| matches!(peer.state, PeerState::Connected(_)) && !busy(instance.as_str()));
+            .filter(|(instance, peer)| matches!(peer.state, SenderProgress::Connected(_)) && !busy(instance.as_str()));
         let Some(oldest) = idle.min_by_key(|(_, peer)| peer.last_used).map(|(instance, _)| instance.clone()) else {
             return false;
         };
-        if let Some(Peer { state: PeerState::Connected(connection), last_seq, process, .. }) =
+        if let Some(Sender { state: SenderProgress::Connected(connection), last_seq, process, .. }) =
             self.peers.remove(&oldest)
         {
-            core.timers.cancel(Timer::Silence(oldest.clone()));
+            core.timers.cancel(IncomingTimer::Silence(oldest.clone()));
             self.lost.remember(&oldest, last_seq, process);
             core.outputs.push_back(Output::ForgetPeer(connection));
         }
