@@ -164,11 +164,11 @@ impl Bench {
             ..AllocReplyExtension::empty(seq)
         };
         let response = AllocResponse { already_sent_indexes: vec![], remote_indexes: vec![], pd: Some(pd) };
-        self.from_receiver(Message::AllocResponse(response));
+        self.hear_from_receiver(Message::AllocResponse(response));
         assert!(matches!(self.answers.pop(), Some((Seq(1), Answer::Opened { .. }))));
     }
 
-    fn from_receiver(&mut self, message: Message) {
+    fn hear_from_receiver(&mut self, message: Message) {
         self.node.handle_peer_message(self.now, self.receiver.unwrap(), Port::Alloc, message);
         self.pump();
     }
@@ -287,7 +287,7 @@ fn a_cancel_is_for_what_its_client_has_opened_and_then_for_what_it_receives() {
     bench.node.handle_wait(bench.now, CLIENT, Seq(7), name("r"), None, false);
     let reason = pd_backend::ids::Failure::new(FailureKind::Cancelled, "decode does not want it");
     let grant = bench.granted_there;
-    bench.from_receiver(Message::PdRevoke(Revoke { req_id: name("r"), grant, reason, alloc_seq: None }));
+    bench.hear_from_receiver(Message::PdRevoke(Revoke { req_id: name("r"), grant, reason, alloc_seq: None }));
     assert!(matches!(bench.events.as_slice(), [Event::Failed { .. }]), "{:?}", bench.events);
     // What a client says when it has read that.
     bench.cancel("r");
