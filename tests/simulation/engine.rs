@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
-use pd_backend::ids::{ByteCopy, Checksum, ChunkKey, ConnectionId, RequestId, TransferId};
+use pd_backend::ids::{ByteCopy, Checksum, ChunkKey, ConnectionId, Failure, FailureKind, RequestId, TransferId};
 use pd_backend::wire::message::AllocRequest;
 use rand::RngExt;
 
@@ -102,6 +102,13 @@ impl World {
             used.extend(filling.map(|(attempt, range)| (range.clone(), format!("the connector of attempt {attempt}"))));
         }
         used
+    }
+
+    /// An engine refuses a peer for what its metadata says, or cannot load it now.
+    pub fn load_failure(&self) -> Failure {
+        let refuses = self.handled.is_multiple_of(2);
+        let kind = if refuses { FailureKind::HandshakeRefused } else { FailureKind::PeerUnreachable };
+        Failure::new(kind, "no such agent")
     }
 
     /// Sums what the receiver will check, as the bytes are now.

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use pd_backend::ids::{Checksum, ChunkKey, Failure, FailureKind};
+use pd_backend::ids::{Checksum, ChunkKey, FailureKind};
 use pd_backend::node::incoming::{ExpectedChunk, Note};
 use pd_backend::node::{self, Output, Remote, To};
 use pd_backend::wire::Message;
@@ -36,7 +36,7 @@ impl World {
             WorldEvent::ReceiverLoads(_, instance) => {
                 let refuses = self.plan.engine_refuses;
                 let result = if self.fault(refuses) {
-                    Err(Failure::new(FailureKind::PeerUnreachable, "no such agent"))
+                    Err(self.load_failure())
                 } else {
                     Ok(self.daemons.receiver(at.index).fresh_connection())
                 };

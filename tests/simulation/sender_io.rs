@@ -84,7 +84,7 @@ impl World {
         let receiver = self.links[&(at, peer)].receiver;
         let refuses = self.plan.engine_refuses;
         let result = if self.fault(refuses) {
-            Err(Failure::new(FailureKind::PeerUnreachable, "no such agent"))
+            Err(self.load_failure())
         } else {
             let connection = self.daemons.sender(at.index).fresh_connection();
             let known = Connection { receiver, told_len_bytes: 0, forgotten: false };
