@@ -123,21 +123,44 @@ def test_neither_direction_takes_the_whole_buffer(two):
     # Broken in production: two nodes whose buffers are full of what they send wait for each other's room for ever.
     one, other = two
     there, back = way(one, other), way(other, one)
+    data = content(1, 4, 16)
+    # Half of eight slots is granted to the other; as much is left to send with, at once.
     for pair in (there, back):
-        open_request(pair, "all", 6, keys=[f"all-{id(pair)}-{chunk}" for chunk in range(6)])
-    data = content(1, 6, 16)
-    # Six of eight slots are granted to the other; two are left to send with.
+        open_request(pair, "all", 4, keys=[f"all-{id(pair)}-{chunk}" for chunk in range(4)])
     for pair in (there, back):
-        pair.sender.send("all", fill(pair, "all", data, range(2)), last=False)
-    for first in (2, 4):
-        for pair in (there, back):
-            slots = fill(pair, "all", data, range(first, first + 2))
-            pair.sender.send("all", slots, last=first == 4)
+        pair.sender.send("all", fill(pair, "all", data), last=True)
     for pair in (there, back):
         pair.sender.wait_sent("all", PATIENCE_S)
         check_arrived(pair, "all", data)
-    text = refused("too_large", lambda: open_request(there, "more", 7))
-    assert "6 slots" in text and "for one direction" in text
+    text = refused("too_large", lambda: open_request(there, "more", 5))
+    assert "4 slots" in text and "for one direction" in text
+
+
+def test_two_nodes_that_ask_for_all_they_may_get_it(two):
+    # Broken in production: each node has granted the other what it needs itself to send, and both wait for a time-out.
+    one, other = two
+    ways = {"there": way(one, other), "back": way(other, one)}
+    for chunks in (1, 3, 4):
+        data = content(chunks, chunks, 16)
+        names = [f"{chunks}-{number}" for number in range(3)]
+        # Three requests each way are asked for at once, and there is room for one or two.
+        opens = {}
+        for direction, pair in ways.items():
+            for name in names:
+                keys = [f"{direction}-{name}-{chunk}" for chunk in range(chunks)]
+                start = pair.sender.start_open(name, keys, last_chunk_tokens=16, receiver=pair.address)
+                opens[direction, name] = start
+        while opens:
+            key = next((key for key, opened in opens.items() if opened.done()), None)
+            if key is None:
+                one.client.wait_for_news(0.01)
+                other.client.wait_for_news(0.01)
+                continue
+            opens.pop(key).result()
+            pair, name = ways[key[0]], key[1]
+            pair.sender.send(name, fill(pair, name, data), last=True)
+            pair.sender.wait_sent(name, PATIENCE_S)
+            check_arrived(pair, name, data)
 
 
 def test_a_reset_ends_both_directions_and_a_cancel_the_one_that_is_named(two):

@@ -127,7 +127,11 @@ fn show(status: &Status) -> Table {
         table.add_row([name.to_owned(), value]);
     };
     let doing = if status.draining { "draining: takes no new requests" } else { "takes requests" };
-    row("daemon", format!("pd-{}, engine {}, {doing}", status.role, status.engine));
+    let name = match status.role.as_str() {
+        "both" => "sends and receives".to_owned(),
+        role => format!("pd-{role}"),
+    };
+    row("daemon", format!("{name}, engine {}, {doing}", status.engine));
     if status.engine_silent_ms > 0 {
         row(
             "engine's thread",

@@ -50,7 +50,7 @@ pub(super) fn resolve(
     check_mode(raw)?;
     let layout = layout(raw, source, worker)?;
     let rank = layout.tp_rank;
-    let buffer = buffer(raw, &layout, rank, &mut notes)?;
+    let buffer = buffer(raw, &layout, (rank, role == Role::Both), &mut notes)?;
     let peers = peer_ports(role, raw, rank)?;
     let limits = limits(role, raw)?;
     let config = Config {
@@ -164,7 +164,12 @@ fn layout(raw: &RawConfig, source: Option<LayoutSource<'_>>, worker: Worker<'_>)
     Ok(layout)
 }
 
-fn buffer(raw: &RawConfig, layout: &KvLayout, rank: u32, notes: &mut Vec<String>) -> Result<BufferConfig, ConfigError> {
+fn buffer(
+    raw: &RawConfig,
+    layout: &KvLayout,
+    (rank, both): (u32, bool),
+    notes: &mut Vec<String>,
+) -> Result<BufferConfig, ConfigError> {
     let key = &keys::PD_BUFFER_SIZE;
     let entry = raw.written(key)?;
     let asked_bytes = raw.must(key, RawConfig::size)?;
@@ -189,13 +194,21 @@ fn buffer(raw: &RawConfig, layout: &KvLayout, rank: u32, notes: &mut Vec<String>
         "pd_buffer: {asked_bytes} bytes asked, {used_bytes} used: {slot_count} slots of one {chunk}, {} bytes left over",
         asked_bytes - used_bytes
     ));
-    let capacity_tokens = u64::from(slot_count) * u64::from(layout.chunk_tokens);
+    // Each direction of a buffer that serves both has half of it in any case.
+    let directions = if both { 2 } else { 1 };
+    if slot_count < directions {
+        return Err(entry.refused(
+            format!("one {chunk}, and with pd_role: both there must be one for each direction"),
+            format!("raise it to at least {}", exact_size(chunk_bytes.saturating_mul(directions.into()))),
+        ));
+    }
+    let capacity_tokens = u64::from(slot_count / directions) * u64::from(layout.chunk_tokens);
     let tokens = raw.must(&keys::PD_MAX_PREFILL_LEN, RawConfig::whole)?;
     if u64::from(tokens) > capacity_tokens {
         let chunks = u64::from(tokens).div_ceil(layout.chunk_tokens.into());
-        let needed = exact_size(chunks.saturating_mul(chunk_bytes));
+        let needed = exact_size(chunks.saturating_mul(directions.into()).saturating_mul(chunk_bytes));
         return Err(raw.written(&keys::PD_MAX_PREFILL_LEN)?.refused(
-            format!("the pd_buffer holds {capacity_tokens} tokens"),
+            format!("the pd_buffer holds {capacity_tokens} tokens{}", if both { " in each direction" } else { "" }),
             format!("raise pd_buffer_size to at least {needed}, or lower it"),
         ));
     }

@@ -76,14 +76,10 @@ impl<R> Core<R> {
         id
     }
 
-    /// Most bytes that one half can ever have at once.
-    pub(super) fn most_bytes(&self) -> u64 {
-        self.slots.most_bytes(self.growth.len_max_bytes())
-    }
-
-    /// Most bytes that one half can have of the buffer as it is.
-    pub(super) fn most_bytes_now(&self) -> u64 {
-        self.slots.most_bytes(self.slots.addresses().len_bytes())
+    /// For an error text: why there is not more room.
+    pub(super) fn no_room_note(&self) -> String {
+        let shared = if self.slots.is_shared() { "; pd_role: both keeps some for the other direction" } else { "" };
+        format!("{shared}{}", self.growth.failure_note())
     }
 
     /// For an error text: why that is less than the buffer.

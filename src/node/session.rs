@@ -286,6 +286,10 @@ impl<R: Clone + PartialEq> Node<R> {
     /// What does not.
     pub fn check_invariants(&self) -> Result<(), String> {
         self.core.slots.check_invariants()?;
+        let is_shared = self.outgoing.is_some() && self.incoming.is_some();
+        if is_shared && self.settled_version != self.core.slots.version() {
+            return Err("what one half has freed was not offered to the other".to_owned());
+        }
         self.outgoing.as_ref().map_or(Ok(()), |half| half.check_invariants(&self.core))?;
         self.incoming.as_ref().map_or(Ok(()), |half| half.check_invariants(&self.core))
     }

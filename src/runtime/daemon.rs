@@ -7,10 +7,10 @@ use tokio::sync::mpsc::{Sender, UnboundedSender};
 use super::awaiting_event::WRITER_GONE_AFTER;
 use super::clients::Clients;
 use super::deferred::{Deferred, no_event_here};
-use super::driver::{self, Inbox, OUTPUTS_AT_ONCE};
+use super::driver::{self, Daemon as _, Inbox, OUTPUTS_AT_ONCE};
 use super::engine_thread::EngineThread;
 use super::engine_work::{Command, EngineEvent};
-use super::health::{HealthResponder, health_probe};
+use super::health::{HealthResponder, Phase, health_probe};
 use super::http::HttpServer;
 use super::lifecycle::{self, Stop};
 use super::notes::Notes;
@@ -108,7 +108,7 @@ pub(super) async fn serve(
     (messages, events, inbox): (Sender<Event>, UnboundedSender<Event>, Inbox<Event>),
     ports: Option<Ports>,
     parts: MemoryAndEngine,
-    (http, responder): (Option<HttpServer>, HealthResponder),
+    (http, mut responder): (Option<HttpServer>, HealthResponder),
 ) -> Result<(), RuntimeError> {
     let MemoryAndEngine { manager, engine, started } = parts;
     let clients = Clients::bind(&config).await?;
@@ -152,6 +152,8 @@ pub(super) async fn serve(
         %instance, engine = engine_name, connector = %ready.connector,
         init_port = ready.init_port, alloc_port = ready.alloc_port, "ready"
     );
+    // First, so that nobody who has read the line is told that there is none yet.
+    responder.answer(Phase::Serving, daemon.snapshot(), daemon.probe_engine());
     ready::print(ready)?;
     driver::drive(&mut daemon, inbox, drain, responder).await
 }

@@ -80,7 +80,8 @@ pub(super) trait Daemon {
     fn abort(&mut self);
 }
 
-/// Runs until told to stop; then drains for at most `drain`. A second signal stops at once.
+/// Runs until told to stop; then drains for at most `drain`. A second signal stops at once. `responder` has answered for the
+/// first time already: before the ready line was printed.
 pub(super) async fn drive<D: Daemon>(
     daemon: &mut D,
     mut inbox: Inbox<D::Event>,
@@ -89,7 +90,6 @@ pub(super) async fn drive<D: Daemon>(
 ) -> Result<(), RuntimeError> {
     let mut drain_until: Option<Instant> = None;
     let mut phase = Phase::Serving;
-    responder.answer(phase, daemon.snapshot(), daemon.probe_engine());
     loop {
         while daemon.perform()? {
             tokio::task::yield_now().await;

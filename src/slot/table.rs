@@ -56,11 +56,12 @@ pub struct SlotCounts {
     pub quarantined: u32,
 }
 
-/// Where one buffer serves both halves, each is sure of one part in so many of it: neither may take more than the rest. What
-/// is staged is sent, and freed, whatever else there is. A reservation is freed when its writer has found room to stage,
-/// elsewhere: two nodes that send to each other would wait for each other if reservations left that part in pieces. So they
-/// leave it in whole slots.
-const SURE_PART: u64 = 4;
+/// Where one buffer serves both halves, one part in so many of it can be staged in any case, and no more at once. What is staged
+/// is sent, and freed, whatever else there is. A reservation is freed when its writer has found room to stage, elsewhere: two
+/// nodes that send to each other would wait for each other if reservations did not leave that part, and in whole slots.
+const SURE_TO_STAGE: u64 = 2;
+/// And one part in so many can be reserved in any case.
+const SURE_TO_RESERVE: u64 = 4;
 
 /// A node's slots.
 #[derive(Debug)]
@@ -100,9 +101,20 @@ impl SlotTable {
         self.is_shared
     }
 
-    /// Most bytes of a buffer of this length that can be staged, or reserved and held.
-    pub const fn most_bytes(&self, len_bytes: u64) -> u64 {
-        if self.is_shared { len_bytes - len_bytes / SURE_PART } else { len_bytes }
+    /// Most bytes of a buffer of this length that can be reserved and held.
+    pub fn most_reserved_bytes(&self, len_bytes: u64) -> u64 {
+        len_bytes - self.sure_slots(len_bytes) * self.addresses().slot_bytes()
+    }
+
+    /// Most bytes of a buffer of this length that can be staged at once.
+    pub fn most_staged_bytes(&self, len_bytes: u64) -> u64 {
+        if self.is_shared { self.sure_slots(len_bytes) * self.addresses().slot_bytes() } else { len_bytes }
+    }
+
+    /// How many whole slots are left to stage, whatever is reserved.
+    fn sure_slots(&self, len_bytes: u64) -> u64 {
+        let slots = len_bytes.checked_div(self.addresses().slot_bytes()).unwrap_or(0);
+        if self.is_shared { slots / SURE_TO_STAGE } else { 0 }
     }
 
     /// Stages a slot of each of these lengths, in that order, or none. Idle ready chunks make room as for
@@ -113,7 +125,9 @@ impl SlotTable {
     pub fn stage(&mut self, lens_bytes: &[u64]) -> Result<Vec<SlotIndex>, NoRoom> {
         let asked_bytes = self.pool.asked_bytes(lens_bytes);
         let staged_bytes = self.staged_bytes.saturating_add(asked_bytes);
-        if asked_bytes > self.available_bytes() || staged_bytes > self.most_bytes(self.addresses().len_bytes()) {
+        let len_bytes = self.addresses().len_bytes();
+        let most_bytes = if self.is_shared { len_bytes - len_bytes / SURE_TO_RESERVE } else { len_bytes };
+        if asked_bytes > self.available_bytes() || staged_bytes > most_bytes {
             return Err(self.pool.no_room(lens_bytes));
         }
         let taken = self.pool.take_or_free(lens_bytes, u64::MAX, 0, self.idle.iter())?;
@@ -192,7 +206,7 @@ impl SlotTable {
 
     /// Whether there may be room for so many bytes. What others hold of a peer's chunks counts as taken by peers.
     fn can_reserve(&self, asked_bytes: u64) -> bool {
-        let most_bytes = self.most_bytes(self.addresses().len_bytes());
+        let most_bytes = self.most_reserved_bytes(self.addresses().len_bytes());
         asked_bytes <= self.available_bytes() && self.incoming_bytes().saturating_add(asked_bytes) <= most_bytes
     }
 
@@ -203,11 +217,7 @@ impl SlotTable {
 
     /// How many whole slots a reservation leaves free, for what can be staged in any case.
     fn slots_left(&self) -> usize {
-        if !self.is_shared {
-            return 0;
-        }
-        let sure_bytes = self.addresses().len_bytes() / SURE_PART;
-        let sure = sure_bytes.checked_div(self.addresses().slot_bytes()).unwrap_or(0);
+        let sure = self.sure_slots(self.addresses().len_bytes());
         // What is staged in pieces of a slot may lie anywhere, and leaves no whole one.
         (sure as usize).saturating_sub(self.staged_whole)
     }

@@ -77,8 +77,8 @@ impl World {
     pub fn ask_afresh(&mut self) {
         let many = self.plan.senders * self.plan.receivers > 100;
         let both = self.plan.both > 0;
-        // Peers may have three quarters of a buffer that serves both halves.
-        let count = if both { (self.plan.receiver_slots as usize * 3 / 4).min(4) } else { 4 };
+        // Peers may have half of a buffer that serves both halves.
+        let count = if both { (self.plan.receiver_slots as usize).div_ceil(2).min(4) } else { 4 };
         for sender in 0..self.plan.senders {
             for receiver in 0..self.plan.all_receivers() {
                 if many && sender != receiver || self.plan.is_one(sender, receiver) {

@@ -134,9 +134,9 @@ impl World {
 
     /// Two requests from each LMCache sender to each receiver of ours, once those of our own senders are served.
     pub fn ask_lmcache_afresh(&mut self, after_ms: u64) {
-        let known = self.plan.initial_slots;
-        // Where a daemon sends as well, peers may have three quarters of its pages.
-        let count = if self.plan.both > 0 { known - known.div_ceil(4) } else { known }.min(4);
+        let known = self.plan.initial_slots.min(self.plan.receiver_slots);
+        // Where a daemon sends as well, peers may have half of its pages.
+        let count = if self.plan.both > 0 { known.div_ceil(2) } else { known }.min(4);
         for sender in self.plan.senders..self.plan.senders + self.lmcache.senders.len() {
             for receiver in 0..self.plan.receivers {
                 for number in 0..2 {

@@ -254,9 +254,9 @@ impl World {
     }
 
     fn stage(&mut self, at: Proc, attempt: usize) {
-        // Of daemons that all send and receive, none asks for more than it is sure of: each might wait for the others.
-        let sure = if self.plan.both > 1 { (self.plan.receiver_slots / 4).max(1) } else { 2 };
-        let portion = self.rng.random_range(1..=2).min(sure);
+        // As much as a daemon that sends and receives is sure of.
+        let sure = if self.plan.both > 0 { (self.plan.receiver_slots / 2).min(4) } else { 2 };
+        let portion = self.rng.random_range(1..=sure);
         let record = &mut self.attempts[attempt];
         let chunks: Vec<u32> = (0..portion).filter_map(|_| record.to_stage.pop_front()).collect();
         let name = self.jobs[record.job].name.clone();

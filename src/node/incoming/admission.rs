@@ -139,14 +139,15 @@ impl<R: Clone + PartialEq> Incoming<R> {
             request.keys.len(),
             core.slots.asked_bytes(&lens_bytes(&request.sizes)),
             wait.as_millis(),
-            core.growth.failure_note(),
+            core.no_room_note(),
         );
         self.fail(core, id, Failure::new(FailureKind::NoSlots, text));
     }
 
     /// A step of the buffer's growth has failed: requests that are larger than the buffer is now cannot be served.
     pub(super) fn fail_those_that_need_growth(&mut self, core: &mut Core<R>) {
-        let (most_bytes, share) = (core.most_bytes_now(), core.share_note());
+        let (most_bytes, share) =
+            (core.slots.most_reserved_bytes(core.slots.addresses().len_bytes()), core.share_note());
         for id in self.waiting.clone() {
             let Some(request) = self.requests.get(&id) else { continue };
             let asked_bytes = core.slots.asked_bytes(&lens_bytes(&request.sizes));
@@ -223,7 +224,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
             return bad(format!("{id} names a chunk twice; keys must be distinct"));
         }
         let asked_bytes = core.slots.asked_bytes(&lens_bytes(&sizes));
-        let most_bytes = core.most_bytes();
+        let most_bytes = core.slots.most_reserved_bytes(core.growth.len_max_bytes());
         if asked_bytes > most_bytes {
             let text = format!(
                 "{id} has {count} chunks, {asked_bytes} bytes; the receiver's buffer has {} slots, {most_bytes} bytes{}; raise its pd_buffer_size or split the request",

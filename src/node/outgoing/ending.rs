@@ -29,9 +29,9 @@ impl<R> Outgoing<R> {
         id: Seq,
         request: &RequestId,
     ) {
-        self.told.remove(&(client, request.clone()));
         // The acknowledgement of an earlier attempt's failure is not a cancel of the next attempt.
-        if self.acknowledge_failure(core, client, request) {
+        let told = self.told.remove(&(client, request.clone()));
+        if self.acknowledge_failure(core, client, request) || told {
             return core.answer(client, id, Answer::Cancelled { request: request.clone() });
         }
         let uid = match self.find_request(client, request) {

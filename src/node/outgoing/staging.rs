@@ -110,7 +110,7 @@ impl<R> Outgoing<R> {
             staging.chunks.len(),
             core.slots.asked_bytes(&staging.lens_bytes),
             staging.wait.as_millis(),
-            core.growth.failure_note(),
+            core.no_room_note(),
         );
         core.refuse(client, id, Failure::new(FailureKind::NoSlots, text), None);
         self.serve_staging(core);
@@ -118,7 +118,7 @@ impl<R> Outgoing<R> {
 
     /// A step of the buffer's growth has failed: those who want more than there is now are told why.
     pub(super) fn refuse_staging_that_needs_growth(&mut self, core: &mut Core<R>) {
-        let (most_bytes, share) = (core.most_bytes_now(), core.share_note());
+        let (most_bytes, share) = (core.slots.most_staged_bytes(core.slots.addresses().len_bytes()), core.share_note());
         let (refused, kept): (VecDeque<Staging>, _) =
             self.staging.drain(..).partition(|staging| core.slots.asked_bytes(&staging.lens_bytes) > most_bytes);
         self.staging = kept;
@@ -184,7 +184,8 @@ impl<R> Outgoing<R> {
             }
             lens_bytes.push(record.len_bytes);
         }
-        let (asked_bytes, most_bytes) = (core.slots.asked_bytes(&lens_bytes), core.most_bytes());
+        let (asked_bytes, most_bytes) =
+            (core.slots.asked_bytes(&lens_bytes), core.slots.most_staged_bytes(core.growth.len_max_bytes()));
         if asked_bytes > most_bytes {
             let text = format!(
                 "{} slots are wanted at once, {asked_bytes} bytes; the sender's buffer has {} slots, {most_bytes} bytes{}; stage and send in parts, or raise pd_buffer_size",

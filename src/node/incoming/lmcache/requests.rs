@@ -93,7 +93,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
             return refuse(FailureKind::BadRequest, format!("{id} names a chunk twice; keys must be distinct"));
         }
         let total = announced(request);
-        let pages = core.slots.most_bytes(known_len_bytes) / chunk.slot_bytes;
+        let pages = core.slots.most_reserved_bytes(known_len_bytes) / chunk.slot_bytes;
         if total as u64 > pages {
             let text = format!(
                 "{id} has {total} chunks; this sender knows {pages} pages of the receiver's buffer{}",
