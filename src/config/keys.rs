@@ -50,8 +50,9 @@ keys! {
     /// true, or left out. LMCache needs it; false is refused.
     ENABLE_PD = "enable_pd", Boolean, Is("true"), Both;
     /// Which halves the daemon has. The outgoing half sends KV chunks, the incoming half receives them. sender: the
-    /// outgoing half; refused by a pd-receiver. receiver: the incoming half; refused by a pd-sender. both: either program
-    /// runs both halves over one buffer, and needs the ports of a receiver. Leave it out of a file that a pd-sender and a
+    /// outgoing half; refused by a pd-receiver. receiver: the incoming half; refused by a pd-sender. both: pd-sender and
+    /// pd-receiver are then the same, both halves over one buffer; a request may take half of it, and so may what is staged
+    /// at once; pd_peer_init_port and pd_peer_alloc_port are needed. Leave it out of a file that a pd-sender and a
     /// pd-receiver share.
     PD_ROLE = "pd_role", Words(&["sender", "receiver", "both"]),
         Without("both", "a pd-sender has the outgoing half, a pd-receiver the incoming half"), Both,
@@ -116,7 +117,7 @@ keys! {
     PD_CHECKSUM = "pd_checksum", Words(&["off", "sampled", "full"]), Is("off"), Both,
         |c| Some(c.engine.checksum.as_str().to_owned());
 
-    "The ports that senders connect to (incoming half; a pd-sender ignores these: the router names receivers)":
+    "The ports that senders connect to (for the incoming half; a daemon without it ignores these)":
     /// Address that the ports below are bound to. Whoever reaches them can fill this buffer, unless there is a
     /// pd_shared_secret_file: keep them inside a trusted network.
     PD_PEER_HOST = "pd_peer_host", Host, Is("127.0.0.1"), Receiver, |c| Some(quoted(&c.bind_host));
@@ -152,7 +153,7 @@ keys! {
     PD_SKIP_PROXY_NOTIFICATION = "pd_skip_proxy_notification", Boolean, Is("false"), Sender;
 
     "Deadlines, in seconds, with fractions; at most 86400":
-    /// How long a request waits for slots, at either side, before it fails with "no space". LMCache's default is for
+    /// How long a request waits for slots, at either side, before it fails (no_slots). LMCache's default is for
     /// ever; .inf is taken as 86400 here. 0: a request that does not fit at once fails at once.
     PD_ALLOCATION_TIMEOUT_SEC = "pd_allocation_timeout_sec", FROM_ZERO, Is("30"), Both, |c| seconds(c.deadlines.allocation);
     /// Connecting to a peer, its handshake and its first request included.
@@ -160,8 +161,9 @@ keys! {
     /// From the grant of a receiver's slots to their commit, the prefill in between included: raise it for long
     /// prompts. After it, the request fails.
     PD_WRITE_TIMEOUT_SEC = "pd_write_timeout_sec", ABOVE_ZERO, Is("120"), Both, |c| seconds(c.deadlines.write);
-    /// Outgoing half: how long it waits for a sign of the receiver about a commit. A receiver that is still checking
-    /// (pd_checksum) gives one, however long the check takes.
+    /// Outgoing half: how long it waits for a sign of the receiver about a commit, and about an allocation beyond its wait;
+    /// and how long a cancel waits for writes to end. A receiver that is still checking a commit (pd_checksum) gives a
+    /// sign, however long the check takes.
     PD_COMMIT_TIMEOUT_SEC = "pd_commit_timeout_sec", ABOVE_ZERO, Is("10"), Sender, |c| seconds(c.deadlines.commit);
     /// Incoming half: how long `wait` waits for a request when the connector does not say.
     PD_WAIT_TIMEOUT_SEC = "pd_wait_timeout_sec", FROM_ZERO, Is("120"), Receiver, |c| seconds(c.deadlines.wait);
@@ -184,7 +186,8 @@ keys! {
     /// From one ping to the next, to each connected receiver. Set the same at both ends.
     PD_HEARTBEAT_INTERVAL_SEC = "pd_heartbeat_interval_sec", ABOVE_ZERO, Is("1"), Both, |c| seconds(c.deadlines.heartbeat);
     /// A peer of which nothing was heard for so long is given up: its requests fail at once, with its name. Above
-    /// pd_heartbeat_interval_sec, by as much as a network or a full machine may hold a message up.
+    /// pd_heartbeat_interval_sec, by as much as a network or a full machine may hold a message up. A sender that may still be
+    /// writing is asked so often whether it has stopped.
     PD_PEER_TIMEOUT_SEC = "pd_peer_timeout_sec", ABOVE_ZERO, Is("5"), Both, |c| seconds(c.deadlines.peer);
 
     "The connector":
