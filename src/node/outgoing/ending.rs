@@ -29,9 +29,9 @@ impl<R> Outgoing<R> {
         id: Seq,
         request: &RequestId,
     ) {
-        // The acknowledgement of an earlier attempt's failure is not a cancel of the next attempt.
-        let told = self.told.remove(&(client, request.clone()));
-        if self.acknowledge_failure(core, client, request) || told {
+        self.told.remove(&(client, request.clone()));
+        // The acknowledgement of an earlier attempt's failure, which gives slots back, is not a cancel of the next attempt.
+        if self.acknowledge_failure(core, client, request) {
             return core.answer(client, id, Answer::Cancelled { request: request.clone() });
         }
         let uid = match self.find_request(client, request) {

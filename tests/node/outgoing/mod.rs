@@ -305,31 +305,6 @@ fn a_failure_can_be_acknowledged_before_its_transfers_have_ended() {
 }
 
 #[test]
-fn the_acknowledgement_of_a_failure_leaves_the_next_attempt_alone() {
-    // Broken in production: a request that is sent again under its name is cancelled as soon as its client reads how the
-    // first attempt ended.
-    let mut bench = Bench::new();
-    let seq = bench.open("r");
-    bench.grant(seq, 7);
-    let reason = lost();
-    bench.hear(Message::PdRevoke(Revoke { req_id: request("r"), grant: GrantId(7), reason, alloc_seq: Some(seq) }));
-    assert!(matches!(bench.events.as_slice(), [Event::Failed { .. }]));
-    bench.said.clear();
-    let seq = bench.open("r");
-    bench.grant(seq, 8);
-    bench.answers.clear();
-    bench.session.handle_cancel(bench.now, CLIENT, Seq(4), &request("r"));
-    bench.pump();
-    assert!(matches!(bench.answers.as_slice(), [(Seq(4), Answer::Cancelled { .. })]), "{:?}", bench.answers);
-    bench.send("r");
-    assert_eq!(bench.posts.len(), 1, "the second attempt goes on");
-    // Said again, it is the second attempt that is meant.
-    bench.session.handle_cancel(bench.now, CLIENT, Seq(5), &request("r"));
-    bench.pump();
-    assert!(bench.said.iter().any(|message| matches!(message, Message::CancelNotif(_))), "{:?}", bench.said);
-}
-
-#[test]
 fn what_waits_for_a_gpu_is_given_up_with_its_request_and_keeps_its_slot_until_then() {
     // Broken in production: after a cancelled prefill its last kernel writes into a slot that is another request's by
     // now; or a client that died keeps its slots for ever.
