@@ -193,7 +193,9 @@ impl World {
     }
 
     pub fn cancel(&mut self, at: Proc, attempt: usize) {
-        if self.attempts[attempt].state == State::Ended {
+        // One that is being cancelled is not cancelled again.
+        let cancels = |call: &Call| call.attempt == attempt && call.kind == Kind::Cancel;
+        if self.attempts[attempt].state == State::Ended || self.calls.values().any(cancels) {
             return;
         }
         let (client, id) = self.call(at, attempt, Kind::Cancel, plan::COMMIT);
