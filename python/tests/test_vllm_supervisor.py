@@ -19,7 +19,6 @@ from fake_daemon import FakeDaemon
 from free_ports import free_ports
 from pd_backend import Client, PdBuffer, ReceiverClient, SenderClient
 from pd_backend.errors import DaemonLost, DaemonStartError, MappingError, ReplyTimeout
-from pd_backend.messages import Attached
 from pd_backend.vllm.keys import chunk_hashes
 from pd_backend.vllm.layout import EngineLayout
 from pd_backend.vllm.step import ChunkBlocks, ConsumerStep, ProducerStep, ReceivePlan
@@ -273,10 +272,10 @@ def test_no_step_attaches_to_a_daemon(
 
 def test_a_client_that_cannot_be_made_ends_the_daemon(monkeypatch: pytest.MonkeyPatch) -> None:
     # Broken in production: an engine that does not start leaves a daemon behind, with the memory of its buffer.
-    def refuse(_: Attached) -> PdBuffer:
+    def refuse(*_: object, **__: object) -> None:
         raise MappingError("it lies in another namespace")
 
-    monkeypatch.setattr(PdBuffer, "attached", refuse)
+    monkeypatch.setattr(PdBuffer, "__init__", refuse)
     arguments = ["--set", "pd_buffer_size=1MiB", "--set", "transfer_channel=local"]
     with pytest.raises(MappingError, match="another namespace"):
         Supervisor(binary("pd-sender"), arguments, LAYOUT.json(), SenderClient, echo_log=False)
