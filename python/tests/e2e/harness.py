@@ -241,7 +241,7 @@ def connector_config(
     name: str = "PdConnector", **options: Any,
 ) -> dict[str, Any]:
     # No test here is about silence, and a daemon that gets no processor for some seconds is not dead.
-    sets = {"pd_peer_timeout_sec": 60, **sets}
+    sets = {"pd_peer_timeout_sec": 60, "pd_commit_timeout_sec": 60, **sets}
     return {
         "kv_connector": name,
         "kv_connector_module_path": module,
