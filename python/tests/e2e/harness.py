@@ -128,7 +128,9 @@ class Process:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=env,
-                start_new_session=True,
+                # A group of its own to end, in our session: Linux shares processors between sessions, and a server whose
+                # tensor-parallel workers spin in theirs has starved the other one for a minute.
+                process_group=0,
             )
 
     @property
