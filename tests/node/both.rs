@@ -1,24 +1,21 @@
 //! A node with both halves over one buffer: which half an event is for, and what one must learn of the other.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use pd_backend::address::AddressManager;
 use pd_backend::ids::{
-    ChecksumMode, ChunkKey, ClientId, ConnectionId, FailureKind, GrantId, PeerAddress, PeerId, RequestId, Seq,
-    StagedSlot,
+    ChunkKey, ClientId, ConnectionId, FailureKind, GrantId, PeerAddress, PeerId, RequestId, Seq, StagedSlot,
 };
 use pd_backend::node::outgoing::{Event, OpenRequest};
-use pd_backend::node::{Answer, ChunkShape, IncomingSettings, Node, NodeSettings, OutgoingSettings, Output, Port, To};
+use pd_backend::node::{Answer, Node, NodeSettings, OutgoingSettings, Output, Port, To};
 use pd_backend::wire::message::{
     AllocExtension, AllocReplyExtension, AllocRequest, AllocResponse, CancelExtension, CancelNotif, InitExtension,
     InitReplyExtension, InitRequest, InitResponse, MemRegReplyExtension, MemRegResponse, Revoke,
 };
 use pd_backend::wire::{LmcacheMode, Message};
 
-use crate::hello;
+use crate::settings::{self, SLOT_BYTES, hello};
 
 const CLIENT: ClientId = ClientId(1);
-const SLOT_BYTES: u64 = 16;
 
 /// One node of so many slots; its receiver, and a sender of its, are the test.
 struct Bench {
@@ -47,44 +44,10 @@ fn keys(of: &str, count: u32) -> Vec<ChunkKey> {
 impl Bench {
     fn new(slots: u64) -> Self {
         let now = Instant::now();
-        let seconds = Duration::from_secs;
         let settings = NodeSettings {
-            hello: hello("node"),
-            agent_name: "agent".into(),
-            metadata: vec![1],
-            descriptors: vec![2],
-            pages: None,
-            chunk: ChunkShape {
-                slot_bytes: SLOT_BYTES,
-                token_bytes: vec![4],
-                chunk_tokens: 4,
-                wire_format: 1,
-                wire_shape: vec![2, 1, 4, 2],
-                dtype: "uint8".into(),
-            },
-            addresses: AddressManager::with_slots(SLOT_BYTES * slots, 1, SLOT_BYTES).unwrap(),
-            len_max_bytes: SLOT_BYTES * slots,
-            allocation_timeout: seconds(10),
-            write_timeout: seconds(10),
-            checksum: ChecksumMode::Off,
-            requests_max: 10,
-            request_chunks_max: 10,
-            peers_max: 10,
-            heartbeat_interval: seconds(1),
-            peer_timeout: seconds(5),
-            outgoing: Some(OutgoingSettings {
-                handshake_timeout: seconds(10),
-                commit_timeout: seconds(9),
-                receivers: Vec::new(),
-                notify_proxy: false,
-            }),
-            incoming: Some(IncomingSettings {
-                wait_timeout: seconds(10),
-                retention: seconds(100),
-                peer_requests_max: 10,
-                linger: Duration::ZERO,
-            }),
-            without: None,
+            outgoing: Some(OutgoingSettings { notify_proxy: false, ..settings::outgoing() }),
+            incoming: Some(settings::incoming()),
+            ..settings::settings("node", slots)
         };
         let (answers, events, asked, said) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         let node = Node::new(now, settings);

@@ -4,16 +4,16 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use pd_backend::address::AddressManager;
-use pd_backend::ids::{Checksum, ChecksumMode, ChunkKey, ClientId, ConnectionId, FailureKind, GrantId, RequestId, Seq};
+use pd_backend::ids::{Checksum, ChunkKey, ClientId, ConnectionId, FailureKind, GrantId, RequestId, Seq};
 use pd_backend::node::incoming::{ExpectedChunk, IncomingCounts};
-use pd_backend::node::{Answer, ChunkShape, Grown, IncomingSettings, Node, NodeSettings, Output, Port, To};
+use pd_backend::node::{Answer, Grown, IncomingSettings, Node, NodeSettings, Output, Port, To};
 use pd_backend::wire::Message;
 use pd_backend::wire::message::{
     AllocExtension, AllocRequest, AllocResponse, CAPABILITY_CHECKSUMS, CancelExtension, CancelNotif, Commit, Hello,
     InitExtension, InitReplyExtension, InitRequest, Ping, ProcessIdentity,
 };
 
-use crate::hello;
+use crate::settings::{self, SLOT_BYTES, hello};
 
 /// One receiver of `slots` slots with the senders `a` and `b` shaken hands with. A route is the sender's name.
 pub struct Bench {
@@ -52,40 +52,14 @@ impl Bench {
 
     /// The same with other settings.
     pub fn with(slots: u64, slots_max: u64, change: impl FnOnce(&mut NodeSettings)) -> Self {
-        let addresses = AddressManager::with_slots(16 * slots, 1, 16).unwrap();
         let mut settings = NodeSettings {
-            hello: hello("receiver"),
-            agent_name: "agent".into(),
-            metadata: vec![1],
-            descriptors: vec![2],
-            chunk: ChunkShape {
-                slot_bytes: 16,
-                token_bytes: vec![4],
-                chunk_tokens: 4,
-                wire_format: 1,
-                wire_shape: vec![2, 1, 4, 2],
-                dtype: "uint8".into(),
-            },
-            addresses: addresses.clone(),
-            len_max_bytes: 16 * slots_max,
-            allocation_timeout: Duration::from_secs(10),
-            write_timeout: Duration::from_secs(10),
-            checksum: ChecksumMode::Off,
+            len_max_bytes: SLOT_BYTES * slots_max,
             requests_max: 1000,
             request_chunks_max: 1000,
-            peers_max: 10,
-            heartbeat_interval: Duration::from_secs(1),
-            peer_timeout: Duration::from_secs(5),
-            pages: None,
-            outgoing: None,
-            incoming: Some(IncomingSettings {
-                wait_timeout: Duration::from_secs(10),
-                retention: Duration::from_secs(100),
-                peer_requests_max: 1000,
-                linger: Duration::ZERO,
-            }),
-            without: None,
+            incoming: Some(settings::incoming()),
+            ..settings::settings("receiver", slots)
         };
+        let addresses = settings.addresses.clone();
         change(&mut settings);
         let now = Instant::now();
         let mut bench = Self {

@@ -11,7 +11,7 @@ use pd_backend::wire::Message;
 use pd_backend::wire::message::{Hello, InitExtension, InitRequest, InitResponse};
 
 use super::bench::*;
-use crate::hello;
+use crate::settings::hello;
 
 /// A handshake; of LMCache's without a name.
 fn init(name: Option<&str>, metadata_len_bytes: usize, layout: Vec<(String, String)>) -> Message {

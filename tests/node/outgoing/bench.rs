@@ -3,20 +3,19 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
-use pd_backend::address::AddressManager;
 use pd_backend::ids::{
     ChunkKey, ClientId, ConnectionId, Failure, FailureKind, GrantId, PeerAddress, PeerId, RequestId, Seq, SlotPart,
     StagedSlot, TransferId,
 };
 use pd_backend::node::outgoing::{Event, Note, OpenRequest, Sending};
-use pd_backend::node::{Answer, ChunkShape, Node, NodeSettings, OutgoingSettings, Output, Port, Remote, To};
+use pd_backend::node::{Answer, Node, NodeSettings, Output, Port, Remote, To};
 use pd_backend::wire::message::{
     AllocReplyExtension, AllocResponse, CancelExtension, Hello, InitReplyExtension, InitResponse, MemRegReplyExtension,
     MemRegResponse, Pong,
 };
 use pd_backend::wire::{LmcacheMode, Message};
 
-use crate::hello;
+use crate::settings::{self, hello};
 
 pub const CLIENT: ClientId = ClientId(1);
 
@@ -53,37 +52,9 @@ pub fn request(name: &str) -> RequestId {
 /// Of a sender with four slots, whose chunks are of four tokens.
 pub fn settings() -> NodeSettings {
     NodeSettings {
-        hello: hello("sender"),
-        agent_name: "agent".into(),
-        metadata: vec![1],
-        descriptors: Vec::new(),
-        pages: None,
-        chunk: ChunkShape {
-            slot_bytes: 16,
-            token_bytes: vec![4],
-            chunk_tokens: 4,
-            wire_format: 1,
-            wire_shape: vec![2, 1, 4, 2],
-            dtype: "uint8".into(),
-        },
-        addresses: AddressManager::with_slots(64, 1, 16).unwrap(),
-        len_max_bytes: 64,
-        allocation_timeout: Duration::from_secs(10),
         write_timeout: Duration::from_secs(20),
-        checksum: pd_backend::ids::ChecksumMode::Off,
-        requests_max: 10,
-        request_chunks_max: 10,
-        peers_max: 10,
-        heartbeat_interval: Duration::from_secs(1),
-        peer_timeout: Duration::from_secs(5),
-        outgoing: Some(OutgoingSettings {
-            handshake_timeout: Duration::from_secs(10),
-            commit_timeout: Duration::from_secs(9),
-            receivers: Vec::new(),
-            notify_proxy: true,
-        }),
-        incoming: None,
-        without: None,
+        outgoing: Some(settings::outgoing()),
+        ..settings::settings("sender", 4)
     }
 }
 

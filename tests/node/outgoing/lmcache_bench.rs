@@ -54,7 +54,7 @@ pub fn key(number: u32) -> ChunkKey {
 }
 
 pub fn hello(engine: &str) -> Hello {
-    Hello { engine: engine.into(), capabilities: Vec::new(), ..crate::hello("sender") }
+    Hello { engine: engine.into(), capabilities: Vec::new(), ..crate::settings::hello("sender") }
 }
 
 pub fn settings() -> NodeSettings {
