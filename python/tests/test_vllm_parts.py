@@ -182,7 +182,9 @@ class TestOptions:
 
     def test_a_daemon_with_both_halves_is_refused(self, tmp_path: Path) -> None:
         # Broken in production: a file that prefill and decode share starts daemons that the connector cannot attach to.
-        for given in ({"pd_role": "both"}, {"nixl_role": "both"}, {"pd_role": "sender", "nixl_role": "both"}):
+        roles = ({"pd_role": "both"}, {"nixl_role": "both"}, {"pd_role": "sender", "nixl_role": "both"})
+        spelt = ({"pd_role": "both "}, {" pd_role": "'both'"}, ["pd_role = both"], ['pd_role="both" '])
+        for given in (*roles, *spelt):
             with pytest.raises(OptionError, match="leave pd_role out"):
                 Options.parse({"set": given}).daemon_args("cpu")
         pytest.importorskip("yaml", reason="no PyYAML: run `scripts/setup-deps python` for this test")

@@ -81,7 +81,7 @@ class Options:
         """What both ends call the model: `set`, the file, the option, the engine's name."""
         for key, value in reversed(self.set):
             if key == "model_name" and value:
-                return value
+                return _unquoted(value)
         return str(self._yaml().get("model_name") or self.model_name or engine_name)
 
     def wait_timeout_s(self) -> float:
@@ -116,7 +116,7 @@ class Options:
     def _pd_role(self) -> Any:
         """`set`, then the file; both take the key's older name too."""
         names = ("pd_role", "nixl_role")
-        said = [value for key, value in self.set if key in names]
+        said = [_unquoted(value) for key, value in self.set if key in names]
         return said[-1] if said else next((self._yaml()[name] for name in names if self._yaml().get(name)), None)
 
     def _yaml(self) -> dict[str, Any]:
@@ -172,10 +172,15 @@ def _count(name: str, value: Any) -> int:
 def _sets(value: Any) -> tuple[tuple[str, str], ...]:
     """A map of keys, or a list of `key=value`; lists are written as YAML has them."""
     if isinstance(value, Mapping):
-        return tuple((str(key), _as_yaml(item)) for key, item in value.items())
+        return tuple((str(key).strip(), _as_yaml(item).strip()) for key, item in value.items())
     if isinstance(value, (list, tuple)) and all(isinstance(item, str) and "=" in item for item in value):
-        return tuple((item.split("=", 1)[0], item.split("=", 1)[1]) for item in value)
+        return tuple((key.strip(), text.strip()) for key, text in (item.split("=", 1) for item in value))
     raise OptionError(f"set = {value!r}; expected a map of keys, or a list of texts `key=value`")
+
+
+def _unquoted(text: str) -> str:
+    """A value of `set` as the daemon reads it, which takes it for YAML: without quotes around it."""
+    return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
 
 
 def _as_yaml(value: Any) -> str:
