@@ -357,6 +357,25 @@ fn slots_below_an_end_are_the_lowest_or_none() {
 }
 
 #[test]
+fn slots_that_are_left_are_slots_of_the_grid() {
+    // Broken in production: slots that a reservation left for others turn into one when what lies between them is freed.
+    let addresses = AddressManager::with_slots(24, 1, 8).unwrap();
+    let mut bytes: Vec<AddressRange> = (0..24).map(|_| addresses.allocate(1).unwrap()).collect();
+    bytes.sort_unstable();
+    let free: Vec<AddressRange> =
+        bytes.iter().copied().filter(|byte| matches!(byte.start, 3..11 | 13..21 | 23)).collect();
+    addresses.free_batch(&free).unwrap();
+    let ask = |slots_left, spare: &[AddressRange]| {
+        addresses.allocate_each_or_free(&[1], u64::MAX, slots_left, spare.iter().copied())
+    };
+    assert!(is_full(ask(1, &[])), "both pieces of eight bytes lie across slots");
+    assert!(is_full(ask(2, &bytes[11..13])), "one slot is in all of them together");
+    let made = ask(1, &bytes[11..13]).unwrap();
+    assert_eq!((made.ranges[0].start, made.given_back), (23, vec![0, 1]));
+    addresses.check().unwrap();
+}
+
+#[test]
 fn short_lengths_cost_no_whole_slot_and_give_it_back() {
     // Broken in production: each request's short last chunk costs a whole slot, a twentieth of the buffer.
     let manager = AddressManager::with_slots(1000, 1, 100).unwrap();

@@ -126,8 +126,8 @@ impl AddressManager {
 
     /// As [`allocate_each`](Self::allocate_each), in bytes before `end_bytes`. Where there is no room, ranges of `spare`,
     /// which are all handed out, are given back: as few as will do, the first before the others, and of those only the ones
-    /// whose bytes are taken for this (or all, where the rest finds no place without). There is room where `slots_left` whole
-    /// slots are free afterwards. When all of them are too few, or what was found ends beyond `end_bytes`, nothing has changed.
+    /// whose bytes are taken for this (or all, where the rest finds no place without). There is room where `slots_left` slots
+    /// of the grid are free afterwards. When all of them are too few, or what was found ends beyond `end_bytes`, nothing has changed.
     ///
     /// # Errors
     /// As [`allocate_each`](Self::allocate_each).

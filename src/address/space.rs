@@ -153,9 +153,10 @@ impl Space {
         Err(self.out_of_memory(count, total_bytes))
     }
 
-    /// Gives back all that was taken, unless so many whole slots are free beside it.
+    /// Gives back all that was taken, unless so many slots of the grid are free beside it. Room for a slot off the grid does
+    /// not count: once what lies between two such places is free as well, there may be one slot in both.
     pub(super) fn leave_slots(&mut self, slots_left: usize, taken: &mut Vec<AddressRange>) -> Result<(), AddressError> {
-        if self.has_room_for_slots(slots_left) {
+        if self.slots.free_count() >= slots_left {
             return Ok(());
         }
         self.free_batch(taken)?;

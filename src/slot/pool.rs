@@ -56,7 +56,7 @@ impl SlotPool {
 
     /// Takes a slot of each of these lengths, in that order, or none, in bytes before `end_bytes`. Where there is no room, gives
     /// slots of `spare` back, which are taken and whose owner can do without them: as few as will do, the first before the
-    /// others, and none in vain. There is room where `slots_left` whole slots are free afterwards.
+    /// others, and none in vain. There is room where `slots_left` slots of the grid are free afterwards.
     ///
     /// # Errors
     /// [`NoRoom`]: all of them are too few, or what was found ends beyond `end_bytes`. Nothing was given back.
@@ -157,6 +157,13 @@ impl SlotPool {
     /// What a taken slot takes, in bytes, rounding up to the alignment included.
     pub fn taken_bytes(&self, slot: SlotIndex) -> u64 {
         self.taken_range(slot).map_or(0, |range| self.asked_bytes(&[range.len_bytes]))
+    }
+
+    /// Whether a taken slot is a whole one of the grid.
+    pub fn is_whole(&self, slot: SlotIndex) -> bool {
+        let slot_bytes = self.addresses.slot_bytes();
+        self.taken_range(slot)
+            .is_some_and(|range| range.len_bytes == slot_bytes && range.start.is_multiple_of(slot_bytes))
     }
 
     /// Slots taken.

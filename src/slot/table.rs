@@ -70,7 +70,7 @@ pub struct SlotTable {
     /// Whether slots are both staged and reserved, so that neither may take everything.
     is_shared: bool,
     staged_bytes: u64,
-    /// Of the staged slots: as long as a whole one.
+    /// Of the staged slots: whole ones of the grid, which they are again when they are free.
     staged_whole: usize,
     states: Vec<SlotState>,
     /// Ready chunks that can be found by name. A second copy of a key that is ready already is not in here.
@@ -134,7 +134,7 @@ impl SlotTable {
         let slots = self.enter(taken, &SlotState::Staged);
         self.counts.staged += slots.len() as u32;
         self.staged_bytes = staged_bytes;
-        self.staged_whole += slots.iter().filter(|slot| self.is_whole(**slot)).count();
+        self.staged_whole += slots.iter().filter(|slot| self.pool.is_whole(**slot)).count();
         Ok(slots)
     }
 
@@ -146,7 +146,7 @@ impl SlotTable {
         }
         self.counts.staged -= 1;
         self.staged_bytes -= self.pool.taken_bytes(slot);
-        self.staged_whole -= usize::from(self.is_whole(slot));
+        self.staged_whole -= usize::from(self.pool.is_whole(slot));
         self.vacate(slot);
     }
 
@@ -218,12 +218,8 @@ impl SlotTable {
     /// How many whole slots a reservation leaves free, for what can be staged in any case.
     fn slots_left(&self) -> usize {
         let sure = self.sure_slots(self.addresses().len_bytes());
-        // What is staged in pieces of a slot may lie anywhere, and leaves no whole one.
+        // What is staged in pieces of a slot, or off the grid, may leave no whole one when it is sent.
         (sure as usize).saturating_sub(self.staged_whole)
-    }
-
-    fn is_whole(&self, slot: SlotIndex) -> bool {
-        self.pool.taken_bytes(slot) == self.addresses().slot_bytes()
     }
 
     fn mark_reserved(&mut self, grant: GrantId, taken: Taken) -> Vec<SlotIndex> {
