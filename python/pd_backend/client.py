@@ -135,8 +135,8 @@ class Client:
         self._events: deque[m.Event] = deque()
         self._buffer: PdBuffer | CudaBuffer | None = None
         self._order: StreamOrder | None = None
-        #: What is to be cancelled as soon as it can be said.
-        self._given_up: deque[str] = deque()
+        #: What is to be cancelled as soon as it can be said, and whether that only acknowledges a failure.
+        self._given_up: deque[tuple[str, bool]] = deque()
         #: None until it has attached: what is not attached is not answered.
         self._silence: Silence | None = None
         #: What it was last asked for no other reason than to hear from it.
@@ -201,7 +201,7 @@ class Client:
     def give_up(self, req_id: str) -> None:
         """As `cancel`, for a caller whom the answer does not concern. Never waits, and raises nothing: of a daemon that is
         lost nothing has to be given back."""
-        self._given_up.append(req_id)
+        self._given_up.append((req_id, False))
         self._say_given_up()
 
     def reset(self) -> None:
@@ -377,11 +377,12 @@ class Client:
     def _acknowledge(self, event: m.Event) -> None:
         """Tells the daemon that this client knows of a failure: it fills none of the request's slots any more."""
         if isinstance(event, m.Failed):
-            self.give_up(event.req_id)
+            self._given_up.append((event.req_id, True))
+            self._say_given_up()
 
     def _say_given_up(self) -> None:
         while self._given_up and self._channel.usable:
-            req_id = self._given_up[0]
+            req_id, acknowledges = self._given_up[0]
             try:
                 after = self._after(None)
             except CudaError:
@@ -389,7 +390,11 @@ class Client:
             except RequestRefused:
                 return  # The stream has to get on first.
             try:
-                self._start(lambda id: m.Cancel(id=id, req_id=req_id, after=after), m.Cancelled, nothing).abandon()
+                self._start(
+                    lambda id: m.Cancel(id=id, req_id=req_id, after=after, acknowledges=acknowledges),
+                    m.Cancelled,
+                    nothing,
+                ).abandon()
             except PdError:
                 return  # Lost, which the next call says: the daemon gives up what was opened here.
             self._given_up.popleft()

@@ -242,6 +242,8 @@ class Cancel(_Message, frozen=True):
     req_id: str
     after: str | None = None
     """As in `Release`."""
+    acknowledges: bool = False
+    """Only says that the client knows of the event `Failed`: ends nothing that has not failed."""
 
 
 class Lookup(_Message, frozen=True):

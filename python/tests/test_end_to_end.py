@@ -186,6 +186,20 @@ def test_a_flipped_bit_fails_the_request_with_the_chunk_named(start_pair, engine
     check_arrived(pair, "bad", data)
 
 
+def test_a_failure_that_is_acknowledged_late_leaves_the_next_attempt(start_pair, engine):
+    # Broken in production: a request that is sent again is cancelled by what its client says about the first attempt.
+    pair = start_pair(engine)
+    open_request(pair, "r", 2, 5)
+    pair.receiver.cancel("r")
+    eventually(lambda: pair.sender.status().requests_failed == 1)
+    open_request(pair, "r", 2, 5)
+    assert [event.kind for event in pair.sender.poll_events()] == [Kind.CANCELLED]
+    data = content(1, 2, 5)
+    pair.sender.send("r", fill(pair, "r", data), last=True)
+    pair.sender.wait_sent("r", 30)
+    check_arrived(pair, "r", data)
+
+
 def test_a_receiver_that_wants_checksums_takes_nothing_without(start_pair, engine):
     # Broken in production: an operator turns checks on at one side and believes that they are made.
     pair = start_pair(engine, receiver_sets=["pd_checksum=full"])

@@ -328,7 +328,7 @@ def test_a_request_is_given_up_once_the_stream_lets_it_be_said(
             assert sent is None and error is not None and "peer_lost" in error
             assert not daemon.seen_of(m.Cancel)
         eventually(lambda: producer.outcomes() or daemon.seen_of(m.Cancel))
-        assert [cancel.req_id for cancel in daemon.seen_of(m.Cancel)] == ["a"]
+        assert [(cancel.req_id, cancel.acknowledges) for cancel in daemon.seen_of(m.Cancel)] == [("a", True)]
 
 
 def test_chunks_of_an_answer_that_cannot_be_read_go_back_with_the_client(fake: Callable[..., FakeDaemon]) -> None:

@@ -97,6 +97,9 @@ pub enum Request {
         /// As in `release`.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         after: Option<IpcHandle>,
+        /// Only says that the client knows of the event `failed`: ends nothing that has not failed.
+        #[serde(default, skip_serializing_if = "is_false", deserialize_with = "nil_is_left_out")]
+        acknowledges: bool,
     },
     /// Receiver: which of these chunks are ready? Takes a lease on those.
     Lookup {

@@ -233,6 +233,15 @@ impl<R: Clone + PartialEq> Node<R> {
         }
     }
 
+    /// A client knows of the failure that it was told of by an event, and fills nothing of that request any more. Ends nothing:
+    /// a request that the client has opened under this name meanwhile goes on.
+    pub fn handle_acknowledge(&mut self, now: Instant, client: ClientId, id: Seq, request: &RequestId) {
+        self.in_outgoing(now, |half, core| {
+            half.acknowledge_failure(core, client, request);
+        });
+        self.core.answer(client, id, Answer::Cancelled { request: request.clone() });
+    }
+
     /// A client's serving engine has reset its cache: nothing that was computed before is sent, or read, any more.
     pub fn handle_reset(&mut self, now: Instant, client: ClientId, id: Seq) {
         self.in_outgoing(now, |half, core| half.handle_reset(core));

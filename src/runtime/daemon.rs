@@ -408,6 +408,9 @@ impl Daemon {
                 self.node.handle_wait(now, client, id, req_id, wait, uncommitted);
             }
             Request::Release { id, lease, .. } => self.node.handle_release(now, client, id, lease),
+            Request::Cancel { id, req_id, acknowledges: true, .. } => {
+                self.node.handle_acknowledge(now, client, id, &req_id);
+            }
             Request::Cancel { id, req_id, .. } => self.node.handle_cancel(now, client, id, &req_id),
             Request::Reset { id } => self.node.handle_reset(now, client, id),
         }

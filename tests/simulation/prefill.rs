@@ -216,7 +216,7 @@ impl World {
         self.attempts[attempt].knows = true;
         let (client, id) = self.call(at, attempt, Kind::Acknowledge, Duration::ZERO);
         let name = self.jobs[self.attempts[attempt].job].name.clone();
-        self.daemons.sender(at.index).node.handle_cancel(self.now, client, id, &name);
+        self.daemons.sender(at.index).node.handle_acknowledge(self.now, client, id, &name);
     }
 
     pub fn fill_and_send(&mut self, at: Proc, attempt: usize, slots: &[StagedSlot]) {
@@ -335,7 +335,7 @@ impl World {
                 FailureKind::Unknown if self.attempts[attempt].state == State::Ended => {}
                 _ => self.wrong(format!("a cancel of an open request fails: {failure}")),
             },
-            (Kind::Acknowledge, Answer::Cancelled { .. } | Answer::Failed { .. }) | (Kind::Reset, Answer::Reset) => {}
+            (Kind::Acknowledge, Answer::Cancelled { .. }) | (Kind::Reset, Answer::Reset) => {}
             (kind, answer) => self.wrong(format!("{kind:?} is answered by {answer:?}")),
         }
     }

@@ -10,14 +10,11 @@ use crate::node::core::Core;
 use crate::node::safeguards::Safeguard;
 use crate::wire::message::Revoke;
 
-/// How many failures are remembered that were not acknowledged. They hold nothing.
-const TOLD_MAX: usize = 4096;
-
 impl<R> Outgoing<R> {
-    /// Whether this client has opened a request of this name, or has not acknowledged yet that one has failed.
+    /// Whether this client has opened a request of this name, or still has slots of one that has failed.
     pub(in crate::node) fn knows(&self, client: ClientId, request: &RequestId) -> bool {
         self.find_request(client, request).is_ok()
-            || self.told.contains(&(client, request.clone()))
+            || self.unacknowledged.contains_key(&(client, request.clone()))
             || self.requests.values().any(|closing| closing.client == Some(client) && closing.id == *request)
     }
 
@@ -29,8 +26,7 @@ impl<R> Outgoing<R> {
         id: Seq,
         request: &RequestId,
     ) {
-        self.told.remove(&(client, request.clone()));
-        // The acknowledgement of an earlier attempt's failure, which gives slots back, is not a cancel of the next attempt.
+        // A client that does not know the field `acknowledges` acknowledges a failure with a plain cancel.
         if self.acknowledge_failure(core, client, request) {
             return core.answer(client, id, Answer::Cancelled { request: request.clone() });
         }
@@ -144,10 +140,6 @@ impl<R> Outgoing<R> {
             (Some(client), Some(open_id)) => core.refuse(client, open_id, failure.clone(), Some(peer)),
             (Some(client), None) if cancel.is_none() => {
                 told_by_event = true;
-                self.told.insert((client, id.clone()));
-                if self.told.len() > TOLD_MAX {
-                    self.told.pop_first();
-                }
                 let event = Event::Failed { request: id.clone(), failure: failure.clone(), peer };
                 core.outputs.push_back(Output::Event { client, event });
             }
@@ -196,8 +188,14 @@ impl<R> Outgoing<R> {
         Some(request)
     }
 
-    /// A client knows that its request has failed: what it may have been filling until then can be staged again.
-    pub(super) fn acknowledge_failure(&mut self, core: &mut Core<R>, client: ClientId, request: &RequestId) -> bool {
+    /// A client knows that its request has failed: what it may have been filling until then can be staged again. Whether
+    /// there was anything.
+    pub(in crate::node) fn acknowledge_failure(
+        &mut self,
+        core: &mut Core<R>,
+        client: ClientId,
+        request: &RequestId,
+    ) -> bool {
         // If its transfers are under way, its slots are freed with them, and not kept for the client.
         let closing = self.requests.values_mut().find(|closing| {
             closing.client == Some(client) && closing.id == *request && closing.told_by_event && closing.is_filling()
@@ -214,7 +212,6 @@ impl<R> Outgoing<R> {
 
     /// A client that is gone fills nothing any more.
     pub(super) fn acknowledge_all(&mut self, core: &mut Core<R>, client: ClientId) {
-        self.told.retain(|(other, _)| *other != client);
         let of_client = self.unacknowledged.keys().filter(|(other, _)| *other == client);
         let requests: Vec<RequestId> = of_client.map(|(_, request)| request.clone()).collect();
         for request in requests {

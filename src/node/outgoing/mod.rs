@@ -34,7 +34,7 @@ pub(super) mod timer;
 mod transfers;
 mod uid;
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::marker::PhantomData;
 use std::time::Instant;
 
@@ -81,8 +81,6 @@ pub(super) struct Outgoing<R> {
     transfers: BTreeMap<TransferId, Transfer>,
     /// Slots of failed requests that their clients may be filling, until these say that they know.
     unacknowledged: BTreeMap<(ClientId, RequestId), Vec<SlotIndex>>,
-    /// Failures that clients were told of by an event, and have not acknowledged.
-    told: BTreeSet<(ClientId, RequestId)>,
     /// Clients that wait for local slots, in the order of their arrival.
     staging: VecDeque<Staging>,
     counts: OutgoingCounts,
@@ -111,7 +109,6 @@ impl<R> Outgoing<R> {
             lmcache: RememberedReceivers::default(),
             transfers: BTreeMap::new(),
             unacknowledged: BTreeMap::new(),
-            told: BTreeSet::new(),
             staging: VecDeque::new(),
             counts: OutgoingCounts::default(),
             route: PhantomData,

@@ -305,6 +305,24 @@ fn a_failure_can_be_acknowledged_before_its_transfers_have_ended() {
 }
 
 #[test]
+fn a_failure_that_is_acknowledged_late_leaves_the_next_attempt() {
+    // Broken in production: a request that is sent again is cancelled by what its client says about the first attempt.
+    let mut bench = Bench::new();
+    let seq = bench.open("r");
+    bench.grant(seq, 7);
+    let revoke = Revoke { req_id: request("r"), grant: GrantId(7), reason: lost(), alloc_seq: Some(seq) };
+    bench.hear(Message::PdRevoke(revoke));
+    assert!(matches!(bench.events.as_slice(), [Event::Failed { .. }]), "{:?}", bench.events);
+    let seq = bench.open("r");
+    bench.grant(seq, 8);
+    bench.session.handle_acknowledge(bench.now, CLIENT, Seq(4), &request("r"));
+    bench.pump();
+    assert_eq!(bench.answers.pop(), Some((Seq(4), Answer::Cancelled { request: request("r") })));
+    bench.send("r");
+    assert_eq!((bench.events.len(), bench.posts.len()), (1, 1), "it goes on");
+}
+
+#[test]
 fn what_waits_for_a_gpu_is_given_up_with_its_request_and_keeps_its_slot_until_then() {
     // Broken in production: after a cancelled prefill its last kernel writes into a slot that is another request's by
     // now; or a client that died keeps its slots for ever.
