@@ -443,6 +443,31 @@ sys.stdin.read()
 }
 
 #[tokio::test]
+async fn another_kind_of_socket_is_no_port_of_a_receiver() {
+    // Broken in production: a request to a DEALER's port waits until the receiver is taken for lost, and no error says what
+    // listens at a wrong port.
+    const SCRIPT: &str = r#"
+import sys, zmq
+sockets = [zmq.Context.instance().socket(getattr(zmq, kind)) for kind in sys.argv[1:]]
+for socket in sockets:
+    print(socket.bind_to_random_port("tcp://127.0.0.1"), flush=True)
+sys.stdin.read()
+"#;
+    const KINDS: [&str; 8] = ["PULL", "PUSH", "PUB", "XPUB", "SUB", "PAIR", "REQ", "DEALER"];
+    let Some(mut child) = python(SCRIPT, &KINDS) else {
+        return;
+    };
+    let mut lines = std::io::BufRead::lines(std::io::BufReader::new(child.stdout.take().unwrap()));
+    for kind in KINDS {
+        let endpoint = format!("tcp://127.0.0.1:{}", lines.next().unwrap().unwrap());
+        let error = Dealer::connect(&endpoint, SOON).await.unwrap_err().to_string();
+        assert!(error.starts_with(&format!("{endpoint} is a {kind} socket, expected ROUTER or REP")), "{error}");
+    }
+    drop(child.stdin.take());
+    output(child).await;
+}
+
+#[tokio::test]
 async fn a_proxy_is_told_and_its_end_is_noticed() {
     // Broken in production: the notification after a proxy's restart goes to the old connection and is lost.
     const SCRIPT: &str = r#"

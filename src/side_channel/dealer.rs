@@ -7,7 +7,9 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use futures::channel::mpsc;
 use futures::{FutureExt, StreamExt};
-use zeromq::{DealerRecvHalf, DealerSendHalf, DealerSocket, Socket, SocketEvent, SocketRecv, SocketType, ZmqMessage};
+use zeromq::{
+    DealerRecvHalf, DealerSendHalf, DealerSocket, Socket, SocketEvent, SocketRecv, SocketType, ZmqError, ZmqMessage,
+};
 
 use super::guard::Access;
 use super::{SideChannelError, connect_error, library_endpoint, options, send_error};
@@ -22,8 +24,8 @@ impl Dealer {
     /// waits for a peer to start chooses how often to ask; `timeout` is for connecting and handshake together.
     ///
     /// # Errors
-    /// [`SideChannelError::Unreachable`], [`SideChannelError::ConnectTimeout`] or
-    /// [`SideChannelError::InvalidAddress`].
+    /// [`SideChannelError::Unreachable`], [`SideChannelError::ConnectTimeout`], [`SideChannelError::InvalidAddress`] or
+    /// [`SideChannelError::WrongSocket`].
     pub async fn connect(
         endpoint: &str,
         timeout: Duration,
@@ -32,13 +34,22 @@ impl Dealer {
         options.connect_timeout(timeout);
         let mut socket = DealerSocket::with_options(options);
         let mut monitor = socket.monitor();
-        socket.connect(&library_endpoint(endpoint)).await.map_err(|error| connect_error(endpoint, timeout, error))?;
+        let wrong =
+            |seen: SocketType| SideChannelError::WrongSocket { address: endpoint.to_owned(), seen: seen.as_str() };
+        socket.connect(&library_endpoint(endpoint)).await.map_err(|error| match error {
+            ZmqError::IncompatiblePeer(seen) => wrong(seen),
+            error => connect_error(endpoint, timeout, error),
+        })?;
         let mut peer_socket = None;
         while let Some(Some(event)) = monitor.next().now_or_never() {
             if let SocketEvent::Connected(_, _, socket_type) = event {
                 peer_socket = socket_type;
                 break;
             }
+        }
+        // A DEALER may be connected to another, which answers nobody.
+        if let Some(seen) = peer_socket.filter(|seen| ![SocketType::ROUTER, SocketType::REP].contains(seen)) {
+            return Err(wrong(seen));
         }
         let (send_half, receive_half) = socket.split();
         Ok((

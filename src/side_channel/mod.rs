@@ -104,6 +104,14 @@ pub enum SideChannelError {
         /// How long was waited.
         timeout_ms: u128,
     },
+    /// What listens there is no port of a daemon.
+    #[error("{address} is a {seen} socket, expected ROUTER or REP; another program listens there, check host and port")]
+    WrongSocket {
+        /// `tcp://host:port` or `ipc://name`.
+        address: String,
+        /// Its type, as ZeroMQ's handshake says it.
+        seen: &'static str,
+    },
     /// Somebody who speaks ZeroMQ has not answered our authentication.
     #[error(
         "{address} has not answered the authentication within {timeout_ms} ms; if it is up, it is an older release or \

@@ -2,7 +2,7 @@ use crate::codec::{CodecError, Message, ZmtpVersion};
 use crate::endpoint::Endpoint;
 use crate::endpoint::EndpointError;
 use crate::task_handle::TaskError;
-use crate::ZmqMessage;
+use crate::{SocketType, ZmqMessage};
 
 use futures::channel::mpsc;
 use thiserror::Error;
@@ -49,6 +49,8 @@ pub enum ZmqError {
     PeerIdentity,
     #[error("Unsupported ZMTP version")]
     UnsupportedVersion(ZmtpVersion),
+    #[error("the other end is a {0} socket, which this one cannot talk to")]
+    IncompatiblePeer(SocketType),
     #[error("Connect timed out after {0:?}")]
     ConnectTimeout(Duration),
 }

@@ -177,9 +177,7 @@ pub(crate) async fn ready_exchange(
                 if socket_type.compatible(other_sock_type) {
                     Ok(peer_id)
                 } else {
-                    Err(ZmqError::Other(
-                        "Provided sockets combination is not compatible",
-                    ))
+                    Err(ZmqError::IncompatiblePeer(other_sock_type))
                 }
             }
         },
