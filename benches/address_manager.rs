@@ -43,11 +43,11 @@ impl Pool for AddressManager {
     }
 
     fn allocate_each(&self, lens_bytes: &[u64], out: &mut Vec<AddressRange>) -> bool {
-        self.allocate_each_into(lens_bytes, out).is_ok()
+        Self::allocate_each(self, lens_bytes).map(|ranges| out.extend(ranges)).is_ok()
     }
 
     fn allocate_batch(&self, len_bytes: u64, count: usize, out: &mut Vec<AddressRange>) -> bool {
-        self.allocate_batch_into(len_bytes, count, out).is_ok()
+        Pool::allocate_each(self, &vec![len_bytes; count], out)
     }
 
     fn free_batch(&self, tokens: &mut Vec<AddressRange>) {

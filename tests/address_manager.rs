@@ -10,7 +10,7 @@ use proptest::prelude::*;
 #[path = "support/address_model.rs"]
 mod address_model;
 
-use address_model::{Op, Play};
+use address_model::{Op, Play, slots_below};
 
 /// The same space with a grid of slots, of a length that is asked for or not, and without.
 fn kinds(len_bytes: u64, alignment: u64) -> Vec<AddressManager> {
@@ -33,11 +33,11 @@ fn a_space_without_bytes_refuses_and_can_grow() {
     // Broken in production: a lazy buffer that starts empty never serves anything.
     for manager in kinds(0, 16) {
         assert!(is_full(manager.allocate(1)));
-        assert!(is_full(manager.allocate_batch(16, 1)));
+        assert!(is_full(manager.allocate_each(&[16; 1])));
         assert_eq!(manager.usage().free_range_count, 0);
         manager.check().unwrap();
         manager.grow(64).unwrap();
-        assert_eq!(manager.allocate_batch(16, 4).unwrap().len(), 4);
+        assert_eq!(manager.allocate_each(&[16; 4]).unwrap().len(), 4);
         manager.check().unwrap();
     }
 }
@@ -47,7 +47,6 @@ fn nothing_is_a_mistake_and_not_a_shortage() {
     // Broken in production: a caller that asks for nothing evicts or spins as if memory were short.
     for full in kinds(0, 16) {
         assert_eq!(full.allocate(0), Err(AddressError::ZeroSize));
-        assert_eq!(full.allocate_batch(0, 3), Err(AddressError::ZeroSize));
         assert_eq!(full.allocate_each(&[16, 0]), Err(AddressError::ZeroSize));
     }
     assert_eq!(AddressManager::new(64, 0).unwrap_err(), AddressError::ZeroAlignment);
@@ -62,12 +61,11 @@ fn nothing_is_a_mistake_and_not_a_shortage() {
 fn a_batch_of_none_is_an_empty_answer_on_a_full_space() {
     // Broken in production: a request without chunks hangs, or evicts what others need.
     for manager in kinds(4000 * 16, 16) {
-        let all = manager.allocate_batch(16, 4000).unwrap();
+        let all = manager.allocate_each(&[16; 4000]).unwrap();
         assert_eq!(all.len(), 4000);
         assert!(is_full(manager.allocate(1)));
-        assert_eq!(manager.allocate_batch(16, 0), Ok(vec![]));
         assert_eq!(manager.allocate_each(&[]), Ok(vec![]));
-        assert_eq!(manager.allocate_slots_below(0, 0), Ok(vec![]));
+        assert_eq!(slots_below(&manager, 0, 0), Ok(vec![]));
         assert_eq!(manager.free_batch(&[]), Ok(()));
     }
 }
@@ -108,7 +106,7 @@ fn lengths_around_the_alignment_keep_starts_aligned() {
         for manager in kinds(alignment * 64, alignment) {
             for len_bytes in [alignment - 1, alignment, alignment + 1].into_iter().filter(|len| *len > 0) {
                 let rounded = len_bytes.next_multiple_of(alignment);
-                let ranges = manager.allocate_batch(len_bytes, 5).unwrap();
+                let ranges = manager.allocate_each(&[len_bytes; 5]).unwrap();
                 assert!(ranges.iter().all(|range| range.start % alignment == 0 && range.len_bytes == len_bytes));
                 assert_eq!(manager.used_bytes(), 5 * rounded);
                 manager.check().unwrap();
@@ -124,7 +122,7 @@ fn alignments_that_are_no_power_of_two_work_in_large_spaces() {
     let alignment = 266_240;
     let manager = AddressManager::with_slots(1 << 40, alignment, alignment).unwrap();
     let count = ((1u64 << 40) / alignment) as usize;
-    let ranges = manager.allocate_batch(alignment, count).unwrap();
+    let ranges = manager.allocate_each(&vec![alignment; count]).unwrap();
     assert!(ranges.iter().enumerate().all(|(index, range)| range.start == index as u64 * alignment));
     assert!(is_full(manager.allocate(alignment)));
     // The tail is no whole slot, and can still hold something shorter.
@@ -149,7 +147,6 @@ fn spaces_to_a_tebibyte_and_to_the_last_address() {
             assert!(most.end() <= rest.start || rest.end() <= most.start);
             assert_eq!(most.end().max(rest.end()), len_bytes);
             assert!(is_full(manager.allocate(u64::MAX)));
-            assert!(is_full(manager.allocate_batch(u64::MAX, 3)));
             assert!(is_full(manager.allocate_each(&[u64::MAX, u64::MAX])));
             manager.free_batch(&[rest, most]).unwrap();
             assert_eq!(manager.usage().largest_free_bytes, len_bytes);
@@ -180,15 +177,14 @@ fn a_batch_larger_than_what_is_free_takes_nothing() {
     for manager in kinds(160, 16) {
         let one = manager.allocate(16).unwrap();
         let before = manager.snapshot(&[16, 20, 64]);
-        assert!(is_full(manager.allocate_batch(16, 10)));
-        assert!(is_full(manager.allocate_batch(64, 3)));
+        assert!(is_full(manager.allocate_each(&[16; 10])));
+        assert!(is_full(manager.allocate_each(&[64; 3])));
         assert!(is_full(manager.allocate_each(&[64, 16, 64, 10])));
-        assert!(is_full(manager.allocate_slots_below(11, 160)));
-        assert!(is_full(manager.allocate_batch(16, usize::MAX)));
+        assert!(is_full(slots_below(&manager, 11, 160)));
         assert_eq!(manager.snapshot(&[16, 20, 64]), before);
         manager.check().unwrap();
         manager.free(one).unwrap();
-        assert_eq!(manager.allocate_batch(16, 10).unwrap().len(), 10);
+        assert_eq!(manager.allocate_each(&[16; 10]).unwrap().len(), 10);
     }
 }
 
@@ -196,14 +192,14 @@ fn a_batch_larger_than_what_is_free_takes_nothing() {
 fn a_batch_comes_from_many_holes() {
     // Broken in production: a buffer with half its bytes free refuses a request, because they do not lie together.
     for manager in kinds(64 * 16, 16) {
-        let ranges = manager.allocate_batch(16, 64).unwrap();
+        let ranges = manager.allocate_each(&[16; 64]).unwrap();
         let (free, _): (Vec<_>, Vec<_>) = ranges.iter().enumerate().partition(|(index, _)| index % 2 == 0);
         let mut free: Vec<AddressRange> = free.into_iter().map(|(_, range)| *range).collect();
         free.sort_unstable();
         manager.free_batch(&free).unwrap();
         assert_eq!(manager.usage().free_range_count, 32);
         assert!(is_full(manager.allocate(17)));
-        let mut again = manager.allocate_batch(16, 32).unwrap();
+        let mut again = manager.allocate_each(&[16; 32]).unwrap();
         again.sort_unstable();
         assert_eq!(again, free);
         assert_eq!(manager.free_bytes(), 0);
@@ -226,7 +222,7 @@ fn whatever_the_order_of_frees_everything_merges() {
                 for len_bytes in [16u64, 10, 64, 48] {
                     // An even count, and none that 37 divides: every order names each range once.
                     let count = 4096 / len_bytes.next_multiple_of(16) / 2 * 2;
-                    let ranges = manager.allocate_batch(len_bytes, count as usize).unwrap();
+                    let ranges = manager.allocate_each(&vec![len_bytes; count as usize]).unwrap();
                     let ordered: Vec<AddressRange> =
                         (0..ranges.len()).map(|index| ranges[order(index, ranges.len())]).collect();
                     if batched {
@@ -247,7 +243,7 @@ fn whatever_the_order_of_frees_everything_merges() {
 fn growing_merges_with_a_free_tail() {
     // Broken in production: a grown buffer cannot hold a chunk across the seam, and seams add up.
     for manager in kinds(160, 16) {
-        let ranges = manager.allocate_batch(16, 10).unwrap();
+        let ranges = manager.allocate_each(&[16; 10]).unwrap();
         let scattered: Vec<AddressRange> = ranges.iter().copied().filter(|range| range.start % 32 == 16).collect();
         manager.free_batch(&scattered).unwrap();
         assert_eq!(manager.usage().largest_free_bytes, 16);
@@ -265,7 +261,7 @@ fn growing_merges_with_a_free_tail() {
 fn growing_after_an_unaligned_tail_keeps_starts_aligned() {
     // Broken in production: after growing, chunks start off their alignment and page indexes name other bytes.
     for manager in kinds(40, 16) {
-        let ranges = manager.allocate_batch(8, 3).unwrap();
+        let ranges = manager.allocate_each(&[8; 3]).unwrap();
         let starts: std::collections::BTreeSet<u64> = ranges.iter().map(|range| range.start).collect();
         assert_eq!(starts, [0, 16, 32].into());
         manager.grow(24).unwrap();
@@ -346,14 +342,14 @@ fn a_free_that_is_not_exact_is_refused_and_changes_nothing() {
 fn slots_below_an_end_are_the_lowest_or_none() {
     // Broken in production: a peer that knows the buffer only up to there writes past it.
     let manager = AddressManager::with_slots(1000, 10, 100).unwrap();
-    let first = manager.allocate_slots_below(3, 399).unwrap();
+    let first = slots_below(&manager, 3, 399).unwrap();
     assert_eq!(first.iter().map(|range| range.start).collect::<Vec<_>>(), [0, 100, 200]);
-    assert!(is_full(manager.allocate_slots_below(1, 399)));
+    assert!(is_full(slots_below(&manager, 1, 399)));
     manager.free(first[1]).unwrap();
-    assert!(is_full(manager.allocate_slots_below(2, 399)));
-    assert_eq!(manager.allocate_slots_below(2, 400).unwrap().iter().map(|range| range.start).sum::<u64>(), 400);
-    assert_eq!(manager.allocate_slots_below(6, u64::MAX).unwrap().len(), 6);
-    assert!(is_full(AddressManager::new(1000, 10).unwrap().allocate_slots_below(1, u64::MAX)));
+    assert!(is_full(slots_below(&manager, 2, 399)));
+    assert_eq!(slots_below(&manager, 2, 400).unwrap().iter().map(|range| range.start).sum::<u64>(), 400);
+    assert_eq!(slots_below(&manager, 6, u64::MAX).unwrap().len(), 6);
+    assert!(is_full(slots_below(&AddressManager::new(1000, 10).unwrap(), 1, u64::MAX)));
 }
 
 #[test]
@@ -379,12 +375,12 @@ fn slots_that_are_left_are_slots_of_the_grid() {
 fn short_lengths_cost_no_whole_slot_and_give_it_back() {
     // Broken in production: each request's short last chunk costs a whole slot, a twentieth of the buffer.
     let manager = AddressManager::with_slots(1000, 1, 100).unwrap();
-    let short = manager.allocate_batch(30, 10).unwrap();
+    let short = manager.allocate_each(&[30; 10]).unwrap();
     assert_eq!(manager.used_bytes(), 300);
     assert_eq!(manager.snapshot(&[100]).fits, [7]);
     manager.free_batch(&short).unwrap();
     assert_eq!(manager.snapshot(&[100]).fits, [10]);
-    assert_eq!(manager.allocate_batch(100, 10).unwrap().len(), 10);
+    assert_eq!(manager.allocate_each(&[100; 10]).unwrap().len(), 10);
 }
 
 #[test]
@@ -441,7 +437,7 @@ fn ten_threads_never_share_a_byte() {
                         let len_bytes = 64 * (1 + (step * 7 + thread) % 9) - step % 3;
                         let taken = match step % 3 {
                             0 => manager.allocate(len_bytes).map(|range| vec![range]),
-                            1 => manager.allocate_batch(256, 8),
+                            1 => manager.allocate_each(&[256; 8]),
                             _ => manager.allocate_each(&[256, 448, len_bytes, 256]),
                         };
                         let taken = taken.unwrap_or_default();
@@ -474,7 +470,7 @@ fn a_snapshot_is_of_one_moment_while_the_space_grows() {
             scope.spawn(move || {
                 for _ in 0..500 {
                     grower.grow(4 * 64).unwrap();
-                    grower.allocate_batch(64, 2).unwrap();
+                    grower.allocate_each(&[64; 2]).unwrap();
                 }
             });
             loop {
@@ -520,9 +516,8 @@ fn a_closed_manager_takes_back_and_hands_nothing_out() {
     let owned = manager.own(manager.allocate(30).unwrap());
     manager.close();
     assert_eq!(manager.allocate(1), Err(AddressError::Closed));
-    assert_eq!(manager.allocate_batch(100, 0), Err(AddressError::Closed));
     assert_eq!(manager.allocate_each(&[]), Err(AddressError::Closed));
-    assert_eq!(manager.allocate_slots_below(1, 1000), Err(AddressError::Closed));
+    assert_eq!(slots_below(&manager, 1, 1000), Err(AddressError::Closed));
     assert_eq!(manager.grow(100), Err(AddressError::Closed));
     manager.free(slot).unwrap();
     drop(owned);

@@ -281,7 +281,9 @@ impl Play {
         }
         match op {
             Op::Reserve(lens_bytes) => self.table.addresses().allocate_each(lens_bytes).is_ok(),
-            Op::ReservePages(count, end) => self.table.addresses().allocate_slots_below(*count, *end).is_ok(),
+            Op::ReservePages(count, end) => {
+                self.table.addresses().allocate_slots_below_or_free(*count, *end, 0, std::iter::empty()).is_ok()
+            }
             _ => panic!("{op:?}"),
         }
     }

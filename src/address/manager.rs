@@ -72,55 +72,13 @@ impl AddressManager {
         OwnedRange { range, shared: Arc::clone(&self.shared) }
     }
 
-    /// Takes `count` ranges of `len_bytes` each, or none. A count of 0 is an empty answer, also when full.
-    ///
-    /// # Errors
-    /// As [`allocate`](Self::allocate).
-    pub fn allocate_batch(&self, len_bytes: u64, count: usize) -> Result<Vec<AddressRange>, AddressError> {
-        let mut ranges = Vec::new();
-        self.allocate_batch_into(len_bytes, count, &mut ranges)?;
-        Ok(ranges)
-    }
-
-    /// As [`allocate_batch`](Self::allocate_batch), appended to `out`, which is as it was after an error.
-    ///
-    /// # Errors
-    /// As [`allocate`](Self::allocate).
-    pub fn allocate_batch_into(
-        &self,
-        len_bytes: u64,
-        count: usize,
-        out: &mut Vec<AddressRange>,
-    ) -> Result<(), AddressError> {
-        lock(&self.shared).open()?.allocate_batch(len_bytes, count, out)
-    }
-
     /// Takes one range for each length, in that order, or none at all.
     ///
     /// # Errors
     /// As [`allocate`](Self::allocate).
     pub fn allocate_each(&self, lens_bytes: &[u64]) -> Result<Vec<AddressRange>, AddressError> {
         let mut ranges = Vec::with_capacity(lens_bytes.len());
-        self.allocate_each_into(lens_bytes, &mut ranges)?;
-        Ok(ranges)
-    }
-
-    /// As [`allocate_each`](Self::allocate_each), appended to `out`, which is as it was after an error.
-    ///
-    /// # Errors
-    /// As [`allocate`](Self::allocate).
-    pub fn allocate_each_into(&self, lens_bytes: &[u64], out: &mut Vec<AddressRange>) -> Result<(), AddressError> {
-        lock(&self.shared).open()?.allocate_each(lens_bytes, out)
-    }
-
-    /// Takes `count` whole slots, the lowest there are, at multiples of `slot_bytes`, that end at or before
-    /// `end_bytes`, or none at all: for peers that address by page index and know the space up to there.
-    ///
-    /// # Errors
-    /// [`AddressError::OutOfMemory`], [`AddressError::Closed`].
-    pub fn allocate_slots_below(&self, count: usize, end_bytes: u64) -> Result<Vec<AddressRange>, AddressError> {
-        let mut ranges = Vec::new();
-        lock(&self.shared).open()?.allocate_slots_below(count, end_bytes, &mut ranges)?;
+        lock(&self.shared).open()?.allocate_each(lens_bytes, &mut ranges)?;
         Ok(ranges)
     }
 
@@ -148,11 +106,12 @@ impl AddressManager {
         lock(&self.shared).open()?.make_room(least_bytes, end_bytes, spare, take)
     }
 
-    /// As [`allocate_slots_below`](Self::allocate_slots_below), giving back ranges of `spare` as
+    /// Takes `count` whole slots, the lowest there are, at multiples of `slot_bytes`, that end at or before `end_bytes`, or
+    /// none at all: for peers that address by page index and know the space up to there. Gives ranges of `spare` back as
     /// [`allocate_each_or_free`](Self::allocate_each_or_free) does.
     ///
     /// # Errors
-    /// As [`allocate_slots_below`](Self::allocate_slots_below).
+    /// [`AddressError::OutOfMemory`], [`AddressError::Closed`].
     ///
     /// # Panics
     /// As [`allocate_each_or_free`](Self::allocate_each_or_free).

@@ -101,11 +101,11 @@ impl Slots {
 
     /// Takes the `count_max` lowest free slots that end at or before `end_bytes`. Answers how many there were.
     #[inline]
-    pub(super) fn take_below(&mut self, end_bytes: u64, count_max: usize, out: &mut Vec<AddressRange>) -> usize {
+    pub(super) fn take_below(&mut self, end_bytes: u64, count_max: usize, mut each: impl FnMut(AddressRange)) -> usize {
         let slot_bytes = self.slot_bytes;
         let end = end_bytes.checked_div(slot_bytes).unwrap_or(0).min(self.count() as u64) as usize;
         self.free.take_lowest_below(end, count_max, |slot| {
-            out.push(AddressRange { start: slot as u64 * slot_bytes, len_bytes: slot_bytes });
+            each(AddressRange { start: slot as u64 * slot_bytes, len_bytes: slot_bytes });
         })
     }
 

@@ -76,28 +76,6 @@ impl Space {
         self.take(len_bytes).ok_or_else(|| self.out_of_memory(1, len_bytes))
     }
 
-    /// Takes `count` ranges of `len_bytes`, or none; they are appended to `out`.
-    pub(super) fn allocate_batch(
-        &mut self,
-        len_bytes: u64,
-        count: usize,
-        out: &mut Vec<AddressRange>,
-    ) -> Result<(), AddressError> {
-        if len_bytes == 0 {
-            return Err(AddressError::ZeroSize);
-        }
-        let total_bytes = len_bytes.saturating_mul(count as u64);
-        if total_bytes > self.free_bytes() || out.try_reserve(count).is_err() {
-            return Err(self.out_of_memory(count, total_bytes));
-        }
-        let (first, known) = (out.len(), self.no_room_from_bytes);
-        if self.take_all(len_bytes, count, out) {
-            return Ok(());
-        }
-        self.undo(out, first, known);
-        Err(self.out_of_memory(count, total_bytes))
-    }
-
     /// Takes one range for each length, or none; they are appended to `out` in that order.
     pub(super) fn allocate_each(
         &mut self,
@@ -118,7 +96,7 @@ impl Space {
         out.extend(lens_bytes.iter().map(|&len_bytes| AddressRange { start: NOT_YET, len_bytes }));
         let slot_bytes = self.slots.slot_bytes();
         let taken = self.take_where(&mut out[first..], |len_bytes| len_bytes > slot_bytes)
-            && self.take_where(&mut out[first..], |len_bytes| len_bytes == slot_bytes)
+            && self.take_slots(&mut out[first..], whole_slots)
             && self.take_where(&mut out[first..], |len_bytes| len_bytes < slot_bytes);
         if taken {
             return Ok(());
@@ -144,7 +122,7 @@ impl Space {
             return Err(self.out_of_memory(count, total_bytes));
         }
         let (first, known) = (out.len(), self.no_room_from_bytes);
-        let taken = self.slots.take_below(end_bytes, count, out);
+        let taken = self.slots.take_below(end_bytes, count, |slot| out.push(slot));
         self.used_bytes += self.slots.slot_bytes() * taken as u64;
         if taken == count {
             return Ok(());
@@ -325,24 +303,14 @@ impl Space {
         self.take_odd(len_bytes)
     }
 
-    /// Takes ranges until there are `count` or there is no room, and answers whether there was.
-    fn take_all(&mut self, len_bytes: u64, count: usize, out: &mut Vec<AddressRange>) -> bool {
-        let mut missing = count;
-        if self.is_slot(len_bytes) {
-            if !self.has_room_for_slots(count) {
-                return false;
-            }
-            let taken = self.slots.take_below(self.len_bytes, count, out);
-            self.used_bytes += len_bytes * taken as u64;
-            missing -= taken;
-        }
-        for _ in 0..missing {
-            match self.take_odd(len_bytes) {
-                Some(range) => out.push(range),
-                None => return false,
-            }
-        }
-        true
+    /// Fills in the `count` ranges of a slot's length, from the grid as far as it goes, and answers whether there was room.
+    fn take_slots(&mut self, ranges: &mut [AddressRange], count: usize) -> bool {
+        let slot_bytes = self.slots.slot_bytes();
+        let mut wanted = ranges.iter_mut().filter(|range| range.len_bytes == slot_bytes);
+        let fill_in = |slot| *wanted.next().expect("no more are taken than are wanted") = slot;
+        let taken = self.slots.take_below(self.len_bytes, count, fill_in);
+        self.used_bytes += slot_bytes * taken as u64;
+        wanted.all(|range| self.take_odd(slot_bytes).map(|taken| *range = taken).is_some())
     }
 
     /// Fills in the ranges whose length `wanted` picks, and answers whether there was room.

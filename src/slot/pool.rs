@@ -209,7 +209,7 @@ impl SlotPool {
             return Err(format!("two slots share bytes: {pair:?}"));
         }
         let taken: u64 = ranges.iter().map(|range| range.len_bytes).sum();
-        let used = self.addresses.len_bytes() - self.addresses.free_bytes();
+        let used = self.addresses.used_bytes();
         if taken > used {
             return Err(format!("slots have {taken} bytes, of which the addresses count {used} as used"));
         }

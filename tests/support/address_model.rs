@@ -30,6 +30,11 @@ pub enum Op {
     Fill(u64),
 }
 
+/// Whole slots that end below a byte; nothing is given back for them.
+pub fn slots_below(manager: &AddressManager, count: usize, end: u64) -> Result<Vec<AddressRange>, AddressError> {
+    manager.allocate_slots_below_or_free(count, end, 0, std::iter::empty()).map(|made| made.ranges)
+}
+
 /// The manager under test beside the model of it.
 pub struct Play {
     manager: AddressManager,
@@ -101,7 +106,7 @@ impl Play {
     }
 
     fn batch(&mut self, len: u64, count: usize) {
-        match self.manager.allocate_batch(len, count) {
+        match self.manager.allocate_each(&vec![len; count]) {
             Ok(ranges) => {
                 assert_eq!(ranges.len(), count);
                 ranges.into_iter().for_each(|range| self.take(range, len));
@@ -135,7 +140,7 @@ impl Play {
     fn slots_below(&mut self, count: usize, end: u64) {
         let slot_bytes = self.slot_bytes;
         let expected: Vec<u64> = self.free_slots().filter(|start| start + slot_bytes <= end).take(count).collect();
-        match self.manager.allocate_slots_below(count, end) {
+        match slots_below(&self.manager, count, end) {
             Ok(ranges) => {
                 assert_eq!(ranges.iter().map(|range| range.start).collect::<Vec<_>>(), expected);
                 assert_eq!(ranges.len(), count);
@@ -193,8 +198,8 @@ impl Play {
         }
         let fits = self.manager.snapshot(&[len]).fits[0];
         assert_eq!(fits, self.fits(len), "ranges of {len} bytes that fit");
-        assert!(self.manager.allocate_batch(len, fits as usize + 1).is_err());
-        let ranges = self.manager.allocate_batch(len, fits as usize).expect("so many fit");
+        assert!(self.manager.allocate_each(&vec![len; fits as usize + 1]).is_err());
+        let ranges = self.manager.allocate_each(&vec![len; fits as usize]).expect("so many fit");
         self.manager.check().expect("sound while full");
         self.manager.free_batch(&ranges).expect("just taken");
     }
