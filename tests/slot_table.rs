@@ -19,7 +19,7 @@ fn key(n: u8) -> ChunkKey {
 }
 
 fn table(len_bytes: u64) -> SlotTable {
-    SlotTable::new(AddressManager::with_slots(len_bytes, 1, SLOT_BYTES).unwrap(), false)
+    SlotTable::new(AddressManager::with_slots(len_bytes, 1, SLOT_BYTES).unwrap(), false, false)
 }
 
 fn reserve(table: &mut SlotTable, grant: u64, lens_bytes: &[u64]) -> Result<Vec<SlotIndex>, NoRoom> {
@@ -109,7 +109,7 @@ proptest! {
         // Broken in production: two nodes that send to each other wait for room to stage until their requests' deadlines,
         // each with its buffer full, or in pieces, of what the other has been granted and cannot send.
         let addresses = AddressManager::with_slots(8 * SLOT_BYTES, 1, SLOT_BYTES).unwrap();
-        let mut table = SlotTable::new(addresses, true);
+        let mut table = SlotTable::new(addresses, true, false);
         let mut reserved: Vec<(u64, SlotIndex)> = Vec::new();
         // Staged while something is reserved, and gone before the next look.
         let mut odd: Option<SlotIndex> = None;

@@ -350,8 +350,9 @@ class Client:
         unwanted: list[m.Answer] = []
         news = False
         for reply in replies:
-            news = news or isinstance(reply, (m.Sent, m.Failed)) or reply.id != self._ping
-            if isinstance(reply, (m.Sent, m.Failed)):
+            is_event = isinstance(reply, (m.Sent, m.Parked, m.Failed))
+            news = news or is_event or reply.id != self._ping
+            if is_event:
                 self._events.append(reply)
                 continue
             pending = self._pending.pop(reply.id, None)

@@ -40,6 +40,8 @@ class ReadyLine(msgspec.Struct, frozen=True):
     alloc_port: int | None = None
     #: Receiver: port of LMCache's cache queries, where one is configured.
     query_port: int | None = None
+    #: Sender: port at which receivers ask for what is parked, where one is configured.
+    rendezvous_port: int | None = None
     #: URL of the metrics, where they are served.
     metrics: str | None = None
 

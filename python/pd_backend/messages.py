@@ -37,6 +37,13 @@ class PeerAddress(_Value, frozen=True):
     alloc_port: int
 
 
+class SourceAddress(_Value, frozen=True):
+    """A sender's rendezvous port, at which receivers ask for what it has parked."""
+
+    host: str
+    port: int
+
+
 class SendPart(_Value, frozen=True):
     """Part of a staged slot, in bytes from the slot's start; the whole of its chunk without `len_bytes`."""
 
@@ -155,8 +162,10 @@ class Status(_Value, frozen=True):
     peers: int
     clients: int
     buffer: BufferUsage
-    #: Receiver: of the ready slots, those that a request or a lease needs.
+    #: Of the ready slots, those that a request or a lease needs.
     slots_held: int = 0
+    #: Sender: of those, slots that are kept for whoever asks for them.
+    slots_parked: int = 0
     #: Of the active requests, those that wait for slots of the receiver.
     requests_waiting: int = 0
     #: Clients' calls that wait: `stage` at a sender, `wait` at a receiver.
@@ -215,6 +224,22 @@ class Open(_Message, frozen=True):
     stage: bool = False
 
 
+class Park(_Message, frozen=True):
+    """Sender: a request whose chunks are kept for whoever asks for them.
+
+    Answered by `Opened`, with slots for all chunks that are not kept here already.
+    """
+
+    id: int
+    req_id: str
+    keys: list[str]
+    last_chunk_tokens: int
+    #: What those call it who will ask for it.
+    ids: list[str] = []
+    groups: list[int] = []
+    wait_ms: int | None = None
+
+
 class Stage(_Message, frozen=True):
     """Sender: local slots for these positions in the keys. Answered by `Staged`."""
 
@@ -265,6 +290,31 @@ class Wait(_Message, frozen=True):
     wait_ms: int | None = None
     uncommitted: bool = False
     """As in `Lookup`."""
+
+
+class Fetch(_Message, frozen=True):
+    """Receiver: have a sender send what it has parked of these. Answered by `Ready`, or with `hold` by `Held`."""
+
+    id: int
+    req_id: str
+    source: SourceAddress
+    keys: list[str]
+    #: What the prefill server calls the request.
+    ids: list[str] = []
+    wait_ms: int | None = None
+    #: How long the sender may wait for a request that it has not heard of.
+    register_wait_ms: int = 0
+    #: Whether the chunks are only to be kept.
+    hold: bool = False
+
+
+class ReleaseParked(_Message, frozen=True):
+    """Receiver: what a sender has parked under these names is not wanted. Answered by `Released`."""
+
+    id: int
+    req_id: str
+    source: SourceAddress
+    ids: list[str] = []
 
 
 class Release(_Message, frozen=True):
@@ -363,8 +413,14 @@ class Ready(_Message, frozen=True):
     chunks: list[ReadyChunk]
 
 
+class Held(_Message, frozen=True):
+    """To `Fetch` with `hold`."""
+
+    id: int
+
+
 class Released(_Message, frozen=True):
-    """To `Release`."""
+    """To `Release` and `ReleaseParked`."""
 
     id: int
 
@@ -393,6 +449,13 @@ class Sent(_Message, frozen=True):
     timings: Timings
 
 
+class Parked(_Message, frozen=True):
+    """Event: every chunk of a parked request is kept from now on, for the time of its lease."""
+
+    req_id: str
+    chunks: int
+
+
 class Failed(_Message, frozen=True):
     """Event: the request has ended without being sent."""
 
@@ -402,11 +465,13 @@ class Failed(_Message, frozen=True):
     peer: str
 
 
-Request = Union[Attach, Detach, StatusQuery, Open, Stage, Send, Cancel, Lookup, Wait, Release, Reset]
-Answer = Union[
-    Attached, Detached, StatusReply, Opened, Staged, Accepted, Cancelled, Found, Ready, Released, ResetDone, Error
+Request = Union[
+    Attach, Detach, StatusQuery, Open, Park, Stage, Send, Cancel, Lookup, Wait, Fetch, ReleaseParked, Release, Reset
 ]
-Event = Union[Sent, Failed]
+Answer = Union[
+    Attached, Detached, StatusReply, Opened, Staged, Accepted, Cancelled, Found, Ready, Held, Released, ResetDone, Error
+]
+Event = Union[Sent, Parked, Failed]
 Reply = Union[Answer, Event]
 
 _encoder = msgspec.msgpack.Encoder()

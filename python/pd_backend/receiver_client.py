@@ -100,6 +100,82 @@ class ReceiverClient(Client):
             self._wait_of(wait_s),
         )
 
+    def fetch(
+        self,
+        req_id: str,
+        source: m.SourceAddress,
+        keys: Sequence[str],
+        *,
+        ids: Sequence[str] = (),
+        wait_s: float | None = None,
+        register_wait_s: float = 0.0,
+    ) -> Lease:
+        """What the sender at `source` has parked of these chunks, sent here, with a lease on them.
+
+        `req_id` is any name that no other request has here; `ids` are the prefill server's names for the request.
+        `register_wait_s` is for a request that prefill may not have begun: without it what the sender does not know is
+        refused at once. Raises `RequestRefused`: of kind `unknown` when nothing is known of it there.
+        """
+        return self.start_fetch(req_id, source, keys, ids=ids, wait_s=wait_s, register_wait_s=register_wait_s).result()
+
+    def start_fetch(
+        self,
+        req_id: str,
+        source: m.SourceAddress,
+        keys: Sequence[str],
+        *,
+        ids: Sequence[str] = (),
+        wait_s: float | None = None,
+        register_wait_s: float = 0.0,
+    ) -> Pending[Lease]:
+        """As `fetch`, without waiting."""
+        return self._start(
+            lambda id: m.Fetch(
+                id=id,
+                req_id=req_id,
+                source=source,
+                keys=list(keys),
+                ids=list(ids),
+                wait_ms=milliseconds(wait_s),
+                register_wait_ms=milliseconds(register_wait_s) or 0,
+            ),
+            m.Ready,
+            lambda reply: Lease(self, reply.lease, reply.chunks),
+            self._wait_of(wait_s),
+        )
+
+    def start_hold(
+        self,
+        req_id: str,
+        source: m.SourceAddress,
+        keys: Sequence[str],
+        *,
+        ids: Sequence[str] = (),
+        register_wait_s: float = 0.0,
+    ) -> Pending[None]:
+        """Has the sender keep what it has of these chunks until a `fetch` of the same name, `release_parked`, or the end of
+        this client. Does not wait for its answer."""
+        return self._start(
+            lambda id: m.Fetch(
+                id=id,
+                req_id=req_id,
+                source=source,
+                keys=list(keys),
+                ids=list(ids),
+                register_wait_ms=milliseconds(register_wait_s) or 0,
+                hold=True,
+            ),
+            m.Held,
+            nothing,
+            self._wait_timeout_s,
+        )
+
+    def start_release_parked(self, req_id: str, source: m.SourceAddress, ids: Sequence[str]) -> Pending[None]:
+        """What the sender has parked under these names is not wanted: it makes room. Ends what was asked as `req_id`."""
+        return self._start(
+            lambda id: m.ReleaseParked(id=id, req_id=req_id, source=source, ids=list(ids)), m.Released, nothing
+        )
+
     def lookup(self, keys: Sequence[str], *, uncommitted: bool = False, fetch: bool = False) -> Lease:
         """Which of these chunks are ready, with a lease on those; `uncommitted` as for `wait`.
 

@@ -74,6 +74,52 @@ class SenderClient(Client):
             self._wait_of(wait_s),
         )
 
+    def park(
+        self,
+        req_id: str,
+        keys: Sequence[str],
+        *,
+        last_chunk_tokens: int,
+        ids: Sequence[str] = (),
+        groups: Sequence[int] = (),
+        wait_s: float | None = None,
+    ) -> m.Opened:
+        """As `open`, for a receiver that is not known: the chunks are kept for whoever asks for them.
+
+        `ids` are what those call the request who will ask. The result's `slots` are for every chunk but those in
+        `already_sent`, which are kept here already; `send` says that they are filled, and the event `parked` follows the call
+        with `last`. Raises `RequestRefused`, of kind `no_slots` when the wait for slots was in vain.
+        """
+        return self.start_park(
+            req_id, keys, last_chunk_tokens=last_chunk_tokens, ids=ids, groups=groups, wait_s=wait_s
+        ).result()
+
+    def start_park(
+        self,
+        req_id: str,
+        keys: Sequence[str],
+        *,
+        last_chunk_tokens: int,
+        ids: Sequence[str] = (),
+        groups: Sequence[int] = (),
+        wait_s: float | None = None,
+    ) -> Pending[m.Opened]:
+        """As `park`, without waiting."""
+        return self._start(
+            lambda id: m.Park(
+                id=id,
+                req_id=req_id,
+                keys=list(keys),
+                last_chunk_tokens=last_chunk_tokens,
+                ids=list(ids),
+                groups=list(groups),
+                wait_ms=milliseconds(wait_s),
+            ),
+            m.Opened,
+            itself,
+            self._wait_of(wait_s),
+        )
+
     def stage(self, req_id: str, chunks: Iterable[int], *, wait_s: float | None = None) -> list[m.StagedSlot]:
         """Local slots for these positions in the request's keys, all at once; waits while there are too few.
 
@@ -116,8 +162,8 @@ class SenderClient(Client):
             lambda id: m.Send(id=id, req_id=req_id, parts=ranges, last=last, after=after), m.Accepted, nothing
         )
 
-    def wait_sent(self, req_id: str, timeout_s: float | None = None) -> m.Sent:
-        """The event `sent` of this request; those of other requests stay for `poll_events`.
+    def wait_sent(self, req_id: str, timeout_s: float | None = None) -> m.Sent | m.Parked:
+        """The event `sent`, or `parked`, of this request; those of other requests stay for `poll_events`.
 
         Raises `RequestFailed` for the event `failed`, and `ReplyTimeout`.
         """

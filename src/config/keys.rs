@@ -121,6 +121,10 @@ keys! {
     /// Address that the ports below are bound to. Whoever reaches them can fill this buffer, unless there is a
     /// pd_shared_secret_file: keep them inside a trusted network.
     PD_PEER_HOST = "pd_peer_host", Host, Is("127.0.0.1"), Receiver, |c| Some(quoted(&c.bind_host));
+    /// Address under which senders reach this host, for those that are asked for what they have parked.
+    PD_ADVERTISE_HOST = "pd_advertise_host", Host,
+        Without("10.0.0.3", "pd_peer_host; where that stands for every address, nothing can be asked for"), Receiver,
+        |c| c.advertise_host.as_deref().map(quoted);
     /// Port of the handshake. One port, or a list with one port per tensor-parallel rank; 0 is a free port, which the
     /// ready line names.
     PD_PEER_INIT_PORT = "pd_peer_init_port", Ports, Refused("7300"), Receiver, |c| number(c.init_port);
@@ -141,6 +145,17 @@ keys! {
         "a list of texts HOST:INIT_PORT:ALLOC_PORT, with ports from 1 to 65535, or one for each rank joined with +, and \
              an IPv6 address in brackets"
         ), Without("[10.0.0.2:7300:7400]", "each is met at its first request"), Sender, receivers;
+
+    "Parked chunks (outgoing half; a pd-receiver ignores these)":
+    /// Address that the port below is bound to. Whoever reaches it can have what is parked here sent to any receiver,
+    /// unless there is a pd_shared_secret_file: keep it inside a trusted network.
+    PD_RENDEZVOUS_HOST = "pd_rendezvous_host", Host, Is("127.0.0.1"), Sender, |c| Some(quoted(&c.rendezvous_host));
+    /// Port at which receivers ask for chunks that are parked here. One port, or a list with one port per
+    /// tensor-parallel rank; 0 is a free port, which the ready line names.
+    PD_RENDEZVOUS_PORT = "pd_rendezvous_port", Ports, Without("5600", "nobody can ask for parked chunks"), Sender,
+        |c| c.rendezvous_port.and_then(number);
+    /// How long, in seconds, parked chunks are kept that nobody asks for, from the end of prefill on.
+    PD_LEASE_SEC = "pd_lease_sec", ABOVE_ZERO, Is("30"), Sender, |c| seconds(c.deadlines.lease);
 
     "The proxy (outgoing half; a pd-receiver ignores these)":
     /// Who is told, by a ProxyNotif, that a request's chunks have been committed. Host and port, or neither.

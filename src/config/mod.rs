@@ -113,14 +113,20 @@ pub struct Config {
     pub buffer: BufferConfig,
     /// The transfer engine.
     pub engine: EngineConfig,
-    /// Address that the side-channel ports are bound to; `pd_peer_host`. The outgoing half binds none.
+    /// Address that the incoming half's ports are bound to; `pd_peer_host`.
     pub bind_host: String,
+    /// Incoming half: address under which senders reach it, where that is not `bind_host`.
+    pub advertise_host: Option<String>,
     /// Incoming half: port of the handshake; 0 asks for a free one.
     pub init_port: u16,
     /// Incoming half: port of allocations; 0 asks for a free one.
     pub alloc_port: u16,
     /// Incoming half: port of cache queries; none: not served.
     pub query_port: Option<u16>,
+    /// Address that `rendezvous_port` is bound to; `pd_rendezvous_host`.
+    pub rendezvous_host: String,
+    /// Outgoing half: port at which receivers ask for what is parked; 0 asks for a free one; none: not served.
+    pub rendezvous_port: Option<u16>,
     /// Outgoing half: receivers that it connects to at start, and keeps; no two are the same.
     pub receivers: Vec<PeerAddress>,
     /// Outgoing half: the proxy that is told when a request is ready; none: nobody is told.
@@ -216,6 +222,8 @@ pub struct Deadlines {
     pub wait: Duration,
     /// Incoming half: ready chunks that nobody fetches.
     pub retention: Duration,
+    /// Outgoing half: parked chunks that nobody asks for.
+    pub lease: Duration,
     /// Draining after SIGTERM (`pd_shutdown_timeout_sec`).
     pub shutdown: Duration,
     /// From one ping to the next, to each connected receiver.

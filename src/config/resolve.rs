@@ -50,8 +50,14 @@ pub(super) fn resolve(
     check_mode(raw)?;
     let layout = layout(raw, source, worker)?;
     let rank = layout.tp_rank;
-    let buffer = buffer(raw, &layout, (rank, role == Role::Both), &mut notes)?;
     let peers = peer_ports(role, raw, rank)?;
+    // What can be sent at once, and what can be parked, have each half of the outgoing half's part.
+    let parts = match (role, peers.rendezvous) {
+        (Role::Both, Some(_)) => 4,
+        (Role::Both, None) => 2,
+        _ => 1,
+    };
+    let buffer = buffer(raw, &layout, (rank, parts), &mut notes)?;
     let limits = limits(role, raw)?;
     let config = Config {
         role,
@@ -61,6 +67,9 @@ pub(super) fn resolve(
         init_port: peers.init,
         alloc_port: peers.alloc,
         query_port: peers.query,
+        advertise_host: raw.host(&keys::PD_ADVERTISE_HOST)?.filter(|_| role.receives()),
+        rendezvous_host: rendezvous_host(role, raw, shared_secret.is_some(), &mut notes)?,
+        rendezvous_port: peers.rendezvous,
         receivers: receivers(role, raw, rank, &limits)?,
         proxy: proxy(role, raw)?,
         shared_secret,
@@ -167,7 +176,7 @@ fn layout(raw: &RawConfig, source: Option<LayoutSource<'_>>, worker: Worker<'_>)
 fn buffer(
     raw: &RawConfig,
     layout: &KvLayout,
-    (rank, both): (u32, bool),
+    (rank, parts): (u32, u32),
     notes: &mut Vec<String>,
 ) -> Result<BufferConfig, ConfigError> {
     let key = &keys::PD_BUFFER_SIZE;
@@ -194,21 +203,20 @@ fn buffer(
         "pd_buffer: {asked_bytes} bytes asked, {used_bytes} used: {slot_count} slots of one {chunk}, {} bytes left over",
         asked_bytes - used_bytes
     ));
-    // Each direction of a buffer that serves both has half of it in any case.
-    let directions = if both { 2 } else { 1 };
-    if slot_count < directions {
+    if slot_count < parts {
+        let parked = if parts == 4 { ", and with pd_rendezvous_port two for what is parked and sent" } else { "" };
         return Err(entry.refused(
-            format!("one {chunk}, and with pd_role: both there must be one for each direction"),
-            format!("raise it to at least {}", exact_size(chunk_bytes.saturating_mul(directions.into()))),
+            format!("that is {slot_count} slots of one {chunk}, and with pd_role: both there must be one for each direction{parked}"),
+            format!("raise it to at least {}", exact_size(chunk_bytes.saturating_mul(parts.into()))),
         ));
     }
-    let capacity_tokens = u64::from(slot_count / directions) * u64::from(layout.chunk_tokens);
+    let capacity_tokens = u64::from(slot_count / parts) * u64::from(layout.chunk_tokens);
     let tokens = raw.must(&keys::PD_MAX_PREFILL_LEN, RawConfig::whole)?;
     if u64::from(tokens) > capacity_tokens {
         let chunks = u64::from(tokens).div_ceil(layout.chunk_tokens.into());
-        let needed = exact_size(chunks.saturating_mul(directions.into()).saturating_mul(chunk_bytes));
+        let needed = exact_size(chunks.saturating_mul(parts.into()).saturating_mul(chunk_bytes));
         return Err(raw.written(&keys::PD_MAX_PREFILL_LEN)?.refused(
-            format!("the pd_buffer holds {capacity_tokens} tokens{}", if both { " in each direction" } else { "" }),
+            format!("the pd_buffer holds {capacity_tokens} tokens{}", if parts > 1 { " for each use" } else { "" }),
             format!("raise pd_buffer_size to at least {needed}, or lower it"),
         ));
     }
@@ -319,6 +327,21 @@ fn bind_host(role: Role, raw: &RawConfig, has_secret: bool, notes: &mut Vec<Stri
     Ok(host)
 }
 
+fn rendezvous_host(
+    role: Role,
+    raw: &RawConfig,
+    has_secret: bool,
+    notes: &mut Vec<String>,
+) -> Result<String, ConfigError> {
+    let host = raw.must_of(role, &keys::PD_RENDEZVOUS_HOST, RawConfig::host)?;
+    if !is_loopback(&host) && !has_secret {
+        notes.push(format!(
+            "pd_rendezvous_host = {host}: whoever reaches this port can have parked chunks sent to any receiver; keep it inside a trusted network, or give all daemons a pd_shared_secret_file"
+        ));
+    }
+    Ok(host)
+}
+
 fn is_loopback(host: &str) -> bool {
     host == "localhost" || host.starts_with("127.") || host == "::1"
 }
@@ -363,12 +386,13 @@ struct PeerPorts {
     init: u16,
     alloc: u16,
     query: Option<u16>,
+    rendezvous: Option<u16>,
 }
 
-/// The incoming half's ports. A file may have them for a daemon without that half: then there are none.
+/// The ports of each half. A file may have them for a daemon without that half: then there are none.
 fn peer_ports(role: Role, raw: &RawConfig, rank: u32) -> Result<PeerPorts, ConfigError> {
     let of_rank = |key: &'static Key| -> Result<Option<u16>, ConfigError> {
-        if role.receives() {
+        if key.used_by(role) {
             of_rank(raw, key, rank)
         } else {
             // Read all the same: a file that is wrong is wrong for every daemon.
@@ -381,8 +405,13 @@ fn peer_ports(role: Role, raw: &RawConfig, rank: u32) -> Result<PeerPorts, Confi
         raw.written(&keys::PD_PEER_INIT_PORT)?;
         raw.written(&keys::PD_PEER_ALLOC_PORT)?;
     }
-    let taken =
-        [(&keys::PD_PEER_INIT_PORT, init), (&keys::PD_PEER_ALLOC_PORT, alloc), (&keys::PD_PEER_QUERY_PORT, query)];
+    let rendezvous = of_rank(&keys::PD_RENDEZVOUS_PORT)?;
+    let taken = [
+        (&keys::PD_PEER_INIT_PORT, init),
+        (&keys::PD_PEER_ALLOC_PORT, alloc),
+        (&keys::PD_PEER_QUERY_PORT, query),
+        (&keys::PD_RENDEZVOUS_PORT, rendezvous),
+    ];
     for (index, (key, port)) in taken.iter().enumerate() {
         let same = taken.iter().take(index).find(|(_, earlier)| port.is_some_and(|p| p != 0) && earlier == port);
         if let Some((earlier, Some(port))) = same {
@@ -392,7 +421,7 @@ fn peer_ports(role: Role, raw: &RawConfig, rank: u32) -> Result<PeerPorts, Confi
             ));
         }
     }
-    Ok(PeerPorts { init: init.unwrap_or(0), alloc: alloc.unwrap_or(0), query })
+    Ok(PeerPorts { init: init.unwrap_or(0), alloc: alloc.unwrap_or(0), query, rendezvous })
 }
 
 fn proxy(role: Role, raw: &RawConfig) -> Result<Option<ProxyConfig>, ConfigError> {
@@ -467,6 +496,7 @@ fn deadlines(role: Role, raw: &RawConfig, notes: &mut Vec<String>) -> Result<Dea
         commit: seconds(&keys::PD_COMMIT_TIMEOUT_SEC)?,
         wait: seconds(&keys::PD_WAIT_TIMEOUT_SEC)?,
         retention: seconds(&keys::PD_RETENTION_SEC)?,
+        lease: seconds(&keys::PD_LEASE_SEC)?,
         shutdown: seconds(&keys::PD_SHUTDOWN_TIMEOUT_SEC)?,
     })
 }

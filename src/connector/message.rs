@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::ids::{
     ChunkKey, DeviceId, Failure, FailureKind, GroupIndex, IpcHandle, LeaseId, PeerAddress, ReadyChunk, RequestId, Seq,
-    SlotPart, StagedSlot, nil_is_left_out,
+    SlotPart, SourceAddress, StagedSlot, nil_is_left_out,
 };
 
 /// The version of this API.
@@ -60,6 +60,28 @@ pub enum Request {
         /// Whether `opened` is to bring slots for every chunk to send, if there are any free at that moment.
         #[serde(default, skip_serializing_if = "is_false", deserialize_with = "nil_is_left_out")]
         stage: bool,
+    },
+    /// Sender: a request's chunks are to be kept for whoever asks for them. Answered by `opened`, once there are slots for all
+    /// of them: `already_sent` are chunks that are kept here already, `slots` has one for each other. Then `send` as for any
+    /// request, and the event `parked` at its end.
+    Park {
+        /// Pairs the reply.
+        id: Seq,
+        /// What to call the request here.
+        req_id: RequestId,
+        /// As in `open`.
+        keys: Vec<ChunkKey>,
+        /// As in `open`.
+        last_chunk_tokens: u32,
+        /// What those call it who will ask for it.
+        #[serde(default, deserialize_with = "nil_is_left_out", skip_serializing_if = "Vec::is_empty")]
+        ids: Vec<RequestId>,
+        /// As in `open`.
+        #[serde(default, deserialize_with = "nil_is_left_out", skip_serializing_if = "Vec::is_empty")]
+        groups: Vec<GroupIndex>,
+        /// As in `open`.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        wait_ms: Option<u64>,
     },
     /// Sender: local slots to fill, one for each of these chunks. Answered by `staged`, all at once.
     Stage {
@@ -128,6 +150,44 @@ pub enum Request {
         #[serde(default, skip_serializing_if = "is_false", deserialize_with = "nil_is_left_out")]
         uncommitted: bool,
     },
+    /// Receiver: a sender has parked chunks, or will have: have it send those that it has. Answered as `wait` is; of `ready` the
+    /// chunks are those that it had. With `hold` they are only to be kept while decode waits its turn; answered by `held`, and
+    /// a `fetch` of the same name follows.
+    Fetch {
+        /// Pairs the reply.
+        id: Seq,
+        /// What to call it here; no other request has this name.
+        req_id: RequestId,
+        /// Where they are parked.
+        source: SourceAddress,
+        /// Which chunks, in the order of the prompt.
+        keys: Vec<ChunkKey>,
+        /// What the prefill server calls the request.
+        #[serde(default, deserialize_with = "nil_is_left_out", skip_serializing_if = "Vec::is_empty")]
+        ids: Vec<RequestId>,
+        /// As in `wait`.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        wait_ms: Option<u64>,
+        /// How long the sender may wait for a request that it has not heard of, in milliseconds; left out where prefill has
+        /// answered already.
+        #[serde(default, skip_serializing_if = "is_zero", deserialize_with = "nil_is_left_out")]
+        register_wait_ms: u64,
+        /// Whether they are only to be kept.
+        #[serde(default, skip_serializing_if = "is_false", deserialize_with = "nil_is_left_out")]
+        hold: bool,
+    },
+    /// Receiver: what a sender has parked under these names is not wanted. Answered by `released`, before the sender is told.
+    ReleaseParked {
+        /// Pairs the reply.
+        id: Seq,
+        /// As in `fetch`, whose question it ends.
+        req_id: RequestId,
+        /// Where it is parked.
+        source: SourceAddress,
+        /// As in `fetch`.
+        #[serde(default, deserialize_with = "nil_is_left_out", skip_serializing_if = "Vec::is_empty")]
+        ids: Vec<RequestId>,
+    },
     /// Receiver: the chunks of this lease have been copied.
     Release {
         /// Pairs the reply.
@@ -161,6 +221,9 @@ impl Request {
             | Self::Detach { id }
             | Self::Status { id }
             | Self::Open { id, .. }
+            | Self::Park { id, .. }
+            | Self::Fetch { id, .. }
+            | Self::ReleaseParked { id, .. }
             | Self::Stage { id, .. }
             | Self::Send { id, .. }
             | Self::Cancel { id, .. }
@@ -273,7 +336,12 @@ pub enum Reply {
         /// All chunks of the request, in the order of the prompt.
         chunks: Vec<ReadyChunk>,
     },
-    /// To `release`.
+    /// To `fetch` with `hold`.
+    Held {
+        /// From the request.
+        id: Seq,
+    },
+    /// To `release` and `release_parked`.
     Released {
         /// From the request.
         id: Seq,
@@ -306,6 +374,13 @@ pub enum Reply {
         /// How long each phase took.
         timings: Timings,
     },
+    /// Event: every chunk of a parked request is kept from now on, for the time of its lease.
+    Parked {
+        /// Which request.
+        req_id: RequestId,
+        /// Its chunks.
+        chunks: u32,
+    },
     /// Event: the request has ended without being sent.
     Failed {
         /// Which request.
@@ -332,10 +407,11 @@ impl Reply {
             | Self::Cancelled { id, .. }
             | Self::Found { id, .. }
             | Self::Ready { id, .. }
+            | Self::Held { id }
             | Self::Released { id }
             | Self::Reset { id }
             | Self::Error { id, .. } => Some(*id),
-            Self::Sent { .. } | Self::Failed { .. } => None,
+            Self::Sent { .. } | Self::Parked { .. } | Self::Failed { .. } => None,
         }
     }
 }
@@ -431,6 +507,9 @@ pub struct Status {
     /// Receiver: of the ready slots, those that a request or a lease needs; the others make room when it is needed.
     #[serde(default)]
     pub slots_held: u32,
+    /// Sender: of the ready slots, those that are kept for whoever asks for them.
+    #[serde(default)]
+    pub slots_parked: u32,
     /// Of the active requests, those that wait for slots of the receiver.
     #[serde(default)]
     pub requests_waiting: u32,

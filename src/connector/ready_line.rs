@@ -25,6 +25,9 @@ pub struct ReadyLine {
     pub alloc_port: Option<u16>,
     /// Port of cache queries, when it is served.
     pub query_port: Option<u16>,
+    /// Port at which receivers ask for what is parked, when it is served.
+    #[serde(default)]
+    pub rendezvous_port: Option<u16>,
     /// URL of the metrics, where they are served.
     pub metrics: Option<String>,
     /// Transfer engine.

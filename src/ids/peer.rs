@@ -1,4 +1,4 @@
-//! Where a receiver listens.
+//! Where peers listen.
 
 use std::fmt;
 
@@ -16,6 +16,22 @@ pub struct PeerAddress {
     pub init_port: u16,
     /// Port of allocations and commits (LMCache's `pd_peer_alloc_port`).
     pub alloc_port: u16,
+}
+
+/// A sender's rendezvous port, where receivers ask for what it has parked.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct SourceAddress {
+    /// Host name or address.
+    #[serde(deserialize_with = "printable_host")]
+    pub host: String,
+    /// Its port (`pd_rendezvous_port`).
+    pub port: u16,
+}
+
+impl fmt::Display for SourceAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.host, self.port)
+    }
 }
 
 /// A host of a client's request. It stands in log lines and errors before anything looks it up.

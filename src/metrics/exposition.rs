@@ -110,6 +110,12 @@ impl DaemonMetrics {
                 "kind",
                 &tally.allocations_refused,
             )?;
+            page.counters(
+                "pd_fetches_failed",
+                "Questions to senders for parked chunks that came to nothing.",
+                "kind",
+                &tally.fetches_failed,
+            )?;
         }
         if tally.sends {
             page.gauge(
@@ -117,6 +123,13 @@ impl DaemonMetrics {
                 "Transfers that the engine has not finished.",
                 None,
                 status.transfers_in_flight.into(),
+            )?;
+            page.counter("pd_requests_parked", "Requests whose chunks were parked.", None, tally.requests_parked)?;
+            page.counters(
+                "pd_registrations",
+                "Questions of receivers for parked chunks, by what became of them.",
+                "state",
+                &tally.registrations,
             )?;
         }
         page.gauge(
@@ -160,12 +173,15 @@ impl DaemonMetrics {
     fn encode_slots(&self, page: &mut Page<'_>) -> fmt::Result {
         let Snapshot { status, tally, .. } = &self.0;
         let mut states = vec![("available", status.slots_free.into()), ("reserved", status.slots_reserved.into())];
+        states.extend([
+            ("ready_held", status.slots_held.saturating_sub(status.slots_parked).into()),
+            ("ready_idle", status.slots_ready.saturating_sub(status.slots_held).into()),
+        ]);
         if tally.receives {
-            states.extend([
-                ("ready_held", status.slots_held.into()),
-                ("ready_idle", status.slots_ready.saturating_sub(status.slots_held).into()),
-                ("quarantined", status.slots_quarantined.into()),
-            ]);
+            states.push(("quarantined", status.slots_quarantined.into()));
+        }
+        if tally.sends {
+            states.push(("parked", status.slots_parked.into()));
         }
         page.gauges(
             "pd_slots",

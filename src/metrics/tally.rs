@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use super::durations::Durations;
-use crate::ids::FailureKind;
+use crate::ids::{FailureKind, Registration};
 use crate::node::{Note, incoming, outgoing};
 
 /// Every end that is known to be bad. All are shown from the start, because a rate needs the 0 before the 1; a kind
@@ -51,6 +51,10 @@ pub struct Tally {
     pub(super) connector_errors: ByKind,
     pub(super) peer_failures: ByKind,
     pub(super) allocations_refused: ByKind,
+    /// By what became of them.
+    pub(super) registrations: ByKind,
+    pub(super) fetches_failed: ByKind,
+    pub(super) requests_parked: u64,
     pub(super) phases: BTreeMap<&'static str, Durations>,
     pub(super) handshakes: u64,
     pub(super) bytes: u64,
@@ -79,7 +83,10 @@ impl Tally {
             requests_failed: kinds.clone(),
             connector_errors: kinds.clone(),
             peer_failures: kinds.clone(),
-            allocations_refused: kinds,
+            allocations_refused: kinds.clone(),
+            registrations: Registration::ALL.into_iter().map(|state| (state.as_str(), 0)).collect(),
+            fetches_failed: kinds,
+            requests_parked: 0,
             phases: phases.map(|phase| (*phase, Durations::default())).collect(),
             handshakes: 0,
             bytes: 0,
@@ -125,6 +132,9 @@ impl Tally {
                 self.add_phase("commit", phases.commit);
             }
             Note::Failed { failure, .. } => self.count_failure(failure.kind),
+            Note::Parked { .. } => self.requests_parked += 1,
+            Note::LeaseEnded { .. } => {}
+            Note::Registered { state, .. } => *self.registrations.entry(state.as_str()).or_default() += 1,
             Note::Unexpected { .. } => self.unexpected_messages += 1,
         }
     }
@@ -152,6 +162,7 @@ impl Tally {
                 self.slots_quarantined += *quarantined as u64;
             }
             Note::Fetched { after, .. } => self.add_phase("fetch", *after),
+            Note::FetchFailed { failure, .. } => add(&mut self.fetches_failed, failure.kind),
             Note::Unquarantined { slots, .. } => self.slots_unquarantined += *slots as u64,
             Note::Unexpected { .. } => self.unexpected_messages += 1,
         }

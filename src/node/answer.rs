@@ -39,7 +39,9 @@ pub enum Answer {
         /// Positions of keys that an LMCache sender was granted, and that no reader has taken.
         granted: Vec<u32>,
     },
-    /// To `release`.
+    /// To `hold`: the sender keeps what it has, or waits for it.
+    Held,
+    /// To `release`, and to `release_parked`.
     Released,
     /// To `cancel`.
     Cancelled {

@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use super::Port;
 use super::answer::Answer;
+use super::chunks::ChunkSize;
 use super::growth::{GROW_AGAIN_AFTER, Grown, Growth};
 use super::incoming::timer as incoming;
 use super::outgoing::timer as outgoing;
@@ -12,8 +13,8 @@ use super::output::{Note, Output, To};
 use super::safeguards::Safeguard;
 use super::settings::NodeSettings;
 use super::timers::Timers;
-use crate::ids::{ClientId, Failure, Seq};
-use crate::slot::SlotTable;
+use crate::ids::{ChunkKey, ClientId, Failure, Seq, SlotIndex};
+use crate::slot::{SlotState, SlotTable};
 use crate::wire::Message;
 
 /// A deadline of one of the halves, or of what they share.
@@ -55,9 +56,10 @@ pub(super) struct Core<R> {
 }
 
 impl<R> Core<R> {
-    pub(super) fn new(now: Instant, settings: NodeSettings, is_shared: bool) -> Self {
+    pub(super) fn new(now: Instant, settings: NodeSettings, is_shared: bool, parks: bool) -> Self {
+        let is_shared = is_shared && settings.keeps(Safeguard::SurePart);
         Self {
-            slots: SlotTable::new(settings.addresses.clone(), is_shared && settings.keeps(Safeguard::SurePart)),
+            slots: SlotTable::new(settings.addresses.clone(), is_shared, parks),
             growth: Growth::new(settings.len_max_bytes),
             described_len_bytes: settings.addresses.len_bytes(),
             timers: Timers::new(),
@@ -109,6 +111,30 @@ impl<R> Core<R> {
                 self.timers.set(Timer::Grow, self.now + GROW_AGAIN_AFTER);
             }
         }
+    }
+
+    /// A ready chunk is to be sent from where it is. False: as much as may be is parked.
+    pub(super) fn hold_sent(&mut self, slot: SlotIndex) -> bool {
+        !self.settings.keeps(Safeguard::SentChunksHeld) || self.slots.park(slot)
+    }
+
+    /// It is sent, or will not be.
+    pub(super) fn let_go_sent(&mut self, slot: SlotIndex) {
+        if self.settings.keeps(Safeguard::SentChunksHeld) {
+            self.slots.unpark(self.now, slot);
+        }
+    }
+
+    /// Those of these chunks that are ready, by position. A ready chunk of another length or group under the same key is
+    /// not this chunk: it is written again.
+    pub(super) fn ready_of(&self, keys: &[ChunkKey], sizes: &[ChunkSize]) -> Vec<(u32, SlotIndex)> {
+        let ready = |((index, key), size): ((u32, &ChunkKey), &ChunkSize)| {
+            let slot = self.slots.find(key)?;
+            let same = matches!(self.slots.state(slot), Some(SlotState::Ready { group, .. }) if *group == size.group)
+                && self.slots.range(slot).is_some_and(|range| range.len_bytes == size.len_bytes);
+            same.then_some((index, slot))
+        };
+        (0u32..).zip(keys).zip(sizes).filter_map(ready).collect()
     }
 
     pub(super) fn send(&mut self, to: To<R>, port: Port, message: Message) {

@@ -75,6 +75,8 @@ pub enum Port {
     Alloc,
     /// Cache queries.
     Query,
+    /// Registrations for parked chunks: of the half that sends, where the others are of the half that receives.
+    Rendezvous,
 }
 
 impl Port {
@@ -84,15 +86,17 @@ impl Port {
             Self::Init => "handshakes (pd_peer_init_port)",
             Self::Alloc => "allocations (pd_peer_alloc_port)",
             Self::Query => "cache queries (pd_peer_query_port)",
+            Self::Rendezvous => "registrations (pd_rendezvous_port)",
         }
     }
 
-    /// What it takes in LMCache's dialect, for an error text.
+    /// What it takes of senders of another make, or of receivers, for an error text.
     pub(crate) const fn accepted(self) -> &'static str {
         match self {
             Self::Init => "NixlInitRequest and NixlMemRegRequest",
             Self::Alloc => "AllocRequest and CancelNotif",
             Self::Query => "CacheQueryRequest",
+            Self::Rendezvous => "PdRegister and PdRelease",
         }
     }
 }

@@ -5,7 +5,8 @@ use super::answer::Answer;
 use super::incoming::io as incoming;
 use super::outgoing::io as outgoing;
 use crate::ids::{
-    ByteCopy, ClientId, ConnectionId, GrantId, IpcHandle, Pages, PeerAddress, PeerId, RequestId, Seq, TransferId,
+    ByteCopy, ClientId, ConnectionId, GrantId, IpcHandle, Pages, PeerAddress, PeerId, RequestId, Seq, SourceAddress,
+    TransferId,
 };
 use crate::wire::Message;
 use crate::wire::message::ProcessIdentity;
@@ -13,7 +14,7 @@ use crate::wire::message::ProcessIdentity;
 /// Whom a message goes to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum To<R> {
-    /// A receiver that this node has connected to.
+    /// A receiver, or a source, that this node has connected to.
     Peer(PeerId),
     /// Whoever sent a message to one of our ports.
     Route(R),
@@ -47,7 +48,14 @@ pub enum Output<R> {
         /// Where it listens.
         address: PeerAddress,
     },
-    /// Close the connections to a receiver; no `handle_peer_closed` is expected.
+    /// Connect to a sender's rendezvous port; `handle_peer_opened` or `handle_peer_closed` wants to know.
+    OpenSource {
+        /// Its name from now on.
+        peer: PeerId,
+        /// Where it listens.
+        address: SourceAddress,
+    },
+    /// Close the connections to a peer; no `handle_peer_closed` is expected.
     ClosePeer(PeerId),
     /// Send a message.
     Send {
@@ -124,6 +132,13 @@ pub enum Output<R> {
         summed: Vec<u32>,
         /// Not before this event of the connector's process has been passed.
         after: Option<IpcHandle>,
+    },
+    /// Wait for this event of the connector's process to be passed; `handle_transfer_done` wants to know. Nothing is written.
+    Await {
+        /// Its name.
+        transfer: TransferId,
+        /// The event.
+        after: IpcHandle,
     },
     /// A transfer that waits for an event, or to be summed, is not to be posted any more; `handle_transfer_done` wants to
     /// know when the event has been passed, for until then its slots are being written.

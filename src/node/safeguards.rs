@@ -20,6 +20,8 @@ pub enum Safeguard {
     EndsToldOnce,
     /// Slots that a client may be filling are not used again before it knows that its request has failed.
     FailureAcknowledged,
+    /// Parked chunks that are being sent stay where they are.
+    SentChunksHeld,
     /// Where one buffer serves both halves, each is sure of a part of it.
     SurePart,
     /// What one half frees, the other is told of.

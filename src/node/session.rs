@@ -6,8 +6,8 @@ use super::Port;
 use super::answer::Answer;
 use super::core::{Core, Timer};
 use super::growth::Grown;
-use super::incoming::{Incoming, IncomingCounts, Lookup};
-use super::outgoing::{ConnectState, OpenRequest, Outgoing, OutgoingCounts, Sending};
+use super::incoming::{FetchRequest, Incoming, IncomingCounts, Lookup};
+use super::outgoing::{ConnectState, OpenRequest, Outgoing, OutgoingCounts, ParkRequest, Sending};
 use super::output::{Output, Remote};
 use super::safeguards::Safeguard;
 use super::settings::NodeSettings;
@@ -48,13 +48,17 @@ impl<R: Clone + PartialEq> Node<R> {
     pub fn new(now: Instant, mut settings: NodeSettings) -> Self {
         let (outgoing, incoming) = (settings.outgoing.take(), settings.incoming.take());
         let is_shared = outgoing.is_some() && incoming.is_some();
-        let mut core = Core::new(now, settings, is_shared);
+        let parks = outgoing.as_ref().is_some_and(|outgoing| outgoing.parks);
+        let mut core = Core::new(now, settings, is_shared, parks);
         let outgoing = outgoing.map(|settings| Outgoing::new(&mut core, settings));
         Self { outgoing, incoming: incoming.map(Incoming::new), settled_version: core.slots.version(), core }
     }
 
     /// A message arrived at one of our ports.
     pub fn handle_message(&mut self, now: Instant, port: Port, from: R, message: Message) {
+        if port == Port::Rendezvous {
+            return self.in_outgoing(now, |half, core| half.handle_rendezvous(core, from, message));
+        }
         self.in_incoming(now, |half, core| half.handle_message(core, port, from, message));
     }
 
@@ -63,18 +67,27 @@ impl<R: Clone + PartialEq> Node<R> {
         self.in_incoming(now, |half, core| half.handle_route_gone(core, route));
     }
 
-    /// The sockets to a receiver are connected. If it turns out to be LMCache's, it runs in this mode.
+    /// The sockets to a receiver, or to a source, are connected. If it turns out to be LMCache's, it runs in this mode.
     pub fn handle_peer_opened(&mut self, now: Instant, peer: PeerId, lmcache_mode: LmcacheMode) {
+        if self.is_source(peer) {
+            return self.in_incoming(now, |half, core| half.handle_source_opened(core, peer));
+        }
         self.in_outgoing(now, |half, core| half.handle_peer_opened(core, peer, lmcache_mode));
     }
 
-    /// A message arrived from a receiver.
+    /// A message arrived from a receiver, or from a source.
     pub fn handle_peer_message(&mut self, now: Instant, peer: PeerId, port: Port, message: Message) {
+        if port == Port::Rendezvous {
+            return self.in_incoming(now, |half, core| half.handle_source_message(core, peer, message));
+        }
         self.in_outgoing(now, |half, core| half.handle_message(core, peer, port, message));
     }
 
-    /// The connections to a receiver are gone, or could not be made.
+    /// The connections to a receiver, or to a source, are gone, or could not be made.
     pub fn handle_peer_closed(&mut self, now: Instant, peer: PeerId, failure: Failure) {
+        if self.is_source(peer) {
+            return self.in_incoming(now, |half, core| half.handle_source_closed(core, peer, &failure));
+        }
         self.in_outgoing(now, |half, core| half.handle_peer_closed(core, peer, failure));
     }
 
@@ -157,12 +170,20 @@ impl<R: Clone + PartialEq> Node<R> {
                 }
             }
         }
-        self.in_incoming(now, |half, core| half.handle_time(core));
+        if self.incoming.is_some() {
+            self.in_incoming(now, |half, core| half.handle_time(core));
+        } else {
+            self.in_outgoing(now, |half, core| half.handle_time(core));
+        }
     }
 
     /// When to call [`handle_timeout`](Self::handle_timeout).
     pub fn poll_timeout(&self) -> Option<Instant> {
-        let idle = self.incoming.as_ref().and_then(|half| half.idle_until(&self.core));
+        let idle = match (&self.incoming, &self.outgoing) {
+            (Some(half), _) => half.idle_until(&self.core),
+            (None, Some(half)) => half.idle_until(&self.core),
+            (None, None) => None,
+        };
         [self.core.timers.next(), idle].into_iter().flatten().min()
     }
 
@@ -174,6 +195,11 @@ impl<R: Clone + PartialEq> Node<R> {
     /// A client announces a request.
     pub fn handle_open(&mut self, now: Instant, client: ClientId, id: Seq, open: OpenRequest) {
         self.ask_outgoing(now, client, id, |half, core| half.handle_open(core, client, id, open));
+    }
+
+    /// A client announces a request whose chunks are to be kept for whoever registers for them.
+    pub fn handle_park(&mut self, now: Instant, client: ClientId, id: Seq, park: ParkRequest) {
+        self.ask_outgoing(now, client, id, |half, core| half.handle_park(core, client, id, park));
     }
 
     /// A client wants slots for these chunks of an opened request.
@@ -210,6 +236,28 @@ impl<R: Clone + PartialEq> Node<R> {
         self.ask_incoming(now, client, id, |half, core| {
             half.handle_wait(core, client, id, request, wait, uncommitted);
         });
+    }
+
+    /// A reader wants chunks that a sender has parked, and waits for them as for any request.
+    pub fn handle_fetch(
+        &mut self,
+        now: Instant,
+        client: ClientId,
+        id: Seq,
+        fetch: FetchRequest,
+        wait: Option<Duration>,
+    ) {
+        self.ask_incoming(now, client, id, |half, core| half.handle_fetch(core, client, id, fetch, wait));
+    }
+
+    /// A reader will want chunks that a sender has parked: they are to be kept.
+    pub fn handle_hold(&mut self, now: Instant, client: ClientId, id: Seq, fetch: FetchRequest) {
+        self.ask_incoming(now, client, id, |half, core| half.handle_hold(core, client, id, fetch));
+    }
+
+    /// A reader does not want what a sender has parked; of `fetch` its keys and its wait do not matter.
+    pub fn handle_release_parked(&mut self, now: Instant, client: ClientId, id: Seq, fetch: FetchRequest) {
+        self.ask_incoming(now, client, id, |half, core| half.handle_release_parked(core, client, id, fetch));
     }
 
     /// A reader wants those chunks that are ready.
@@ -301,6 +349,10 @@ impl<R: Clone + PartialEq> Node<R> {
         }
         self.outgoing.as_ref().map_or(Ok(()), |half| half.check_invariants(&self.core))?;
         self.incoming.as_ref().map_or(Ok(()), |half| half.check_invariants(&self.core))
+    }
+
+    fn is_source(&self, peer: PeerId) -> bool {
+        self.incoming.as_ref().is_some_and(|half| half.has_source(peer))
     }
 
     /// An event of a half that is not there is dropped; none is expected.

@@ -67,6 +67,10 @@ pub struct OutgoingSettings {
     pub receivers: Vec<PeerAddress>,
     /// Whether a proxy wants to know.
     pub notify_proxy: bool,
+    /// Whether chunks can be parked: they take a part of a buffer that serves both halves.
+    pub parks: bool,
+    /// How long parked chunks are kept that nobody asks for.
+    pub lease: Duration,
 }
 
 /// What the half that receives is told at start.
@@ -80,4 +84,6 @@ pub struct IncomingSettings {
     pub peer_requests_max: usize,
     /// How long the writes of a process that has ended may still arrive.
     pub linger: Duration,
+    /// Where senders reach this half, as they are told when they are asked for parked chunks; none if that is not known.
+    pub advertised: Option<PeerAddress>,
 }

@@ -1,6 +1,6 @@
 //! A daemon: a [`Node`] with its engine, its ports, its connections and its clients.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc::{Sender, UnboundedSender};
 
@@ -28,11 +28,12 @@ use crate::config::Config;
 use crate::connector::ReadyLine;
 use crate::connector::message::{Reply, Request, Status};
 use crate::connector::server::ConnectorEvent;
-use crate::ids::{ClientId, Failure};
+use crate::ids::{ClientId, ConnectionId, Failure};
 use crate::metrics::Snapshot;
+use crate::node::incoming::FetchRequest;
 use crate::node::incoming::Lookup;
-use crate::node::outgoing::{OpenRequest, Sending};
-use crate::node::{Answer, Node, Output, To};
+use crate::node::outgoing::{OpenRequest, ParkRequest, Sending};
+use crate::node::{Answer, Node, Output, Port, To};
 
 /// The process behind a peer has ended.
 pub(super) struct ProcessEnded {
@@ -67,8 +68,7 @@ struct Daemon {
     deferred: Deferred,
     /// Of the message from a peer whose outputs are being done.
     room: Option<Room>,
-    /// None where nothing is received.
-    ports: Option<Ports>,
+    ports: Ports,
     links: PeerLinks<Event>,
     clients: Clients,
     notes: Notes,
@@ -89,10 +89,7 @@ pub(super) async fn run(config: Config, options: RunOptions) -> Result<(), Runti
     // Before the buffer: a port that is taken is found at once, and probes are answered while the buffer is filled.
     let (probe, responder) = health_probe();
     let http = config.metrics.as_ref().map(|metrics| HttpServer::start(metrics, probe)).transpose()?;
-    let ports = match config.role.receives() {
-        true => Some(Ports::bind(&config, &mailbox.messages).await?),
-        false => None,
-    };
+    let ports = Ports::bind(&config, &mailbox.messages).await?;
     let parts = setup::start_memory_and_engine(&config, &instance, &mailbox.events, &mut inbox).await?;
     let Some(parts) = parts else {
         tracing::info!("told to stop before it was ready");
@@ -106,22 +103,23 @@ pub(super) async fn serve(
     config: Config,
     instance: &str,
     (messages, events, inbox): (Sender<Event>, UnboundedSender<Event>, Inbox<Event>),
-    ports: Option<Ports>,
+    ports: Ports,
     parts: MemoryAndEngine,
     (http, mut responder): (Option<HttpServer>, HealthResponder),
 ) -> Result<(), RuntimeError> {
     let MemoryAndEngine { manager, engine, started } = parts;
     let clients = Clients::bind(&config).await?;
     let engine_name = started.engine;
-    let node = Node::new(Instant::now(), identity::settings(&config, instance, started, manager.addresses()));
+    let node = Node::new(Instant::now(), identity::settings(&config, instance, started, manager.addresses(), &ports));
     let proxy = config.proxy.clone().map(|proxy| Proxy::start(proxy, config.deadlines.handshake));
     let ready = ReadyLine {
         role: config.role.as_str().to_owned(),
         pid: std::process::id(),
         connector: clients.endpoint().to_owned(),
-        init_port: ports.as_ref().map(Ports::init_port),
-        alloc_port: ports.as_ref().map(Ports::alloc_port),
-        query_port: ports.as_ref().and_then(Ports::query_port),
+        init_port: ports.number(Port::Init),
+        alloc_port: ports.number(Port::Alloc),
+        query_port: ports.number(Port::Query),
+        rendezvous_port: ports.number(Port::Rendezvous),
         metrics: http.as_ref().map(HttpServer::metrics_url),
         engine: engine_name.to_owned(),
         chunk_bytes: config.layout.chunk_bytes(),
@@ -254,7 +252,8 @@ impl driver::Daemon for Daemon {
 impl Daemon {
     fn do_output(&mut self, output: Output<RouteKey>) -> Result<(), RuntimeError> {
         match output {
-            Output::OpenPeer { peer, address } => self.links.open(peer, address),
+            Output::OpenPeer { peer, address } => self.links.open(peer, &address),
+            Output::OpenSource { peer, address } => self.links.open_source(peer, &address),
             Output::ClosePeer(peer) => self.links.close(peer),
             Output::Send { to: To::Peer(peer), port, message } => {
                 if let Err(failure) = self.links.send(peer, port, &message) {
@@ -263,9 +262,7 @@ impl Daemon {
                 }
             }
             Output::Send { to: To::Route(route), port, message } => {
-                if let Some(ports) = &mut self.ports {
-                    ports.send(port, &route, &message);
-                }
+                self.ports.send(port, &route, &message);
             }
             Output::LoadPeer { remote, agent_name, metadata } => {
                 self.engine.send_with(Command::LoadPeer { remote, agent_name, metadata }, self.room.take())?;
@@ -290,6 +287,16 @@ impl Daemon {
             Output::UnwatchProcess { instance } => self.watches.forget(&instance),
             Output::Post { transfer, connection, copies, summed, after } => {
                 self.engine.send(Command::Post { transfer, connection, copies, summed, after })?;
+            }
+            Output::Await { transfer, after } => {
+                let (connection, after) = (ConnectionId(0), Some(after));
+                self.engine.send(Command::Post {
+                    transfer,
+                    connection,
+                    copies: Vec::new(),
+                    summed: Vec::new(),
+                    after,
+                })?;
             }
             Output::Abandon { transfer, writer_gone } => {
                 self.engine.send(Command::Abandon { transfer, writer_gone })?;
@@ -388,6 +395,11 @@ impl Daemon {
                 let open = OpenRequest { id: req_id, keys, groups, last_chunk_tokens, receiver, wait, stage };
                 self.node.handle_open(now, client, id, open);
             }
+            Request::Park { id, req_id, ids, keys, last_chunk_tokens, groups, wait_ms } => {
+                let wait = translate::wait(wait_ms);
+                let park = ParkRequest { id: req_id, ids, keys, groups, last_chunk_tokens, wait };
+                self.node.handle_park(now, client, id, park);
+            }
             Request::Stage { id, req_id, chunks, wait_ms } => {
                 let wait = translate::wait(wait_ms);
                 self.node.handle_stage(now, client, id, &req_id, chunks, wait);
@@ -406,6 +418,19 @@ impl Daemon {
             Request::Wait { id, req_id, wait_ms, uncommitted } => {
                 let wait = translate::wait(wait_ms);
                 self.node.handle_wait(now, client, id, req_id, wait, uncommitted);
+            }
+            Request::Fetch { id, req_id, source, ids, keys, wait_ms, register_wait_ms, hold } => {
+                let register_wait = Duration::from_millis(register_wait_ms);
+                let fetch = FetchRequest { id: req_id, source, ids, keys, register_wait };
+                if hold {
+                    self.node.handle_hold(now, client, id, fetch);
+                } else {
+                    self.node.handle_fetch(now, client, id, fetch, translate::wait(wait_ms));
+                }
+            }
+            Request::ReleaseParked { id, req_id, source, ids } => {
+                let fetch = FetchRequest { id: req_id, source, ids, keys: Vec::new(), register_wait: Duration::ZERO };
+                self.node.handle_release_parked(now, client, id, fetch);
             }
             Request::Release { id, lease, .. } => self.node.handle_release(now, client, id, lease),
             Request::Cancel { id, req_id, acknowledges: true, .. } => {
@@ -429,6 +454,7 @@ impl Daemon {
             slots_reserved: slots.staged + slots.reserved,
             slots_ready: slots.ready_pinned + slots.ready_idle,
             slots_quarantined: slots.quarantined,
+            slots_parked: slots.parked,
             requests_active: (outgoing.requests_active + incoming.requests_active) as u32,
             requests_done: outgoing.requests_sent + incoming.requests_ready,
             requests_failed: outgoing.requests_failed + incoming.requests_failed,

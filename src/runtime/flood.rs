@@ -84,7 +84,7 @@ fn child_daemon() {
             setup::start_memory_and_engine(&config, &instance, &mailbox.events, &mut inbox).await.unwrap().unwrap();
         busy.send(parts.engine.work().unwrap()).unwrap();
         let queues = (mailbox.messages, mailbox.events, inbox);
-        daemon::serve(config, &instance, queues, Some(ports), parts, (None, responder)).await.unwrap();
+        daemon::serve(config, &instance, queues, ports, parts, (None, responder)).await.unwrap();
     });
 }
 

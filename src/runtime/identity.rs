@@ -3,15 +3,16 @@
 use uuid::Uuid;
 
 use super::engine_thread::Started;
+use super::ports::Ports;
 use super::process;
 use crate::address::AddressManager;
 use crate::config::Config;
-use crate::ids::ChecksumMode;
+use crate::ids::{ChecksumMode, PeerAddress};
 use crate::kv_layout::KvGroup;
-use crate::node::{ChunkShape, IncomingSettings, NodeSettings, OutgoingSettings};
+use crate::node::{ChunkShape, IncomingSettings, NodeSettings, OutgoingSettings, Port};
 use crate::wire::message::{
-    CAPABILITY_CHECKSUMS, CAPABILITY_COMMIT, CAPABILITY_HEARTBEAT, CAPABILITY_VERIFYING, Hello, PROTOCOL_VERSION,
-    PROTOCOL_VERSION_MIN,
+    CAPABILITY_CHECKSUMS, CAPABILITY_COMMIT, CAPABILITY_HEARTBEAT, CAPABILITY_PARK, CAPABILITY_VERIFYING, Hello,
+    PROTOCOL_VERSION, PROTOCOL_VERSION_MIN,
 };
 
 /// A name for this process that no other has had: a restarted daemon is a new peer.
@@ -21,6 +22,9 @@ pub(super) fn instance_name(config: &Config) -> String {
 
 pub(super) fn hello(config: &Config, instance: &str, engine: &str) -> Hello {
     let mut capabilities = [CAPABILITY_COMMIT, CAPABILITY_HEARTBEAT, CAPABILITY_VERIFYING].map(str::to_owned).to_vec();
+    if config.rendezvous_port.is_some() {
+        capabilities.push(CAPABILITY_PARK.to_owned());
+    }
     if config.engine.checksum == ChecksumMode::Full {
         capabilities.push(CAPABILITY_CHECKSUMS.to_owned());
     }
@@ -48,8 +52,22 @@ fn chunk_shape(config: &Config) -> ChunkShape {
     }
 }
 
+/// Where senders reach the incoming half. An address that stands for all of them is none.
+fn advertised(config: &Config, ports: &Ports) -> Option<PeerAddress> {
+    let is_one = |host: &&String| !matches!(host.as_str(), "0.0.0.0" | "::" | "*");
+    let host = config.advertise_host.as_ref().or_else(|| Some(&config.bind_host).filter(is_one))?;
+    let (init_port, alloc_port) = (ports.number(Port::Init)?, ports.number(Port::Alloc)?);
+    Some(PeerAddress { host: host.clone(), init_port, alloc_port })
+}
+
 /// What the node is told at start.
-pub(super) fn settings(config: &Config, instance: &str, started: Started, addresses: &AddressManager) -> NodeSettings {
+pub(super) fn settings(
+    config: &Config,
+    instance: &str,
+    started: Started,
+    addresses: &AddressManager,
+    ports: &Ports,
+) -> NodeSettings {
     let Config { deadlines, limits, .. } = config;
     NodeSettings {
         hello: hello(config, instance, started.engine),
@@ -73,12 +91,15 @@ pub(super) fn settings(config: &Config, instance: &str, started: Started, addres
             commit_timeout: deadlines.commit,
             receivers: config.receivers.clone(),
             notify_proxy: config.proxy.is_some(),
+            parks: config.rendezvous_port.is_some(),
+            lease: deadlines.lease,
         }),
         incoming: config.role.receives().then_some(IncomingSettings {
             wait_timeout: deadlines.wait,
             retention: deadlines.retention,
             peer_requests_max: limits.peer_requests_max as usize,
             linger: started.linger,
+            advertised: advertised(config, ports),
         }),
         #[cfg(feature = "mutants")]
         without: None,

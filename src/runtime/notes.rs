@@ -149,6 +149,9 @@ impl Log {
                 %request, sender = %instance, kind = %failure.kind, quarantined, "failed: {}", failure.text
             ),
             Note::Fetched { request, after } => debug!(%request, after_ms = ms(after), "fetched"),
+            Note::FetchFailed { request, instance, failure } => {
+                warn!(%request, sender = %instance, kind = %failure.kind, "not fetched: {}", failure.text);
+            }
             Note::Unquarantined { instance, slots } => {
                 debug!(sender = %instance, slots, "writer has stopped, slots are free again");
             }
@@ -194,18 +197,23 @@ impl Log {
             Note::Refused { address, failure } => {
                 error!(receiver = %address, kind = %failure.kind, "receiver refused: {}", failure.text);
             }
-            Note::Opened { request, address, chunks, already_sent, took } => debug!(
-                %request, receiver = %address, chunks, already_sent, alloc_ms = ms(took), "opened"
+            Note::Parked { request, chunks, lease } => debug!(%request, chunks, lease_ms = ms(lease), "parked"),
+            Note::LeaseEnded { chunks, released } => debug!(chunks, released, "parked chunks may make room"),
+            Note::Registered { request, instance, state, chunks } => {
+                debug!(%request, receiver = %instance, ?state, chunks, "asked for what is parked");
+            }
+            Note::Opened { request, receiver, chunks, already_sent, took } => debug!(
+                %request, receiver, chunks, already_sent, alloc_ms = ms(took), "opened"
             ),
-            Note::Sent { request, address, chunks, bytes, phases } => info!(
-                %request, receiver = %address, chunks, bytes,
+            Note::Sent { request, receiver, chunks, bytes, phases } => info!(
+                %request, receiver, chunks, bytes,
                 alloc_ms = ms(phases.alloc), transfer_ms = ms(phases.transfer), commit_ms = ms(phases.commit), "sent"
             ),
-            Note::Failed { request, address, failure, in_flight } if failure.kind == FailureKind::Cancelled => {
-                info!(%request, receiver = %address, in_flight, "cancelled: {}", failure.text);
+            Note::Failed { request, receiver, failure, in_flight } if failure.kind == FailureKind::Cancelled => {
+                info!(%request, receiver, in_flight, "cancelled: {}", failure.text);
             }
-            Note::Failed { request, address, failure, in_flight } => warn!(
-                %request, receiver = %address, kind = %failure.kind, in_flight, "failed: {}", failure.text
+            Note::Failed { request, receiver, failure, in_flight } => warn!(
+                %request, receiver, kind = %failure.kind, in_flight, "failed: {}", failure.text
             ),
             Note::Unexpected { address, message } => {
                 warn!(receiver = %address, seen = message, unsaid, "an unexpected message, ignored");

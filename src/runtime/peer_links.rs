@@ -1,4 +1,4 @@
-//! The connections of the outgoing half: two sockets for each receiver, and the tasks that read them.
+//! The connections that this daemon makes: a socket for each port of a peer, and the tasks that read them.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -8,7 +8,7 @@ use tokio::task::JoinHandle;
 
 use super::ports::channel;
 use super::room::{Room, Rooms};
-use crate::ids::{Failure, FailureKind, PeerAddress, PeerId, SharedSecret, truncate};
+use crate::ids::{Failure, FailureKind, PeerAddress, PeerId, SharedSecret, SourceAddress, truncate};
 use crate::node::Port;
 use crate::side_channel::{Access, Dealer, DealerReceiver, DealerSender, RateLimited, SideChannelError, tcp_address};
 use crate::wire::{LmcacheMode, Message, encode};
@@ -16,7 +16,7 @@ use crate::wire::{LmcacheMode, Message, encode};
 /// What the links tell the driver.
 #[derive(Debug)]
 pub(super) enum LinkEvent {
-    /// Both sockets are connected.
+    /// All sockets are connected.
     Opened { peer: PeerId, links: Box<Links> },
     /// A message arrived. It takes its room until it is dealt with.
     Message { peer: PeerId, port: Port, message: Box<Message>, room: Room },
@@ -24,22 +24,21 @@ pub(super) enum LinkEvent {
     Closed { peer: PeerId, failure: Failure },
 }
 
-/// The sending halves of the two sockets to one receiver.
+/// The sending halves of the sockets to one peer.
 #[derive(Debug)]
 pub(super) struct Links {
-    init: DealerSender,
-    alloc: DealerSender,
+    sockets: Vec<(Port, DealerSender)>,
     /// The mode of LMCache, if LMCache runs there.
     pub(super) lmcache_mode: LmcacheMode,
 }
 
-/// All receivers that are connected or being connected.
+/// All peers that are connected or being connected.
 #[derive(Debug)]
 pub(super) struct PeerLinks<E> {
     links: BTreeMap<PeerId, Links>,
     tasks: BTreeMap<PeerId, JoinHandle<()>>,
     events: Sender<E>,
-    /// Of all links' init and alloc sockets.
+    /// For the handshakes of all links, and for what else they bring.
     rooms: [Rooms; 2],
     secret: Option<SharedSecret>,
     timeout: Duration,
@@ -52,10 +51,20 @@ impl<E: From<LinkEvent> + Send + 'static> PeerLinks<E> {
     }
 
     /// Begins to connect; [`LinkEvent::Opened`] or [`LinkEvent::Closed`] follows.
-    pub(super) fn open(&mut self, peer: PeerId, address: PeerAddress) {
+    pub(super) fn open(&mut self, peer: PeerId, address: &PeerAddress) {
+        let ports = [(Port::Init, address.init_port), (Port::Alloc, address.alloc_port)];
+        self.open_ports(peer, format!("receiver {address}"), &address.host, &ports);
+    }
+
+    /// As [`open`](Self::open), to where a sender is asked for what it has parked.
+    pub(super) fn open_source(&mut self, peer: PeerId, address: &SourceAddress) {
+        self.open_ports(peer, format!("sender {address}"), &address.host, &[(Port::Rendezvous, address.port)]);
+    }
+
+    fn open_ports(&mut self, peer: PeerId, name: String, host: &str, ports: &[(Port, u16)]) {
         let access = |port| Access { channel: channel(port), secret: self.secret.clone(), timeout: self.timeout };
-        let access = [access(Port::Init), access(Port::Alloc)];
-        let task = tokio::spawn(run_links(peer, address, access, self.rooms.clone(), self.events.clone()));
+        let ends = ports.iter().map(|&(port, number)| (port, tcp_address(host, number), access(port))).collect();
+        let task = tokio::spawn(run_links(peer, name, ends, self.rooms.clone(), self.events.clone()));
         self.tasks.insert(peer, task);
     }
 
@@ -70,14 +79,15 @@ impl<E: From<LinkEvent> + Send + 'static> PeerLinks<E> {
 
     /// Sends, or says why the link is as good as gone.
     pub(super) fn send(&mut self, peer: PeerId, port: Port, message: &Message) -> Result<(), Failure> {
-        let Some(links) = self.links.get_mut(&peer) else {
-            return Err(Failure::new(FailureKind::PeerLost, "the connection to the receiver is gone"));
+        let sockets = self.links.get_mut(&peer).map(|links| &mut links.sockets);
+        let socket = sockets.and_then(|sockets| sockets.iter_mut().find(|(of, _)| *of == port));
+        let Some((_, socket)) = socket else {
+            return Err(Failure::new(FailureKind::PeerLost, "the connection is gone"));
         };
-        let socket = if port == Port::Init { &mut links.init } else { &mut links.alloc };
         socket.try_send(encode(message).into()).map_err(|error| Failure::new(FailureKind::PeerLost, error.to_string()))
     }
 
-    /// Closes both sockets. What was sent before still leaves.
+    /// Closes its sockets. What was sent before still leaves.
     pub(super) fn close(&mut self, peer: PeerId) {
         self.links.remove(&peer);
         if let Some(task) = self.tasks.remove(&peer) {
@@ -86,43 +96,50 @@ impl<E: From<LinkEvent> + Send + 'static> PeerLinks<E> {
     }
 }
 
-/// Connects, then reads both sockets until one of them ends.
-async fn run_links<E: From<LinkEvent>>(
+/// One socket to be: of which port, where to, and who may talk there.
+type End = (Port, String, Access);
+
+/// Connects, then reads all sockets until one of them ends.
+async fn run_links<E: From<LinkEvent> + Send + 'static>(
     peer: PeerId,
-    address: PeerAddress,
-    access: [Access; 2],
-    [for_init, for_alloc]: [Rooms; 2],
+    name: String,
+    ends: Vec<End>,
+    rooms: [Rooms; 2],
     events: Sender<E>,
 ) {
-    let failure = match connect(&address, &access).await {
-        Ok((links, init, alloc)) => {
+    let failure = match connect(&ends).await {
+        Ok((links, inboxes)) => {
             if events.send(LinkEvent::Opened { peer, links: Box::new(links) }.into()).await.is_err() {
                 return;
             }
-            // Reading is cancel-safe here: whichever ends, the other is dropped with its connection.
-            tokio::select! {
-                failure = read(peer, Port::Init, init, &for_init, &events) => failure,
-                failure = read(peer, Port::Alloc, alloc, &for_alloc, &events) => failure,
-            }
+            let [for_handshakes, for_messages] = &rooms;
+            let reads = inboxes.into_iter().map(|(port, inbox)| {
+                let rooms = if port == Port::Init { for_handshakes } else { for_messages };
+                Box::pin(read(peer, port, inbox, rooms, &events))
+            });
+            // Reading is cancel-safe here: whichever ends, the others are dropped with their connections.
+            futures::future::select_all(reads).await.0
         }
         Err(failure) => failure,
     };
-    let failure = Failure::new(failure.kind, format!("receiver {address}: {}", failure.text));
+    let failure = Failure::new(failure.kind, format!("{name}: {}", failure.text));
     // A driver that has gone does not care.
     drop(events.send(LinkEvent::Closed { peer, failure }.into()).await);
 }
 
-async fn connect(
-    address: &PeerAddress,
-    access: &[Access; 2],
-) -> Result<(Links, DealerReceiver, DealerReceiver), Failure> {
-    let endpoint = |port| tcp_address(&address.host, port);
-    let failed = |error| link_failure(FailureKind::PeerUnreachable, &error);
-    let [for_init, for_alloc] = access;
-    let (init, init_inbox) = Dealer::connect_port(&endpoint(address.init_port), for_init).await.map_err(failed)?;
-    let (alloc, alloc_inbox) = Dealer::connect_port(&endpoint(address.alloc_port), for_alloc).await.map_err(failed)?;
-    let lmcache_mode = if alloc_inbox.peer_is_rep() { LmcacheMode::Sync } else { LmcacheMode::Async };
-    Ok((Links { init, alloc, lmcache_mode }, init_inbox, alloc_inbox))
+async fn connect(ends: &[End]) -> Result<(Links, Vec<(Port, DealerReceiver)>), Failure> {
+    let (mut sockets, mut inboxes) = (Vec::new(), Vec::new());
+    let mut lmcache_mode = LmcacheMode::Async;
+    for (port, endpoint, access) in ends {
+        let connected = Dealer::connect_port(endpoint, access).await;
+        let (socket, inbox) = connected.map_err(|error| link_failure(FailureKind::PeerUnreachable, &error))?;
+        if *port == Port::Alloc && inbox.peer_is_rep() {
+            lmcache_mode = LmcacheMode::Sync;
+        }
+        sockets.push((*port, socket));
+        inboxes.push((*port, inbox));
+    }
+    Ok((Links { sockets, lmcache_mode }, inboxes))
 }
 
 /// A link's end as a request's: `otherwise`, unless it is about who may talk.
@@ -183,7 +200,7 @@ mod tests {
         let mut links = PeerLinks::new(events, None, Duration::from_secs(60));
         for peer in 0..LINKS {
             let address = PeerAddress { host: "127.0.0.1".into(), init_port: port, alloc_port: port };
-            links.open(PeerId(peer), address);
+            links.open(PeerId(peer), &address);
         }
         // All of them have ended, or wait to say so.
         for _ in 0..20 {

@@ -1,5 +1,6 @@
-//! The ports of the incoming half, and the tasks that read them.
+//! The ports that peers connect to, and the tasks that read them.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Instant;
@@ -61,40 +62,39 @@ struct Bound {
 /// The bound ports.
 #[derive(Debug)]
 pub(super) struct Ports {
-    init: Bound,
-    alloc: Bound,
-    query: Option<Bound>,
+    bound: BTreeMap<Port, Bound>,
     /// Of answers that could not be sent.
     warnings: RateLimited,
 }
 
 impl Ports {
-    /// Binds what the configuration says and starts to read.
+    /// Binds what the configuration says of the halves that there are, and starts to read.
     pub(super) async fn bind<E: From<PortEvent> + Send + 'static>(
         config: &Config,
         events: &Sender<E>,
     ) -> Result<Self, RuntimeError> {
-        let init = bind_one(config, config.init_port, Port::Init, events).await?;
-        let alloc = bind_one(config, config.alloc_port, Port::Alloc, events).await?;
-        let query = match config.query_port {
-            Some(port) if cfg!(feature = "lmcache") => Some(bind_one(config, port, Port::Query, events).await?),
-            Some(_) => {
-                tracing::warn!("pd_peer_query_port is ignored: this build has no LMCache (cargo feature lmcache)");
-                None
+        let mut numbers = Vec::new();
+        if config.role.receives() {
+            numbers.extend([(Port::Init, config.init_port), (Port::Alloc, config.alloc_port)]);
+            match config.query_port {
+                Some(port) if cfg!(feature = "lmcache") => numbers.push((Port::Query, port)),
+                Some(_) => {
+                    tracing::warn!("pd_peer_query_port is ignored: this build has no LMCache (cargo feature lmcache)");
+                }
+                None => {}
             }
-            None => None,
-        };
-        Ok(Self { init, alloc, query, warnings: RateLimited::default() })
+        }
+        numbers.extend(config.rendezvous_port.map(|port| (Port::Rendezvous, port)));
+        let mut bound = BTreeMap::new();
+        for (port, number) in numbers {
+            bound.insert(port, bind_one(config, number, port, events).await?);
+        }
+        Ok(Self { bound, warnings: RateLimited::default() })
     }
 
     /// Answers a peer. One that is gone, or does not read, misses it.
     pub(super) fn send(&mut self, port: Port, to: &RouteKey, message: &Message) {
-        let bound = match port {
-            Port::Init => Some(&self.init),
-            Port::Alloc => Some(&self.alloc),
-            Port::Query => self.query.as_ref(),
-        };
-        let (Some(bound), Some(route)) = (bound, &to.route) else { return };
+        let (Some(bound), Some(route)) = (self.bound.get(&port), &to.route) else { return };
         if let Err(error) = bound.sender.try_send(route, encode(message).into())
             && let Some(unsaid) = self.warnings.permit(Instant::now())
         {
@@ -102,16 +102,9 @@ impl Ports {
         }
     }
 
-    pub(super) fn init_port(&self) -> u16 {
-        self.init.number
-    }
-
-    pub(super) fn alloc_port(&self) -> u16 {
-        self.alloc.number
-    }
-
-    pub(super) fn query_port(&self) -> Option<u16> {
-        self.query.as_ref().map(|bound| bound.number)
+    /// The number of a port, if it is bound.
+    pub(super) fn number(&self, port: Port) -> Option<u16> {
+        self.bound.get(&port).map(|bound| bound.number)
     }
 }
 
@@ -126,7 +119,8 @@ async fn bind_one<E: From<PortEvent> + Send + 'static>(
         secret: config.shared_secret.as_ref().map(|file| file.secret.clone()),
         timeout: config.deadlines.handshake,
     };
-    let bound = RouterSocket::bind_port(&config.bind_host, number, access).await?;
+    let host = if port == Port::Rendezvous { &config.rendezvous_host } else { &config.bind_host };
+    let bound = RouterSocket::bind_port(host, number, access).await?;
     let RouterSocket { sender, receiver, port: number, .. } = bound;
     tokio::spawn(read(port, receiver, sender.clone(), events.clone()));
     Ok(Bound { sender, number })
@@ -138,6 +132,7 @@ pub(super) const fn channel(port: Port) -> Channel {
         Port::Init => Channel::Init,
         Port::Alloc => Channel::Alloc,
         Port::Query => Channel::Query,
+        Port::Rendezvous => Channel::Rendezvous,
     }
 }
 
@@ -165,7 +160,7 @@ async fn read<E: From<PortEvent>>(port: Port, mut receiver: RouterReceiver, answ
                         let (error, accepted) = (truncate(&error.to_string()), port.accepted());
                         tracing::warn!(
                             ?port, %from, %peer, unsaid,
-                            "a message that cannot be read, {done}: {error}; this port takes a sender's {accepted}: correct what \
+                            "a message that cannot be read, {done}: {error}; this port takes {accepted}: correct what \
                              that process sends, or the port that it was given"
                         );
                     }
@@ -224,8 +219,9 @@ mod tests {
         let (events, mut inbox) = mpsc::channel::<PortEvent>(16);
         let ports = Ports::bind(&config, &events).await.unwrap();
         let mut kept = Vec::new();
-        for port in [ports.init_port(), ports.alloc_port(), ports.query_port().unwrap()] {
-            let (sender, mut receiver) = Dealer::connect(&tcp_address("127.0.0.1", port), SOON).await.unwrap();
+        for port in [Port::Init, Port::Alloc, Port::Query] {
+            let (sender, mut receiver) =
+                Dealer::connect(&tcp_address("127.0.0.1", ports.number(port).unwrap()), SOON).await.unwrap();
             sender.try_send(alloc(305, &["a", "b", "c"]).into()).unwrap();
             let answer = tokio::time::timeout(SOON, receiver.recv()).await.expect("it is answered").unwrap();
             match crate::wire::decode(&answer).unwrap() {
@@ -254,7 +250,7 @@ mod tests {
         let mut clients = Vec::new();
         let mut routes = Vec::new();
         for number in 0..2 * CONNECTIONS {
-            let port = if number % 2 == 0 { ports.init_port() } else { ports.alloc_port() };
+            let port = ports.number(if number % 2 == 0 { Port::Init } else { Port::Alloc }).unwrap();
             let (sender, receiver) = Dealer::connect(&tcp_address("127.0.0.1", port), SOON).await.unwrap();
             sender.try_send(b"\x82\xa4type\xaaProxyNotif\xa6req_id\xa1r".as_slice().into()).unwrap();
             clients.push((sender, receiver));

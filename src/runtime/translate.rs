@@ -99,6 +99,7 @@ pub(super) fn answer(id: Seq, answer: Answer) -> Reply {
         Answer::Accepted => Reply::Accepted { id },
         Answer::Ready { request, lease, chunks } => Reply::Ready { id, req_id: request, lease, chunks },
         Answer::Found { lease, chunks, granted } => Reply::Found { id, lease, chunks, granted },
+        Answer::Held => Reply::Held { id },
         Answer::Released => Reply::Released { id },
         Answer::Cancelled { request } => Reply::Cancelled { id, req_id: request },
         Answer::Reset => Reply::Reset { id },
@@ -118,6 +119,7 @@ pub(super) fn event(event: outgoing::Event) -> Reply {
                 commit_us: phases.commit.as_micros() as u64,
             },
         },
+        outgoing::Event::Parked { request, chunks } => Reply::Parked { req_id: request, chunks },
         outgoing::Event::Failed { request, failure, peer } => {
             Reply::Failed { req_id: request, kind: failure.kind, text: failure.text, peer }
         }

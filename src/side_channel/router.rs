@@ -88,7 +88,7 @@ impl RouterSocket {
     pub async fn bind_port(host: &str, port: u16, access: Access) -> Result<Self, SideChannelError> {
         let len_bytes_max = match access.channel {
             Channel::Init => INIT_MESSAGE_LEN_BYTES_MAX,
-            Channel::Alloc | Channel::Query => MESSAGE_LEN_BYTES_MAX,
+            Channel::Alloc | Channel::Query | Channel::Rendezvous => MESSAGE_LEN_BYTES_MAX,
         };
         let mut options = options();
         options.message_timeout(access.timeout).max_message_size(len_bytes_max + ENVELOPE_LEN_BYTES_MAX);

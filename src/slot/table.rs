@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! Free -> Staged -> Free                           outgoing: filled by the local engine, and sent
+//!         Staged -> Ready(key) -> Free             parked: filled by the local engine, and kept for whoever asks
 //! Free -> Reserved(grant) -> Ready(key) -> Free    incoming: granted to a peer, committed by it
 //!         Reserved -> Quarantined(grant) -> Free
 //! ```
@@ -9,7 +10,7 @@
 //! A one-sided write cannot be refused, so a slot whose writer may still be writing is quarantined, and freed when that
 //! writer is known to have stopped: by its own word, or by its end. A ready chunk is *held* by the requests and leases
 //! that need it; one that nobody holds stays for the next request with the same key until its room is needed or the
-//! retention time has passed.
+//! retention time has passed. A chunk that is parked is held as well, and counts as the outgoing half's.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
@@ -54,12 +55,18 @@ pub struct SlotCounts {
     pub ready_idle: u32,
     /// Given up, writer not known to have stopped.
     pub quarantined: u32,
+    /// Of `ready_pinned`: parked for whoever registers for them.
+    pub parked: u32,
 }
 
-/// Where one buffer serves both halves, one part in so many of it can be staged in any case, and no more at once. What is staged
-/// is sent, and freed, whatever else there is. A reservation is freed when its writer has found room to stage, elsewhere: two
+/// Where one buffer serves both halves, one part in so many of it is the outgoing half's in any case. What is staged is sent, and
+/// freed, whatever else there is. A reservation is freed when its writer has found room to stage, elsewhere: two
 /// nodes that send to each other would wait for each other if reservations did not leave that part, and in whole slots.
 const SURE_TO_STAGE: u64 = 2;
+/// Where chunks are parked as well, one part in so many of that is for them, and no more; the rest can be staged in any case. A
+/// parked chunk may wait for room elsewhere, and what is granted here may wait for room to stage elsewhere: if the two shared
+/// their part, two nodes could wait for each other.
+const SURE_TO_PARK: u64 = 2;
 /// And one part in so many can be reserved in any case.
 const SURE_TO_RESERVE: u64 = 4;
 
@@ -69,9 +76,17 @@ pub struct SlotTable {
     pool: SlotPool,
     /// Whether slots are both staged and reserved, so that neither may take everything.
     is_shared: bool,
+    /// Whether slots are parked as well.
+    parks: bool,
+    /// Staged to be sent.
     staged_bytes: u64,
     /// Of the staged slots: whole ones of the grid, which they are again when they are free.
     staged_whole: usize,
+    /// Ready chunks that are parked, and by how many leases each; and slots that are staged to become such, by one.
+    parked: BTreeMap<SlotIndex, u32>,
+    parked_bytes: u64,
+    /// Of the parked slots: as in `staged_whole`.
+    parked_whole: usize,
     states: Vec<SlotState>,
     /// Ready chunks that can be found by name. A second copy of a key that is ready already is not in here.
     by_key: BTreeMap<ChunkKey, SlotIndex>,
@@ -81,13 +96,18 @@ pub struct SlotTable {
 }
 
 impl SlotTable {
-    /// No slots yet, in the addresses of this manager. With `is_shared`, slots are both staged and reserved.
-    pub fn new(addresses: AddressManager, is_shared: bool) -> Self {
+    /// No slots yet, in the addresses of this manager. With `is_shared`, slots are both staged and reserved; with `parks`, some are
+    /// parked.
+    pub fn new(addresses: AddressManager, is_shared: bool, parks: bool) -> Self {
         Self {
             pool: SlotPool::new(addresses),
             is_shared,
+            parks,
             staged_bytes: 0,
             staged_whole: 0,
+            parked: BTreeMap::new(),
+            parked_bytes: 0,
+            parked_whole: 0,
             states: Vec::new(),
             by_key: BTreeMap::new(),
             idle: IdleSlots::default(),
@@ -108,10 +128,22 @@ impl SlotTable {
 
     /// Most bytes of a buffer of this length that can be staged at once.
     pub fn most_staged_bytes(&self, len_bytes: u64) -> u64 {
-        if self.is_shared { self.sure_slots(len_bytes) * self.addresses().slot_bytes() } else { len_bytes }
+        if self.is_shared { self.sure_to_stage(len_bytes) * self.addresses().slot_bytes() } else { len_bytes }
     }
 
-    /// How many whole slots are left to stage, whatever is reserved.
+    /// Most bytes of a buffer of this length that can be parked at once.
+    pub fn most_parked_bytes(&self, len_bytes: u64) -> u64 {
+        let parked = self.sure_slots(len_bytes) - self.sure_to_stage(len_bytes);
+        if self.is_shared { parked * self.addresses().slot_bytes() } else { len_bytes }
+    }
+
+    /// How many whole slots can be staged to be sent, whatever is parked and reserved.
+    fn sure_to_stage(&self, len_bytes: u64) -> u64 {
+        let sure = self.sure_slots(len_bytes);
+        if self.parks { sure - sure / SURE_TO_PARK } else { sure }
+    }
+
+    /// How many whole slots are left to stage and to park, whatever is reserved.
     fn sure_slots(&self, len_bytes: u64) -> u64 {
         let slots = len_bytes.checked_div(self.addresses().slot_bytes()).unwrap_or(0);
         if self.is_shared { slots / SURE_TO_STAGE } else { 0 }
@@ -123,11 +155,11 @@ impl SlotTable {
     /// # Errors
     /// As there.
     pub fn stage(&mut self, lens_bytes: &[u64]) -> Result<Vec<SlotIndex>, NoRoom> {
-        let asked_bytes = self.pool.asked_bytes(lens_bytes);
-        let staged_bytes = self.staged_bytes.saturating_add(asked_bytes);
         let len_bytes = self.addresses().len_bytes();
         let most_bytes = if self.is_shared { len_bytes - len_bytes / SURE_TO_RESERVE } else { len_bytes };
-        if asked_bytes > self.available_bytes() || staged_bytes > most_bytes {
+        let asked_bytes = self.pool.asked_bytes(lens_bytes);
+        let staged_bytes = self.staged_bytes.saturating_add(asked_bytes);
+        if asked_bytes > self.available_bytes() || staged_bytes.saturating_add(self.parked_bytes) > most_bytes {
             return Err(self.pool.no_room(lens_bytes));
         }
         let taken = self.pool.take_or_free(lens_bytes, u64::MAX, 0, self.idle.iter())?;
@@ -138,6 +170,26 @@ impl SlotTable {
         Ok(slots)
     }
 
+    /// As [`stage`](Self::stage), for what will be parked.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn stage_to_park(&mut self, lens_bytes: &[u64]) -> Result<Vec<SlotIndex>, NoRoom> {
+        let len_bytes = self.addresses().len_bytes();
+        let asked_bytes = self.pool.asked_bytes(lens_bytes);
+        let parked_bytes = self.parked_bytes.saturating_add(asked_bytes);
+        if asked_bytes > self.available_bytes() || parked_bytes > self.most_parked_bytes(len_bytes) {
+            return Err(self.pool.no_room(lens_bytes));
+        }
+        let sure = if self.is_shared { self.sure_to_stage(len_bytes) as usize } else { 0 };
+        let slots_left = sure.saturating_sub(self.staged_whole);
+        let taken = self.pool.take_or_free(lens_bytes, u64::MAX, slots_left, self.idle.iter())?;
+        let slots = self.enter(taken, &SlotState::Staged);
+        self.counts.staged += slots.len() as u32;
+        slots.iter().for_each(|&slot| self.note_parked(slot));
+        Ok(slots)
+    }
+
     /// A staged slot is not needed any more.
     pub fn unstage(&mut self, slot: SlotIndex) {
         if !matches!(self.state(slot), Some(SlotState::Staged)) {
@@ -145,9 +197,75 @@ impl SlotTable {
             return;
         }
         self.counts.staged -= 1;
-        self.staged_bytes -= self.pool.taken_bytes(slot);
-        self.staged_whole -= usize::from(self.pool.is_whole(slot));
+        if self.parked.contains_key(&slot) {
+            self.note_unparked(slot);
+        } else {
+            self.staged_bytes -= self.pool.taken_bytes(slot);
+            self.staged_whole -= usize::from(self.pool.is_whole(slot));
+        }
         self.vacate(slot);
+    }
+
+    /// A slot that was staged to be parked now holds a complete chunk, parked once by whoever says so.
+    pub fn publish(&mut self, slot: SlotIndex, key: ChunkKey, group: GroupIndex) {
+        if !matches!(self.state(slot), Some(SlotState::Staged)) || !self.parked.contains_key(&slot) {
+            debug_assert!(false, "slot {slot} is not staged to be parked");
+            return;
+        }
+        self.by_key.entry(key.clone()).or_insert(slot);
+        self.states[slot.0 as usize] = SlotState::Ready { key, group, holds: 1 };
+        self.counts.staged -= 1;
+        self.counts.ready_pinned += 1;
+        self.counts.parked += 1;
+        self.version += 1;
+    }
+
+    /// Parks a ready chunk once more, or for the first time: it is held, and counts as the outgoing half's. False, and nothing has
+    /// changed: as much as may be is parked.
+    #[must_use = "false means that it is not held"]
+    pub fn park(&mut self, slot: SlotIndex) -> bool {
+        let most_bytes = self.most_parked_bytes(self.addresses().len_bytes());
+        if !self.parked.contains_key(&slot) {
+            if self.parked_bytes + self.pool.taken_bytes(slot) > most_bytes {
+                return false;
+            }
+            self.counts.parked += 1;
+        }
+        self.pin(slot);
+        self.note_parked(slot);
+        true
+    }
+
+    /// One lease on a parked chunk has ended.
+    pub fn unpark(&mut self, now: Instant, slot: SlotIndex) {
+        if !self.parked.contains_key(&slot) {
+            debug_assert!(false, "slot {slot} is not parked");
+            return;
+        }
+        self.note_unparked(slot);
+        self.counts.parked -= u32::from(!self.parked.contains_key(&slot));
+        // What counts as the incoming half's may be another by now.
+        self.version += 1;
+        self.unpin(now, slot);
+    }
+
+    fn note_parked(&mut self, slot: SlotIndex) {
+        let leases = self.parked.entry(slot).or_insert(0);
+        *leases += 1;
+        if *leases == 1 {
+            self.parked_bytes += self.pool.taken_bytes(slot);
+            self.parked_whole += usize::from(self.pool.is_whole(slot));
+        }
+    }
+
+    fn note_unparked(&mut self, slot: SlotIndex) {
+        let Some(leases) = self.parked.get_mut(&slot) else { return };
+        *leases -= 1;
+        if *leases == 0 {
+            self.parked.remove(&slot);
+            self.parked_bytes -= self.pool.taken_bytes(slot);
+            self.parked_whole -= usize::from(self.pool.is_whole(slot));
+        }
     }
 
     /// Reserves a slot of each of these lengths for a grant, in that order, or none, in bytes before `end_bytes`. Idle ready
@@ -170,7 +288,7 @@ impl SlotTable {
         let slots_left = self.slots_left();
         let mut taken = self.pool.take_or_free(lens_bytes, end_bytes, slots_left, spare());
         // Odd lengths may leave no whole slot even if there is nothing else. They are not to wait for ever.
-        if taken.is_err() && slots_left > 0 && self.incoming_bytes() + self.staged_bytes == 0 {
+        if taken.is_err() && slots_left > 0 && self.incoming_bytes() + self.staged_bytes + self.parked_bytes == 0 {
             taken = self.pool.take_or_free(lens_bytes, end_bytes, 0, spare());
         }
         let taken = taken?;
@@ -210,16 +328,17 @@ impl SlotTable {
         asked_bytes <= self.available_bytes() && self.incoming_bytes().saturating_add(asked_bytes) <= most_bytes
     }
 
-    /// What is reserved, quarantined and held. The buffer may grow while it is looked at.
+    /// What is reserved, quarantined, and held without being parked. The buffer may grow while it is looked at.
     fn incoming_bytes(&self) -> u64 {
-        self.addresses().len_bytes().saturating_sub(self.available_bytes() + self.staged_bytes)
+        let others = self.available_bytes() + self.staged_bytes + self.parked_bytes;
+        self.addresses().len_bytes().saturating_sub(others)
     }
 
     /// How many whole slots a reservation leaves free, for what can be staged in any case.
     fn slots_left(&self) -> usize {
         let sure = self.sure_slots(self.addresses().len_bytes());
         // What is staged in pieces of a slot, or off the grid, may leave no whole one when it is sent.
-        (sure as usize).saturating_sub(self.staged_whole)
+        (sure as usize).saturating_sub(self.staged_whole + self.parked_whole)
     }
 
     fn mark_reserved(&mut self, grant: GrantId, taken: Taken) -> Vec<SlotIndex> {
@@ -399,7 +518,9 @@ impl SlotTable {
     /// What does not.
     pub fn check_invariants(&self) -> Result<(), String> {
         self.pool.check()?;
-        let mut counts = SlotCounts::default();
+        let is_ready = |slot: &&SlotIndex| matches!(self.state(**slot), Some(SlotState::Ready { .. }));
+        let parked = self.parked.keys().filter(is_ready).count() as u32;
+        let mut counts = SlotCounts { parked, ..SlotCounts::default() };
         let (mut idle_bytes, mut staged_bytes) = (0, 0);
         for (index, state) in self.states.iter().enumerate() {
             let slot = SlotIndex(index as u32);
@@ -410,7 +531,8 @@ impl SlotTable {
                 SlotState::Free => {}
                 SlotState::Staged => {
                     counts.staged += 1;
-                    staged_bytes += self.pool.taken_bytes(slot);
+                    let parked = self.parked.contains_key(&slot);
+                    staged_bytes += if parked { 0 } else { self.pool.taken_bytes(slot) };
                 }
                 SlotState::Reserved(_) => counts.reserved += 1,
                 SlotState::Quarantined(_) => counts.quarantined += 1,
@@ -435,6 +557,15 @@ impl SlotTable {
             return Err(format!(
                 "{idle} idle and {staged} staged bytes counted, {idle_bytes} and {staged_bytes} found"
             ));
+        }
+        let parked_bytes: u64 = self.parked.keys().map(|slot| self.pool.taken_bytes(*slot)).sum();
+        let held_more = |(slot, leases): (&SlotIndex, &u32)| match self.state(*slot) {
+            Some(SlotState::Ready { holds, .. }) => holds >= leases,
+            Some(SlotState::Staged) => *leases == 1,
+            _ => false,
+        };
+        if parked_bytes != self.parked_bytes || !self.parked.iter().all(held_more) {
+            return Err(format!("{} parked bytes counted, {parked_bytes} found: {:?}", self.parked_bytes, self.parked));
         }
         for (key, slot) in &self.by_key {
             if !matches!(self.state(*slot), Some(SlotState::Ready { key: held, .. }) if held == key) {

@@ -6,7 +6,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::ids::{Checksum, ChunkKey, Failure, GrantId, GroupIndex, RequestId, Seq};
+use crate::ids::{Checksum, ChunkKey, Failure, GrantId, GroupIndex, PeerAddress, Registration, RequestId, Seq};
 
 /// The protocol version that this build speaks, and the oldest that it still understands.
 pub const PROTOCOL_VERSION: u16 = 2;
@@ -19,6 +19,8 @@ pub const CAPABILITY_COMMIT: &str = "commit";
 pub const CAPABILITY_HEARTBEAT: &str = "heartbeat";
 /// Capability: understands [`Verifying`], and waits for a commit for as long as its receiver says so.
 pub const CAPABILITY_VERIFYING: &str = "verifying";
+/// Capability: keeps chunks for whoever registers for them, and takes [`Register`] at its rendezvous port.
+pub const CAPABILITY_PARK: &str = "park";
 /// Capability: sums every chunk that it sends (`pd_checksum: full`).
 pub const CAPABILITY_CHECKSUMS: &str = "checksums";
 
@@ -59,6 +61,12 @@ pub enum Message {
     PdPing(Ping),
     /// alloc port, the answer.
     PdPong(Pong),
+    /// rendezvous port, receiver to sender: these chunks are wanted, now or later.
+    PdRegister(Register),
+    /// rendezvous port, the answer; again when there is news.
+    PdRegistered(Registered),
+    /// rendezvous port, receiver to sender: these are not wanted any more. Answered by a `PdRegistered`.
+    PdRelease(ReleaseParked),
 }
 
 impl Message {
@@ -81,6 +89,9 @@ impl Message {
             Self::PdRevoke(_) => "PdRevoke",
             Self::PdPing(_) => "PdPing",
             Self::PdPong(_) => "PdPong",
+            Self::PdRegister(_) => "PdRegister",
+            Self::PdRegistered(_) => "PdRegistered",
+            Self::PdRelease(_) => "PdRelease",
         }
     }
 }
@@ -465,4 +476,60 @@ pub struct Pong {
     /// on the same host can tell, and says so in its next ping.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub have_ended: Vec<ProcessIdentity>,
+}
+
+/// `PdRegister`: a receiver asks for chunks that a sender has parked, or will have. Whoever gets it sends what it has of `keys`
+/// as any request: allocation, write, commit. Repeated until it is answered, and from then on as a sign of life.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Register {
+    /// Echoed in the answer.
+    pub seq: Seq,
+    /// Who asks, so that a pair that does not fit is refused before anything is allocated.
+    pub hello: Hello,
+    /// What the allocation is to be called: the receiver's own name for what it waits for.
+    pub req_id: RequestId,
+    /// What the prefill server calls the request, as far as is known. They answer only whether it is coming.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ids: Vec<RequestId>,
+    /// Which chunks, in the order of the prompt.
+    pub keys: Vec<ChunkKey>,
+    /// Where the chunks are to go, now. None: they are to be kept, for decode waits its turn.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub receiver: Option<PeerAddress>,
+    /// How long a request that the sender does not know yet may be awaited, in milliseconds. 0: prefill has ended already.
+    #[serde(default)]
+    pub wait_ms: u64,
+}
+
+/// `PdRegistered`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Registered {
+    /// From the latest registration.
+    pub seq: Seq,
+    /// [`Hello::instance`] of the sender.
+    pub instance: String,
+    /// From the registration.
+    pub req_id: RequestId,
+    /// What became of it.
+    pub state: Registration,
+    /// How long what is kept is kept, in milliseconds, unless it is asked for again.
+    #[serde(default)]
+    pub lease_ms: u64,
+    /// Why it failed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub failure: Option<Failure>,
+}
+
+/// `PdRelease`. May be said twice, and of what was never there.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ReleaseParked {
+    /// Echoed in the answer.
+    pub seq: Seq,
+    /// [`Hello::instance`] of the receiver.
+    pub instance: String,
+    /// The receiver's registration under this name ends.
+    pub req_id: RequestId,
+    /// What the prefill server calls the request: its chunks make room from now on.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ids: Vec<RequestId>,
 }

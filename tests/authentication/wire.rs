@@ -220,7 +220,7 @@ fn nonces() -> impl Strategy<Value = [Nonce; 2]> {
 }
 
 fn channel() -> impl Strategy<Value = Channel> {
-    prop_oneof![Just(Channel::Init), Just(Channel::Alloc), Just(Channel::Query)]
+    prop_oneof![Just(Channel::Init), Just(Channel::Alloc), Just(Channel::Query), Just(Channel::Rendezvous)]
 }
 
 proptest! {

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use pd_backend::address::AddressManager;
-use pd_backend::ids::ChecksumMode;
+use pd_backend::ids::{ChecksumMode, PeerAddress};
 use pd_backend::node::{ChunkShape, IncomingSettings, NodeSettings, OutgoingSettings};
 use pd_backend::wire::message::{CAPABILITY_COMMIT, CAPABILITY_HEARTBEAT, Hello};
 
@@ -58,6 +58,8 @@ pub fn settings(instance: &str, slots: u64) -> NodeSettings {
 /// Of a half that sends.
 pub fn outgoing() -> OutgoingSettings {
     OutgoingSettings {
+        parks: false,
+        lease: Duration::from_secs(30),
         handshake_timeout: Duration::from_secs(10),
         commit_timeout: Duration::from_secs(9),
         receivers: Vec::new(),
@@ -68,6 +70,7 @@ pub fn outgoing() -> OutgoingSettings {
 /// Of a half that receives.
 pub fn incoming() -> IncomingSettings {
     IncomingSettings {
+        advertised: Some(PeerAddress { host: "127.0.0.1".into(), init_port: 1, alloc_port: 2 }),
         wait_timeout: Duration::from_secs(10),
         retention: Duration::from_secs(100),
         peer_requests_max: 1000,

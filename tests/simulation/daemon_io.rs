@@ -1,6 +1,6 @@
 //! A daemon's node, whichever halves it has: what it is told, what it asks of the world, and its timer.
 
-use pd_backend::node::{self, Output, Remote, To};
+use pd_backend::node::{self, Output, Port, Remote, To};
 
 use crate::decode::is_reader;
 use crate::events::{Target, WorldEvent};
@@ -61,6 +61,12 @@ impl World {
             // Of those that it receives from its engine only reads what they are.
             Output::ForgetPeer(connection) if !self.daemons[target].connections.contains_key(&connection) => {}
             Output::ForgetPeer(connection) => self.forget(at, connection),
+            Output::OpenSource { peer, address } => self.connect_source(at, peer, &address),
+            Output::Send { to: To::Peer(peer), port: Port::Rendezvous, message } => {
+                self.say_to_source(at, peer, message)
+            }
+            Output::Send { to: To::Route(route), port: Port::Rendezvous, message } => self.source_says(route, message),
+            Output::ClosePeer(peer) if self.plan.receives(target) && self.close_source(at, peer) => {}
             output if is_incoming(&output) && self.plan.receives(target) => self.on_receiver_output(at, output),
             Output::Note(_) => {}
             output if self.plan.sends(target) => self.on_sender_output(at, output),

@@ -53,7 +53,7 @@ fn ranges(chunks: &[ReadyChunk]) -> Vec<(Range<u64>, ChunkKey)> {
 }
 
 impl World {
-    fn reading(&mut self, at: Proc, request: Option<RequestId>, within: Duration) -> (ClientId, Seq) {
+    pub fn reading(&mut self, at: Proc, request: Option<RequestId>, within: Duration) -> (ClientId, Seq) {
         let client = ClientId(READERS + self.rng.random_range(1..=2));
         let id = Seq(self.fresh_id());
         let paused_before = self.daemons.receiver(at.index).process.paused_for;
@@ -148,7 +148,11 @@ impl World {
                     self.wrong(format!("{:?} was waited for, and {request} is given", reading.request));
                 }
                 let keys: Vec<&ChunkKey> = chunks.iter().map(|chunk| &chunk.key).collect();
-                let asked = self.jobs.iter().any(|job| job.name == request && job.keys.iter().eq(keys.iter().copied()))
+                let parked = self.asked_parked.get(&request).map(|&job| self.jobs[job].clone());
+                let asked = parked.as_ref().is_some_and(|job| keys.iter().all(|key| job.keys.contains(key)));
+                self.tally.fetched_parked += u64::from(asked);
+                let asked = asked
+                    || self.jobs.iter().any(|job| job.name == request && job.keys.iter().eq(keys.iter().copied()))
                     || self
                         .lmcache
                         .jobs
@@ -160,7 +164,8 @@ impl World {
                 }
                 self.tally.fetched += 1;
                 self.tally.fetched_again += u64::from(reading.again);
-                self.fresh_fetched.insert(request);
+                let fetched = parked.map_or(request, |job| job.name.clone());
+                self.fresh_fetched.insert(fetched);
                 self.lease(at, client, lease, &chunks);
             }
             Answer::Found { lease, chunks, granted } => {
@@ -173,7 +178,8 @@ impl World {
                 }
             }
             Answer::Failed { .. } => {
-                if let Some(request) = reading.request {
+                // How an attempt at what is parked ends is told by its sender, or by its connection.
+                if let Some(request) = reading.request.filter(|request| !self.asked_parked.contains_key(request)) {
                     self.reader_is_told(at, request, reading.asked_with == self.handled);
                 }
             }
@@ -182,6 +188,7 @@ impl World {
                     end.told = true;
                 }
             }
+            Answer::Held => self.tally.held += 1,
             Answer::Released | Answer::Reset => {}
             answer => self.wrong(format!("a reader is answered {answer:?}")),
         }

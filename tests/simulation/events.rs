@@ -6,6 +6,7 @@ use pd_backend::wire::Message;
 
 use crate::lmcache_sender::Put;
 use crate::network::Route;
+use crate::parked::Ask;
 
 /// One life of one process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -67,6 +68,10 @@ pub enum WorldEvent {
     Verified(Proc, RequestId, GrantId, Vec<ExpectedChunk>),
     ProcessEnded(Proc, String),
     Wait(Proc, RequestId),
+    AskParked(Proc, Ask),
+    ReleaseParked(Proc, usize, RequestId),
+    SourceOpened(Proc, PeerId),
+    SourceClosed(Proc, PeerId),
     Lookup(Proc),
     ReaderCancels(Proc, RequestId),
     ReceiverReset(Proc),
@@ -120,6 +125,10 @@ impl WorldEvent {
             | Self::Verified(at, ..)
             | Self::ProcessEnded(at, _)
             | Self::Wait(at, _)
+            | Self::AskParked(at, _)
+            | Self::ReleaseParked(at, ..)
+            | Self::SourceOpened(at, _)
+            | Self::SourceClosed(at, _)
             | Self::Lookup(at)
             | Self::ReaderCancels(at, _)
             | Self::ReceiverReset(at)

@@ -22,6 +22,8 @@ pub struct Job {
     pub last_tokens: u32,
     pub client: ClientId,
     pub tries_left: u32,
+    /// Its chunks are parked, and its receiver asks for them.
+    pub parked: bool,
     /// Asked after everything has settled: it must succeed.
     pub fresh: bool,
 }
@@ -68,7 +70,8 @@ impl World {
             keys.iter_mut().for_each(|key| *key = lmcache_key(key.as_str(), owner));
         }
         let client = ClientId(1 + index as u64 % 3);
-        Job { sender, receiver, name, keys, groups, last_tokens, client, tries_left: 3, fresh: false }
+        let parked = self.plan.parked > 0 && !self.is_lmcache_receiver(receiver) && self.fault(self.plan.parked);
+        Job { sender, receiver, name, keys, groups, last_tokens, client, tries_left: 3, parked, fresh: false }
     }
 
     /// Two requests from each sender to each receiver, all at once and each for most of the buffer. A world of hundreds
@@ -90,7 +93,9 @@ impl World {
                         true => lmcache_key(&format!("{name}{index}").replace('-', "/"), None),
                         false => ChunkKey::new(format!("{name}-{index}")).unwrap(),
                     };
-                    let keys = (0..count).map(key).collect();
+                    // Of one chunk, for it stays for the time of a lease.
+                    let parked = self.plan.parked == 100 && number == 0 && receiver < self.plan.receivers;
+                    let keys = (0..if parked { 1 } else { count }).map(key).collect();
                     let whole = !both || self.has_lmcache();
                     let last_tokens = if whole { TOKENS } else { self.rng.random_range(1..=TOKENS) };
                     let job = Job {
@@ -102,6 +107,7 @@ impl World {
                         last_tokens,
                         client: ClientId(500),
                         tries_left: 0,
+                        parked,
                         fresh: true,
                     };
                     self.jobs.push(job);

@@ -79,6 +79,7 @@ impl World {
             self.attempts_die(at);
             self.lmcache_attempts_die(at);
             self.links_of_sender_die(at);
+            self.source_links_of_sender_die(at);
             for receiver in 0..self.plan.receivers {
                 if self.daemons.receiver(receiver).watched.contains(&sender_name(at)) {
                     let (after, to) = (self.ms(1, 250), self.receiver_at(receiver));
@@ -90,6 +91,7 @@ impl World {
             self.readings_die(at);
             self.lmcache_questions_die(at);
             self.links_of_receiver_die(at);
+            self.source_links_of_receiver_die(at);
         }
         true
     }

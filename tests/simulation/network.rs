@@ -48,7 +48,8 @@ impl World {
     }
 
     pub fn transmit(&mut self, to_sender: bool, route: Route, message: Message) {
-        if !to_sender && self.links.get(&(route.sender, route.peer)).is_none_or(|link| !link.open) {
+        let rendezvous = route.port == Port::Rendezvous;
+        if !to_sender && !rendezvous && self.links.get(&(route.sender, route.peer)).is_none_or(|link| !link.open) {
             return;
         }
         if self.is_lmcaches(route.sender, route.receiver) {

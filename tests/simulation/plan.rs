@@ -17,9 +17,12 @@ pub const WAIT: Duration = Duration::from_millis(1500);
 pub const RETENTION: Duration = Duration::from_millis(600);
 pub const HEARTBEAT: Duration = Duration::from_millis(100);
 pub const PEER: Duration = Duration::from_millis(350);
+pub const LEASE: Duration = Duration::from_millis(500);
 pub const LINGER: Duration = Duration::from_millis(60);
 /// Draws apart from the others, for worlds whose daemons send and receive.
 const BOTH: u64 = 0xb07b;
+/// And for worlds in which chunks are parked.
+const PARKED: u64 = 0x9a7c;
 /// Longest that a message is held up.
 pub const LATE_MS: u64 = 700;
 /// Longest that a process stands still.
@@ -43,6 +46,8 @@ pub struct Plan {
     pub settle_ms: u64,
     /// Whether a daemon may know one peer fewer than there are.
     pub crowded: bool,
+    /// Jobs whose receiver prefill is not told of.
+    pub parked: u32,
     /// Whether senders know the receivers in advance, and meet them before any request.
     pub told: bool,
     /// Keys are drawn from so many.
@@ -109,7 +114,8 @@ impl Plan {
         let mut rng = StdRng::seed_from_u64(seed);
         let plan = Self::draw(&mut rng);
         let plan = plan.with_both(&mut StdRng::seed_from_u64(seed ^ BOTH));
-        (rng, plan.with_lmcache(&mut StdRng::seed_from_u64(!seed)))
+        let plan = plan.with_lmcache(&mut StdRng::seed_from_u64(!seed));
+        (rng, plan.with_parked(&mut StdRng::seed_from_u64(seed ^ PARKED)))
     }
 
     /// In a quarter of the worlds some daemons send and receive, most of them with buffers that are full of one direction at
@@ -127,6 +133,16 @@ impl Plan {
             crowded: false,
             ..self
         }
+    }
+
+    /// In a quarter of the worlds some or all requests are parked, most of them in buffers that have room for few.
+    fn with_parked(self, rng: &mut StdRng) -> Self {
+        // What goes wrong with LMCache's senders is rare, and they are to have enough worlds of their own.
+        if !rng.random_bool(0.25) || self.crowded || self.lmcache_senders > 0 {
+            return self;
+        }
+        let parked = if rng.random_bool(0.5) { 100 } else { rng.random_range(20..=80) };
+        Self { parked, sender_slots: rng.random_range(8..=12), ..self }
     }
 
     /// A fifth of the worlds has some of LMCache's peers, in a build that has LMCache.
@@ -203,6 +219,7 @@ impl Plan {
             rough_ms: 900,
             settle_ms: 5000,
             crowded: false,
+            parked: 0,
             told: false,
             keys: 10,
             reuse_name: some(40),
@@ -265,6 +282,7 @@ impl Plan {
             rough_ms: 600,
             settle_ms: 3000,
             crowded: false,
+            parked: 0,
             told: false,
             keys: 10,
             reuse_name: 0,

@@ -44,7 +44,7 @@ pub struct Attempt {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Kind {
+pub enum Kind {
     Open,
     Stage,
     Send,
@@ -90,7 +90,11 @@ impl World {
         let decode_first = self.plan.decode_first;
         let (open_after, wait_after) = if self.fault(decode_first) { (apart, 0) } else { (0, apart) };
         self.schedule(open_after, WorldEvent::Open(at, index));
-        self.schedule(wait_after, WorldEvent::Wait(to, spec.name.clone()));
+        if spec.parked {
+            self.schedule_fetch(job, wait_after);
+        } else {
+            self.schedule(wait_after, WorldEvent::Wait(to, spec.name.clone()));
+        }
         let (cancel, vanish, reader_cancels) = (self.plan.cancel, self.plan.vanish, self.plan.reader_cancels);
         if self.fault(cancel) {
             let after = self.ms(0, 200);
@@ -100,7 +104,7 @@ impl World {
             let after = self.ms(0, 200);
             self.vanish(at, spec.client, after);
         }
-        if self.fault(reader_cancels) {
+        if !spec.parked && self.fault(reader_cancels) {
             let after = self.ms(0, 200);
             self.schedule(after, WorldEvent::ReaderCancels(to, spec.name));
         }
@@ -145,7 +149,7 @@ impl World {
         self.open.retain(|(owner, _), _| *owner != at);
     }
 
-    fn call(&mut self, at: Proc, attempt: usize, kind: Kind, within: Duration) -> (ClientId, Seq) {
+    pub fn call(&mut self, at: Proc, attempt: usize, kind: Kind, within: Duration) -> (ClientId, Seq) {
         let (client, id) = (self.attempts[attempt].client, Seq(self.fresh_id()));
         let paused_before = self.daemons.sender(at.index).process.paused_for;
         let due = self.now + within + SLACK;
@@ -176,6 +180,9 @@ impl World {
             })
             .collect();
         earlier.into_iter().for_each(|earlier| self.acknowledge(at, earlier));
+        if spec.parked {
+            return self.park(at, attempt);
+        }
         self.attempts[attempt].state = State::Opening;
         let within = 2 * plan::HANDSHAKE + plan::ALLOCATION + 2 * plan::COMMIT;
         let (client, id) = self.call(at, attempt, Kind::Open, within);
@@ -241,6 +248,10 @@ impl World {
         if self.attempts[attempt].state != State::Open {
             return;
         }
+        if spec.parked {
+            let chunks = slots.iter().map(|slot| (bytes_of(slot), spec.keys[slot.chunk as usize].clone())).collect();
+            self.daemons.sender(at.index).truth.park(sender_name(at), spec.name.clone(), chunks);
+        }
         let last = self.attempts[attempt].to_stage.is_empty();
         let (client, id) = self.call(at, attempt, Kind::Send, Duration::ZERO);
         self.daemons.sender(at.index).node.handle_send(
@@ -257,7 +268,9 @@ impl World {
 
     fn stage(&mut self, at: Proc, attempt: usize) {
         // As much as a daemon that sends and receives is sure of.
-        let sure = if self.plan.both > 0 { (self.plan.receiver_slots / 2).min(4) } else { 2 };
+        let half = self.plan.receiver_slots / 2;
+        let sure = if self.plan.parked > 0 { half - half / 2 } else { half };
+        let sure = if self.plan.both > 0 { sure.min(4) } else { 2 };
         let portion = self.rng.random_range(1..=sure);
         let record = &mut self.attempts[attempt];
         let chunks: Vec<u32> = (0..portion).filter_map(|_| record.to_stage.pop_front()).collect();
@@ -359,7 +372,7 @@ impl World {
 
     fn opened(&mut self, at: Proc, attempt: usize, already_sent: &[u32], slots: Vec<StagedSlot>) {
         let spec = &self.jobs[self.attempts[attempt].job];
-        let name = spec.name.clone();
+        let (name, spec_parked) = (spec.name.clone(), spec.parked);
         let count = spec.keys.len() as u32;
         let paused = self.daemons.sender(at.index).process.paused_for;
         let record = &mut self.attempts[attempt];
@@ -379,6 +392,10 @@ impl World {
         if !right {
             return self.wrong(format!("{name} is opened with slots for other chunks than those to send: {slots:?}"));
         }
+        // Nothing is written of what is parked, and prefill has as much time as it takes.
+        if spec_parked {
+            self.attempts[attempt].due = self.now + Duration::from_secs(3600);
+        }
         if staged {
             self.staged(at, attempt, &slots);
             let after = self.think_ms();
@@ -390,7 +407,7 @@ impl World {
 
     pub fn on_prefill_event(&mut self, at: Proc, client: ClientId, event: Event) {
         let (request, failed) = match &event {
-            Event::Sent { request, .. } => (request, None),
+            Event::Sent { request, .. } | Event::Parked { request, .. } => (request, None),
             Event::Failed { request, failure, .. } => (request, Some(failure.kind)),
         };
         let attempt = self.open.get(&(at, request.clone())).copied();
@@ -429,6 +446,7 @@ impl World {
             self.open.remove(&(at, name.clone()));
         }
         match failed {
+            None if self.jobs[job].parked => self.tally.parked += 1,
             None => {
                 self.tally.sent += 1;
                 if !notified {

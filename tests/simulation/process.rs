@@ -166,15 +166,18 @@ fn outgoing(plan: &Plan, target: Target, index: usize) -> OutgoingSettings {
         commit_timeout: plan::COMMIT,
         receivers: if plan.told { others.map(address).collect() } else { Vec::new() },
         notify_proxy: true,
+        parks: plan.parked > 0,
+        lease: plan::LEASE,
     }
 }
 
-fn incoming(plan: &Plan) -> IncomingSettings {
+fn incoming(plan: &Plan, index: usize) -> IncomingSettings {
     IncomingSettings {
         wait_timeout: plan::WAIT,
         retention: plan::RETENTION,
         peer_requests_max: 64,
         linger: if plan.lingers { plan::LINGER } else { Duration::ZERO },
+        advertised: Some(address(index)),
     }
 }
 
@@ -208,7 +211,7 @@ pub fn new_daemon(plan: &Plan, target: Target, now: Instant) -> Daemon {
         heartbeat_interval: plan::HEARTBEAT,
         peer_timeout: plan::PEER,
         outgoing: sends.then(|| outgoing(plan, target, at.index)),
-        incoming: receives.then(|| incoming(plan)),
+        incoming: receives.then(|| incoming(plan, at.index)),
         without: plan.without,
     };
     Daemon {

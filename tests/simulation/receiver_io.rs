@@ -4,9 +4,9 @@ use std::ops::Range;
 
 use pd_backend::ids::{Checksum, ChunkKey, FailureKind};
 use pd_backend::node::incoming::{ExpectedChunk, Note};
-use pd_backend::node::{self, Output, Remote, To};
-use pd_backend::wire::Message;
+use pd_backend::node::{self, Output, Port, Remote, To};
 use pd_backend::wire::message::AllocResponse;
+use pd_backend::wire::{LmcacheMode, Message};
 
 use crate::events::{Proc, Target, WorldEvent};
 use crate::network::Route;
@@ -27,6 +27,8 @@ impl World {
         let now = self.now;
         match news {
             WorldEvent::Wait(_, request) => return self.wait(at, request),
+            WorldEvent::AskParked(_, ask) => return self.ask_parked(at, &ask),
+            WorldEvent::ReleaseParked(_, job, name) => return self.release_parked(at, job, name),
             WorldEvent::ReadUncommitted(_, attempt, named) => return self.read_uncommitted(at, attempt, named),
             WorldEvent::Lookup(_) => return self.lookup(at),
             WorldEvent::ReaderCancels(_, request) => return self.reader_cancels(at, &request),
@@ -55,6 +57,11 @@ impl World {
         }
         let node = &mut self.daemons.receiver(at.index).node;
         match news {
+            WorldEvent::ToReceiver(route, message) if route.port == Port::Rendezvous => {
+                node.handle_peer_message(now, route.peer, route.port, *message);
+            }
+            WorldEvent::SourceOpened(_, peer) => node.handle_peer_opened(now, peer, LmcacheMode::Async),
+            WorldEvent::SourceClosed(_, peer) => node.handle_peer_closed(now, peer, Self::link_failure()),
             WorldEvent::ToReceiver(route, message) => node.handle_message(now, route.port, route, *message),
             WorldEvent::Verifying(_) => node.handle_verifying(now),
             WorldEvent::RouteGone(route) => node.handle_route_gone(now, &route),

@@ -1,7 +1,7 @@
 //! A sender's session and what it asks of the world.
 
 use pd_backend::ids::{Failure, FailureKind, PeerAddress, PeerId};
-use pd_backend::node::{Output, PeerMemory, Remote, To};
+use pd_backend::node::{Output, PeerMemory, Port, Remote, To};
 use pd_backend::wire::message::ProcessIdentity;
 use pd_backend::wire::{LmcacheMode, Message};
 
@@ -64,6 +64,9 @@ impl World {
         match news {
             WorldEvent::Opened(_, peer) => node.handle_peer_opened(now, peer, lmcache_mode),
             WorldEvent::Closed(_, peer) => node.handle_peer_closed(now, peer, Self::link_failure()),
+            WorldEvent::ToSender(route, message) if route.port == Port::Rendezvous => {
+                node.handle_message(now, route.port, route, *message);
+            }
             WorldEvent::ToSender(route, message) if open => {
                 node.handle_peer_message(now, route.peer, route.port, *message)
             }

@@ -35,6 +35,10 @@ tally! {
     failed,
     cancelled,
     fetched,
+    /// Requests that were parked, questions that they be kept, and those that a reader got.
+    parked,
+    held,
+    fetched_parked,
     lost_messages,
     repeated_messages,
     crashes,

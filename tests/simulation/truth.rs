@@ -81,6 +81,14 @@ impl Truth {
         Ok(())
     }
 
+    /// A connector of this very daemon has filled these, to be parked: whoever reads them here reads what is its own.
+    pub fn park(&mut self, instance: String, request: RequestId, chunks: Vec<(Range<u64>, ChunkKey)>) {
+        for (range, _) in &chunks {
+            self.owners.insert(range.start, (range.end, self.grants.len()));
+        }
+        self.grants.push(Grant { instance, request, chunks, committed: true, page: false });
+    }
+
     /// Bytes that nobody uses, and that nobody owns any more: what was granted there, or was ready, is gone.
     pub fn take(&mut self, range: &Range<u64>, in_use: &[(Range<u64>, String)]) -> Result<(), String> {
         if let Some((used, user)) = in_use.iter().find(|(used, _)| overlap(used, range)) {

@@ -19,6 +19,7 @@ use crate::lmcache::Lmcache;
 use crate::lmcache_receiver::LmcacheReceiver;
 use crate::lmcache_sender::LmcacheSender;
 use crate::network::{Link, Route};
+use crate::parked::SourceLink;
 use crate::plan::{self, Plan};
 use crate::prefill::{Attempt, Call};
 use crate::process::{CHUNK_BYTES, Daemon, Daemons};
@@ -56,6 +57,9 @@ pub struct World {
     pub committed: BTreeMap<(String, RequestId), u64>,
     /// What allocations ask for, by who asks and the number of the question.
     pub asked: BTreeMap<(String, Seq), Asked>,
+    /// What receivers ask senders for, by their own names for it: of which job.
+    pub asked_parked: BTreeMap<RequestId, usize>,
+    pub source_links: BTreeMap<(Proc, PeerId), SourceLink>,
     pub lmcache: Lmcache,
     pub fresh_fetched: BTreeSet<RequestId>,
     pub next_id: u64,
@@ -93,6 +97,8 @@ impl World {
             ends: BTreeMap::new(),
             committed: BTreeMap::new(),
             asked: BTreeMap::new(),
+            asked_parked: BTreeMap::new(),
+            source_links: BTreeMap::new(),
             lmcache: Lmcache::default(),
             fresh_fetched: BTreeSet::new(),
             next_id: 1,

@@ -6,13 +6,12 @@ use std::time::Duration;
 use super::origin::Origin;
 use super::request::{IncomingRequest, IncomingStage, RoomSeen};
 use super::{Incoming, IncomingTimer, Note, Port};
-use crate::ids::{ChunkKey, Failure, FailureKind, GrantId, RequestId, Seq, SlotIndex, truncate};
+use crate::ids::{Failure, FailureKind, GrantId, RequestId, Seq, SlotIndex, truncate};
 use crate::node::chunks::ChunkSize;
 use crate::node::core::Core;
 use crate::node::output::To;
 #[cfg(feature = "mutants")]
 use crate::node::safeguards::Safeguard;
-use crate::slot::SlotState;
 use crate::wire::Message;
 use crate::wire::message::{AllocExtension, AllocReplyExtension, AllocRequest, AllocResponse};
 
@@ -42,6 +41,9 @@ impl<R: Clone + PartialEq> Incoming<R> {
                 let id = request.req_id.clone();
                 self.refuse_alloc(core, from, extension.seq, &extension.instance, request.req_id, failure.clone());
                 // Whoever waits for it at this end need not wait longer.
+                if let Some(id) = &id {
+                    self.fetch_arrives(core, id);
+                }
                 if let Some(id) = id.filter(|id| !self.requests.contains_key(id)) {
                     self.tell_end(core, id, failure, truncate(&extension.instance), None);
                 }
@@ -71,6 +73,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
             stage: IncomingStage::Waiting { wait },
         };
         self.requests.insert(id.clone(), request);
+        self.fetch_arrives(core, &id);
         self.waiting.push_back(id);
         self.admit(core);
     }
@@ -275,7 +278,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
     /// Grants a waiting request all its slots, sharing ready chunks with others or not.
     fn try_reserve(&mut self, core: &mut Core<R>, id: &RequestId, share: bool) -> bool {
         let Some(request) = self.requests.get(id) else { return true };
-        let shared = if share { self.ready_of(core, &request.keys, &request.sizes) } else { Vec::new() };
+        let shared = if share { core.ready_of(&request.keys, &request.sizes) } else { Vec::new() };
         let is_shared: BTreeSet<u32> = shared.iter().map(|&(index, _)| index).collect();
         let missing: Vec<u32> = (0..request.keys.len() as u32).filter(|index| !is_shared.contains(index)).collect();
         let grant = GrantId(self.next_grant);
@@ -289,18 +292,6 @@ impl<R: Clone + PartialEq> Incoming<R> {
         let own: Vec<(u32, SlotIndex)> = missing.into_iter().zip(reserved).collect();
         self.grant(core, id, grant, own, shared);
         true
-    }
-
-    /// Those of these chunks that are ready, by position. A ready chunk of another length or group under the same key is
-    /// not this chunk: it is written again.
-    pub(super) fn ready_of(&self, core: &Core<R>, keys: &[ChunkKey], sizes: &[ChunkSize]) -> Vec<(u32, SlotIndex)> {
-        let ready = |((index, key), size): ((u32, &ChunkKey), &ChunkSize)| {
-            let slot = core.slots.find(key)?;
-            let same = matches!(core.slots.state(slot), Some(SlotState::Ready { group, .. }) if *group == size.group)
-                && core.slots.range(slot).is_some_and(|range| range.len_bytes == size.len_bytes);
-            same.then_some((index, slot))
-        };
-        (0u32..).zip(keys).zip(sizes).filter_map(ready).collect()
     }
 
     /// Tells a sender that it may write `own`; `shared` is held for it.

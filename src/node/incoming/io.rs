@@ -121,6 +121,15 @@ pub enum Note<R> {
         /// From the commit to here.
         after: Duration,
     },
+    /// What a sender was asked for does not come.
+    FetchFailed {
+        /// Which request.
+        request: RequestId,
+        /// Whom.
+        instance: String,
+        /// Why.
+        failure: Failure,
+    },
     /// Quarantined slots are free again.
     Unquarantined {
         /// Whose they were.
@@ -162,4 +171,8 @@ pub struct IncomingCounts {
     pub peers: usize,
     /// Leases not released.
     pub leases: usize,
+    /// Questions to senders for what they have parked.
+    pub fetches: usize,
+    /// Senders that are connected for that.
+    pub sources: usize,
 }

@@ -10,6 +10,7 @@
 //! | `origin`, `dialect` | what differs with the dialect of a request's sender: ours, or LMCache's |
 //! | `verification` | commits whose chunks are summed before they are taken |
 //! | `readers`, `waiters`, `leases` | waits, look-ups, leases, and a reader's cancel |
+//! | `sources`, `fetches` | senders that have parked chunks, and what they are asked for |
 //! | `ended` | how attempts ended (each use of a request's name is one), and who has yet to be told |
 //! | `timer` | its deadlines |
 //! | `reset` | everything that was computed before now is void |
@@ -17,6 +18,7 @@
 mod admission;
 mod dialect;
 mod ended;
+mod fetches;
 pub(super) mod io;
 mod leases;
 #[cfg(feature = "lmcache")]
@@ -33,6 +35,7 @@ mod request;
 mod requests;
 mod reset;
 mod senders;
+mod sources;
 pub(super) mod timer;
 mod verification;
 mod waiters;
@@ -40,19 +43,22 @@ mod waiters;
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Instant;
 
+pub use fetches::FetchRequest;
 pub use io::{ExpectedChunk, IncomingCounts, Lookup, Note};
 
 use self::ended::Ended;
+use self::fetches::Fetch;
 use self::leases::Leases;
 use self::lmcache::Senders;
 use self::lost::LostPeers;
 use self::request::{Closing, IncomingRequest};
 use self::senders::Sender;
+use self::sources::Source;
 use self::timer::IncomingTimer;
 use self::waiters::Waiters;
 use super::Port;
 use super::settings::IncomingSettings;
-use crate::ids::{Failure, FailureKind, GrantId, RequestId, Seq};
+use crate::ids::{Failure, FailureKind, GrantId, PeerId, RequestId, Seq};
 use crate::node::core::Core;
 use crate::wire::Message;
 use crate::wire::message::{AllocRequest, CancelNotif, InitRequest, MemRegRequest};
@@ -78,6 +84,10 @@ pub(super) struct Incoming<R> {
     /// How requests ended lately, for readers that ask after them.
     ended: Ended,
     waiters: Waiters,
+    /// Senders that are asked for what they have parked.
+    sources: BTreeMap<PeerId, Source>,
+    /// What they are asked.
+    fetches: BTreeMap<RequestId, Fetch>,
     leases: Leases,
     counts: IncomingCounts,
     next_grant: u64,
@@ -100,6 +110,8 @@ impl<R: Clone + PartialEq> Incoming<R> {
             summed_at: None,
             ended: Ended::default(),
             waiters: Waiters::default(),
+            sources: BTreeMap::new(),
+            fetches: BTreeMap::new(),
             leases: Leases::default(),
             counts: IncomingCounts::default(),
             next_grant: 1,
@@ -156,6 +168,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
             IncomingTimer::Lease(client, lease) => drop(self.end_lease(core, client, lease)),
             IncomingTimer::Linger(instance) => self.free_closing_of(core, &instance, Seq(u64::MAX)),
             IncomingTimer::Revoke(grant) => self.revoke_again(core, grant),
+            IncomingTimer::Ask(id) => self.ask_again(core, &id),
         }
     }
 
@@ -220,6 +233,8 @@ impl<R: Clone + PartialEq> Incoming<R> {
             readers_waiting: self.waiters.len(),
             peers: self.peers.len() + self.lmcache.len(),
             leases: self.leases.len(),
+            fetches: self.fetches.len(),
+            sources: self.sources.values().filter(|source| source.is_open()).count(),
             ..self.counts
         }
     }
@@ -240,6 +255,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
         if self.waiting.len() > self.requests.len() {
             return Err(format!("{} of {} requests wait", self.waiting.len(), self.requests.len()));
         }
+        self.check_fetches(core)?;
         self.leases.check_invariants()
     }
 }

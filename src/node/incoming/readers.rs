@@ -107,6 +107,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
             // Whoever waits for it has no use for it any more, and a sender that announces it later is served as any.
             self.fail_waiters(core, request, &failure, "");
         }
+        self.give_up_fetch(core, request);
         // The reader knows of the end: a wait that comes after this is for the next attempt.
         self.ended.told(request);
         core.answer(client, id, Answer::Cancelled { request: request.clone() });
@@ -119,14 +120,18 @@ impl<R: Clone + PartialEq> Incoming<R> {
             self.end_lease(core, client, lease);
         }
         for id in self.waiters.of_client(client) {
-            self.end_wait(core, client, id);
+            if let Some(waiter) = self.end_wait(core, client, id) {
+                self.give_up_fetch(core, &waiter.request);
+            }
         }
+        self.fetches_client_gone(core, client);
         self.admit(core);
     }
 
     pub(super) fn wait_timed_out(&mut self, core: &mut Core<R>, client: ClientId, id: Seq) {
         let Some(waiter) = self.waiters.remove(client, id) else { return };
         let (state, peer) = match self.requests.get(&waiter.request) {
+            None if self.fetches.contains_key(&waiter.request) => ("its sender has not sent it", None),
             None => ("no sender has announced it", None),
             Some(request) => match request.stage {
                 IncomingStage::Waiting { .. } => ("it waits for slots", Some(request.instance.clone())),
@@ -136,6 +141,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
         let text = format!("{} is not ready after {} ms: {state}", waiter.request, waiter.wait.as_millis());
         let failure = Failure::new(FailureKind::Deadline, text);
         core.answer(client, id, Answer::Failed { failure, peer });
+        self.give_up_fetch(core, &waiter.request);
     }
 
     /// Gives a ready request to the reader that has waited longest for it; the request has ended then.
@@ -222,12 +228,13 @@ impl<R: Clone + PartialEq> Incoming<R> {
         let unannounced = self.waiters.requests().filter(|request| !self.requests.contains_key(request));
         for id in unannounced.cloned().collect::<Vec<_>>() {
             self.fail_waiters(core, &id, failure, "");
+            self.give_up_fetch(core, &id);
         }
     }
 
-    fn end_wait(&mut self, core: &mut Core<R>, client: ClientId, id: Seq) {
-        self.waiters.remove(client, id);
+    fn end_wait(&mut self, core: &mut Core<R>, client: ClientId, id: Seq) -> Option<Waiter> {
         core.timers.cancel(IncomingTimer::Wait(client, id));
+        self.waiters.remove(client, id)
     }
 
     fn ready_chunk(&self, core: &Core<R>, slot: SlotIndex) -> Option<ReadyChunk> {

@@ -12,6 +12,13 @@ impl<R: Clone + PartialEq> Incoming<R> {
         for request in open {
             self.fail(core, &request, Failure::new(FailureKind::Cancelled, "the decode server reset its cache"));
         }
+        // What senders have parked was computed before as well.
+        let asked: Vec<RequestId> = self.fetches.keys().cloned().collect();
+        for request in asked {
+            let failure = Failure::new(FailureKind::Cancelled, "the decode server reset its cache");
+            self.fail_waiters(core, &request, &failure, "");
+            self.give_up_fetch(core, &request);
+        }
         core.slots.forget_ready();
         self.admit(core);
     }

@@ -21,4 +21,6 @@ pub(in crate::node) enum IncomingTimer {
     Lease(ClientId, LeaseId),
     /// A writer has not acknowledged yet that it has stopped: it is asked again.
     Revoke(GrantId),
+    /// A sender is asked again for what it has parked.
+    Ask(RequestId),
 }

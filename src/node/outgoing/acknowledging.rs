@@ -10,7 +10,7 @@ use crate::node::output::To;
 use crate::wire::Message;
 use crate::wire::message::{CancelExtension, CancelNotif};
 
-impl<R> Outgoing<R> {
+impl<R: Clone> Outgoing<R> {
     /// Gives a grant back. With `writer_stopped`, nothing of it is written now, nor will be.
     pub(super) fn acknowledge_quiesce(
         &mut self,

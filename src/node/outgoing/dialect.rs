@@ -14,7 +14,7 @@ use crate::node::output::To;
 use crate::wire::Message;
 use crate::wire::message::{MemRegExtension, MemRegRequest, MemRegResponse};
 
-impl<R> Outgoing<R> {
+impl<R: Clone> Outgoing<R> {
     fn link_of(&self, peer: PeerId) -> &Link {
         self.peers.get(&peer).map_or(&Link::Pd, |record| &record.link)
     }

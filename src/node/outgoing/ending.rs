@@ -10,7 +10,7 @@ use crate::node::core::Core;
 use crate::node::safeguards::Safeguard;
 use crate::wire::message::Revoke;
 
-impl<R> Outgoing<R> {
+impl<R: Clone> Outgoing<R> {
     /// Whether this client has opened a request of this name, or still has slots of one that has failed.
     pub(in crate::node) fn knows(&self, client: ClientId, request: &RequestId) -> bool {
         self.find_request(client, request).is_ok()
@@ -43,10 +43,12 @@ impl<R> Outgoing<R> {
 
     /// A client's serving engine has reset its cache: what was computed before, and is not sent, never is.
     pub(in crate::node) fn handle_reset(&mut self, core: &mut Core<R>) {
-        let open: Vec<Uid> = self.request_by_name.values().copied().collect();
+        let open: Vec<Uid> = self.requests.keys().copied().collect();
         for uid in open {
             self.fail(core, uid, Failure::new(FailureKind::Cancelled, "the prefill server reset its cache"));
         }
+        self.end_park_leases(core);
+        core.slots.forget_ready();
     }
 
     pub(super) fn on_revoke(&mut self, core: &mut Core<R>, peer: PeerId, revoke: Revoke) {
@@ -90,10 +92,12 @@ impl<R> Outgoing<R> {
         if request.in_flight > 0 {
             return;
         }
-        let peer = request.peer;
+        let (peer, has_receiver) = (request.peer, request.address.is_some());
         core.timers.cancel(OutgoingTimer::Cancel(uid));
         let Some(request) = self.remove(core, uid) else { return };
-        self.give_back(core, peer, (request.id.clone(), request.keys), grant, alloc_seq);
+        if has_receiver {
+            self.give_back(core, peer, (request.id.clone(), request.keys), grant, alloc_seq);
+        }
         if let Some((client, id)) = cancel {
             core.answer(client, id, Answer::Cancelled { request: request.id });
         }
@@ -109,7 +113,7 @@ impl<R> Outgoing<R> {
             "{} has ended, but {} transfers of it are still being written; its slots stay taken until they are not",
             request.id, request.in_flight
         );
-        let peer = request.address.to_string();
+        let peer = request.receiver();
         core.refuse(client, id, Failure::new(FailureKind::Deadline, text), Some(peer));
     }
 
@@ -124,17 +128,21 @@ impl<R> Outgoing<R> {
                 (Some(open_id), None, true)
             }
             OutgoingStage::Open { grant, .. } | OutgoingStage::Committing { grant } => (None, Some(grant), true),
+            OutgoingStage::Parking { open_id, .. } => (open_id, None, false),
             OutgoingStage::Closing { .. } => return,
         };
+        let is_parking = request.is_parking();
         request.stage = OutgoingStage::Closing { grant, alloc_seq, cancel };
-        let (id, address, client, in_flight, request_peer) =
-            (request.id.clone(), request.address.clone(), request.client, request.in_flight, request.peer);
+        let (id, receiver, client, in_flight, request_peer) =
+            (request.id.clone(), request.receiver(), request.client, request.in_flight, request.peer);
         self.cancel_timers(core, uid);
-        self.request_by_name.remove(&id);
+        if self.request_by_name.get(&id) == Some(&uid) {
+            self.request_by_name.remove(&id);
+        }
         self.awaited.retain(|_, other| *other != uid);
-        self.staging_request_ended(core, uid, &failure);
+        self.staging_request_ended(core, uid, &failure, is_parking);
         self.counts.requests_failed += 1;
-        let peer = address.to_string();
+        let peer = receiver.clone();
         let mut told_by_event = false;
         match (client, open_id) {
             (Some(client), Some(open_id)) => core.refuse(client, open_id, failure.clone(), Some(peer)),
@@ -151,14 +159,15 @@ impl<R> Outgoing<R> {
         if in_flight > 0 {
             self.abandon_delayed(core, uid, client.is_none());
         }
-        core.note(Note::Failed { request: id.clone(), address, failure, in_flight });
+        core.note(Note::Failed { request: id.clone(), receiver, failure: failure.clone(), in_flight });
+        self.registration_failed(core, uid, &failure);
         if asked {
             if in_flight > 0 {
                 self.tell_failed(core, request_peer, id, grant, alloc_seq);
             }
             self.finish_closing(core, uid);
-        } else {
-            // The receiver has never heard of it.
+        } else if in_flight == 0 {
+            // The receiver has never heard of it, or there is none.
             let request = self.remove(core, uid);
             if let (Some((client, id)), Some(request)) = (cancel, request) {
                 core.answer(client, id, Answer::Cancelled { request: request.id });
@@ -174,6 +183,7 @@ impl<R> Outgoing<R> {
             self.request_by_name.remove(&request.id);
         }
         self.cancel_timers(core, uid);
+        self.let_go_of_parked(core, uid, &request);
         for (&slot, &chunk) in &request.staged {
             let filling = request.told_by_event
                 && request.chunks[chunk as usize].is_filling()

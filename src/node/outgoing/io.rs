@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::ids::{ChunkKey, Failure, GroupIndex, IpcHandle, PeerAddress, RequestId, SlotPart};
+use crate::ids::{ChunkKey, Failure, GroupIndex, IpcHandle, PeerAddress, Registration, RequestId, SlotPart};
 
 /// How far a sender has come with a receiver that its configuration names.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -36,6 +36,23 @@ pub struct OpenRequest {
     pub stage: bool,
 }
 
+/// A request whose chunks are kept for whoever registers for them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ParkRequest {
+    /// What the connector calls it.
+    pub id: RequestId,
+    /// What those call it who will ask for it; `id` need not be among them.
+    pub ids: Vec<RequestId>,
+    /// Its chunks, in the order of the prompt.
+    pub keys: Vec<ChunkKey>,
+    /// As in [`OpenRequest`].
+    pub groups: Vec<GroupIndex>,
+    /// Tokens in the last chunk of each group.
+    pub last_chunk_tokens: u32,
+    /// How long to wait for slots, if not as configured.
+    pub wait: Option<Duration>,
+}
+
 /// What a connector sends at once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Sending<'a> {
@@ -61,13 +78,20 @@ pub enum Event {
         /// How long each phase took.
         phases: Phases,
     },
+    /// Every chunk is kept for whoever registers for it, for the time of its lease.
+    Parked {
+        /// Which request.
+        request: RequestId,
+        /// Chunks kept, those that were here before included.
+        chunks: u32,
+    },
     /// It was not sent.
     Failed {
         /// Which request.
         request: RequestId,
         /// Why.
         failure: Failure,
-        /// The receiver.
+        /// The receiver; empty if it was to be parked.
         peer: String,
     },
 }
@@ -117,7 +141,7 @@ pub enum Note {
         /// Which.
         request: RequestId,
         /// Where.
-        address: PeerAddress,
+        receiver: String,
         /// Its chunks.
         chunks: usize,
         /// Of those, chunks that the receiver held already.
@@ -130,7 +154,7 @@ pub enum Note {
         /// Which.
         request: RequestId,
         /// Where.
-        address: PeerAddress,
+        receiver: String,
         /// Chunks written.
         chunks: u32,
         /// Bytes written.
@@ -138,12 +162,39 @@ pub enum Note {
         /// How long each phase took.
         phases: Phases,
     },
+    /// A request is parked.
+    Parked {
+        /// Which.
+        request: RequestId,
+        /// Its chunks.
+        chunks: usize,
+        /// How long they are kept.
+        lease: Duration,
+    },
+    /// The lease of parked chunks has ended, or was given up: they make room when it is needed.
+    LeaseEnded {
+        /// Chunks.
+        chunks: usize,
+        /// Whether whoever registered has said that it does not want them.
+        released: bool,
+    },
+    /// A receiver has asked for parked chunks.
+    Registered {
+        /// What it calls its request.
+        request: RequestId,
+        /// Its name for itself.
+        instance: String,
+        /// What became of it.
+        state: Registration,
+        /// Of the chunks that it asked for, those that are here or coming.
+        chunks: usize,
+    },
     /// A request ended otherwise.
     Failed {
         /// Which.
         request: RequestId,
-        /// Where.
-        address: PeerAddress,
+        /// Where; empty if it was to be parked.
+        receiver: String,
         /// Why.
         failure: Failure,
         /// Transfers of it that the engine has not finished yet.
@@ -169,6 +220,12 @@ pub struct OutgoingCounts {
     pub stages_waiting: usize,
     /// Requests sent.
     pub requests_sent: u64,
+    /// Requests parked.
+    pub requests_parked: u64,
+    /// Leases on parked chunks.
+    pub park_leases: usize,
+    /// Registrations that have not ended.
+    pub registrations: usize,
     /// Requests that ended otherwise.
     pub requests_failed: u64,
     /// Bytes written.

@@ -11,6 +11,7 @@
 //! | `staging` | who waits for local slots, and who gets them |
 //! | `timer`, `uid` | its deadlines; a request's name inside the node |
 //! | `transfers`, `coverage` | `send`: parts into copies, and which bytes were given to the engine |
+//! | `parking`, `registrations` | chunks that are kept for whoever asks for them, and who asks |
 //! | `link`, `dialect` | what differs with the dialect of a receiver: ours, or LMCache's |
 //! | `lmcache` | LMCache's receivers: what they are told and say, which pages of theirs wait for our bytes |
 
@@ -25,25 +26,28 @@ mod lmcache;
 #[cfg(not(feature = "lmcache"))]
 #[path = "lmcache/absent.rs"]
 mod lmcache;
+mod parking;
 mod quiesce;
 mod receivers;
 mod reconnects;
+mod registrations;
 mod requests;
 mod staging;
 pub(super) mod timer;
 mod transfers;
 mod uid;
 
-use std::collections::{BTreeMap, VecDeque};
-use std::marker::PhantomData;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Instant;
 
-pub use io::{ConnectState, Event, Note, OpenRequest, OutgoingCounts, Phases, Sending};
+pub use io::{ConnectState, Event, Note, OpenRequest, OutgoingCounts, ParkRequest, Phases, Sending};
 
 use self::lmcache::RememberedReceivers;
+use self::parking::ParkLease;
 use self::quiesce::Quiesce;
 use self::receivers::Receiver;
 use self::reconnects::{AfterLoss, PAUSE_MAX, Reconnects};
+use self::registrations::Registrants;
 use self::requests::{OutgoingRequest, OutgoingStage, WRITE_DEADLINE_PASSED};
 use self::staging::Staging;
 use self::timer::OutgoingTimer;
@@ -52,7 +56,8 @@ use self::uid::Uid;
 use super::Port;
 use super::settings::OutgoingSettings;
 use crate::ids::{
-    ClientId, ConnectionId, Failure, FailureKind, GrantId, PeerAddress, PeerId, RequestId, Seq, SlotIndex, TransferId,
+    ChunkKey, ClientId, ConnectionId, Failure, FailureKind, GrantId, PeerAddress, PeerId, RequestId, Seq, SlotIndex,
+    TransferId,
 };
 use crate::node::core::Core;
 use crate::wire::Message;
@@ -83,12 +88,17 @@ pub(super) struct Outgoing<R> {
     unacknowledged: BTreeMap<(ClientId, RequestId), Vec<SlotIndex>>,
     /// Clients that wait for local slots, in the order of their arrival.
     staging: VecDeque<Staging>,
+    /// Holds on chunks that are complete, for whoever asks for them.
+    park_leases: BTreeMap<Uid, ParkLease>,
+    /// Chunks that are being parked and not complete yet, and by which requests.
+    coming: BTreeMap<ChunkKey, BTreeSet<Uid>>,
+    /// Of those, chunks that are to be sent, and by which requests.
+    awaiting: BTreeMap<ChunkKey, BTreeSet<Uid>>,
+    registrants: Registrants<R>,
     counts: OutgoingCounts,
-    /// Only what it puts out has one.
-    route: PhantomData<R>,
 }
 
-impl<R> Outgoing<R> {
+impl<R: Clone> Outgoing<R> {
     /// Without receivers; those that the configuration names are connected to at once.
     pub(super) fn new(core: &mut Core<R>, mut settings: OutgoingSettings) -> Self {
         let receivers = std::mem::take(&mut settings.receivers);
@@ -110,8 +120,11 @@ impl<R> Outgoing<R> {
             transfers: BTreeMap::new(),
             unacknowledged: BTreeMap::new(),
             staging: VecDeque::new(),
+            park_leases: BTreeMap::new(),
+            coming: BTreeMap::new(),
+            awaiting: BTreeMap::new(),
+            registrants: Registrants::default(),
             counts: OutgoingCounts::default(),
-            route: PhantomData,
         }
     }
 
@@ -149,6 +162,8 @@ impl<R> Outgoing<R> {
             OutgoingTimer::Seek(address) => self.seek(core, &address),
             OutgoingTimer::Answer(peer) => self.answer_timed_out(core, peer),
             OutgoingTimer::Connect(address) => self.connect_configured(core, &address),
+            OutgoingTimer::Lease(lease) => self.park_lease_timed_out(core, lease),
+            OutgoingTimer::Registration(id) => self.registration_timed_out(core, &id),
         }
     }
 
@@ -188,15 +203,16 @@ impl<R> Outgoing<R> {
 
     /// Ends everything that has not ended.
     pub(super) fn handle_abort(&mut self, core: &mut Core<R>) {
-        let open: Vec<Uid> = self.request_by_name.values().copied().collect();
+        let open: Vec<Uid> = self.requests.keys().copied().collect();
         for uid in open {
             self.fail(core, uid, Failure::new(FailureKind::ShuttingDown, "this sender is shutting down"));
         }
+        self.end_park_leases(core);
     }
 
-    /// Whether everything that had begun has ended.
+    /// Whether everything that had begun has ended. What is parked is still waited for.
     pub(super) fn is_drained(&self) -> bool {
-        self.requests.is_empty()
+        self.requests.is_empty() && self.park_leases.is_empty()
     }
 
     /// What it counts, all of one moment.
@@ -207,6 +223,8 @@ impl<R> Outgoing<R> {
             stages_waiting: self.staging.len(),
             peers: self.peers.values().filter(|peer| peer.connection().is_some()).count(),
             transfers_in_flight: self.transfers.len(),
+            park_leases: self.park_leases.len(),
+            registrations: self.registrants.len(),
             ..self.counts
         }
     }
@@ -223,6 +241,7 @@ impl<R> Outgoing<R> {
     /// What does not.
     pub(super) fn check_invariants(&self, core: &Core<R>) -> Result<(), String> {
         self.check_reconnects(core)?;
+        self.check_parked()?;
         let (held, staged) = (self.staged_slots(), core.slots.counts().staged);
         if held != staged as usize {
             return Err(format!("{staged} slots are staged, requests hold {held}"));

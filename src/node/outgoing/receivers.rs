@@ -84,7 +84,7 @@ impl Receiver {
     }
 }
 
-impl<R> Outgoing<R> {
+impl<R: Clone> Outgoing<R> {
     /// The peer at `address`, as it is or begun now.
     pub(super) fn peer_for(&mut self, core: &mut Core<R>, address: &PeerAddress) -> Result<PeerId, Failure> {
         if let Some(&peer) = self.peer_by_address.get(address) {
@@ -121,7 +121,10 @@ impl<R> Outgoing<R> {
     fn connect_when_drained(&mut self, core: &mut Core<R>, peer: PeerId) {
         let Some(record) = self.peers.get_mut(&peer) else { return };
         if !matches!(record.state, ReceiverProgress::AwaitingOldWrites)
-            || self.transfers.values().any(|transfer| transfer.peer != peer && transfer.address == record.address)
+            || self
+                .transfers
+                .values()
+                .any(|transfer| transfer.peer != peer && transfer.address.as_ref() == Some(&record.address))
         {
             return;
         }

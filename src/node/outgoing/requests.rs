@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use super::coverage::Coverage;
-use super::uid::Uid;
+use super::uid::{RegistrationId, Uid};
 use super::{Event, Note, OpenRequest, Outgoing, OutgoingTimer, Phases, Port};
 use crate::ids::{
     Checksum, ChunkKey, ClientId, Failure, FailureKind, GrantId, GroupIndex, PeerAddress, PeerId, RequestId, Seq,
@@ -41,15 +41,20 @@ pub(super) struct OutgoingRequest {
     /// Who opened it, as long as somebody cares.
     pub(super) client: Option<ClientId>,
     pub(super) peer: PeerId,
-    pub(super) address: PeerAddress,
+    /// Where it goes; none of one that is being parked.
+    pub(super) address: Option<PeerAddress>,
+    /// Whose registration it serves, with chunks that are parked; none of one whose client stages its chunks.
+    pub(super) registration: Option<RegistrationId>,
     pub(super) keys: Vec<ChunkKey>,
     pub(super) groups: Vec<GroupIndex>,
     pub(super) last_chunk_tokens: u32,
     pub(super) chunks: Vec<Chunk>,
     /// Whether to stage every chunk to send as soon as it is granted.
-    stage_all: bool,
+    pub(super) stage_all: bool,
     /// Local slots by what they hold.
     pub(super) staged: BTreeMap<SlotIndex, u32>,
+    /// Of one that is being parked: its chunks that are complete, or were ready before.
+    pub(super) parked: Vec<SlotIndex>,
     /// Whether its client learns of its end by an event, at a moment when it may be filling slots.
     pub(super) told_by_event: bool,
     /// Transfers that the engine has not finished.
@@ -64,13 +69,22 @@ pub(super) struct OutgoingRequest {
     pub(super) stage: OutgoingStage,
 }
 
+/// What a request is made of.
+#[derive(Debug)]
+pub(super) struct RequestChunks {
+    pub(super) keys: Vec<ChunkKey>,
+    pub(super) groups: Vec<GroupIndex>,
+    pub(super) last_chunk_tokens: u32,
+    pub(super) sizes: Vec<ChunkSize>,
+}
+
 /// One chunk of a request.
 #[derive(Debug)]
 pub(super) struct Chunk {
     pub(super) len_bytes: u64,
-    /// Where it goes in the receiver's buffer, in bytes from its start; none when the receiver has it already.
+    /// Where it goes in the receiver's buffer, in bytes from its start, and 0 if it is parked; none when it is there already.
     pub(super) remote: Option<u64>,
-    /// Its local slot, while it is staged.
+    /// Its local slot, while it is staged, or pinned to be sent.
     pub(super) local: Option<SlotIndex>,
     /// What was given to the engine.
     pub(super) queued: Coverage,
@@ -90,6 +104,8 @@ pub(super) enum OutgoingStage {
     Open { grant: GrantId, write_until: Instant, last: bool },
     /// Everything is written; the receiver was told.
     Committing { grant: GrantId },
+    /// Its chunks are kept here, for whoever registers for them.
+    Parking { ids: Vec<RequestId>, open_id: Option<Seq>, last: bool, released: bool },
     /// It has failed, and transfers of it have not ended. Then the receiver is told that nothing writes any more.
     Closing { grant: Option<GrantId>, alloc_seq: Option<Seq>, cancel: Option<(ClientId, Seq)> },
 }
@@ -111,9 +127,66 @@ impl Chunk {
 }
 
 impl OutgoingRequest {
+    /// One that has no chunk anywhere yet, and goes nowhere.
+    pub(super) fn new(now: Instant, id: RequestId, chunks: RequestChunks, stage: OutgoingStage) -> Self {
+        let RequestChunks { keys, groups, last_chunk_tokens, sizes } = chunks;
+        let chunk = |size: ChunkSize| Chunk {
+            len_bytes: size.len_bytes,
+            remote: None,
+            local: None,
+            queued: Coverage::default(),
+            done_bytes: 0,
+            sums: BTreeMap::new(),
+        };
+        Self {
+            id,
+            client: None,
+            peer: PeerId(0),
+            address: None,
+            registration: None,
+            chunks: sizes.into_iter().map(chunk).collect(),
+            keys,
+            groups,
+            last_chunk_tokens,
+            stage_all: false,
+            staged: BTreeMap::new(),
+            parked: Vec::new(),
+            told_by_event: false,
+            in_flight: 0,
+            bytes: 0,
+            opened_at: now,
+            since: now,
+            phases: Phases::default(),
+            reconnected: false,
+            stage,
+        }
+    }
+
     /// Whether its receiver may hold slots for it.
     pub(super) fn may_have_grant(&self) -> bool {
-        !matches!(self.stage, OutgoingStage::Connecting { .. })
+        !matches!(self.stage, OutgoingStage::Connecting { .. } | OutgoingStage::Parking { .. })
+    }
+
+    /// Whether its chunks stay here.
+    pub(super) const fn is_parking(&self) -> bool {
+        matches!(self.stage, OutgoingStage::Parking { .. })
+    }
+
+    /// Whether its client may stage and send.
+    pub(super) const fn takes_sends(&self) -> bool {
+        matches!(
+            self.stage,
+            OutgoingStage::Open { last: false, .. } | OutgoingStage::Parking { last: false, open_id: None, .. }
+        )
+    }
+
+    /// Its receiver, for an answer or a log line; empty of one that is parked.
+    pub(super) fn receiver(&self) -> String {
+        self.address.as_ref().map(PeerAddress::to_string).unwrap_or_default()
+    }
+
+    pub(super) fn group_of(&self, chunk: usize) -> GroupIndex {
+        self.groups.get(chunk).copied().unwrap_or_default()
     }
 
     /// Whether its client has slots of it that it may not have filled yet.
@@ -154,7 +227,7 @@ impl OutgoingRequest {
     }
 }
 
-impl<R> Outgoing<R> {
+impl<R: Clone> Outgoing<R> {
     /// A client announces a request.
     pub(in crate::node) fn handle_open(&mut self, core: &mut Core<R>, client: ClientId, id: Seq, open: OpenRequest) {
         let checked = self.check_open(core, &open).and_then(|sizes| Ok((self.peer_for(core, &open.receiver)?, sizes)));
@@ -162,33 +235,15 @@ impl<R> Outgoing<R> {
             Ok(checked) => checked,
             Err(failure) => return core.refuse(client, id, failure, Some(truncate(&open.receiver.to_string()))),
         };
-        let chunk = |size: ChunkSize| Chunk {
-            len_bytes: size.len_bytes,
-            remote: None,
-            local: None,
-            queued: Coverage::default(),
-            done_bytes: 0,
-            sums: BTreeMap::new(),
-        };
+        let OpenRequest { keys, groups, last_chunk_tokens, .. } = open;
+        let chunks = RequestChunks { keys, groups, last_chunk_tokens, sizes };
+        let stage = OutgoingStage::Connecting { open_id: id, wait: self.allocation_wait(core, open.wait) };
         let request = OutgoingRequest {
             client: Some(client),
             peer,
-            address: open.receiver,
-            chunks: sizes.into_iter().map(chunk).collect(),
-            keys: open.keys,
-            groups: open.groups,
-            last_chunk_tokens: open.last_chunk_tokens,
+            address: Some(open.receiver),
             stage_all: open.stage,
-            staged: BTreeMap::new(),
-            told_by_event: false,
-            in_flight: 0,
-            bytes: 0,
-            opened_at: core.now,
-            since: core.now,
-            phases: Phases::default(),
-            reconnected: false,
-            stage: OutgoingStage::Connecting { open_id: id, wait: self.allocation_wait(core, open.wait) },
-            id: open.id.clone(),
+            ..OutgoingRequest::new(core.now, open.id.clone(), chunks, stage)
         };
         let uid = core.fresh();
         self.requests.insert(uid, request);
@@ -315,9 +370,10 @@ impl<R> Outgoing<R> {
         let Some(request) = self.requests.get_mut(&uid) else { return };
         request.phases.alloc = core.now.saturating_duration_since(request.opened_at);
         request.since = core.now;
+        let request_is_push = request.registration.is_some();
         let note = Note::Opened {
             request: request.id.clone(),
-            address: request.address.clone(),
+            receiver: request.receiver(),
             chunks: request.chunks.len(),
             already_sent: already_sent.len(),
             took: request.phases.alloc,
@@ -325,7 +381,9 @@ impl<R> Outgoing<R> {
         let (client, name, stage_all) = (request.client, request.id.clone(), request.stage_all);
         core.timers.set(OutgoingTimer::Write(uid), write_until);
         core.note(note);
-        if let Some(client) = client {
+        if request_is_push {
+            self.send_parked(core, uid);
+        } else if let Some(client) = client {
             let slots = if stage_all { self.stage_granted(core, uid) } else { Vec::new() };
             core.answer(client, open_id, Answer::Opened { request: name, already_sent, slots });
         }
@@ -397,15 +455,19 @@ impl<R> Outgoing<R> {
         self.counts.requests_sent += 1;
         self.counts.bytes += request.bytes;
         // The proxy is told after the commit is acknowledged, once, and never for a request that failed.
-        if self.settings.notify_proxy && notify {
+        if self.settings.notify_proxy && notify && request.registration.is_none() {
             core.outputs.push_back(Output::NotifyProxy { request: request.id.clone() });
         }
+        if let Some(registration) = &request.registration {
+            self.registration_served(core, registration);
+        }
+        let receiver = request.receiver();
         let (bytes, phases) = (request.bytes, request.phases);
         if let Some(client) = request.client {
             let event = Event::Sent { request: request.id.clone(), chunks, bytes, phases };
             core.outputs.push_back(Output::Event { client, event });
         }
-        core.note(Note::Sent { request: request.id, address: request.address, chunks, bytes, phases });
+        core.note(Note::Sent { request: request.id, receiver, chunks, bytes, phases });
     }
 
     pub(super) fn cancel_timers(&mut self, core: &mut Core<R>, uid: Uid) {
@@ -427,24 +489,31 @@ impl<R> Outgoing<R> {
     }
 
     fn check_open(&self, core: &Core<R>, open: &OpenRequest) -> Result<Vec<ChunkSize>, Failure> {
+        let sizes = self.check_chunks(core, &open.id, &open.keys, &open.groups, open.last_chunk_tokens)?;
+        check_receiver(&open.id, &open.receiver)?;
+        Ok(sizes)
+    }
+
+    /// What any request of a client must be, wherever it goes.
+    pub(super) fn check_chunks(
+        &self,
+        core: &Core<R>,
+        id: &RequestId,
+        keys: &[ChunkKey],
+        groups: &[GroupIndex],
+        last_chunk_tokens: u32,
+    ) -> Result<Vec<ChunkSize>, Failure> {
         let bad = |text: String| Err(Failure::new(FailureKind::BadRequest, text));
-        let (id, count) = (&open.id, open.keys.len());
+        let count = keys.len();
         if core.draining {
             return Err(Failure::new(FailureKind::ShuttingDown, "this sender is shutting down; use another"));
         }
         if self.request_by_name.contains_key(id) {
             return bad(format!("{id} is open already; cancel it first, or wait for its end"));
         }
-        let sizes = core.settings.chunk.sizes(id, count, &open.groups, u64::from(open.last_chunk_tokens))?;
-        if open.keys.iter().collect::<BTreeSet<_>>().len() != count {
+        let sizes = core.settings.chunk.sizes(id, count, groups, u64::from(last_chunk_tokens))?;
+        if keys.iter().collect::<BTreeSet<_>>().len() != count {
             return bad(format!("{id} names a chunk twice; keys must be distinct"));
-        }
-        if open.receiver.host.len() > HOST_LEN_BYTES_MAX {
-            let len_bytes = open.receiver.host.len();
-            return bad(format!("{id} goes to a host whose name has {len_bytes} bytes; at most {HOST_LEN_BYTES_MAX}"));
-        }
-        if open.receiver.host.is_empty() || open.receiver.init_port == 0 || open.receiver.alloc_port == 0 {
-            return bad(format!("{id} goes to {}; give a host and two ports that are not 0", open.receiver));
         }
         if count > core.settings.request_chunks_max {
             let text = format!(
@@ -459,6 +528,22 @@ impl<R> Outgoing<R> {
         }
         Ok(sizes)
     }
+}
+
+/// Whether that can be connected to.
+///
+/// # Errors
+/// What is wrong with it.
+pub(super) fn check_receiver(id: &RequestId, receiver: &PeerAddress) -> Result<(), Failure> {
+    let bad = |text: String| Err(Failure::new(FailureKind::BadRequest, text));
+    if receiver.host.len() > HOST_LEN_BYTES_MAX {
+        let len_bytes = receiver.host.len();
+        return bad(format!("{id} goes to a host whose name has {len_bytes} bytes; at most {HOST_LEN_BYTES_MAX}"));
+    }
+    if receiver.host.is_empty() || receiver.init_port == 0 || receiver.alloc_port == 0 {
+        return bad(format!("{id} goes to {receiver}; give a host and two ports that are not 0"));
+    }
+    Ok(())
 }
 
 /// A peer's words, made fit for an answer and a log line.

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use super::requests::OutgoingStage;
+use super::requests::OutgoingRequest;
 use super::uid::Uid;
 use super::{Outgoing, OutgoingTimer};
 use crate::ids::{ClientId, Failure, FailureKind, RequestId, Seq, SlotIndex, StagedSlot};
@@ -22,7 +22,7 @@ pub(super) struct Staging {
     wait: Duration,
 }
 
-impl<R> Outgoing<R> {
+impl<R: Clone> Outgoing<R> {
     /// A client wants slots for these chunks of an opened request.
     pub(in crate::node) fn handle_stage(
         &mut self,
@@ -44,25 +44,72 @@ impl<R> Outgoing<R> {
             let failure = Failure::new(FailureKind::BadRequest, format!("id {id} waits already; use each id once"));
             return core.refuse(client, id, failure, None);
         }
-        let wait = self.allocation_wait(core, wait);
-        core.timers.set(OutgoingTimer::Stage(client, id), core.now + wait);
-        self.staging.push_back(Staging { client, id, uid, chunks, lens_bytes, wait });
+        self.wait_for_slots(
+            core,
+            Staging { client, id, uid, chunks, lens_bytes, wait: self.allocation_wait(core, wait) },
+        );
+    }
+
+    /// A request that is to be parked waits for slots for these chunks.
+    pub(super) fn queue_for_staging(
+        &mut self,
+        core: &mut Core<R>,
+        (client, id): (ClientId, Seq),
+        uid: Uid,
+        chunks: Vec<u32>,
+        wait: Option<Duration>,
+    ) {
+        let Some(request) = self.requests.get(&uid) else { return };
+        let lens_bytes = chunks.iter().map(|&chunk| request.chunks[chunk as usize].len_bytes).collect();
+        self.wait_for_slots(
+            core,
+            Staging { client, id, uid, chunks, lens_bytes, wait: self.allocation_wait(core, wait) },
+        );
+    }
+
+    fn wait_for_slots(&mut self, core: &mut Core<R>, staging: Staging) {
+        core.timers.set(OutgoingTimer::Stage(staging.client, staging.id), core.now + staging.wait);
+        self.staging.push_back(staging);
         self.serve_staging(core);
     }
 
-    /// Gives slots to whoever waits for them, in the order of asking.
+    /// Whether this is the wait of a request that is to be parked: it ends with it.
+    fn parks(&self, uid: Uid) -> bool {
+        self.requests.get(&uid).is_some_and(OutgoingRequest::is_parking)
+    }
+
+    /// Gives slots to whoever waits for them, in the order of asking. In a buffer that serves both halves, what is to be parked and
+    /// what is to be sent have each a part of it, and a line.
     pub(in crate::node) fn serve_staging(&mut self, core: &mut Core<R>) {
-        while let Some(first) = self.staging.front() {
-            let Ok(slots) = core.slots.stage(&first.lens_bytes) else {
-                core.ask_to_grow();
-                return;
-            };
-            let Some(staging) = self.staging.pop_front() else { return };
-            core.timers.cancel(OutgoingTimer::Stage(staging.client, staging.id));
-            if let Some(slots) = self.fill(core, staging.uid, &staging.chunks, slots) {
+        let mut lines = if core.slots.is_shared() { vec![Some(false), Some(true)] } else { vec![None] };
+        while let Some(line) = lines.pop() {
+            while let Some(at) =
+                self.staging.iter().position(|staging| line.is_none_or(|line| line == self.parks(staging.uid)))
+            {
+                if !self.serve_waiting(core, at) {
+                    core.ask_to_grow();
+                    break;
+                }
+            }
+        }
+    }
+
+    /// Gives slots to who waits at this place. False: there are too few.
+    fn serve_waiting(&mut self, core: &mut Core<R>, at: usize) -> bool {
+        let Some(Staging { uid, lens_bytes, .. }) = self.staging.get(at) else { return false };
+        let to_park = self.parks(*uid);
+        let staged = if to_park { core.slots.stage_to_park(lens_bytes) } else { core.slots.stage(lens_bytes) };
+        let Ok(slots) = staged else { return false };
+        let Some(staging) = self.staging.remove(at) else { return false };
+        core.timers.cancel(OutgoingTimer::Stage(staging.client, staging.id));
+        if let Some(slots) = self.fill(core, staging.uid, &staging.chunks, slots) {
+            if to_park {
+                self.parking_opened(core, staging.uid, slots);
+            } else {
                 core.answer(staging.client, staging.id, Answer::Staged { slots });
             }
         }
+        true
     }
 
     /// Slots for every chunk that the receiver granted, or none: whoever waits has the first right to what is free, and a
@@ -112,7 +159,12 @@ impl<R> Outgoing<R> {
             staging.wait.as_millis(),
             core.no_room_note(),
         );
-        core.refuse(client, id, Failure::new(FailureKind::NoSlots, text), None);
+        let failure = Failure::new(FailureKind::NoSlots, text);
+        if self.parks(staging.uid) {
+            self.fail(core, staging.uid, failure);
+        } else {
+            core.refuse(client, id, failure, None);
+        }
         self.serve_staging(core);
     }
 
@@ -122,11 +174,16 @@ impl<R> Outgoing<R> {
         let (refused, kept): (VecDeque<Staging>, _) =
             self.staging.drain(..).partition(|staging| core.slots.asked_bytes(&staging.lens_bytes) > most_bytes);
         self.staging = kept;
-        for Staging { client, id, lens_bytes, .. } in refused {
+        for Staging { client, id, uid, lens_bytes, .. } in refused {
             core.timers.cancel(OutgoingTimer::Stage(client, id));
             let (asked_bytes, note) = (core.slots.asked_bytes(&lens_bytes), core.growth.failure_note());
             let text = format!("{asked_bytes} bytes are wanted, the sender's buffer has {most_bytes}{share}{note}");
-            core.refuse(client, id, Failure::new(FailureKind::NoSlots, text), None);
+            let failure = Failure::new(FailureKind::NoSlots, text);
+            if self.parks(uid) {
+                self.fail(core, uid, failure);
+            } else {
+                core.refuse(client, id, failure, None);
+            }
         }
     }
 
@@ -141,7 +198,8 @@ impl<R> Outgoing<R> {
         self.serve_staging(core);
     }
 
-    pub(super) fn staging_request_ended(&mut self, core: &mut Core<R>, uid: Uid, failure: &Failure) {
+    /// `parks`: the request is answered by itself.
+    pub(super) fn staging_request_ended(&mut self, core: &mut Core<R>, uid: Uid, failure: &Failure, parks: bool) {
         let ended: Vec<(ClientId, Seq)> = self
             .staging
             .iter()
@@ -151,7 +209,9 @@ impl<R> Outgoing<R> {
         self.staging.retain(|staging| staging.uid != uid);
         for (client, id) in ended {
             core.timers.cancel(OutgoingTimer::Stage(client, id));
-            core.refuse(client, id, failure.clone(), None);
+            if !parks {
+                core.refuse(client, id, failure.clone(), None);
+            }
         }
     }
 
@@ -161,7 +221,7 @@ impl<R> Outgoing<R> {
         let Some(request) = self.requests.get(&uid) else {
             return bad(format!("{name} has ended"));
         };
-        if !matches!(request.stage, OutgoingStage::Open { last: false, .. }) {
+        if !request.takes_sends() {
             return bad(format!("{name} is not open for staging: wait for `opened`, and stage before the last `send`"));
         }
         if chunks.is_empty() {

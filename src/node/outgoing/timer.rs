@@ -1,6 +1,6 @@
 //! What the half that sends waits for, by name.
 
-use super::uid::Uid;
+use super::uid::{RegistrationId, Uid};
 use crate::ids::{ClientId, PeerAddress, PeerId, Seq};
 
 /// A deadline.
@@ -28,6 +28,10 @@ pub(in crate::node) enum OutgoingTimer {
     Seek(PeerAddress),
     /// An LMCache receiver has not answered for too long.
     Answer(PeerId),
+    /// Parked chunks have been kept for long enough.
+    Lease(Uid),
+    /// A registration has waited long enough for a request that is not known.
+    Registration(RegistrationId),
     /// A receiver of the configuration is connected to, or connected to again.
     Connect(PeerAddress),
 }

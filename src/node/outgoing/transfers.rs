@@ -8,8 +8,8 @@ use super::requests::{OutgoingStage, WRITE_DEADLINE_PASSED};
 use super::uid::Uid;
 use super::{Outgoing, Sending};
 use crate::ids::{
-    ByteCopy, Checksum, ClientId, Failure, FailureKind, PeerAddress, PeerId, RequestId, Seq, SlotPart, TransferId,
-    truncate,
+    ByteCopy, Checksum, ClientId, Failure, FailureKind, IpcHandle, PeerAddress, PeerId, RequestId, Seq, SlotPart,
+    TransferId, truncate,
 };
 use crate::node::Answer;
 use crate::node::Output;
@@ -20,7 +20,8 @@ use crate::node::core::Core;
 pub(super) struct Transfer {
     pub(super) uid: Uid,
     pub(super) peer: PeerId,
-    pub(super) address: PeerAddress,
+    /// None of what is parked.
+    pub(super) address: Option<PeerAddress>,
     /// The receiver's name for itself.
     pub(super) instance: String,
     parts: Vec<PostedPart>,
@@ -39,13 +40,23 @@ struct PostedPart {
 }
 
 /// A part that was checked.
-struct Checked {
-    chunk: u32,
-    offset_bytes: u64,
-    copy: ByteCopy,
+pub(super) struct Checked {
+    pub(super) chunk: u32,
+    pub(super) offset_bytes: u64,
+    pub(super) copy: ByteCopy,
 }
 
-impl<R> Outgoing<R> {
+fn posted_parts(checked: &[Checked], is_summed: impl Fn(u32) -> bool) -> Vec<PostedPart> {
+    let posted = |part: &Checked| PostedPart {
+        chunk: part.chunk,
+        offset_bytes: part.offset_bytes,
+        len_bytes: part.copy.len_bytes,
+        summed: is_summed(part.chunk),
+    };
+    checked.iter().map(posted).collect()
+}
+
+impl<R: Clone> Outgoing<R> {
     /// A client says that these parts of its staged slots are final, and perhaps that they are the last.
     pub(in crate::node) fn handle_send(
         &mut self,
@@ -64,22 +75,20 @@ impl<R> Outgoing<R> {
             Ok(checked) => checked,
             Err(failure) => return core.refuse(client, id, failure, None),
         };
-        let transfer = TransferId(core.fresh());
         let Some(record) = self.requests.get_mut(&uid) else { return };
         // A process that was paused may learn of its deadline here first: nothing is posted after it.
         if matches!(record.stage, OutgoingStage::Open { write_until, .. } if core.now >= write_until) {
             let failure = Failure::new(FailureKind::Deadline, WRITE_DEADLINE_PASSED);
-            let peer = record.address.to_string();
+            let peer = record.receiver();
             core.refuse(client, id, failure.clone(), Some(peer));
             return self.fail(core, uid, failure);
         }
-        let (peer, address) = (record.peer, record.address.clone());
         for (chunk, queued) in coverage {
             record.chunks[chunk as usize].queued = queued;
         }
         if last {
             record.since = core.now;
-            if let OutgoingStage::Open { last, .. } = &mut record.stage {
+            if let OutgoingStage::Open { last, .. } | OutgoingStage::Parking { last, .. } = &mut record.stage {
                 *last = true;
             }
         }
@@ -87,32 +96,62 @@ impl<R> Outgoing<R> {
             core.answer(client, id, Answer::Accepted);
             return self.commit_if_written(core, uid);
         }
-        let Some(connection) = self.connection_of(peer) else {
-            // A request whose peer is gone has ended, so this cannot be; if it is, it must not hang.
-            let failure =
-                Failure::new(FailureKind::Internal, format!("{request} is open to {address}, which is not connected"));
-            core.refuse(client, id, failure.clone(), None);
-            return self.fail(core, uid, failure);
-        };
-        if let Some(record) = self.requests.get_mut(&uid) {
-            record.in_flight += 1;
+        if record.is_parking() {
+            core.answer(client, id, Answer::Accepted);
+            return self.park(core, uid, checked, after);
         }
-        let checksum = core.settings.checksum;
-        let posted = |part: &Checked| PostedPart {
-            chunk: part.chunk,
-            offset_bytes: part.offset_bytes,
-            len_bytes: part.copy.len_bytes,
-            summed: checksum.covers(uid, part.chunk),
+        let posted = self.post(core, uid, checked, after);
+        // After the post, so that the engine is at work before the client wakes up.
+        match posted {
+            Ok(()) => core.answer(client, id, Answer::Accepted),
+            Err(failure) => {
+                core.refuse(client, id, failure.clone(), None);
+                self.fail(core, uid, failure);
+            }
+        }
+    }
+
+    /// Lets the engine write these parts of a request to its receiver.
+    pub(super) fn post(
+        &mut self,
+        core: &mut Core<R>,
+        uid: Uid,
+        checked: Vec<Checked>,
+        after: Option<IpcHandle>,
+    ) -> Result<(), Failure> {
+        let Some(record) = self.requests.get_mut(&uid) else { return Ok(()) };
+        let (peer, address) = (record.peer, record.address.clone());
+        let connection = self.peers.get(&peer).and_then(Receiver::connection);
+        let (Some(connection), Some(address)) = (connection, address) else {
+            // A request whose peer is gone has ended, so this cannot be; if it is, it must not hang.
+            let text = format!("{} is open to {}, which is not connected", record.id, record.receiver());
+            return Err(Failure::new(FailureKind::Internal, text));
         };
-        let parts: Vec<PostedPart> = checked.iter().map(posted).collect();
+        record.in_flight += 1;
+        let checksum = core.settings.checksum;
+        let parts = posted_parts(&checked, |chunk| checksum.covers(uid, chunk));
         let summed: Vec<u32> = (0u32..).zip(&parts).filter(|(_, part)| part.summed).map(|(at, _)| at).collect();
         let delayed = after.is_some() || !summed.is_empty();
         let instance = self.peers.get(&peer).map(|peer| peer.instance.clone()).unwrap_or_default();
+        let (transfer, address) = (TransferId(core.fresh()), Some(address));
         self.transfers.insert(transfer, Transfer { uid, peer, address, instance, parts, delayed });
         let copies = checked.into_iter().map(|part| part.copy).collect();
         core.outputs.push_back(Output::Post { transfer, connection, copies, summed, after });
-        // After the post, so that the engine is at work before the client wakes up.
-        core.answer(client, id, Answer::Accepted);
+        Ok(())
+    }
+
+    /// These parts of a request stay here. They are final now, or once an event has been passed.
+    fn park(&mut self, core: &mut Core<R>, uid: Uid, checked: Vec<Checked>, after: Option<IpcHandle>) {
+        let Some(record) = self.requests.get_mut(&uid) else { return };
+        record.in_flight += 1;
+        let (transfer, peer) = (TransferId(core.fresh()), record.peer);
+        let (parts, instance) = (posted_parts(&checked, |_| false), String::new());
+        let delayed = after.is_some();
+        self.transfers.insert(transfer, Transfer { uid, peer, address: None, instance, parts, delayed });
+        match after {
+            Some(after) => core.outputs.push_back(Output::Await { transfer, after }),
+            None => self.handle_transfer_done(core, transfer, Ok(Vec::new())),
+        }
     }
 
     /// The engine has written a transfer, or has given it up. The checksums are those that were asked for, in that order.
@@ -129,7 +168,7 @@ impl<R> Outgoing<R> {
             return;
         };
         let mut connection_lost = None;
-        let mut written = Vec::new();
+        let (mut written, mut published) = (Vec::new(), Vec::new());
         if let Some(request) = self.requests.get_mut(&uid) {
             request.in_flight -= 1;
             let closing = matches!(request.stage, OutgoingStage::Closing { .. });
@@ -147,11 +186,23 @@ impl<R> Outgoing<R> {
                             && let Some(slot) = chunk.local.take()
                         {
                             request.staged.remove(&slot);
-                            core.slots.unstage(slot);
-                            written.push(request.keys[index as usize].clone());
+                            let key = request.keys[index as usize].clone();
+                            if request.is_parking() {
+                                let group = request.group_of(index as usize);
+                                core.slots.publish(slot, key.clone(), group);
+                                request.parked.push(slot);
+                                published.push((key, slot));
+                            } else if request.registration.is_some() {
+                                core.let_go_sent(slot);
+                                written.push(key);
+                            } else {
+                                core.slots.unstage(slot);
+                                written.push(key);
+                            }
                         }
                     }
                     self.chunks_written(peer, &written);
+                    self.on_published(core, uid, &published);
                     self.commit_if_written(core, uid);
                 }
                 Ok(_) => {}
@@ -161,11 +212,14 @@ impl<R> Outgoing<R> {
         }
         if let Some(Failure { kind, text }) = connection_lost {
             let name = self.peers.get(&peer).map(Receiver::name).unwrap_or_default();
+            let address = address.as_ref().map(PeerAddress::to_string).unwrap_or_default();
             let text = format!("receiver {address} ({}): {text}", truncate(&name));
             self.peer_failed(core, peer, Failure::new(kind, text));
         }
         self.finish_closing(core, uid);
-        self.drained_at(core, &address);
+        if let Some(address) = &address {
+            self.drained_at(core, address);
+        }
         self.serve_staging(core);
     }
 
@@ -176,8 +230,11 @@ impl<R> Outgoing<R> {
         core.outputs.extend(abandoned.into_iter().map(|transfer| Output::Abandon { transfer, writer_gone }));
     }
 
-    fn commit_if_written(&mut self, core: &mut Core<R>, uid: Uid) {
+    pub(super) fn commit_if_written(&mut self, core: &mut Core<R>, uid: Uid) {
         let Some(request) = self.requests.get_mut(&uid).filter(|request| request.in_flight == 0) else { return };
+        if matches!(request.stage, OutgoingStage::Parking { last: true, .. }) {
+            return self.finish_parked(core, uid);
+        }
         if matches!(request.stage, OutgoingStage::Open { last: true, .. }) {
             request.phases.transfer = core.now.saturating_duration_since(request.since);
             request.since = core.now;
@@ -199,7 +256,7 @@ impl<R> Outgoing<R> {
         let Some(request) = self.requests.get(&uid) else {
             return bad(format!("{name} has ended"));
         };
-        if !matches!(request.stage, OutgoingStage::Open { last: false, .. }) {
+        if !request.takes_sends() {
             return bad(format!("{name} takes no more sends: it is not opened yet, or its last send was given"));
         }
         if parts.is_empty() && !last {

@@ -16,7 +16,7 @@ pub type Nonce = [u8; NONCE_LEN_BYTES];
 /// A message authentication code.
 pub(super) type Mac = [u8; 32];
 
-/// What a connection is for: which of a receiver's ports it leads to.
+/// What a connection is for: which of a daemon's ports it leads to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Channel {
@@ -26,6 +26,8 @@ pub enum Channel {
     Alloc,
     /// Cache queries.
     Query,
+    /// Registrations for parked chunks.
+    Rendezvous,
 }
 
 impl Channel {
@@ -35,6 +37,7 @@ impl Channel {
             Self::Init => "init",
             Self::Alloc => "alloc",
             Self::Query => "query",
+            Self::Rendezvous => "rendezvous",
         }
     }
 }

@@ -203,7 +203,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
 
     /// A further batch of a request: its pages are there.
     fn take_batch(&mut self, core: &mut Core<R>, from: R, id: RequestId, batch: AllocRequest, sizes: Vec<ChunkSize>) {
-        let shared = self.ready_of(core, &batch.keys, &sizes);
+        let shared = core.ready_of(&batch.keys, &sizes);
         let Some(request) = self.requests.get_mut(&id) else { return };
         let (IncomingStage::Granted { grant, own, shared: held }, Some(batches)) =
             (&mut request.stage, request.origin.batches_mut())

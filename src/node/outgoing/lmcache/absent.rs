@@ -27,7 +27,7 @@ pub(super) mod receiver {
 #[derive(Debug, Default)]
 pub(super) struct RememberedReceivers(());
 
-impl<R> Outgoing<R> {
+impl<R: Clone> Outgoing<R> {
     pub(super) fn on_lmcache_init_response(&mut self, core: &mut Core<R>, peer: PeerId, _: InitResponse) {
         let text = "it answers without a `pd` field, as LMCache does, and this build has no LMCache (cargo feature \
                     `lmcache`); start pd-receiver there";

@@ -55,7 +55,7 @@ struct Remembered {
 #[derive(Debug, Default)]
 pub(super) struct RememberedReceivers(BTreeMap<PeerAddress, Remembered>);
 
-impl<R> Outgoing<R> {
+impl<R: Clone> Outgoing<R> {
     fn lmcache_mut(&mut self, peer: PeerId) -> Option<&mut LmcacheReceiver> {
         self.peers.get_mut(&peer)?.link.lmcache_mut()
     }
@@ -223,7 +223,7 @@ impl<R> Outgoing<R> {
             let text = format!(
                 "receiver {} (LMCache) holds {} chunks of this sender that were never written, and takes no word that they \
                  are not needed; restart it",
-                request.address,
+                request.receiver(),
                 receiver.unwritten.len()
             );
             return self.fail(core, uid, Failure::new(FailureKind::Limit, text));
@@ -243,7 +243,7 @@ impl<R> Outgoing<R> {
     pub(super) fn lmcache_allocation_timed_out(&self, core: &Core<R>, uid: Uid) -> Option<Failure> {
         let request = self.requests.get(&uid)?;
         let receiver = self.peers.get(&request.peer)?.link.lmcache()?;
-        let address = &request.address;
+        let address = request.receiver();
         let since = receiver.silent_since()?;
         let silent_ms = core.now.saturating_duration_since(since).as_millis();
         let text = match request.stage {

@@ -1,0 +1,468 @@
+//! Registrations: receivers that ask for parked chunks.
+//!
+//! What is sent is found by the chunks' keys; the names of requests only tell whether something is coming. So a name that is
+//! wrong, missing, used twice or anybody's costs a miss, and never brings another request's chunks.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use super::parking::IDS_MAX;
+use super::requests::{OutgoingRequest, OutgoingStage, RequestChunks, check_receiver};
+use super::transfers::Checked;
+use super::uid::{RegistrationId, Uid};
+use super::{Note, Outgoing, OutgoingTimer, Port};
+use crate::ids::{
+    ByteCopy, ChunkKey, Failure, FailureKind, GroupIndex, PeerAddress, Registration, RequestId, Seq, SlotIndex,
+    truncate,
+};
+use crate::node::chunks::ChunkSize;
+use crate::node::core::Core;
+use crate::node::handshake;
+use crate::node::output::To;
+use crate::slot::SlotState;
+use crate::wire::Message;
+use crate::wire::message::{Register, Registered, ReleaseParked};
+
+/// Longest that a registration waits for a request that is not known, whatever it says.
+const WAIT_MAX: Duration = Duration::from_secs(60);
+/// How many registrations that have ended are remembered, for words of them that come late.
+const ENDED_MAX: usize = 4096;
+
+/// A receiver that asks for chunks.
+#[derive(Debug)]
+pub(super) struct Registrant<R> {
+    /// How it is answered.
+    route: R,
+    /// Of what it asked last; a question that is repeated keeps its number.
+    seq: Seq,
+    state: RegistrantState,
+}
+
+#[derive(Debug)]
+enum RegistrantState {
+    /// Nothing of it is known yet.
+    Waiting(Box<Register>),
+    /// What it asks for is kept, by a lease of its own.
+    Held(Uid),
+    /// It is sent what it asks for, of the requests that have these names.
+    Pushing(Uid, Vec<RequestId>),
+}
+
+/// A chunk that can be sent, or that will be.
+#[derive(Debug)]
+struct Found {
+    key: ChunkKey,
+    size: ChunkSize,
+    /// None: it is being computed.
+    slot: Option<SlotIndex>,
+}
+
+/// Who has registered, and whose registrations have ended.
+#[derive(Debug)]
+pub(super) struct Registrants<R> {
+    open: BTreeMap<RegistrationId, Registrant<R>>,
+    /// How others have ended, for questions that are repeated.
+    ended: BTreeMap<RegistrationId, End>,
+}
+
+/// The latest question of a registration that has ended, and its answer.
+#[derive(Debug)]
+struct End {
+    seq: Seq,
+    state: Registration,
+    failure: Option<Failure>,
+}
+
+impl<R> Default for Registrants<R> {
+    fn default() -> Self {
+        Self { open: BTreeMap::new(), ended: BTreeMap::new() }
+    }
+}
+
+impl<R> Registrants<R> {
+    pub(super) fn len(&self) -> usize {
+        self.open.len()
+    }
+
+    /// Whether this was overtaken by a later word.
+    fn is_late(&self, id: &RegistrationId, seq: Seq) -> bool {
+        let latest = self.open.get(id).map(|registrant| registrant.seq);
+        latest.or_else(|| self.ended.get(id).map(|end| end.seq)).is_some_and(|latest| seq < latest)
+    }
+
+    /// Takes a registration out, and remembers how it ended.
+    fn end(&mut self, id: &RegistrationId, state: Registration, failure: Option<Failure>) -> Option<Registrant<R>> {
+        let registrant = self.open.remove(id)?;
+        self.remember(id, End { seq: registrant.seq, state, failure });
+        Some(registrant)
+    }
+
+    fn remember(&mut self, id: &RegistrationId, end: End) {
+        self.ended.insert(id.clone(), end);
+        if self.ended.len() > ENDED_MAX {
+            self.ended.pop_first();
+        }
+    }
+}
+
+impl<R: Clone> Outgoing<R> {
+    /// A message arrived at the rendezvous port.
+    pub(in crate::node) fn handle_rendezvous(&mut self, core: &mut Core<R>, from: R, message: Message) {
+        match message {
+            Message::PdRegister(register) => self.on_register(core, from, register),
+            Message::PdRelease(release) => self.on_release(core, from, release),
+            // Whoever sends anything else here has another port in mind.
+            _ => {}
+        }
+    }
+
+    fn on_register(&mut self, core: &mut Core<R>, from: R, register: Register) {
+        let id = (register.hello.instance.clone(), register.req_id.clone());
+        let seq = register.seq;
+        if let Err(failure) = self.check_register(core, &id, &register) {
+            return self.answer_registration(core, from, seq, id.1, Registration::Failed, Some(failure));
+        }
+        if self.registrants.is_late(&id, seq) {
+            return;
+        }
+        if let Some(End { state, failure, .. }) = self.registrants.ended.get(&id).filter(|end| end.seq == seq) {
+            let (state, failure) = (*state, failure.clone());
+            return self.answer_registration(core, from, seq, id.1, state, failure);
+        }
+        // Said again: it lives, and wants to know whether we do. What is held is held for longer.
+        if let Some(registrant) = self.registrants.open.get_mut(&id).filter(|registrant| registrant.seq == seq) {
+            registrant.route = from.clone();
+            let state = match registrant.state {
+                RegistrantState::Pushing(..) => Registration::Accepted,
+                RegistrantState::Waiting(_) => Registration::Pending,
+                RegistrantState::Held(lease) => {
+                    core.timers.set(OutgoingTimer::Lease(lease), core.now + self.settings.lease);
+                    Registration::Accepted
+                }
+            };
+            return self.answer_registration(core, from, seq, id.1, state, None);
+        }
+        self.serve_registration(core, id, from, register);
+    }
+
+    /// Gives a registration what there is, or lets it wait.
+    fn serve_registration(&mut self, core: &mut Core<R>, id: RegistrationId, route: R, register: Register) {
+        let found = self.find_parked(core, &register.keys);
+        let chunks = found.len();
+        let before = self.registrants.open.remove(&id);
+        core.timers.cancel(OutgoingTimer::Registration(id.clone()));
+        let wait = Duration::from_millis(register.wait_ms).min(WAIT_MAX);
+        let (seq, receiver) = (register.seq, register.receiver.clone());
+        let state = match receiver {
+            _ if found.is_empty() && !wait.is_zero() && !self.is_known(&register.ids) => {
+                core.timers.set(OutgoingTimer::Registration(id.clone()), core.now + wait);
+                Ok((Registration::Pending, RegistrantState::Waiting(Box::new(register))))
+            }
+            _ if found.is_empty() => Err((Registration::Unknown, None)),
+            None => {
+                let here = found.iter().filter_map(|found| found.slot);
+                let slots: Vec<SlotIndex> = here.filter(|&slot| core.slots.park(slot)).collect();
+                let lease = core.fresh();
+                self.lease(core, lease, register.ids, slots);
+                Ok((Registration::Accepted, RegistrantState::Held(lease)))
+            }
+            Some(address) => match self.push(core, &id, address, found) {
+                Ok(uid) => Ok((Registration::Accepted, RegistrantState::Pushing(uid, register.ids))),
+                Err(failure) => Err((Registration::Failed, Some(failure))),
+            },
+        };
+        // After what it asks for now is held.
+        match before.map(|before| before.state) {
+            Some(RegistrantState::Held(lease)) => self.end_park_lease(core, lease, false),
+            // It asks for something else under the same name.
+            Some(RegistrantState::Pushing(uid, _)) => {
+                self.fail(core, uid, Failure::new(FailureKind::Cancelled, "the receiver has registered anew"));
+            }
+            Some(RegistrantState::Waiting(_)) | None => {}
+        }
+        let (said, failure) = match state {
+            Ok((said, state)) => {
+                let pushing = if let RegistrantState::Pushing(uid, _) = state { Some(uid) } else { None };
+                self.registrants.open.insert(id.clone(), Registrant { route: route.clone(), seq, state });
+                if let Some(uid) = pushing {
+                    self.begin_push(core, uid);
+                }
+                (said, None)
+            }
+            Err((said, failure)) => {
+                self.registrants.remember(&id, End { seq, state: said, failure: failure.clone() });
+                (said, failure)
+            }
+        };
+        let (instance, request) = id;
+        core.note(Note::Registered { request: request.clone(), instance: truncate(&instance), state: said, chunks });
+        self.answer_registration(core, route, seq, request, said, failure);
+    }
+
+    /// A request has begun to be parked: registrations may have waited for it.
+    pub(super) fn serve_registrations(&mut self, core: &mut Core<R>) {
+        let waiting = |(id, registrant): (&RegistrationId, &Registrant<R>)| match &registrant.state {
+            RegistrantState::Waiting(register) => {
+                let comes =
+                    register.keys.iter().any(|key| self.coming.contains_key(key) || core.slots.find(key).is_some());
+                (comes || self.is_known(&register.ids)).then(|| id.clone())
+            }
+            _ => None,
+        };
+        let served: Vec<RegistrationId> = self.registrants.open.iter().filter_map(waiting).collect();
+        for id in served {
+            let Some(Registrant { route, seq, state: RegistrantState::Waiting(register) }) =
+                self.registrants.open.remove(&id)
+            else {
+                continue;
+            };
+            // It has waited, and waits no more.
+            let register = Register { seq, wait_ms: 0, ..*register };
+            self.serve_registration(core, id, route, register);
+        }
+    }
+
+    /// A registration has waited long enough for a request that is not known.
+    pub(super) fn registration_timed_out(&mut self, core: &mut Core<R>, id: &RegistrationId) {
+        if let Some(Registrant { route, seq, .. }) = self.registrants.end(id, Registration::Unknown, None) {
+            self.answer_registration(core, route, seq, id.1.clone(), Registration::Unknown, None);
+        }
+    }
+
+    fn on_release(&mut self, core: &mut Core<R>, from: R, release: ReleaseParked) {
+        let ReleaseParked { seq, instance, req_id, ids } = release;
+        let id = (instance, req_id);
+        if !self.registrants.is_late(&id, seq) {
+            core.timers.cancel(OutgoingTimer::Registration(id.clone()));
+            let ended = self.registrants.open.remove(&id);
+            self.registrants.remember(&id, End { seq, state: Registration::Released, failure: None });
+            match ended.map(|registrant| registrant.state) {
+                Some(RegistrantState::Held(lease)) => self.end_park_lease(core, lease, true),
+                Some(RegistrantState::Pushing(uid, _)) => {
+                    self.fail(core, uid, Failure::new(FailureKind::Cancelled, "the receiver gave it up"));
+                }
+                Some(RegistrantState::Waiting(_)) | None => {}
+            }
+            self.release_ids(core, &ids);
+        }
+        self.answer_registration(core, from, seq, id.1, Registration::Released, None);
+    }
+
+    /// The lease of a registration that held has ended.
+    pub(super) fn park_lease_timed_out(&mut self, core: &mut Core<R>, lease: Uid) {
+        let held =
+            |registrant: &Registrant<R>| matches!(registrant.state, RegistrantState::Held(other) if other == lease);
+        let id = self.registrants.open.iter().find(|(_, registrant)| held(registrant)).map(|(id, _)| id.clone());
+        if let Some(id) = id {
+            self.registrants.end(&id, Registration::Unknown, None);
+        }
+        self.end_park_lease(core, lease, false);
+    }
+
+    /// A request that serves a registration has ended badly: whoever waits for it hears of it, whatever it has been told.
+    pub(super) fn registration_failed(&mut self, core: &mut Core<R>, uid: Uid, failure: &Failure) {
+        let id = self.requests.get(&uid).and_then(|request| request.registration.clone());
+        let Some(id) = id else { return };
+        // It may have registered anew under the same name.
+        let pushing =
+            |registrant: &Registrant<R>| matches!(registrant.state, RegistrantState::Pushing(other, _) if other == uid);
+        if !self.registrants.open.get(&id).is_some_and(pushing) {
+            return;
+        }
+        let (state, failure) = (Registration::Failed, Some(failure.clone()));
+        if let Some(Registrant { route, seq, .. }) = self.registrants.end(&id, state, failure.clone()) {
+            self.answer_registration(core, route, seq, id.1, state, failure);
+        }
+    }
+
+    /// A request that serves a registration is sent: what was kept for it makes room, and is found until the room is needed.
+    pub(super) fn registration_served(&mut self, core: &mut Core<R>, id: &RegistrationId) {
+        let ended = self.registrants.end(id, Registration::Accepted, None);
+        if let Some(Registrant { state: RegistrantState::Pushing(_, ids), .. }) = ended {
+            self.release_ids(core, &ids);
+        }
+    }
+
+    fn answer_registration(
+        &self,
+        core: &mut Core<R>,
+        to: R,
+        seq: Seq,
+        req_id: RequestId,
+        state: Registration,
+        failure: Option<Failure>,
+    ) {
+        let (instance, lease_ms) = (core.settings.hello.instance.clone(), self.settings.lease.as_millis() as u64);
+        let registered = Registered { seq, instance, req_id, state, lease_ms, failure };
+        core.send(To::Route(to), Port::Rendezvous, Message::PdRegistered(registered));
+    }
+
+    /// Everything about a registration that can be wrong.
+    fn check_register(&self, core: &Core<R>, id: &RegistrationId, register: &Register) -> Result<(), Failure> {
+        handshake::check(&core.settings.hello, &register.hello)?;
+        let limit = |text: String| Err(Failure::new(FailureKind::Limit, text));
+        let (name, count) = (&register.req_id, register.keys.len());
+        if register.ids.len() > IDS_MAX {
+            return limit(format!("{name} is known by {} names, the limit is {IDS_MAX}", register.ids.len()));
+        }
+        if count > core.settings.request_chunks_max {
+            let most = core.settings.request_chunks_max;
+            return limit(format!("{name} has {count} chunks, the limit is {most} (pd_max_request_chunks)"));
+        }
+        if let Some(receiver) = &register.receiver {
+            check_receiver(name, receiver)?;
+        }
+        let is_new = !self.registrants.open.contains_key(id);
+        if is_new && self.registrants.len() >= core.settings.requests_max {
+            return limit(format!("{} registrations are open, the limit (pd_max_requests)", self.registrants.len()));
+        }
+        Ok(())
+    }
+
+    /// Whether a request is being parked, or is, under one of these names.
+    fn is_known(&self, ids: &[RequestId]) -> bool {
+        let named = |names: &[RequestId]| names.iter().any(|name| ids.contains(name));
+        let parking =
+            |request: &OutgoingRequest| matches!(&request.stage, OutgoingStage::Parking { ids, .. } if named(ids));
+        self.requests.values().any(parking) || self.park_leases.values().any(|lease| named(&lease.ids))
+    }
+
+    /// Of these chunks those that are here, or that are being computed, in their order and each once.
+    fn find_parked(&self, core: &Core<R>, keys: &[ChunkKey]) -> Vec<Found> {
+        let find = |key: &ChunkKey| {
+            if let Some(slot) = core.slots.find(key) {
+                let SlotState::Ready { group, .. } = core.slots.state(slot)? else { return None };
+                let size = ChunkSize { group: *group, len_bytes: core.slots.range(slot)?.len_bytes };
+                return Some(Found { key: key.clone(), size, slot: Some(slot) });
+            }
+            let request = self.requests.get(self.coming.get(key)?.first()?)?;
+            let at = request.keys.iter().position(|other| other == key)?;
+            let size = ChunkSize { group: request.group_of(at), len_bytes: request.chunks[at].len_bytes };
+            Some(Found { key: key.clone(), size, slot: None })
+        };
+        let mut seen = BTreeSet::new();
+        keys.iter().filter(|key| seen.insert(*key)).filter_map(find).collect()
+    }
+
+    /// A request of our own: these chunks to that receiver.
+    fn push(
+        &mut self,
+        core: &mut Core<R>,
+        id: &RegistrationId,
+        address: PeerAddress,
+        mut found: Vec<Found>,
+    ) -> Result<Uid, Failure> {
+        if self.requests.len() >= core.settings.requests_max {
+            let text = format!("{} requests are open, the limit (pd_max_requests)", self.requests.len());
+            return Err(Failure::new(FailureKind::Limit, text));
+        }
+        // What is here and not parked is not sent if as much as may be is parked.
+        found.retain(|found| found.slot.is_none_or(|slot| core.hold_sent(slot)));
+        let held: Vec<SlotIndex> = found.iter().filter_map(|found| found.slot).collect();
+        let (found, last_chunk_tokens) = expressible(core, found);
+        let peer = match found.is_empty() {
+            false => self.peer_for(core, &address),
+            true => Err(Failure::new(FailureKind::Unknown, "what is here of it cannot be sent together")),
+        };
+        let sent = if peer.is_ok() { &found[..] } else { &[] };
+        let kept: BTreeSet<SlotIndex> = sent.iter().filter_map(|found| found.slot).collect();
+        held.into_iter().filter(|slot| !kept.contains(slot)).for_each(|slot| core.let_go_sent(slot));
+        let peer = peer?;
+        let groups: Vec<GroupIndex> = found.iter().map(|found| found.size.group).collect();
+        let groups = if groups.iter().all(|group| *group == GroupIndex(0)) { Vec::new() } else { groups };
+        let sizes = found.iter().map(|found| found.size).collect();
+        let keys = found.iter().map(|found| found.key.clone()).collect();
+        let chunks = RequestChunks { keys, groups, last_chunk_tokens, sizes };
+        let stage = OutgoingStage::Connecting { open_id: Seq(0), wait: core.settings.allocation_timeout };
+        let mut request = OutgoingRequest {
+            peer,
+            address: Some(address),
+            registration: Some(id.clone()),
+            ..OutgoingRequest::new(core.now, id.1.clone(), chunks, stage)
+        };
+        let uid = core.fresh();
+        for (found, chunk) in found.into_iter().zip(&mut request.chunks) {
+            chunk.local = found.slot;
+            if found.slot.is_none() {
+                self.awaiting.entry(found.key).or_default().insert(uid);
+            }
+        }
+        self.requests.insert(uid, request);
+        Ok(uid)
+    }
+
+    /// Asks the receiver of such a request for room, if it is connected.
+    fn begin_push(&mut self, core: &mut Core<R>, uid: Uid) {
+        let peer = self.requests.get(&uid).map(|request| request.peer);
+        if peer.is_some_and(|peer| self.connection_of(peer).is_some()) {
+            self.ask_for_room(core, uid);
+        }
+    }
+
+    /// Sends of such a request what is here, and what its receiver has granted a place.
+    pub(super) fn send_parked(&mut self, core: &mut Core<R>, uid: Uid) {
+        let Some(request) = self.requests.get_mut(&uid) else { return };
+        if !matches!(request.stage, OutgoingStage::Open { last: false, .. }) {
+            return;
+        }
+        let (mut checked, mut needless) = (Vec::new(), Vec::new());
+        let mut is_last = true;
+        for ((index, key), chunk) in (0u32..).zip(&request.keys).zip(&mut request.chunks) {
+            match (chunk.remote, chunk.local) {
+                // The receiver has it already.
+                (None, Some(slot)) => {
+                    core.let_go_sent(slot);
+                    chunk.local = None;
+                }
+                (None, None) => needless.push(key.clone()),
+                (Some(remote_offset), Some(slot)) => {
+                    let (len_bytes, range) = (chunk.len_bytes, core.slots.range(slot));
+                    // False: it was sent before.
+                    let (Some(range), true) = (range, chunk.queued.insert(0, len_bytes)) else { continue };
+                    let copy = ByteCopy { local_offset: range.start, remote_offset, len_bytes };
+                    checked.push(Checked { chunk: index, offset_bytes: 0, copy });
+                }
+                (Some(_), None) => is_last &= chunk.done_bytes > 0,
+            }
+        }
+        if is_last {
+            request.since = core.now;
+            if let OutgoingStage::Open { last, .. } = &mut request.stage {
+                *last = true;
+            }
+        }
+        for key in needless {
+            self.awaits_no_more(&key, uid);
+        }
+        if !checked.is_empty()
+            && let Err(failure) = self.post(core, uid, checked, None)
+        {
+            return self.fail(core, uid, failure);
+        }
+        self.commit_if_written(core, uid);
+    }
+}
+
+/// An allocation says how many tokens the last chunk of every group has, and that the others are whole: leaves out what that
+/// does not describe.
+fn expressible<R>(core: &Core<R>, mut found: Vec<Found>) -> (Vec<Found>, u32) {
+    let shape = &core.settings.chunk;
+    let tokens_of = |size: ChunkSize| {
+        let token_bytes = shape.token_bytes.get(usize::from(size.group.0)).copied().unwrap_or(1).max(1);
+        (size.len_bytes / token_bytes) as u32
+    };
+    let mut lasts: BTreeMap<GroupIndex, usize> = BTreeMap::new();
+    for (at, found) in found.iter().enumerate() {
+        lasts.insert(found.size.group, at);
+    }
+    let mut tokens: Vec<u32> = lasts.values().map(|&at| tokens_of(found[at].size)).collect();
+    tokens.dedup();
+    let whole = |at: usize| lasts.values().any(|&last| last == at) || tokens_of(found[at].size) == shape.chunk_tokens;
+    if let [last_tokens] = tokens[..]
+        && (0..found.len()).all(whole)
+    {
+        return (found, last_tokens);
+    }
+    found.retain(|found| tokens_of(found.size) == shape.chunk_tokens);
+    (found, shape.chunk_tokens)
+}
