@@ -32,7 +32,7 @@ class Ranks:
         self.finder = ReceiverFinder(key)
         stack.callback(self.finder.close)
         for rank, pair in enumerate(self.pairs):
-            self.finder.attach(DaemonAt.here(rank, pair.receiver.ready.connector, ""))
+            self.finder.attach(DaemonAt.here(rank, pair.receiver.ready, ""))
 
     def send(self, rank: int, request_id: str, tokens: Sequence[int]) -> None:
         pair = self.pairs[rank]
@@ -77,7 +77,7 @@ def test_a_receiver_that_has_gone_costs_a_look_up_and_nothing_else(ranks: Ranks)
     ranks.finder.forget("x")
     ranks.pairs[0].nothing_left()
     # Where it is now: nothing is there yet.
-    ranks.finder.attach(DaemonAt.here(1, receiver.ready.connector, ""))
+    ranks.finder.attach(DaemonAt.here(1, receiver.ready, ""))
     assert ranks.finder.find("y", HASHES) == 0
     ranks.send(1, "b", TOKENS)
     assert ranks.finder.find("y", HASHES) == len(HASHES)
@@ -88,7 +88,7 @@ def test_receivers_on_other_machines_are_not_asked(ranks: Ranks) -> None:
     ranks.send(0, "a", TOKENS)
     assert ranks.finder.find("x", HASHES) == 0
     elsewhere = ReceiverFinder(key)
-    elsewhere.attach(DaemonAt.here(0, ranks.pairs[0].receiver.ready.connector, ""))
+    elsewhere.attach(DaemonAt.here(0, ranks.pairs[0].receiver.ready, ""))
     elsewhere.attach(DaemonAt(1, "ipc://@pd-backend/not-here", "another machine", ""))
     try:
         assert elsewhere.find("x", HASHES) == len(HASHES)

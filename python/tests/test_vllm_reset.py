@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -30,8 +31,8 @@ class Changing(Weights):
 def daemons(both: Pair) -> tuple[Daemons, Daemons]:
     """As the schedulers of both servers know them."""
     senders, receivers = Daemons(1, SenderClient), Daemons(1, ReceiverClient)
-    senders.attach(DaemonAt.here(0, both.sender.ready.connector, ""))
-    receivers.attach(DaemonAt.here(0, both.receiver.ready.connector, ""))
+    senders.attach(DaemonAt.here(0, both.sender.ready, ""))
+    receivers.attach(DaemonAt.here(0, both.receiver.ready, ""))
     return senders, receivers
 
 
@@ -120,12 +121,12 @@ def test_a_reset_that_could_not_be_carried_out_says_so(pair: Callable[..., Pair]
     both = pair()
     _, receivers = daemons(both)
     two_ranks = Daemons(2, ReceiverClient)
-    two_ranks.attach(DaemonAt.here(0, both.receiver.ready.connector, ""))
+    two_ranks.attach(DaemonAt.here(0, both.receiver.ready, ""))
     assert not two_ranks.reset(), "the other rank's is not known"
     two_ranks.attach(DaemonAt(1, both.receiver.ready.connector, "another machine", ""))
     assert not two_ranks.reset(), "the other rank's cannot be reached"
     with FakeDaemon("receiver") as silent:
-        two_ranks.attach(DaemonAt.here(1, silent.endpoint, ""))
+        two_ranks.attach(DaemonAt(1, silent.endpoint, platform.node(), ""))
         assert not two_ranks.reset(), "the other rank's has not answered"
     assert receivers.reset()
     pid = both.receiver.ready.pid

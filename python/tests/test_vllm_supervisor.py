@@ -36,7 +36,7 @@ def test_a_daemon_that_dies_fails_its_requests_and_comes_back(pair: Callable[...
     first = both.receiver.ready
     weights = Weights("w", None)
     whereabouts = Whereabouts(0, both.receiver, weights)
-    assert (whereabouts.news(), whereabouts.news()) == (DaemonAt.here(0, first.connector, "w"), None)
+    assert (whereabouts.news(), whereabouts.news()) == (DaemonAt.here(0, first, "w"), None)
     both.consumer.begin_step(load("a", tokens, [5, 6]))
     os.kill(first.pid, signal.SIGKILL)
     assert both.consume(ConsumerStep(), "a") == {5, 6}
@@ -45,10 +45,10 @@ def test_a_daemon_that_dies_fails_its_requests_and_comes_back(pair: Callable[...
     again = both.receiver.ready
     assert (again.init_port, again.alloc_port) == (first.init_port, first.alloc_port)
     # The scheduler, which looks chunks up there, is told before anybody asks for anything.
-    assert (whereabouts.news(), whereabouts.news()) == (DaemonAt.here(0, again.connector, "w"), None)
+    assert (whereabouts.news(), whereabouts.news()) == (DaemonAt.here(0, again, "w"), None)
     # And of other weights, by which it has to ask.
     weights.last = "v"
-    assert (whereabouts.news(), whereabouts.news()) == (DaemonAt.here(0, again.connector, "v"), None)
+    assert (whereabouts.news(), whereabouts.news()) == (DaemonAt.here(0, again, "v"), None)
     old_sender = both.sender.ready.pid
     both.produce(ProducerStep(plans=[both.plan("b", tokens)]))
     os.kill(old_sender, signal.SIGKILL)

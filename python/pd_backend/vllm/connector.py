@@ -155,7 +155,9 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
             adapters=Adapters(adapter_folder) if adapters_are_seen else None,
         )
         if role == KVConnectorRole.SCHEDULER and self._produces:
-            self._producer_scheduler = ProducerScheduler(self._chunk_tokens, self._block_tokens, self._tp_size, naming)
+            self._producer_scheduler = ProducerScheduler(
+                self._chunk_tokens, self._block_tokens, self._tp_size, naming, self._rendezvous
+            )
         elif role == KVConnectorRole.SCHEDULER:
             if self._options.lookup:
                 self._finder = ReceiverFinder(self._key)
@@ -186,6 +188,8 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
         )
         name = "pd-sender" if self._produces else "pd-receiver"
         arguments = options.daemon_args(str(paged.device)) + (["--rank", str(rank)] if rank else [])
+        if self._produces:
+            arguments += options.rendezvous_args(rank)
         limits: dict[str, Any] = {
             "ready_timeout_s": options.ready_timeout_s,
             "restarts_max": options.restarts_max,
@@ -316,6 +320,11 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
         if self._finder is not None:
             self._finder.attach(at)
 
+    def _rendezvous(self) -> tuple[str, Sequence[int], str] | None:
+        """Where decode servers ask for what is parked here."""
+        ports = self._daemons.rendezvous_ports()
+        return None if ports is None else (self._options.rendezvous_host, ports, str(self._kv_transfer_config.engine_id))
+
     def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
         self._kv_cache_manager = kv_cache_manager
 
@@ -365,7 +374,7 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         if self._producer_scheduler is not None:
-            return self._producer_scheduler.finished(request)
+            return self._producer_scheduler.finished(request, block_ids)
         if self._consumer_scheduler is not None:
             self._consumer_scheduler.finished(request)
         return False, None
@@ -387,3 +396,7 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
 
     def _key(self, rank: int, weights: str, chunk_hash: str) -> str:
         return chunk_key(self._model, self._tp_size, rank, weights, chunk_hash, self._dtype)
+
+
+#: For routers and scripts that choose by this name, which speak the same dialect: give the module's path as well.
+NixlConnector = PdConnector

@@ -16,7 +16,8 @@ from .adapters import LoadedAdapters
 from .keys import chunk_key
 from .layout import EngineLayout
 from .scheduler import blocks_of
-from .step import ConsumerStep, ReceivePlan, idle_wait_s
+from .spec import RemoteSpec
+from .step import ConsumerStep, HoldPlan, ReceivePlan, idle_wait_s
 from .supervisor import Supervisor
 from .weights import Weights
 
@@ -24,6 +25,8 @@ logger = logging.getLogger("vllm.pd_backend")
 
 #: How long a request waits for a daemon that is being started again, or is silent.
 _RESTART_WAIT_S = 30.0
+#: How long prefill may not have heard of a request that is asked for at the same time.
+_REGISTER_WAIT_S = 10.0
 #: After these nothing is heard through a client any more; nor is it known what an answer that cannot be read has granted,
 #: which goes back with the client.
 _LOST = (DaemonLost, ClientClosed, Unreadable)
@@ -38,6 +41,8 @@ class _Request:
     request_id: str
     req_id: str | None
     began: float
+    #: The first chunk that is asked for.
+    first_chunk: int = 0
     plan: ReceivePlan | None = None
     #: Whether the scheduler was told that there is nothing to wait for any more.
     told: bool = False
@@ -91,6 +96,10 @@ class ConsumerWorker:
         for request_id, req_id in step.announced:
             request = self._requests[request_id] = _Request(request_id, req_id, now)
             self._try_start(request)
+        for request_id, remote in step.released:
+            self._release(request_id, remote)
+        for hold in step.holds:
+            self._hold(hold)
         for plan in step.loads:
             request = self._requests.get(plan.request_id)
             if request is None:
@@ -191,10 +200,12 @@ class ConsumerWorker:
         try:
             client = self._attached()
             try:
-                if request.req_id is not None:
+                if request.req_id is not None and request.plan is not None and request.plan.remote is not None:
+                    request.arriving = self._fetch(client, request, request.plan, request.plan.remote)
+                elif request.req_id is not None:
                     request.arriving = client.start_wait(request.req_id, wait_s=self._receive_wait_s)
                 elif request.plan is not None:
-                    request.arriving = client.start_lookup(self._keys(request.plan), fetch=True)
+                    request.arriving = client.start_lookup(self._keys(request.plan.hashes), fetch=True)
             except DaemonLost as lost:
                 self._let_go(lost)
                 raise
@@ -202,6 +213,43 @@ class ConsumerWorker:
         except DaemonLost:
             if time.monotonic() - request.began > _RESTART_WAIT_S:
                 raise
+
+    def _fetch(
+        self, client: ReceiverClient, request: _Request, plan: ReceivePlan, remote: RemoteSpec
+    ) -> Pending[Lease]:
+        """Asks for those of its chunks that are not here yet."""
+        layout = self._layout
+        request.first_chunk = plan.first_block * layout.block_tokens // layout.chunk_tokens
+        return client.start_fetch(
+            plan.request_id,
+            remote.source(layout.tp_rank),
+            self._keys(plan.hashes)[request.first_chunk :],
+            ids=remote.ids,
+            wait_s=self._receive_wait_s,
+            register_wait_s=0.0 if remote.in_turn else _REGISTER_WAIT_S,
+        )
+
+    def _hold(self, hold: HoldPlan) -> None:
+        """Has the sender keep what it has until the request has its turn. If that fails, so does what comes then."""
+        remote = hold.remote
+        try:
+            self._attached().start_hold(
+                hold.request_id,
+                remote.source(self._layout.tp_rank),
+                self._keys(hold.hashes),
+                ids=remote.ids,
+                register_wait_s=0.0 if remote.in_turn else _REGISTER_WAIT_S,
+            ).abandon()
+        except (PdError, ValueError):
+            pass
+
+    def _release(self, request_id: str, remote: RemoteSpec) -> None:
+        """Of what is parked there for this request nothing is wanted."""
+        try:
+            source = remote.source(self._layout.tp_rank)
+            self._attached().start_release_parked(request_id, source, remote.ids).abandon()
+        except (PdError, ValueError):
+            pass  # The lease ends by itself.
 
     def _answered(self, request: _Request) -> bool:
         """Whether the daemon has said what became of its chunks."""
@@ -241,19 +289,18 @@ class ConsumerWorker:
         # Handed out before, to another sample of the same request, or to one that was retried: its chunks may be there
         # still.
         request.req_id = request.arriving = None
+        request.first_chunk = 0
         return None
 
-    def _keys(self, plan: ReceivePlan) -> list[str]:
+    def _keys(self, hashes: Iterable[str]) -> list[str]:
         layout, weights = self._layout, self._weights.identity()
-        return [
-            chunk_key(layout.model, layout.tp_size, layout.tp_rank, weights, name, self._dtype) for name in plan.hashes
-        ]
+        return [chunk_key(layout.model, layout.tp_size, layout.tp_rank, weights, name, self._dtype) for name in hashes]
 
     def _load(self, request: _Request, plan: ReceivePlan, lease: Lease) -> None:
         """Copies the chunks of a lease, as far as they are not here yet, and releases it."""
         try:
             chunks = lease.chunks
-            keys = self._keys(plan)
+            keys = self._keys(plan.hashes)[request.first_chunk :]
             if [chunk.key for chunk in chunks if chunk is not None] != keys:
                 came = [None if chunk is None else chunk.key for chunk in chunks]
                 at = next((i for i, (a, b) in enumerate(zip(came, keys)) if a != b), min(len(came), len(keys)))
@@ -265,7 +312,7 @@ class ConsumerWorker:
                 )
             if not self._adapters.may_be(plan.adapter):
                 raise LoadError("the files of its LoRA adapter have changed since it was loaded; load it anew")
-            for index, chunk in enumerate(chunks):
+            for index, chunk in enumerate(chunks, request.first_chunk):
                 assert chunk is not None
                 where = blocks_of(index, self._layout.chunk_tokens, self._layout.block_tokens, plan.tokens)
                 if where.stop <= plan.first_block:

@@ -45,6 +45,12 @@ class Options:
     slot_wait_s: float | None = None
     #: Decode: how long a request waits for its chunks; the daemon's pd_wait_timeout_sec otherwise.
     receive_wait_s: float | None = None
+    #: Prefill: where decode servers ask for chunks of requests whose router names no receiver: a host name or address of this
+    #: server, and the port of rank 0 (the other ranks take the next ones); 0 is any free port.
+    rendezvous_host: str = "127.0.0.1"
+    rendezvous_port: int = 0
+    #: Prefill: how long such chunks are kept that nobody asks for.
+    kv_lease_duration: float = 30.0
     #: Prefill: in how many parts the layers of a step are pushed while it is computed; 1 pushes after it.
     layer_pushes: int = 4
     #: Decode: whether requests without a `disagg_spec` are looked up by their chunks.
@@ -96,6 +102,17 @@ class Options:
                 pass  # The daemon says what is wrong with it.
         return min(longest or max(_DAEMON_WAITS_S.values()), _SECONDS_MAX)
 
+    def rendezvous_args(self, rank: int) -> list[str]:
+        """What a pd-sender is started with for requests that are parked, unless the configuration says."""
+        port = self.rendezvous_port and self.rendezvous_port + rank
+        values = {
+            "pd_rendezvous_host": self.rendezvous_host,
+            "pd_rendezvous_port": port,
+            "pd_lease_sec": self.kv_lease_duration,
+        }
+        said = {*self._yaml(), *(key for key, _ in self.set)}
+        return [arg for key, value in values.items() if key not in said for arg in ("--set", f"{key}={value}")]
+
     def daemon_args(self, kv_device: str) -> list[str]:
         """What the daemon is started with, besides its layout and rank. `kv_device`: where the engine's KV is, which is
         where its buffer goes unless the configuration says. Raises `OptionError` for a daemon with both halves.
@@ -138,12 +155,16 @@ class Options:
 def _parsed(name: str, value: Any) -> Any:
     if name == "set":
         return _sets(value)
-    if name in ("config_file", "binary_dir", "model_name", "weights_id"):
+    if name in ("config_file", "binary_dir", "model_name", "weights_id", "rendezvous_host"):
         return _typed(name, value, str, "text")
     if name in ("lookup", "daemon_log"):
         return _typed(name, value, bool, "true or false")
     if name in ("chunk_size", "layer_pushes"):
         return _count(name, value)
+    if name == "rendezvous_port":
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 65536:
+            raise OptionError(f"rendezvous_port = {value!r}; expected a port, or 0 for any")
+        return value
     if name == "restarts_max":
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise OptionError(f"restarts_max = {value!r}; expected a whole number from 0 up")

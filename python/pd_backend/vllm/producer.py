@@ -19,6 +19,7 @@ from ..sender_client import SenderClient
 from .adapters import LoadedAdapters
 from .keys import chunk_key
 from .layout import EngineLayout
+from .spec import ParkSpec
 from .step import ProducerStep, SendOutcomes, SendPlan, idle_wait_s
 from .supervisor import Supervisor
 from .weights import Weights
@@ -240,14 +241,20 @@ class ProducerWorker:
             for name in plan.hashes
         ]
         try:
-            request.client = self._attached()
-            request.opening = request.client.start_open(
-                plan.spec.req_id,
-                keys,
-                last_chunk_tokens=layout.last_chunk_tokens(plan.tokens),
-                receiver=plan.spec.receiver(layout.tp_rank),
-                wait_s=self._slot_wait_s,
-            )
+            request.client = client = self._attached()
+            spec, last_chunk_tokens = plan.spec, layout.last_chunk_tokens(plan.tokens)
+            if isinstance(spec, ParkSpec):
+                request.opening = client.start_park(
+                    spec.req_id, keys, last_chunk_tokens=last_chunk_tokens, ids=spec.ids, wait_s=self._slot_wait_s
+                )
+            else:
+                request.opening = client.start_open(
+                    spec.req_id,
+                    keys,
+                    last_chunk_tokens=last_chunk_tokens,
+                    receiver=spec.receiver(layout.tp_rank),
+                    wait_s=self._slot_wait_s,
+                )
         except PdError as error:
             self._fail(request, error)
 
@@ -303,16 +310,14 @@ class ProducerWorker:
     def _answers(self, request: _Request) -> None:
         if request.opening is not None and request.opening.done():
             opening, request.opening = request.opening, None
-            request.already = frozenset(opening.result().already_sent)
+            opened = opening.result()
+            request.already = frozenset(opened.already_sent)
             request.sent |= request.already
+            self._staged(request, opened.slots)
             self._completed(request)
         if request.staging is not None and request.staging.done():
             staging, request.staging = request.staging, None
-            for slot in staging.result():
-                chunk = request.chunks.get(slot.chunk)
-                if chunk is None:
-                    chunk = request.spare[slot.chunk] = _Chunk([])
-                chunk.slot = slot
+            self._staged(request, staging.result())
         if request.opened and request.staging is None:
             for chunk in [chunk for chunk in request.chunks if chunk in request.sent]:
                 del request.chunks[chunk]
@@ -325,6 +330,15 @@ class ProducerWorker:
                 )
         while request.replies and request.replies[0].done():
             request.replies.pop(0).result()
+
+    @staticmethod
+    def _staged(request: _Request, slots: Iterable[StagedSlot]) -> None:
+        """Slots for chunks that are computed, or will be."""
+        for slot in slots:
+            chunk = request.chunks.get(slot.chunk)
+            if chunk is None:
+                chunk = request.spare[slot.chunk] = _Chunk([])
+            chunk.slot = slot
 
     def _push(self, request: _Request, layers: int) -> None:
         """Copies what is computed of staged chunks, up to so many layers, and tells the daemon to send it."""

@@ -6,15 +6,25 @@ No daemon is talked to, but for the look-up that decode makes of requests whose 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from .adapters import Adapter
 from .keys import chunk_hashes
 from .naming import NULL_BLOCK, Naming, Unnamed
-from .spec import DisaggSpec, SpecError, decode_req_id, prefill_spec
-from .step import ChunkBlocks, ConsumerStep, ProducerStep, ReceivePlan, SendOutcomes, SendPlan
+from .spec import (
+    DisaggSpec,
+    ParkSpec,
+    RemoteSpec,
+    SpecError,
+    decode_req_id,
+    park_spec,
+    parked_answer,
+    prefill_spec,
+    remote_spec,
+)
+from .step import ChunkBlocks, ConsumerStep, HoldPlan, ProducerStep, ReceivePlan, SendOutcomes, SendPlan
 
 logger = logging.getLogger("vllm.pd_backend")
 
@@ -47,7 +57,16 @@ class _Sending:
 class ProducerScheduler:
     """Prefill: tells the workers of each chunk once its tokens are computed."""
 
-    def __init__(self, chunk_tokens: int, block_tokens: int, tp_size: int, naming: Naming) -> None:
+    def __init__(
+        self,
+        chunk_tokens: int,
+        block_tokens: int,
+        tp_size: int,
+        naming: Naming,
+        rendezvous: Callable[[], tuple[str, Sequence[int], str] | None] = lambda: None,
+    ) -> None:
+        """`rendezvous`: the host and the ports, by rank, at which what is parked here is asked for, and the engine's id."""
+        self._rendezvous = rendezvous
         self._chunk_tokens = chunk_tokens
         self._block_tokens = block_tokens
         self._tp_size = tp_size
@@ -74,6 +93,8 @@ class ProducerScheduler:
             logger.warning("request %s is computed, but not sent: %s", request_id, error)
             self._refused[request_id] = str(error)
             return
+        if spec is None:
+            spec = park_spec(request.kv_transfer_params, request_id)
         if spec is None:
             return
         try:
@@ -159,7 +180,7 @@ class ProducerScheduler:
         else:
             step.dropped.append(request_id)
 
-    def finished(self, request: Any) -> tuple[bool, dict[str, Any] | None]:
+    def finished(self, request: Any, block_ids: Sequence[int] = ()) -> tuple[bool, dict[str, Any] | None]:
         """Whether the engine has to keep the request's blocks until the workers report it, and what its response says.
         """
         request_id = request.request_id
@@ -167,6 +188,8 @@ class ProducerScheduler:
         if refused is not None:
             return False, self._response(request, refused)
         unnamed = self._unnamed.pop(request_id, None)
+        if unnamed is not None and park_spec(request.kv_transfer_params, request_id) is not None:
+            return False, None  # Its router asks decode without any, which computes it.
         if unnamed is not None:
             return False, self._response(request, None) | {"not_sent": unnamed}
         sending = self._sending.pop(request_id, None)
@@ -183,13 +206,13 @@ class ProducerScheduler:
         if sending.error is not None and sending.ended >= self._tp_size:
             self._step.dropped.append(request_id)
             self._forget(sending)
-            return False, self._response(request, sending.error)
+            return False, self._answer(request, sending, block_ids)
         self._step.finishing.append(request_id)
         if sending.ended < self._tp_size:
             self._draining[request_id] = sending
         else:
             self._forget(sending)
-        return True, self._response(request, sending.error) or None
+        return True, self._answer(request, sending, block_ids) or None
 
     def update(self, outcomes: SendOutcomes) -> None:
         """What the workers have said."""
@@ -220,6 +243,16 @@ class ProducerScheduler:
     def _forget(self, sending: _Sending) -> None:
         self._by_req_id.pop(sending.plan.spec.req_id, None)
 
+    def _answer(self, request: Any, sending: _Sending, block_ids: Sequence[int]) -> dict[str, Any]:
+        if not isinstance(sending.plan.spec, ParkSpec):
+            return self._response(request, sending.error)
+        at = self._rendezvous()
+        # Where there is nothing to ask for, a router of NIXL's dialect has to be told nothing: decode computes it.
+        if sending.error is not None or at is None:
+            return {}
+        host, ports, engine = at
+        return parked_answer(request.request_id, host, ports, block_ids, sending.plan.tokens, engine)
+
     @staticmethod
     def _response(request: Any, error: str | None) -> dict[str, Any]:
         """`kv_transfer_params` of the response: what LMCache's proxies ask for, and what went wrong."""
@@ -236,6 +269,8 @@ class _Receiving:
     """A decode request, as far as the scheduler knows."""
 
     req_id: str | None
+    #: Where its chunks are parked, if they have to be asked for.
+    remote: RemoteSpec | None = None
     #: Set once the router's request has been planned for: its chunks are handed out once.
     used: bool = False
     #: Workers that wait for none of its chunks any more.
@@ -297,18 +332,28 @@ class ConsumerScheduler:
         """A new request: its chunks may be waited for from now on."""
         if request.request_id in self._receiving:
             return
+        remote = None
         try:
             req_id = decode_req_id(request.kv_transfer_params)
+            remote = remote_spec(request.kv_transfer_params, self._tp_size)
         except SpecError as error:
             logger.warning("request %s is computed here: %s", request.request_id, error)
             req_id = None
-        receiving = self._receiving[request.request_id] = _Receiving(req_id)
+        if remote is not None:
+            req_id = request.request_id[:256]
+        receiving = self._receiving[request.request_id] = _Receiving(req_id, remote)
         try:
-            self._naming.name(request, request.num_prompt_tokens)
+            if remote is None:
+                self._naming.name(request, request.num_prompt_tokens)
+            else:
+                hashes, _ = self._hashes(request, request.num_prompt_tokens)
+                self._step.holds.append(HoldPlan(request.request_id, remote, hashes))
         except Unnamed:
-            req_id = receiving.req_id = None
+            if remote is not None:
+                self._step.released.append((request.request_id, remote))
+            req_id = receiving.req_id = receiving.remote = None
             receiving.failed = True
-        if req_id is not None:
+        if req_id is not None and remote is None:
             self._step.announced.append((request.request_id, req_id))
 
     def matched(self, request: Any, computed: int) -> tuple[int | None, bool]:
@@ -360,13 +405,19 @@ class ConsumerScheduler:
                     computed // self._block_tokens,
                     block_ids[:blocks],
                     receiving.adapter,
+                    receiving.remote if named is not None else None,
                 )
             )
             receiving.loading = True
             receiving.block_ids = block_ids[:blocks]
+        elif named is not None and receiving.remote is not None:
+            self._step.released.append((request.request_id, receiving.remote))
         elif named is not None:
             self._step.unneeded.append(request.request_id)
             self._returning[request.request_id] = self._tp_size
+        if receiving.remote is not None and not receiving.used:
+            # One transfer for each request; vLLM itself reads this when a request is refused.
+            request.kv_transfer_params["do_remote_prefill"] = False
         receiving.used = True
 
     def build(self, output: Any) -> ConsumerStep:
@@ -406,9 +457,14 @@ class ConsumerScheduler:
 
     def finished(self, request: Any) -> None:
         """The request has ended, in whatever way."""
+        if request.request_id not in self._receiving:
+            # One that was refused before it came here: vLLM says so with another of its own making, and the same parameters.
+            self.arrived(request)
         self._forget(request.request_id)
         self._early_blocks.pop(request.request_id, None)
         receiving = self._receiving.pop(request.request_id, None)
+        if receiving is not None and receiving.remote is not None and not receiving.used:
+            self._step.released.append((request.request_id, receiving.remote))
         if receiving is not None and (receiving.loading or (receiving.req_id is not None and not receiving.used)):
             self._step.dropped.append(request.request_id)
             self._returning[request.request_id] = self._tp_size
@@ -435,7 +491,7 @@ class ConsumerScheduler:
 
     def _is_here(self, receiving: _Receiving) -> bool:
         """Whether no worker waits for its chunks any more. Of what has blocks the workers say only that it is loaded."""
-        return receiving.here >= self._tp_size
+        return receiving.remote is not None or receiving.here >= self._tp_size
 
     def _blocks(self, tokens: int) -> int:
         return -(-tokens // self._block_tokens)

@@ -1,13 +1,13 @@
-"""What a router says of a request: LMCache's `kv_transfer_params.disagg_spec`."""
+"""What a router says of a request in `kv_transfer_params`: LMCache's `disagg_spec`, or what NIXL's routers send."""
 
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..messages import PeerAddress
+from ..messages import PeerAddress, SourceAddress
 
 
 class SpecError(ValueError):
@@ -30,6 +30,104 @@ class DisaggSpec:
             init_port=self.receiver_init_ports[tp_rank],
             alloc_port=self.receiver_alloc_ports[tp_rank],
         )
+
+
+@dataclass(frozen=True)
+class ParkSpec:
+    """A request whose receiver is not known: its chunks are kept for whoever asks for them."""
+
+    #: What the daemon calls it.
+    req_id: str
+    #: What those call it who will ask.
+    ids: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class RemoteSpec:
+    """Where a request's chunks are parked, and what the prefill server calls it."""
+
+    host: str
+    #: Of the rendezvous ports, by rank.
+    ports: tuple[int, ...]
+    ids: tuple[str, ...]
+    #: Prefill had ended when it was asked for: what is not known there never comes.
+    in_turn: bool
+
+    def source(self, tp_rank: int) -> SourceAddress:
+        """The sender beside the prefill worker of this rank."""
+        return SourceAddress(host=self.host, port=self.ports[tp_rank])
+
+
+def park_spec(params: Mapping[str, Any] | None, request_id: str) -> ParkSpec | None:
+    """Whether a router of NIXL's dialect wants the request's chunks kept; None for any other request."""
+    if not (params or {}).get("do_remote_decode"):
+        return None
+    # No router's name begins so: these are the engine's own.
+    return ParkSpec(f"parked {request_id}"[:256], (request_id[:256],))
+
+
+def parked_answer(
+    request_id: str, host: str, ports: Sequence[int], block_ids: Sequence[int], tokens: int, engine: str
+) -> dict[str, Any]:
+    """What prefill answers: NIXL's fields, which routers copy, and the ports of all ranks.
+
+    The ports stand in the engine's id as well, because some routers rebuild the map and keep that alone.
+    """
+    return {
+        "do_remote_prefill": True,
+        "do_remote_decode": False,
+        "remote_block_ids": [list(block_ids)],
+        "remote_engine_id": f"{_ENGINE}{engine}:{'+'.join(map(str, ports))}",
+        "remote_request_id": request_id,
+        "remote_host": host,
+        "remote_port": ports[0],
+        "tp_size": len(ports),
+        "dcp_size": 1,
+        "pp_size": 1,
+        "remote_num_tokens": tokens,
+        "remote_blocks_expiry_time": None,
+        "transfer_mode": "pull",
+        "pd": {"v": 1, "ports": list(ports)},
+    }
+
+
+def remote_spec(params: Mapping[str, Any] | None, tp_size: int) -> RemoteSpec | None:
+    """Where a decode server asks for a request's chunks; None where the router says nothing of it.
+
+    Raises `SpecError` for what cannot be followed.
+    """
+    params = params or {}
+    if not params.get("do_remote_prefill") or params.get("disagg_spec") is not None:
+        return None
+    host, size = params.get("remote_host"), params.get("tp_size")
+    if not _is_text(host, 255):
+        raise SpecError(f"remote_host = {_shown(host)}; expected a host name or address, of 1 to 255 bytes")
+    if size is not None and size != tp_size:
+        raise SpecError(f"tp_size = {_shown(size)} at prefill, {tp_size} here; start both with the same")
+    ids = params.get("remote_request_id")
+    return RemoteSpec(
+        host, _rendezvous(params, tp_size), (ids,) if _is_text(ids, 256) else (), "remote_num_tokens" in params
+    )
+
+
+def _rendezvous(params: Mapping[str, Any], tp_size: int) -> tuple[int, ...]:
+    ours = params.get("pd")
+    if isinstance(ours, Mapping) and _are_ports(ours.get("ports"), tp_size):
+        return tuple(ours["ports"])
+    engine = params.get("remote_engine_id")
+    if isinstance(engine, str) and engine.startswith(_ENGINE):
+        ports = [int(text) for text in engine.rsplit(":", 1)[-1].split("+") if text.isascii() and text.isdigit()]
+        if _are_ports(ports, tp_size):
+            return tuple(ports)
+    port = params.get("remote_port")
+    first = int(port) if isinstance(port, str) and port.isascii() and port.isdigit() else port
+    if _are_ports([first], 1) and first + tp_size - 1 < 65536:
+        return tuple(range(first, first + tp_size))
+    raise SpecError(f"remote_port = {_shown(port)}; expected the rendezvous port of prefill's first rank")
+
+
+#: How the id of an engine begins that parks chunks for ours.
+_ENGINE = "pd1:"
 
 
 def prefill_spec(params: Mapping[str, Any] | None, tp_size: int) -> DisaggSpec | None:
@@ -85,14 +183,20 @@ def _host(host: Any) -> str:
 def _ports(spec: Mapping[str, Any], name: str, tp_size: int) -> tuple[int, ...]:
     given = spec.get(name)
     ports = [given] if isinstance(given, int) else given
-    valid = isinstance(ports, (list, tuple)) and all(
-        isinstance(port, int) and not isinstance(port, bool) and 0 < port < 65536 for port in ports
-    )
-    if not valid or len(ports) < tp_size:
+    if not _are_ports(ports, tp_size):
         raise SpecError(
             f"disagg_spec.{name} = {_shown(given)}; expected {tp_size} ports, one for each tensor-parallel rank"
         )
     return tuple(ports)
+
+
+def _are_ports(given: Any, count: int) -> bool:
+    """Whether these are ports, so many at least."""
+    return (
+        isinstance(given, (list, tuple))
+        and len(given) >= count
+        and all(isinstance(port, int) and not isinstance(port, bool) and 0 < port < 65536 for port in given)
+    )
 
 
 def _is_text(given: Any, len_bytes_max: int) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from .adapters import Adapter
-from .spec import DisaggSpec
+from .spec import DisaggSpec, ParkSpec, RemoteSpec
 
 _IDLE_WAIT_S_MIN = 0.001
 _IDLE_WAIT_S_MAX = 0.005
@@ -25,7 +25,7 @@ class SendPlan:
     """A request that prefill is about to compute."""
 
     request_id: str
-    spec: DisaggSpec
+    spec: DisaggSpec | ParkSpec
     hashes: list[str]
     tokens: int
     #: What has to be loaded for the hashes to be true.
@@ -76,6 +76,17 @@ class ReceivePlan:
     block_ids: list[int]
     #: What has to be loaded for the hashes to be true.
     adapter: Adapter | None = None
+    #: Where the chunks are parked, if they have to be asked for.
+    remote: RemoteSpec | None = None
+
+
+@dataclass(frozen=True)
+class HoldPlan:
+    """Chunks that are parked elsewhere, and wanted once the request has its turn."""
+
+    request_id: str
+    remote: RemoteSpec
+    hashes: list[str]
 
 
 @dataclass
@@ -85,6 +96,10 @@ class ConsumerStep:
     #: Requests that have come: `(request, req_id)`. Waiting for their chunks may begin.
     announced: list[tuple[str, str]] = field(default_factory=list)
     loads: list[ReceivePlan] = field(default_factory=list)
+    #: Requests that have come whose chunks are parked: they are to be kept.
+    holds: list[HoldPlan] = field(default_factory=list)
+    #: Of these nothing is wanted of what is parked.
+    released: list[tuple[str, RemoteSpec]] = field(default_factory=list)
     #: Nothing of these is needed, but their chunks come all the same and have to be given back.
     unneeded: list[str] = field(default_factory=list)
     #: Given up.

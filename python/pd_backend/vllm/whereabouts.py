@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..client import Client
+from ..daemon import ReadyLine
 from ..errors import PdError
 from .supervisor import Supervisor
 from .weights import Weights
@@ -26,11 +27,13 @@ class DaemonAt:
     connector: str
     host: str
     weights: str
+    #: Where what it has parked is asked for, if anything is.
+    rendezvous_port: int | None = None
 
     @classmethod
-    def here(cls, rank: int, connector: str, weights: str) -> DaemonAt:
+    def here(cls, rank: int, ready: ReadyLine, weights: str) -> DaemonAt:
         """Of a worker, as it tells the scheduler."""
-        return cls(rank, connector, platform.node(), weights)
+        return cls(rank, ready.connector, platform.node(), weights, ready.rendezvous_port)
 
 
 class Whereabouts:
@@ -48,7 +51,7 @@ class Whereabouts:
         Nobody may have asked the daemon anything since: where the scheduler finds no chunks, no worker hears of a request.
         """
         try:
-            at = DaemonAt.here(self._rank, self._supervisor.ready.connector, self._weights.last)
+            at = DaemonAt.here(self._rank, self._supervisor.ready, self._weights.last)
         except PdError:
             return None
         if at == self._told:
@@ -68,6 +71,11 @@ class Daemons:
     def attach(self, at: DaemonAt) -> None:
         """Where one of them is: at first, and whenever it was started again."""
         self._at[at.rank] = at
+
+    def rendezvous_ports(self) -> list[int] | None:
+        """Of all ranks, in their order; None while one of them is not known, or has none."""
+        ports = [None if at is None else at.rendezvous_port for at in map(self._at.get, range(self._tp_size))]
+        return None if None in ports else ports
 
     def reset(self) -> bool:
         """Has all of them drop what was computed before. False where one of them has not said that it did."""

@@ -13,7 +13,7 @@ _NULL_BLOCK = 0
 
 
 class SwappingConnector(PdConnector):
-    """Decode: of requests that the router calls `swap-...`, the first two chunks are exchanged, as far as the second one
+    """Decode: of requests with `swap-` in their names, the first two chunks are exchanged, as far as the second one
     has blocks. All others are not touched.
     """
 
@@ -21,7 +21,7 @@ class SwappingConnector(PdConnector):
         step = connector_metadata.step
         if isinstance(step, ConsumerStep):
             step.loads = [
-                _exchanged(plan) if (plan.req_id or "").startswith("swap-") else plan for plan in step.loads
+                _exchanged(plan) if "swap-" in (plan.req_id or "") else plan for plan in step.loads
             ]
         super().bind_connector_metadata(connector_metadata)
 
