@@ -103,7 +103,7 @@ def test_what_is_here_of_a_prompt_comes_and_the_rest_is_a_miss(pair):
     check(lease, data, keys[:2])
     # A name alone brings nothing, whoever's it is.
     other = keys_of("other", 2)
-    call = lambda: pair.receiver.fetch("g", source(pair), other, ids=["r"], wait_s=PATIENCE_S, register_wait_s=60)  # noqa: E731
+    call = lambda: pair.receiver.fetch("g", source(pair), other, ids=["r"], wait_s=PATIENCE_S, register_wait_s=0.2)  # noqa: E731
     park(pair, "named", content(4, 1, 3), ids=["r"])
     assert refused_kind(call) == "unknown"
 

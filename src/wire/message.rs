@@ -488,7 +488,7 @@ pub struct Register {
     pub hello: Hello,
     /// What the allocation is to be called: the receiver's own name for what it waits for.
     pub req_id: RequestId,
-    /// What the prefill server calls the request, as far as is known. They answer only whether it is coming.
+    /// What the prefill server calls the request, as far as is known: what is kept under these names is not, once this is sent.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub ids: Vec<RequestId>,
     /// Which chunks, in the order of the prompt.

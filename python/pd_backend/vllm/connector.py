@@ -47,6 +47,7 @@ from .options import Options
 from .pairing import connect_receivers
 from .producer import ProducerWorker
 from .scheduler import ConsumerScheduler, ProducerScheduler
+from .spec import Rendezvous
 from .step import ConsumerStep, ProducerStep, SendOutcomes
 from .supervisor import Supervisor
 from .weights import Weights
@@ -320,10 +321,13 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
         if self._finder is not None:
             self._finder.attach(at)
 
-    def _rendezvous(self) -> tuple[str, Sequence[int], str] | None:
+    def _rendezvous(self) -> Rendezvous | None:
         """Where decode servers ask for what is parked here."""
-        ports = self._daemons.rendezvous_ports()
-        return None if ports is None else (self._options.rendezvous_host, ports, str(self._kv_transfer_config.engine_id))
+        ports, options = self._daemons.rendezvous_ports(), self._options
+        if ports is None:
+            return None
+        engine = str(self._kv_transfer_config.engine_id)
+        return Rendezvous(options.rendezvous_host, tuple(ports), engine, options.transfer_mode)
 
     def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
         self._kv_cache_manager = kv_cache_manager

@@ -49,6 +49,9 @@ class Options:
     #: server, and the port of rank 0 (the other ranks take the next ones); 0 is any free port.
     rendezvous_host: str = "127.0.0.1"
     rendezvous_port: int = 0
+    #: Prefill: what routers are told: `pull`, to ask decode once prefill has answered, or `push`, to ask both at once from the
+    #: second request on (those that know the word; the others ask one after the other).
+    transfer_mode: str = "pull"
     #: Prefill: how long such chunks are kept that nobody asks for.
     kv_lease_duration: float = 30.0
     #: Prefill: in how many parts the layers of a step are pushed while it is computed; 1 pushes after it.
@@ -161,6 +164,10 @@ def _parsed(name: str, value: Any) -> Any:
         return _typed(name, value, bool, "true or false")
     if name in ("chunk_size", "layer_pushes"):
         return _count(name, value)
+    if name == "transfer_mode":
+        if value not in ("pull", "push"):
+            raise OptionError(f"transfer_mode = {value!r}; expected pull or push")
+        return value
     if name == "rendezvous_port":
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 65536:
             raise OptionError(f"rendezvous_port = {value!r}; expected a port, or 0 for any")

@@ -17,6 +17,7 @@ from .spec import (
     DisaggSpec,
     ParkSpec,
     RemoteSpec,
+    Rendezvous,
     SpecError,
     decode_req_id,
     park_spec,
@@ -63,9 +64,9 @@ class ProducerScheduler:
         block_tokens: int,
         tp_size: int,
         naming: Naming,
-        rendezvous: Callable[[], tuple[str, Sequence[int], str] | None] = lambda: None,
+        rendezvous: Callable[[], Rendezvous | None] = lambda: None,
     ) -> None:
-        """`rendezvous`: the host and the ports, by rank, at which what is parked here is asked for, and the engine's id."""
+        """`rendezvous`: where what is parked here is asked for, once that is known."""
         self._rendezvous = rendezvous
         self._chunk_tokens = chunk_tokens
         self._block_tokens = block_tokens
@@ -250,8 +251,7 @@ class ProducerScheduler:
         # Where there is nothing to ask for, a router of NIXL's dialect has to be told nothing: decode computes it.
         if sending.error is not None or at is None:
             return {}
-        host, ports, engine = at
-        return parked_answer(request.request_id, host, ports, block_ids, sending.plan.tokens, engine)
+        return parked_answer(request.request_id, at, block_ids, sending.plan.tokens)
 
     @staticmethod
     def _response(request: Any, error: str | None) -> dict[str, Any]:

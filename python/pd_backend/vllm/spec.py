@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -58,16 +59,38 @@ class RemoteSpec:
         return SourceAddress(host=self.host, port=self.ports[tp_rank])
 
 
+@dataclass(frozen=True)
+class Rendezvous:
+    """Where a prefill server is asked for what it has parked, and what its routers are told of it."""
+
+    host: str
+    #: By rank.
+    ports: tuple[int, ...]
+    engine: str
+    #: `pull` or `push`.
+    transfer_mode: str
+
+
 def park_spec(params: Mapping[str, Any] | None, request_id: str) -> ParkSpec | None:
     """Whether a router of NIXL's dialect wants the request's chunks kept; None for any other request."""
     if not (params or {}).get("do_remote_decode"):
         return None
     # No router's name begins so: these are the engine's own.
-    return ParkSpec(f"parked {request_id}"[:256], (request_id[:256],))
+    return ParkSpec(f"parked {request_id}"[:256], _names(request_id))
+
+
+def _names(request_id: str) -> tuple[str, ...]:
+    """What decode may call a request that the engine calls so: routers that ask both servers at once know the header
+    `X-Request-Id` alone, of which vLLM makes `cmpl-HEADER-INDEX-SUFFIX` or `chatcmpl-HEADER-SUFFIX`.
+    """
+    base = re.sub(r"-[0-9a-f]{8}$", "", request_id)
+    header = re.sub(r"^(chat)?cmpl-", "", base)
+    names = dict.fromkeys((request_id, base, header, re.sub(r"-[0-9]+$", "", header)))
+    return tuple(name[:256] for name in names if name)
 
 
 def parked_answer(
-    request_id: str, host: str, ports: Sequence[int], block_ids: Sequence[int], tokens: int, engine: str
+    request_id: str, at: Rendezvous, block_ids: Sequence[int], tokens: int
 ) -> dict[str, Any]:
     """What prefill answers: NIXL's fields, which routers copy, and the ports of all ranks.
 
@@ -77,17 +100,17 @@ def parked_answer(
         "do_remote_prefill": True,
         "do_remote_decode": False,
         "remote_block_ids": [list(block_ids)],
-        "remote_engine_id": f"{_ENGINE}{engine}:{'+'.join(map(str, ports))}",
+        "remote_engine_id": f"{_ENGINE}{at.engine}:{'+'.join(map(str, at.ports))}",
         "remote_request_id": request_id,
-        "remote_host": host,
-        "remote_port": ports[0],
-        "tp_size": len(ports),
+        "remote_host": at.host,
+        "remote_port": at.ports[0],
+        "tp_size": len(at.ports),
         "dcp_size": 1,
         "pp_size": 1,
         "remote_num_tokens": tokens,
         "remote_blocks_expiry_time": None,
-        "transfer_mode": "pull",
-        "pd": {"v": 1, "ports": list(ports)},
+        "transfer_mode": at.transfer_mode,
+        "pd": {"v": 1, "ports": list(at.ports)},
     }
 
 

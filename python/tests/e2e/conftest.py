@@ -133,7 +133,7 @@ def deployment(folder: Path, model: Path) -> Iterator[Deployment]:
             prefill = start(
                 "prefill",
                 # Tests wait until nothing is kept.
-                harness.producer(sender, kv_lease_duration=5),
+                harness.producer(sender, kv_lease_duration=5, transfer_mode="push"),
                 *blocks, *chunked,
             )
             single.wait_ready()
@@ -233,5 +233,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     if harness.MISPLACED:
         items[:] = [item for item in items if not item.name.endswith("[1]")]
-    order = ["test_paged_copies", "test_engine", "test_tensor_parallel", "test_variants", "test_names", "test_tokens", "test_parked", "test_refused"]
+    order = ["test_paged_copies", "test_engine", "test_tensor_parallel", "test_variants", "test_names", "test_tokens", "test_parked", "test_routers", "test_refused"]
     items.sort(key=lambda item: order.index(Path(str(item.path)).stem) if Path(str(item.path)).stem in order else 1)

@@ -15,6 +15,7 @@ use crate::node::Answer;
 use crate::node::Output;
 use crate::node::chunks::ChunkSize;
 use crate::node::core::Core;
+use crate::slot::SlotState;
 
 /// Most names that one request may be known by.
 pub(super) const IDS_MAX: usize = 16;
@@ -152,18 +153,24 @@ impl<R: Clone> Outgoing<R> {
         }
     }
 
-    /// Nobody wants the request that is known by one of these names.
-    pub(super) fn release_ids(&mut self, core: &mut Core<R>, ids: &[RequestId]) {
+    /// Nobody wants what is known by one of these names. With `sent`, this has been sent to whoever asked: of several requests with
+    /// one name, as the prompts of a list have, the others are still to be asked for.
+    pub(super) fn release_ids(&mut self, core: &mut Core<R>, ids: &[RequestId], sent: Option<&BTreeSet<ChunkKey>>) {
         let named = |names: &[RequestId]| names.iter().any(|name| ids.contains(name));
+        let is_sent = |key: &ChunkKey| sent.is_none_or(|sent| sent.contains(key));
         for request in self.requests.values_mut() {
             if let OutgoingStage::Parking { ids, released, .. } = &mut request.stage
                 && named(ids)
+                && request.keys.iter().any(is_sent)
             {
                 *released = true;
             }
         }
+        let holds_sent =
+            |slot: &SlotIndex| matches!(core.slots.state(*slot), Some(SlotState::Ready { key, .. }) if is_sent(key));
+        let over = |lease: &ParkLease| named(&lease.ids) && (sent.is_none() || lease.slots.iter().any(holds_sent));
         let leases: Vec<Uid> =
-            self.park_leases.iter().filter(|(_, lease)| named(&lease.ids)).map(|(&lease, _)| lease).collect();
+            self.park_leases.iter().filter(|(_, lease)| over(lease)).map(|(&lease, _)| lease).collect();
         for lease in leases {
             self.end_park_lease(core, lease, true);
         }

@@ -1,7 +1,7 @@
 //! Registrations: receivers that ask for parked chunks.
 //!
-//! What is sent is found by the chunks' keys; the names of requests only tell whether something is coming. So a name that is
-//! wrong, missing, used twice or anybody's costs a miss, and never brings another request's chunks.
+//! What is sent, and what is coming, is found by the chunks' keys; the names of requests only tell what is not wanted any more. So
+//! a name that is wrong, missing, used twice or anybody's never brings another request's chunks.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -154,7 +154,7 @@ impl<R: Clone> Outgoing<R> {
         let wait = Duration::from_millis(register.wait_ms).min(WAIT_MAX);
         let (seq, receiver) = (register.seq, register.receiver.clone());
         let state = match receiver {
-            _ if found.is_empty() && !wait.is_zero() && !self.is_known(&register.ids) => {
+            _ if found.is_empty() && !wait.is_zero() => {
                 core.timers.set(OutgoingTimer::Registration(id.clone()), core.now + wait);
                 Ok((Registration::Pending, RegistrantState::Waiting(Box::new(register))))
             }
@@ -205,7 +205,7 @@ impl<R: Clone> Outgoing<R> {
             RegistrantState::Waiting(register) => {
                 let comes =
                     register.keys.iter().any(|key| self.coming.contains_key(key) || core.slots.find(key).is_some());
-                (comes || self.is_known(&register.ids)).then(|| id.clone())
+                comes.then(|| id.clone())
             }
             _ => None,
         };
@@ -243,7 +243,7 @@ impl<R: Clone> Outgoing<R> {
                 }
                 Some(RegistrantState::Waiting(_)) | None => {}
             }
-            self.release_ids(core, &ids);
+            self.release_ids(core, &ids, None);
         }
         self.answer_registration(core, from, seq, id.1, Registration::Released, None);
     }
@@ -276,10 +276,10 @@ impl<R: Clone> Outgoing<R> {
     }
 
     /// A request that serves a registration is sent: what was kept for it makes room, and is found until the room is needed.
-    pub(super) fn registration_served(&mut self, core: &mut Core<R>, id: &RegistrationId) {
+    pub(super) fn registration_served(&mut self, core: &mut Core<R>, id: &RegistrationId, keys: Vec<ChunkKey>) {
         let ended = self.registrants.end(id, Registration::Accepted, None);
         if let Some(Registrant { state: RegistrantState::Pushing(_, ids), .. }) = ended {
-            self.release_ids(core, &ids);
+            self.release_ids(core, &ids, Some(&keys.into_iter().collect()));
         }
     }
 
@@ -317,14 +317,6 @@ impl<R: Clone> Outgoing<R> {
             return limit(format!("{} registrations are open, the limit (pd_max_requests)", self.registrants.len()));
         }
         Ok(())
-    }
-
-    /// Whether a request is being parked, or is, under one of these names.
-    fn is_known(&self, ids: &[RequestId]) -> bool {
-        let named = |names: &[RequestId]| names.iter().any(|name| ids.contains(name));
-        let parking =
-            |request: &OutgoingRequest| matches!(&request.stage, OutgoingStage::Parking { ids, .. } if named(ids));
-        self.requests.values().any(parking) || self.park_leases.values().any(|lease| named(&lease.ids))
     }
 
     /// Of these chunks those that are here, or that are being computed, in their order and each once.

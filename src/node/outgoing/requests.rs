@@ -459,7 +459,7 @@ impl<R: Clone> Outgoing<R> {
             core.outputs.push_back(Output::NotifyProxy { request: request.id.clone() });
         }
         if let Some(registration) = &request.registration {
-            self.registration_served(core, registration);
+            self.registration_served(core, registration, request.keys.clone());
         }
         let receiver = request.receiver();
         let (bytes, phases) = (request.bytes, request.phases);
