@@ -215,6 +215,21 @@ def test_a_pair_that_does_not_fit_is_refused_by_name(start_pair, engine):
     assert "is to be parked" in text
 
 
+def test_only_hosts_of_the_list_are_asked(start_pair, engine):
+    # Broken in production: whoever reaches decode's HTTP port has its daemon connect to any host of the network.
+    pair = start_pair(engine, sender_sets=[RENDEZVOUS], receiver_sets=["pd_prefill_hosts=[10.1.0.0/16, 127.0.0.1]"])
+    data, keys = content(17, 1, 3), keys_of("r", 1)
+    park(pair, "r", data)
+    at = source(pair)
+    for host in ("localhost", "10.2.0.1", "example.invalid"):
+        elsewhere = SourceAddress(host=host, port=at.port)
+        text = refused("bad_request", lambda: pair.receiver.fetch("f", elsewhere, keys, wait_s=PATIENCE_S))
+        assert f"{host} is not among pd_prefill_hosts" in text
+        with pytest.raises(RequestRefused):
+            pair.receiver.start_release_parked("f", elsewhere, []).result()
+    check(pair.receiver.fetch("f", at, keys, wait_s=PATIENCE_S), data, keys)
+
+
 def test_other_requests_go_on_beside_parked_ones(pair):
     # Broken in production: a router of each kind in front of one prefill server, and one of them is not served.
     data, keys = content(15, 2, 3), keys_of("parked", 2)

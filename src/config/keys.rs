@@ -125,6 +125,11 @@ keys! {
     PD_ADVERTISE_HOST = "pd_advertise_host", Host,
         Without("10.0.0.3", "pd_peer_host; where that stands for every address, nothing can be asked for"), Receiver,
         |c| c.advertise_host.as_deref().map(quoted);
+    /// Hosts that are asked for parked chunks: names, addresses, and ranges such as 10.1.0.0/16. Where to ask stands in a
+    /// request's parameters, which any client of the decode server can send. A name is allowed by itself, and not by its
+    /// address.
+    PD_PREFILL_HOSTS = "pd_prefill_hosts", Form("a list of host names, addresses and ranges of addresses"),
+        Without("[10.1.0.0/16, prefill-0]", "any host is asked that a request names"), Receiver, prefill_hosts;
     /// Port of the handshake. One port, or a list with one port per tensor-parallel rank; 0 is a free port, which the
     /// ready line names.
     PD_PEER_INIT_PORT = "pd_peer_init_port", Ports, Refused("7300"), Receiver, |c| number(c.init_port);
@@ -251,6 +256,11 @@ fn number(value: impl ToString) -> Option<String> {
 
 fn seconds(duration: Duration) -> Option<String> {
     number(duration.as_secs_f64())
+}
+
+fn prefill_hosts(config: &Config) -> Option<String> {
+    let texts: Vec<String> = config.prefill_hosts.as_ref()?.texts().map(|text| quoted(&text)).collect();
+    Some(format!("[{}]", texts.join(", ")))
 }
 
 fn receivers(config: &Config) -> Option<String> {

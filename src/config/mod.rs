@@ -25,8 +25,8 @@ mod values;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::ids::PeerAddress;
 pub use crate::ids::{ChecksumMode, EngineKind, SharedSecret};
+use crate::ids::{HostList, PeerAddress};
 use crate::kv_layout::KvLayout;
 
 pub use error::ConfigError;
@@ -125,6 +125,8 @@ pub struct Config {
     pub query_port: Option<u16>,
     /// Address that `rendezvous_port` is bound to; `pd_rendezvous_host`.
     pub rendezvous_host: String,
+    /// Incoming half: hosts that are asked for parked chunks; none: any.
+    pub prefill_hosts: Option<HostList>,
     /// Outgoing half: port at which receivers ask for what is parked; 0 asks for a free one; none: not served.
     pub rendezvous_port: Option<u16>,
     /// Outgoing half: receivers that it connects to at start, and keeps; no two are the same.

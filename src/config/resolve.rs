@@ -12,7 +12,7 @@ use super::{
     BufferConfig, BufferDevice, ChecksumMode, Config, Deadlines, EngineConfig, Limits, MetricsConfig, ProxyConfig,
     Role, SLOT_COUNT_MAX, SecretFile,
 };
-use crate::ids::BUFFER_PIECES_MAX;
+use crate::ids::{BUFFER_PIECES_MAX, HostList};
 use crate::kv_layout::{GivenDefaults, KvLayout, ModelOptions, from_layout_json, from_model_config, parse_dtype};
 
 /// A path in a Unix socket's address has 107 bytes; some are left for what ZeroMQ's peers add.
@@ -68,6 +68,7 @@ pub(super) fn resolve(
         alloc_port: peers.alloc,
         query_port: peers.query,
         advertise_host: raw.host(&keys::PD_ADVERTISE_HOST)?.filter(|_| role.receives()),
+        prefill_hosts: prefill_hosts(role, raw)?,
         rendezvous_host: rendezvous_host(role, raw, shared_secret.is_some(), &mut notes)?,
         rendezvous_port: peers.rendezvous,
         receivers: receivers(role, raw, rank, &limits)?,
@@ -325,6 +326,24 @@ fn bind_host(role: Role, raw: &RawConfig, has_secret: bool, notes: &mut Vec<Stri
         ));
     }
     Ok(host)
+}
+
+/// The hosts that are asked for parked chunks. A file may have them for a daemon without an incoming half: then there are none.
+fn prefill_hosts(role: Role, raw: &RawConfig) -> Result<Option<HostList>, ConfigError> {
+    let key = &keys::PD_PREFILL_HOSTS;
+    let Some(entry) = raw.entry(key) else { return Ok(None) };
+    let items = match &entry.value {
+        RawValue::List(items) => items.as_slice(),
+        one => std::slice::from_ref(one),
+    };
+    let mut hosts = HostList::default();
+    for item in items {
+        match item {
+            RawValue::Text(text) if hosts.insert(text) => {}
+            _ => return Err(entry.bad(key)),
+        }
+    }
+    Ok(Some(hosts).filter(|_| role.receives()))
 }
 
 fn rendezvous_host(

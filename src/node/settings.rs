@@ -6,7 +6,7 @@ use super::ChunkShape;
 #[cfg(feature = "mutants")]
 use super::Safeguard;
 use crate::address::AddressManager;
-use crate::ids::{ChecksumMode, Pages, PeerAddress};
+use crate::ids::{ChecksumMode, HostList, Pages, PeerAddress};
 use crate::wire::message::Hello;
 
 /// What a node is told at start. It has the halves whose settings are given.
@@ -84,6 +84,8 @@ pub struct IncomingSettings {
     pub peer_requests_max: usize,
     /// How long the writes of a process that has ended may still arrive.
     pub linger: Duration,
+    /// Hosts that are asked for parked chunks; none: any.
+    pub prefill_hosts: Option<HostList>,
     /// Where senders reach this half, as they are told when they are asked for parked chunks; none if that is not known.
     pub advertised: Option<PeerAddress>,
 }

@@ -99,6 +99,7 @@ pub(super) fn settings(
             retention: deadlines.retention,
             peer_requests_max: limits.peer_requests_max as usize,
             linger: started.linger,
+            prefill_hosts: config.prefill_hosts.clone(),
             advertised: advertised(config, ports),
         }),
         #[cfg(feature = "mutants")]

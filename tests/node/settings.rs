@@ -70,6 +70,7 @@ pub fn outgoing() -> OutgoingSettings {
 /// Of a half that receives.
 pub fn incoming() -> IncomingSettings {
     IncomingSettings {
+        prefill_hosts: None,
         advertised: Some(PeerAddress { host: "127.0.0.1".into(), init_port: 1, alloc_port: 2 }),
         wait_timeout: Duration::from_secs(10),
         retention: Duration::from_secs(100),

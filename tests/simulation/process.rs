@@ -177,6 +177,7 @@ fn incoming(plan: &Plan, index: usize) -> IncomingSettings {
         retention: plan::RETENTION,
         peer_requests_max: 64,
         linger: if plan.lingers { plan::LINGER } else { Duration::ZERO },
+        prefill_hosts: None,
         advertised: Some(address(index)),
     }
 }

@@ -152,6 +152,11 @@ impl<R: Clone + PartialEq> Incoming<R> {
 
     /// Asks a sender, as soon as it is connected. What it was asked under the same name is over.
     fn begin_fetch(&mut self, core: &mut Core<R>, fetch: FetchRequest, purpose: Purpose) -> Result<(), Failure> {
+        let hosts = self.settings.prefill_hosts.as_ref();
+        if hosts.is_some_and(|hosts| !hosts.contains(&fetch.source.host)) {
+            let text = format!("{} is not among pd_prefill_hosts", truncate(&fetch.source.host));
+            return Err(Failure::new(FailureKind::BadRequest, text));
+        }
         let source = self.source_for(core, &fetch.source)?;
         let by_kept = self.sources.get(&source).is_some_and(Source::is_open);
         let FetchRequest { id, ids, keys, .. } = fetch;
