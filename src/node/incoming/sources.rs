@@ -34,10 +34,16 @@ impl<R: Clone + PartialEq> Incoming<R> {
         let known = self.sources.iter().find(|(_, source)| source.address == *address).map(|(&peer, _)| peer);
         if let Some(peer) = known {
             let is_asked = self.fetches.values().any(|fetch| fetch.source == peer);
-            if let Some(source) = self.sources.get_mut(&peer).filter(|_| !is_asked) {
-                source.heard = Heard::at(core.now);
+            match self.sources.get_mut(&peer) {
+                Some(source) if source.open || is_asked => {
+                    if !is_asked {
+                        source.heard = Heard::at(core.now);
+                    }
+                    return Ok(peer);
+                }
+                // It was asked for by something that is over, and never answered: that try is as likely to hang again.
+                _ => self.disconnect_source(core, peer),
             }
-            return Ok(peer);
         }
         if self.sources.len() >= core.settings.peers_max && !self.evict_source(core) {
             let text = format!("{} senders are being asked, the limit; raise pd_max_peers", self.sources.len());
@@ -53,9 +59,13 @@ impl<R: Clone + PartialEq> Incoming<R> {
     fn evict_source(&mut self, core: &mut Core<R>) -> bool {
         let idle = self.sources.keys().find(|peer| !self.fetches.values().any(|fetch| fetch.source == **peer));
         let Some(&peer) = idle else { return false };
+        self.disconnect_source(core, peer);
+        true
+    }
+
+    fn disconnect_source(&mut self, core: &mut Core<R>, peer: PeerId) {
         self.sources.remove(&peer);
         core.outputs.push_back(Output::ClosePeer(peer));
-        true
     }
 
     /// A source is connected: it is asked what there is to ask.
