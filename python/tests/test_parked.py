@@ -230,6 +230,17 @@ def test_only_hosts_of_the_list_are_asked(start_pair, engine):
     check(pair.receiver.fetch("f", at, keys, wait_s=PATIENCE_S), data, keys)
 
 
+def test_a_request_has_so_many_names_and_no_more(pair):
+    # Broken in production: whoever asks fills the sender's memory with names.
+    data, keys, ids = content(18, 1, 3), keys_of("r", 1), [f"id-{number}" for number in range(17)]
+    text = refused("limit", lambda: pair.sender.park("r", keys, last_chunk_tokens=3, ids=ids, wait_s=PATIENCE_S))
+    assert "17 names, the limit is 16" in text
+    park(pair, "r", data, ids=ids[:16])
+    text = refused("limit", lambda: pair.receiver.fetch("f", source(pair), keys, ids=ids, wait_s=PATIENCE_S))
+    assert "17 names, the limit is 16" in text
+    check(pair.receiver.fetch("f", source(pair), keys, ids=ids[:16], wait_s=PATIENCE_S), data, keys)
+
+
 def test_other_requests_go_on_beside_parked_ones(pair):
     # Broken in production: a router of each kind in front of one prefill server, and one of them is not served.
     data, keys = content(15, 2, 3), keys_of("parked", 2)

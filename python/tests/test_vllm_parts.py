@@ -161,6 +161,28 @@ class TestOptions:
         assert Options.parse(None) == Options.parse({}) == Options()
         assert Options().daemon_args("cpu") == ["--set", "pd_buffer_device=cpu"]
 
+    @pytest.mark.parametrize(
+        ("given", "bound", "told"),
+        [
+            ({}, "127.0.0.1", "127.0.0.1"),
+            ({"rendezvous_host": "10.0.0.1"}, "10.0.0.1", "10.0.0.1"),
+            ({"set": {"pd_rendezvous_host": "10.0.0.1"}}, None, "10.0.0.1"),
+            ({"rendezvous_host": "10.0.0.1", "set": {"pd_rendezvous_host": "0.0.0.0"}}, None, "10.0.0.1"),
+        ],
+    )
+    def test_decode_is_told_where_the_rendezvous_port_is_bound_or_what_the_option_says(self, given, bound, told):
+        options = Options.parse(given)
+        assert options.advertised_host() == told
+        # What `set` says is not said twice.
+        assert (f"pd_rendezvous_host={bound}" in options.rendezvous_args(0)) == (bound is not None)
+
+    @pytest.mark.parametrize("host", ["0.0.0.0", "::", "*"])
+    @pytest.mark.parametrize("by", ["option", "set"])
+    def test_decode_is_never_told_an_address_that_stands_for_every_address(self, host, by):
+        given = {"rendezvous_host": host} if by == "option" else {"set": {"pd_rendezvous_host": host}}
+        with pytest.raises(OptionError, match="which decode servers are told"):
+            Options.parse(given).rendezvous_args(0)
+
     def test_sets_are_written_as_yaml(self) -> None:
         # Broken in production: a list of ports or a boolean arrives at the daemon as Python writes it.
         given = {"pd_peer_init_port": [7300, 7301], "pd_skip_proxy_notification": True, "a": 1.5}

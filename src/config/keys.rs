@@ -121,9 +121,9 @@ keys! {
     /// Address that the ports below are bound to. Whoever reaches them can fill this buffer, unless there is a
     /// pd_shared_secret_file: keep them inside a trusted network.
     PD_PEER_HOST = "pd_peer_host", Host, Is("127.0.0.1"), Receiver, |c| Some(quoted(&c.bind_host));
-    /// Address under which senders reach this host, for those that are asked for what they have parked.
+    /// Address of this host that a sender is told when it is asked for parked chunks: it connects there to send them.
     PD_ADVERTISE_HOST = "pd_advertise_host", Host,
-        Without("10.0.0.3", "pd_peer_host; where that stands for every address, nothing can be asked for"), Receiver,
+        Without("10.0.0.3", "pd_peer_host; if that stands for every address, asking is refused"), Receiver,
         |c| c.advertise_host.as_deref().map(quoted);
     /// Hosts that are asked for parked chunks: names, addresses, and ranges such as 10.1.0.0/16. Where to ask stands in a
     /// request's parameters, which any client of the decode server can send. A name is allowed by itself, and not by its

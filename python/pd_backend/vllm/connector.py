@@ -327,7 +327,7 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
         if ports is None:
             return None
         engine = str(self._kv_transfer_config.engine_id)
-        return Rendezvous(options.rendezvous_host, tuple(ports), engine, options.transfer_mode)
+        return Rendezvous(options.advertised_host(), tuple(ports), engine, options.transfer_mode)
 
     def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
         self._kv_cache_manager = kv_cache_manager

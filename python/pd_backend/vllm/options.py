@@ -12,6 +12,8 @@ from typing import Any
 #: How long the daemons wait where nobody says otherwise.
 _DAEMON_WAITS_S = {"pd_wait_timeout_sec": 120.0, "pd_allocation_timeout_sec": 30.0}
 _SECONDS_MAX = 86400.0
+#: These can be bound, and nobody can connect to them.
+_EVERY_ADDRESS = ("0.0.0.0", "::", "[::]", "*")
 
 
 class OptionError(ValueError):
@@ -47,7 +49,7 @@ class Options:
     receive_wait_s: float | None = None
     #: Prefill: where decode servers ask for chunks of requests whose router names no receiver: a host name or address of this
     #: server, and the port of rank 0 (the other ranks take the next ones); 0 is any free port.
-    rendezvous_host: str = "127.0.0.1"
+    rendezvous_host: str = ""
     rendezvous_port: int = 0
     #: Prefill: what routers are told: `pull`, to ask decode once prefill has answered, or `push`, to ask both at once from the
     #: second request on (those that know the word; the others ask one after the other).
@@ -105,11 +107,22 @@ class Options:
                 pass  # The daemon says what is wrong with it.
         return min(longest or max(_DAEMON_WAITS_S.values()), _SECONDS_MAX)
 
+    def advertised_host(self) -> str:
+        """Where decode is told to ask for parked chunks. What is bound may be another address, if `set` or the file says."""
+        bound = {**self._yaml(), **dict(self.set)}.get("pd_rendezvous_host")
+        host = self.rendezvous_host or str(bound or "127.0.0.1")
+        if host in _EVERY_ADDRESS:
+            raise OptionError(
+                f"rendezvous_host = {host!r}, which decode servers are told; expected an address of this server that they "
+                f"reach. To bind every address, put \"pd_rendezvous_host\": \"0.0.0.0\" into set"
+            )
+        return host
+
     def rendezvous_args(self, rank: int) -> list[str]:
         """What a pd-sender is started with for requests that are parked, unless the configuration says."""
         port = self.rendezvous_port and self.rendezvous_port + rank
         values = {
-            "pd_rendezvous_host": self.rendezvous_host,
+            "pd_rendezvous_host": self.advertised_host(),
             "pd_rendezvous_port": port,
             "pd_lease_sec": self.kv_lease_duration,
         }
