@@ -499,6 +499,10 @@ fn files_that_cannot_be_read_are_named() {
 /// A line after the minimal ones, and the whole text of the refusal. Lines that set one of the minimal keys replace it.
 const REFUSED: &[(&str, &str)] = &[
     (
+        "pd_advertise_host: \"::0\"",
+        "f.yaml:4: pd_advertise_host = \"::0\": ::0 stands for every address, and senders are told to connect to it; write one address or name of this host that senders reach",
+    ),
+    (
         "pd_bufer_size: 1",
         "f.yaml:4: `pd_bufer_size` is not a known key; did you mean `pd_buffer_size`?; configs/sender.yaml and configs/receiver.yaml list all keys",
     ),

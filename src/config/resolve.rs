@@ -12,7 +12,7 @@ use super::{
     BufferConfig, BufferDevice, ChecksumMode, Config, Deadlines, EngineConfig, Limits, MetricsConfig, ProxyConfig,
     Role, SLOT_COUNT_MAX, SecretFile,
 };
-use crate::ids::{BUFFER_PIECES_MAX, HostList};
+use crate::ids::{BUFFER_PIECES_MAX, HostList, stands_for_all};
 use crate::kv_layout::{GivenDefaults, KvLayout, ModelOptions, from_layout_json, from_model_config, parse_dtype};
 
 /// A path in a Unix socket's address has 107 bytes; some are left for what ZeroMQ's peers add.
@@ -67,7 +67,7 @@ pub(super) fn resolve(
         init_port: peers.init,
         alloc_port: peers.alloc,
         query_port: peers.query,
-        advertise_host: raw.host(&keys::PD_ADVERTISE_HOST)?.filter(|_| role.receives()),
+        advertise_host: advertise_host(role, raw)?,
         prefill_hosts: prefill_hosts(role, raw)?,
         rendezvous_host: rendezvous_host(role, raw, shared_secret.is_some(), &mut notes)?,
         rendezvous_port: peers.rendezvous,
@@ -329,6 +329,17 @@ fn bind_host(role: Role, raw: &RawConfig, has_secret: bool, notes: &mut Vec<Stri
 }
 
 /// The hosts that are asked for parked chunks. A file may have them for a daemon without an incoming half: then there are none.
+fn advertise_host(role: Role, raw: &RawConfig) -> Result<Option<String>, ConfigError> {
+    let key = &keys::PD_ADVERTISE_HOST;
+    match (raw.host(key)?, raw.entry(key)) {
+        (Some(host), Some(entry)) if stands_for_all(&host) => Err(entry.refused(
+            format!("{host} stands for every address, and senders are told to connect to it"),
+            "write one address or name of this host that senders reach",
+        )),
+        (host, _) => Ok(host.filter(|_| role.receives())),
+    }
+}
+
 fn prefill_hosts(role: Role, raw: &RawConfig) -> Result<Option<HostList>, ConfigError> {
     let key = &keys::PD_PREFILL_HOSTS;
     let Some(entry) = raw.entry(key) else { return Ok(None) };

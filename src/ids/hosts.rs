@@ -54,6 +54,12 @@ impl HostList {
     }
 }
 
+/// Whether this can be bound, and stands for every address of the host, so that nobody can be told to connect to it.
+pub fn stands_for_all(host: &str) -> bool {
+    let bare = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
+    bare == "*" || bare.parse::<IpAddr>().is_ok_and(|address| address.to_canonical().is_unspecified())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -87,6 +93,16 @@ mod tests {
         // Broken in production: a slip of the pen opens the list, or closes it, without a word.
         for wrong in ["", "10.1.0.0/33", "10.1.0", "http://host", "a b", "host:80", "fd00::/129"] {
             assert!(!HostList::default().insert(wrong), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn every_way_to_write_every_address_is_recognised() {
+        for host in ["0.0.0.0", "::", "::0", "0:0:0:0:0:0:0:0", "[::]", "::ffff:0.0.0.0", "*"] {
+            assert!(stands_for_all(host), "{host}");
+        }
+        for host in ["127.0.0.1", "::1", "10.0.0.0", "0.0.0.0.example", "localhost", ""] {
+            assert!(!stands_for_all(host), "{host}");
         }
     }
 }

@@ -2,6 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
+/// Most names that one request may be known by.
+pub const REQUEST_IDS_MAX: usize = 16;
+
 /// What became of a registration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
