@@ -142,6 +142,33 @@ def test_what_is_held_is_kept_beyond_its_lease(start_pair, engine):
     check(pair.receiver.fetch("f", source(pair), keys, wait_s=PATIENCE_S), data, keys)
 
 
+def test_a_hold_leaves_what_is_asked_for_alone(pair):
+    # Broken in production: a scheduler that holds what its worker fetches already makes the fetch run into its deadline.
+    data, keys = content(19, 2, 3), keys_of("r", 2)
+    asked = pair.receiver.start_fetch("f", source(pair), keys, wait_s=PATIENCE_S, register_wait_s=60)
+    pair.receiver.start_hold("f", source(pair), keys, register_wait_s=60).result(PATIENCE_S)
+    slots = begin(pair, "r", data)
+    eventually(lambda: pair.receiver.status().slots_reserved == 2)
+    pair.receiver.start_hold("f", source(pair), keys).result(PATIENCE_S)
+    finish(pair, "r", data, slots)
+    check(asked.result(PATIENCE_S), data, keys)
+
+
+def test_a_release_ends_the_question_at_another_sender(pair):
+    # Broken in production: what was asked for arrives for nobody, and holds slots until the retention time is over.
+    data, keys = content(20, 1, 3), keys_of("r", 1)
+    asked = pair.receiver.start_fetch("f", source(pair), keys, wait_s=PATIENCE_S, register_wait_s=60)
+    # Its answer says that the sender has heard of the other as well.
+    pair.receiver.start_hold("h", source(pair), keys, register_wait_s=60).result(PATIENCE_S)
+    elsewhere = SourceAddress(host="127.0.0.1", port=1)
+    pair.receiver.start_release_parked("f", elsewhere, []).result(PATIENCE_S)
+    assert refused_kind(lambda: asked.result(PATIENCE_S)) == "cancelled"
+    park(pair, "r", data)
+    # The next question comes after what the first would have brought.
+    check(pair.receiver.fetch("g", source(pair), keys, wait_s=PATIENCE_S), data, keys)
+    assert pair.receiver.status().requests_active == 0
+
+
 def test_a_request_that_prefill_gives_up_is_told_at_once(pair):
     # Broken in production: decode waits for its whole time for what nobody computes any more.
     data, keys = content(10, 2, 3), keys_of("r", 2)

@@ -8,7 +8,8 @@ use std::time::Duration;
 use super::sources::Source;
 use super::{Incoming, IncomingTimer, Note, Port};
 use crate::ids::{
-    ChunkKey, ClientId, Failure, FailureKind, PeerId, Registration, RequestId, Seq, SourceAddress, truncate,
+    ChunkKey, ClientId, Failure, FailureKind, PeerId, REQUEST_IDS_MAX, Registration, RequestId, Seq, SourceAddress,
+    truncate,
 };
 use crate::node::Answer;
 use crate::node::core::Core;
@@ -101,6 +102,16 @@ impl<R: Clone + PartialEq> Incoming<R> {
     /// A reader will want parked chunks, when it has room: they are to be kept until then.
     pub(in crate::node) fn handle_hold(&mut self, core: &mut Core<R>, client: ClientId, id: Seq, fetch: FetchRequest) {
         let (source, wait) = (fetch.source.to_string(), fetch.register_wait);
+        match self.fetches.get(&fetch.id).map(|fetch| &fetch.purpose) {
+            // They are on their way already, or asked for: that keeps them as well.
+            Some(Purpose::Now { .. }) => return core.answer(client, id, Answer::Held),
+            Some(Purpose::Hold { client: holder, .. }) if *holder != client => {
+                let text = format!("{} is held by another client; use another name", fetch.id);
+                return core.refuse(client, id, Failure::new(FailureKind::BadRequest, text), Some(source));
+            }
+            None if self.requests.contains_key(&fetch.id) => return core.answer(client, id, Answer::Held),
+            Some(Purpose::Hold { .. } | Purpose::Release(_)) | None => {}
+        }
         let purpose = Purpose::Hold { client, question: Some(id), wait };
         let begun = self.check_fetch(core, &fetch).and_then(|()| self.begin_fetch(core, fetch, purpose));
         if let Err(failure) = begun {
@@ -117,12 +128,17 @@ impl<R: Clone + PartialEq> Incoming<R> {
         fetch: FetchRequest,
     ) {
         let (source, name) = (fetch.source.to_string(), fetch.id.clone());
+        if fetch.ids.len() > REQUEST_IDS_MAX {
+            let text = format!("{name} is known by {} names, the limit is {REQUEST_IDS_MAX}", fetch.ids.len());
+            return core.refuse(client, id, Failure::new(FailureKind::Limit, text), Some(source));
+        }
+        // First: what cannot be said leaves everything as it is.
+        if let Err(failure) = self.begin_fetch(core, fetch, Purpose::Release(0)) {
+            return core.refuse(client, id, failure, Some(source));
+        }
         let failure = Failure::new(FailureKind::Cancelled, "the decode worker does not want it");
         self.fail_waiters(core, &name, &failure, "");
-        match self.begin_fetch(core, fetch, Purpose::Release(0)) {
-            Ok(()) => core.answer(client, id, Answer::Released),
-            Err(failure) => core.refuse(client, id, failure, Some(source)),
-        }
+        core.answer(client, id, Answer::Released);
     }
 
     fn check_fetch(&self, core: &Core<R>, fetch: &FetchRequest) -> Result<(), Failure> {
@@ -162,9 +178,17 @@ impl<R: Clone + PartialEq> Incoming<R> {
         let FetchRequest { id, ids, keys, .. } = fetch;
         let seq = Seq(core.fresh());
         let asked = Fetch { source, seq, ids, keys, purpose, answered: false, by_kept };
-        let before = self.fetches.insert(id.clone(), asked);
-        if let Some(Fetch { purpose: Purpose::Hold { client, question: Some(question), .. }, .. }) = before {
-            core.answer(client, question, Answer::Held);
+        if let Some(before) = self.fetches.insert(id.clone(), asked) {
+            let was_asked = self.sources.get(&before.source).is_some_and(Source::is_open);
+            if before.source != source && was_asked {
+                // That one is asked no more, and would send what nobody waits for.
+                let (seq, instance) = (Seq(core.fresh()), core.settings.hello.instance.clone());
+                let release = ReleaseParked { seq, instance, req_id: id.clone(), ids: Vec::new() };
+                core.send(To::Peer(before.source), Port::Rendezvous, Message::PdRelease(release));
+            }
+            if let Purpose::Hold { client, question: Some(question), .. } = before.purpose {
+                core.answer(client, question, Answer::Held);
+            }
         }
         self.ask_source(core, &id);
         Ok(())
