@@ -135,7 +135,7 @@ impl Tally {
             Note::Parked { .. } => self.requests_parked += 1,
             Note::LeaseEnded { .. } => {}
             Note::Registered { state, .. } => *self.registrations.entry(state.as_str()).or_default() += 1,
-            Note::Unexpected { .. } => self.unexpected_messages += 1,
+            Note::Unexpected { .. } | Note::Misdirected { .. } => self.unexpected_messages += 1,
         }
     }
 

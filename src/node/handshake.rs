@@ -1,7 +1,9 @@
 //! Whether two daemons may talk: versions, engine, and what a chunk is.
 
-use crate::ids::{Failure, FailureKind, METADATA_LEN_BYTES_MAX, PEERS_MAX, is_printable};
-use crate::wire::message::{CAPABILITY_COMMIT, Hello};
+use crate::ids::{Failure, FailureKind, METADATA_LEN_BYTES_MAX, PEERS_MAX, Seq, is_printable};
+use crate::node::Port;
+use crate::wire::Message;
+use crate::wire::message::{CAPABILITY_COMMIT, Hello, InitReplyExtension, InitResponse};
 
 /// Refuses a peer that does not mean the same thing by a chunk, naming both values.
 ///
@@ -62,6 +64,23 @@ const FIELDS_MAX: usize = 128;
 pub(super) const CONNECTED_MAX: usize = 2 * PEERS_MAX as usize;
 
 /// Refuses what would be kept for as long as the peer is known, and is longer than anybody needs.
+/// What a sender is answered whose handshake is refused.
+pub(super) fn refused(ours: &Hello, seq: Seq, failure: Failure) -> Message {
+    let (hello, agent_name) = (ours.clone(), String::new());
+    let pd = Some(InitReplyExtension { seq, hello, agent_name, refusal: Some(failure) });
+    Message::NixlInitResponse(InitResponse { remote_agent_name: Vec::new(), remote_meta_bytes: Vec::new(), pd })
+}
+
+/// Why a handshake is refused that came to another port.
+pub(super) fn misdirected(port: Port) -> Failure {
+    let text = format!(
+        "this is the port for {}, not that for handshakes (pd_peer_init_port); correct the ports in the request's \
+         receiver, or in pd_receivers",
+        port.purpose()
+    );
+    Failure::new(FailureKind::HandshakeRefused, text)
+}
+
 fn check_bounds(theirs: &Hello) -> Result<(), Failure> {
     let boot_id = theirs.process.as_ref().map_or("", |process| process.boot_id.as_str());
     let names = [theirs.instance.as_str(), theirs.engine.as_str(), boot_id];

@@ -9,7 +9,7 @@ use super::ports::RouteKey;
 use crate::config::Role;
 use crate::ids::{FailureKind, PeerAddress};
 use crate::metrics::Tally;
-use crate::node::{Note, incoming, outgoing};
+use crate::node::{Note, Port, incoming, outgoing};
 use crate::side_channel::RateLimited;
 
 /// Milliseconds, to the microsecond.
@@ -180,7 +180,7 @@ impl Log {
     fn outgoing(&mut self, note: outgoing::Note) {
         use outgoing::Note;
         let limited = match &note {
-            Note::Unexpected { message, .. } => Some((*message, None)),
+            Note::Unexpected { message, .. } | Note::Misdirected { message } => Some((*message, None)),
             _ => None,
         };
         let Some(unsaid) = self.permit(limited) else { return };
@@ -214,6 +214,13 @@ impl Log {
             }
             Note::Failed { request, receiver, failure, in_flight } => warn!(
                 %request, receiver, kind = %failure.kind, in_flight, "failed: {}", failure.text
+            ),
+            Note::Misdirected { message } => warn!(
+                seen = message,
+                unsaid,
+                "not taken at the port for {}, which takes {}; correct the port that it was sent to",
+                Port::Rendezvous.purpose(),
+                Port::Rendezvous.accepted()
             ),
             Note::Unexpected { address, message } => {
                 warn!(receiver = %address, seen = message, unsaid, "an unexpected message, ignored");

@@ -363,12 +363,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
 
     /// A handshake at another port than that for handshakes: the sender would wait for its answer in vain.
     pub(super) fn on_misdirected_init(&mut self, core: &mut Core<R>, port: Port, from: R, extension: InitExtension) {
-        let text = format!(
-            "this is the port for {}, not that for handshakes (pd_peer_init_port); correct the ports in the request's \
-             receiver, or in pd_receivers",
-            port.purpose()
-        );
-        let failure = Failure::new(FailureKind::HandshakeRefused, text);
+        let failure = handshake::misdirected(port);
         self.refuse_peer_at(core, port, from, extension.seq, truncate(&extension.hello.instance), failure);
     }
 
@@ -388,17 +383,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
     }
 
     fn refuse_peer_at(&mut self, core: &mut Core<R>, port: Port, to: R, seq: Seq, instance: String, failure: Failure) {
-        let response = InitResponse {
-            remote_agent_name: Vec::new(),
-            remote_meta_bytes: Vec::new(),
-            pd: Some(InitReplyExtension {
-                seq,
-                hello: core.settings.hello.clone(),
-                agent_name: String::new(),
-                refusal: Some(failure.clone()),
-            }),
-        };
-        core.send(To::Route(to), port, Message::NixlInitResponse(response));
+        core.send(To::Route(to), port, handshake::refused(&core.settings.hello, seq, failure.clone()));
         core.note(Note::PeerRefused { instance, failure });
     }
 

@@ -200,6 +200,11 @@ pub enum Note {
         /// Transfers of it that the engine has not finished yet.
         in_flight: usize,
     },
+    /// A message that the rendezvous port does not take.
+    Misdirected {
+        /// Its type.
+        message: &'static str,
+    },
     /// A message that a receiver should not have sent.
     Unexpected {
         /// From where.

@@ -10,15 +10,12 @@ use std::time::{Duration, Instant};
 use super::requests::{OutgoingRequest, OutgoingStage, RequestChunks};
 use super::uid::Uid;
 use super::{Event, Note, Outgoing, OutgoingTimer, ParkRequest};
-use crate::ids::{ChunkKey, ClientId, Failure, FailureKind, RequestId, Seq, SlotIndex, StagedSlot};
+use crate::ids::{ChunkKey, ClientId, Failure, FailureKind, REQUEST_IDS_MAX, RequestId, Seq, SlotIndex, StagedSlot};
 use crate::node::Answer;
 use crate::node::Output;
 use crate::node::chunks::ChunkSize;
 use crate::node::core::Core;
 use crate::slot::SlotState;
-
-/// Most names that one request may be known by.
-pub(super) const IDS_MAX: usize = 16;
 
 /// A hold on chunks that somebody may ask for.
 #[derive(Debug)]
@@ -77,9 +74,15 @@ impl<R: Clone> Outgoing<R> {
     }
 
     fn check_park(&self, core: &Core<R>, park: &ParkRequest) -> Result<Vec<ChunkSize>, Failure> {
+        if !self.settings.parks {
+            let text =
+                "nobody could ask this sender for parked chunks: it has no rendezvous port; set pd_rendezvous_port";
+            return Err(Failure::new(FailureKind::BadRequest, text));
+        }
         let sizes = self.check_chunks(core, &park.id, &park.keys, &park.groups, park.last_chunk_tokens)?;
-        if park.ids.len() > IDS_MAX {
-            let text = format!("{} is to be known by {} names, the limit is {IDS_MAX}", park.id, park.ids.len());
+        if park.ids.len() > REQUEST_IDS_MAX {
+            let text =
+                format!("{} is to be known by {} names, the limit is {REQUEST_IDS_MAX}", park.id, park.ids.len());
             return Err(Failure::new(FailureKind::Limit, text));
         }
         // All of it is kept at the same time.

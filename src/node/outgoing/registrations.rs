@@ -3,30 +3,31 @@
 //! What is sent, and what is coming, is found by the chunks' keys; the names of requests only tell what is not wanted any more. So
 //! a name that is wrong, missing, used twice or anybody's never brings another request's chunks.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
-use super::parking::IDS_MAX;
 use super::requests::{OutgoingRequest, OutgoingStage, RequestChunks, check_receiver};
 use super::transfers::Checked;
 use super::uid::{RegistrationId, Uid};
 use super::{Note, Outgoing, OutgoingTimer, Port};
 use crate::ids::{
-    ByteCopy, ChunkKey, Failure, FailureKind, GroupIndex, PeerAddress, Registration, RequestId, Seq, SlotIndex,
-    truncate,
+    ByteCopy, ChunkKey, Failure, FailureKind, GroupIndex, PeerAddress, REQUEST_IDS_MAX, Registration, RequestId, Seq,
+    SlotIndex, truncate,
 };
 use crate::node::chunks::ChunkSize;
 use crate::node::core::Core;
 use crate::node::handshake;
 use crate::node::output::To;
 use crate::slot::SlotState;
-use crate::wire::Message;
-use crate::wire::message::{Register, Registered, ReleaseParked};
+use crate::wire::message::{InitRequest, Register, Registered, ReleaseParked};
+use crate::wire::{Message, refusal};
 
 /// Longest that a registration waits for a request that is not known, whatever it says.
 const WAIT_MAX: Duration = Duration::from_secs(60);
 /// How many registrations that have ended are remembered, for words of them that come late.
 const ENDED_MAX: usize = 4096;
+/// Most bytes of the keys that registrations wait for, together.
+const WAITING_LEN_BYTES_MAX: usize = 64 << 20;
 
 /// A receiver that asks for chunks.
 #[derive(Debug)]
@@ -63,6 +64,8 @@ pub(super) struct Registrants<R> {
     open: BTreeMap<RegistrationId, Registrant<R>>,
     /// How others have ended, for questions that are repeated.
     ended: BTreeMap<RegistrationId, End>,
+    /// The same, the oldest first.
+    order: VecDeque<(RegistrationId, Seq)>,
 }
 
 /// The latest question of a registration that has ended, and its answer.
@@ -75,7 +78,7 @@ struct End {
 
 impl<R> Default for Registrants<R> {
     fn default() -> Self {
-        Self { open: BTreeMap::new(), ended: BTreeMap::new() }
+        Self { open: BTreeMap::new(), ended: BTreeMap::new(), order: VecDeque::new() }
     }
 }
 
@@ -98,11 +101,36 @@ impl<R> Registrants<R> {
     }
 
     fn remember(&mut self, id: &RegistrationId, end: End) {
+        self.order.push_back((id.clone(), end.seq));
         self.ended.insert(id.clone(), end);
-        if self.ended.len() > ENDED_MAX {
-            self.ended.pop_first();
+        if self.order.len() > ENDED_MAX
+            && let Some((oldest, seq)) = self.order.pop_front()
+            // It may have ended again since.
+            && self.ended.get(&oldest).is_some_and(|end| end.seq == seq)
+        {
+            self.ended.remove(&oldest);
         }
     }
+
+    /// How many hold chunks, and how many wait for some; the bytes of the keys that those wait for.
+    fn load(&self) -> (usize, usize, usize) {
+        let (mut held, mut waiting, mut bytes) = (0, 0, 0);
+        for registrant in self.open.values() {
+            match &registrant.state {
+                RegistrantState::Held(_) => held += 1,
+                RegistrantState::Waiting(register) => {
+                    waiting += 1;
+                    bytes += keys_len_bytes(&register.keys);
+                }
+                RegistrantState::Pushing(..) => {}
+            }
+        }
+        (held, waiting, bytes)
+    }
+}
+
+fn keys_len_bytes(keys: &[ChunkKey]) -> usize {
+    keys.iter().map(|key| key.as_str().len()).sum()
 }
 
 impl<R: Clone> Outgoing<R> {
@@ -111,15 +139,28 @@ impl<R: Clone> Outgoing<R> {
         match message {
             Message::PdRegister(register) => self.on_register(core, from, register),
             Message::PdRelease(release) => self.on_release(core, from, release),
-            // Whoever sends anything else here has another port in mind.
-            _ => {}
+            message => self.refuse_misdirected(core, from, message),
+        }
+    }
+
+    /// Whoever sends anything else here has another port in mind. Who waits for an answer gets one that says so.
+    fn refuse_misdirected(&self, core: &mut Core<R>, from: R, message: Message) {
+        core.note(Note::Misdirected { message: message.type_name() });
+        let answer = match message {
+            Message::NixlInitRequest(InitRequest { pd: Some(extension), .. }) => {
+                Some(handshake::refused(&core.settings.hello, extension.seq, handshake::misdirected(Port::Rendezvous)))
+            }
+            message => refusal(&message),
+        };
+        if let Some(answer) = answer {
+            core.send(To::Route(from), Port::Rendezvous, answer);
         }
     }
 
     fn on_register(&mut self, core: &mut Core<R>, from: R, register: Register) {
         let id = (register.hello.instance.clone(), register.req_id.clone());
         let seq = register.seq;
-        if let Err(failure) = self.check_register(core, &id, &register) {
+        if let Err(failure) = Self::check_register(core, &register) {
             return self.answer_registration(core, from, seq, id.1, Registration::Failed, Some(failure));
         }
         if self.registrants.is_late(&id, seq) {
@@ -153,7 +194,9 @@ impl<R: Clone> Outgoing<R> {
         core.timers.cancel(OutgoingTimer::Registration(id.clone()));
         let wait = Duration::from_millis(register.wait_ms).min(WAIT_MAX);
         let (seq, receiver) = (register.seq, register.receiver.clone());
+        let full = self.check_load(core, &register, &found).err();
         let state = match receiver {
+            _ if full.is_some() => Err((Registration::Failed, full)),
             _ if found.is_empty() && !wait.is_zero() => {
                 core.timers.set(OutgoingTimer::Registration(id.clone()), core.now + wait);
                 Ok((Registration::Pending, RegistrantState::Waiting(Box::new(register))))
@@ -231,6 +274,16 @@ impl<R: Clone> Outgoing<R> {
 
     fn on_release(&mut self, core: &mut Core<R>, from: R, release: ReleaseParked) {
         let ReleaseParked { seq, instance, req_id, ids } = release;
+        if !handshake::name_fits(&instance) || ids.len() > REQUEST_IDS_MAX {
+            let text = format!(
+                "the release of {req_id} has {} names, the limit is {REQUEST_IDS_MAX}, or comes from a name of more than {} bytes or \
+                 with control characters; no release of ours sends that",
+                ids.len(),
+                handshake::NAME_LEN_BYTES_MAX
+            );
+            let failure = Some(Failure::new(FailureKind::Limit, text));
+            return self.answer_registration(core, from, seq, req_id, Registration::Failed, failure);
+        }
         let id = (instance, req_id);
         if !self.registrants.is_late(&id, seq) {
             core.timers.cancel(OutgoingTimer::Registration(id.clone()));
@@ -298,12 +351,12 @@ impl<R: Clone> Outgoing<R> {
     }
 
     /// Everything about a registration that can be wrong.
-    fn check_register(&self, core: &Core<R>, id: &RegistrationId, register: &Register) -> Result<(), Failure> {
+    fn check_register(core: &Core<R>, register: &Register) -> Result<(), Failure> {
         handshake::check(&core.settings.hello, &register.hello)?;
         let limit = |text: String| Err(Failure::new(FailureKind::Limit, text));
         let (name, count) = (&register.req_id, register.keys.len());
-        if register.ids.len() > IDS_MAX {
-            return limit(format!("{name} is known by {} names, the limit is {IDS_MAX}", register.ids.len()));
+        if register.ids.len() > REQUEST_IDS_MAX {
+            return limit(format!("{name} is known by {} names, the limit is {REQUEST_IDS_MAX}", register.ids.len()));
         }
         if count > core.settings.request_chunks_max {
             let most = core.settings.request_chunks_max;
@@ -312,11 +365,25 @@ impl<R: Clone> Outgoing<R> {
         if let Some(receiver) = &register.receiver {
             check_receiver(name, receiver)?;
         }
-        let is_new = !self.registrants.open.contains_key(id);
-        if is_new && self.registrants.len() >= core.settings.requests_max {
-            return limit(format!("{} registrations are open, the limit (pd_max_requests)", self.registrants.len()));
-        }
         Ok(())
+    }
+
+    /// Whether there is a place for a registration that is to hold these chunks, or to wait if there are none. Those who wait, those
+    /// who hold and those who are sent something do not take each other's places.
+    fn check_load(&self, core: &Core<R>, register: &Register, found: &[Found]) -> Result<(), Failure> {
+        let (held, waiting, waiting_bytes) = self.registrants.load();
+        let most = core.settings.requests_max;
+        let waits = found.is_empty() && register.wait_ms > 0;
+        let text = if waits && waiting >= most {
+            format!("{waiting} registrations wait, the limit (pd_max_requests)")
+        } else if waits && waiting_bytes + keys_len_bytes(&register.keys) > WAITING_LEN_BYTES_MAX {
+            format!("registrations wait for keys of {waiting_bytes} bytes, the limit is {WAITING_LEN_BYTES_MAX}")
+        } else if !found.is_empty() && register.receiver.is_none() && held >= most {
+            format!("{held} registrations hold chunks, the limit (pd_max_requests)")
+        } else {
+            return Ok(());
+        };
+        Err(Failure::new(FailureKind::Limit, text))
     }
 
     /// Of these chunks those that are here, or that are being computed, in their order and each once.
@@ -344,8 +411,12 @@ impl<R: Clone> Outgoing<R> {
         address: PeerAddress,
         mut found: Vec<Found>,
     ) -> Result<Uid, Failure> {
-        if self.requests.len() >= core.settings.requests_max {
-            let text = format!("{} requests are open, the limit (pd_max_requests)", self.requests.len());
+        // As many places as receivers may take are left to this side's own requests.
+        let pushing = self.requests.values().filter(|request| request.registration.is_some()).count();
+        let most = core.settings.requests_max.div_ceil(2);
+        if pushing >= most {
+            let text =
+                format!("{pushing} registrations are being sent something, the limit is half of pd_max_requests");
             return Err(Failure::new(FailureKind::Limit, text));
         }
         // What is here and not parked is not sent if as much as may be is parked.

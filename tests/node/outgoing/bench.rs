@@ -25,6 +25,8 @@ pub struct Bench {
     pub now: Instant,
     /// What was said to the receiver and not looked at yet.
     pub said: Vec<Message>,
+    /// What those were answered that spoke at the rendezvous port.
+    pub answered: Vec<Message>,
     /// Answers and ends that its client got.
     pub answers: Vec<(Seq, Answer)>,
     pub events: Vec<Event>,
@@ -70,6 +72,7 @@ impl Bench {
             session,
             now,
             said: Vec::new(),
+            answered: Vec::new(),
             answers: Vec::new(),
             events: Vec::new(),
             posts: Vec::new(),
@@ -105,13 +108,17 @@ impl Bench {
                 }
                 Output::ConnectPeer { peer, .. } => self.session.handle_peer_connected(now, peer, Ok(())),
                 Output::Send { to: To::Peer(peer), message, .. } => self.on_send(peer, message),
+                Output::Send { to: To::Route(()), message, .. } => self.answered.push(message),
                 Output::Post { transfer, .. } => self.posts.push(transfer),
                 Output::Abandon { transfer, writer_gone } => self.abandoned.push((transfer, writer_gone)),
                 Output::Answer { id, answer, .. } => self.answers.push((id, answer)),
                 Output::Event { event, .. } => self.events.push(event),
                 Output::NotifyProxy { .. } => self.proxy += 1,
                 Output::Note(pd_backend::node::Note::Outgoing(
-                    note @ (Note::PeerUp { .. } | Note::PeerDown { .. } | Note::Refused { .. }),
+                    note @ (Note::PeerUp { .. }
+                    | Note::PeerDown { .. }
+                    | Note::Refused { .. }
+                    | Note::Misdirected { .. }),
                 )) => self.notes.push(note),
                 _ => {}
             }

@@ -14,6 +14,7 @@ mod lmcache;
 #[cfg(feature = "lmcache")]
 mod lmcache_bench;
 mod reconnects;
+mod registrations;
 
 use bench::*;
 

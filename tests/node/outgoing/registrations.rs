@@ -1,0 +1,199 @@
+//! A stranger, or a receiver that asks for very much, at the rendezvous port.
+
+use pd_backend::ids::{ChunkKey, FailureKind, PeerAddress, Registration, RequestId, Seq, SlotPart};
+use pd_backend::node::outgoing::{Note, ParkRequest, Sending};
+use pd_backend::node::{Answer, Port};
+use pd_backend::wire::Message;
+use pd_backend::wire::message::{InitExtension, InitRequest, Register, Registered, ReleaseParked};
+
+use super::bench::{Bench, CLIENT, request, settings};
+use crate::settings::hello;
+
+const REQUESTS_MAX: usize = 4;
+
+fn bench(requests_max: usize) -> Bench {
+    let mut settings = settings();
+    settings.outgoing.as_mut().unwrap().parks = true;
+    settings.requests_max = requests_max;
+    settings.request_chunks_max = 16_384;
+    Bench::with(settings)
+}
+
+fn park(bench: &mut Bench, name: &str) {
+    let park = ParkRequest {
+        id: request(name),
+        ids: vec![request(name)],
+        keys: vec![key(name)],
+        groups: Vec::new(),
+        last_chunk_tokens: 4,
+        wait: None,
+    };
+    bench.session.handle_park(bench.now, CLIENT, Seq(1), park);
+    bench.pump();
+    let Some((_, Answer::Opened { slots, .. })) = bench.answers.pop() else { panic!("{:?}", bench.answers) };
+    let part = SlotPart { slot: slots[0].slot, offset_bytes: 0, len_bytes: None };
+    let sending = Sending { parts: &[part], last: true, after: None };
+    bench.session.handle_send(bench.now, CLIENT, Seq(2), &request(name), sending);
+    bench.pump();
+}
+
+fn key(name: &str) -> ChunkKey {
+    ChunkKey::new(name).unwrap()
+}
+
+fn hear(bench: &mut Bench, message: Message) -> Option<Message> {
+    bench.session.handle_message(bench.now, Port::Rendezvous, (), message);
+    bench.pump();
+    bench.answered.pop()
+}
+
+/// What becomes of a registration, and why.
+fn ask(bench: &mut Bench, register: Register) -> (Registration, Option<FailureKind>) {
+    told(hear(bench, Message::PdRegister(register)))
+}
+
+fn release(bench: &mut Bench, instance: &str, name: &str, ids: Vec<RequestId>) -> (Registration, Option<FailureKind>) {
+    let release = ReleaseParked { seq: Seq(3), instance: instance.into(), req_id: request(name), ids };
+    told(hear(bench, Message::PdRelease(release)))
+}
+
+fn told(answer: Option<Message>) -> (Registration, Option<FailureKind>) {
+    let Some(Message::PdRegistered(Registered { state, failure, .. })) = answer else { panic!("{answer:?}") };
+    (state, failure.map(|failure| failure.kind))
+}
+
+/// Of a receiver that wants this chunk kept.
+fn hold(name: &str, chunk: &str) -> Register {
+    Register {
+        seq: Seq(2),
+        hello: hello("receiver"),
+        req_id: request(name),
+        ids: Vec::new(),
+        keys: vec![key(chunk)],
+        receiver: None,
+        wait_ms: 0,
+    }
+}
+
+/// Of one that wants it sent.
+fn fetch(name: &str, chunk: &str) -> Register {
+    let receiver = Some(PeerAddress { host: "r".into(), init_port: 1, alloc_port: 2 });
+    Register { receiver, ..hold(name, chunk) }
+}
+
+/// Of one that waits for a chunk that nobody computes.
+fn wait(name: &str) -> Register {
+    Register { wait_ms: 60_000, ..fetch(name, "nobody's") }
+}
+
+#[test]
+fn a_release_holds_no_more_than_a_registration_may() {
+    // Broken in production: 4096 releases by names of 16 MiB each are remembered, and the host is out of memory.
+    let mut bench = bench(REQUESTS_MAX);
+    park(&mut bench, "a");
+    let refused = (Registration::Failed, Some(FailureKind::Limit));
+    for instance in ["z".repeat(257), "z\n".to_owned()] {
+        assert_eq!(release(&mut bench, &instance, "a", vec![request("a")]), refused);
+    }
+    let ids = (0..17).map(|id| request(&format!("id-{id}"))).collect();
+    assert_eq!(release(&mut bench, "receiver", "a", ids), refused);
+    assert_eq!(bench.session.counts().slots.parked, 1, "it is still there");
+    let released = (Registration::Released, None);
+    assert_eq!(release(&mut bench, &"z".repeat(256), "a", vec![request("a")]), released);
+    assert_eq!(bench.session.counts().slots.parked, 0);
+}
+
+#[test]
+fn who_waits_takes_no_place_of_those_who_can_be_served() {
+    // Broken in production: one stranger asks for what nobody computes, and no decode server gets what is there.
+    let mut bench = bench(REQUESTS_MAX);
+    park(&mut bench, "a");
+    for number in 0..REQUESTS_MAX {
+        assert_eq!(ask(&mut bench, wait(&format!("w{number}"))), (Registration::Pending, None));
+    }
+    assert_eq!(ask(&mut bench, wait("one more")), (Registration::Failed, Some(FailureKind::Limit)));
+    assert_eq!(ask(&mut bench, hold("h", "a")), (Registration::Accepted, None));
+    assert_eq!(ask(&mut bench, fetch("f", "a")), (Registration::Accepted, None));
+}
+
+#[test]
+fn what_is_sent_to_receivers_leaves_places_for_requests_of_this_side() {
+    // Broken in production: a stranger has chunks sent to addresses where nobody answers, and prefill is refused.
+    let mut bench = bench(REQUESTS_MAX);
+    park(&mut bench, "a");
+    for number in 0..REQUESTS_MAX / 2 {
+        assert_eq!(ask(&mut bench, fetch(&format!("f{number}"), "a")), (Registration::Accepted, None));
+    }
+    assert_eq!(ask(&mut bench, fetch("one more", "a")), (Registration::Failed, Some(FailureKind::Limit)));
+    park(&mut bench, "b");
+}
+
+#[test]
+fn keys_that_are_waited_for_take_a_bounded_room() {
+    // Broken in production: 1024 registrations of 4096 long keys each are 4 GiB.
+    let mut bench = bench(10);
+    let many = |name: &str| {
+        let keys = (0..16_384).map(|number| key(&format!("{number:01000}"))).collect();
+        Register { keys, ..wait(name) }
+    };
+    for number in 0..4 {
+        assert_eq!(ask(&mut bench, many(&format!("w{number}"))), (Registration::Pending, None));
+    }
+    let answer = hear(&mut bench, Message::PdRegister(many("one more")));
+    let Some(Message::PdRegistered(Registered { failure: Some(failure), .. })) = answer else { panic!("{answer:?}") };
+    assert_eq!(failure.text, "registrations wait for keys of 65536000 bytes, the limit is 67108864");
+    assert_eq!(ask(&mut bench, wait("a small one")), (Registration::Pending, None));
+}
+
+#[test]
+fn the_oldest_of_what_has_ended_is_forgotten_first() {
+    // Broken in production: a receiver whose name sorts first has no memory at all, and a word of it that comes late is obeyed.
+    let mut bench = bench(REQUESTS_MAX);
+    for number in 0..4100 {
+        release(&mut bench, "zzz", &format!("r{number}"), Vec::new());
+    }
+    park(&mut bench, "a");
+    let release_of_aaa = ReleaseParked { seq: Seq(7), instance: "aaa".into(), req_id: request("x"), ids: Vec::new() };
+    hear(&mut bench, Message::PdRelease(release_of_aaa));
+    let late = Register { hello: hello("aaa"), ..hold("x", "a") };
+    assert_eq!(hear(&mut bench, Message::PdRegister(late)), None, "a word that was overtaken is not answered");
+}
+
+#[test]
+fn who_means_another_port_is_told_so() {
+    // Broken in production: a port that is written in the wrong place is ten seconds of silence for each request.
+    let mut bench = bench(REQUESTS_MAX);
+    let extension =
+        InitExtension { seq: Seq(1), hello: hello("sender"), agent_name: "agent".into(), connected: Vec::new() };
+    let init = InitRequest { local_meta_bytes: vec![1], pd: Some(extension) };
+    let Some(Message::NixlInitResponse(response)) = hear(&mut bench, Message::NixlInitRequest(init)) else {
+        panic!("nothing is answered")
+    };
+    let refusal = response.pd.unwrap().refusal.unwrap();
+    assert_eq!(refusal.kind, FailureKind::HandshakeRefused);
+    assert!(refusal.text.contains("registrations (pd_rendezvous_port), not that for handshakes"), "{refusal:?}");
+    let lmcaches = InitRequest { local_meta_bytes: vec![1], pd: None };
+    let answer = hear(&mut bench, Message::NixlInitRequest(lmcaches));
+    assert!(answer.is_some(), "LMCache's would wait for ever: {answer:?}");
+    let misdirected = |note: &Note| matches!(note, Note::Misdirected { message: "NixlInitRequest" });
+    assert_eq!(bench.notes.iter().filter(|note| misdirected(note)).count(), 2);
+}
+
+#[test]
+fn nothing_is_parked_where_nobody_can_ask_for_it() {
+    // Broken in production: chunks are kept for half a minute each for nobody, or the buffer is said to be too small.
+    let mut bench = Bench::with(settings());
+    let park = ParkRequest {
+        id: request("a"),
+        ids: Vec::new(),
+        keys: vec![key("a")],
+        groups: Vec::new(),
+        last_chunk_tokens: 4,
+        wait: None,
+    };
+    bench.session.handle_park(bench.now, CLIENT, Seq(1), park);
+    bench.pump();
+    let Some((_, Answer::Failed { failure, .. })) = bench.answers.pop() else { panic!("{:?}", bench.answers) };
+    assert_eq!(failure.kind, FailureKind::BadRequest);
+    assert!(failure.text.contains("set pd_rendezvous_port"), "{failure:?}");
+}
