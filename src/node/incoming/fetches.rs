@@ -5,7 +5,6 @@
 
 use std::time::Duration;
 
-use super::sources::Source;
 use super::{Incoming, IncomingTimer, Note, Port};
 use crate::ids::{
     ChunkKey, ClientId, Failure, FailureKind, PeerId, REQUEST_IDS_MAX, Registration, RequestId, Seq, SourceAddress,
@@ -174,12 +173,12 @@ impl<R: Clone + PartialEq> Incoming<R> {
             return Err(Failure::new(FailureKind::BadRequest, text));
         }
         let source = self.source_for(core, &fetch.source)?;
-        let by_kept = self.sources.get(&source).is_some_and(Source::is_open);
+        let by_kept = self.is_source_open(source);
         let FetchRequest { id, ids, keys, .. } = fetch;
         let seq = Seq(core.fresh());
         let asked = Fetch { source, seq, ids, keys, purpose, answered: false, by_kept };
         if let Some(before) = self.fetches.insert(id.clone(), asked) {
-            let was_asked = self.sources.get(&before.source).is_some_and(Source::is_open);
+            let was_asked = self.is_source_open(before.source);
             if before.source != source && was_asked {
                 // That one is asked no more, and would send what nobody waits for.
                 let (seq, instance) = (Seq(core.fresh()), core.settings.hello.instance.clone());
@@ -196,11 +195,12 @@ impl<R: Clone + PartialEq> Incoming<R> {
 
     /// Says a question, if the sender is connected; and when to say it again.
     pub(super) fn ask_source(&mut self, core: &mut Core<R>, id: &RequestId) {
-        let Some(fetch) = self.fetches.get_mut(id) else { return };
+        let Some(source) = self.fetches.get(id).map(|fetch| fetch.source) else { return };
         core.timers.set(IncomingTimer::Ask(id.clone()), core.now + core.settings.heartbeat_interval);
-        if !self.sources.get(&fetch.source).is_some_and(Source::is_open) {
+        if !self.is_source_open(source) {
             return;
         }
+        let Some(fetch) = self.fetches.get_mut(id) else { return };
         // Who knows the question need not be told all of it.
         let keys = if fetch.answered { Vec::new() } else { fetch.keys.clone() };
         let (seq, req_id, ids) = (fetch.seq, id.clone(), fetch.ids.clone());

@@ -234,7 +234,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
             peers: self.peers.len() + self.lmcache.len(),
             leases: self.leases.len(),
             fetches: self.fetches.len(),
-            sources: self.sources.values().filter(|source| source.is_open()).count(),
+            sources: self.sources_open(),
             ..self.counts
         }
     }

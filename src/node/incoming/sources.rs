@@ -18,15 +18,18 @@ pub(super) struct Source {
     heard: Heard,
 }
 
-impl Source {
-    pub(super) const fn is_open(&self) -> bool {
-        self.open
-    }
-}
-
 impl<R: Clone + PartialEq> Incoming<R> {
     pub(in crate::node) fn has_source(&self, peer: PeerId) -> bool {
         self.sources.contains_key(&peer)
+    }
+
+    pub(super) fn sources_open(&self) -> usize {
+        self.sources.values().filter(|source| source.open).count()
+    }
+
+    /// Whether it is known and connected.
+    pub(super) fn is_source_open(&self, peer: PeerId) -> bool {
+        self.sources.get(&peer).is_some_and(|source| source.open)
     }
 
     /// The source at `address`, as it is or begun now.
