@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from pd_backend.vllm.keys import Context, Item, chunk_hashes, chunk_key
 from pd_backend.vllm.layout import EngineLayout, LayoutMismatch
 from pd_backend.vllm.options import OptionError, Options
+from pd_backend.vllm.plugin import register
 from pd_backend.vllm.spec import DisaggSpec, SpecError, decode_req_id, prefill_spec
 
 SPEC = {
@@ -267,3 +270,26 @@ class TestOptions:
         with pytest.raises(OptionError) as refused:
             Options.parse(given)
         assert text in str(refused.value)
+
+
+def test_vllm_may_load_the_plugin_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Broken in production: a process that loads plugins a second time does not start.
+    known: dict[str, tuple[str, str]] = {}
+
+    class KVConnectorFactory:
+        """Refuses a name that it knows, as vLLM's does."""
+
+        @staticmethod
+        def register_connector(name: str, module_path: str, class_name: str) -> None:
+            if name in known:
+                raise ValueError(f"Connector '{name}' is already registered.")
+            known[name] = (module_path, class_name)
+
+    factory = ModuleType("vllm.distributed.kv_transfer.kv_connector.factory")
+    factory.KVConnectorFactory = KVConnectorFactory  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, factory.__name__, factory)
+    for parent in ("vllm", "vllm.distributed", "vllm.distributed.kv_transfer", "vllm.distributed.kv_transfer.kv_connector"):
+        monkeypatch.setitem(sys.modules, parent, ModuleType(parent))
+    register()
+    register()
+    assert known == {"PdConnector": ("pd_backend.vllm.connector", "PdConnector")}

@@ -180,7 +180,9 @@ class Server(Process):
     def __init__(
         self, name: str, folder: Path, model: Path, *, kv: dict[str, Any] | None = None, args: Sequence[str] = (),
         env: dict[str, str] | None = None, tensor_parallel: int = 1, eager: bool = True, dtype: str = "float32",
+        package: Path = TOP / "python",
     ) -> None:
+        """`package`: the folder that has `pd_backend`."""
         self.name = name
         (self.port,) = free_ports(1)
         self.url = f"http://127.0.0.1:{self.port}"
@@ -193,7 +195,7 @@ class Server(Process):
             command.append("--enforce-eager")
         if kv is not None:
             command += ["--kv-transfer-config", json.dumps(kv)]
-        python_path = [str(TOP / "python"), str(TOP / "python" / "tests" / "e2e")]
+        python_path = [str(package), str(TOP / "python" / "tests" / "e2e")]
         environment = {**os.environ, **ENVIRONMENT, **(env or {})}
         if "PD_E2E_ISA" in environment:
             python_path.append(str(TOP / "python" / "tests" / "e2e" / "older_processor"))
@@ -207,6 +209,13 @@ class Server(Process):
 
     def complete(self, prompt: Sequence[int], max_tokens: int, timeout_s: float = 120.0, **more: Any) -> dict[str, Any]:
         return post(self.url + "/v1/completions", completion_body(prompt, max_tokens, **more), timeout_s)
+
+    def external_tokens(self) -> float:
+        """Tokens of prompts that it says came from elsewhere: several connectors pass vLLM's tests, and move nothing."""
+        with urllib.request.urlopen(self.url + "/metrics", timeout=20) as answer:
+            text = answer.read().decode()
+        lines = [line for line in text.splitlines() if line.startswith("vllm:prompt_tokens_by_source_total")]
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if 'source="external_kv_transfer"' in line)
 
     def reset(self) -> bool:
         """Empties its caches, the daemons' included. Whether it says that it did."""
@@ -239,14 +248,14 @@ def consumer(sets: dict[str, Any], **more: Any) -> dict[str, Any]:
 
 
 def connector_config(
-    role: str, sets: dict[str, Any], *, policy: str = "fail", module: str = "pd_backend.vllm.connector",
+    role: str, sets: dict[str, Any], *, policy: str = "fail", module: str | None = "pd_backend.vllm.connector",
     name: str = "PdConnector", **options: Any,
 ) -> dict[str, Any]:
     # No test here is about silence, and a daemon that gets no processor for some seconds is not dead.
     sets = {"pd_peer_timeout_sec": 60, "pd_commit_timeout_sec": 60, **sets}
     return {
         "kv_connector": name,
-        "kv_connector_module_path": module,
+        **({} if module is None else {"kv_connector_module_path": module}),
         "kv_role": role,
         "kv_load_failure_policy": policy,
         "kv_connector_extra_config": {"set": sets, **options},

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 import signal
-import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -34,14 +33,6 @@ ASKED = {
 _numbers = itertools.count()
 
 
-def external_tokens(server: Server) -> float:
-    """Tokens of prompts that vLLM says came from elsewhere: several connectors pass vLLM's tests, and move nothing."""
-    with urllib.request.urlopen(server.url + "/metrics", timeout=20) as answer:
-        text = answer.read().decode()
-    lines = [line for line in text.splitlines() if line.startswith("vllm:prompt_tokens_by_source_total")]
-    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if 'source="external_kv_transfer"' in line)
-
-
 def prefilled(deployment: Deployment, prompt: list[int], **more: Any) -> dict[str, Any]:
     """What prefill answers, which the router passes on as it is."""
     answer = deployment.prefill.complete(prompt, 1, kv_transfer_params=dict(ASKED), **more)
@@ -58,12 +49,12 @@ def test_prompts_of_every_length(deployment: Deployment, count: int) -> None:
     # Broken in production: under most routers nothing is transferred, or what is transferred is wrong.
     prompt = prompts.BY_LENGTH[count]
     salt = f"parked {count}"  # What decode has of it from other tests does not count.
-    before = external_tokens(deployment.decode)
+    before = deployment.decode.external_tokens()
     assert_right(
         [complete(deployment, prompt, deployment.decode, cache_salt=salt)], [deployment.expected(prompt)]
     )
     # Of a whole prompt vLLM computes the last token in any case.
-    assert external_tokens(deployment.decode) - before >= count - 1
+    assert deployment.decode.external_tokens() - before >= count - 1
 
 
 def test_what_prefill_answers(deployment: Deployment) -> None:
@@ -118,11 +109,11 @@ def test_parameters_that_routers_rebuild(deployment: Deployment) -> None:
         ]
     ):
         salt = f"rebuilt {number}"
-        before = external_tokens(deployment.decode)
+        before = deployment.decode.external_tokens()
         params = rebuilt(prefilled(deployment, prompt, cache_salt=salt))
         answer = deployment.decode.complete(prompt, prompts.MAX_TOKENS, kv_transfer_params=params, cache_salt=salt)
         assert_right([harness.tokens_of(answer)], [deployment.expected(prompt)])
-        assert external_tokens(deployment.decode) - before >= len(prompt) - 1, f"{number}: nothing was transferred"
+        assert deployment.decode.external_tokens() - before >= len(prompt) - 1, f"{number}: nothing was transferred"
 
 
 def test_parameters_that_cannot_be_followed(deployment: Deployment) -> None:

@@ -19,7 +19,6 @@ from answers import assert_right
 from conftest import Deployment
 from harness import HttpError, Process, Server, hang_up, until
 from pd_backend import Status
-from test_parked import external_tokens
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -49,18 +48,18 @@ def test_vllm_router(deployment: Deployment, vllm_router: str) -> None:
     # Broken in production: the router that vLLM recommends moves nothing, and prefill is computed twice.
     for number, prompt in enumerate(prompts.CONCURRENT[:4]):
         # The first request in turn, the others at once.
-        before = external_tokens(deployment.decode)
+        before = deployment.decode.external_tokens()
         assert_right([ask(vllm_router, prompt, f"vr {number}")], [deployment.expected(prompt)])
-        assert external_tokens(deployment.decode) - before >= len(prompt) - 1, f"request {number} moved nothing"
+        assert deployment.decode.external_tokens() - before >= len(prompt) - 1, f"request {number} moved nothing"
 
 
 def test_vllm_router_with_eight_clients(deployment: Deployment, vllm_router: str) -> None:
     # Broken in production: requests that run at the same time get each other's KV, or wait for it.
-    before = external_tokens(deployment.decode)
+    before = deployment.decode.external_tokens()
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda prompt: ask(vllm_router, prompt, "vr eight"), prompts.CONCURRENT))
     assert_right(answers, [deployment.expected(prompt) for prompt in prompts.CONCURRENT])
-    assert external_tokens(deployment.decode) - before >= sum(map(len, prompts.CONCURRENT)) - len(prompts.CONCURRENT)
+    assert deployment.decode.external_tokens() - before >= sum(map(len, prompts.CONCURRENT)) - len(prompts.CONCURRENT)
 
 
 def test_vllm_router_streams(deployment: Deployment, vllm_router: str) -> None:
