@@ -41,8 +41,8 @@ pub(super) struct Registrant<R> {
 
 #[derive(Debug)]
 enum RegistrantState {
-    /// Nothing of it is known yet.
-    Waiting(Box<Register>),
+    /// Nothing of it is known yet. With the bytes of its keys.
+    Waiting(Box<Register>, usize),
     /// What it asks for is kept, by a lease of its own.
     Held(Uid),
     /// It is sent what it asks for, of the requests that have these names.
@@ -118,9 +118,9 @@ impl<R> Registrants<R> {
         for registrant in self.open.values() {
             match &registrant.state {
                 RegistrantState::Held(_) => held += 1,
-                RegistrantState::Waiting(register) => {
+                RegistrantState::Waiting(_, len_bytes) => {
                     waiting += 1;
-                    bytes += keys_len_bytes(&register.keys);
+                    bytes += len_bytes;
                 }
                 RegistrantState::Pushing(..) => {}
             }
@@ -175,7 +175,7 @@ impl<R: Clone> Outgoing<R> {
             registrant.route = from.clone();
             let state = match registrant.state {
                 RegistrantState::Pushing(..) => Registration::Accepted,
-                RegistrantState::Waiting(_) => Registration::Pending,
+                RegistrantState::Waiting(..) => Registration::Pending,
                 RegistrantState::Held(lease) => {
                     core.timers.set(OutgoingTimer::Lease(lease), core.now + self.settings.lease);
                     Registration::Accepted
@@ -199,7 +199,8 @@ impl<R: Clone> Outgoing<R> {
             _ if full.is_some() => Err((Registration::Failed, full)),
             _ if found.is_empty() && !wait.is_zero() => {
                 core.timers.set(OutgoingTimer::Registration(id.clone()), core.now + wait);
-                Ok((Registration::Pending, RegistrantState::Waiting(Box::new(register))))
+                let len_bytes = keys_len_bytes(&register.keys);
+                Ok((Registration::Pending, RegistrantState::Waiting(Box::new(register), len_bytes)))
             }
             _ if found.is_empty() => Err((Registration::Unknown, None)),
             None => {
@@ -221,7 +222,7 @@ impl<R: Clone> Outgoing<R> {
             Some(RegistrantState::Pushing(uid, _)) => {
                 self.fail(core, uid, Failure::new(FailureKind::Cancelled, "the receiver has registered anew"));
             }
-            Some(RegistrantState::Waiting(_)) | None => {}
+            Some(RegistrantState::Waiting(..)) | None => {}
         }
         let (said, failure) = match state {
             Ok((said, state)) => {
@@ -245,7 +246,7 @@ impl<R: Clone> Outgoing<R> {
     /// A request has begun to be parked: registrations may have waited for it.
     pub(super) fn serve_registrations(&mut self, core: &mut Core<R>) {
         let waiting = |(id, registrant): (&RegistrationId, &Registrant<R>)| match &registrant.state {
-            RegistrantState::Waiting(register) => {
+            RegistrantState::Waiting(register, _) => {
                 let comes =
                     register.keys.iter().any(|key| self.coming.contains_key(key) || core.slots.find(key).is_some());
                 comes.then(|| id.clone())
@@ -254,7 +255,7 @@ impl<R: Clone> Outgoing<R> {
         };
         let served: Vec<RegistrationId> = self.registrants.open.iter().filter_map(waiting).collect();
         for id in served {
-            let Some(Registrant { route, seq, state: RegistrantState::Waiting(register) }) =
+            let Some(Registrant { route, seq, state: RegistrantState::Waiting(register, _) }) =
                 self.registrants.open.remove(&id)
             else {
                 continue;
@@ -294,7 +295,7 @@ impl<R: Clone> Outgoing<R> {
                 Some(RegistrantState::Pushing(uid, _)) => {
                     self.fail(core, uid, Failure::new(FailureKind::Cancelled, "the receiver gave it up"));
                 }
-                Some(RegistrantState::Waiting(_)) | None => {}
+                Some(RegistrantState::Waiting(..)) | None => {}
             }
             self.release_ids(core, &ids, None);
         }

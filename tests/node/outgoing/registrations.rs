@@ -19,7 +19,8 @@ fn bench(requests_max: usize) -> Bench {
     Bench::with(settings)
 }
 
-fn park(bench: &mut Bench, name: &str) {
+/// Asks for slots for a request of one chunk, which has its name.
+fn begin_park(bench: &mut Bench, name: &str) {
     let park = ParkRequest {
         id: request(name),
         ids: vec![request(name)],
@@ -30,6 +31,10 @@ fn park(bench: &mut Bench, name: &str) {
     };
     bench.session.handle_park(bench.now, CLIENT, Seq(1), park);
     bench.pump();
+}
+
+fn park(bench: &mut Bench, name: &str) {
+    begin_park(bench, name);
     let Some((_, Answer::Opened { slots, .. })) = bench.answers.pop() else { panic!("{:?}", bench.answers) };
     let part = SlotPart { slot: slots[0].slot, offset_bytes: 0, len_bytes: None };
     let sending = Sending { parts: &[part], last: true, after: None };
@@ -183,16 +188,7 @@ fn who_means_another_port_is_told_so() {
 fn nothing_is_parked_where_nobody_can_ask_for_it() {
     // Broken in production: chunks are kept for half a minute each for nobody, or the buffer is said to be too small.
     let mut bench = Bench::with(settings());
-    let park = ParkRequest {
-        id: request("a"),
-        ids: Vec::new(),
-        keys: vec![key("a")],
-        groups: Vec::new(),
-        last_chunk_tokens: 4,
-        wait: None,
-    };
-    bench.session.handle_park(bench.now, CLIENT, Seq(1), park);
-    bench.pump();
+    begin_park(&mut bench, "a");
     let Some((_, Answer::Failed { failure, .. })) = bench.answers.pop() else { panic!("{:?}", bench.answers) };
     assert_eq!(failure.kind, FailureKind::BadRequest);
     assert!(failure.text.contains("set pd_rendezvous_port"), "{failure:?}");
