@@ -189,14 +189,19 @@ class Supervisor(Generic[C]):
         return daemon
 
     def _keep_ports(self, ready: ReadyLine) -> None:
-        """Routers know the ports by now: a later daemon takes those of the first, also where any were asked for."""
-        if ready.init_port and ready.alloc_port:
-            # It looks for them where its rank is in the list.
-            ports = [
-                f"{key}=[{', '.join([str(port)] * (1 + int(self._layout.get('tp_rank', 0))))}]"
-                for key, port in (("pd_peer_init_port", ready.init_port), ("pd_peer_alloc_port", ready.alloc_port))
-            ]
-            self._args = [*self._given_args, *(word for port in ports for word in ("--set", port))]
+        """Routers and other servers know the ports by now: a later daemon takes those of the first, also where any were asked
+        for."""
+        ports = {
+            "pd_peer_init_port": ready.init_port,
+            "pd_peer_alloc_port": ready.alloc_port,
+            "pd_rendezvous_port": ready.rendezvous_port,
+        }
+        self._args = list(self._given_args)
+        for key, port in ports.items():
+            if port is not None:
+                # It looks for them where its rank is in the list.
+                by_rank = ", ".join([str(port)] * (1 + int(self._layout.get("tp_rank", 0))))
+                self._args += ["--set", f"{key}=[{by_rank}]"]
 
     def _give_up(self, error: PdError) -> None:
         logger.error("%s", error)
