@@ -14,7 +14,7 @@ import pytest
 
 from conftest import binary, children
 from pd_backend.errors import PdError
-from pd_backend.vllm import consumer, producer
+from pd_backend.vllm import attachment
 from pd_backend.vllm.adapters import LoadedAdapters
 from vllm_pair import BLOCK, Memory
 
@@ -86,7 +86,7 @@ class Refused(PdError):
     """What is raised at some point of the start."""
 
 
-@pytest.mark.parametrize("role, program", [("kv_producer", "pd-sender"), ("kv_consumer", "pd-receiver")])
+@pytest.mark.parametrize("role, program", [("kv_producer", "pd-sender"), ("kv_consumer", "pd-receiver"), ("kv_both", "pd-sender")])
 @pytest.mark.parametrize("where", ["nowhere", "memory", "worker", "after"])
 def test_a_daemon_is_not_left_by_an_engine_that_does_not_start(
     connector: ModuleType, monkeypatch: pytest.MonkeyPatch, role: str, program: str, where: str
@@ -103,8 +103,7 @@ def test_a_daemon_is_not_left_by_an_engine_that_does_not_start(
     if where == "memory":
         paged.memory = refuse
     elif where == "worker":
-        for part in (producer.ProducerWorker, consumer.ConsumerWorker):
-            monkeypatch.setattr(part, "_attached", refuse)
+        monkeypatch.setattr(attachment.Attachment, "attach", refuse)
     elif where == "after":
         monkeypatch.setattr(connector, "connect_receivers", refuse)
         monkeypatch.setattr(connector, "PdHandshake", refuse)

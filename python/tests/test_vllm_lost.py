@@ -17,6 +17,7 @@ from fake_daemon import FakeDaemon
 from pd_backend import Client, PdError, ReceiverClient, RequestRefused, SenderClient
 from pd_backend import messages as m
 from pd_backend._silence import Silence
+from pd_backend.vllm.attachment import Attachment
 from pd_backend.vllm.consumer import ConsumerWorker
 from pd_backend.vllm.keys import chunk_hashes
 from pd_backend.vllm.naming import Naming
@@ -230,7 +231,7 @@ def test_what_a_daemon_said_before_it_ended_counts(fake: Callable[..., FakeDaemo
     daemon.pid = process.pid
     client = SenderClient(daemon.endpoint)
     supervisor = Given(client)
-    producer = ProducerWorker(supervisor, Memory(1), LAYOUT, "uint8")  # type: ignore[arg-type]
+    producer = ProducerWorker(Attachment(supervisor, Memory(1)), LAYOUT, "uint8")  # type: ignore[arg-type]
     producer.begin_step(ProducerStep(plans=[plan("a")]))
     sent_before(producer, "b", "c")
     poll = client._channel._poller.poll
@@ -277,7 +278,7 @@ def test_an_error_leaves_the_client_and_gives_the_request_up(fake: Callable[...,
 
     daemon = fake("sender", script)
     with SenderClient(daemon.endpoint) as client:
-        producer = ProducerWorker(Given(client), Memory(1), LAYOUT, "uint8")  # type: ignore[arg-type]
+        producer = ProducerWorker(Attachment(Given(client), Memory(1)), LAYOUT, "uint8")  # type: ignore[arg-type]
         sent_before(producer, "a")
         producer.begin_step(ProducerStep(plans=[plan("odd")]))
         odd = producer._requests["odd"]
@@ -315,7 +316,7 @@ def test_a_request_is_given_up_once_the_stream_lets_it_be_said(
 
     daemon = fake("sender", script)
     with SenderClient(daemon.endpoint) as client:
-        producer = ProducerWorker(Given(client), Memory(1), LAYOUT, "uint8")  # type: ignore[arg-type]
+        producer = ProducerWorker(Attachment(Given(client), Memory(1)), LAYOUT, "uint8")  # type: ignore[arg-type]
         sent_before(producer, "a", "c")
 
         def behind(_stream: int | None) -> str | None:
@@ -339,7 +340,7 @@ def test_chunks_of_an_answer_that_cannot_be_read_go_back_with_the_client(fake: C
 
     with ReceiverClient(fake("receiver", script).endpoint) as client:
         supervisor = Given(client)
-        consumer = ConsumerWorker(supervisor, Memory(2), LAYOUT, "uint8")  # type: ignore[arg-type]
+        consumer = ConsumerWorker(Attachment(supervisor, Memory(2)), LAYOUT, "uint8")  # type: ignore[arg-type]
         consumer.begin_step(load("a", TOKENS, [5, 6]))
         assert eventually(lambda: (said := consumer.progress())[0] and said) == ({"a"}, {5, 6})
         assert [type(why).__name__ for why in supervisor.losses] == ["Unreadable"]

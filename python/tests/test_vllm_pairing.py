@@ -12,7 +12,7 @@ import pytest
 from conftest import binary
 from fake_daemon import FakeDaemon
 from free_ports import free_ports
-from pd_backend import Client, PeerAddress, ReceiverClient, ReceiverStatus, SenderClient, Status
+from pd_backend import Client, NodeClient, PeerAddress, ReceiverClient, ReceiverStatus, SenderClient, Status
 from pd_backend import messages as m
 from pd_backend.vllm.layout import EngineLayout
 from pd_backend.vllm.pairing import ReceiverRefused, connect_receivers
@@ -98,19 +98,26 @@ def start() -> Iterator[Callable[..., Supervisor[Any]]]:
         yield supervisor
 
 
-def test_a_real_pair_meets_or_refuses_without_a_request(start: Callable[..., Supervisor[Any]]) -> None:
+@pytest.mark.parametrize("both", [False, True], ids=["one part", "both parts"])
+def test_a_real_pair_meets_or_refuses_without_a_request(start: Callable[..., Supervisor[Any]], both: bool) -> None:
     # Broken in production: two releases of vLLM are paired, and users find out.
     init_port, alloc_port = free_ports(2)
     ports = (f"pd_peer_init_port={init_port}", f"pd_peer_alloc_port={alloc_port}")
+    sends, receives = SenderClient, ReceiverClient
+    named_both: tuple[str, ...] = ()
+    if both:
+        sends = receives = NodeClient
+        ports += ("pd_role=both",)
+        named_both = ("pd_role=both", "pd_peer_init_port=0", "pd_peer_alloc_port=0")
     named = f"pd_receivers=[127.0.0.1:{init_port}:{alloc_port}]"
-    alone = start("pd-sender", SenderClient, "0.32.0", named)
+    alone = start("pd-sender", sends, "0.32.0", named, *named_both)
     began = time.monotonic()
     connect_receivers(alone.client(), wait_s=10 * PATIENCE_S)
     assert time.monotonic() - began < PATIENCE_S, "nobody is there, and it waits all the same"
     assert [receiver.state for receiver in alone.client().status().receivers] == ["unreachable"]
-    start("pd-receiver", ReceiverClient, "0.32.0", *ports)
-    connect_receivers(start("pd-sender", SenderClient, "0.32.0", named).client(), wait_s=PATIENCE_S)
-    newer = start("pd-sender", SenderClient, "0.33.0", named)
+    start("pd-receiver", receives, "0.32.0", *ports)
+    connect_receivers(start("pd-sender", sends, "0.32.0", named, *named_both).client(), wait_s=PATIENCE_S)
+    newer = start("pd-sender", sends, "0.33.0", named, *named_both)
     with pytest.raises(ReceiverRefused) as caught:
         connect_receivers(newer.client(), wait_s=PATIENCE_S)
     assert caught.value.kind == "layout_mismatch"

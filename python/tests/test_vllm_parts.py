@@ -5,9 +5,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
+from pd_backend.vllm.halves import is_sent, own_hosts
 from pd_backend.vllm.keys import Context, Item, chunk_hashes, chunk_key
 from pd_backend.vllm.layout import EngineLayout, LayoutMismatch
 from pd_backend.vllm.options import OptionError, Options
@@ -158,6 +160,36 @@ class TestSpec:
         assert len(str(refused.value)) < 300
 
 
+class TestHalves:
+    @pytest.mark.parametrize(
+        ("params", "sent"),
+        [
+            (None, False), ({}, False), ({"ret_first_tok": True}, False),
+            ({"do_remote_decode": True, "do_remote_prefill": False}, True),
+            ({"do_remote_decode": False, "do_remote_prefill": True}, False),
+            # The same words to both servers: who is named in them is the one that decodes.
+            ({"disagg_spec": SPEC}, True),
+            ({"disagg_spec": SPEC | {"receiver_host": "10.0.0.1"}}, False),
+            ({"disagg_spec": SPEC | {"receiver_host": "10.0.0.1", "receiver_init_port": [7300, 7302]}}, True),
+            ({"disagg_spec": SPEC | {"receiver_host": "10.0.0.1", "receiver_init_port": 7300}}, True),
+            ({"disagg_spec": {"req_id": "r"}}, False), ({"disagg_spec": {"req_id": "r", "receiver_host": None}}, False),
+            # What a client may write there.
+            ({"disagg_spec": "r"}, False), ({"disagg_spec": []}, False), ({"disagg_spec": SPEC | {"receiver_host": []}}, True),
+            ({"disagg_spec": SPEC | {"receiver_host": "10.0.0.1", "receiver_init_port": {}}}, True),
+        ],
+    )
+    def test_a_server_of_both_halves_knows_which_one_is_asked(self, params: Any, sent: bool) -> None:
+        # Broken in production: decode sends a request to itself, or prefill waits for chunks that it is to send.
+        assert is_sent(params, {"10.0.0.1", "decode-1"}, [7300, 7301]) is sent
+
+    def test_a_machine_knows_its_names(self) -> None:
+        # Broken in production: decode does not see that it is the receiver that is named.
+        pytest.importorskip("psutil")
+        assert {"127.0.0.1", "localhost", "decode-1"} <= own_hosts(["decode-1", None, ""])
+        options = Options.parse({"rendezvous_host": "a", "set": {"pd_peer_host": "'b'", "pd_advertise_host": "c"}})
+        assert options.own_hosts() == ["a", "b", "c"]
+
+
 class TestOptions:
     def test_nothing_given_is_fine(self) -> None:
         # Broken in production: the shortest configuration is refused.
@@ -205,8 +237,20 @@ class TestOptions:
         file.write_text("pd_buffer_device: cuda\n")
         assert Options.parse({"config_file": str(file)}).daemon_args("cuda:1") == ["--config", str(file)]
 
-    def test_a_daemon_with_both_halves_is_refused(self, tmp_path: Path) -> None:
-        # Broken in production: a file that prefill and decode share starts daemons that the connector cannot attach to.
+    def test_a_daemon_of_kv_both_has_both_halves_and_free_ports(self) -> None:
+        # Broken in production: a server that does both starts a daemon that only sends, or none without ports.
+        both = ["--set", "pd_buffer_device=cpu", "--set", "pd_role=both"]
+        free = ["--set", "pd_peer_init_port=0", "--set", "pd_peer_alloc_port=0"]
+        assert Options().daemon_args("cpu", both=True) == both + free
+        given = Options.parse({"set": {"pd_role": "both", "nixl_peer_init_port": 7300, "pd_peer_alloc_port": 7400}})
+        assert given.daemon_args("cpu", both=True)[2:] == [
+            "--set", "pd_role=both", "--set", "nixl_peer_init_port=7300", "--set", "pd_peer_alloc_port=7400"
+        ]
+        with pytest.raises(OptionError, match="pd_role = sender; with kv_role = kv_both the daemon has both halves"):
+            Options.parse({"set": {"pd_role": "sender"}}).daemon_args("cpu", both=True)
+
+    def test_a_daemon_with_both_halves_is_refused_where_one_is_used(self, tmp_path: Path) -> None:
+        # Broken in production: a file that prefill and decode share gives half of each buffer to a direction that nobody uses.
         roles = ({"pd_role": "both"}, {"nixl_role": "both"}, {"pd_role": "sender", "nixl_role": "both"})
         spelt = ({"pd_role": "both "}, {" pd_role": "'both'"}, ["pd_role = both"], ['pd_role="both" '])
         for given in (*roles, *spelt):
@@ -216,7 +260,7 @@ class TestOptions:
         file = tmp_path / "c.yaml"
         for line in ("pd_role: both", "nixl_role: both"):
             file.write_text(f"{line}\n")
-            with pytest.raises(OptionError, match="pd_role = both; PdConnector moves KV one way"):
+            with pytest.raises(OptionError, match="pd_role = both; with kv_producer and kv_consumer the daemon has one half"):
                 Options.parse({"config_file": str(file)}).daemon_args("cpu")
             taken_back = Options.parse({"config_file": str(file), "set": {"pd_role": None}}).daemon_args("cpu")
             assert taken_back[-2:] == ["--set", "pd_role="]

@@ -11,6 +11,7 @@ import pytest
 from pd_backend.vllm.keys import chunk_hashes
 from pd_backend.vllm.naming import Naming
 from pd_backend.vllm.scheduler import ConsumerScheduler, ProducerScheduler, blocks_of
+from pd_backend.vllm.spec import Rendezvous, parked_answer
 from pd_backend.vllm.step import SendOutcomes
 
 CHUNK, BLOCK = 256, 128
@@ -416,6 +417,25 @@ class TestConsumer:
         scheduler.build(output(preempted=["a"]))
         assert scheduler.matched(one, 0) == (0, False)
         assert shelf.asked == 0
+
+    def test_what_this_very_server_has_prefilled_is_looked_up_and_released_at_the_end(self) -> None:
+        # Broken in production: a router chooses one server of kv_both for both parts, and it waits for itself to send.
+        shelf, at = Shelf(range(600)), Rendezvous("h", (1,), "me", "pull")
+        scheduler = ConsumerScheduler(CHUNK, BLOCK, 1000, 1, shelf, Naming(), lambda: at)
+        params = parked_answer("cmpl-1", at, [7], 600)
+        one, other = request(600, dict(params)), request(600, params | {"remote_engine_id": "pd1:you:1"}, "b")
+        for each in (one, other):
+            scheduler.arrived(each)
+        assert [hold.request_id for hold in scheduler.build(output()).holds] == ["b"]
+        assert scheduler.matched(one, 0) == (600, True) and shelf.asked == 1
+        scheduler.allocated(one, [1, 2, 3, 4, 5], 600)
+        step = scheduler.build(output())
+        assert (step.loads[0].req_id, step.loads[0].remote, step.released) == (None, None, [])
+        # As vLLM wants it of a request that has had its transfer.
+        assert not one.kv_transfer_params["do_remote_prefill"]
+        scheduler.received(["a"], ())
+        scheduler.finished(one)
+        assert [(name, remote.ids) for name, remote in scheduler.build(output()).released] == [("a", ("cmpl-1",))]
 
     def test_embeddings_have_no_names(self) -> None:
         # Broken in production: a prompt of embeddings ends the engine.

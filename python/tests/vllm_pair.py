@@ -13,6 +13,7 @@ from conftest import binary
 from free_ports import free_ports
 from pd_backend import Client, ReceiverClient, SenderClient
 from pd_backend.errors import PdError
+from pd_backend.vllm.attachment import Attachment
 from pd_backend.vllm.consumer import ConsumerWorker
 from pd_backend.vllm.consumer import requests_of as consumer_requests
 from pd_backend.vllm.keys import chunk_hashes
@@ -88,9 +89,13 @@ class Pair:
         self.sender = supervisor("pd-sender", SenderClient, sender_slots)
         self.receiver = supervisor("pd-receiver", ReceiverClient, receiver_slots, *ports)
         self.source, self.target = Memory(1), Memory(2)
-        self.producer = ProducerWorker(self.sender, self.source, LAYOUT, "uint8", **options)
+        self.producer = ProducerWorker(Attachment(self.sender, self.source), LAYOUT, "uint8", **options)
         self.consumer = ConsumerWorker(
-            self.receiver, self.target, LAYOUT, "uint8", receive_wait_s=receive_wait_s, weights=consumer_weights
+            Attachment(self.receiver, self.target),
+            LAYOUT,
+            "uint8",
+            receive_wait_s=receive_wait_s,
+            weights=consumer_weights,
         )
 
     def plan(self, request_id: str, tokens: Sequence[int]) -> SendPlan:

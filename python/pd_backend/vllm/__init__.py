@@ -12,11 +12,13 @@ Only that module and `engine` import vLLM; the others here are plain Python:
     step        what the scheduler's side tells the workers, step by step
     adapters    what a LoRA adapter is
     naming      which requests can be named: the others are computed where they arrived
+    halves      which part a request is for, at a server that does both
     scheduler   the two scheduler sides
     checkpoint  what a model is that was loaded
     weights     whether it still is what was loaded
     whereabouts where the daemons are, for the scheduler, and how it resets them
     finder      look-ups at the receivers of a decode server, for the scheduler
+    attachment  the client of a worker's daemon, for the one or two sides of the worker
     producer    the worker's side of prefill
     consumer    the worker's side of decode
     pairing     whether a pd-sender can talk to the receivers that it is told of, before the engine serves

@@ -1,7 +1,7 @@
 """`PdConnector`: vLLM's KV connector over pd-sender and pd-receiver. docs/vllm.md says how to run it.
 
-Its two halves never meet: vLLM makes one instance in the scheduler's process, one in each worker's. The instance hands
-what it is asked to one of four plain objects, by role, and translates between vLLM's types and theirs.
+vLLM makes one instance in the scheduler's process, and one in each worker's; they never meet. An instance hands what it is
+asked to plain objects, of which it has one for each direction, and translates between vLLM's types and theirs.
 """
 
 from __future__ import annotations
@@ -22,12 +22,15 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.logger import init_logger
 
+from ..client import Client
 from ..daemon import find_binary
+from ..node_client import NodeClient
 from ..paged import PagedKv
 from ..receiver_client import ReceiverClient
 from ..sender_client import SenderClient
 from . import checkpoint
 from .adapters import Adapters
+from .attachment import Attachment
 from .consumer import ConsumerWorker
 from .engine import (
     LOADED_ADAPTERS,
@@ -40,6 +43,7 @@ from .engine import (
     window_tokens,
 )
 from .finder import ReceiverFinder
+from .halves import is_sent, own_hosts
 from .keys import chunk_key
 from .layout import EngineLayout
 from .naming import Naming
@@ -62,11 +66,20 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.pd_backend")
 
 
+#: The program and the client of it, by `kv_role`.
+_DAEMONS: dict[str, tuple[str, type[Client]]] = {
+    "kv_producer": ("pd-sender", SenderClient),
+    "kv_consumer": ("pd-receiver", ReceiverClient),
+    "kv_both": ("pd-sender", NodeClient),
+}
+
+
 @dataclass
 class PdMetadata(KVConnectorMetadata):
-    """From the scheduler to the workers, with each step."""
+    """From the scheduler to the workers, with each step: for the halves that there are."""
 
-    step: ProducerStep | ConsumerStep
+    sends: ProducerStep | None
+    loads: ConsumerStep | None
 
 
 @dataclass
@@ -108,17 +121,21 @@ class PdNews(KVConnectorWorkerMetadata):
 
 
 class PdConnector(KVConnectorBase_V1, SupportsHMA):
-    """`kv_producer` sends with a pd-sender, `kv_consumer` receives with a pd-receiver, one beside each worker."""
+    """`kv_producer` sends with a pd-sender, `kv_consumer` receives with a pd-receiver, one beside each worker. `kv_both` does
+    either, as each request says, with a daemon that has both halves.
+    """
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         self._options = Options.parse(self._kv_transfer_config.kv_connector_extra_config)
         kv_role = self._kv_transfer_config.kv_role
-        if kv_role not in ("kv_producer", "kv_consumer"):
+        if kv_role not in _DAEMONS:
             raise ValueError(
-                f"kv_role = {kv_role!r}; PdConnector moves KV one way: kv_producer for prefill, kv_consumer for decode"
+                f"kv_role = {kv_role!r}; expected kv_producer for prefill, kv_consumer for decode, or kv_both"
             )
-        self._produces = kv_role == "kv_producer"
+        self._sends, self._receives = kv_role != "kv_consumer", kv_role != "kv_producer"
+        self._program, self._client_type = _DAEMONS[kv_role]
+        self._own_hosts: frozenset[str] = frozenset()
         parallel = vllm_config.parallel_config
         if parallel.pipeline_parallel_size > 1:
             raise ValueError(
@@ -146,7 +163,7 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
         self._failed_blocks: set[int] = set()
         self._handshake: PdHandshake | None = None
         self._whereabouts: Whereabouts | None = None
-        self._daemons = Daemons(self._tp_size, SenderClient if self._produces else ReceiverClient)
+        self._daemons = Daemons(self._tp_size, self._client_type)
         self._kv_cache_manager: Any = None
         self._engine_cache: Any = None
         adapters_are_seen = vllm_config.lora_config is not None and watch_adapter_loads()
@@ -155,16 +172,26 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
             images_by_count=images_by_count(vllm_config),
             adapters=Adapters(adapter_folder) if adapters_are_seen else None,
         )
-        if role == KVConnectorRole.SCHEDULER and self._produces:
+        if role != KVConnectorRole.SCHEDULER:
+            return
+        if self._sends:
             self._producer_scheduler = ProducerScheduler(
                 self._chunk_tokens, self._block_tokens, self._tp_size, naming, self._rendezvous
             )
-        elif role == KVConnectorRole.SCHEDULER:
+        if self._receives:
             if self._options.lookup:
                 self._finder = ReceiverFinder(self._key)
             self._consumer_scheduler = ConsumerScheduler(
-                self._chunk_tokens, self._block_tokens, kv_cache_config.num_blocks, self._tp_size, self._finder, naming
+                self._chunk_tokens,
+                self._block_tokens,
+                kv_cache_config.num_blocks,
+                self._tp_size,
+                self._finder,
+                naming,
+                self._rendezvous if self._sends else lambda: None,
             )
+        if self._sends and self._receives:
+            self._own_hosts = own_hosts(self._options.own_hosts())
 
     # ---- worker
     # ----------------------------------------------------------------------------------------------------------
@@ -187,10 +214,9 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
             tp_size=self._tp_size,
             engine=engine_facts(self._vllm_config, self._kv_cache_config, paged, identity),
         )
-        name = "pd-sender" if self._produces else "pd-receiver"
-        arguments = options.daemon_args(str(paged.device)) + (["--rank", str(rank)] if rank else [])
-        if self._produces:
-            arguments += options.rendezvous_args(rank)
+        arguments = options.daemon_args(str(paged.device), both=self._sends and self._receives)
+        arguments += ["--rank", str(rank)] if rank else []
+        arguments += options.rendezvous_args(rank) if self._sends else []
         limits: dict[str, Any] = {
             "ready_timeout_s": options.ready_timeout_s,
             "restarts_max": options.restarts_max,
@@ -199,37 +225,24 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
             "silence_timeout_s": options.silence_timeout_s,
             "echo_log": options.daemon_log,
         }
-        binary = find_binary(name, options.binary_dir)
+        binary = find_binary(self._program, options.binary_dir)
         logger.info("starting %s: chunks of %s", binary, layout)
         with ExitStack() as undo:  # Whatever is raised from here on: the daemon is not left behind.
-            if self._produces:
-                sender = Supervisor(binary, arguments, layout.json(), SenderClient, **limits)
-                undo.callback(sender.close)
-                connect_receivers(sender.client())
+            supervisor: Supervisor[Any] = Supervisor(binary, arguments, layout.json(), self._client_type, **limits)
+            undo.callback(supervisor.close)
+            daemon = Attachment(supervisor, paged)
+            known: dict[str, Any] = {"adapters": LOADED_ADAPTERS, "weights": weights}
+            if self._sends:
+                connect_receivers(supervisor.client())
+                pushes = 1 if self._vllm_config.parallel_config.enable_dbo else options.layer_pushes
                 self._producer = ProducerWorker(
-                    sender,
-                    paged,
-                    layout,
-                    self._dtype,
-                    slot_wait_s=options.slot_wait_s,
-                    layer_pushes=1 if self._vllm_config.parallel_config.enable_dbo else options.layer_pushes,
-                    adapters=LOADED_ADAPTERS,
-                    weights=weights,
+                    daemon, layout, self._dtype, slot_wait_s=options.slot_wait_s, layer_pushes=pushes, **known
                 )
-                self._whereabouts = Whereabouts(rank, sender, weights)
-            else:
-                receiver = Supervisor(binary, arguments, layout.json(), ReceiverClient, **limits)
-                undo.callback(receiver.close)
+            if self._receives:
                 self._consumer = ConsumerWorker(
-                    receiver,
-                    paged,
-                    layout,
-                    self._dtype,
-                    receive_wait_s=options.receive_wait_s,
-                    adapters=LOADED_ADAPTERS,
-                    weights=weights,
+                    daemon, layout, self._dtype, receive_wait_s=options.receive_wait_s, **known
                 )
-                self._whereabouts = Whereabouts(rank, receiver, weights)
+            self._whereabouts = Whereabouts(rank, supervisor, weights)
             at = self._whereabouts.news()
             self._handshake = None if at is None else PdHandshake(at)
             undo.pop_all()
@@ -249,11 +262,11 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         super().bind_connector_metadata(connector_metadata)
         assert isinstance(connector_metadata, PdMetadata)
-        step = connector_metadata.step
-        if self._producer is not None and isinstance(step, ProducerStep):
-            self._producer.begin_step(step)
-        elif self._consumer is not None and isinstance(step, ConsumerStep):
-            self._consumer.begin_step(step)
+        sends, loads = connector_metadata.sends, connector_metadata.loads
+        if self._producer is not None and sends is not None:
+            self._producer.begin_step(sends)
+        if self._consumer is not None and loads is not None:
+            self._consumer.begin_step(loads)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Loading is asynchronous: `get_finished` does it, between steps."""
@@ -270,13 +283,12 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
             self._producer.end_step()
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
-        if self._producer is not None:
-            return self._producer.finished_sending() or None, None
-        if self._consumer is not None:
-            finished, failed = self._consumer.progress()
-            self._failed_blocks |= failed
-            return None, finished or None
-        return None, None
+        sent = None if self._producer is None else self._producer.finished_sending()
+        if self._consumer is None:
+            return sent or None, None
+        loaded, failed = self._consumer.progress()
+        self._failed_blocks |= failed
+        return sent or None, loaded or None
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         failed, self._failed_blocks = self._failed_blocks, set()
@@ -338,27 +350,35 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
             self._consumer_scheduler.reset()
         return self._daemons.reset()
 
+    def _prefills(self, request: Any) -> bool:
+        """Whether the request's KV goes to another server; what comes from there is decoded here."""
+        if not (self._sends and self._receives):
+            return self._sends
+        return is_sent(request.kv_transfer_params, self._own_hosts, self._daemons.init_ports() or ())
+
     def on_new_request(self, request: Any) -> None:
-        if self._consumer_scheduler is not None:
+        if self._consumer_scheduler is not None and not self._prefills(request):
             self._consumer_scheduler.arrived(request)
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
-        if self._consumer_scheduler is None:
+        if self._consumer_scheduler is None or self._prefills(request):
             return 0, False
         return self._consumer_scheduler.matched(request, num_computed_tokens)
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
-        if self._producer_scheduler is not None:
+        if self._producer_scheduler is not None and self._prefills(request):
             self._producer_scheduler.allocated(request)
-        if self._consumer_scheduler is not None:
+        elif self._consumer_scheduler is not None:
             self._consumer_scheduler.allocated(request, blocks.get_block_ids()[0], num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
-        scheduler = self._producer_scheduler or self._consumer_scheduler
-        assert scheduler is not None
-        if self._producer_scheduler is not None and self._engine_cache_was_reset():
-            self._producer_scheduler.cache_reset()
-        return PdMetadata(scheduler.build(scheduler_output))
+        producer, consumer = self._producer_scheduler, self._consumer_scheduler
+        if producer is not None and self._engine_cache_was_reset():
+            producer.cache_reset()
+        return PdMetadata(
+            None if producer is None else producer.build(scheduler_output),
+            None if consumer is None else consumer.build(scheduler_output),
+        )
 
     def update_connector_output(self, connector_output: Any) -> None:
         news = connector_output.kv_connector_worker_meta
@@ -377,7 +397,7 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
             )
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        if self._producer_scheduler is not None:
+        if self._producer_scheduler is not None and self._prefills(request):
             return self._producer_scheduler.finished(request, block_ids)
         if self._consumer_scheduler is not None:
             self._consumer_scheduler.finished(request)
@@ -389,8 +409,8 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
         return self.request_finished(request, block_ids[0])
 
     def has_pending_push_work(self) -> bool:
-        scheduler = self._producer_scheduler or self._consumer_scheduler
-        return scheduler is not None and scheduler.pending()
+        schedulers = (self._producer_scheduler, self._consumer_scheduler)
+        return any(scheduler is not None and scheduler.pending() for scheduler in schedulers)
 
     def _engine_cache_was_reset(self) -> bool:
         """Whether vLLM's own cache was emptied since the last call: it makes a new map of what it has then."""

@@ -6,19 +6,17 @@ import logging
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from ..client import Pending
-from ..errors import ClientClosed, DaemonGone, DaemonLost, Kind, PdError, RequestRefused, Unreadable
-from ..paged import PagedKv
+from ..errors import ClientClosed, DaemonLost, Kind, PdError, RequestRefused, Unreadable
 from ..receiver_client import Lease, ReceiverClient
 from .adapters import LoadedAdapters
+from .attachment import Attachment
 from .keys import chunk_key
 from .layout import EngineLayout
 from .scheduler import blocks_of
 from .spec import RemoteSpec
 from .step import ConsumerStep, HoldPlan, ReceivePlan, idle_wait_s
-from .supervisor import Supervisor
 from .weights import Weights
 
 logger = logging.getLogger("vllm.pd_backend")
@@ -58,8 +56,7 @@ class ConsumerWorker:
 
     def __init__(
         self,
-        supervisor: Supervisor[ReceiverClient],
-        paged: PagedKv,
+        daemon: Attachment[ReceiverClient],
         layout: EngineLayout,
         dtype: str,
         *,
@@ -67,16 +64,14 @@ class ConsumerWorker:
         adapters: LoadedAdapters | None = None,
         weights: Weights | None = None,
     ) -> None:
-        self._supervisor = supervisor
+        self._daemon = daemon
         self._weights = weights or Weights("", None)
         self._adapters = adapters or LoadedAdapters()
-        self._paged = paged
+        self._paged = daemon.paged
         self._layout = layout
         self._dtype = dtype
         self._receive_wait_s = receive_wait_s
         self._requests: dict[str, _Request] = {}
-        self._client: ReceiverClient | None = None
-        self._buffer: Any = None
         self._finished: set[str] = set()
         self._failed_blocks: set[int] = set()
         #: Of requests that need nothing of it any more: what has not come yet is given back when it comes.
@@ -85,7 +80,7 @@ class ConsumerWorker:
         self._here: list[str] = []
         self._idle = False
         # What the buffer and the engine's memory do not have in common is said before the engine serves.
-        self._attached()
+        daemon.use(self._lost)
 
     # ---- hooks of a step, in their order ----------------------------------------------------------------------------------
 
@@ -152,27 +147,15 @@ class ConsumerWorker:
 
     def close(self) -> None:
         """The worker ends: its leases go back with its client."""
-        self._supervisor.close()
+        self._daemon.close()
 
     # ---- towards the daemon -----------------------------------------------------------------------------------------------
 
-    def _attached(self) -> ReceiverClient:
-        client = self._supervisor.client()
-        if client is not self._client:
-            self._let_go(DaemonGone("its chunks went with the pd-receiver that had them; another one was started since"))
-            self._client = client
-            self._buffer = self._paged.memory(client.buffer.range(0, client.buffer.len_bytes))
-        return client
-
-    def _let_go(self, why: PdError) -> None:
+    def _lost(self, client: ReceiverClient, why: PdError) -> None:
         """Of a client that is of no more use: what was asked of its daemon does not come."""
-        client, self._client, self._buffer = self._client, None, None
-        if client is None:
-            return
         for request in (*self._requests.values(), *self._returning.values()):
             if request.asked is client:
                 request.lost = why
-        self._supervisor.lost(client, why)
 
     def _wait_a_little(self) -> None:
         """Lets an answer that is on its way come in this step instead of the next one."""
@@ -180,11 +163,11 @@ class ConsumerWorker:
         expected += self._returning.values()
         try:
             waiting = [request for request in expected if request.arriving is not None and not self._done(request)]
-            if waiting and len(waiting) == len(expected) and self._client is not None:
+            if waiting and len(waiting) == len(expected) and self._daemon.client is not None:
                 newest = max(request.began for request in waiting)
-                self._client.wait_for_news(idle_wait_s(time.monotonic() - newest))
+                self._daemon.client.wait_for_news(idle_wait_s(time.monotonic() - newest))
         except _LOST as lost:
-            self._let_go(lost)
+            self._daemon.let_go(lost)
 
     def _try_start(self, request: _Request) -> None:
         """As `_start`, at the beginning of a step, where no failure can be told: `progress` meets it again."""
@@ -198,7 +181,7 @@ class ConsumerWorker:
         if request.arriving is not None:
             return
         try:
-            client = self._attached()
+            client = self._daemon.attach()
             try:
                 if request.req_id is not None and request.plan is not None and request.plan.remote is not None:
                     request.arriving = self._fetch(client, request, request.plan, request.plan.remote)
@@ -207,7 +190,7 @@ class ConsumerWorker:
                 elif request.plan is not None:
                     request.arriving = client.start_lookup(self._keys(request.plan.hashes), fetch=True)
             except DaemonLost as lost:
-                self._let_go(lost)
+                self._daemon.let_go(lost)
                 raise
             request.asked = client
         except DaemonLost:
@@ -233,7 +216,7 @@ class ConsumerWorker:
         """Has the sender keep what it has until the request has its turn. If that fails, so does what comes then."""
         remote = hold.remote
         try:
-            self._attached().start_hold(
+            self._daemon.attach().start_hold(
                 hold.request_id,
                 remote.source(self._layout.tp_rank),
                 self._keys(hold.hashes),
@@ -247,7 +230,7 @@ class ConsumerWorker:
         """Of what is parked there for this request nothing is wanted."""
         try:
             source = remote.source(self._layout.tp_rank)
-            self._attached().start_release_parked(request_id, source, remote.ids).abandon()
+            self._daemon.attach().start_release_parked(request_id, source, remote.ids).abandon()
         except (PdError, ValueError):
             pass  # The lease ends by itself.
 
@@ -263,7 +246,7 @@ class ConsumerWorker:
             if request.lost is None and request.arriving.done():
                 return True
         except _LOST as lost:
-            self._let_go(lost)
+            self._daemon.let_go(lost)
         if request.lost is not None:
             raise request.lost
         return False
@@ -325,7 +308,7 @@ class ConsumerWorker:
                 first = max(where.start, plan.first_block)
                 self._paged.scatter(
                     plan.block_ids[first : where.stop],
-                    self._buffer[chunk.offset_bytes : chunk.offset_bytes + chunk.len_bytes],
+                    self._daemon.buffer[chunk.offset_bytes : chunk.offset_bytes + chunk.len_bytes],
                     first_block=first - where.start,
                 )
         finally:
@@ -367,9 +350,9 @@ class ConsumerWorker:
         if request.plan is not None:
             self._finished.add(request_id)
         wanted = any(other.req_id == request.req_id for other in self._requests.values())
-        if request.req_id is not None and not wanted and self._client is not None:
+        if request.req_id is not None and not wanted and self._daemon.client is not None:
             # Nobody else will fetch it: the sender is told, and the slots are free at once.
-            self._client.give_up(request.req_id)
+            self._daemon.client.give_up(request.req_id)
 
 
 def requests_of(worker: ConsumerWorker) -> Iterable[str]:

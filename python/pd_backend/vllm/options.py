@@ -129,22 +129,37 @@ class Options:
         said = {*self._yaml(), *(key for key, _ in self.set)}
         return [arg for key, value in values.items() if key not in said for arg in ("--set", f"{key}={value}")]
 
-    def daemon_args(self, kv_device: str) -> list[str]:
+    def daemon_args(self, kv_device: str, *, both: bool = False) -> list[str]:
         """What the daemon is started with, besides its layout and rank. `kv_device`: where the engine's KV is, which is
-        where its buffer goes unless the configuration says. Raises `OptionError` for a daemon with both halves.
+        where its buffer goes unless the configuration says. `both`: it has both halves, and any free ports unless the
+        configuration says. Raises `OptionError` for a `pd_role` that contradicts.
         """
-        if self._pd_role() == "both":
+        role = self._pd_role()
+        if both and role not in (None, "both"):
+            raise OptionError(f"pd_role = {role}; with kv_role = kv_both the daemon has both halves: leave pd_role out")
+        if role == "both" and not both:
             raise OptionError(
-                "pd_role = both; PdConnector moves KV one way, with a daemon of one half: leave pd_role out of a "
-                "configuration that prefill and decode share"
+                "pd_role = both; with kv_producer and kv_consumer the daemon has one half: leave pd_role out of a "
+                "configuration that prefill and decode share, or set kv_role to kv_both"
             )
         args = [] if self.config_file is None else ["--config", self.config_file]
         said = {*self._yaml(), *(key for key, _ in self.set)}
         if not said & {"pd_buffer_device", "nixl_buffer_device"}:
             args += ["--set", f"pd_buffer_device={kv_device}"]
+        if both and role is None:
+            args += ["--set", "pd_role=both"]
+        for port in ("peer_init_port", "peer_alloc_port") if both else ():
+            if not said & {f"pd_{port}", f"nixl_{port}"}:
+                args += ["--set", f"pd_{port}=0"]
         for key, value in self.set:
             args += ["--set", f"{key}={value}"]
         return args
+
+    def own_hosts(self) -> list[str]:
+        """What other servers call this one, as far as the configuration says."""
+        given = {**self._yaml(), **dict(self.set)}
+        keys = ("pd_peer_host", "nixl_peer_host", "pd_advertise_host", "pd_rendezvous_host")
+        return [self.rendezvous_host, *(_unquoted(str(given[key])) for key in keys if given.get(key))]
 
     def _pd_role(self) -> Any:
         """`set`, then the file; both take the key's older name too."""

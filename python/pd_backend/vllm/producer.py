@@ -12,16 +12,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..client import Pending
-from ..errors import ClientClosed, DaemonGone, DaemonLost, PdError, RequestRefused, Unreadable
+from ..errors import ClientClosed, DaemonLost, PdError, RequestRefused, Unreadable
 from ..messages import Event, Failed, SendPart, StagedSlot
-from ..paged import PagedKv
 from ..sender_client import SenderClient
 from .adapters import LoadedAdapters
+from .attachment import Attachment
 from .keys import chunk_key
 from .layout import EngineLayout
 from .spec import ParkSpec
 from .step import ProducerStep, SendOutcomes, SendPlan, idle_wait_s
-from .supervisor import Supervisor
 from .weights import Weights
 
 logger = logging.getLogger("vllm.pd_backend")
@@ -71,8 +70,7 @@ class ProducerWorker:
 
     def __init__(
         self,
-        supervisor: Supervisor[SenderClient],
-        paged: PagedKv,
+        daemon: Attachment[SenderClient],
         layout: EngineLayout,
         dtype: str,
         *,
@@ -81,14 +79,14 @@ class ProducerWorker:
         adapters: LoadedAdapters | None = None,
         weights: Weights | None = None,
     ) -> None:
-        self._supervisor = supervisor
+        self._daemon = daemon
         self._weights = weights or Weights("", None)
         #: Those that the keys of requests under way say.
         self._of_weights = self._weights.last
         #: They have changed since the engine's own cache was emptied: that may have KV of the former ones.
         self._cache_is_stale = False
         self._adapters = adapters or LoadedAdapters()
-        self._paged = paged
+        self._paged = paged = daemon.paged
         self._layout = layout
         self._dtype = dtype
         self._slot_wait_s = slot_wait_s
@@ -97,8 +95,6 @@ class ProducerWorker:
         self._requests: dict[str, _Request] = {}
         #: By the name that both sides have for it.
         self._by_req_id: dict[str, _Request] = {}
-        self._client: SenderClient | None = None
-        self._buffer: Any = None
         self._computed_layers = 0
         #: Between `begin_step` and `end_step`: what this step computes is not all there yet.
         self._stepping = False
@@ -107,7 +103,7 @@ class ProducerWorker:
         self._current: list[_Request] = []
         self._outcomes = SendOutcomes()
         # What the buffer and the engine's memory do not have in common is said before the engine serves.
-        self._attached()
+        daemon.use(self._lost)
 
     # ---- hooks of a step, in their order ----------------------------------------------------------------------------------
 
@@ -209,30 +205,18 @@ class ProducerWorker:
 
     def close(self) -> None:
         """The worker ends: what is under way at the daemon ends by the daemon's own rules."""
-        self._supervisor.close()
+        self._daemon.close()
 
     # ---- towards the daemon -----------------------------------------------------------------------------------------------
 
-    def _attached(self) -> SenderClient:
-        client = self._supervisor.client()
-        if client is not self._client:
-            self._let_go(DaemonGone("the pd-sender that it was opened at has ended; another one was started since"))
-            self._client = client
-            self._buffer = self._paged.memory(client.buffer.range(0, client.buffer.len_bytes))
-        return client
-
-    def _let_go(self, why: PdError) -> None:
+    def _lost(self, client: SenderClient, why: PdError) -> None:
         """Of a client that is of no more use: what was opened there goes with it, but for what has been heard of."""
-        client, self._client, self._buffer = self._client, None, None
-        if client is None:
-            return
         try:
             client.wait_for_news(0.0)
         except PdError:
             pass
         self._ends(client, client.take_events())
         self._fail_all(client, why)
-        self._supervisor.lost(client, why)
 
     def _open(self, request: _Request) -> None:
         plan, layout = request.plan, self._layout
@@ -241,7 +225,7 @@ class ProducerWorker:
             for name in plan.hashes
         ]
         try:
-            request.client = client = self._attached()
+            request.client = client = self._daemon.attach()
             spec, last_chunk_tokens = plan.spec, layout.last_chunk_tokens(plan.tokens)
             if isinstance(spec, ParkSpec):
                 request.opening = client.start_park(
@@ -260,7 +244,7 @@ class ProducerWorker:
 
     def _poll(self, wait_s: float = 0.0) -> None:
         """Takes in what the daemon has said. Waits only as long as it is told to, for an answer that is on its way."""
-        client = self._client
+        client = self._daemon.client
         if client is None:
             return
         try:
@@ -282,8 +266,10 @@ class ProducerWorker:
                 except PdError as error:
                     self._fail(request, error)
         except _LOST as lost:
-            self._let_go(lost)
+            self._daemon.let_go(lost)
         except PdError as error:
+            if self._daemon.is_shared and isinstance(error, Unreadable):
+                return self._daemon.let_go(error)  # It may have brought chunks to whoever loads.
             # What could not be read may have been about any of them. The daemon lives, and is told.
             self._ends(client, client.take_events())
             self._fail_all(client, error)
@@ -323,9 +309,10 @@ class ProducerWorker:
                 del request.chunks[chunk]
             wanted = [index for index, chunk in request.chunks.items() if chunk.slot is None]
             # A few at a time where the buffer is small: more than it has could never be staged together.
-            most = max(1, self._client.attached.slot_count // 4) if self._client is not None else 1
-            if wanted and self._client is not None:
-                request.staging = self._client.start_stage(
+            client = self._daemon.client
+            if wanted and client is not None:
+                most = max(1, client.attached.slot_count // 4)
+                request.staging = client.start_stage(
                     request.plan.spec.req_id, wanted[:most], wait_s=self._slot_wait_s
                 )
         while request.replies and request.replies[0].done():
@@ -342,7 +329,7 @@ class ProducerWorker:
 
     def _push(self, request: _Request, layers: int) -> None:
         """Copies what is computed of staged chunks, up to so many layers, and tells the daemon to send it."""
-        if request.ended or request.complete or self._client is None:
+        if request.ended or request.complete or self._daemon.client is None:
             return
         if not self._adapters.may_be(request.plan.adapter):
             text = "the files of its LoRA adapter have changed since it was loaded; load it anew"
@@ -352,7 +339,7 @@ class ProducerWorker:
             slot = chunk.slot
             if slot is None or not chunk.block_ids or chunk.layers >= layers:
                 continue
-            view = self._buffer[slot.offset_bytes : slot.offset_bytes + slot.len_bytes]
+            view = self._daemon.buffer[slot.offset_bytes : slot.offset_bytes + slot.len_bytes]
             self._paged.gather(chunk.block_ids, view, layers=range(chunk.layers, layers))
             per_layer = self._paged.layer_bytes(len(chunk.block_ids))
             parts.append(
@@ -368,8 +355,9 @@ class ProducerWorker:
     def _send(self, request: _Request, parts: list[SendPart]) -> None:
         last = len(request.sent) == len(request.plan.hashes)
         try:
-            assert self._client is not None
-            request.replies.append(self._client.start_send(request.plan.spec.req_id, parts, last=last))
+            client = self._daemon.client
+            assert client is not None
+            request.replies.append(client.start_send(request.plan.spec.req_id, parts, last=last))
         except PdError as error:
             self._fail(request, error)
             return
@@ -407,7 +395,7 @@ class ProducerWorker:
     def _cancel(self, request: _Request) -> None:
         """At the daemon: its slots are given back there, and the receiver's. One that is lost does so by itself."""
         client = request.client
-        if client is None or client is not self._client:
+        if client is None or client is not self._daemon.client:
             return
         if request.opening is not None:
             # What it brings late is cancelled when it comes.

@@ -311,8 +311,12 @@ class ConsumerScheduler:
         tp_size: int,
         finder: Finder | None,
         naming: Naming,
+        rendezvous: Callable[[], Rendezvous | None] = lambda: None,
     ) -> None:
-        """`num_blocks` are the engine's. Without a `finder`, requests whose router names none are computed here."""
+        """`num_blocks` are the engine's. Without a `finder`, requests whose router names none are computed here.
+        `rendezvous`: where this very server is asked for what it has parked, if it also prefills.
+        """
+        self._rendezvous = rendezvous
         self._tp_size = tp_size
         #: Blocks that requests may hold while they wait for chunks. More would keep them from requests whose chunks are
         #: here, and the slots of those are what the others wait for.
@@ -324,6 +328,8 @@ class ConsumerScheduler:
         self._finder = finder
         self._naming = naming
         self._receiving: dict[str, _Receiving] = {}
+        #: Requests that were prefilled by this very server: their chunks are here, and parked until they end.
+        self._parked_here: dict[str, RemoteSpec] = {}
         #: Unneeded or given up, by how many workers may still get chunks for them, and have to give them back.
         self._returning: dict[str, int] = {}
         self._step = ConsumerStep()
@@ -339,6 +345,11 @@ class ConsumerScheduler:
         except SpecError as error:
             logger.warning("request %s is computed here: %s", request.request_id, error)
             req_id = None
+        if remote is not None and remote.engine is not None:
+            own = self._rendezvous()
+            if own is not None and own.engine_id == remote.engine:
+                # Both servers that the router chose are this one.
+                self._parked_here[request.request_id], remote = remote, None
         if remote is not None:
             req_id = request.request_id[:256]
         receiving = self._receiving[request.request_id] = _Receiving(req_id, remote)
@@ -415,7 +426,7 @@ class ConsumerScheduler:
         elif named is not None:
             self._step.unneeded.append(request.request_id)
             self._returning[request.request_id] = self._tp_size
-        if receiving.remote is not None and not receiving.used:
+        if not receiving.used and (receiving.remote is not None or request.request_id in self._parked_here):
             # One transfer for each request; vLLM itself reads this when a request is refused.
             request.kv_transfer_params["do_remote_prefill"] = False
         receiving.used = True
@@ -463,6 +474,9 @@ class ConsumerScheduler:
         self._forget(request.request_id)
         self._early_blocks.pop(request.request_id, None)
         receiving = self._receiving.pop(request.request_id, None)
+        parked_here = self._parked_here.pop(request.request_id, None)
+        if parked_here is not None:
+            self._step.released.append((request.request_id, parked_here))
         if receiving is not None and receiving.remote is not None and not receiving.used:
             self._step.released.append((request.request_id, receiving.remote))
         if receiving is not None and (receiving.loading or (receiving.req_id is not None and not receiving.used)):

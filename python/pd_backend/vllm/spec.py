@@ -53,6 +53,8 @@ class RemoteSpec:
     ids: tuple[str, ...]
     #: Prefill had ended when it was asked for: what is not known there never comes.
     in_turn: bool
+    #: The prefill server's own name, if it is said.
+    engine: str | None = None
 
     def source(self, tp_rank: int) -> SourceAddress:
         """The sender beside the prefill worker of this rank."""
@@ -69,6 +71,11 @@ class Rendezvous:
     engine: str
     #: `pull` or `push`.
     transfer_mode: str
+
+    @property
+    def engine_id(self) -> str:
+        """The server's name as routers are told it. All ranks' ports are in it, for those that keep nothing else of ours."""
+        return f"{_ENGINE}{self.engine}:{'+'.join(map(str, self.ports))}"
 
 
 def park_spec(params: Mapping[str, Any] | None, request_id: str) -> ParkSpec | None:
@@ -92,15 +99,12 @@ def _names(request_id: str) -> tuple[str, ...]:
 def parked_answer(
     request_id: str, at: Rendezvous, block_ids: Sequence[int], tokens: int
 ) -> dict[str, Any]:
-    """What prefill answers: NIXL's fields, which routers copy, and the ports of all ranks.
-
-    The ports stand in the engine's id as well, because some routers rebuild the map and keep that alone.
-    """
+    """What prefill answers: NIXL's fields, which routers copy, and the ports of all ranks."""
     return {
         "do_remote_prefill": True,
         "do_remote_decode": False,
         "remote_block_ids": [list(block_ids)],
-        "remote_engine_id": f"{_ENGINE}{at.engine}:{'+'.join(map(str, at.ports))}",
+        "remote_engine_id": at.engine_id,
         "remote_request_id": request_id,
         "remote_host": at.host,
         "remote_port": at.ports[0],
@@ -127,9 +131,13 @@ def remote_spec(params: Mapping[str, Any] | None, tp_size: int) -> RemoteSpec | 
         raise SpecError(f"remote_host = {_shown(host)}; expected a host name or address, of 1 to 255 bytes")
     if size is not None and size != tp_size:
         raise SpecError(f"tp_size = {_shown(size)} at prefill, {tp_size} here; start both with the same")
-    ids = params.get("remote_request_id")
+    ids, engine = params.get("remote_request_id"), params.get("remote_engine_id")
     return RemoteSpec(
-        host, _rendezvous(params, tp_size), (ids,) if _is_text(ids, 256) else (), "remote_num_tokens" in params
+        host,
+        _rendezvous(params, tp_size),
+        (ids,) if _is_text(ids, 256) else (),
+        "remote_num_tokens" in params,
+        engine if isinstance(engine, str) else None,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,11 +30,13 @@ class DaemonAt:
     weights: str
     #: Where what it has parked is asked for, if anything is.
     rendezvous_port: int | None = None
+    #: Where others announce what they send to it, if it receives.
+    init_port: int | None = None
 
     @classmethod
     def here(cls, rank: int, ready: ReadyLine, weights: str) -> DaemonAt:
         """Of a worker, as it tells the scheduler."""
-        return cls(rank, ready.connector, platform.node(), weights, ready.rendezvous_port)
+        return cls(rank, ready.connector, platform.node(), weights, ready.rendezvous_port, ready.init_port)
 
 
 class Whereabouts:
@@ -74,8 +77,16 @@ class Daemons:
 
     def rendezvous_ports(self) -> list[int] | None:
         """Of all ranks, in their order; None while one of them is not known, or has none."""
-        ports = [None if at is None else at.rendezvous_port for at in map(self._at.get, range(self._tp_size))]
-        return None if None in ports else ports
+        return self._ports(lambda at: at.rendezvous_port)
+
+    def init_ports(self) -> list[int] | None:
+        """As `rendezvous_ports`."""
+        return self._ports(lambda at: at.init_port)
+
+    def _ports(self, port_of: Callable[[DaemonAt], int | None]) -> list[int] | None:
+        daemons = map(self._at.get, range(self._tp_size))
+        ports = [port for at in daemons if at is not None and (port := port_of(at)) is not None]
+        return ports if len(ports) == self._tp_size else None
 
     def reset(self) -> bool:
         """Has all of them drop what was computed before. False where one of them has not said that it did."""

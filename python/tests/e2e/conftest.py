@@ -25,7 +25,7 @@ import harness
 import prompts
 from answers import right_answer
 from harness import Process, Server
-from pd_backend import Client, ReceiverClient, SenderClient, Status
+from pd_backend import Client, NodeClient, ReceiverClient, SenderClient, Status
 
 StatusOf = Callable[..., Status]
 
@@ -182,6 +182,9 @@ def _answers(single: Server) -> dict[tuple[tuple[int, ...], int], list[int]]:
     }
 
 
+_CLIENTS: dict[str, type[Client]] = {"sender": SenderClient, "receiver": ReceiverClient, "both": NodeClient}
+
+
 @pytest.fixture
 def status_of() -> Iterator[StatusOf]:
     """The counters of the daemon beside a server, or beside its worker of another rank."""
@@ -191,8 +194,7 @@ def status_of() -> Iterator[StatusOf]:
         ready = server.daemon_ready(rank)
         key = f"{ready['connector']} {ready['pid']}"
         if key not in clients:
-            kind = SenderClient if ready["role"] == "sender" else ReceiverClient
-            clients[key] = kind(ready["connector"], name="e2e test", map_buffer=False)
+            clients[key] = _CLIENTS[ready["role"]](ready["connector"], name="e2e test", map_buffer=False)
         return clients[key].status()
 
     yield status
@@ -233,5 +235,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     if harness.MISPLACED:
         items[:] = [item for item in items if not item.name.endswith("[1]")]
-    order = ["test_paged_copies", "test_engine", "test_tensor_parallel", "test_variants", "test_names", "test_tokens", "test_parked", "test_routers", "test_refused"]
+    order = ["test_paged_copies", "test_engine", "test_tensor_parallel", "test_variants", "test_names", "test_tokens", "test_parked", "test_routers", "test_both", "test_refused"]
     items.sort(key=lambda item: order.index(Path(str(item.path)).stem) if Path(str(item.path)).stem in order else 1)

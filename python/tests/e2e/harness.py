@@ -143,14 +143,14 @@ class Process:
     def log(self) -> str:
         return self.log_path.read_text(encoding="utf-8", errors="replace")
 
-    def wait_healthy(self, url: str, timeout_s: float) -> None:
-        """Until `url`/health says so. Raises `RuntimeError` with the end of its log."""
+    def wait_healthy(self, url: str, timeout_s: float, path: str = "/health") -> None:
+        """Until `path` there says so. Raises `RuntimeError` with the end of its log."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             if not self.running():
                 raise RuntimeError(f"{self.log_path.stem} has ended:\n{self.log()[-4000:]}")
             try:
-                with urllib.request.urlopen(url + "/health", timeout=5) as answer:
+                with urllib.request.urlopen(url + path, timeout=5) as answer:
                     if answer.status == 200:
                         return
             except OSError:
@@ -180,14 +180,15 @@ class Server(Process):
     def __init__(
         self, name: str, folder: Path, model: Path, *, kv: dict[str, Any] | None = None, args: Sequence[str] = (),
         env: dict[str, str] | None = None, tensor_parallel: int = 1, eager: bool = True, dtype: str = "float32",
-        package: Path = TOP / "python",
+        package: Path = TOP / "python", tokenizer: bool = False,
     ) -> None:
-        """`package`: the folder that has `pd_backend`."""
+        """`package`: the folder that has `pd_backend`. `tokenizer`: the model has one, and clients may ask in text."""
         self.name = name
         (self.port,) = free_ports(1)
         self.url = f"http://127.0.0.1:{self.port}"
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
-        command += ["--served-model-name", MODEL_NAME, "--skip-tokenizer-init", "--host", "127.0.0.1"]
+        command += ["--served-model-name", MODEL_NAME, "--host", "127.0.0.1"]
+        command += [] if tokenizer else ["--skip-tokenizer-init"]
         command += ["--port", str(self.port), "--tensor-parallel-size", str(tensor_parallel), "--dtype", dtype]
         # A worker of its own is a process more: only where there are several.
         command += ["--distributed-executor-backend", "uni" if tensor_parallel == 1 else "mp"]
@@ -245,6 +246,13 @@ def producer(sets: dict[str, Any], **more: Any) -> dict[str, Any]:
 def consumer(sets: dict[str, Any], **more: Any) -> dict[str, Any]:
     """`--kv-transfer-config` of a decode server."""
     return connector_config("kv_consumer", sets, **more)
+
+
+def both(sets: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """`--kv-transfer-config` of a server that prefills and decodes."""
+    if MISPLACED:
+        more |= {"module": "swapping", "name": "MisplacingConnector"}
+    return connector_config("kv_both", sets, **more)
 
 
 def connector_config(

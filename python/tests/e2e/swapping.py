@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pd_backend.vllm.connector import PdConnector, PdMetadata
-from pd_backend.vllm.step import ConsumerStep, ProducerStep, ReceivePlan
+from pd_backend.vllm.step import ReceivePlan
 
 _CHUNK_BLOCKS = 2
 #: A block that vLLM gives to no request.
@@ -18,8 +18,8 @@ class SwappingConnector(PdConnector):
     """
 
     def bind_connector_metadata(self, connector_metadata: PdMetadata) -> None:
-        step = connector_metadata.step
-        if isinstance(step, ConsumerStep):
+        step = connector_metadata.loads
+        if step is not None:
             step.loads = [
                 _exchanged(plan) if "swap-" in (plan.req_id or "") else plan for plan in step.loads
             ]
@@ -30,8 +30,8 @@ class MisplacingConnector(PdConnector):
     """Prefill: in place of the first block of each request another one is sent."""
 
     def bind_connector_metadata(self, connector_metadata: PdMetadata) -> None:
-        step = connector_metadata.step
-        if isinstance(step, ProducerStep):
+        step = connector_metadata.sends
+        if step is not None:
             step.chunks = [
                 replace(told, block_ids=[_NULL_BLOCK, *told.block_ids[1:]]) if told.chunk == 0 else told
                 for told in step.chunks
