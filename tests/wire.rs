@@ -150,6 +150,7 @@ fn hello() -> Hello {
         layout: vec![("dtype".into(), "bfloat16".into())],
         capabilities: vec!["commit".into()],
         process: None,
+        rendezvous: None,
     }
 }
 

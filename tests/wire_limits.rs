@@ -10,7 +10,7 @@ use pd_backend::connector::message::{ReceiverState, ReceiverStatus, Reply, Reque
 use pd_backend::ids::{
     CHUNK_KEY_LEN_BYTES_MAX, Checksum, ChunkKey, Failure, FailureKind, GrantId, GroupIndex, IpcHandle, LeaseId,
     METADATA_LEN_BYTES_MAX, PeerAddress, REQUEST_ID_LEN_BYTES_MAX, ReadyChunk, RequestId, Seq, SlotIndex, SlotPart,
-    StagedSlot,
+    SourceAddress, StagedSlot,
 };
 use pd_backend::wire::limits::{INIT_MESSAGE_LEN_BYTES_MAX, MESSAGE_LEN_BYTES_MAX};
 use pd_backend::wire::message::*;
@@ -56,6 +56,10 @@ fn failure() -> Failure {
     Failure::new(FailureKind::LayoutMismatch, "é".repeat(600))
 }
 
+fn source() -> SourceAddress {
+    SourceAddress { host: "h".repeat(253), port: u16::MAX }
+}
+
 fn hello() -> Hello {
     let name = || "n".repeat(NAME_LEN_BYTES_MAX);
     Hello {
@@ -71,6 +75,7 @@ fn hello() -> Hello {
             pid: u32::MAX,
             start_ticks: u64::MAX,
         }),
+        rendezvous: Some(source()),
     }
 }
 
@@ -240,6 +245,6 @@ fn as_many_peers_as_a_configuration_allows_can_be_named() {
     travels("its answer", INIT_MESSAGE_LEN_BYTES_MAX, &Message::NixlInitResponse(answer));
     let address = PeerAddress { host: "h".repeat(253), init_port: u16::MAX, alloc_port: u16::MAX };
     let receiver = ReceiverStatus { address, state: ReceiverState::Refused, failure: Some(failure()) };
-    let status = Status { receivers: vec![receiver; most], ..Status::default() };
+    let status = Status { receivers: vec![receiver; most], sources: vec![source(); most], ..Status::default() };
     travels("a status", MESSAGE_LEN_BYTES_MAX, &Reply::Status { id: SEQ, status });
 }

@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used)]
 
-use pd_backend::ids::{Checksum, ChunkKey, Failure, FailureKind, GrantId, GroupIndex, RequestId, Seq};
+use pd_backend::ids::{Checksum, ChunkKey, Failure, FailureKind, GrantId, GroupIndex, RequestId, Seq, SourceAddress};
 use pd_backend::wire::limits::{KEYS_MAX, VALUES_MAX};
 use pd_backend::wire::message::*;
 use pd_backend::wire::{decode, encode, type_name};
@@ -50,8 +50,11 @@ fn some_processes() -> impl Strategy<Value = Vec<ProcessIdentity>> {
 fn hellos() -> impl Strategy<Value = Hello> {
     let layout = proptest::collection::vec((text(), text()), 0..12);
     let process = proptest::option::of(processes());
-    (any::<u16>(), any::<u16>(), text(), text(), layout, proptest::collection::vec(text(), 0..4), process).prop_map(
-        |(version_min, version_max, instance, engine, layout, capabilities, process)| Hello {
+    let rendezvous =
+        proptest::option::of(("[ -~]{1,64}", any::<u16>()).prop_map(|(host, port)| SourceAddress { host, port }));
+    let versions = (any::<u16>(), any::<u16>());
+    (versions, text(), text(), layout, proptest::collection::vec(text(), 0..4), process, rendezvous).prop_map(
+        |((version_min, version_max), instance, engine, layout, capabilities, process, rendezvous)| Hello {
             version_min,
             version_max,
             instance,
@@ -59,6 +62,7 @@ fn hellos() -> impl Strategy<Value = Hello> {
             layout,
             capabilities,
             process,
+            rendezvous,
         },
     )
 }

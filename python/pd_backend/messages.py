@@ -184,6 +184,8 @@ class Status(_Value, frozen=True):
     engine_silent_ms: int = 0
     #: Sender: the receivers that it was told of at start (`pd_receivers`), in that order.
     receivers: list[ReceiverStatus] = []
+    #: Sender: rendezvous ports of the receivers that it is connected to, of those that park chunks themselves.
+    sources: list[SourceAddress] = []
 
 
 # ---- from the client -------------------------------------------------------------------------------------------------

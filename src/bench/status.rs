@@ -111,6 +111,7 @@ fn read(text: &str) -> Result<Status, String> {
         engine_silent_ms: one("pd_engine_silent_seconds").unwrap_or(0) * 1000,
         // Metrics count them, and name none.
         receivers: Vec::new(),
+        sources: Vec::new(),
     })
 }
 
@@ -255,6 +256,7 @@ mod tests {
             failures: BTreeMap::from([("expired".to_owned(), 1), ("peer_lost".to_owned(), 2)]),
             engine_silent_ms: 4000,
             receivers: Vec::new(),
+            sources: Vec::new(),
         };
         let half = IncomingCounts { readers_waiting: 9, ..IncomingCounts::default() };
         let counts = NodeCounts { incoming: Some(half), ..NodeCounts::default() };

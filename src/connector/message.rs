@@ -538,6 +538,9 @@ pub struct Status {
     /// Sender: the receivers that it was told of at start (`pd_receivers`), in that order.
     #[serde(default, deserialize_with = "nil_is_left_out", skip_serializing_if = "Vec::is_empty")]
     pub receivers: Vec<ReceiverStatus>,
+    /// Sender: rendezvous ports of the receivers that it is connected to, of those that park chunks themselves.
+    #[serde(default, deserialize_with = "nil_is_left_out", skip_serializing_if = "Vec::is_empty")]
+    pub sources: Vec<SourceAddress>,
 }
 
 /// A receiver that a sender was told of at start.

@@ -144,6 +144,7 @@ mod tests {
             layout: vec![("model".into(), "m".into()), ("dtype".into(), "bfloat16".into())],
             capabilities: vec![CAPABILITY_COMMIT.into()],
             process: None,
+            rendezvous: None,
         }
     }
 

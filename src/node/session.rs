@@ -13,7 +13,7 @@ use super::safeguards::Safeguard;
 use super::settings::NodeSettings;
 use crate::ids::{
     Checksum, ClientId, ConnectionId, Failure, FailureKind, GrantId, LeaseId, PeerAddress, PeerId, RequestId, Seq,
-    TransferId,
+    SourceAddress, TransferId,
 };
 use crate::slot::SlotCounts;
 use crate::wire::message::ProcessIdentity;
@@ -335,6 +335,11 @@ impl<R: Clone + PartialEq> Node<R> {
     /// The receivers that the configuration names, in that order, and how far the node has come with each.
     pub fn receivers(&self) -> impl Iterator<Item = (&PeerAddress, &ConnectState)> {
         self.outgoing.iter().flat_map(Outgoing::receivers)
+    }
+
+    /// Where the receivers that are connected may be asked for what they have parked themselves.
+    pub fn sources(&self) -> impl Iterator<Item = &SourceAddress> {
+        self.outgoing.iter().flat_map(Outgoing::sources)
     }
 
     /// Checks that slots, requests, transfers, leases and grants agree.

@@ -472,6 +472,7 @@ impl Daemon {
             failures: self.notes.tally().failures(),
             engine_silent_ms,
             receivers: self.node.receivers().map(translate::receiver).collect(),
+            sources: self.node.sources().cloned().collect(),
         }
     }
 }

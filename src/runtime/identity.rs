@@ -7,7 +7,7 @@ use super::ports::Ports;
 use super::process;
 use crate::address::AddressManager;
 use crate::config::Config;
-use crate::ids::{ChecksumMode, PeerAddress, stands_for_all};
+use crate::ids::{ChecksumMode, PeerAddress, SourceAddress, stands_for_all};
 use crate::kv_layout::KvGroup;
 use crate::node::{ChunkShape, IncomingSettings, NodeSettings, OutgoingSettings, Port};
 use crate::wire::message::{
@@ -36,7 +36,16 @@ pub(super) fn hello(config: &Config, instance: &str, engine: &str) -> Hello {
         layout: config.layout.fingerprint(),
         capabilities,
         process: process::own_identity().cloned(),
+        rendezvous: None,
     }
+}
+
+/// Where others ask for what is parked here. As in [`advertised`], an address that stands for all of them is none.
+fn rendezvous(config: &Config, ports: &Ports) -> Option<SourceAddress> {
+    let port = ports.number(Port::Rendezvous)?;
+    let hosts = [Some(&config.rendezvous_host), config.advertise_host.as_ref()];
+    let host = hosts.into_iter().flatten().find(|host| !stands_for_all(host))?;
+    Some(SourceAddress { host: host.clone(), port })
 }
 
 fn chunk_shape(config: &Config) -> ChunkShape {
@@ -72,7 +81,7 @@ pub(super) fn settings(
 ) -> NodeSettings {
     let Config { deadlines, limits, .. } = config;
     NodeSettings {
-        hello: hello(config, instance, started.engine),
+        hello: Hello { rendezvous: rendezvous(config, ports), ..hello(config, instance, started.engine) },
         agent_name: started.export.agent_name,
         metadata: started.export.metadata,
         descriptors: started.export.descriptors,

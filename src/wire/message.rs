@@ -6,7 +6,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::ids::{Checksum, ChunkKey, Failure, GrantId, GroupIndex, PeerAddress, Registration, RequestId, Seq};
+use crate::ids::{
+    Checksum, ChunkKey, Failure, GrantId, GroupIndex, PeerAddress, Registration, RequestId, Seq, SourceAddress,
+};
 
 /// The protocol version that this build speaks, and the oldest that it still understands.
 pub const PROTOCOL_VERSION: u16 = 2;
@@ -114,6 +116,9 @@ pub struct Hello {
     /// The process itself, so that a peer on the same host can see it end.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub process: Option<ProcessIdentity>,
+    /// Where others may ask for what is parked here, if anything is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rendezvous: Option<SourceAddress>,
 }
 
 /// A process, told apart from another with the same pid on another host, in another container, or later.

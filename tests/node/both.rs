@@ -3,13 +3,14 @@
 use std::time::Instant;
 
 use pd_backend::ids::{
-    ChunkKey, ClientId, ConnectionId, FailureKind, GrantId, PeerAddress, PeerId, RequestId, Seq, StagedSlot,
+    ChunkKey, ClientId, ConnectionId, Failure, FailureKind, GrantId, PeerAddress, PeerId, RequestId, Seq,
+    SourceAddress, StagedSlot,
 };
 use pd_backend::node::outgoing::{Event, OpenRequest};
 use pd_backend::node::{Answer, Node, NodeSettings, OutgoingSettings, Output, Port, To};
 use pd_backend::wire::message::{
-    AllocExtension, AllocReplyExtension, AllocRequest, AllocResponse, CancelExtension, CancelNotif, InitExtension,
-    InitReplyExtension, InitRequest, InitResponse, MemRegReplyExtension, MemRegResponse, Revoke,
+    AllocExtension, AllocReplyExtension, AllocRequest, AllocResponse, CancelExtension, CancelNotif, Hello,
+    InitExtension, InitReplyExtension, InitRequest, InitResponse, MemRegReplyExtension, MemRegResponse, Revoke,
 };
 use pd_backend::wire::{LmcacheMode, Message};
 
@@ -39,6 +40,10 @@ fn name(text: &str) -> RequestId {
 
 fn keys(of: &str, count: u32) -> Vec<ChunkKey> {
     (0..count).map(|chunk| ChunkKey::new(format!("{of}-{chunk}")).unwrap()).collect()
+}
+
+fn rendezvous() -> SourceAddress {
+    SourceAddress { host: "r".into(), port: 3 }
 }
 
 impl Bench {
@@ -91,7 +96,7 @@ impl Bench {
                 remote_meta_bytes: vec![2],
                 pd: Some(InitReplyExtension {
                     seq: init.pd.unwrap().seq,
-                    hello: hello("r"),
+                    hello: Hello { rendezvous: Some(rendezvous()), ..hello("r") },
                     agent_name: "r".into(),
                     refusal: None,
                 }),
@@ -283,4 +288,17 @@ fn a_node_does_not_shake_hands_with_itself() {
     let Some(Message::NixlInitResponse(response)) = bench.said.pop() else { panic!("{:?}", bench.said) };
     let refusal = response.pd.unwrap().refusal.unwrap();
     assert!(refusal.kind == FailureKind::BadRequest && refusal.text.contains("does not send to itself"), "{refusal}");
+}
+
+#[test]
+fn receivers_that_park_themselves_are_named_while_they_are_connected() {
+    // Broken in production: prefill does not learn whom to ask for a conversation's turn before, or asks one that has gone.
+    let mut bench = Bench::new(8);
+    assert_eq!(bench.node.sources().count(), 0);
+    bench.open("x", 1);
+    assert_eq!(bench.node.sources().collect::<Vec<_>>(), [&rendezvous()]);
+    let gone = Failure::new(FailureKind::PeerLost, "gone");
+    bench.node.handle_peer_closed(bench.now, bench.receiver.unwrap(), gone);
+    bench.pump();
+    assert_eq!(bench.node.sources().count(), 0);
 }

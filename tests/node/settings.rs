@@ -20,6 +20,7 @@ pub fn hello(instance: &str) -> Hello {
         layout: Vec::new(),
         capabilities: vec![CAPABILITY_COMMIT.into(), CAPABILITY_HEARTBEAT.into()],
         process: None,
+        rendezvous: None,
     }
 }
 

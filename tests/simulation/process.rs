@@ -144,6 +144,7 @@ fn hello(instance: String, at: Proc, same_host: bool, host: &str) -> Hello {
             .map(String::from)
             .to_vec(),
         process: Some(process),
+        rendezvous: None,
     }
 }
 

@@ -57,7 +57,7 @@ use super::Port;
 use super::settings::OutgoingSettings;
 use crate::ids::{
     ChunkKey, ClientId, ConnectionId, Failure, FailureKind, GrantId, PeerAddress, PeerId, RequestId, Seq, SlotIndex,
-    TransferId,
+    SourceAddress, TransferId,
 };
 use crate::node::core::Core;
 use crate::wire::Message;
@@ -273,6 +273,12 @@ impl<R: Clone> Outgoing<R> {
     /// The receivers that the configuration names, in that order, and how far the sender has come with each.
     pub(super) fn receivers(&self) -> impl Iterator<Item = (&PeerAddress, &ConnectState)> {
         self.reconnects.iter()
+    }
+
+    /// Where the receivers that are connected may be asked for what they have parked themselves.
+    pub(super) fn sources(&self) -> impl Iterator<Item = &SourceAddress> {
+        let connected = self.peers.values().filter(|peer| peer.connection().is_some());
+        connected.filter_map(|peer| peer.rendezvous.as_ref())
     }
 
     /// Tries to connect to a receiver that the configuration names.

@@ -7,7 +7,7 @@ use super::link::{LMCACHE_INSTANCE, Link};
 use super::requests::{OutgoingStage, truncated};
 use super::uid::Uid;
 use super::{Note, Outgoing, OutgoingTimer, Port};
-use crate::ids::{ConnectionId, Failure, FailureKind, PeerAddress, PeerId, Seq, truncate};
+use crate::ids::{ConnectionId, Failure, FailureKind, PeerAddress, PeerId, Seq, SourceAddress, truncate};
 use crate::node::Output;
 use crate::node::PeerMemory;
 use crate::node::core::Core;
@@ -29,6 +29,8 @@ pub(super) struct Receiver {
     since: Instant,
     /// Its name for itself, once it has said.
     pub(super) instance: String,
+    /// Where it may be asked for what it has parked itself, if it has said so.
+    pub(super) rendezvous: Option<SourceAddress>,
     /// How much of its buffer the engine knows, in bytes.
     pub(super) len_bytes: u64,
     last_used: Instant,
@@ -103,6 +105,7 @@ impl<R: Clone> Outgoing<R> {
             state: ReceiverProgress::AwaitingOldWrites,
             since: core.now,
             instance: String::new(),
+            rendezvous: None,
             len_bytes: 0,
             last_used: core.now,
             link: Link::Pd,
@@ -198,6 +201,7 @@ impl<R: Clone> Outgoing<R> {
         }
         record.heartbeat = extension.hello.capabilities.iter().any(|name| name == CAPABILITY_HEARTBEAT);
         record.instance = extension.hello.instance;
+        record.rendezvous = extension.hello.rendezvous;
         self.load(core, peer, Link::Pd, Some(extension.agent_name), response.remote_meta_bytes);
     }
 
