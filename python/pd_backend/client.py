@@ -181,7 +181,11 @@ class Client:
 
     def status(self) -> m.Status:
         """The daemon's counters."""
-        return self._start(lambda id: m.StatusQuery(id=id), m.StatusReply, lambda reply: reply.status).result()
+        return self.start_status().result()
+
+    def start_status(self) -> Pending[m.Status]:
+        """As `status`, without waiting."""
+        return self._start(lambda id: m.StatusQuery(id=id), m.StatusReply, lambda reply: reply.status)
 
     def cancel(self, req_id: str) -> None:
         """Gives a request up; returns when nothing is written for it any more. No event follows.

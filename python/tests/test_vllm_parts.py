@@ -14,7 +14,15 @@ from pd_backend.vllm.keys import Context, Item, chunk_hashes, chunk_key
 from pd_backend.vllm.layout import EngineLayout, LayoutMismatch
 from pd_backend.vllm.options import OptionError, Options
 from pd_backend.vllm.plugin import register
-from pd_backend.vllm.spec import DisaggSpec, SpecError, decode_req_id, prefill_spec
+from pd_backend.vllm.spec import (
+    DisaggSpec,
+    Rendezvous,
+    SpecError,
+    decode_req_id,
+    parked_answer,
+    prefill_spec,
+    turn_spec,
+)
 
 SPEC = {
     "req_id": "r", "receiver_host": "127.0.0.1", "receiver_init_port": [7300, 7301], "receiver_alloc_port": [7400, 7401]
@@ -188,6 +196,19 @@ class TestHalves:
         assert {"127.0.0.1", "localhost", "decode-1"} <= own_hosts(["decode-1", None, ""])
         options = Options.parse({"rendezvous_host": "a", "set": {"pd_peer_host": "'b'", "pd_advertise_host": "c"}})
         assert options.own_hosts() == ["a", "b", "c"]
+
+
+class TestTurns:
+    def test_a_router_may_say_where_the_turn_before_was_decoded(self) -> None:
+        # Broken in production: a multi-turn router's parameters are not followed, or end the engine.
+        said = parked_answer("cmpl-1", Rendezvous("10.0.0.2", (5600, 5601), "me", "pull"), [1], 512)
+        swapped = said | {"do_remote_decode": True, "do_remote_prefill": False}
+        spec = turn_spec(swapped, 2)
+        assert spec is not None and (spec.host, spec.ports, spec.ids) == ("10.0.0.2", (5600, 5601), ("cmpl-1",))
+        assert turn_spec(said, 2) is turn_spec(None, 2) is turn_spec({"do_remote_decode": True}, 2) is None
+        for change in ({"remote_host": None}, {"remote_host": 7}, {"tp_size": 1}):
+            assert turn_spec(swapped | change, 2) is None
+        assert turn_spec({"do_remote_decode": True, "remote_host": "h", "remote_port": "x"}, 2) is None
 
 
 class TestOptions:

@@ -11,7 +11,7 @@ import pytest
 from pd_backend.vllm.keys import chunk_hashes
 from pd_backend.vllm.naming import Naming
 from pd_backend.vllm.scheduler import ConsumerScheduler, ProducerScheduler, blocks_of
-from pd_backend.vllm.spec import Rendezvous, parked_answer
+from pd_backend.vllm.spec import RemoteSpec, Rendezvous, parked_answer
 from pd_backend.vllm.step import SendOutcomes
 
 CHUNK, BLOCK = 256, 128
@@ -192,6 +192,32 @@ class TestProducer:
         again = request(101, request_id="d")
         scheduler.allocated(again)
         assert len(scheduler.build(output(new=[("d", [3], 0, 101)])).plans) == 1
+
+    def test_decode_keeps_the_whole_chunks_of_what_it_has_answered(self) -> None:
+        # Broken in production: the next turn computes the answer again; or is given KV of a token that was not computed.
+        at = Rendezvous("h", (1,), "me", "pull")
+        scheduler = ProducerScheduler(CHUNK, BLOCK, 1, Naming(), lambda: at)
+        one = request(500, {}, output=range(13))
+        one.num_computed_tokens = 512
+        keep, params = scheduler.keep(one, [1, 2, 3, 4, 5])
+        assert keep and params is not None and params["remote_num_tokens"] == 512 and params["remote_host"] == "h"
+        step = scheduler.build(output())
+        assert (told(step), step.finishing) == ([(0, [1, 2]), (1, [3, 4])], ["a"])
+        assert step.plans[0].hashes == chunk_hashes([*range(500), *range(12)], CHUNK)
+        assert step.plans[0].kept == RemoteSpec("h", (1,), step.plans[0].spec.ids, True)
+        assert scheduler.pending()
+        scheduler.update(SendOutcomes({"a": [None]}))
+        assert not scheduler.pending()
+        # Too short, not computed, aborted, or nobody knows where to ask.
+        short, aborted = request(255, {}, output=[1]), request(600, {}, output=[1])
+        short.num_computed_tokens, aborted.num_computed_tokens = 255, 600
+        aborted.status = Fake(name="FINISHED_ABORTED")
+        for each in (short, aborted):
+            assert scheduler.keep(each, [1, 2, 3, 4, 5]) == (False, None)
+        nowhere = self.scheduler()
+        assert nowhere.keep(one, [1, 2, 3, 4, 5]) == (False, None)
+        # Blocks outside of a window are none.
+        assert scheduler.keep(one, [0, 2, 3, 4, 5]) == (False, None)
 
     def test_ordinary_requests_are_nobodys_business(self) -> None:
         # Broken in production: a prefill server cannot answer requests of its own.
@@ -436,6 +462,43 @@ class TestConsumer:
         scheduler.received(["a"], ())
         scheduler.finished(one)
         assert [(name, remote.ids) for name, remote in scheduler.build(output()).released] == [("a", ("cmpl-1",))]
+
+    def test_the_turn_before_is_asked_for_if_enough_is_missing(self) -> None:
+        # Broken in production: prefill computes what decode has, or waits for chunks that it computes sooner.
+        shelf = Shelf(range(768))
+        scheduler = ConsumerScheduler(CHUNK, BLOCK, 1000, 2, shelf, Naming(), next_turn_tokens=512)
+        asked = {"do_remote_decode": True, "do_remote_prefill": False}
+        long, cached, short = (request(tokens, asked, name) for tokens, name in ((1000, "a"), (1000, "b"), (500, "c")))
+        for each in (long, cached, short):
+            scheduler.arrived_to_be_prefilled(each)
+            assert scheduler.knows(each.request_id)
+        assert scheduler.matched(cached, 300) == (None, False)
+        assert scheduler.matched(short, 0) == (0, False)
+        assert scheduler.matched(long, 0) == scheduler.matched(long, 0) == (None, False)
+        step = scheduler.build(output())
+        hashes = chunk_hashes(list(range(1000)), CHUNK)
+        # Whole chunks alone: decode keeps no others.
+        assert [(turn.request_id, turn.hashes) for turn in step.turns] == [("b", hashes[1:3]), ("a", hashes[:3])]
+        assert shelf.asked == 0
+        scheduler.here(["a"])
+        assert scheduler.matched(long, 0) == (None, False)
+        scheduler.here(["a"])
+        assert scheduler.matched(long, 0) == scheduler.matched(long, 0) == (768, True)
+        assert scheduler.build(output()).turns_over == ["a"] and shelf.held == {"a"}
+        scheduler.allocated(long, [1, 2, 3, 4, 5, 6, 7, 8], 768)
+        (load,) = scheduler.build(output()).loads
+        assert (load.req_id, load.remote, load.hashes) == (None, None, hashes[:3])
+        scheduler.received(["a"], ())
+        assert not scheduler.finished(long)
+        # Given up while it is asked for.
+        assert not scheduler.finished(cached) and scheduler.pending()
+        assert scheduler.build(output()).turns_over == ["b"] and not scheduler.pending()
+
+    def test_who_asks_for_no_turn_is_not_known(self) -> None:
+        # Broken in production: a prefill server looks chunks up that it was told to compute.
+        for scheduler in (self.scheduler(Shelf()), ConsumerScheduler(CHUNK, BLOCK, 9, 1, None, Naming(), next_turn_tokens=1)):
+            scheduler.arrived_to_be_prefilled(request(1000, {"do_remote_decode": True}))
+            assert not scheduler.knows("a")
 
     def test_embeddings_have_no_names(self) -> None:
         # Broken in production: a prompt of embeddings ends the engine.

@@ -21,6 +21,7 @@ Only that module and `engine` import vLLM; the others here are plain Python:
     attachment  the client of a worker's daemon, for the one or two sides of the worker
     producer    the worker's side of prefill
     consumer    the worker's side of decode
+    turns       chunks of a conversation's turn before, which prefill asks other servers for
     pairing     whether a pd-sender can talk to the receivers that it is told of, before the engine serves
     supervisor  the daemon of a worker: launched, watched, restarted
 """

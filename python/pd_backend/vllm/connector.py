@@ -189,6 +189,7 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
                 self._finder,
                 naming,
                 self._rendezvous if self._sends else lambda: None,
+                self._options.kv_recompute_threshold if self._sends else 0,
             )
         if self._sends and self._receives:
             self._own_hosts = own_hosts(self._options.own_hosts())
@@ -357,18 +358,29 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
         return is_sent(request.kv_transfer_params, self._own_hosts, self._daemons.init_ports() or ())
 
     def on_new_request(self, request: Any) -> None:
-        if self._consumer_scheduler is not None and not self._prefills(request):
+        if self._consumer_scheduler is None:
+            return
+        if not self._prefills(request):
             self._consumer_scheduler.arrived(request)
+        elif request.kv_transfer_params.get("do_remote_decode"):
+            self._consumer_scheduler.arrived_to_be_prefilled(request)
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
-        if self._consumer_scheduler is None or self._prefills(request):
+        if not self._is_loaded(request):
             return 0, False
+        assert self._consumer_scheduler is not None
         return self._consumer_scheduler.matched(request, num_computed_tokens)
+
+    def _is_loaded(self, request: Any) -> bool:
+        """Whether KV of the request may come from elsewhere."""
+        scheduler = self._consumer_scheduler
+        return scheduler is not None and (not self._prefills(request) or scheduler.knows(request.request_id))
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         if self._producer_scheduler is not None and self._prefills(request):
             self._producer_scheduler.allocated(request)
-        elif self._consumer_scheduler is not None:
+        if self._is_loaded(request):
+            assert self._consumer_scheduler is not None
             self._consumer_scheduler.allocated(request, blocks.get_block_ids()[0], num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
@@ -397,10 +409,14 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
             )
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        if self._producer_scheduler is not None and self._prefills(request):
-            return self._producer_scheduler.finished(request, block_ids)
-        if self._consumer_scheduler is not None:
-            self._consumer_scheduler.finished(request)
+        producer, consumer = self._producer_scheduler, self._consumer_scheduler
+        prefills, loads = self._prefills(request), self._is_loaded(request)
+        was_decoded = consumer is not None and loads and consumer.finished(request)
+        if producer is not None and prefills:
+            return producer.finished(request, block_ids)
+        if producer is not None and was_decoded and self._options.kv_recompute_threshold:
+            keep, params = producer.keep(request, block_ids)
+            return keep, params if self._options.bidirectional_kv_xfer else None
         return False, None
 
     def request_finished_all_groups(

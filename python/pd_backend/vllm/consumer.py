@@ -17,6 +17,7 @@ from .layout import EngineLayout
 from .scheduler import blocks_of
 from .spec import RemoteSpec
 from .step import ConsumerStep, HoldPlan, ReceivePlan, idle_wait_s
+from .turns import Turns
 from .weights import Weights
 
 logger = logging.getLogger("vllm.pd_backend")
@@ -79,6 +80,7 @@ class ConsumerWorker:
         self._returned: list[str] = []
         self._here: list[str] = []
         self._idle = False
+        self._turns = Turns(daemon, self._keys, layout.tp_rank)
         # What the buffer and the engine's memory do not have in common is said before the engine serves.
         daemon.use(self._lost)
 
@@ -101,6 +103,10 @@ class ConsumerWorker:
                 request = self._requests[plan.request_id] = _Request(plan.request_id, plan.req_id, now)
             request.plan = plan
             self._try_start(request)
+        for turn in step.turns:
+            self._turns.begin(turn)
+        for request_id in step.turns_over:
+            self._turns.end(request_id)
         for request_id in step.unneeded:
             self._return(request_id, self._requests.pop(request_id, None))
         for request_id in step.dropped:
@@ -137,7 +143,7 @@ class ConsumerWorker:
         """Announced requests whose chunks are here, or are not going to come, since the last call: once they have blocks,
         nothing of them waits for anybody.
         """
-        here, self._here = self._here, []
+        here, self._here = self._here + self._turns.through(), []
         return here
 
     def returned(self) -> list[str]:
@@ -156,6 +162,7 @@ class ConsumerWorker:
         for request in (*self._requests.values(), *self._returning.values()):
             if request.asked is client:
                 request.lost = why
+        self._turns.lost(client)
 
     def _wait_a_little(self) -> None:
         """Lets an answer that is on its way come in this step instead of the next one."""
@@ -357,4 +364,4 @@ class ConsumerWorker:
 
 def requests_of(worker: ConsumerWorker) -> Iterable[str]:
     """Requests that the worker still knows of: for tests, that nothing is left behind."""
-    return [*worker._requests, *worker._returning]
+    return [*worker._requests, *worker._returning, *worker._turns]

@@ -58,6 +58,11 @@ class Options:
     kv_lease_duration: float = 30.0
     #: Prefill: in how many parts the layers of a step are pushed while it is computed; 1 pushes after it.
     layer_pushes: int = 4
+    #: Both parts: a prompt of which prefill lacks so many tokens is asked for at the servers that may have decoded the
+    #: conversation's turn before, and decode keeps its chunks for that; 0: neither.
+    kv_recompute_threshold: int = 512
+    #: Both parts: whether decode's answers say where the KV of the conversation is, for routers that pass that on to prefill.
+    bidirectional_kv_xfer: bool = False
     #: Decode: whether requests without a `disagg_spec` are looked up by their chunks.
     lookup: bool = True
     #: Whether the daemon's log goes to the engine's standard error.
@@ -188,7 +193,7 @@ def _parsed(name: str, value: Any) -> Any:
         return _sets(value)
     if name in ("config_file", "binary_dir", "model_name", "weights_id", "rendezvous_host"):
         return _typed(name, value, str, "text")
-    if name in ("lookup", "daemon_log"):
+    if name in ("lookup", "daemon_log", "bidirectional_kv_xfer"):
         return _typed(name, value, bool, "true or false")
     if name in ("chunk_size", "layer_pushes"):
         return _count(name, value)
@@ -200,9 +205,9 @@ def _parsed(name: str, value: Any) -> Any:
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 65536:
             raise OptionError(f"rendezvous_port = {value!r}; expected a port, or 0 for any")
         return value
-    if name == "restarts_max":
+    if name in ("restarts_max", "kv_recompute_threshold"):
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise OptionError(f"restarts_max = {value!r}; expected a whole number from 0 up")
+            raise OptionError(f"{name} = {value!r}; expected a whole number from 0 up")
         return value
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= _SECONDS_MAX:
         raise OptionError(f"{name} = {value!r}; expected seconds, above 0 and at most 86400")

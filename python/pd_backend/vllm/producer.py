@@ -14,12 +14,13 @@ from typing import Any
 from ..client import Pending
 from ..errors import ClientClosed, DaemonLost, PdError, RequestRefused, Unreadable
 from ..messages import Event, Failed, SendPart, StagedSlot
+from ..receiver_client import ReceiverClient
 from ..sender_client import SenderClient
 from .adapters import LoadedAdapters
 from .attachment import Attachment
 from .keys import chunk_key
 from .layout import EngineLayout
-from .spec import ParkSpec
+from .spec import ParkSpec, RemoteSpec
 from .step import ProducerStep, SendOutcomes, SendPlan, idle_wait_s
 from .weights import Weights
 
@@ -228,8 +229,9 @@ class ProducerWorker:
             request.client = client = self._daemon.attach()
             spec, last_chunk_tokens = plan.spec, layout.last_chunk_tokens(plan.tokens)
             if isinstance(spec, ParkSpec):
+                wait_s = self._slot_wait_s if plan.kept is None else 0.0
                 request.opening = client.start_park(
-                    spec.req_id, keys, last_chunk_tokens=last_chunk_tokens, ids=spec.ids, wait_s=self._slot_wait_s
+                    spec.req_id, keys, last_chunk_tokens=last_chunk_tokens, ids=spec.ids, wait_s=wait_s
                 )
             else:
                 request.opening = client.start_open(
@@ -406,9 +408,21 @@ class ProducerWorker:
         request.ended = True
         request.chunks.clear()
         self._forget(request)
-        if error is not None:
+        if request.plan.kept is not None:
+            self._end_kept(request, request.plan.kept, error)
+        elif error is not None:
             logger.error("request %s was not sent: %s", request.plan.spec.req_id, error)
         self._outcomes.ended.setdefault(request.plan.request_id, []).append(error)
+
+    def _end_kept(self, request: _Request, own: RemoteSpec, error: str | None) -> None:
+        """What is kept is not leased: its slots are there for whatever else needs them."""
+        if error is not None:
+            logger.info("request %s is not kept for a next turn: %s", request.plan.request_id, error)
+        elif isinstance(client := request.client, ReceiverClient):
+            try:
+                client.start_release_parked(request.plan.spec.req_id, own.source(self._layout.tp_rank), own.ids).abandon()
+            except PdError:
+                pass  # Its lease ends by itself.
 
     def _forget(self, request: _Request) -> None:
         if self._by_req_id.get(request.plan.spec.req_id) is request:

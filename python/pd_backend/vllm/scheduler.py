@@ -20,12 +20,14 @@ from .spec import (
     Rendezvous,
     SpecError,
     decode_req_id,
+    kept_spec,
     park_spec,
     parked_answer,
     prefill_spec,
     remote_spec,
+    turn_spec,
 )
-from .step import ChunkBlocks, ConsumerStep, HoldPlan, ProducerStep, ReceivePlan, SendOutcomes, SendPlan
+from .step import ChunkBlocks, ConsumerStep, HoldPlan, ProducerStep, ReceivePlan, SendOutcomes, SendPlan, TurnPlan
 
 logger = logging.getLogger("vllm.pd_backend")
 
@@ -215,6 +217,35 @@ class ProducerScheduler:
             self._forget(sending)
         return True, self._answer(request, sending, block_ids) or None
 
+    def keep(self, request: Any, block_ids: Sequence[int]) -> tuple[bool, dict[str, Any] | None]:
+        """Parks the whole chunks of a request that was decoded here, for the next turn of its conversation. As `finished`."""
+        at, request_id = self._rendezvous(), request.request_id
+        complete = getattr(request.status, "name", str(request.status)) in _COMPLETE
+        # The last token of the answer is not computed.
+        computed = min(request.num_tokens - 1, request.num_computed_tokens)
+        chunks = computed // self._chunk_tokens
+        if at is None or not complete or not chunks or request_id in self._draining:
+            return False, None
+        tokens = chunks * self._chunk_tokens
+        blocks = list(block_ids[: tokens // self._block_tokens])
+        try:
+            named = self._naming.name(request, request.num_tokens)
+        except Unnamed:
+            return False, None
+        if named.stale_hits or NULL_BLOCK in blocks or len(blocks) * self._block_tokens < tokens:
+            return False, None
+        hashes = chunk_hashes(request.all_token_ids[:tokens], self._chunk_tokens, named.context)
+        spec = kept_spec(request_id)
+        own = RemoteSpec(at.host, at.ports, spec.ids, in_turn=True)
+        plan = SendPlan(request_id, spec, hashes, tokens, named.adapter, cached=True, kept=own)
+        self._draining[request_id] = _Sending(plan, planned=True, told=chunks)
+        step, per_chunk = self._step, self._chunk_tokens // self._block_tokens
+        step.plans.append(plan)
+        for chunk in range(chunks):
+            step.chunks.append(ChunkBlocks(request_id, chunk, blocks[chunk * per_chunk : (chunk + 1) * per_chunk]))
+        step.finishing.append(request_id)
+        return True, parked_answer(request_id, at, blocks, tokens)
+
     def update(self, outcomes: SendOutcomes) -> None:
         """What the workers have said."""
         for request_id, said in outcomes.ended.items():
@@ -286,6 +317,9 @@ class _Receiving:
     #: It was loaded, and nothing more is claimed until a preemption takes that away: of a prompt of one token the
     #: engine counts nothing as computed after its load, and asks again.
     loaded: bool = False
+    #: Of a request that is prefilled here: whether the turn before of its conversation is still to be asked for, and was.
+    may_ask: bool = False
+    asked: bool = False
     #: It cannot be named, or what was loaded could not be used: the engine computes it, and nothing is looked up for it.
     failed: bool = False
 
@@ -312,11 +346,14 @@ class ConsumerScheduler:
         finder: Finder | None,
         naming: Naming,
         rendezvous: Callable[[], Rendezvous | None] = lambda: None,
+        next_turn_tokens: int = 0,
     ) -> None:
         """`num_blocks` are the engine's. Without a `finder`, requests whose router names none are computed here.
-        `rendezvous`: where this very server is asked for what it has parked, if it also prefills.
+        `rendezvous`: where this very server is asked for what it has parked, if it also prefills. `next_turn_tokens`: how
+        many tokens of a prompt have to be missing for the turn before to be asked for; 0: it never is.
         """
         self._rendezvous = rendezvous
+        self._next_turn_tokens = next_turn_tokens
         self._tp_size = tp_size
         #: Blocks that requests may hold while they wait for chunks. More would keep them from requests whose chunks are
         #: here, and the slots of those are what the others wait for.
@@ -367,6 +404,15 @@ class ConsumerScheduler:
         if req_id is not None and remote is None:
             self._step.announced.append((request.request_id, req_id))
 
+    def arrived_to_be_prefilled(self, request: Any) -> None:
+        """A new request, whose KV this server computes and sends: what another server has of it may be fetched first."""
+        if self._next_turn_tokens and self._finder is not None and request.request_id not in self._receiving:
+            self._receiving[request.request_id] = _Receiving(None, may_ask=True)
+
+    def knows(self, request_id: str) -> bool:
+        """Whether it has arrived, and not finished."""
+        return request_id in self._receiving
+
     def matched(self, request: Any, computed: int) -> tuple[int | None, bool]:
         """How many tokens beyond `computed` come from prefill, and whether they come between steps. None where it has to
         wait before it is given blocks.
@@ -375,6 +421,10 @@ class ConsumerScheduler:
         receiving = self._receiving[request.request_id]
         if receiving.loaded:
             return 0, False
+        if receiving.may_ask:
+            self._ask(request, receiving, computed)
+        if receiving.asked and receiving.here < self._tp_size:
+            return None, False
         if receiving.req_id is not None and not receiving.used:
             if not receiving.hashes and not receiving.failed:
                 try:
@@ -387,6 +437,10 @@ class ConsumerScheduler:
         elif receiving.lookup_of != request.num_tokens:
             receiving.lookup_of = request.num_tokens
             receiving.tokens, receiving.hashes, receiving.adapter = self._look_up(self._finder, request, computed)
+        if receiving.asked:
+            # What came is held by the look-up now.
+            receiving.asked = False
+            self._step.turns_over.append(request.request_id)
         more = receiving.tokens - computed
         if more <= 0:
             return 0, False
@@ -395,6 +449,21 @@ class ConsumerScheduler:
             if held > self._early_blocks_max:
                 return None, False
         return more, True
+
+    def _ask(self, request: Any, receiving: _Receiving, computed: int) -> None:
+        """Has the workers ask for the turn before, if enough of the prompt is missing; otherwise it is computed."""
+        receiving.may_ask = False
+        first, whole = computed // self._chunk_tokens, request.num_prompt_tokens // self._chunk_tokens
+        try:
+            hashes = self._hashes(request, whole * self._chunk_tokens)[0][first:]
+        except Unnamed:
+            hashes = []
+        if not hashes or request.num_prompt_tokens - computed < self._next_turn_tokens:
+            receiving.failed = True
+            return
+        remote = turn_spec(request.kv_transfer_params, self._tp_size)
+        receiving.asked, receiving.here = True, 0
+        self._step.turns.append(TurnPlan(request.request_id, hashes, remote))
 
     def allocated(self, request: Any, block_ids: list[int], external_tokens: int) -> None:
         """The engine has given the request its blocks, and expects so many tokens from us."""
@@ -466,8 +535,8 @@ class ConsumerScheduler:
                 self._forget(request_id)
                 receiving.tokens, receiving.hashes, receiving.lookup_of = 0, [], -1
 
-    def finished(self, request: Any) -> None:
-        """The request has ended, in whatever way."""
+    def finished(self, request: Any) -> bool:
+        """The request has ended, in whatever way. Whether a router of NIXL's dialect had it decoded here."""
         if request.request_id not in self._receiving:
             # One that was refused before it came here: vLLM says so with another of its own making, and the same parameters.
             self.arrived(request)
@@ -482,6 +551,9 @@ class ConsumerScheduler:
         if receiving is not None and (receiving.loading or (receiving.req_id is not None and not receiving.used)):
             self._step.dropped.append(request.request_id)
             self._returning[request.request_id] = self._tp_size
+        if receiving is not None and receiving.asked:
+            self._step.turns_over.append(request.request_id)
+        return parked_here is not None or (receiving is not None and receiving.remote is not None)
 
     def here(self, request_ids: Iterable[str]) -> None:
         """So said a worker, or several: the chunks of these requests are here, or are not going to come."""
@@ -501,7 +573,7 @@ class ConsumerScheduler:
 
     def pending(self) -> bool:
         """Whether the engine has to go on stepping for the workers to hear what they have to, and to do it."""
-        return bool(self._returning)
+        return bool(self._returning or self._step.turns_over)
 
     def _is_here(self, receiving: _Receiving) -> bool:
         """Whether no worker waits for its chunks any more. Of what has blocks the workers say only that it is loaded."""

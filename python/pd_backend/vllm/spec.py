@@ -86,6 +86,11 @@ def park_spec(params: Mapping[str, Any] | None, request_id: str) -> ParkSpec | N
     return ParkSpec(f"parked {request_id}"[:256], _names(request_id))
 
 
+def kept_spec(request_id: str) -> ParkSpec:
+    """As `park_spec`, of what decode keeps for the conversation's next turn."""
+    return ParkSpec(f"kept {request_id}"[:256], _names(request_id))
+
+
 def _names(request_id: str) -> tuple[str, ...]:
     """What decode may call a request that the engine calls so: routers that ask both servers at once know the header
     `X-Request-Id` alone, of which vLLM makes `cmpl-HEADER-INDEX-SUFFIX` or `chatcmpl-HEADER-SUFFIX`.
@@ -126,6 +131,23 @@ def remote_spec(params: Mapping[str, Any] | None, tp_size: int) -> RemoteSpec | 
     params = params or {}
     if not params.get("do_remote_prefill") or params.get("disagg_spec") is not None:
         return None
+    return _remote(params, tp_size)
+
+
+def turn_spec(params: Mapping[str, Any] | None, tp_size: int) -> RemoteSpec | None:
+    """Where a router says that prefill finds the turn before of a request's conversation: it sends what decode answered then,
+    with the two flags exchanged. None where it says nothing of it, or what cannot be followed.
+    """
+    params = params or {}
+    if not params.get("do_remote_decode") or params.get("remote_host") is None:
+        return None
+    try:
+        return _remote(params, tp_size)
+    except SpecError:
+        return None
+
+
+def _remote(params: Mapping[str, Any], tp_size: int) -> RemoteSpec:
     host, size = params.get("remote_host"), params.get("tp_size")
     if not _is_text(host, 255):
         raise SpecError(f"remote_host = {_shown(host)}; expected a host name or address, of 1 to 255 bytes")

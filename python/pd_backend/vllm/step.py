@@ -32,6 +32,8 @@ class SendPlan:
     adapter: Adapter | None = None
     #: Whether its beginning comes from the engine's own cache.
     cached: bool = False
+    #: Set where decode keeps it for the conversation's next turn, if there is room for it now: where this very server is asked.
+    kept: RemoteSpec | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,16 @@ class HoldPlan:
     hashes: list[str]
 
 
+@dataclass(frozen=True)
+class TurnPlan:
+    """Chunks that prefill lacks, and that other servers may have from the conversation's turn before."""
+
+    request_id: str
+    hashes: list[str]
+    #: Where its router says that they are.
+    remote: RemoteSpec | None
+
+
 @dataclass
 class ConsumerStep:
     """One step of a decode engine."""
@@ -104,6 +116,10 @@ class ConsumerStep:
     unneeded: list[str] = field(default_factory=list)
     #: Given up.
     dropped: list[str] = field(default_factory=list)
+    #: Of these the chunks of the turn before are asked for.
+    turns: list[TurnPlan] = field(default_factory=list)
+    #: Of these nothing more of that is waited for, and what came is held by whoever looked it up.
+    turns_over: list[str] = field(default_factory=list)
     #: The engine computes nothing in this step.
     idle: bool = False
 

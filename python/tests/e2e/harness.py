@@ -213,10 +213,18 @@ class Server(Process):
 
     def external_tokens(self) -> float:
         """Tokens of prompts that it says came from elsewhere: several connectors pass vLLM's tests, and move nothing."""
+        return self.prompt_tokens("external_kv_transfer")
+
+    def computed_tokens(self) -> float:
+        """Tokens of prompts that it says it has computed."""
+        return self.prompt_tokens("local_compute")
+
+    def prompt_tokens(self, source: str) -> float:
+        """Tokens of prompts by where their KV came from."""
         with urllib.request.urlopen(self.url + "/metrics", timeout=20) as answer:
             text = answer.read().decode()
         lines = [line for line in text.splitlines() if line.startswith("vllm:prompt_tokens_by_source_total")]
-        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if 'source="external_kv_transfer"' in line)
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if f'source="{source}"' in line)
 
     def reset(self) -> bool:
         """Empties its caches, the daemons' included. Whether it says that it did."""

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import signal
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ import pytest
 import byte_tokenizer
 import harness
 import prompts
-from answers import assert_right
+from answers import assert_right, right_answer
 from conftest import ENGINE, TOP, Deployment, wait_until_nothing_is_left
 from harness import HttpError, Process, Server, hang_up, until
 from pd_backend import Status
@@ -47,7 +50,7 @@ def both(deployment: Deployment, folder: Path, model: Path, tmp_path_factory: py
         # As vLLM's own scripts call it. Half of a buffer is for each direction.
         kv = harness.both(
             {"pd_buffer_size": "256MiB", "transfer_channel": ENGINE, "pd_retention_sec": 60},
-            policy="recompute", kv_lease_duration=5, receive_wait_s=60,
+            policy="recompute", kv_lease_duration=5, receive_wait_s=60, bidirectional_kv_xfer=True,
             **({} if harness.MISPLACED else {"name": "NixlConnector"}),
         )
         args = ("--num-gpu-blocks-override", "64", "--max-model-len", "6144", "--tokenizer", str(tokenizer))
@@ -203,6 +206,69 @@ def test_a_daemon_of_both_parts_that_dies(deployment: Deployment, both: Both) ->
     until(lambda: int(both.one.daemon_ready()["pid"]) != pid, "it is not started again")
     moves(deployment, both.one, both.other, prompt, "came again")
     moves(deployment, both.other, both.one, prompt, "came again, back")
+
+
+@contextmanager
+def kept(server: Server) -> Iterator[None]:
+    """Returns once the server has kept what it was asked to decode: the client has its answer before that."""
+
+    def count() -> float:
+        with urllib.request.urlopen(server.daemon_ready()["metrics"], timeout=20) as answer:
+            text = answer.read().decode()
+        return float(re.findall(r"^pd_requests_parked_total (\S+)", text, re.MULTILINE)[0])
+
+    before = count()
+    yield
+    until(lambda: count() > before, f"{server.name} keeps nothing")
+
+
+def conversation(both: Both, history: list[int], salt: str, answer: int, **more: Any) -> dict[str, Any]:
+    """One turn: an answer of so many tokens, which are known beforehand, for no rounding may change what comes next."""
+    params = both.one.complete(history, 1, kv_transfer_params=dict(ASKED) | more, cache_salt=salt)["kv_transfer_params"]
+    forced = {"allowed_token_ids": [answer], "cache_salt": salt, "kv_transfer_params": params}
+    with kept(both.other):
+        return both.other.complete(history, ANSWER_TOKENS, **forced)
+
+
+ANSWER_TOKENS, QUESTION_TOKENS, TURNS = 300, 40, 10
+
+
+def test_ten_turns_of_a_conversation(deployment: Deployment, both: Both) -> None:
+    # Broken in production: prefill computes in each turn what decode has answered in the turn before.
+    history, salt = prompts.tokens("conversation 0", 600), "conversation"
+    plain = {"cache_salt": "by itself"}
+    for turn in range(TURNS):
+        before = both.one.computed_tokens()
+        answer = harness.tokens_of(conversation(both, history, salt, answer=100 + turn))
+        assert answer == [100 + turn] * ANSWER_TOKENS
+        computed = both.one.computed_tokens() - before
+        if turn > 0:
+            assert computed <= QUESTION_TOKENS + prompts.CHUNK_TOKENS, f"turn {turn}: {computed} tokens are prefilled"
+        if turn in (1, TURNS - 1):
+            # What is loaded of the turns before is right.
+            expected = right_answer(both.other, history, prompts.MAX_TOKENS, **plain)
+            with kept(both.other):
+                assert_right([across(both.one, both.other, history, cache_salt=salt)], [expected])
+        history = [*history, *answer, *prompts.tokens(f"question {turn}", QUESTION_TOKENS)]
+    # Whoever changes what was said has all of it computed from there on.
+    edited = [*history[:700], history[700] ^ 1, *history[701:]]
+    before = both.one.computed_tokens()
+    expected = right_answer(both.other, edited, prompts.MAX_TOKENS, **plain)
+    assert_right([across(both.one, both.other, edited, cache_salt=salt)], [expected])
+    assert both.one.computed_tokens() - before >= len(edited) - 768
+
+
+def test_a_turn_whose_router_says_where_the_one_before_was(both: Both) -> None:
+    # Broken in production: vLLM's multi-turn proxy sends prefill to decode, and prefill computes everything.
+    history, salt = prompts.tokens("conversation 1", 600), "multi-turn"
+    answer = conversation(both, history, salt, 77)
+    said = answer["kv_transfer_params"]
+    assert said["remote_port"] == int(both.other.daemon_ready()["rendezvous_port"])
+    assert said["remote_num_tokens"] == (600 + ANSWER_TOKENS - 1) // prompts.CHUNK_TOKENS * prompts.CHUNK_TOKENS
+    history = [*history, *harness.tokens_of(answer), *prompts.tokens("question", QUESTION_TOKENS)]
+    before = both.one.computed_tokens()
+    conversation(both, history, salt, 78, **(said | {"do_remote_decode": True, "do_remote_prefill": False}))
+    assert both.one.computed_tokens() - before <= QUESTION_TOKENS + prompts.CHUNK_TOKENS
 
 
 needs_vllms_tests = pytest.mark.skipif(
