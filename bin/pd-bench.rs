@@ -3,10 +3,10 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use pd_backend::bench::{self, Options};
+use pd_backend::bench::{self, BenchOptions};
 
 fn main() -> ExitCode {
-    match bench::run(&Options::parse()) {
+    match bench::run(&BenchOptions::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("pd-bench: {error}");

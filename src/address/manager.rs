@@ -3,18 +3,18 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::space::Space;
-use super::{AddressError, AddressRange, MadeRoom, Snapshot, Usage};
+use super::{AddressError, AddressRange, MadeRoom, Usage, UsageSnapshot};
 
 /// A virtual address space behind one lock. Clones are handles of the same space.
 ///
 /// Every call takes the lock once, so what it answers is of one moment, and a batch costs one lock.
 #[derive(Debug, Clone)]
 pub struct AddressManager {
-    shared: Arc<Mutex<Shared>>,
+    shared: Arc<Mutex<SharedSpace>>,
 }
 
 #[derive(Debug)]
-struct Shared {
+struct SharedSpace {
     space: Space,
     closed: bool,
 }
@@ -27,7 +27,7 @@ struct Shared {
 pub struct OwnedRange {
     /// Of 0 bytes once it is given up.
     range: AddressRange,
-    shared: Arc<Mutex<Shared>>,
+    shared: Arc<Mutex<SharedSpace>>,
 }
 
 impl AddressManager {
@@ -55,7 +55,7 @@ impl AddressManager {
     }
 
     fn of(space: Space) -> Self {
-        Self { shared: Arc::new(Mutex::new(Shared { space, closed: false })) }
+        Self { shared: Arc::new(Mutex::new(SharedSpace { space, closed: false })) }
     }
 
     /// Takes a range.
@@ -194,7 +194,7 @@ impl AddressManager {
 
     /// The counters, and how many more ranges of each of these lengths would fit, all of one moment; costs as much as
     /// [`usage`](Self::usage). A length of 0 fits 0 times.
-    pub fn snapshot(&self, lens_bytes: &[u64]) -> Snapshot {
+    pub fn snapshot(&self, lens_bytes: &[u64]) -> UsageSnapshot {
         lock(&self.shared).space.snapshot(lens_bytes)
     }
 
@@ -208,7 +208,7 @@ impl AddressManager {
     }
 }
 
-impl Shared {
+impl SharedSpace {
     #[inline]
     fn open(&mut self) -> Result<&mut Space, AddressError> {
         if self.closed { Err(AddressError::Closed) } else { Ok(&mut self.space) }
@@ -238,6 +238,6 @@ impl Drop for OwnedRange {
 
 /// No call leaves a space half changed, so a panic elsewhere under the lock does not spoil it.
 #[inline]
-fn lock(shared: &Mutex<Shared>) -> MutexGuard<'_, Shared> {
+fn lock(shared: &Mutex<SharedSpace>) -> MutexGuard<'_, SharedSpace> {
     shared.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -25,4 +25,4 @@ pub use error::AddressError;
 pub use manager::{AddressManager, OwnedRange};
 pub use range::AddressRange;
 pub use room::MadeRoom;
-pub use usage::{Snapshot, Usage};
+pub use usage::{Usage, UsageSnapshot};

@@ -5,7 +5,7 @@ use std::hash::{BuildHasherDefault, Hasher};
 
 /// A range that was handed out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Taken {
+pub(super) struct TakenRange {
     /// First byte after it, rounding included.
     pub(super) end: u64,
     /// The length that was asked for.
@@ -25,7 +25,7 @@ pub(super) struct Ranges {
     free_from: ByAddress<u64>,
     /// and end -> start: what is freed above it finds it here.
     free_until: ByAddress<u64>,
-    taken: ByAddress<Taken>,
+    taken: ByAddress<TakenRange>,
 }
 
 impl Ranges {
@@ -86,12 +86,12 @@ impl Ranges {
     }
 
     /// Notes a range as handed out.
-    pub(super) fn insert_taken(&mut self, start: u64, taken: Taken) {
+    pub(super) fn insert_taken(&mut self, start: u64, taken: TakenRange) {
         self.taken.insert(start, taken);
     }
 
     /// Forgets a range that was handed out with exactly this length.
-    pub(super) fn remove_taken(&mut self, start: u64, asked_bytes: u64) -> Option<Taken> {
+    pub(super) fn remove_taken(&mut self, start: u64, asked_bytes: u64) -> Option<TakenRange> {
         let taken = *self.taken.get(&start)?;
         if taken.asked_bytes != asked_bytes {
             return None;
@@ -100,7 +100,7 @@ impl Ranges {
     }
 
     /// The range handed out that ends here. Looks at all of them.
-    pub(super) fn taken_until_mut(&mut self, end: u64) -> Option<&mut Taken> {
+    pub(super) fn taken_until_mut(&mut self, end: u64) -> Option<&mut TakenRange> {
         self.taken.values_mut().find(|taken| taken.end == end)
     }
 
@@ -112,7 +112,7 @@ impl Ranges {
     }
 
     /// The ranges handed out, in no order.
-    pub(super) fn taken(&self) -> impl Iterator<Item = (u64, Taken)> {
+    pub(super) fn taken(&self) -> impl Iterator<Item = (u64, TakenRange)> {
         self.taken.iter().map(|(&start, &taken)| (start, taken))
     }
 

@@ -1,6 +1,6 @@
 //! Room for a request where there is none: which of the ranges that can be spared to give back, and no more than help.
 
-use super::ranges::Taken;
+use super::ranges::TakenRange;
 use super::space::Space;
 use super::{AddressError, AddressRange};
 
@@ -18,7 +18,7 @@ enum OnTrial {
     /// A slot of the grid.
     Slot(AddressRange),
     /// Any other range, and where the free bytes start and end that it became part of.
-    Odd { start: u64, taken: Taken, merged: (u64, u64) },
+    Odd { start: u64, taken: TakenRange, merged: (u64, u64) },
 }
 
 /// Spare ranges that were looked at, and how many of them, from the first on, are given back on trial.
@@ -212,12 +212,12 @@ mod tests {
     const SLOT: u64 = 8;
 
     /// Used bytes, free slots, free ranges, and what is taken.
-    type Picture = (u64, Vec<bool>, Vec<(u64, u64)>, Vec<(u64, Taken)>);
+    type Picture = (u64, Vec<bool>, Vec<(u64, u64)>, Vec<(u64, TakenRange)>);
 
     /// Everything that can be seen of a space, in order.
     fn picture(space: &Space) -> Picture {
         let slots = (0..space.slots.count()).map(|slot| space.slots.is_free(slot)).collect();
-        let mut taken: Vec<(u64, Taken)> = space.ranges.taken().collect();
+        let mut taken: Vec<(u64, TakenRange)> = space.ranges.taken().collect();
         taken.sort_unstable_by_key(|(start, _)| *start);
         (space.used_bytes, slots, space.ranges.free_descending(), taken)
     }

@@ -5,9 +5,9 @@
 
 use std::ops::Range;
 
-use super::ranges::{Ranges, Taken};
+use super::ranges::{Ranges, TakenRange};
 use super::slots::Slots;
-use super::{AddressError, AddressRange, Snapshot, Usage};
+use super::{AddressError, AddressRange, Usage, UsageSnapshot};
 
 /// Where a range starts that a request has not got yet: no range of at least one byte can.
 const NOT_YET: u64 = u64::MAX;
@@ -160,7 +160,7 @@ impl Space {
     pub(super) fn free_batch(&mut self, ranges: &[AddressRange]) -> Result<(), AddressError> {
         // Each is marked as given back at once, which is how one that is listed twice is noticed; ranges are merged
         // only when all are known to be good, so that marks are all there is to undo.
-        let mut odd: Vec<(u64, Taken)> = Vec::new();
+        let mut odd: Vec<(u64, TakenRange)> = Vec::new();
         for (index, &range) in ranges.iter().enumerate() {
             if self.slots.give_back(range) {
                 continue;
@@ -210,7 +210,7 @@ impl Space {
     }
 
     /// The counters, and how many more ranges of each length would fit. Walks every free range.
-    pub(super) fn snapshot(&self, lens_bytes: &[u64]) -> Snapshot {
+    pub(super) fn snapshot(&self, lens_bytes: &[u64]) -> UsageSnapshot {
         let mut usage = Usage {
             len_bytes: self.len_bytes,
             used_bytes: self.used_bytes,
@@ -233,7 +233,7 @@ impl Space {
                 *fits = self.slots.free_count() as u64 + self.ranges.fits(len_bytes, u64::MAX);
             }
         }
-        Snapshot { usage, fits }
+        UsageSnapshot { usage, fits }
     }
 
     /// Checks everything that must hold between two calls.
@@ -399,7 +399,7 @@ impl Space {
         let taken_end = taken_start.saturating_add(rounded_bytes).min(end);
         self.insert_free(start, taken_start);
         self.insert_free(taken_end, end);
-        self.ranges.insert_taken(taken_start, Taken { end: taken_end, asked_bytes: len_bytes });
+        self.ranges.insert_taken(taken_start, TakenRange { end: taken_end, asked_bytes: len_bytes });
         self.used_bytes += taken_end - taken_start;
         AddressRange { start: taken_start, len_bytes }
     }

@@ -17,7 +17,7 @@ pub struct Usage {
 
 /// Counters of one moment, and how many more ranges of some lengths would fit.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Snapshot {
+pub struct UsageSnapshot {
     /// The counters.
     pub usage: Usage,
     /// For each length asked after, how many ranges of it would fit now, if nothing else were taken.

@@ -210,12 +210,12 @@ async fn stopped(role: Role, child: &mut Child) -> Result<(), BenchError> {
 mod tests {
     use clap::Parser;
 
-    use super::super::options::{Command, Options};
+    use super::super::options::{BenchOptions, Command};
     use super::*;
 
     fn options(arguments: &[&str]) -> DaemonOptions {
         let all = ["pd-bench", "idle"].iter().chain(arguments);
-        match Options::parse_from(all).command {
+        match BenchOptions::parse_from(all).command {
             Command::Idle(options) => options.daemons,
             _ => unreachable!("idle was asked for"),
         }

@@ -13,7 +13,7 @@ use super::daemon::Extra;
 use super::error::BenchError;
 use super::options::LatencyOptions;
 use super::pair::{DaemonsReady, Pair};
-use super::ping::Ping;
+use super::ping::Echo;
 use super::plan::Shape;
 use super::pool::Pool;
 use super::report::LatencyReport;
@@ -50,7 +50,7 @@ fn layout_file() -> std::io::Result<OwnedFd> {
 
 async fn measure(options: &LatencyOptions, ready: &DaemonsReady) -> Result<LatencyReport, BenchError> {
     let patience = Duration::from_secs(options.daemons.timeout_s);
-    let mut ping = Ping::start(patience).await?;
+    let mut ping = Echo::start(patience).await?;
     let mut pair = Pair::attach(ready, patience).await?;
     let (chunk_tokens, chunk_bytes) = (pair.chunk_tokens, pair.chunk_bytes);
     let shape = Shape { seed: 1, chunk_count: 1, chunk_tokens, chunk_bytes };

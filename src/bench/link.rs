@@ -12,7 +12,7 @@ use super::error::BenchError;
 
 /// An attached client.
 #[derive(Debug)]
-pub(super) struct Link {
+pub(super) struct ConnectorLink {
     role: Role,
     client: Client,
     /// Arrived while something else was waited for; no longer than what is under way.
@@ -20,7 +20,7 @@ pub(super) struct Link {
     patience: Duration,
 }
 
-impl Link {
+impl ConnectorLink {
     /// Connects and attaches; also returns the answer to `attach`.
     ///
     /// # Errors

@@ -30,13 +30,13 @@ mod status;
 mod summary;
 
 pub use error::BenchError;
-pub use options::{Command, DaemonOptions, IdleOptions, LatencyOptions, LoopbackOptions, Options, StatusOptions};
+pub use options::{BenchOptions, Command, DaemonOptions, IdleOptions, LatencyOptions, LoopbackOptions, StatusOptions};
 
 /// Does what the command line asks for, and prints the result on standard output.
 ///
 /// # Errors
 /// [`BenchError`]; its [`exit_code`](BenchError::exit_code) is the process's.
-pub fn run(options: &Options) -> Result<(), BenchError> {
+pub fn run(options: &BenchOptions) -> Result<(), BenchError> {
     // One thread: a daemon that asks for a signal at its parent's death means the thread that started it, so that
     // thread must live as long as this process.
     let runtime = tokio::runtime::Builder::new_current_thread()

@@ -8,7 +8,7 @@ use crate::ids::EngineKind;
 /// how it is.
 #[derive(Debug, Clone, clap::Parser)]
 #[command(name = "pd-bench", version)]
-pub struct Options {
+pub struct BenchOptions {
     /// What to do.
     #[command(subcommand)]
     pub command: Command,
@@ -146,18 +146,19 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent_and_has_its_defaults() {
         // Broken in production: pd-bench panics on start, or `make demo` measures something else than it says.
-        Options::command().debug_assert();
+        BenchOptions::command().debug_assert();
         let options =
-            Options::parse_from(["pd-bench", "loopback", "--engine", "local", "--set", "a=1", "--set", "b=2"]);
+            BenchOptions::parse_from(["pd-bench", "loopback", "--engine", "local", "--set", "a=1", "--set", "b=2"]);
         let Command::Loopback(options) = options.command else { panic!("not loopback") };
         assert_eq!((options.requests, options.chunks, options.in_flight, options.seed), (16, 8, 1, 1));
         assert_eq!(options.daemons.set, ["a=1", "b=2"]);
         assert_eq!(options.daemons.engine, Some(EngineKind::Local));
-        assert!(Options::try_parse_from(["pd-bench", "loopback", "--requests", "0"]).is_err());
-        assert!(Options::try_parse_from(["pd-bench", "status"]).is_err(), "of which daemon?");
-        assert!(Options::try_parse_from(["pd-bench", "status", "--connector", "a", "--metrics", "b"]).is_err());
+        assert!(BenchOptions::try_parse_from(["pd-bench", "loopback", "--requests", "0"]).is_err());
+        assert!(BenchOptions::try_parse_from(["pd-bench", "status"]).is_err(), "of which daemon?");
+        assert!(BenchOptions::try_parse_from(["pd-bench", "status", "--connector", "a", "--metrics", "b"]).is_err());
         assert!(
-            Options::try_parse_from(["pd-bench", "status", "--json", "--metrics", "http://127.0.0.1:9400"]).is_ok()
+            BenchOptions::try_parse_from(["pd-bench", "status", "--json", "--metrics", "http://127.0.0.1:9400"])
+                .is_ok()
         );
     }
 }

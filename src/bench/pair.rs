@@ -10,7 +10,7 @@ use crate::ids::PeerAddress;
 
 use super::daemon::Daemons;
 use super::error::BenchError;
-use super::link::Link;
+use super::link::ConnectorLink;
 
 /// The daemons listen here: `configs/loopback.yaml`.
 const HOST: &str = "127.0.0.1";
@@ -42,9 +42,9 @@ impl Mapping {
 
 /// One daemon, attached.
 #[derive(Debug)]
-pub(super) struct End {
+pub(super) struct AttachedDaemon {
     /// Its connector API.
-    pub link: Link,
+    pub link: ConnectorLink,
     /// Its buffer.
     mapping: Mapping,
     /// Its process.
@@ -57,9 +57,9 @@ pub(super) struct End {
 #[derive(Debug)]
 pub(super) struct Pair {
     /// Where the chunks come from.
-    pub sender: End,
+    pub sender: AttachedDaemon,
     /// Where they go.
-    pub receiver: End,
+    pub receiver: AttachedDaemon,
     /// Where the receiver listens.
     pub address: PeerAddress,
     /// Bytes of a whole chunk.
@@ -78,8 +78,8 @@ impl Pair {
     /// # Errors
     /// When a daemon does not answer, or its buffer cannot be mapped.
     pub(super) async fn attach(daemons: &DaemonsReady, patience: Duration) -> Result<Self, BenchError> {
-        let (receiver, _) = End::attach(Role::Receiver, &daemons.receiver, patience).await?;
-        let (mut sender, facts) = End::attach(Role::Sender, &daemons.sender, patience).await?;
+        let (receiver, _) = AttachedDaemon::attach(Role::Receiver, &daemons.receiver, patience).await?;
+        let (mut sender, facts) = AttachedDaemon::attach(Role::Sender, &daemons.sender, patience).await?;
         let engine = sender.status().await?.engine;
         let Facts { chunk_bytes, chunk_tokens, model } = facts;
         Ok(Self { sender, receiver, address: daemons.address.clone(), chunk_bytes, chunk_tokens, model, engine })
@@ -150,9 +150,9 @@ struct Facts {
     model: String,
 }
 
-impl End {
+impl AttachedDaemon {
     async fn attach(role: Role, endpoint: &str, patience: Duration) -> Result<(Self, Facts), BenchError> {
-        let (link, attached) = Link::attach(role, endpoint, patience).await?;
+        let (link, attached) = ConnectorLink::attach(role, endpoint, patience).await?;
         let Reply::Attached { buffer, chunk_bytes, slot_count, chunk_tokens, layout, .. } = attached else {
             return Err(link.unexpected("attached", &attached));
         };

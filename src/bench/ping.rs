@@ -14,7 +14,7 @@ use crate::side_channel::{Dealer, DealerReceiver, DealerSender, RouterEvent, Rou
 use super::error::BenchError;
 
 /// A DEALER here, and a ROUTER in a process of its own that returns what it gets.
-pub(super) struct Ping {
+pub(super) struct Echo {
     sender: DealerSender,
     receiver: DealerReceiver,
     patience: Duration,
@@ -22,7 +22,7 @@ pub(super) struct Ping {
     echo: Child,
 }
 
-impl Ping {
+impl Echo {
     /// Starts the other process and connects to it.
     ///
     /// # Errors

@@ -30,12 +30,12 @@ pub(super) struct PlannedRequest {
     /// Tokens of the last chunk: fewer than a whole one's where that is possible.
     pub last_chunk_tokens: u32,
     /// Where and how long each chunk's content is.
-    pub contents: Vec<Content>,
+    pub contents: Vec<PoolRange>,
 }
 
 /// A stretch of the [`Pool`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Content {
+pub(super) struct PoolRange {
     /// Where it starts in the pool.
     pub pool_offset: u64,
     /// How long it is.
@@ -58,7 +58,7 @@ impl Shape {
         let token_bytes = self.chunk_bytes / u64::from(self.chunk_tokens);
         let name = format!("bench-{:x}-{number}", self.seed);
         let contents = (1..=self.chunk_count)
-            .map(|position| Content {
+            .map(|position| PoolRange {
                 pool_offset: random.random_range(0..Pool::span_bytes()),
                 len_bytes: if position == self.chunk_count {
                     token_bytes * u64::from(last_chunk_tokens)

@@ -67,10 +67,10 @@ impl MemoryUsage {
 /// lives as long as anybody holds it: the manager, an engine.
 #[derive(Clone)]
 pub struct MemoryManager {
-    shared: Arc<Shared>,
+    shared: Arc<SharedMemory>,
 }
 
-struct Shared {
+struct SharedMemory {
     memory: Arc<Memory>,
     addresses: AddressManager,
     options: MemoryOptions,
@@ -121,7 +121,7 @@ impl MemoryManager {
             let reason = "an alignment divides a slot, and neither is 0";
             BufferError::Options { initial_bytes, step_bytes, ceiling_bytes, reason }
         })?;
-        let shared = Shared { memory: Arc::new(memory), addresses, options, steps, growth: Mutex::new(()) };
+        let shared = SharedMemory { memory: Arc::new(memory), addresses, options, steps, growth: Mutex::new(()) };
         Ok(Self { shared: Arc::new(shared) })
     }
 
@@ -137,7 +137,7 @@ impl MemoryManager {
     ) -> Result<Range<u64>, BufferError> {
         // Held until the end of the step. A `register` that panicked has left the addresses alone.
         let _growth = self.shared.growth.lock().unwrap_or_else(PoisonError::into_inner);
-        let Shared { memory, addresses, steps, options, .. } = &*self.shared;
+        let SharedMemory { memory, addresses, steps, options, .. } = &*self.shared;
         let usage = addresses.usage();
         let ceiling_bytes = options.ceiling_bytes;
         let start = usage.len_bytes;
@@ -182,7 +182,7 @@ impl MemoryManager {
     /// # Errors
     /// What was found, for a log line or a failing test.
     pub fn check(&self) -> Result<(), String> {
-        let Shared { memory, addresses, options, .. } = &*self.shared;
+        let SharedMemory { memory, addresses, options, .. } = &*self.shared;
         addresses.check()?;
         let len_bytes = addresses.usage().len_bytes;
         let MemoryOptions { initial_bytes, ceiling_bytes, .. } = *options;

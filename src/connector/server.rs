@@ -40,7 +40,7 @@ pub enum ConnectorEvent {
 
 /// An attached client, or one that waits for the answer to its `attach`.
 #[derive(Debug)]
-struct Client {
+struct ServedClient {
     route: Route,
     /// The `attach` that has not been answered.
     attaching: Option<Seq>,
@@ -52,7 +52,7 @@ pub struct ConnectorServer {
     sender: RouterSender,
     receiver: RouterReceiver,
     endpoint: String,
-    clients: BTreeMap<ClientId, Client>,
+    clients: BTreeMap<ClientId, ServedClient>,
     ids: BTreeMap<PeerTag, ClientId>,
     clients_max: usize,
     next_client: u64,
@@ -194,7 +194,7 @@ impl ConnectorServer {
             (None, Request::Attach { id, .. }) => {
                 let client = ClientId(self.next_client);
                 self.next_client += 1;
-                self.clients.insert(client, Client { route: route.clone(), attaching: Some(*id) });
+                self.clients.insert(client, ServedClient { route: route.clone(), attaching: Some(*id) });
                 self.ids.insert(route.peer().clone(), client);
                 Ok(client)
             }

@@ -18,7 +18,7 @@ use crate::wire::{Message, decode, encode, type_name, unsigned_field};
 use crate::{config, connector, transfer};
 
 /// A decoder under test.
-pub struct Entry {
+pub struct Decoder {
     /// The fuzz target's name.
     pub name: &'static str,
     /// Gives it some bytes. Panics when it did what it must not do.
@@ -28,28 +28,28 @@ pub struct Entry {
 }
 
 /// All of them.
-pub const ENTRIES: &[Entry] = &[
-    Entry { name: "wire_message", play: wire_message, seeds: seeds::wire_messages },
-    Entry { name: "connector_message", play: connector_message, seeds: seeds::connector_messages },
+pub const ENTRIES: &[Decoder] = &[
+    Decoder { name: "wire_message", play: wire_message, seeds: seeds::wire_messages },
+    Decoder { name: "connector_message", play: connector_message, seeds: seeds::connector_messages },
     #[cfg(feature = "lmcache")]
-    Entry { name: "descriptor_list", play: descriptor_list, seeds: seeds::descriptor_lists },
-    Entry { name: "layout_json", play: layout_json, seeds: seeds::layouts },
-    Entry { name: "model_config", play: model_config, seeds: seeds::models },
-    Entry { name: "config_yaml", play: config_yaml, seeds: seeds::configurations },
-    Entry {
+    Decoder { name: "descriptor_list", play: descriptor_list, seeds: seeds::descriptor_lists },
+    Decoder { name: "layout_json", play: layout_json, seeds: seeds::layouts },
+    Decoder { name: "model_config", play: model_config, seeds: seeds::models },
+    Decoder { name: "config_yaml", play: config_yaml, seeds: seeds::configurations },
+    Decoder {
         name: "nixl_metadata",
         play: transfer::nixl::fuzzing::metadata,
         seeds: transfer::nixl::fuzzing::metadata_seeds,
     },
-    Entry {
+    Decoder {
         name: "nixl_descriptors",
         play: transfer::nixl::fuzzing::descriptors,
         seeds: transfer::nixl::fuzzing::descriptor_seeds,
     },
-    Entry { name: "local_blob", play: transfer::local::fuzzing::blob, seeds: transfer::local::fuzzing::blob_seeds },
-    Entry { name: "auth_router", play: auth_router, seeds: seeds::to_a_router },
-    Entry { name: "auth_dealer", play: auth_dealer, seeds: seeds::to_a_dealer },
-    Entry { name: "auth_sealed", play: auth_sealed, seeds: seeds::sealed },
+    Decoder { name: "local_blob", play: transfer::local::fuzzing::blob, seeds: transfer::local::fuzzing::blob_seeds },
+    Decoder { name: "auth_router", play: auth_router, seeds: seeds::to_a_router },
+    Decoder { name: "auth_dealer", play: auth_dealer, seeds: seeds::to_a_dealer },
+    Decoder { name: "auth_sealed", play: auth_sealed, seeds: seeds::sealed },
 ];
 
 /// Plays some bytes at the entry of this name.
@@ -218,7 +218,7 @@ mod tests {
     fn changed_inputs_break_no_decoder() {
         // Broken in production: a few bytes from a peer, an engine or a file end the daemon.
         let mut random = StdRng::seed_from_u64(1);
-        for Entry { name, play, seeds } in ENTRIES {
+        for Decoder { name, play, seeds } in ENTRIES {
             let seeds = seeds();
             assert!(!seeds.is_empty(), "{name} has no seeds");
             seeds.iter().for_each(|seed| play(seed));
@@ -255,7 +255,7 @@ mod tests {
         // Broken in production: nothing yet; but a decoder is believed to be fuzzed that is not.
         let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("fuzz");
         let manifest = fs::read_to_string(root.join("Cargo.toml")).unwrap();
-        for Entry { name, .. } in ENTRIES {
+        for Decoder { name, .. } in ENTRIES {
             let target = fs::read_to_string(root.join(format!("fuzz_targets/{name}.rs"))).unwrap_or_default();
             assert!(target.contains(&format!("play(\"{name}\"")), "fuzz/fuzz_targets/{name}.rs plays {name}");
             assert!(manifest.contains(&format!("name = \"{name}\"")), "fuzz/Cargo.toml has a target {name}");
@@ -266,7 +266,7 @@ mod tests {
     #[ignore = "make fuzz runs it: it writes the seeds where the fuzzer finds them"]
     fn write_seeds() {
         let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus");
-        for Entry { name, seeds, .. } in ENTRIES {
+        for Decoder { name, seeds, .. } in ENTRIES {
             fs::create_dir_all(root.join(name)).unwrap();
             for (number, seed) in seeds().iter().enumerate() {
                 fs::write(root.join(format!("{name}/seed-{number}")), seed).unwrap();

@@ -10,14 +10,14 @@ const BOUNDS_S: [f64; 20] = [
 
 /// A histogram of times.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Durations {
+pub(super) struct DurationCounts {
     /// One for each bound, and one for what is longer than all of them.
     counts: [u64; BOUNDS_S.len() + 1],
     /// Whole nanoseconds, so that a small time still counts when the sum is large.
     sum: Duration,
 }
 
-impl Durations {
+impl DurationCounts {
     pub(super) fn add(&mut self, time: Duration) {
         let seconds = time.as_secs_f64();
         self.counts[BOUNDS_S.partition_point(|bound| *bound < seconds)] += 1;
@@ -46,7 +46,7 @@ mod tests {
     fn every_time_is_in_one_bucket_and_a_bound_belongs_to_its_own() {
         // Broken in production: a latency alert looks at a bucket that misses what is exactly on its bound, or all that is
         // longer than the last.
-        let mut durations = Durations::default();
+        let mut durations = DurationCounts::default();
         for time_us in [0, 100, 101, 1_000_000, 300_000_000, 400_000_000] {
             durations.add(Duration::from_micros(time_us));
         }

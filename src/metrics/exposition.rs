@@ -11,7 +11,7 @@ use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::exemplar::Exemplar;
 use prometheus_client::registry::{Registry, Unit};
 
-use super::durations::Durations;
+use super::durations::DurationCounts;
 use super::tally::ByKind;
 use super::{ProcessUsage, Snapshot};
 use crate::connector::message::ReceiverState;
@@ -308,7 +308,7 @@ impl Page<'_> {
         name: &str,
         help: &str,
         label: &str,
-        mut values: impl Iterator<Item = (&'a &'static str, &'a Durations)>,
+        mut values: impl Iterator<Item = (&'a &'static str, &'a DurationCounts)>,
     ) -> fmt::Result {
         self.describe(name, help, Some(Unit::Seconds), MetricType::Histogram, |metric| {
             values.try_for_each(|(of, times)| {

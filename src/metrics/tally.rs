@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use super::durations::Durations;
+use super::durations::DurationCounts;
 use crate::ids::{FailureKind, Registration};
 use crate::node::{Note, incoming, outgoing};
 
@@ -55,7 +55,7 @@ pub struct Tally {
     pub(super) registrations: ByKind,
     pub(super) fetches_failed: ByKind,
     pub(super) requests_parked: u64,
-    pub(super) phases: BTreeMap<&'static str, Durations>,
+    pub(super) phases: BTreeMap<&'static str, DurationCounts>,
     pub(super) handshakes: u64,
     pub(super) bytes: u64,
     pub(super) chunks: u64,
@@ -87,7 +87,7 @@ impl Tally {
             registrations: Registration::ALL.into_iter().map(|state| (state.as_str(), 0)).collect(),
             fetches_failed: kinds,
             requests_parked: 0,
-            phases: phases.map(|phase| (*phase, Durations::default())).collect(),
+            phases: phases.map(|phase| (*phase, DurationCounts::default())).collect(),
             handshakes: 0,
             bytes: 0,
             chunks: 0,

@@ -45,13 +45,13 @@ pub(super) struct Signalled {
 pub(super) struct AwaitingEvent {
     /// None for a buffer that no GPU writes.
     fences: Option<Fences>,
-    waiting: Vec<Entry>,
+    waiting: Vec<AwaitingItem>,
     /// Where the next look begins: everybody's turn comes.
     next: usize,
 }
 
 #[derive(Debug)]
-struct Entry {
+struct AwaitingItem {
     after: IpcHandle,
     item: Item,
     /// Nobody wants it posted any more.
@@ -74,7 +74,7 @@ impl AwaitingEvent {
     }
 
     pub(super) fn push(&mut self, after: IpcHandle, item: Item) {
-        self.waiting.push(Entry { after, item, abandoned: false, until: None });
+        self.waiting.push(AwaitingItem { after, item, abandoned: false, until: None });
     }
 
     /// A message that nobody holds any more.
@@ -84,7 +84,7 @@ impl AwaitingEvent {
 
     /// A transfer that has been posted already is past being abandoned.
     pub(super) fn abandon(&mut self, transfer: TransferId, writer_gone: bool, now: Instant) {
-        let is_it = |entry: &&mut Entry| matches!(&entry.item, Item::Transfer(one) if one.transfer == transfer);
+        let is_it = |entry: &&mut AwaitingItem| matches!(&entry.item, Item::Transfer(one) if one.transfer == transfer);
         for entry in self.waiting.iter_mut().filter(is_it) {
             entry.abandoned = true;
             if writer_gone {
@@ -109,7 +109,7 @@ impl AwaitingEvent {
                 continue;
             }
             self.next = index;
-            let Entry { item, abandoned, .. } = self.waiting.remove(index);
+            let AwaitingItem { item, abandoned, .. } = self.waiting.remove(index);
             let given_up = || Failure::new(FailureKind::Cancelled, "it was given up before its bytes were final");
             let failure = if abandoned { Some(given_up()) } else { seen.err() };
             passed.push(Signalled { item, failure });

@@ -7,9 +7,9 @@ use tokio::sync::mpsc::{Sender, UnboundedSender};
 use super::awaiting_event::WRITER_GONE_AFTER;
 use super::clients::Clients;
 use super::deferred::{Deferred, no_event_here};
-use super::driver::{self, Daemon as _, Inbox, OUTPUTS_AT_ONCE};
+use super::driver::{self, Driven as _, Inbox, OUTPUTS_AT_ONCE};
 use super::engine_thread::EngineThread;
-use super::engine_work::{Command, EngineEvent};
+use super::engine_work::{EngineCommand, EngineEvent};
 use super::health::{HealthResponder, Phase, health_probe};
 use super::http::HttpServer;
 use super::lifecycle::{self, Stop};
@@ -41,7 +41,7 @@ pub(super) struct ProcessEnded {
 }
 
 /// What can happen to a daemon.
-pub(super) enum Event {
+pub(super) enum DaemonEvent {
     Port(PortEvent),
     Link(LinkEvent),
     Engine(EngineEvent),
@@ -54,7 +54,7 @@ pub(super) enum Event {
 }
 
 super::event_sources!(
-    Event: Port(PortEvent), Link(LinkEvent), Engine(EngineEvent), Connector(ConnectorEvent), Process(ProcessEnded),
+    DaemonEvent: Port(PortEvent), Link(LinkEvent), Engine(EngineEvent), Connector(ConnectorEvent), Process(ProcessEnded),
     Looked(HaveEnded), Stop(Stop)
 );
 
@@ -69,7 +69,7 @@ struct Daemon {
     /// Of the message from a peer whose outputs are being done.
     room: Option<Room>,
     ports: Ports,
-    links: PeerLinks<Event>,
+    links: PeerLinks<DaemonEvent>,
     clients: Clients,
     notes: Notes,
     draining: bool,
@@ -78,12 +78,12 @@ struct Daemon {
     watches: Watches,
     /// Processes that receivers ask after.
     witness: Witness,
-    events: UnboundedSender<Event>,
+    events: UnboundedSender<DaemonEvent>,
 }
 
 /// Runs a daemon until it is told to stop.
 pub(super) async fn run(config: Config, options: RunOptions) -> Result<(), RuntimeError> {
-    let (mailbox, mut inbox) = driver::mailbox::<Event>();
+    let (mailbox, mut inbox) = driver::mailbox::<DaemonEvent>();
     lifecycle::watch(&mailbox.events, options.exit_with_parent)?;
     let instance = identity::instance_name(&config);
     // Before the buffer: a port that is taken is found at once, and probes are answered while the buffer is filled.
@@ -102,7 +102,7 @@ pub(super) async fn run(config: Config, options: RunOptions) -> Result<(), Runti
 pub(super) async fn serve(
     config: Config,
     instance: &str,
-    (messages, events, inbox): (Sender<Event>, UnboundedSender<Event>, Inbox<Event>),
+    (messages, events, inbox): (Sender<DaemonEvent>, UnboundedSender<DaemonEvent>, Inbox<DaemonEvent>),
     ports: Ports,
     parts: MemoryAndEngine,
     (http, mut responder): (Option<HttpServer>, HealthResponder),
@@ -156,50 +156,52 @@ pub(super) async fn serve(
     driver::drive(&mut daemon, inbox, drain, responder).await
 }
 
-impl driver::Daemon for Daemon {
-    type Event = Event;
+impl driver::Driven for Daemon {
+    type Event = DaemonEvent;
 
-    async fn listen(&mut self) -> Event {
-        Event::Connector(self.clients.listen().await)
+    async fn listen(&mut self) -> DaemonEvent {
+        DaemonEvent::Connector(self.clients.listen().await)
     }
 
-    fn handle(&mut self, now: Instant, event: Event) -> Option<Stop> {
+    fn handle(&mut self, now: Instant, event: DaemonEvent) -> Option<Stop> {
         match event {
-            Event::Port(PortEvent::Message { port, from, message, room }) => {
+            DaemonEvent::Port(PortEvent::Message { port, from, message, room }) => {
                 self.room = Some(room);
                 self.node.handle_message(now, port, from, *message);
             }
-            Event::Port(PortEvent::Unreadable) => self.notes.count_unreadable(),
-            Event::Port(PortEvent::Gone { route }) => self.node.handle_route_gone(now, &route),
-            Event::Link(LinkEvent::Opened { peer, links }) => {
+            DaemonEvent::Port(PortEvent::Unreadable) => self.notes.count_unreadable(),
+            DaemonEvent::Port(PortEvent::Gone { route }) => self.node.handle_route_gone(now, &route),
+            DaemonEvent::Link(LinkEvent::Opened { peer, links }) => {
                 let lmcache_mode = links.lmcache_mode;
                 if self.links.keep(peer, *links) {
                     self.node.handle_peer_opened(now, peer, lmcache_mode);
                 }
             }
-            Event::Link(LinkEvent::Message { peer, port, message, room }) => {
+            DaemonEvent::Link(LinkEvent::Message { peer, port, message, room }) => {
                 self.room = Some(room);
                 self.node.handle_peer_message(now, peer, port, *message);
             }
-            Event::Link(LinkEvent::Closed { peer, failure }) => {
+            DaemonEvent::Link(LinkEvent::Closed { peer, failure }) => {
                 self.links.close(peer);
                 self.node.handle_peer_closed(now, peer, failure);
             }
-            Event::Engine(event) => self.on_engine_event(now, event),
-            Event::Process(ProcessEnded { instance }) => {
+            DaemonEvent::Engine(event) => self.on_engine_event(now, event),
+            DaemonEvent::Process(ProcessEnded { instance }) => {
                 self.watches.forget(&instance);
                 self.node.handle_process_ended(now, &instance);
             }
-            Event::Looked(HaveEnded { peer, processes }) => {
+            DaemonEvent::Looked(HaveEnded { peer, processes }) => {
                 self.witness.forget(peer);
                 self.node.handle_processes_ended(now, peer, processes);
             }
-            Event::Connector(ConnectorEvent::Request { client, request }) => self.on_message(now, client, request),
-            Event::Connector(ConnectorEvent::Gone { client }) => self.on_client_gone(now, client),
-            Event::WriterGone(client) => self.forget_client(now, client),
+            DaemonEvent::Connector(ConnectorEvent::Request { client, request }) => {
+                self.on_message(now, client, request)
+            }
+            DaemonEvent::Connector(ConnectorEvent::Gone { client }) => self.on_client_gone(now, client),
+            DaemonEvent::WriterGone(client) => self.forget_client(now, client),
             // Said by whoever refused it.
-            Event::Connector(ConnectorEvent::Refused { .. }) => {}
-            Event::Stop(stop) => return Some(stop),
+            DaemonEvent::Connector(ConnectorEvent::Refused { .. }) => {}
+            DaemonEvent::Stop(stop) => return Some(stop),
         }
         None
     }
@@ -265,16 +267,16 @@ impl Daemon {
                 self.ports.send(port, &route, &message);
             }
             Output::LoadPeer { remote, agent_name, metadata } => {
-                self.engine.send_with(Command::LoadPeer { remote, agent_name, metadata }, self.room.take())?;
+                self.engine.send_with(EngineCommand::LoadPeer { remote, agent_name, metadata }, self.room.take())?;
             }
             Output::ConnectPeer { peer, connection, memory } => {
-                self.engine.send_with(Command::Connect { peer, connection, memory }, self.room.take())?;
+                self.engine.send_with(EngineCommand::Connect { peer, connection, memory }, self.room.take())?;
             }
             Output::UpdatePeer { peer, connection, metadata, descriptors } => {
-                let command = Command::UpdatePeer { peer, connection, metadata, descriptors };
+                let command = EngineCommand::UpdatePeer { peer, connection, metadata, descriptors };
                 self.engine.send_with(command, self.room.take())?;
             }
-            Output::ForgetPeer(connection) => self.engine.send(Command::Forget(connection))?,
+            Output::ForgetPeer(connection) => self.engine.send(EngineCommand::Forget(connection))?,
             Output::GrowBuffer => self.engine.grow()?,
             Output::CheckProcesses { peer, processes } => {
                 let events = self.events.clone();
@@ -286,11 +288,11 @@ impl Daemon {
             }
             Output::UnwatchProcess { instance } => self.watches.forget(&instance),
             Output::Post { transfer, connection, copies, summed, after } => {
-                self.engine.send(Command::Post { transfer, connection, copies, summed, after })?;
+                self.engine.send(EngineCommand::Post { transfer, connection, copies, summed, after })?;
             }
             Output::Await { transfer, after } => {
                 let (connection, after) = (ConnectionId(0), Some(after));
-                self.engine.send(Command::Post {
+                self.engine.send(EngineCommand::Post {
                     transfer,
                     connection,
                     copies: Vec::new(),
@@ -299,12 +301,12 @@ impl Daemon {
                 })?;
             }
             Output::Abandon { transfer, writer_gone } => {
-                self.engine.send(Command::Abandon { transfer, writer_gone })?;
+                self.engine.send(EngineCommand::Abandon { transfer, writer_gone })?;
             }
             Output::Verify { request, grant, chunks } => {
-                self.engine.send(Command::Verify { request, grant, chunks })?;
+                self.engine.send(EngineCommand::Verify { request, grant, chunks })?;
             }
-            Output::AbandonVerification(grant) => self.engine.send(Command::AbandonVerification(grant))?,
+            Output::AbandonVerification(grant) => self.engine.send(EngineCommand::AbandonVerification(grant))?,
             Output::NotifyProxy { request } => {
                 if let Some(proxy) = &self.proxy {
                     proxy.notify(request);
@@ -365,7 +367,7 @@ impl Daemon {
                 tokio::spawn(async move {
                     tokio::time::sleep(WRITER_GONE_AFTER).await;
                     // A daemon that has stopped meanwhile has no slots to give to anybody.
-                    drop(events.send(Event::WriterGone(client)));
+                    drop(events.send(DaemonEvent::WriterGone(client)));
                 });
             }
             Memory::Cuda(_) | Memory::Host(_) => self.forget_client(now, client),

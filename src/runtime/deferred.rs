@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::engine_thread::EngineThread;
-use super::engine_work::Command;
+use super::engine_work::EngineCommand;
 use super::error::RuntimeError;
 use crate::buffer::Memory;
 use crate::connector::message::Request;
@@ -42,7 +42,7 @@ impl Deferred {
         }
         self.tickets += 1;
         self.messages.insert(self.tickets, (client, message));
-        note_end(engine.send(Command::Await { ticket: self.tickets, after }));
+        note_end(engine.send(EngineCommand::Await { ticket: self.tickets, after }));
         Ok(None)
     }
 
@@ -56,7 +56,7 @@ impl Deferred {
         let of_client = self.messages.iter().filter(|(_, (other, _))| *other == client);
         let tickets: Vec<u64> = of_client.map(|(&ticket, _)| ticket).collect();
         self.messages.retain(|_, (other, _)| *other != client);
-        note_end(tickets.into_iter().try_for_each(|ticket| engine.send(Command::Unawait { ticket })));
+        note_end(tickets.into_iter().try_for_each(|ticket| engine.send(EngineCommand::Unawait { ticket })));
     }
 }
 

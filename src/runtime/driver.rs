@@ -50,7 +50,7 @@ pub(super) fn mailbox<E>() -> (Mailbox<E>, Inbox<E>) {
 }
 
 /// What a daemon does with its events. Nothing but `listen` waits.
-pub(super) trait Daemon {
+pub(super) trait Driven {
     type Event: From<Stop>;
 
     /// The next word from a connector. Cancel-safe: whoever drops the future loses nothing.
@@ -82,7 +82,7 @@ pub(super) trait Daemon {
 
 /// Runs until told to stop; then drains for at most `drain`. A second signal stops at once. `responder` has answered for the
 /// first time already: before the ready line was printed.
-pub(super) async fn drive<D: Daemon>(
+pub(super) async fn drive<D: Driven>(
     daemon: &mut D,
     mut inbox: Inbox<D::Event>,
     drain: Duration,

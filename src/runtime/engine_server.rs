@@ -9,7 +9,7 @@ use tokio::sync::mpsc::UnboundedSender;
 use tokio::sync::watch;
 
 use super::awaiting_event::{AwaitingEvent, Item, Signalled, Waiting};
-use super::engine_work::{Command, EngineEvent, Work};
+use super::engine_work::{EngineCommand, EngineEvent, Work};
 use super::summing::{Summed, SummingJobs};
 use crate::buffer::Memory;
 use crate::ids::{Checksum, ConnectionId, Failure, FailureKind, PeerId, TransferId};
@@ -18,7 +18,7 @@ use crate::transfer::{Backoff, Completion, Connected, Ended, LmcacheEngine, Tran
 
 /// The driver has gone: there is nobody to serve.
 #[derive(Debug)]
-pub(super) struct Gone;
+pub(super) struct DriverGone;
 
 /// What the thread works with.
 pub(super) struct Server<'a, E> {
@@ -59,17 +59,17 @@ impl<'a, E: From<EngineEvent>> Server<'a, E> {
 
     /// Works until the driver hangs up. Sleeps in `recv` while nothing is in flight. One round takes one command, lets the
     /// engine make progress once, and sums one slice.
-    pub(super) fn serve(&mut self, inbox: &mpsc::Receiver<Work>) -> Result<(), Gone> {
+    pub(super) fn serve(&mut self, inbox: &mpsc::Receiver<Work>) -> Result<(), DriverGone> {
         let mut backoff = Backoff::new();
         let mut ended = Ended::default();
         loop {
             let work = if self.is_idle() {
-                Some(inbox.recv().map_err(|_| Gone)?)
+                Some(inbox.recv().map_err(|_| DriverGone)?)
             } else {
                 match inbox.try_recv() {
                     Ok(work) => Some(work),
                     Err(TryRecvError::Empty) => None,
-                    Err(TryRecvError::Disconnected) => return Err(Gone),
+                    Err(TryRecvError::Disconnected) => return Err(DriverGone),
                 }
             };
             let mut progressed = work.is_some();
@@ -92,7 +92,7 @@ impl<'a, E: From<EngineEvent>> Server<'a, E> {
                 Wait::Sleep(pause) => match inbox.recv_timeout(pause) {
                     Ok(work) => self.take(work)?,
                     Err(RecvTimeoutError::Timeout) => {}
-                    Err(RecvTimeoutError::Disconnected) => return Err(Gone),
+                    Err(RecvTimeoutError::Disconnected) => return Err(DriverGone),
                 },
             }
         }
@@ -103,7 +103,7 @@ impl<'a, E: From<EngineEvent>> Server<'a, E> {
     }
 
     /// Posts what has waited for an event that has been passed since, and says whether there was any.
-    fn post_signalled(&mut self) -> Result<bool, Gone> {
+    fn post_signalled(&mut self) -> Result<bool, DriverGone> {
         let passed = self.awaiting.take_signalled(Instant::now());
         let progressed = !passed.is_empty();
         for Signalled { item, failure } in passed {
@@ -120,12 +120,12 @@ impl<'a, E: From<EngineEvent>> Server<'a, E> {
         Ok(progressed)
     }
 
-    fn send(&self, event: EngineEvent) -> Result<(), Gone> {
-        self.events.send(event.into()).map_err(|_| Gone)
+    fn send(&self, event: EngineEvent) -> Result<(), DriverGone> {
+        self.events.send(event.into()).map_err(|_| DriverGone)
     }
 
     /// Tells the driver what has ended.
-    fn report(&mut self, ended: &mut Ended) -> Result<(), Gone> {
+    fn report(&mut self, ended: &mut Ended) -> Result<(), DriverGone> {
         for Connected { connection, result } in ended.connections.drain(..) {
             // The result of a connection that was forgotten meanwhile is dropped: the peer may be connecting again already.
             if let Some(peer) = self.connecting.remove(&connection) {
@@ -158,7 +158,7 @@ impl<'a, E: From<EngineEvent>> Server<'a, E> {
     }
 
     /// Takes a transfer whose bytes are final: posts it, after summing what its peer will check.
-    fn begin(&mut self, waiting: Waiting) -> Result<(), Gone> {
+    fn begin(&mut self, waiting: Waiting) -> Result<(), DriverGone> {
         // Only its event was waited for.
         if waiting.copies.is_empty() {
             return self.send(EngineEvent::Done { transfer: waiting.transfer, result: Ok(Vec::new()) });
@@ -169,7 +169,7 @@ impl<'a, E: From<EngineEvent>> Server<'a, E> {
         }
     }
 
-    fn post(&mut self, waiting: &Waiting, sums: Vec<Checksum>) -> Result<(), Gone> {
+    fn post(&mut self, waiting: &Waiting, sums: Vec<Checksum>) -> Result<(), DriverGone> {
         let Waiting { transfer, connection, copies, .. } = waiting;
         if let Err(error) = self.engine.post(*transfer, *connection, copies) {
             return self.fail_transfer(*transfer, transfer_failure(&error));
@@ -180,12 +180,12 @@ impl<'a, E: From<EngineEvent>> Server<'a, E> {
         Ok(())
     }
 
-    fn fail_transfer(&self, transfer: TransferId, failure: Failure) -> Result<(), Gone> {
+    fn fail_transfer(&self, transfer: TransferId, failure: Failure) -> Result<(), DriverGone> {
         self.send(EngineEvent::Done { transfer, result: Err(failure) })
     }
 
     /// Sums one slice, and says whether there was any.
-    fn sum_a_slice(&mut self) -> Result<bool, Gone> {
+    fn sum_a_slice(&mut self) -> Result<bool, DriverGone> {
         if self.summing.is_empty() {
             return Ok(false);
         }
@@ -203,9 +203,9 @@ impl<'a, E: From<EngineEvent>> Server<'a, E> {
         Ok(true)
     }
 
-    fn take(&mut self, work: Work) -> Result<(), Gone> {
+    fn take(&mut self, work: Work) -> Result<(), DriverGone> {
         match work {
-            Work::Command(command) => self.execute(command),
+            Work::EngineCommand(command) => self.execute(command),
             Work::FromPeer(command, room) => {
                 let executed = self.execute(command);
                 drop(room);
@@ -221,7 +221,7 @@ impl<'a, E: From<EngineEvent>> Server<'a, E> {
                 self.probed.send_replace(number);
                 Ok(())
             }
-            Work::Stop => Err(Gone),
+            Work::Stop => Err(DriverGone),
             #[cfg(test)]
             Work::Call(call) => {
                 call();
@@ -231,44 +231,44 @@ impl<'a, E: From<EngineEvent>> Server<'a, E> {
     }
 
     /// Executes one command, and answers it unless the answer comes later.
-    fn execute(&mut self, command: Command) -> Result<(), Gone> {
+    fn execute(&mut self, command: EngineCommand) -> Result<(), DriverGone> {
         match command {
-            Command::LoadPeer { remote, agent_name, metadata } => {
+            EngineCommand::LoadPeer { remote, agent_name, metadata } => {
                 let agent_name = agent_name.map_or_else(|| self.lmcache()?.agent_name_in(&metadata), Ok);
                 let loaded = agent_name.and_then(|agent_name| self.engine.load_peer(&agent_name, &metadata));
                 let result = loaded.map_err(|error| load_failure(&error));
                 self.send(EngineEvent::PeerLoaded { remote, result })
             }
-            Command::Connect { peer, connection, memory } => match self.connect(connection, &memory) {
+            EngineCommand::Connect { peer, connection, memory } => match self.connect(connection, &memory) {
                 Ok(()) => {
                     self.connecting.insert(connection, peer);
                     Ok(())
                 }
                 Err(error) => self.send(EngineEvent::Connected { peer, result: Err(error.to_string()) }),
             },
-            Command::UpdatePeer { peer, connection, metadata, descriptors } => {
+            EngineCommand::UpdatePeer { peer, connection, metadata, descriptors } => {
                 let updated = self.engine.update_peer(connection, &metadata, &descriptors);
                 let result = updated.map_err(|error| error.to_string());
                 self.send(EngineEvent::Updated { peer, connection, result })
             }
-            Command::Forget(connection) => {
+            EngineCommand::Forget(connection) => {
                 self.connecting.remove(&connection);
                 self.engine.disconnect(connection);
                 Ok(())
             }
-            Command::Post { transfer, connection, copies, summed, after: Some(after) } => {
+            EngineCommand::Post { transfer, connection, copies, summed, after: Some(after) } => {
                 self.awaiting.push(after, Item::Transfer(Waiting { transfer, connection, copies, summed }));
                 Ok(())
             }
-            Command::Await { ticket, after } => {
+            EngineCommand::Await { ticket, after } => {
                 self.awaiting.push(after, Item::Message(ticket));
                 Ok(())
             }
-            Command::Unawait { ticket } => {
+            EngineCommand::Unawait { ticket } => {
                 self.awaiting.forget(ticket);
                 Ok(())
             }
-            Command::Abandon { transfer, writer_gone } => {
+            EngineCommand::Abandon { transfer, writer_gone } => {
                 self.awaiting.abandon(transfer, writer_gone, Instant::now());
                 if !self.summing.abandon_transfer(transfer) {
                     return Ok(());
@@ -276,14 +276,14 @@ impl<'a, E: From<EngineEvent>> Server<'a, E> {
                 let text = "it was given up before its bytes were summed";
                 self.fail_transfer(transfer, Failure::new(FailureKind::Cancelled, text))
             }
-            Command::Post { transfer, connection, copies, summed, after: None } => {
+            EngineCommand::Post { transfer, connection, copies, summed, after: None } => {
                 self.begin(Waiting { transfer, connection, copies, summed })
             }
-            Command::Verify { request, grant, chunks } => {
+            EngineCommand::Verify { request, grant, chunks } => {
                 self.summing.push_commit(request, grant, chunks);
                 Ok(())
             }
-            Command::AbandonVerification(grant) => {
+            EngineCommand::AbandonVerification(grant) => {
                 self.summing.abandon_commit(grant);
                 Ok(())
             }
@@ -339,7 +339,7 @@ mod tests {
     const CHECKED_LEN_BYTES: u64 = 4 * SLICE_LEN_BYTES_MAX;
 
     impl Bench {
-        fn start(commands: Vec<Command>, gate: Option<mpsc::Receiver<()>>) -> Self {
+        fn start(commands: Vec<EngineCommand>, gate: Option<mpsc::Receiver<()>>) -> Self {
             let memory = Arc::new(Memory::Host(HostMemory::allocate(2 * CHECKED_LEN_BYTES).unwrap()));
             let posted = Arc::new(Mutex::new(Vec::new()));
             let ended = Ended::default();
@@ -348,10 +348,10 @@ mod tests {
             let (events, heard) = unbounded_channel();
             let (probed, taken) = watch::channel(0);
             for command in commands {
-                work.send(Work::Command(command)).unwrap();
+                work.send(Work::EngineCommand(command)).unwrap();
             }
             let body = move || {
-                let (Ok(()) | Err(Gone)) = Server::new(Box::new(engine), &memory, &events, probed).serve(&inbox);
+                let (Ok(()) | Err(DriverGone)) = Server::new(Box::new(engine), &memory, &events, probed).serve(&inbox);
             };
             Self { work, events: heard, posted, probed: taken, thread: Some(thread::spawn(body)) }
         }
@@ -376,17 +376,17 @@ mod tests {
     }
 
     /// A commit that takes sixteen slices.
-    fn verify(grant: u64) -> Command {
+    fn verify(grant: u64) -> EngineCommand {
         let checksum = Checksum::of(&vec![0; CHECKED_LEN_BYTES as usize]);
         let chunk = |index| ExpectedChunk { index, offset_bytes: 0, len_bytes: CHECKED_LEN_BYTES, checksum };
         let chunks = (0..4).map(chunk).collect();
-        Command::Verify { request: RequestId::new("r").unwrap(), grant: GrantId(grant), chunks }
+        EngineCommand::Verify { request: RequestId::new("r").unwrap(), grant: GrantId(grant), chunks }
     }
 
-    fn post(transfer: u64, local_offset: u64, len_bytes: u64, summed: bool) -> Command {
+    fn post(transfer: u64, local_offset: u64, len_bytes: u64, summed: bool) -> EngineCommand {
         let copies = vec![ByteCopy { local_offset, remote_offset: 0, len_bytes }];
         let summed = if summed { vec![0] } else { Vec::new() };
-        Command::Post { transfer: TransferId(transfer), connection: ConnectionId(1), copies, summed, after: None }
+        EngineCommand::Post { transfer: TransferId(transfer), connection: ConnectionId(1), copies, summed, after: None }
     }
 
     /// The name of a transfer that has ended well, and its checksums.
@@ -402,14 +402,14 @@ mod tests {
         // Broken in production: sixteen large commits at once, and for seconds nothing else of that daemon moves: right
         // transfers fail by their deadlines.
         let mut commands: Vec<_> = (0..8).map(verify).collect();
-        commands.push(Command::LoadPeer {
+        commands.push(EngineCommand::LoadPeer {
             remote: Remote::Receiver(PeerId(1)),
             agent_name: Some("p".to_owned()),
             metadata: Vec::new(),
         });
         let tiny = |index| ExpectedChunk { index, offset_bytes: 1, len_bytes: 1, checksum: Checksum::of(&[0]) };
         let chunks = vec![tiny(0), ExpectedChunk { checksum: Checksum(1), ..tiny(1) }];
-        commands.push(Command::Verify { request: RequestId::new("small").unwrap(), grant: GrantId(99), chunks });
+        commands.push(EngineCommand::Verify { request: RequestId::new("small").unwrap(), grant: GrantId(99), chunks });
         commands.push(post(7, CHECKED_LEN_BYTES, 1, false));
         let mut bench = Bench::start(commands, None);
         assert!(matches!(bench.next(), EngineEvent::PeerLoaded { remote: Remote::Receiver(PeerId(1)), result: Ok(_) }));
@@ -445,8 +445,8 @@ mod tests {
         let commands = vec![
             verify(1),
             post(1, 0, CHECKED_LEN_BYTES, true),
-            Command::Abandon { transfer: TransferId(1), writer_gone: false },
-            Command::AbandonVerification(GrantId(1)),
+            EngineCommand::Abandon { transfer: TransferId(1), writer_gone: false },
+            EngineCommand::AbandonVerification(GrantId(1)),
             verify(2),
         ];
         let mut bench = Bench::start(commands, None);

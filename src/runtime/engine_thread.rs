@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use tokio::sync::mpsc::UnboundedSender;
 
-use super::engine_server::{Gone, Server};
-use super::engine_work::{Command, EngineEvent, Work};
+use super::engine_server::{DriverGone, Server};
+use super::engine_work::{EngineCommand, EngineEvent, Work};
 use super::error::RuntimeError;
 use super::probe::{Probe, Prober};
 use super::room::Room;
@@ -72,7 +72,8 @@ impl EngineThread {
                 Ok((facts, engine)) => {
                     if report.send(Ok(facts)).is_ok() {
                         // It ends when the driver does.
-                        let (Ok(()) | Err(Gone)) = Server::new(engine, manager.memory(), &events, probed).serve(&inbox);
+                        let (Ok(()) | Err(DriverGone)) =
+                            Server::new(engine, manager.memory(), &events, probed).serve(&inbox);
                     }
                 }
                 // Whoever waits for the report has gone: there is nobody to tell.
@@ -90,12 +91,12 @@ impl EngineThread {
     }
 
     /// Queues a command. A thread that has ended reports nothing more, so that is an error for the driver to act on.
-    pub(super) fn send(&self, command: Command) -> Result<(), RuntimeError> {
-        self.queue(Work::Command(command))
+    pub(super) fn send(&self, command: EngineCommand) -> Result<(), RuntimeError> {
+        self.queue(Work::EngineCommand(command))
     }
 
     /// As [`send`](Self::send), with what a peer has said in the command, and the room that it takes.
-    pub(super) fn send_with(&self, command: Command, room: Option<Room>) -> Result<(), RuntimeError> {
+    pub(super) fn send_with(&self, command: EngineCommand, room: Option<Room>) -> Result<(), RuntimeError> {
         self.queue(Work::FromPeer(command, room))
     }
 
@@ -233,7 +234,7 @@ mod tests {
         let (connection, slot) = copy;
         let copies = vec![ByteCopy { local_offset: 0, remote_offset: slot * SLOT, len_bytes: SLOT }];
         thread
-            .send(Command::Post { transfer: TransferId(slot), connection, copies, summed: vec![0], after: None })
+            .send(EngineCommand::Post { transfer: TransferId(slot), connection, copies, summed: vec![0], after: None })
             .unwrap();
         match next(events) {
             EngineEvent::Done { transfer: TransferId(done), result } if done == slot => {
@@ -257,7 +258,7 @@ mod tests {
         };
         let mut verify = |chunks: Vec<ExpectedChunk>| {
             let request = RequestId::new("r").unwrap();
-            receiver.send(Command::Verify { request, grant: GrantId(3), chunks }).unwrap();
+            receiver.send(EngineCommand::Verify { request, grant: GrantId(3), chunks }).unwrap();
             match next(&mut events) {
                 EngineEvent::Verified { grant: GrantId(3), corrupted, .. } => corrupted,
                 other => panic!("{other:?}"),
@@ -276,13 +277,17 @@ mod tests {
         let (sender, _, mut sender_events, sender_memory) = start("sender", 8);
         let Export { agent_name, metadata, descriptors } = theirs.export;
         sender
-            .send(Command::LoadPeer { remote: Remote::Receiver(PeerId(1)), agent_name: Some(agent_name), metadata })
+            .send(EngineCommand::LoadPeer {
+                remote: Remote::Receiver(PeerId(1)),
+                agent_name: Some(agent_name),
+                metadata,
+            })
             .unwrap();
         let EngineEvent::PeerLoaded { result: Ok(connection), .. } = next(&mut sender_events) else {
             panic!("loading")
         };
         sender
-            .send(Command::Connect { peer: PeerId(1), connection, memory: PeerMemory::Descriptors(descriptors) })
+            .send(EngineCommand::Connect { peer: PeerId(1), connection, memory: PeerMemory::Descriptors(descriptors) })
             .unwrap();
         assert!(matches!(next(&mut sender_events), EngineEvent::Connected { peer: PeerId(1), result: Ok(()) }));
         HostMapping::open(&handle(&sender_memory)).unwrap().write(0, &[7; SLOT as usize]).unwrap();
@@ -294,7 +299,7 @@ mod tests {
             assert_eq!(grown.len_bytes, len_bytes);
             assert_eq!(receiver_memory.addresses().usage().len_bytes, len_bytes);
             let Grown { metadata, descriptors, .. } = grown;
-            sender.send(Command::UpdatePeer { peer: PeerId(1), connection, metadata, descriptors }).unwrap();
+            sender.send(EngineCommand::UpdatePeer { peer: PeerId(1), connection, metadata, descriptors }).unwrap();
             let updated = next(&mut sender_events);
             assert!(
                 matches!(&updated, EngineEvent::Updated { peer: PeerId(1), connection: told, result: Ok(()) } if *told == connection),
@@ -314,8 +319,12 @@ mod tests {
         }
         let unknown = ConnectionId(connection.0 + 1);
         let nothing = Vec::new;
-        let update =
-            Command::UpdatePeer { peer: PeerId(2), connection: unknown, metadata: nothing(), descriptors: nothing() };
+        let update = EngineCommand::UpdatePeer {
+            peer: PeerId(2),
+            connection: unknown,
+            metadata: nothing(),
+            descriptors: nothing(),
+        };
         sender.send(update).unwrap();
         assert!(matches!(next(&mut sender_events), EngineEvent::Updated { peer: PeerId(2), result: Err(_), .. }));
         post(&sender, &mut sender_events, (connection, 0)).unwrap();
@@ -346,12 +355,16 @@ mod tests {
         let (sender, _, mut events, memory) = start_with("gated", 2, Box::new(Gated(Mutex::new(gated))));
         let Export { agent_name, metadata, descriptors } = theirs.export;
         sender
-            .send(Command::LoadPeer { remote: Remote::Receiver(PeerId(1)), agent_name: Some(agent_name), metadata })
+            .send(EngineCommand::LoadPeer {
+                remote: Remote::Receiver(PeerId(1)),
+                agent_name: Some(agent_name),
+                metadata,
+            })
             .unwrap();
         let EngineEvent::PeerLoaded { result: Ok(connection), .. } = next(&mut events) else { panic!("loading") };
         sender.grow().unwrap();
         sender
-            .send(Command::Connect { peer: PeerId(1), connection, memory: PeerMemory::Descriptors(descriptors) })
+            .send(EngineCommand::Connect { peer: PeerId(1), connection, memory: PeerMemory::Descriptors(descriptors) })
             .unwrap();
         assert!(matches!(next(&mut events), EngineEvent::Connected { result: Ok(()), .. }));
         post(&sender, &mut events, (connection, 4)).unwrap();

@@ -12,7 +12,7 @@ use crate::transfer::Export;
 
 /// Something for the engine to do.
 #[derive(Debug)]
-pub(super) enum Command {
+pub(super) enum EngineCommand {
     LoadPeer {
         remote: Remote,
         /// Where the peer does not say, its metadata does.
@@ -67,9 +67,9 @@ pub(super) enum Command {
 
 /// What reaches the thread.
 pub(super) enum Work {
-    Command(Command),
+    EngineCommand(EngineCommand),
     /// What a peer's message has led to. Its room is free when that is done.
-    FromPeer(Command, Option<Room>),
+    FromPeer(EngineCommand, Option<Room>),
     /// The pages of a step are there: it is to be registered.
     Extend {
         step: Range<u64>,

@@ -75,7 +75,7 @@ fn child_daemon() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
         let config = config(Role::Receiver);
-        let (mailbox, mut inbox) = driver::mailbox::<daemon::Event>();
+        let (mailbox, mut inbox) = driver::mailbox::<daemon::DaemonEvent>();
         lifecycle::watch(&mailbox.events, false).unwrap();
         let instance = identity::instance_name(&config);
         let (_probe, responder) = health_probe();
@@ -88,14 +88,14 @@ fn child_daemon() {
     });
 }
 
-struct Daemon {
+struct FloodedDaemon {
     child: Child,
     stdin: ChildStdin,
     connector: String,
     ports: [u16; 2],
 }
 
-impl Daemon {
+impl FloodedDaemon {
     fn start(role: &str) -> Self {
         let mut child = Command::new(std::env::current_exe().unwrap())
             .args(["runtime::flood::child_daemon", "--exact", "--nocapture", "--test-threads=1"])
@@ -130,7 +130,7 @@ impl Daemon {
     }
 }
 
-impl Drop for Daemon {
+impl Drop for FloodedDaemon {
     fn drop(&mut self) {
         drop(self.child.kill());
         drop(self.child.wait());
@@ -139,13 +139,13 @@ impl Drop for Daemon {
 
 /// An engine beside a sender of its own.
 struct Engine {
-    sender: Daemon,
+    sender: FloodedDaemon,
     client: Client,
 }
 
 impl Engine {
     async fn start() -> Self {
-        let sender = Daemon::start("sender");
+        let sender = FloodedDaemon::start("sender");
         let mut client = Client::connect(&sender.connector, SOON).await.unwrap();
         let attach = Request::Attach { id: Seq(1), version: CONNECTOR_API_VERSION, client: "test".into() };
         assert!(matches!(client.request(&attach).await.unwrap(), Reply::Attached { .. }));
@@ -153,7 +153,7 @@ impl Engine {
     }
 
     /// A request to this receiver gets its slots.
-    async fn open(&mut self, id: u64, receiver: &Daemon) {
+    async fn open(&mut self, id: u64, receiver: &FloodedDaemon) {
         let [init_port, alloc_port] = receiver.ports;
         let open = Request::Open {
             id: Seq(id),
@@ -304,7 +304,7 @@ async fn a_flood_of_handshakes_waits_in_the_kernel_while_the_engine_is_busy() {
         ("handshakes with as much metadata as is read", METADATA_LEN_BYTES_MAX),
         ("handshakes of 64 KiB", 64 << 10),
     ] {
-        let mut receiver = Daemon::start("receiver");
+        let mut receiver = FloodedDaemon::start("receiver");
         let mut known = Engine::start().await;
         known.open(2, &receiver).await;
         receiver.toggle_engine();

@@ -25,7 +25,7 @@ pub(super) enum Phase {
 
 /// What the driver said last.
 #[derive(Debug, Clone)]
-pub(super) struct Answer {
+pub(super) struct HealthAnswer {
     /// The last question that it had seen.
     question: u64,
     pub(super) phase: Phase,
@@ -43,27 +43,27 @@ pub(super) struct NoAnswer;
 #[derive(Debug, Clone)]
 pub(super) struct HealthProbe {
     questions: watch::Sender<u64>,
-    answers: watch::Receiver<Answer>,
+    answers: watch::Receiver<HealthAnswer>,
 }
 
 /// The driver's end.
 #[derive(Debug)]
 pub(super) struct HealthResponder {
     questions: watch::Receiver<u64>,
-    answers: watch::Sender<Answer>,
+    answers: watch::Sender<HealthAnswer>,
 }
 
 /// Both ends, of a daemon that is starting.
 pub(super) fn health_probe() -> (HealthProbe, HealthResponder) {
     let (ask, questions) = watch::channel(0);
     let (answer, answers) =
-        watch::channel(Answer { question: 0, phase: Phase::Starting, snapshot: None, engine: None });
+        watch::channel(HealthAnswer { question: 0, phase: Phase::Starting, snapshot: None, engine: None });
     (HealthProbe { questions: ask, answers }, HealthResponder { questions, answers: answer })
 }
 
 impl HealthProbe {
     /// How the daemon is, at this moment or later. At once while it is starting.
-    pub(super) async fn ask(&self) -> Result<Answer, NoAnswer> {
+    pub(super) async fn ask(&self) -> Result<HealthAnswer, NoAnswer> {
         let mut answers = self.answers.clone();
         if answers.borrow().phase == Phase::Starting {
             return Ok(answers.borrow().clone());
@@ -93,7 +93,7 @@ impl HealthResponder {
     /// Answers all probes that have come.
     pub(super) fn answer(&mut self, phase: Phase, snapshot: Snapshot, engine: Probe) {
         let question = *self.questions.borrow_and_update();
-        self.answers.send_replace(Answer { question, phase, snapshot: Some(snapshot), engine: Some(engine) });
+        self.answers.send_replace(HealthAnswer { question, phase, snapshot: Some(snapshot), engine: Some(engine) });
     }
 }
 

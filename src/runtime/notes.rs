@@ -76,13 +76,13 @@ fn log_grown(result: Result<u64, String>) {
 #[derive(Debug, Default)]
 struct Log {
     limits: BTreeMap<LineKind, RateLimited>,
-    receivers: BTreeMap<PeerAddress, Receiver>,
+    receivers: BTreeMap<PeerAddress, LostReceiver>,
 }
 
 /// A receiver that was given up. It may come and go for as long as it is configured wrongly: the same reason is a line a
 /// minute.
 #[derive(Debug)]
-struct Receiver {
+struct LostReceiver {
     reason: FailureKind,
     limit: RateLimited,
     /// The latest line about its loss was not written, and the one about its return is not either.
@@ -167,7 +167,7 @@ impl Log {
         if self.receivers.len() >= RECEIVERS_MAX && !self.receivers.contains_key(address) {
             self.receivers.clear();
         }
-        let fresh = || Receiver { reason, limit: RateLimited::every(MINUTE), quiet: false };
+        let fresh = || LostReceiver { reason, limit: RateLimited::every(MINUTE), quiet: false };
         let receiver = self.receivers.entry(address.clone()).or_insert_with(fresh);
         if receiver.reason != reason {
             *receiver = fresh();

@@ -12,7 +12,7 @@ use crate::node::incoming::ExpectedChunk;
 const TOLD_EVERY: Duration = Duration::from_millis(250);
 
 /// What checksums are summed for.
-enum Purpose {
+enum SumPurpose {
     /// A transfer that is posted then: what is summed later may be what was written wrongly.
     Transfer(Waiting),
     /// A commit that is taken then, if they are as they must be.
@@ -29,7 +29,7 @@ pub(super) enum Summed {
 
 /// What is left to sum.
 pub(super) struct SummingJobs {
-    queue: SumQueue<Purpose>,
+    queue: SumQueue<SumPurpose>,
     told_at: Instant,
 }
 
@@ -52,7 +52,7 @@ impl SummingJobs {
         if ranges.is_empty() {
             return Some(waiting);
         }
-        self.queue.push(Purpose::Transfer(waiting), ranges);
+        self.queue.push(SumPurpose::Transfer(waiting), ranges);
         None
     }
 
@@ -60,29 +60,29 @@ impl SummingJobs {
         let range =
             |&ExpectedChunk { offset_bytes, len_bytes, .. }: &ExpectedChunk| SumRange { offset_bytes, len_bytes };
         let ranges = chunks.iter().map(range).collect();
-        self.queue.push(Purpose::Commit { request, grant, chunks }, ranges);
+        self.queue.push(SumPurpose::Commit { request, grant, chunks }, ranges);
     }
 
     /// Whether that transfer was waiting for its sums; it is not any more.
     pub(super) fn abandon_transfer(&mut self, transfer: TransferId) -> bool {
-        let is_it = |purpose: &Purpose| matches!(purpose, Purpose::Transfer(one) if one.transfer == transfer);
+        let is_it = |purpose: &SumPurpose| matches!(purpose, SumPurpose::Transfer(one) if one.transfer == transfer);
         self.queue.remove(is_it).is_some()
     }
 
     pub(super) fn abandon_commit(&mut self, grant: GrantId) {
-        self.queue.remove(|purpose| matches!(purpose, Purpose::Commit { grant: one, .. } if *one == grant));
+        self.queue.remove(|purpose| matches!(purpose, SumPurpose::Commit { grant: one, .. } if *one == grant));
     }
 
     /// Sums one slice. Returns what that was the last slice of.
     pub(super) fn advance(&mut self, memory: &Memory) -> Option<Summed> {
         let (purpose, sums) = self.queue.advance(memory)?;
         Some(match purpose {
-            Purpose::Transfer(waiting) => {
+            SumPurpose::Transfer(waiting) => {
                 let sums = sums.into_iter().collect::<Result<Vec<_>, BufferError>>();
                 let unreadable = |error: BufferError| Failure::new(FailureKind::TransferFailed, error.to_string());
                 Summed::Transfer(waiting, sums.map_err(unreadable))
             }
-            Purpose::Commit { request, grant, chunks } => {
+            SumPurpose::Commit { request, grant, chunks } => {
                 Summed::Commit { request, grant, corrupted: corrupted(&chunks, &sums) }
             }
         })

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::address::Snapshot;
+use crate::address::UsageSnapshot;
 use crate::buffer::{Memory, MemoryManager};
 use crate::config::Config;
 use crate::connector::message::CONNECTOR_API_VERSION;
@@ -65,7 +65,7 @@ fn buffer_handle(manager: &MemoryManager) -> BufferHandle {
 pub(super) fn buffer_usage(config: &Config, manager: &MemoryManager) -> BufferUsage {
     let layout = &config.layout;
     let lens: Vec<u64> = layout.groups.iter().map(|group| group.partial_bytes(layout.chunk_tokens)).collect();
-    let Snapshot { usage, fits } = manager.addresses().snapshot(&lens);
+    let UsageSnapshot { usage, fits } = manager.addresses().snapshot(&lens);
     BufferUsage {
         len_bytes: usage.len_bytes,
         len_max_bytes: config.buffer_len_bytes(),

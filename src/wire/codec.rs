@@ -86,26 +86,26 @@ fn check(payload: &[u8]) -> Result<(&str, usize), DecodeError> {
 
 /// Whether `T` has a variant of this name, asked of its own deserializer.
 fn knows<T: DeserializeOwned>(type_name: &str) -> bool {
-    let only_type = MapDeserializer::<_, Refusal>::new(std::iter::once(("type", type_name)));
-    !matches!(T::deserialize(only_type), Err(Refusal::UnknownVariant))
+    let only_type = MapDeserializer::<_, DecodeRefusal>::new(std::iter::once(("type", type_name)));
+    !matches!(T::deserialize(only_type), Err(DecodeRefusal::UnknownVariant))
 }
 
 /// An error that remembers the one thing [`knows`] asks for.
 #[derive(Debug)]
-enum Refusal {
+enum DecodeRefusal {
     UnknownVariant,
     Other,
 }
 
-impl std::fmt::Display for Refusal {
+impl std::fmt::Display for DecodeRefusal {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("refused")
     }
 }
 
-impl std::error::Error for Refusal {}
+impl std::error::Error for DecodeRefusal {}
 
-impl de::Error for Refusal {
+impl de::Error for DecodeRefusal {
     fn custom<T: std::fmt::Display>(_: T) -> Self {
         Self::Other
     }

@@ -123,7 +123,7 @@ fn record(out: &mut Vec<u8>, tag: &[u8], bytes: &[u8]) {
 /// [`DescriptorListError`] for anything that the binding does not write, and for pages that are not equal and side by side.
 /// Nothing is allocated beyond what an error shows.
 pub fn decode(pickle: &[u8]) -> Result<(String, Pages), DescriptorListError> {
-    let mut program = Reader { bytes: pickle, at: 0 };
+    let mut program = DescriptorReader { bytes: pickle, at: 0 };
     program.expect(&[PROTO, 4], "PROTO 4")?;
     let module = program.short_text("the name of a module")?;
     let class = program.short_text("the name of a class")?;
@@ -158,7 +158,7 @@ fn is_binding(module: &[u8]) -> bool {
 }
 
 fn read_list(list: &[u8], starts_at: usize) -> Result<Pages, DescriptorListError> {
-    let mut reader = Reader { bytes: list, at: 0 };
+    let mut reader = DescriptorReader { bytes: list, at: 0 };
     let located = |error| match error {
         DescriptorListError::Shape { at, seen, expected } => {
             DescriptorListError::Shape { at: at + starts_at, seen, expected }
@@ -203,12 +203,12 @@ fn read_list(list: &[u8], starts_at: usize) -> Result<Pages, DescriptorListError
     Ok(Pages { memory_type, device, address, page_bytes, count })
 }
 
-struct Reader<'a> {
+struct DescriptorReader<'a> {
     bytes: &'a [u8],
     at: usize,
 }
 
-impl<'a> Reader<'a> {
+impl<'a> DescriptorReader<'a> {
     fn take(&mut self, count: usize, expected: &'static str) -> Result<&'a [u8], DescriptorListError> {
         let end = self.at.checked_add(count).filter(|&end| end <= self.bytes.len());
         let Some(end) = end else { return Err(self.wrong(expected)) };

@@ -366,41 +366,41 @@ impl Context {
         }
     }
 
-    pub(super) fn event(&self) -> Result<Event, CudaError> {
+    pub(super) fn event(&self) -> Result<CudaEvent, CudaError> {
         self.bind()?;
         let flags = sys::CUevent_flags_enum::CU_EVENT_DISABLE_TIMING as c_uint;
         let mut raw = std::ptr::null_mut();
         // SAFETY: the driver writes an event, which `close_event` destroys.
         check("cuEventCreate", unsafe { sys::cuEventCreate(&raw mut raw, flags) })?;
-        Ok(Event(raw))
+        Ok(CudaEvent(raw))
     }
 
-    pub(super) fn open_event(&self, handle: &IpcHandle) -> Result<Event, CudaError> {
+    pub(super) fn open_event(&self, handle: &IpcHandle) -> Result<CudaEvent, CudaError> {
         self.bind()?;
         let handle = sys::CUipcEventHandle { reserved: handle.0.map(|byte| byte as c_char) };
         let mut raw = std::ptr::null_mut();
         // SAFETY: the driver checks the handle's bytes.
         check("cuIpcOpenEventHandle", unsafe { sys::cuIpcOpenEventHandle(&raw mut raw, handle) })?;
-        Ok(Event(raw))
+        Ok(CudaEvent(raw))
     }
 
     /// # Safety
     /// The event is of this context, and is not used any more.
-    pub(super) unsafe fn close_event(&self, event: Event) -> Result<(), CudaError> {
+    pub(super) unsafe fn close_event(&self, event: CudaEvent) -> Result<(), CudaError> {
         self.bind()?;
         // SAFETY: the caller's promise.
         check("cuEventDestroy", unsafe { sys::cuEventDestroy_v2(event.0) })
     }
 
     /// Has the event wait for all that is on the stream now.
-    pub(super) fn record(&self, event: Event, stream: Stream) -> Result<(), CudaError> {
+    pub(super) fn record(&self, event: CudaEvent, stream: Stream) -> Result<(), CudaError> {
         self.bind()?;
         // SAFETY: both exist for as long as their owners keep them.
         check("cuEventRecord", unsafe { sys::cuEventRecord(event.0, stream.0) })
     }
 
     /// Whether all that an event was recorded behind has ended. Never waits.
-    pub(super) fn is_done(&self, event: Event) -> Result<bool, CudaError> {
+    pub(super) fn is_done(&self, event: CudaEvent) -> Result<bool, CudaError> {
         self.bind()?;
         // SAFETY: the event exists for as long as its owner keeps it.
         let status = unsafe { sys::cuEventQuery(event.0) };
@@ -424,16 +424,16 @@ pub(super) struct Stream(sys::CUstream);
 
 /// An event of a [`Context`].
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Event(sys::CUevent);
+pub(super) struct CudaEvent(sys::CUevent);
 
 // SAFETY: streams and events belong to the process and not to a thread; the driver locks them itself.
 unsafe impl Send for Stream {}
 // SAFETY: as above.
-unsafe impl Send for Event {}
+unsafe impl Send for CudaEvent {}
 // SAFETY: as above.
 unsafe impl Sync for Stream {}
 // SAFETY: as above.
-unsafe impl Sync for Event {}
+unsafe impl Sync for CudaEvent {}
 
 /// An address, and whose.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

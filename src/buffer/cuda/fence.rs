@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::CudaDevice;
-use super::driver::Event;
+use super::driver::CudaEvent;
 use crate::buffer::BufferError;
 use crate::ids::IpcHandle;
 
@@ -13,7 +13,7 @@ use crate::ids::IpcHandle;
 #[derive(Debug)]
 pub struct Fences {
     device: Arc<CudaDevice>,
-    open: BTreeMap<IpcHandle, Event>,
+    open: BTreeMap<IpcHandle, CudaEvent>,
 }
 
 impl Fences {
@@ -38,7 +38,7 @@ impl Fences {
         self.device.context().is_done(event).map_err(|error| self.device.failed(error))
     }
 
-    fn open_event(&mut self, handle: &IpcHandle) -> Result<Event, BufferError> {
+    fn open_event(&mut self, handle: &IpcHandle) -> Result<CudaEvent, BufferError> {
         if self.open.len() >= Self::OPEN_MAX {
             self.close_all();
         }

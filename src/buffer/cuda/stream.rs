@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use super::driver::{Event, Place, Stream};
+use super::driver::{CudaEvent, Place, Stream};
 use super::{CudaDevice, CudaMapping, PinnedHost};
 use crate::buffer::{BufferError, Memory};
 
@@ -84,7 +84,7 @@ pub struct CopyBatch {
     source: CopyEnd,
     target: CopyEnd,
     /// Recorded behind the last copy.
-    event: Option<Event>,
+    event: Option<CudaEvent>,
     ended: bool,
 }
 

@@ -11,7 +11,7 @@ const CUDA: BlobKind = BlobKind { magic: b"pdlocalcuda", version: 1 };
 
 /// A buffer of either memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum BufferDescriptor {
+pub(super) enum LocalBuffer {
     Host(HostDescriptor),
     Cuda(CudaHandle),
 }
@@ -24,7 +24,7 @@ pub(super) struct HostDescriptor {
     pub(super) len_bytes: u64,
 }
 
-impl BufferDescriptor {
+impl LocalBuffer {
     /// Ours, with as much of it as is registered.
     pub(super) fn of(memory: &Memory, len_bytes: u64) -> Self {
         match memory {
@@ -86,7 +86,7 @@ impl BufferDescriptor {
     }
 }
 
-impl std::fmt::Display for BufferDescriptor {
+impl std::fmt::Display for LocalBuffer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Host(descriptor) => descriptor.handle.fmt(f),

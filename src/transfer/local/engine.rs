@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use super::LOCAL_ENGINE_NAME;
 use super::cursor::Cursor;
-use super::descriptor::BufferDescriptor;
+use super::descriptor::LocalBuffer;
 use super::devices::Devices;
-use super::flight::Flight;
+use super::flight::LocalFlight;
 use super::identity::Identity;
 use super::peer::{LocalPeer, PeerError};
 use crate::buffer::Memory;
@@ -29,13 +29,13 @@ const DEVICE_LINGER: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub struct LocalEngine {
     identity: Identity,
-    registered: Option<Registered>,
+    registered: Option<RegisteredMemory>,
     connections: BTreeMap<ConnectionId, Connection>,
     connections_made: u64,
     /// Transfers that have bytes left to copy or to report, in turn.
     queue: VecDeque<Queued>,
     /// Transfers that a GPU copies, in the order in which they were posted.
-    flights: Vec<Flight>,
+    flights: Vec<LocalFlight>,
     devices: Devices,
     /// Ended, but not by copying.
     ended: Ended,
@@ -43,7 +43,7 @@ pub struct LocalEngine {
 
 /// Our memory, and how much of it peers may write.
 #[derive(Debug)]
-struct Registered {
+struct RegisteredMemory {
     memory: Arc<Memory>,
     len_bytes: u64,
 }
@@ -81,14 +81,14 @@ impl LocalEngine {
         })
     }
 
-    fn registered(&self) -> Result<&Registered, TransferError> {
+    fn registered(&self) -> Result<&RegisteredMemory, TransferError> {
         self.registered.as_ref().ok_or(TransferError::NotRegistered { engine: LOCAL_ENGINE_NAME })
     }
 
     /// Copies up to `budget` bytes of one transfer.
     fn advance(&mut self, queued: &mut Queued, budget: &mut u64) -> Result<(), TransferError> {
         let connected = self.connections.get_mut(&queued.connection);
-        let (Some(Connection { agent_name, peer: Some(peer), .. }), Some(Registered { memory, .. })) =
+        let (Some(Connection { agent_name, peer: Some(peer), .. }), Some(RegisteredMemory { memory, .. })) =
             (connected, &self.registered)
         else {
             return Err(TransferError::NotConnected { engine: LOCAL_ENGINE_NAME, connection: queued.connection });
@@ -112,7 +112,7 @@ impl LocalEngine {
     }
 
     /// What becomes of a transfer whose copies by a GPU have ended.
-    fn conclude(&self, flight: &Flight, result: Result<(), TransferError>) -> Result<(), TransferError> {
+    fn conclude(&self, flight: &LocalFlight, result: Result<(), TransferError>) -> Result<(), TransferError> {
         let alive = match self.connections.get(&flight.connection) {
             Some(Connection { peer: Some(peer), .. }) => peer.check_alive(),
             _ => Err("we disconnected".to_owned()),
@@ -162,12 +162,12 @@ impl TransferEngine for LocalEngine {
     fn register(&mut self, memory: Arc<Memory>, _unit_bytes: u64, len_bytes: u64) -> Result<(), TransferError> {
         let registered_bytes = self.registered.as_ref().map_or(0, |registered| registered.len_bytes);
         check_next_piece(LOCAL_ENGINE_NAME, &memory, registered_bytes, &(0..len_bytes))?;
-        self.registered = Some(Registered { memory, len_bytes });
+        self.registered = Some(RegisteredMemory { memory, len_bytes });
         Ok(())
     }
 
     fn extend(&mut self, range: Range<u64>) -> Result<Export, TransferError> {
-        let Some(Registered { memory, len_bytes }) = &mut self.registered else {
+        let Some(RegisteredMemory { memory, len_bytes }) = &mut self.registered else {
             return Err(TransferError::NotRegistered { engine: LOCAL_ENGINE_NAME });
         };
         check_next_piece(LOCAL_ENGINE_NAME, memory, *len_bytes, &range)?;
@@ -176,11 +176,11 @@ impl TransferEngine for LocalEngine {
     }
 
     fn export(&mut self) -> Result<Export, TransferError> {
-        let Registered { memory, len_bytes } = self.registered()?;
+        let RegisteredMemory { memory, len_bytes } = self.registered()?;
         Ok(Export {
             agent_name: self.identity.agent_name.clone(),
             metadata: self.identity.encode(),
-            descriptors: BufferDescriptor::of(memory, *len_bytes).encode(),
+            descriptors: LocalBuffer::of(memory, *len_bytes).encode(),
         })
     }
 
@@ -244,7 +244,7 @@ impl TransferEngine for LocalEngine {
         connection: ConnectionId,
         copies: &[ByteCopy],
     ) -> Result<(), TransferError> {
-        let Registered { memory, len_bytes: local_len_bytes } = self.registered()?;
+        let RegisteredMemory { memory, len_bytes: local_len_bytes } = self.registered()?;
         let Some(Connection { agent_name, peer: Some(peer), .. }) = self.connections.get(&connection) else {
             return Err(TransferError::NotConnected { engine: LOCAL_ENGINE_NAME, connection });
         };
@@ -258,7 +258,7 @@ impl TransferEngine for LocalEngine {
         })?;
         let cursor = Cursor::new(join(copies));
         match peer.batch(memory) {
-            Some(batch) => self.flights.push(Flight::new(transfer, connection, agent_name.clone(), cursor, batch)),
+            Some(batch) => self.flights.push(LocalFlight::new(transfer, connection, agent_name.clone(), cursor, batch)),
             None => self.queue.push_back(Queued { transfer, connection, cursor }),
         }
         Ok(())
@@ -279,7 +279,7 @@ impl TransferEngine for LocalEngine {
     }
 
     fn has_work(&self) -> bool {
-        !self.queue.is_empty() || self.flights.iter().any(Flight::has_work)
+        !self.queue.is_empty() || self.flights.iter().any(LocalFlight::has_work)
     }
 
     fn in_flight(&self) -> usize {

@@ -11,7 +11,7 @@ const COPIES_AT_ONCE_MAX: usize = 128;
 
 /// A transfer under way. Its batch keeps both memories until the last copy has ended.
 #[derive(Debug)]
-pub(super) struct Flight {
+pub(super) struct LocalFlight {
     pub(super) transfer: TransferId,
     pub(super) connection: ConnectionId,
     pub(super) agent_name: String,
@@ -23,7 +23,7 @@ pub(super) struct Flight {
     pub(super) leaving: bool,
 }
 
-impl Flight {
+impl LocalFlight {
     pub(super) fn new(
         transfer: TransferId,
         connection: ConnectionId,

@@ -1,6 +1,6 @@
 //! What a peer on the same host says of its process and its memory, before anything is opened.
 
-use super::descriptor::{BufferDescriptor, HostDescriptor};
+use super::descriptor::{HostDescriptor, LocalBuffer};
 use super::identity::Identity;
 use crate::buffer::{CudaHandle, HostHandle};
 use crate::ids::{DeviceId, IpcHandle};
@@ -10,11 +10,11 @@ pub(crate) fn blob(bytes: &[u8]) {
         assert_eq!(identity.encode(), bytes, "two ways to say one thing");
         identity.check_peer(&identity).expect("a process can map its own memory");
     }
-    if let Ok(descriptor) = BufferDescriptor::decode(bytes) {
+    if let Ok(descriptor) = LocalBuffer::decode(bytes) {
         assert_eq!(descriptor.encode(), bytes, "two ways to say one thing");
         let there_bytes = match descriptor {
-            BufferDescriptor::Host(HostDescriptor { handle, .. }) => handle.len_bytes,
-            BufferDescriptor::Cuda(handle) => handle.allocation_bytes - handle.offset_bytes,
+            LocalBuffer::Host(HostDescriptor { handle, .. }) => handle.len_bytes,
+            LocalBuffer::Cuda(handle) => handle.allocation_bytes - handle.offset_bytes,
         };
         assert!(descriptor.len_bytes() <= there_bytes, "more is to be written than there is");
     }
@@ -32,11 +32,11 @@ pub(crate) fn blob_seeds() -> Vec<Vec<u8>> {
         allocation_bytes: 1 << 30,
         len_bytes: 1 << 20,
     };
-    let host = BufferDescriptor::Host(HostDescriptor { handle, len_bytes: 1 << 20 });
-    vec![identity.encode(), host.encode(), BufferDescriptor::Cuda(cuda).encode()]
+    let host = LocalBuffer::Host(HostDescriptor { handle, len_bytes: 1 << 20 });
+    vec![identity.encode(), host.encode(), LocalBuffer::Cuda(cuda).encode()]
 }
 
 #[cfg(test)]
 pub(crate) fn accepts(bytes: &[u8]) -> bool {
-    Identity::decode(bytes).is_ok() || BufferDescriptor::decode(bytes).is_ok()
+    Identity::decode(bytes).is_ok() || LocalBuffer::decode(bytes).is_ok()
 }

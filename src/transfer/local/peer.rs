@@ -6,7 +6,7 @@ use std::sync::Arc;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::process::{Pid, PidfdFlags};
 
-use super::descriptor::{BufferDescriptor, HostDescriptor};
+use super::descriptor::{HostDescriptor, LocalBuffer};
 use super::devices::Devices;
 use super::mapped::MappedBlocks;
 use crate::buffer::{BufferError, CopyBatch, CopyEnd, CopyStream, DroppedElsewhere, HostMapping, Memory, PinnedHost};
@@ -18,7 +18,7 @@ use crate::ids::ByteCopy;
 pub(super) struct LocalPeer {
     memory: OpenedMemory,
     /// What the peer told of it: how much may be written.
-    descriptor: BufferDescriptor,
+    descriptor: LocalBuffer,
     process: OwnedFd,
     pid: u32,
 }
@@ -40,7 +40,7 @@ impl LocalPeer {
         ours: &Arc<Memory>,
         devices: &mut Devices,
     ) -> Result<Self, PeerError> {
-        let descriptor = BufferDescriptor::decode(descriptors).map_err(PeerError::Descriptors)?;
+        let descriptor = LocalBuffer::decode(descriptors).map_err(PeerError::Descriptors)?;
         if descriptor.pid() != pid {
             return Err(PeerError::Descriptors(format!("they name process {}, its metadata {pid}", descriptor.pid())));
         }
@@ -56,7 +56,7 @@ impl LocalPeer {
 
     /// The peer's buffer has grown.
     pub(super) fn update(&mut self, descriptors: &[u8]) -> Result<(), PeerError> {
-        let after = BufferDescriptor::decode(descriptors).map_err(PeerError::Descriptors)?;
+        let after = LocalBuffer::decode(descriptors).map_err(PeerError::Descriptors)?;
         after.check_grown_from(&self.descriptor).map_err(PeerError::Descriptors)?;
         // The mapping covers the ceiling: only its pages are new.
         self.descriptor = after;
@@ -107,25 +107,25 @@ impl LocalPeer {
 }
 
 impl OpenedMemory {
-    fn open(descriptor: &BufferDescriptor, ours: &Arc<Memory>, devices: &mut Devices) -> Result<Self, PeerError> {
+    fn open(descriptor: &LocalBuffer, ours: &Arc<Memory>, devices: &mut Devices) -> Result<Self, PeerError> {
         let gone = |error: crate::buffer::BufferError| PeerError::Gone(error.to_string());
         match (descriptor, &**ours) {
-            (BufferDescriptor::Host(HostDescriptor { handle, .. }), Memory::Host(_)) => {
+            (LocalBuffer::Host(HostDescriptor { handle, .. }), Memory::Host(_)) => {
                 let mapping = DroppedElsewhere::new(HostMapping::open(handle).map_err(gone)?);
                 Ok(Self::Host { mapping, mapped: MappedBlocks::default() })
             }
-            (BufferDescriptor::Host(HostDescriptor { handle, len_bytes }), Memory::Cuda(cuda)) => {
+            (LocalBuffer::Host(HostDescriptor { handle, len_bytes }), Memory::Cuda(cuda)) => {
                 let mapping = HostMapping::open(handle).map_err(gone)?;
                 let stream = devices.stream(cuda.device()).map_err(gone)?;
                 let pinned = PinnedHost::new(mapping, Arc::clone(cuda.device()), *len_bytes);
                 Ok(Self::Device { stream, target: CopyEnd::Host(pinned) })
             }
-            (BufferDescriptor::Cuda(handle), Memory::Cuda(cuda)) => {
+            (LocalBuffer::Cuda(handle), Memory::Cuda(cuda)) => {
                 let stream = devices.stream(cuda.device()).map_err(gone)?;
                 let mapping = devices.open(cuda.device(), handle).map_err(gone)?;
                 Ok(Self::Device { stream, target: CopyEnd::Cuda(mapping) })
             }
-            (BufferDescriptor::Cuda(handle), Memory::Host(_)) => {
+            (LocalBuffer::Cuda(handle), Memory::Host(_)) => {
                 let mixed = |error: crate::buffer::BufferError| {
                     PeerError::Gone(format!(
                         "its buffer is memory of {}, ours is host memory, and from here that cannot be written: {error}",

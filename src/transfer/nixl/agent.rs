@@ -9,7 +9,7 @@ use nixl_sys::{
     ThreadSync, XferDescList, XferDlistHandle, XferOp, XferRequest,
 };
 
-use super::descriptors::{BufferDescriptor, MEMORY_TYPE_GPU, MEMORY_TYPE_HOST, SCRATCH_LEN_BYTES};
+use super::descriptors::{MEMORY_TYPE_GPU, MEMORY_TYPE_HOST, NixlBuffer, SCRATCH_LEN_BYTES};
 use super::errors::{bad_descriptors, explain, peer_error};
 use super::{NIXL_ENGINE_NAME, NixlOptions, load_library};
 use crate::buffer::{BufferError, CudaMemory, HostMemory, Memory};
@@ -34,7 +34,7 @@ struct Buffer {
     /// Before the registrations that it describes; keeps a raw pointer to the agent, which `OwnedAgent` drops later.
     units: Option<XferDlistHandle>,
     registrations: Vec<RegistrationHandle>,
-    descriptor: BufferDescriptor,
+    descriptor: NixlBuffer,
     memory: Arc<Memory>,
 }
 
@@ -52,14 +52,14 @@ unsafe impl Send for OwnedAgent {}
 
 /// What NIXL is told about a piece of our memory.
 #[derive(Debug)]
-struct Region {
+struct AgentRegion {
     address: u64,
     len_bytes: u64,
     mem_type: MemType,
     device: u64,
 }
 
-impl MemoryRegion for Region {
+impl MemoryRegion for AgentRegion {
     unsafe fn as_ptr(&self) -> *const u8 {
         self.address as *const u8
     }
@@ -69,7 +69,7 @@ impl MemoryRegion for Region {
     }
 }
 
-impl NixlDescriptor for Region {
+impl NixlDescriptor for AgentRegion {
     fn mem_type(&self) -> MemType {
         self.mem_type
     }
@@ -79,7 +79,7 @@ impl NixlDescriptor for Region {
     }
 }
 
-const fn mem_type(descriptor: &BufferDescriptor) -> MemType {
+const fn mem_type(descriptor: &NixlBuffer) -> MemType {
     match descriptor.memory_type {
         MEMORY_TYPE_HOST => MemType::Dram,
         _ => MemType::Vram,
@@ -152,7 +152,7 @@ impl OwnedAgent {
         // From here on NIXL may know of it, whatever else fails.
         self.memories.push(Arc::clone(&memory));
         self.register_scratch(&memory)?;
-        let descriptor = BufferDescriptor {
+        let descriptor = NixlBuffer {
             address: memory.address(),
             piece_ends: vec![len_bytes],
             device: device_of(&memory),
@@ -197,7 +197,7 @@ impl OwnedAgent {
             // UCX takes the device from the context of the thread that registers.
             cuda.device().make_current().map_err(|error| cannot_register(memory, &range, error.to_string()))?;
         }
-        let region = Region {
+        let region = AgentRegion {
             address: memory.address() + range.start,
             len_bytes: range.end - range.start,
             mem_type: if matches!(memory, Memory::Host(_)) { MemType::Dram } else { MemType::Vram },
@@ -216,7 +216,7 @@ impl OwnedAgent {
     fn prepare_our_units(
         &self,
         memory: &Memory,
-        descriptor: &BufferDescriptor,
+        descriptor: &NixlBuffer,
     ) -> Result<Option<XferDlistHandle>, TransferError> {
         self.prepare_units(Side::Ours, descriptor).map_err(|error| {
             cannot_register(memory, &(0..descriptor.len_bytes()), format!("prepare_xfer_dlist: {error}"))
@@ -224,7 +224,7 @@ impl OwnedAgent {
     }
 
     /// The registered pd_buffer.
-    pub(super) fn buffer(&self) -> Result<&BufferDescriptor, TransferError> {
+    pub(super) fn buffer(&self) -> Result<&NixlBuffer, TransferError> {
         self.buffer
             .as_ref()
             .map(|buffer| &buffer.descriptor)
@@ -250,7 +250,7 @@ impl OwnedAgent {
     }
 
     /// Says so unless the peer's metadata covers the memory that its descriptors name.
-    pub(super) fn check_covered(&self, agent_name: &str, descriptor: &BufferDescriptor) -> Result<(), TransferError> {
+    pub(super) fn check_covered(&self, agent_name: &str, descriptor: &NixlBuffer) -> Result<(), TransferError> {
         let reason = match self.knows_remote(agent_name, descriptor) {
             Ok(true) => return Ok(()),
             Ok(false) => {
@@ -261,7 +261,7 @@ impl OwnedAgent {
         Err(bad_descriptors(agent_name, reason))
     }
 
-    fn knows_remote(&self, agent_name: &str, descriptor: &BufferDescriptor) -> Result<bool, NixlError> {
+    fn knows_remote(&self, agent_name: &str, descriptor: &NixlBuffer) -> Result<bool, NixlError> {
         let mut buffer = XferDescList::new(mem_type(descriptor))?;
         for (address, len_bytes) in descriptor.pieces() {
             buffer.add_desc(address as usize, len_bytes as usize, descriptor.device);
@@ -279,7 +279,7 @@ impl OwnedAgent {
     pub(super) fn prepare_units(
         &self,
         side: Side<'_>,
-        descriptor: &BufferDescriptor,
+        descriptor: &NixlBuffer,
     ) -> Result<Option<XferDlistHandle>, NixlError> {
         let count = descriptor.prepared_unit_count();
         if count == 0 {
@@ -317,8 +317,8 @@ impl OwnedAgent {
     pub(super) fn request_ranges(
         &self,
         agent_name: &str,
-        local: &BufferDescriptor,
-        remote: &BufferDescriptor,
+        local: &NixlBuffer,
+        remote: &NixlBuffer,
         copies: &[ByteCopy],
     ) -> Result<XferRequest, NixlError> {
         let mut local_list = XferDescList::new(mem_type(local))?;
@@ -334,11 +334,7 @@ impl OwnedAgent {
     /// Writes into the peer's scratch memory, which otherwise the first transfer would pay for: UCX wires an endpoint
     /// up, and chooses how to write, when it is first written to. `make_connection` and a notification do not do that;
     /// a read does half of it. The request while it is in progress. A peer without scratch memory stays cold.
-    pub(super) fn warm_up(
-        &self,
-        agent_name: &str,
-        remote: &BufferDescriptor,
-    ) -> Result<Option<XferRequest>, TransferError> {
+    pub(super) fn warm_up(&self, agent_name: &str, remote: &NixlBuffer) -> Result<Option<XferRequest>, TransferError> {
         let failed =
             |operation: &'static str| move |error: NixlError| peer_error(operation, agent_name, 1, explain(&error));
         self.agent.make_connection(agent_name, None).map_err(failed("make_connection"))?;
@@ -352,7 +348,7 @@ impl OwnedAgent {
     fn request_warm_up(
         &self,
         agent_name: &str,
-        remote: &BufferDescriptor,
+        remote: &NixlBuffer,
         remote_address: u64,
     ) -> Result<XferRequest, NixlError> {
         let scratch = self.scratch.as_ref().ok_or(NixlError::NotFound)?;

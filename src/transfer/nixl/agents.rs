@@ -10,7 +10,7 @@ const RETIRED_MAX: usize = 1024;
 
 /// An agent whose metadata NIXL has loaded.
 #[derive(Debug)]
-struct Agent {
+struct NamedAgent {
     /// What NIXL was told of it.
     metadata: Vec<u8>,
     /// A request to it has failed: the way to it is not to be used again.
@@ -44,7 +44,7 @@ pub(super) enum Way {
 /// All of them. NIXL knows an agent as long as it is in here; those that no connection names are retired.
 #[derive(Debug, Default)]
 pub(super) struct Agents {
-    known: BTreeMap<String, Agent>,
+    known: BTreeMap<String, NamedAgent>,
     /// Names of the retired, the latest last.
     retired: VecDeque<String>,
 }
@@ -80,7 +80,7 @@ impl Agents {
     /// NIXL has loaded an agent that it did not know, or had forgotten.
     pub(super) fn loaded(&mut self, agent_name: &str, metadata: &[u8]) {
         let connections = self.known.get(agent_name).map_or(0, |agent| agent.connections);
-        let agent = Agent { metadata: metadata.to_vec(), broken: false, connections };
+        let agent = NamedAgent { metadata: metadata.to_vec(), broken: false, connections };
         self.known.insert(agent_name.to_owned(), agent);
     }
 

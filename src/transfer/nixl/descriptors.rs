@@ -21,7 +21,7 @@ pub(super) const SCRATCH_LEN_BYTES: u64 = 4096;
 
 /// One buffer, registered in pieces and cut into units, and the scratch memory beside it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct BufferDescriptor {
+pub(super) struct NixlBuffer {
     /// Where it starts in the owner's address space.
     pub(super) address: u64,
     /// Where each registered piece ends, from the start of the buffer, in ascending order. The pieces lie side by side.
@@ -36,7 +36,7 @@ pub(super) struct BufferDescriptor {
     pub(super) scratch_address: Option<u64>,
 }
 
-impl BufferDescriptor {
+impl NixlBuffer {
     pub(super) fn encode(&self) -> Vec<u8> {
         DESCRIPTORS.encode(self)
     }
@@ -145,8 +145,8 @@ pub(super) fn unit_indices(copies: &[ByteCopy], unit_bytes: u64) -> Option<(Vec<
 mod tests {
     use super::*;
 
-    fn descriptor() -> BufferDescriptor {
-        BufferDescriptor {
+    fn descriptor() -> NixlBuffer {
+        NixlBuffer {
             address: 0x7000,
             piece_ends: vec![1000],
             device: 0,
@@ -160,10 +160,10 @@ mod tests {
     fn only_a_buffer_that_can_exist_is_accepted() {
         // Broken in production: bytes from the network become addresses that are written to.
         let good = descriptor();
-        assert_eq!(BufferDescriptor::decode(&good.encode()).as_ref(), Ok(&good));
-        let refused = |bad: BufferDescriptor| BufferDescriptor::decode(&bad.encode()).unwrap_err();
-        assert!(refused(BufferDescriptor { memory_type: 2, ..good.clone() }).contains("memory type 2"));
-        let of_pieces = |piece_ends: &[u64]| BufferDescriptor { piece_ends: piece_ends.to_vec(), ..descriptor() };
+        assert_eq!(NixlBuffer::decode(&good.encode()).as_ref(), Ok(&good));
+        let refused = |bad: NixlBuffer| NixlBuffer::decode(&bad.encode()).unwrap_err();
+        assert!(refused(NixlBuffer { memory_type: 2, ..good.clone() }).contains("memory type 2"));
+        let of_pieces = |piece_ends: &[u64]| NixlBuffer { piece_ends: piece_ends.to_vec(), ..descriptor() };
         assert!(refused(of_pieces(&[])).contains("0 bytes"));
         assert!(refused(of_pieces(&[0, 5])).contains("0 bytes"));
         assert!(refused(of_pieces(&[u64::MAX])).contains("at address"));
@@ -171,25 +171,25 @@ mod tests {
         assert!(refused(of_pieces(&[500, 499, 600])).contains("each behind the one before"));
         let many: Vec<u64> = (1..=BUFFER_PIECES_MAX as u64 + 1).map(|piece| piece << 50).collect();
         assert!(refused(of_pieces(&many)).contains("257 pieces"));
-        assert!(BufferDescriptor::decode(&of_pieces(&many[..BUFFER_PIECES_MAX]).encode()).is_ok(), "it fits a blob");
-        let elsewhere = BufferDescriptor { scratch_address: Some(u64::MAX), ..good.clone() };
+        assert!(NixlBuffer::decode(&of_pieces(&many[..BUFFER_PIECES_MAX]).encode()).is_ok(), "it fits a blob");
+        let elsewhere = NixlBuffer { scratch_address: Some(u64::MAX), ..good.clone() };
         assert!(refused(elsewhere).contains("4096 bytes at address"));
-        assert!(BufferDescriptor::decode(b"pdlocaldesc").is_err());
-        let on_gpu = BufferDescriptor { memory_type: MEMORY_TYPE_GPU, device: 3, ..good.clone() };
-        assert_eq!(BufferDescriptor::decode(&on_gpu.encode()).as_ref(), Ok(&on_gpu));
+        assert!(NixlBuffer::decode(b"pdlocaldesc").is_err());
+        let on_gpu = NixlBuffer { memory_type: MEMORY_TYPE_GPU, device: 3, ..good.clone() };
+        assert_eq!(NixlBuffer::decode(&on_gpu.encode()).as_ref(), Ok(&on_gpu));
         let mixed = on_gpu.check_kind(&good).unwrap_err();
         assert!(mixed.contains("its buffer is GPU memory, ours is host memory"), "{mixed}");
         assert_eq!(on_gpu.check_kind(&on_gpu), Ok(()));
         assert_eq!(good.prepared_unit_count(), 3);
-        assert_eq!(BufferDescriptor { unit_bytes: 0, ..good }.prepared_unit_count(), 0);
-        let huge = BufferDescriptor { unit_bytes: 1, ..of_pieces(&[1 << 40]) };
+        assert_eq!(NixlBuffer { unit_bytes: 0, ..good }.prepared_unit_count(), 0);
+        let huge = NixlBuffer { unit_bytes: 1, ..of_pieces(&[1 << 40]) };
         assert_eq!(huge.prepared_unit_count(), 0);
     }
 
     #[test]
     fn a_grown_buffer_is_the_same_one_with_more_behind_it() {
         // Broken in production: after a peer has grown, writes go to where its memory never was.
-        let of_pieces = |piece_ends: &[u64]| BufferDescriptor { piece_ends: piece_ends.to_vec(), ..descriptor() };
+        let of_pieces = |piece_ends: &[u64]| NixlBuffer { piece_ends: piece_ends.to_vec(), ..descriptor() };
         let before = of_pieces(&[600, 900]);
         assert_eq!(before.pieces().collect::<Vec<_>>(), [(0x7000, 600), (0x7000 + 600, 300)]);
         assert_eq!(of_pieces(&[600, 900, 1000]).check_grown_from(&before), Ok(()));
@@ -197,9 +197,9 @@ mod tests {
         for piece_ends in [&[600][..], &[600, 901], &[900], &[300, 600, 900], &[1000, 1200, 1500]] {
             assert!(of_pieces(piece_ends).check_grown_from(&before).is_err(), "{piece_ends:?}");
         }
-        let moved = BufferDescriptor { address: 0x8000, ..of_pieces(&[600, 900, 1000]) };
+        let moved = NixlBuffer { address: 0x8000, ..of_pieces(&[600, 900, 1000]) };
         assert!(moved.check_grown_from(&before).unwrap_err().contains("0x8000"));
-        assert!(BufferDescriptor { unit_bytes: 1, ..before.clone() }.check_grown_from(&before).is_err());
+        assert!(NixlBuffer { unit_bytes: 1, ..before.clone() }.check_grown_from(&before).is_err());
         assert_eq!(of_pieces(&[600, 900, 1000]).prepared_unit_count(), 3);
         assert_eq!(of_pieces(&[500, 900]).prepared_unit_count(), 0, "a unit would lie across two pieces");
     }

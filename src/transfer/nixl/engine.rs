@@ -8,9 +8,9 @@ use nixl_sys::NixlError;
 
 use super::agent::OwnedAgent;
 use super::agents::{Agents, News, Way};
-use super::descriptors::{BufferDescriptor, unit_indices};
+use super::descriptors::{NixlBuffer, unit_indices};
 use super::errors::{bad_descriptors, bad_metadata, explain, peer_error, with_shortage};
-use super::flights::{Flight, Purpose};
+use super::flights::{FlightPurpose, NixlFlight};
 use super::metadata::check_metadata;
 use super::peers::{NixlPeer, Peers, RemoteBuffer};
 use super::{NIXL_ENGINE_NAME, NixlOptions};
@@ -32,7 +32,7 @@ const LINGER: Duration = Duration::from_secs(2);
 /// Fields are dropped in declared order: requests, then what is prepared for peers, then the agent with its memory.
 #[derive(Debug)]
 pub struct NixlEngine {
-    flights: Vec<Flight>,
+    flights: Vec<NixlFlight>,
     peers: Peers,
     agents: Agents,
     agent: OwnedAgent,
@@ -125,11 +125,11 @@ impl NixlEngine {
         &mut self,
         connection: ConnectionId,
         agent_name: &str,
-        remote: &BufferDescriptor,
+        remote: &NixlBuffer,
     ) -> Result<bool, TransferError> {
         let Some(request) = self.agent.warm_up(agent_name, remote)? else { return Ok(false) };
-        let purpose = Purpose::WarmUp { posted: Instant::now() };
-        self.take_off(Flight { purpose, connection, request, descriptor_count: 1 });
+        let purpose = FlightPurpose::WarmUp { posted: Instant::now() };
+        self.take_off(NixlFlight { purpose, connection, request, descriptor_count: 1 });
         Ok(true)
     }
 
@@ -138,7 +138,7 @@ impl NixlEngine {
         &mut self,
         connection: ConnectionId,
         agent_name: &str,
-        remote: &BufferDescriptor,
+        remote: &NixlBuffer,
         error: TransferError,
     ) -> Result<bool, TransferError> {
         let reused = self.peers.any_mut(connection).is_some_and(|peer| std::mem::take(&mut peer.reused));
@@ -158,7 +158,7 @@ impl NixlEngine {
         warmed
     }
 
-    fn take_off(&mut self, flight: Flight) {
+    fn take_off(&mut self, flight: NixlFlight) {
         if let Some(peer) = self.peers.any_mut(flight.connection) {
             peer.requests_in_progress += 1;
         }
@@ -181,7 +181,7 @@ impl NixlEngine {
     /// Reports a connection that is still being warmed as failed; its request stays until NIXL has ended it.
     fn give_up_connecting(&mut self, flight_index: usize, reason: String) {
         let Some(flight) = self.flights.get_mut(flight_index) else { return };
-        flight.purpose = Purpose::GivenUp;
+        flight.purpose = FlightPurpose::GivenUp;
         let connection = flight.connection;
         if let Some(peer) = self.peers.any_mut(connection) {
             peer.connecting = None;
@@ -194,7 +194,7 @@ impl NixlEngine {
 impl NixlEngine {
     /// What is registered, if anything is.
     #[cfg(feature = "lmcache")]
-    pub(super) fn buffer(&self) -> Option<&BufferDescriptor> {
+    pub(super) fn buffer(&self) -> Option<&NixlBuffer> {
         self.agent.buffer().ok()
     }
 }
@@ -271,8 +271,7 @@ impl TransferEngine for NixlEngine {
         if peer.connecting.is_some() {
             return Err(peer_error("connect", &agent_name, 1, "it is being connected already".to_owned()));
         }
-        let descriptor =
-            BufferDescriptor::decode(descriptors).map_err(|reason| bad_descriptors(&agent_name, reason))?;
+        let descriptor = NixlBuffer::decode(descriptors).map_err(|reason| bad_descriptors(&agent_name, reason))?;
         descriptor.check_kind(ours).map_err(|reason| bad_descriptors(&agent_name, reason))?;
         self.agent.check_covered(&agent_name, &descriptor)?;
         let in_progress = match self.warm_up(connection, &agent_name, &descriptor) {
@@ -304,7 +303,7 @@ impl TransferEngine for NixlEngine {
         };
         let agent_name = agent_name.clone();
         let news = self.agents.news(&agent_name, metadata).map_err(|reason| bad_metadata(&agent_name, reason))?;
-        let descriptor = BufferDescriptor::decode(descriptors)
+        let descriptor = NixlBuffer::decode(descriptors)
             .and_then(|after| after.check_grown_from(before).map(|()| after))
             .map_err(|reason| bad_descriptors(&agent_name, reason))?;
         if news == News::Grown
@@ -380,8 +379,8 @@ impl TransferEngine for NixlEngine {
             }
             Ok(true) => {
                 let descriptor_count = joined.len();
-                let purpose = Purpose::Transfer(transfer);
-                self.take_off(Flight { purpose, connection, request, descriptor_count });
+                let purpose = FlightPurpose::Transfer(transfer);
+                self.take_off(NixlFlight { purpose, connection, request, descriptor_count });
             }
         }
         Ok(())
@@ -392,7 +391,7 @@ impl TransferEngine for NixlEngine {
         while let Some(flight) = self.flights.get(index) {
             let status = self.agent.in_progress(&flight.request);
             if matches!(status, Ok(true)) {
-                if let Purpose::WarmUp { posted } = flight.purpose
+                if let FlightPurpose::WarmUp { posted } = flight.purpose
                     && posted.elapsed() > WARM_UP_MAX
                 {
                     self.give_up_connecting(index, format!("no answer within {} ms", WARM_UP_MAX.as_millis()));
@@ -401,7 +400,7 @@ impl TransferEngine for NixlEngine {
                 continue;
             }
             // `remove`, not `swap_remove`: transfers of one peer are reported in the order in which they end.
-            let Flight { purpose, connection, request, descriptor_count } = self.flights.remove(index);
+            let NixlFlight { purpose, connection, request, descriptor_count } = self.flights.remove(index);
             drop(request);
             let Some(peer) = self.peers.any_mut(connection) else {
                 continue;
@@ -411,7 +410,7 @@ impl TransferEngine for NixlEngine {
                 self.agents.broke(&peer.agent_name);
             }
             let leaving = peer.leaving;
-            let operation = if matches!(purpose, Purpose::Transfer(_)) { "transfer" } else { "first write" };
+            let operation = if matches!(purpose, FlightPurpose::Transfer(_)) { "transfer" } else { "first write" };
             let failed = |reason: String| peer_error(operation, &peer.agent_name, descriptor_count, reason);
             let mut result = match status {
                 Err(error) => Err(failed(explain(&error))),
@@ -419,8 +418,8 @@ impl TransferEngine for NixlEngine {
                 Ok(_) => Ok(()),
             };
             match purpose {
-                Purpose::Transfer(transfer) => self.ended.transfers.push(Completion { transfer, result }),
-                Purpose::WarmUp { .. } => {
+                FlightPurpose::Transfer(transfer) => self.ended.transfers.push(Completion { transfer, result }),
+                FlightPurpose::WarmUp { .. } => {
                     if result.is_ok() {
                         result = self.finish_connecting(connection);
                     } else {
@@ -428,7 +427,7 @@ impl TransferEngine for NixlEngine {
                     }
                     self.ended.connections.push(Connected { connection, result });
                 }
-                Purpose::GivenUp => {}
+                FlightPurpose::GivenUp => {}
             }
             if leaving {
                 self.release_if_idle(connection);
@@ -445,8 +444,9 @@ impl TransferEngine for NixlEngine {
     /// last one has ended by itself, and until then `poll` does not report them. A connection that is being warmed moves
     /// no bytes that count: it is reported at once.
     fn disconnect(&mut self, connection: ConnectionId) {
-        let warming_up =
-            |flight: &Flight| flight.connection == connection && matches!(flight.purpose, Purpose::WarmUp { .. });
+        let warming_up = |flight: &NixlFlight| {
+            flight.connection == connection && matches!(flight.purpose, FlightPurpose::WarmUp { .. })
+        };
         if let Some(index) = self.flights.iter().position(warming_up) {
             self.give_up_connecting(index, "we disconnected".to_owned());
         }

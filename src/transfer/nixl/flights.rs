@@ -7,8 +7,8 @@ use nixl_sys::XferRequest;
 use crate::ids::{ConnectionId, TransferId};
 
 /// A request that NIXL has not ended.
-pub(super) struct Flight {
-    pub(super) purpose: Purpose,
+pub(super) struct NixlFlight {
+    pub(super) purpose: FlightPurpose,
     pub(super) connection: ConnectionId,
     pub(super) request: XferRequest,
     pub(super) descriptor_count: usize,
@@ -16,7 +16,7 @@ pub(super) struct Flight {
 
 /// What a request is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Purpose {
+pub(super) enum FlightPurpose {
     Transfer(TransferId),
     WarmUp {
         posted: Instant,
@@ -26,9 +26,9 @@ pub(super) enum Purpose {
     GivenUp,
 }
 
-impl std::fmt::Debug for Flight {
+impl std::fmt::Debug for NixlFlight {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Flight")
+        f.debug_struct("NixlFlight")
             .field("purpose", &self.purpose)
             .field("connection", &self.connection)
             .finish_non_exhaustive()

@@ -1,6 +1,6 @@
 //! What a peer's agent says of itself and of its memory, looked over before NIXL or an address calculation sees it.
 
-use super::descriptors::{BufferDescriptor, MEMORY_TYPE_HOST};
+use super::descriptors::{MEMORY_TYPE_HOST, NixlBuffer};
 use super::metadata::{check_metadata, sample_metadata};
 
 pub(crate) fn metadata(bytes: &[u8]) {
@@ -15,7 +15,7 @@ pub(crate) fn metadata_seeds() -> Vec<Vec<u8>> {
 }
 
 pub(crate) fn descriptors(bytes: &[u8]) {
-    let Ok(descriptor) = BufferDescriptor::decode(bytes) else { return };
+    let Ok(descriptor) = NixlBuffer::decode(bytes) else { return };
     assert_eq!(descriptor.encode(), bytes, "two ways to say one thing");
     descriptor.check_grown_from(&descriptor).expect("whatever is accepted once is accepted again");
     let mut next = descriptor.address;
@@ -27,7 +27,7 @@ pub(crate) fn descriptors(bytes: &[u8]) {
 }
 
 pub(crate) fn descriptor_seeds() -> Vec<Vec<u8>> {
-    let one = BufferDescriptor {
+    let one = NixlBuffer {
         address: 0x7000_0000,
         piece_ends: vec![1 << 20],
         device: 0,
@@ -35,7 +35,7 @@ pub(crate) fn descriptor_seeds() -> Vec<Vec<u8>> {
         unit_bytes: 4096,
         scratch_address: Some(0x9000_0000),
     };
-    let three = BufferDescriptor { piece_ends: vec![1 << 20, 3 << 20, 1 << 40], ..one.clone() };
+    let three = NixlBuffer { piece_ends: vec![1 << 20, 3 << 20, 1 << 40], ..one.clone() };
     vec![one.encode(), three.encode()]
 }
 
@@ -46,5 +46,5 @@ pub(crate) fn accepts_metadata(bytes: &[u8]) -> bool {
 
 #[cfg(test)]
 pub(crate) fn accepts_descriptors(bytes: &[u8]) -> bool {
-    BufferDescriptor::decode(bytes).is_ok()
+    NixlBuffer::decode(bytes).is_ok()
 }

@@ -59,10 +59,10 @@ const SYMBOLS: [&str; 39] = [
 ];
 
 /// The library once it is loaded; never closed, since NIXL's threads and destructors live in it.
-static LOADED: Mutex<Option<Loaded>> = Mutex::new(None);
+static LOADED: Mutex<Option<LoadedLibrary>> = Mutex::new(None);
 
 #[derive(Debug)]
-struct Loaded {
+struct LoadedLibrary {
     path: PathBuf,
     _library: Library,
 }
@@ -125,7 +125,7 @@ fn in_folder(folder: &Path) -> Vec<PathBuf> {
     wheels
 }
 
-fn load_first(candidates: &[PathBuf]) -> Result<Loaded, TransferError> {
+fn load_first(candidates: &[PathBuf]) -> Result<LoadedLibrary, TransferError> {
     let mut tried = Vec::new();
     for path in candidates {
         match load(path) {
@@ -136,7 +136,7 @@ fn load_first(candidates: &[PathBuf]) -> Result<Loaded, TransferError> {
     Err(unavailable(&format!("no usable NIXL library; tried {}", tried.join(", "))))
 }
 
-fn load(path: &Path) -> Result<Loaded, String> {
+fn load(path: &Path) -> Result<LoadedLibrary, String> {
     let shown = path.display();
     if path.components().count() > 1 && !path.exists() {
         return Err(format!("{shown} (not there)"));
@@ -152,7 +152,7 @@ fn load(path: &Path) -> Result<Loaded, String> {
             return Err(format!("{shown} (it lacks {symbol}, so it is not NIXL {NIXL_VERSION})"));
         }
     }
-    Ok(Loaded { path: path.to_owned(), _library: library })
+    Ok(LoadedLibrary { path: path.to_owned(), _library: library })
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! LMCache's peers: metadata as NIXL writes it, and pages instead of our descriptors.
 
 use super::NIXL_ENGINE_NAME;
-use super::descriptors::BufferDescriptor;
+use super::descriptors::NixlBuffer;
 use super::engine::NixlEngine;
 use super::metadata::check_metadata;
 use crate::ids::Pages;
@@ -21,12 +21,12 @@ impl LmcacheEngine for NixlEngine {
     fn pages(&self, page_bytes: u64) -> Option<Pages> {
         let buffer = self.buffer()?;
         let count = buffer.len_bytes().checked_div(page_bytes).filter(|&count| count > 0)?;
-        let &BufferDescriptor { address, device, memory_type, .. } = buffer;
+        let &NixlBuffer { address, device, memory_type, .. } = buffer;
         Some(Pages { memory_type, device, address, page_bytes, count })
     }
 
     fn describe(&self, pages: &Pages) -> Vec<u8> {
-        let descriptor = BufferDescriptor {
+        let descriptor = NixlBuffer {
             address: pages.address,
             piece_ends: vec![pages.len_bytes()],
             device: pages.device,

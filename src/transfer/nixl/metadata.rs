@@ -55,7 +55,7 @@ pub(super) fn check_metadata(bytes: &[u8]) -> Result<Metadata<'_>, String> {
         return Err(format!("{} bytes, expected at most {METADATA_LEN_BYTES_MAX}", bytes.len()));
     }
     let rest = bytes.strip_prefix(INTRO).ok_or_else(|| "it is not what NIXL writes: no \"nixlSerDes|\"".to_owned())?;
-    let mut reader = Reader { rest };
+    let mut reader = MetadataReader { rest };
     let agent_name = reader.record("Agent")?;
     if agent_name.is_empty() || agent_name.len() > AGENT_NAME_LEN_BYTES_MAX || agent_name.contains(&0) {
         return Err(format!("an agent's name of {} bytes", agent_name.len()));
@@ -101,11 +101,11 @@ pub(super) fn check_metadata(bytes: &[u8]) -> Result<Metadata<'_>, String> {
     Ok(Metadata { agent_name, connections, memory })
 }
 
-struct Reader<'a> {
+struct MetadataReader<'a> {
     rest: &'a [u8],
 }
 
-impl<'a> Reader<'a> {
+impl<'a> MetadataReader<'a> {
     fn record(&mut self, tag: &str) -> Result<&'a [u8], String> {
         let cut = || format!("it ends, or says something else, where {tag:?} was expected");
         let rest = self.rest.strip_prefix(tag.as_bytes()).ok_or_else(cut)?;

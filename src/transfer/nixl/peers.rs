@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use nixl_sys::XferDlistHandle;
 
 use super::agent::{OwnedAgent, Side};
-use super::descriptors::BufferDescriptor;
+use super::descriptors::NixlBuffer;
 use super::errors::bad_descriptors;
 use crate::ids::ConnectionId;
 use crate::transfer::TransferError;
@@ -14,7 +14,7 @@ use crate::transfer::TransferError;
 pub(super) struct NixlPeer {
     pub(super) agent_name: String,
     /// Where its memory is, while the connection is being warmed.
-    pub(super) connecting: Option<BufferDescriptor>,
+    pub(super) connecting: Option<NixlBuffer>,
     /// From then on.
     pub(super) buffer: Option<RemoteBuffer>,
     /// Requests of this connection that NIXL has not ended.
@@ -29,16 +29,12 @@ pub(super) struct NixlPeer {
 pub(super) struct RemoteBuffer {
     /// Its units, if they are as long as ours. Dropped before the agent, as all of [`Peers`] is.
     pub(super) units: Option<XferDlistHandle>,
-    pub(super) descriptor: BufferDescriptor,
+    pub(super) descriptor: NixlBuffer,
 }
 
 impl RemoteBuffer {
     /// The agent has to be known, with that memory.
-    pub(super) fn prepare(
-        agent: &OwnedAgent,
-        agent_name: &str,
-        descriptor: BufferDescriptor,
-    ) -> Result<Self, TransferError> {
+    pub(super) fn prepare(agent: &OwnedAgent, agent_name: &str, descriptor: NixlBuffer) -> Result<Self, TransferError> {
         let units = if descriptor.unit_bytes == agent.buffer()?.unit_bytes {
             let prepared = agent.prepare_units(Side::Of(agent_name), &descriptor);
             prepared.map_err(|error| bad_descriptors(agent_name, format!("prepare_xfer_dlist: {error}")))?
