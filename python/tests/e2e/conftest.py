@@ -164,7 +164,8 @@ def deployment(folder: Path, model: Path) -> Iterator[Deployment]:
 
         def proxy(name: str, port: int, *options: str) -> str:
             command = [sys.executable, str(TOP / "examples" / "proxy.py"), "--port", str(port)]
-            command += ["--prefill", prefill.url, "--decode", decoder(decode), "--decode", decoder(small), *options]
+            command += ["--dialect", "lmcache", "--prefill", prefill.url]
+            command += ["--decode", decoder(decode), "--decode", decoder(small), *options]
             process = Process(command, folder / f"{name}.log", dict(os.environ))
             stack.callback(process.close)
             process.wait_healthy(f"http://127.0.0.1:{port}", 60)
