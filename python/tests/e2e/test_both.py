@@ -23,8 +23,9 @@ import harness
 import prompts
 from answers import assert_right, right_answer
 from conftest import ENGINE, TOP, Deployment, wait_until_nothing_is_left
-from harness import HttpError, Process, Server, hang_up, until
+from harness import HttpError, Server, hang_up, until
 from pd_backend import Status
+from router_processes import ROUTERS, Servers
 from test_parked import ASKED
 
 #: vLLM's own tests and proxy, as scripts/setup-routers leaves them.
@@ -145,8 +146,7 @@ def test_exchanged_chunks_show_in_the_tokens(deployment: Deployment, both: Both)
     for prompt in prompts.OF_TWO_CHUNKS[:6]:
         more = {"cache_salt": "both, exchanged"}
         params = both.one.complete(prompt, 1, kv_transfer_params=dict(ASKED), **more)["kv_transfer_params"]
-        name = f"swap-both-{next(_names)}"
-        answer = deployment.decode.complete(prompt, prompts.MAX_TOKENS, request_id=name, kv_transfer_params=params, **more)
+        answer = deployment.decode.complete(prompt, prompts.MAX_TOKENS, kv_transfer_params=params, **more)
         after = deployment.decode.complete(prompts.next_of(prompt), prompts.MAX_TOKENS, **more)
         right = [deployment.expected(prompt), deployment.expected(prompts.next_of(prompt))]
         assert [harness.tokens_of(answer), harness.tokens_of(after)] != right, f"nothing shows it for {len(prompt)} tokens"
@@ -278,19 +278,12 @@ needs_vllms_tests = pytest.mark.skipif(
 
 
 @pytest.fixture
-def toy_proxy(both: Both, folder: Path) -> Iterator[str]:
+def toy_proxy(both: Both, folder: Path, model: Path) -> Iterator[str]:
     """vLLM's toy proxy in front of the two."""
-    assert NIXL_TESTS is not None
-    (port,) = harness.free_ports(1)
-    command = [sys.executable, str(NIXL_TESTS / "toy_proxy_server.py"), "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--prefiller-host", "127.0.0.1", "--prefiller-port", str(both.one.port)]
-    command += ["--decoder-host", "127.0.0.1", "--decoder-port", str(both.other.port)]
-    process = Process(command, folder / "toy_proxy.log", dict(os.environ))
-    try:
-        process.wait_healthy(f"http://127.0.0.1:{port}", 60, "/healthcheck")
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.close()
+    (router,) = (router for router in ROUTERS if router.name == "toy proxy")
+    process, url = router.start(Servers(both.one.url, both.other.url, 0, 0, 0, 0, model), folder)
+    yield url
+    process.close()
 
 
 def passes(command: list[str], **env: str) -> None:
