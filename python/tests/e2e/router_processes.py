@@ -18,7 +18,7 @@ _LMCACHE = _SOURCES / "lmcache-0.5.6"
 #: Modules that LMCache's proxy takes two message types and a logger from.
 _STAND_INS = TOP / "python" / "tests" / "e2e" / "routers" / "stand_ins"
 
-#: What a router may not do, by the names of the tests.
+#: Tests of what some routers do not do.
 TWO_SAMPLES, TWO_PROMPTS, LEAVES = "test_two_samples", "test_two_prompts", "test_a_client_that_leaves"
 
 
@@ -57,7 +57,7 @@ class Router:
     mode: str = "pull"
     #: A path that is answered with 200 once it serves.
     ready_path: str = "/openapi.json"
-    #: Tests of what it does not do, and why.
+    #: Tests of what it does not do, which are not run with it, and why.
     lacks: dict[str, str] = field(default_factory=dict)
     #: Whether it hands several samples on in streams alone.
     samples_in_streams: bool = False
@@ -151,8 +151,3 @@ ROUTERS = [
     Router("proxy.py, LMCache's dialect", _proxy("--dialect", "lmcache"), ready_path="/health", lacks=_ONE_NAME),
     Router("proxy.py, the same at once", _proxy("--dialect", "lmcache", "--overlap"), ready_path="/health", lacks=_ONE_NAME),
 ]
-
-
-def routers_of(test: str) -> list[Router]:
-    """Those that do what the test is about."""
-    return [router for router in ROUTERS if test not in router.lacks]

@@ -215,7 +215,7 @@ def kept(server: Server) -> Iterator[None]:
     def count() -> float:
         with urllib.request.urlopen(server.daemon_ready()["metrics"], timeout=20) as answer:
             text = answer.read().decode()
-        return float(re.findall(r"^pd_requests_parked_total (\S+)", text, re.MULTILINE)[0])
+        return float(re.findall(r"^pd_requests_parked_total(?:\{.*\})? (\S+)", text, re.MULTILINE)[0])
 
     before = count()
     yield

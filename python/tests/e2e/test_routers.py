@@ -22,7 +22,13 @@ from swapping import EXCHANGED
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
 
-@pytest.fixture(scope="module", params=ROUTERS, ids=lambda router: router.name)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Each test is of the routers that do what it is about."""
+    able = [router for router in ROUTERS if metafunc.function.__name__ not in router.lacks]
+    metafunc.parametrize("running", able, indirect=True, scope="module", ids=[router.name for router in able])
+
+
+@pytest.fixture(scope="module")
 def running(request: pytest.FixtureRequest, deployment: Deployment, folder: Path, model: Path) -> Iterator[Running]:
     sender, receiver = deployment.prefill.daemon_ready(), deployment.decode.daemon_ready()
     servers = Servers(
@@ -32,13 +38,6 @@ def running(request: pytest.FixtureRequest, deployment: Deployment, folder: Path
     process, url = request.param.start(servers, folder)
     yield Running(request.param, url)
     process.close()
-
-
-@pytest.fixture(autouse=True)
-def what_it_does(request: pytest.FixtureRequest, running: Running) -> None:
-    reason = running.router.lacks.get(request.node.originalname)
-    if reason is not None:
-        pytest.skip(f"{running.router.name}: {reason}")
 
 
 def test_completion(deployment: Deployment, running: Running) -> None:
