@@ -54,14 +54,23 @@ interop: setup ## against unmodified LMCache, which is fetched (2.2 GB in .deps)
 	$(CARGO) build --bins
 	PD_BIN_DIR=$(CURDIR)/target/debug PYTHONPATH=$(CURDIR)/.deps/python:$(CURDIR)/python $(PYTHON) -m pytest -q python/tests/interop
 
+E2E_PYTEST = PD_BIN_DIR=$(CURDIR)/target/demo LD_LIBRARY_PATH=$$(cat .deps/e2e/library_path) PYTHONPATH=$(CURDIR)/python \
+  .deps/e2e/venv/bin/python -m pytest -q --rootdir python/tests/e2e -c python/tests/e2e/pytest.ini
+.PHONY: e2e-built
+e2e-built: setup
+	@scripts/setup-e2e
+	@scripts/setup-routers
+	$(CARGO) build --profile demo --bins
+
 # Some minutes: real vLLM servers on the CPU. E2E='-k streams' runs some of it.
 E2E ?=
 .PHONY: e2e
-e2e: setup ## two real vLLM servers with the connector, tokens compared, after fetching vLLM for CPU (5.3 GB in .deps)
-	@scripts/setup-e2e
-	$(CARGO) build --profile demo --bins
-	PD_BIN_DIR=$(CURDIR)/target/demo LD_LIBRARY_PATH=$$(cat .deps/e2e/library_path) PYTHONPATH=$(CURDIR)/python \
-	  .deps/e2e/venv/bin/python -m pytest -q --rootdir python/tests/e2e -c python/tests/e2e/pytest.ini python/tests/e2e $(E2E)
+e2e: e2e-built ## two real vLLM servers with the connector, tokens compared, after fetching vLLM for CPU (5.3 GB in .deps)
+	$(E2E_PYTEST) python/tests/e2e --ignore=python/tests/e2e/test_router_failures.py $(E2E)
+
+.PHONY: routers
+routers: e2e-built ## routers of other people and ours in front of such servers, and what goes wrong there (E2E='-k toy')
+	$(E2E_PYTEST) python/tests/e2e/test_proxy.py python/tests/e2e/test_routers.py python/tests/e2e/test_router_failures.py $(E2E)
 
 SEEDS ?= 20000
 .PHONY: simulate

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Writes a small Llama with random weights, to try a deployment with: no hub, no tokenizer, some megabytes.
+"""Writes a small Llama with random weights, to try a deployment with: no hub, some megabytes.
 
     make_tiny_model.py FOLDER [--layers 8] [--dtype bfloat16] [--seed 1]
 
-It answers with nonsense: greedy output depends on the weights (the seed) and on every token of the prompt. Two deployments
+Its words are t0, t1, ... and stand for the tokens 0, 1, ...; it answers with nonsense: greedy output depends on the weights (the seed) and on every token of the prompt. Two deployments
 can be compared token by token where both serve it with --dtype float32. In bfloat16 a server that computes the prompt in
 other steps, or on another processor, rounds differently, and an answer soon differs.
 """
@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, help="make it a Mistral whose layers see only so many tokens")
     given = parser.parse_args()
     make(given.folder, given.layers, given.vocabulary, given.dtype, given.max_tokens, given.seed, given.window)
+    make_tokenizer(given.folder, given.vocabulary)
 
 
 def make(
@@ -87,6 +88,31 @@ def make(
         tensors[f"{at}input_layernorm.weight"] = ones.clone()
         tensors[f"{at}post_attention_layernorm.weight"] = ones.clone()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def make_tokenizer(folder: Path, vocabulary: int) -> None:
+    """Writes tokenizer.json and tokenizer_config.json: a text is words between spaces, a chat what is said one after the
+    other.
+    """
+    words = {f"t{token}": token for token in range(vocabulary)}
+    tokenizer = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "post_processor": None,
+        "decoder": None,
+        "model": {"type": "WordLevel", "vocab": words, "unk_token": "t0"},
+    }
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "chat_template": "{% for message in messages %}{{ message['content'] }} {% endfor %}",
+    }
+    for name, content in (("tokenizer.json", tokenizer), ("tokenizer_config.json", config)):
+        (folder / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ if [ -z "$gpus" ]; then
     model=$logs/tiny
     "$PYTHON" "$top/examples/make_tiny_model.py" "$model" 2>/dev/null
   fi
-  options+=(--skip-tokenizer-init --enforce-eager --distributed-executor-backend uni)
+  options+=(--enforce-eager --distributed-executor-backend uni)
   options+=(--num-gpu-blocks-override 64 --max-model-len 6144)
   export VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind OMP_NUM_THREADS=1 VLLM_HOST_IP=127.0.0.1
   buffer=64MiB
@@ -82,37 +82,34 @@ fi
 options+=(--model "$model")
 
 next=$((port + 1))
-notify=$next next=$((next + 1))
-# serve NAME ROLE SETS: a server in the background; its URL is in $url.
+# serve NAME ROLE OPTIONS: a server in the background; its URL is in $url.
 serve() {
-  local name=$1 role=$2 sets=$3 device=()
+  local name=$1 role=$2 options_of_role=$3 device=()
   url=http://127.0.0.1:$next
   if [ -n "$gpus" ]; then
     device=(env "CUDA_VISIBLE_DEVICES=${devices[${#children[@]}]}")
   fi
   local transfer="{\"kv_connector\": \"PdConnector\", \"kv_connector_module_path\": \"pd_backend.vllm.connector\",
-    \"kv_role\": \"$role\", \"kv_connector_extra_config\": {\"model_name\": \"example\", \"set\": {\"pd_buffer_size\": \"$buffer\", $sets}}}"
+    \"kv_role\": \"$role\", \"kv_load_failure_policy\": \"recompute\",
+    \"kv_connector_extra_config\": {\"model_name\": \"example\", $options_of_role}}"
   "${device[@]}" "$PYTHON" -m vllm.entrypoints.openai.api_server "${options[@]}" --port "$next" \
     --kv-transfer-config "$transfer" >"$logs/$name.log" 2>&1 &
   children+=($!)
   next=$((next + 1))
 }
-# Prefill servers come first and take a port each; behind them, a decode server takes three: its own, and its receiver's two.
-receivers=''
-for i in $(seq "$decodes"); do
-  init=$((next + prefills + 3 * (i - 1)))
-  receivers+=${receivers:+, }\"127.0.0.1:$init:$((init + 1))\"
-done
-proxy=(--port "$port" --notify-port "$notify")
+proxy=(--port "$port")
 urls=()
 for i in $(seq "$prefills"); do
-  serve "prefill-$i" kv_producer "\"pd_proxy_host\": \"127.0.0.1\", \"pd_proxy_port\": $notify, \"pd_receivers\": [$receivers]"
+  # Where decode asks for the KV: the same after a restart, because the proxy remembers it.
+  rendezvous=$next next=$((next + 1))
+  serve "prefill-$i" kv_producer "\"transfer_mode\": \"push\", \"rendezvous_port\": $rendezvous,
+    \"set\": {\"pd_buffer_size\": \"$buffer\"}"
   proxy+=(--prefill "$url") urls+=("$url")
 done
 for i in $(seq "$decodes"); do
-  init=$next alloc=$((next + 1)) next=$((next + 2))
-  serve "decode-$i" kv_consumer "\"pd_peer_host\": \"127.0.0.1\", \"pd_peer_init_port\": $init, \"pd_peer_alloc_port\": $alloc"
-  proxy+=(--decode "$url,127.0.0.1,$init,$alloc") urls+=("$url")
+  serve "decode-$i" kv_consumer "\"set\": {\"pd_buffer_size\": \"$buffer\", \"pd_peer_host\": \"127.0.0.1\",
+    \"pd_peer_init_port\": 0, \"pd_peer_alloc_port\": 0}"
+  proxy+=(--decode "$url") urls+=("$url")
 done
 say "starting ${#urls[@]} vLLM servers, which takes a minute or more; their output is in $logs"
 
@@ -134,10 +131,11 @@ answers "http://127.0.0.1:$port"
 
 say "serving at http://127.0.0.1:$port, model \"example\". For example:"
 if [ -n "$gpus" ]; then
-  body='{"model": "example", "prompt": "San Francisco is a", "max_tokens": 16, "temperature": 0}'
+  prompt="San Francisco is a" also=''
 else
-  body='{"model": "example", "prompt": ['$(seq -s ', ' 3 402)'], "max_tokens": 16, "temperature": 0, "ignore_eos": true, "detokenize": false, "return_token_ids": true}'
+  prompt=$(seq -s ' ' -f 't%g' 3 402) also=', "ignore_eos": true'
 fi
+body="{\"model\": \"example\", \"prompt\": \"$prompt\", \"max_tokens\": 16, \"temperature\": 0$also}"
 say "  curl http://127.0.0.1:$port/v1/completions -H 'Content-Type: application/json' -d '$body'"
 curl -sS -f "http://127.0.0.1:$port/v1/completions" -H 'Content-Type: application/json' -d "$body"
 echo

@@ -1,17 +1,16 @@
 #!/usr/bin/env python3
-"""A small router for prefill and decode servers that run PdConnector; it speaks what LMCache's routers speak.
+"""A small router for prefill and decode servers that run PdConnector; it speaks NIXL's dialect.
 
-    proxy.py --port 8000 --prefill http://127.0.0.1:8100 \
-             --decode http://127.0.0.1:8200,127.0.0.1,7300,7400 --notify-port 7500
+    proxy.py --port 8000 --prefill http://127.0.0.1:8100 --decode http://127.0.0.1:8200
 
-A decode server is given as URL, host of its pd-receivers, their init ports, their alloc ports; with tensor parallelism
-the ports are lists by rank, joined by +: 7300+7301. `--prefill` and `--decode` may be repeated; requests go round.
+`--prefill` and `--decode` may be repeated; requests go round. A completion goes to a prefill server with `max_tokens: 1`,
+which answers with `kv_transfer_params`: where the KV is. With these it goes to a decode server, whose answer is passed on
+as it comes. If a prefill server's answers say `transfer_mode: push`, its later requests go to both servers at once, and
+decode waits for the KV by itself: the first token comes sooner, and decode has the request while it is in prefill's queue.
+What a server refuses is passed on. Every other path goes to a decode server as it is. A client that leaves takes its
+requests to both servers along.
 
-A request goes to a prefill server with `max_tokens: 1` and the address of a decode server's receivers. When prefill has
-answered and the pd-senders of all its ranks have said that the KV is across (ProxyNotif), the same request goes to that
-decode server, whose answer is passed on as it comes. What either of them refuses is passed on as well. With `--overlap`
-both are asked at once, and decode waits for the KV by itself: the first token comes sooner, and decode keeps blocks for
-the request while it is in prefill's queue. For production, use a real router.
+`--dialect lmcache` speaks what LMCache's routers speak: proxy_lmcache.py. For production, use a real router.
 """
 
 from __future__ import annotations
@@ -20,248 +19,216 @@ import argparse
 import asyncio
 import json
 import logging
+import socket
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import cycle
+from typing import Any, Protocol
 
 import aiohttp
-import msgspec
-import zmq
-import zmq.asyncio
 from aiohttp import web
+from multidict import CIMultiDict
 
 logger = logging.getLogger("proxy")
 
-#: Of the headers of a request, those that are passed on.
-_HEADERS = ("Authorization", "X-Request-Id")
+#: `kv_transfer_params` of a request.
+Params = dict[str, Any]
+
+#: Headers that are true of one connection alone.
+_OF_ONE_HOP = {"connection", "keep-alive", "proxy-authorization", "te", "trailer", "transfer-encoding", "upgrade"}
+#: Of a request, those that are not passed on either.
+_OF_A_REQUEST = _OF_ONE_HOP | {"accept-encoding", "content-length", "expect", "host"}
 
 
 @dataclass(frozen=True)
-class DecodeServer:
-    """A decode server and the receivers beside it."""
-
-    url: str
-    host: str
-    init_ports: list[int]
-    alloc_ports: list[int]
-
-    @classmethod
-    def parse(cls, text: str) -> DecodeServer:
-        """From the command line."""
-        try:
-            url, host, init, alloc = text.split(",")
-            ports = [[int(port) for port in ports.split("+")] for ports in (init, alloc)]
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r}; expected URL,HOST,INIT_PORTS,ALLOC_PORTS") from None
-        return cls(url.rstrip("/"), host, *ports)
-
-    def spec(self, req_id: str) -> dict[str, object]:
-        """`disagg_spec` of a request that it is to continue."""
-        return {
-            "req_id": req_id,
-            "receiver_host": self.host,
-            "receiver_init_port": self.init_ports,
-            "receiver_alloc_port": self.alloc_ports,
-        }
-
-
-class ProxyNotif(msgspec.Struct, tag_field="type", tag="ProxyNotif"):
-    """What a pd-sender says when a request's chunks are committed."""
+class Asked:
+    """A client's request, and who is to answer it."""
 
     req_id: str
+    path: str
+    body: dict[str, Any]
+    headers: CIMultiDict[str]
+    prefill: str
+    decode: str
 
 
-class Notifications:
-    """Who waits for which request's notifications: one comes from the sender of every rank."""
+class Dialect(Protocol):
+    """What the two servers are told of a request. Each of these raises `web.HTTPException` for one that cannot go on."""
+
+    def at_once(self, asked: Asked) -> Params | None:
+        """What decode is asked with while prefill computes; None if it is asked after prefill."""
+
+    def for_prefill(self, asked: Asked) -> Params:
+        """What prefill is asked with."""
+
+    async def in_turn(self, asked: Asked, answered: Params) -> Params | None:
+        """What decode is asked with after prefill has answered; None if no KV comes, and decode computes the prompt."""
+
+    def ended(self, asked: Asked) -> None:
+        """Nobody waits for the request any more."""
+
+    def running(self) -> AbstractAsyncContextManager[None]:
+        """For as long as the proxy serves."""
+
+
+class Nixl:
+    """Prefill answers where the KV is. A prefill server that says `push` may be asked together with decode."""
+
+    #: What is true of one request alone. By `remote_num_tokens` decode knows that prefill has ended.
+    _OF_ONE_REQUEST = {"remote_block_ids", "remote_blocks_expiry_time", "remote_num_tokens", "remote_request_id"}
 
     def __init__(self) -> None:
-        self._waiting: dict[str, tuple[int, asyncio.Future[None]]] = {}
+        #: Of each prefill server that pushes, the rest of its last answer.
+        self._pushing: dict[str, Params] = {}
 
-    def expect(self, req_id: str, ranks: int) -> asyncio.Future[None]:
-        """Done when so many have come."""
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting[req_id] = (ranks, future)
-        return future
+    def at_once(self, asked: Asked) -> Params | None:
+        known = self._pushing.get(asked.prefill)
+        return None if known is None else {**known, "remote_request_id": asked.req_id}
 
-    def forget(self, req_id: str) -> None:
-        """Nobody waits any more."""
-        self._waiting.pop(req_id, None)
+    def for_prefill(self, asked: Asked) -> Params:
+        nobody = dict.fromkeys(("remote_engine_id", "remote_block_ids", "remote_host", "remote_port"))
+        return {"do_remote_decode": True, "do_remote_prefill": False, **nobody}
 
-    async def listen(self, socket: zmq.asyncio.Socket) -> None:
-        """Takes them in, for ever."""
-        while True:
-            frames = await socket.recv_multipart()
-            try:
-                req_id = msgspec.msgpack.decode(frames[-1], type=ProxyNotif).req_id
-            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-                # Besides its own errors msgspec lets those of a text that is no UTF-8, and of deep nesting, through.
-                logger.warning("a notification that is none: %s", error)
-                continue
-            ranks, future = self._waiting.pop(req_id, (0, None))
-            if future is None or future.done():
-                continue
-            if ranks > 1:
-                self._waiting[req_id] = (ranks - 1, future)
-            else:
-                future.set_result(None)
+    async def in_turn(self, asked: Asked, answered: Params) -> Params | None:
+        if answered.get("transfer_mode") == "push":
+            self._pushing[asked.prefill] = {name: answered[name] for name in answered.keys() - self._OF_ONE_REQUEST}
+        elif answered:
+            self._pushing.pop(asked.prefill, None)
+        return answered or None
+
+    def ended(self, asked: Asked) -> None:
+        pass
+
+    def running(self) -> AbstractAsyncContextManager[None]:
+        return nullcontext()
 
 
 class Refused(Exception):
-    """A server's answer that ends the request, to be passed on."""
+    """An answer of prefill that ends the request, to be passed on."""
 
-    def __init__(self, status: int, body: bytes, content_type: str = "application/json") -> None:
-        super().__init__(status)
-        self.status, self.body, self.content_type = status, body, content_type
-
-    @classmethod
-    def because(cls, status: int, text: str) -> Refused:
-        """In the form that the servers give their errors."""
-        return cls(status, json.dumps({"error": {"message": text, "type": "proxy_error", "code": status}}).encode())
+    def __init__(self, answer: aiohttp.ClientResponse) -> None:
+        super().__init__(answer.status)
+        self.answer = answer
 
 
 class Proxy:
-    """The two endpoints of an OpenAI-compatible server that are worth disaggregating."""
+    """The endpoints that are worth disaggregating, and all others."""
 
-    def __init__(
-        self, prefill: list[str], decode: list[DecodeServer], notify_timeout_s: float, overlap: bool = False
-    ) -> None:
-        self._prefill = cycle(prefill)
-        self._decode = cycle(decode)
-        self._urls = [*prefill, *(server.url for server in decode)]
-        self._notify_timeout_s = notify_timeout_s
-        self._overlap = overlap
-        self.notifications = Notifications()
-        self.session: aiohttp.ClientSession | None = None
+    def __init__(self, prefill: list[str], decode: list[str], dialect: Dialect) -> None:
+        self._prefill, self._decode = cycle(prefill), cycle(decode)
+        self._urls = [*prefill, *decode]
+        self._dialect = dialect
+        self.session: aiohttp.ClientSession
 
-    async def handle(self, request: web.Request) -> web.StreamResponse:
+    async def disaggregated(self, request: web.Request) -> web.StreamResponse:
         """`/v1/completions` and `/v1/chat/completions`."""
         try:
             body = json.loads(await request.read())
             if not isinstance(body, dict):
                 raise ValueError("expected an object")
         except ValueError as error:
-            return _response(Refused.because(400, f"the request is not JSON: {error}"))
-        prompt = body.get("prompt")
-        if isinstance(prompt, list) and len(prompt) > 1 and not isinstance(prompt[0], int):
-            return _response(Refused.because(400, f"{len(prompt)} prompts in one request; this proxy takes one"))
-        headers = {name: request.headers[name] for name in _HEADERS if name in request.headers}
-        server = next(self._decode)
-        req_id = f"proxy-{uuid.uuid4().hex}"
-        answers = self._overlapped if self._overlap else self._in_turn
+            return _error(400, f"the request is not JSON: {error}")
+        # Where decode asks for KV is not a client's to say.
+        body.pop("kv_transfer_params", None)
+        headers = _passed(request.headers, _OF_A_REQUEST)
+        # What a client calls its requests need be neither unique nor short.
+        req_id = f"{headers.pop('X-Request-Id', 'proxy')[:128]}-{uuid.uuid4().hex}"
+        headers["X-Request-Id"] = req_id
+        asked = Asked(req_id, str(request.rel_url), body, headers, next(self._prefill), next(self._decode))
         try:
-            async with await answers(request.path, body, headers, server, req_id) as answer:
-                return await _passed_on(request, bool(body.get("stream")), answer)
+            return await _relayed(request, await self._answered(asked))
         except Refused as refused:
-            logger.warning("%s: %s %s", req_id, refused.status, refused.body[:500])
-            return _response(refused)
-        except aiohttp.ClientError as error:
-            logger.warning("%s: %s", req_id, error)
-            return _response(Refused.because(502, f"a server cannot be reached, or has gone: {error}"))
-        except asyncio.TimeoutError:
-            logger.warning("%s: not answered in time", req_id)
-            return _response(Refused.because(504, "a server has not answered within the time of --request-timeout"))
-
-    async def _in_turn(
-        self, path: str, body: dict[str, object], headers: dict[str, str], server: DecodeServer, req_id: str
-    ) -> aiohttp.ClientResponse:
-        """Decode's answer; it is asked when the KV is across."""
-        notified = self.notifications.expect(req_id, len(server.init_ports))
-        try:
-            sent = await self._prefilled(path, body, headers, server, req_id)
-            try:
-                if sent:
-                    await asyncio.wait_for(notified, self._notify_timeout_s)
-            except asyncio.TimeoutError:
-                text = f"the KV of request {req_id} was not reported across within {self._notify_timeout_s:g} s"
-                raise Refused.because(504, text) from None
+            logger.warning("%s: prefill answers %s", req_id, refused)
+            return await _relayed(request, refused.answer)
+        except web.HTTPException as refused:
+            logger.warning("%s: %s", req_id, refused.text)
+            return _error(refused.status, refused.text or refused.reason)
+        except (aiohttp.ClientError, asyncio.TimeoutError) as error:
+            logger.warning("%s: %s", req_id, error or "not answered in time")
+            return _unanswered(error)
         finally:
-            self.notifications.forget(req_id)
-        return await self._decoding(path, body, headers, server, req_id if sent else None)
+            self._dialect.ended(asked)
 
-    async def _overlapped(
-        self, path: str, body: dict[str, object], headers: dict[str, str], server: DecodeServer, req_id: str
-    ) -> aiohttp.ClientResponse:
-        """Decode's answer; it is asked together with prefill, given up where prefill fails, and asked again, for an answer
-        that it computes alone, where prefill sends nothing.
-        """
-        prefilling = asyncio.create_task(self._prefilled(path, body, headers, server, req_id))
-        decoding = asyncio.create_task(self._decoding(path, body, headers, server, req_id))
+    async def passed_on(self, request: web.Request) -> web.StreamResponse:
+        """Every other path, to a decode server."""
+        url, body = next(self._decode) + str(request.rel_url), await request.read()
+        headers = _passed(request.headers, _OF_A_REQUEST)
         try:
-            waiting: set[asyncio.Task[object]] = {prefilling, decoding}
-            while waiting:
-                _, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-                # The one that failed says why; the other is waited for no longer.
-                for task in (prefilling, decoding):
-                    if task.done():
-                        task.result()
-                if prefilling.done() and not prefilling.result() and not decoding.done():
-                    decoding.cancel()
-                    await asyncio.wait({decoding})
-                    decoding = asyncio.create_task(self._decoding(path, body, headers, server, None))
-                    await decoding
-                    break
-            return decoding.result()
-        except BaseException:
-            prefilling.cancel()
-            decoding.cancel()
-            for answer in await asyncio.gather(prefilling, decoding, return_exceptions=True):
-                if isinstance(answer, aiohttp.ClientResponse):
-                    answer.close()
-            raise
-
-    async def _prefilled(
-        self, path: str, body: dict[str, object], headers: dict[str, str], server: DecodeServer, req_id: str
-    ) -> bool:
-        """Whether the KV is sent; decode computes what prefill cannot name."""
-        params = {"disagg_spec": server.spec(req_id)}
-        prefill = {**body, "max_tokens": 1, "n": 1, "stream": False, "kv_transfer_params": params}
-        for option in ("stream_options", "min_tokens"):
-            prefill.pop(option, None)
-        if "max_completion_tokens" in body:  # The newer name of it.
-            prefill["max_completion_tokens"] = 1
-        assert self.session is not None
-        async with self.session.post(next(self._prefill) + path, json=prefill, headers=headers) as answer:
-            content = await answer.read()
-            if answer.status != 200:
-                raise Refused(answer.status, content, answer.content_type)
-        answered = json.loads(content).get("kv_transfer_params") or {}
-        if answered.get("error"):
-            raise Refused.because(502, f"prefill could not send the KV of request {req_id}: {answered['error']}")
-        return "not_sent" not in answered
-
-    async def _decoding(
-        self, path: str, body: dict[str, object], headers: dict[str, str], server: DecodeServer, req_id: str | None
-    ) -> aiohttp.ClientResponse:
-        """The answer, as soon as it begins, which is its reader's to close. Without a `req_id` it waits for no KV."""
-        decode = body if req_id is None else {**body, "kv_transfer_params": {"disagg_spec": server.spec(req_id)}}
-        assert self.session is not None
-        answer = await self.session.post(server.url + path, json=decode, headers=headers)
-        if answer.status != 200:
-            async with answer:
-                raise Refused(answer.status, await answer.read(), answer.content_type)
-        return answer
+            answer = await self.session.request(request.method, url, data=body or None, headers=headers, allow_redirects=False)
+        except (aiohttp.ClientError, asyncio.TimeoutError) as error:
+            return _unanswered(error)
+        return await _relayed(request, answer)
 
     async def health(self, _request: web.Request) -> web.Response:
         """200 when every server answers so."""
-        assert self.session is not None
         for url in self._urls:
             try:
                 async with self.session.get(url + "/health") as answer:
                     if answer.status != 200:
-                        return web.Response(status=503, text=f"{url} answers {answer.status}\n")
-            except aiohttp.ClientError as error:
-                return web.Response(status=503, text=f"{url}: {error}\n")
-        return web.Response(text="")
+                        return _error(503, f"{url} answers {answer.status}")
+            except (aiohttp.ClientError, asyncio.TimeoutError) as error:
+                return _error(503, f"{url}: {error or 'not answered in time'}")
+        return web.Response()
+
+    async def _answered(self, asked: Asked) -> aiohttp.ClientResponse:
+        """Decode's answer, as soon as it begins, which is its reader's to close."""
+        params = self._dialect.at_once(asked)
+        if params is None:
+            return await self._decoded(asked, await self._prefilled(asked))
+        prefilling = asyncio.create_task(self._prefilled(asked))
+        decoding = asyncio.create_task(self._decoded(asked, params))
+        try:
+            await asyncio.wait((prefilling, decoding), return_when=asyncio.FIRST_COMPLETED)
+            if prefilling.done() or decoding.result().ok:
+                # Of one that prefill fails, or sends nothing of, decode would wait for the KV.
+                if await prefilling is None and not decoding.done():
+                    _give_up(decoding)
+                    decoding = asyncio.create_task(self._decoded(asked, None))
+            return await decoding
+        except BaseException:
+            _give_up(decoding)
+            raise
+        finally:
+            prefilling.cancel()
+
+    async def _prefilled(self, asked: Asked) -> Params | None:
+        """What decode is to be asked with after prefill."""
+        prefill = {**asked.body, "max_tokens": 1, "n": 1, "stream": False}
+        for option in ("stream_options", "min_tokens"):
+            prefill.pop(option, None)
+        if "max_completion_tokens" in prefill:  # The newer name of max_tokens.
+            prefill["max_completion_tokens"] = 1
+        prefill["kv_transfer_params"] = self._dialect.for_prefill(asked)
+        answer = await self.session.post(asked.prefill + asked.path, json=prefill, headers=asked.headers)
+        if answer.status != 200:
+            raise Refused(answer)
+        async with answer:
+            answered = await answer.json()
+        return await self._dialect.in_turn(asked, answered.get("kv_transfer_params") or {})
+
+    async def _decoded(self, asked: Asked, params: Params | None) -> aiohttp.ClientResponse:
+        body = asked.body if params is None else {**asked.body, "kv_transfer_params": params}
+        return await self.session.post(asked.decode + asked.path, json=body, headers=asked.headers)
 
 
-async def _passed_on(request: web.Request, stream: bool, answer: aiohttp.ClientResponse) -> web.StreamResponse:
-    """To the client, as it comes where that was asked for."""
-    if not stream:
-        return web.Response(body=await answer.read(), content_type=answer.content_type)
-    response = web.StreamResponse(status=200, headers={"Content-Type": answer.headers["Content-Type"]})
-    await response.prepare(request)
+def _give_up(decoding: asyncio.Task[aiohttp.ClientResponse]) -> None:
+    """Closes its connection, by which the server knows."""
+    decoding.cancel()
+    decoding.add_done_callback(lambda task: task.cancelled() or task.exception() or task.result().close())
+
+
+def _passed(headers: Mapping[str, str], without: set[str]) -> CIMultiDict[str]:
+    """Those that are passed on."""
+    return CIMultiDict((name, value) for name, value in headers.items() if name.lower() not in without)
+
+
+async def _relayed(request: web.Request, answer: aiohttp.ClientResponse) -> web.StreamResponse:
+    """To the client, as it comes. Closes the answer."""
+    response = web.StreamResponse(status=answer.status, headers=_passed(answer.headers, _OF_ONE_HOP))
     try:
+        await response.prepare(request)
         async for piece in answer.content.iter_any():
             await response.write(piece)
     except (aiohttp.ClientError, asyncio.TimeoutError) as error:
@@ -270,60 +237,81 @@ async def _passed_on(request: web.Request, stream: bool, answer: aiohttp.ClientR
         if request.transport is not None:
             request.transport.close()
         return response
+    finally:
+        answer.close()
     await response.write_eof()
     return response
 
 
-def _response(refused: Refused) -> web.Response:
-    return web.Response(status=refused.status, body=refused.body, content_type=refused.content_type)
+def _error(status: int, text: str) -> web.Response:
+    """In the form that the servers give their errors."""
+    return web.json_response({"error": {"message": text, "type": "proxy_error", "code": status}}, status=status)
 
 
-def application(given: argparse.Namespace) -> web.Application:
-    """The proxy as an aiohttp application, with its listener for notifications."""
-    proxy = Proxy([url.rstrip("/") for url in given.prefill], given.decode, given.notify_timeout, given.overlap)
+def _unanswered(error: BaseException) -> web.Response:
+    if isinstance(error, asyncio.TimeoutError):
+        return _error(504, "a server has not answered within the time of --request-timeout")
+    return _error(502, f"a server cannot be reached, or has gone: {error}")
+
+
+def application(proxy: Proxy, dialect: Dialect, request_timeout_s: float) -> web.Application:
+    """The proxy as an aiohttp application."""
     app = web.Application(client_max_size=256 * 1024 * 1024)
-    app.router.add_post("/v1/completions", proxy.handle)
-    app.router.add_post("/v1/chat/completions", proxy.handle)
+    app.router.add_post("/v1/completions", proxy.disaggregated)
+    app.router.add_post("/v1/chat/completions", proxy.disaggregated)
     app.router.add_get("/health", proxy.health)
+    app.router.add_route("*", "/{path:.*}", proxy.passed_on)
 
     async def running(_app: web.Application) -> AsyncIterator[None]:
-        context = zmq.asyncio.Context()
-        listeners: list[asyncio.Task[None]] = []
-        if not given.overlap:
-            socket = context.socket(zmq.PULL)
-            socket.setsockopt(zmq.MAXMSGSIZE, 64 * 1024)
-            socket.bind(f"tcp://{given.host}:{given.notify_port}")
-            listeners.append(asyncio.create_task(proxy.notifications.listen(socket)))
-        timeout = aiohttp.ClientTimeout(total=given.request_timeout, connect=10)
-        proxy.session = aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0))
-        yield
-        for listener in listeners:
-            listener.cancel()
-        await asyncio.gather(*listeners, return_exceptions=True)
-        await proxy.session.close()
-        context.destroy(linger=0)
+        async with dialect.running(), aiohttp.ClientSession(
+            timeout=aiohttp.ClientTimeout(total=request_timeout_s, connect=10),
+            connector=aiohttp.TCPConnector(limit=0),
+            skip_auto_headers=("Accept-Encoding", "User-Agent"),
+        ) as proxy.session:
+            yield
 
     app.cleanup_ctx.append(running)
     return app
 
 
+def _this_machine() -> list[str]:
+    """Its own addresses, that of IPv6 if it has one."""
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6):
+            return ["127.0.0.1", "::1"]
+    except OSError:
+        return ["127.0.0.1"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--host", action="append", help="127.0.0.1 and ::1; for every address 0.0.0.0 and ::, or one of them")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--prefill", action="append", required=True, metavar="URL")
-    parser.add_argument(
-        "--decode", action="append", required=True, type=DecodeServer.parse, metavar="URL,HOST,INIT_PORTS,ALLOC_PORTS"
-    )
-    parser.add_argument("--notify-port", type=int, default=7500, help="pd_proxy_port of the pd-senders")
-    parser.add_argument("--notify-timeout", type=float, default=30.0, help="seconds from prefill's answer")
-    parser.add_argument("--overlap", action="store_true", help="ask decode together with prefill; nobody need notify")
+    parser.add_argument("--decode", action="append", required=True, metavar="URL[,HOST,INIT_PORTS,ALLOC_PORTS]")
     parser.add_argument("--request-timeout", type=float, default=3600.0, help="seconds, of one request to one server")
+    parser.add_argument("--dialect", choices=("nixl", "lmcache"), default="nixl")
+    lmcache = parser.add_argument_group("LMCache's dialect, which is told the ports of the receivers beside each decode server")
+    lmcache.add_argument("--notify-port", type=int, default=7500, help="pd_proxy_port of the pd-senders")
+    lmcache.add_argument("--notify-timeout", type=float, default=30.0, help="seconds from prefill's answer")
+    lmcache.add_argument("--overlap", action="store_true", help="ask decode together with prefill; nobody need notify")
     given = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     logging.getLogger("aiohttp.access").setLevel(logging.WARNING)
-    # A client that hangs up takes its requests to both servers along.
-    web.run_app(application(given), host=given.host, port=given.port, print=None, handler_cancellation=True)
+    hosts = given.host or _this_machine()
+    dialect: Dialect = Nixl()
+    if given.dialect == "lmcache":
+        from proxy_lmcache import Lmcache
+
+        listen = None if given.overlap else (hosts, given.notify_port)
+        dialect = Lmcache(given.decode, listen, given.notify_timeout)
+    elif any("," in decode for decode in given.decode):
+        parser.error("--decode names ports of receivers, which are for --dialect lmcache alone")
+    decode = [text.split(",")[0].rstrip("/") for text in given.decode]
+    proxy = Proxy([url.rstrip("/") for url in given.prefill], decode, dialect)
+    # A client that hangs up has its handler cancelled, which closes the connections to both servers.
+    app = application(proxy, dialect, given.request_timeout)
+    web.run_app(app, host=hosts, port=given.port, print=None, handler_cancellation=True)
 
 
 if __name__ == "__main__":

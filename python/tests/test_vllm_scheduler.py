@@ -322,6 +322,20 @@ class TestConsumer:
         scheduler.allocated(one, [4], 0)
         assert (scheduler.build(output()).loads, scheduler.pending()) == ([], False)
 
+    def test_prompts_of_one_list_are_each_asked_for(self) -> None:
+        # Broken in production: of a list of prompts, which share one map of parameters where the engine runs in the
+        # server's own process, those that come after the first one has its blocks are computed here.
+        params = {"do_remote_prefill": True, "remote_host": "h", "remote_port": 5600, "remote_request_id": "cmpl-1"}
+        scheduler = self.scheduler(Shelf(), 1)
+        for name in ("a", "b"):
+            asked = request(300, params, request_id=name)
+            assert scheduler.matched(asked, 0) == (300, True)
+            scheduler.allocated(asked, [1, 2, 3], 300)
+            (plan,) = scheduler.build(output()).loads
+            assert plan.remote is not None and plan.remote.ids == ("cmpl-1",)
+            # vLLM itself reads this.
+            assert asked.kv_transfer_params["do_remote_prefill"] is False
+
     def test_what_is_cached_here_is_not_loaded(self) -> None:
         # Broken in production: blocks that other requests read are overwritten while they read them.
         scheduler = self.scheduler()

@@ -496,8 +496,9 @@ class ConsumerScheduler:
             self._step.unneeded.append(request.request_id)
             self._returning[request.request_id] = self._tp_size
         if not receiving.used and (receiving.remote is not None or request.request_id in self._parked_here):
-            # One transfer for each request; vLLM itself reads this when a request is refused.
-            request.kv_transfer_params["do_remote_prefill"] = False
+            # One transfer for each request; vLLM itself reads this when a request is refused. The map is shared with the other
+            # prompts of a list, and with other samples.
+            request.kv_transfer_params = {**request.kv_transfer_params, "do_remote_prefill": False}
         receiving.used = True
 
     def build(self, output: Any) -> ConsumerStep:

@@ -1,4 +1,4 @@
-"""The deployment that the end-to-end tests share: one prefill server, two decode servers and the example proxy.
+"""The deployment that the end-to-end tests share: one prefill server and two decode servers.
 
 Servers are started once, together: on two cores that is most of the time that these tests take.
 """
@@ -24,7 +24,7 @@ sys.path[:0] = [str(TOP / "python"), str(Path(__file__).resolve().parent)]
 import harness
 import prompts
 from answers import right_answer
-from harness import Process, Server
+from harness import Server
 from pd_backend import Client, NodeClient, ReceiverClient, SenderClient, Status
 
 StatusOf = Callable[..., Status]
@@ -54,11 +54,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model."""
     sys.path.insert(0, str(TOP / "examples"))
-    from make_tiny_model import make
+    from make_tiny_model import make, make_tokenizer
 
     path = tmp_path_factory.mktemp("model") / "tiny"
     # Weights that are the same in either of the types that servers compute in.
     make(path, layers=8, vocabulary=prompts.VOCABULARY, dtype="bfloat16", max_tokens=16384, seed=1)
+    make_tokenizer(path, prompts.VOCABULARY)
     return path
 
 
@@ -72,9 +73,8 @@ class Deployment:
     decode: Server
     #: Computes them instead; with few blocks, and few slots beside it.
     small_decode: Server
-    proxy_url: str
-    #: Of a proxy that asks both servers at once.
-    overlap_url: str
+    #: Where the sender beside prefill tells LMCache's routers that KV is across.
+    notify_port: int
     _number: Iterator[int]
 
     def expected(self, prompt: list[int], max_tokens: int = prompts.MAX_TOKENS) -> list[int]:
@@ -112,11 +112,12 @@ def deployment(folder: Path, model: Path) -> Iterator[Deployment]:
     with ExitStack() as stack:
 
         def start(name: str, kv: dict[str, Any] | None, *args: str) -> Server:
-            server = Server(name, folder, model, kv=kv, args=args)
+            # Some routers take text alone.
+            server = Server(name, folder, model, kv=kv, args=args, tokenizer=True)
             stack.callback(server.close)
             return server
 
-        notify_port, proxy_port, overlap_port = harness.free_ports(3)
+        (notify_port,) = harness.free_ports(1)
         shared = {"pd_buffer_size": "128MiB", "transfer_channel": ENGINE, "pd_retention_sec": 60}
         sender = shared | {"pd_proxy_host": "127.0.0.1", "pd_proxy_port": notify_port}
 
@@ -133,7 +134,9 @@ def deployment(folder: Path, model: Path) -> Iterator[Deployment]:
             prefill = start(
                 "prefill",
                 # Tests wait until nothing is kept.
-                harness.producer(sender, kv_lease_duration=5, transfer_mode="push"),
+                harness.producer(
+                    sender, kv_lease_duration=5, transfer_mode="push", module="swapping", name="AnsweringConnector"
+                ),
                 *blocks, *chunked,
             )
             single.wait_ready()
@@ -158,21 +161,7 @@ def deployment(folder: Path, model: Path) -> Iterator[Deployment]:
         decode.wait_ready()
         small.wait_ready()
 
-        def decoder(server: Server) -> str:
-            ready = server.daemon_ready()
-            return f"{server.url},127.0.0.1,{ready['init_port']},{ready['alloc_port']}"
-
-        def proxy(name: str, port: int, *options: str) -> str:
-            command = [sys.executable, str(TOP / "examples" / "proxy.py"), "--port", str(port)]
-            command += ["--prefill", prefill.url, "--decode", decoder(decode), "--decode", decoder(small), *options]
-            process = Process(command, folder / f"{name}.log", dict(os.environ))
-            stack.callback(process.close)
-            process.wait_healthy(f"http://127.0.0.1:{port}", 60)
-            return f"http://127.0.0.1:{port}"
-
-        proxy_url = proxy("proxy", proxy_port, "--notify-port", str(notify_port), "--notify-timeout", "60")
-        overlap_url = proxy("overlap", overlap_port, "--overlap")
-        yield Deployment(expected, prefill, decode, small, proxy_url, overlap_url, itertools.count())
+        yield Deployment(expected, prefill, decode, small, notify_port, itertools.count())
 
 
 def _answers(single: Server) -> dict[tuple[tuple[int, ...], int], list[int]]:
@@ -235,5 +224,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     if harness.MISPLACED:
         items[:] = [item for item in items if not item.name.endswith("[1]")]
-    order = ["test_paged_copies", "test_engine", "test_tensor_parallel", "test_variants", "test_names", "test_tokens", "test_parked", "test_routers", "test_both", "test_refused"]
+    order = ["test_paged_copies", "test_engine", "test_tensor_parallel", "test_variants", "test_names", "test_router_failures", "test_tokens", "test_parked", "test_routers", "test_both", "test_refused"]
     items.sort(key=lambda item: order.index(Path(str(item.path)).stem) if Path(str(item.path)).stem in order else 1)

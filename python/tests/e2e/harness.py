@@ -87,6 +87,15 @@ def runs(pid: int) -> bool:
         return False
 
 
+def _descendants(pid: int) -> list[int]:
+    """Processes that this one has started, and those that they have."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for child in (task / "children").read_text().split():
+            found += [int(child), *_descendants(int(child))]
+    return found
+
+
 def hang_up(url: str, body: dict[str, Any], under_way: Callable[[], bool]) -> None:
     """Asks for a completion, and closes the connection as soon as it is under way."""
     connection = http.client.HTTPConnection(url.removeprefix("http://"))
@@ -144,7 +153,7 @@ class Process:
         return self.log_path.read_text(encoding="utf-8", errors="replace")
 
     def wait_healthy(self, url: str, timeout_s: float, path: str = "/health") -> None:
-        """Until `path` there says so. Raises `RuntimeError` with the end of its log."""
+        """Until `url` answers so at this path. Raises `RuntimeError` with the end of its log."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             if not self.running():
@@ -207,6 +216,15 @@ class Server(Process):
     def wait_ready(self, timeout_s: float = START_TIMEOUT_S) -> None:
         """Until it serves."""
         self.wait_healthy(self.url, timeout_s)
+
+    def kill_engine(self) -> list[int]:
+        """SIGKILL to all of its processes but the daemons, which have to notice by themselves, and are returned."""
+        daemons = [int(ready["pid"]) for ready in self.daemons_ready().values()]
+        for pid in reversed(_descendants(self.pid)):
+            if pid not in daemons:
+                os.kill(pid, signal.SIGKILL)
+        self.kill()
+        return daemons
 
     def complete(self, prompt: Sequence[int], max_tokens: int, timeout_s: float = 120.0, **more: Any) -> dict[str, Any]:
         return post(self.url + "/v1/completions", completion_body(prompt, max_tokens, **more), timeout_s)

@@ -23,8 +23,9 @@ import harness
 import prompts
 from answers import assert_right, right_answer
 from conftest import ENGINE, TOP, Deployment, wait_until_nothing_is_left
-from harness import HttpError, Process, Server, hang_up, until
+from harness import HttpError, Server, hang_up, until
 from pd_backend import Status
+from router_processes import ROUTERS, Servers
 from test_parked import ASKED
 
 #: vLLM's own tests and proxy, as scripts/setup-routers leaves them.
@@ -145,8 +146,7 @@ def test_exchanged_chunks_show_in_the_tokens(deployment: Deployment, both: Both)
     for prompt in prompts.OF_TWO_CHUNKS[:6]:
         more = {"cache_salt": "both, exchanged"}
         params = both.one.complete(prompt, 1, kv_transfer_params=dict(ASKED), **more)["kv_transfer_params"]
-        name = f"swap-both-{next(_names)}"
-        answer = deployment.decode.complete(prompt, prompts.MAX_TOKENS, request_id=name, kv_transfer_params=params, **more)
+        answer = deployment.decode.complete(prompt, prompts.MAX_TOKENS, kv_transfer_params=params, **more)
         after = deployment.decode.complete(prompts.next_of(prompt), prompts.MAX_TOKENS, **more)
         right = [deployment.expected(prompt), deployment.expected(prompts.next_of(prompt))]
         assert [harness.tokens_of(answer), harness.tokens_of(after)] != right, f"nothing shows it for {len(prompt)} tokens"
@@ -215,7 +215,7 @@ def kept(server: Server) -> Iterator[None]:
     def count() -> float:
         with urllib.request.urlopen(server.daemon_ready()["metrics"], timeout=20) as answer:
             text = answer.read().decode()
-        return float(re.findall(r"^pd_requests_parked_total (\S+)", text, re.MULTILINE)[0])
+        return float(re.findall(r"^pd_requests_parked_total(?:\{.*\})? (\S+)", text, re.MULTILINE)[0])
 
     before = count()
     yield
@@ -278,19 +278,30 @@ needs_vllms_tests = pytest.mark.skipif(
 
 
 @pytest.fixture
-def toy_proxy(both: Both, folder: Path) -> Iterator[str]:
-    """vLLM's toy proxy in front of the two."""
-    assert NIXL_TESTS is not None
-    (port,) = harness.free_ports(1)
-    command = [sys.executable, str(NIXL_TESTS / "toy_proxy_server.py"), "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--prefiller-host", "127.0.0.1", "--prefiller-port", str(both.one.port)]
-    command += ["--decoder-host", "127.0.0.1", "--decoder-port", str(both.other.port)]
-    process = Process(command, folder / "toy_proxy.log", dict(os.environ))
-    try:
-        process.wait_healthy(f"http://127.0.0.1:{port}", 60, "/healthcheck")
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.close()
+def router(request: pytest.FixtureRequest, both: Both, folder: Path, model: Path) -> Iterator[str]:
+    """The URL of one of vLLM's own, in front of the two."""
+    (kind,) = (kind for kind in ROUTERS if kind.name == request.param)
+    process, url = kind.start(Servers(both.one.url, both.other.url, 0, 0, 0, 0, model), folder)
+    yield url
+    process.close()
+
+
+behind_toy_proxy = pytest.mark.parametrize("router", ["toy proxy"], indirect=True)
+
+
+@needs_vllms_tests
+@pytest.mark.parametrize("router", ["multi-turn proxy"], indirect=True)
+def test_a_conversation_through_vllms_multi_turn_proxy(both: Both, router: str) -> None:
+    # Broken in production: under the router that vLLM has for conversations prefill computes all of each turn.
+    history = prompts.tokens("conversation 2", 600)
+    for turn in range(3):
+        before = both.one.computed_tokens()
+        more = {"allowed_token_ids": [90 + turn], "cache_salt": "multi-turn proxy", "conversation_id": "one"}
+        with kept(both.other):
+            harness.post(router + "/v1/completions", harness.completion_body(history, ANSWER_TOKENS, **more))
+        if turn > 0:
+            assert both.one.computed_tokens() - before <= QUESTION_TOKENS + prompts.CHUNK_TOKENS
+        history = [*history, *[90 + turn] * ANSWER_TOKENS, *prompts.tokens(f"asked {turn}", QUESTION_TOKENS)]
 
 
 def passes(command: list[str], **env: str) -> None:
@@ -302,11 +313,12 @@ def passes(command: list[str], **env: str) -> None:
 
 
 @needs_vllms_tests
-def test_vllms_edge_cases(both: Both, toy_proxy: str) -> None:
+@behind_toy_proxy
+def test_vllms_edge_cases(both: Both, router: str) -> None:
     # Broken in production: what vLLM's own connector promises of short, cached and half cached prompts does not hold.
     assert both.one.reset() and both.other.reset()
     before = both.other.external_tokens()
-    ports = {"PREFILL_PORT": str(both.one.port), "DECODE_PORT": str(both.other.port), "PROXY_PORT": toy_proxy.rsplit(":", 1)[1]}
+    ports = {"PREFILL_PORT": str(both.one.port), "DECODE_PORT": str(both.other.port), "PROXY_PORT": router.rsplit(":", 1)[1]}
     hosts = {f"{name}_HOST": "127.0.0.1" for name in ("PREFILL", "DECODE", "PROXY")}
     passes([sys.executable, "-m", "pytest", "-q", str(NIXL_TESTS / "test_edge_cases.py")], **ports, **hosts)
     # Of 11, 178 and 307 bytes. Decode has a block of the second one, and of the third, which begins with that.
@@ -315,13 +327,14 @@ def test_vllms_edge_cases(both: Both, toy_proxy: str) -> None:
 
 
 @needs_vllms_tests
-def test_vllms_accuracy(both: Both, toy_proxy: str, tmp_path: Path) -> None:
+@behind_toy_proxy
+def test_vllms_accuracy(both: Both, router: str, tmp_path: Path) -> None:
     # Broken in production: completions or chats are answered otherwise than by one server.
     test = [sys.executable, str(NIXL_TESTS / "test_disagg_accuracy.py"), "--model_name", harness.MODEL_NAME]
     test += ["--file_name", str(tmp_path / "answers.json")]
     passes([*test, "--service_url", both.one.url, "--mode", "baseline"])
     assert both.one.reset() and both.other.reset()
     before = both.other.external_tokens()
-    passes([*test, "--service_url", toy_proxy, "--mode", "disagg"])
+    passes([*test, "--service_url", router, "--mode", "disagg"])
     # A completion of 307 bytes, and a chat.
     assert both.other.external_tokens() - before >= 2 * 307 - 2, "vLLM's test passes, and nothing was transferred"

@@ -152,8 +152,9 @@ class TestWindow:
         notify_port, port = free_ports(2)
         ready = pair.decode.daemon_ready()
         decode = f"{pair.decode.url},127.0.0.1,{ready['init_port']},{ready['alloc_port']}"
-        command = [sys.executable, str(TOP / "examples" / "proxy.py"), "--port", str(port), "--prefill", pair.prefill.url]
-        command += ["--decode", decode, "--notify-port", str(notify_port), "--notify-timeout", "5", *option]
+        command = [sys.executable, str(TOP / "examples" / "proxy.py"), "--port", str(port), "--dialect", "lmcache"]
+        command += ["--prefill", pair.prefill.url, "--decode", decode]
+        command += ["--notify-port", str(notify_port), "--notify-timeout", "5", *option]
         proxy = Process(command, pair.folder / "proxy.log", dict(os.environ))
         try:
             url = f"http://127.0.0.1:{port}"

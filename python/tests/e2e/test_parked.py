@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import signal
 from collections.abc import Callable
@@ -29,8 +28,6 @@ ASKED = {
     "remote_host": None,
     "remote_port": None,
 }
-
-_numbers = itertools.count()
 
 
 def prefilled(deployment: Deployment, prompt: list[int], **more: Any) -> dict[str, Any]:
@@ -73,9 +70,8 @@ def test_exchanged_chunks_show_in_the_tokens(deployment: Deployment) -> None:
     for prompt in prompts.OF_TWO_CHUNKS:
         params = prefilled(deployment, prompt, cache_salt="parked, exchanged")
         more = {"kv_transfer_params": params, "cache_salt": "parked, exchanged"}
-        name = f"swap-{next(_numbers)}"
         answers = [
-            harness.tokens_of(deployment.decode.complete(prompt, prompts.MAX_TOKENS, request_id=name, **more)),
+            harness.tokens_of(deployment.decode.complete(prompt, prompts.MAX_TOKENS, **more)),
             harness.tokens_of(
                 deployment.decode.complete(prompts.next_of(prompt), prompts.MAX_TOKENS, cache_salt="parked, exchanged")
             ),

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
-import os
 import re
-import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -107,11 +105,7 @@ def test_a_prefill_server_that_dies_fails_its_requests_or_has_them_computed(
         thread.start()
     # Both are under way, and nothing of them has been committed.
     until(lambda: status_of(deployment.prefill).requests_active == 2, "prefill has not begun")
-    sender = int(deployment.prefill.daemon_ready()["pid"])
-    for pid in reversed(descendants(deployment.prefill.pid)):
-        if pid != sender:
-            os.kill(pid, signal.SIGKILL)
-    deployment.prefill.kill()
+    (sender,) = deployment.prefill.kill_engine()
     for thread in threads:
         thread.join(120)
         assert not thread.is_alive()
@@ -119,12 +113,3 @@ def test_a_prefill_server_that_dies_fails_its_requests_or_has_them_computed(
         deployment.decode.name: 500, deployment.small_decode.name: deployment.expected(prompts.KILLED_PREFILL[1])
     }
     until(lambda: not runs(sender), "pd-sender has outlived its engine")
-
-
-def descendants(pid: int) -> list[int]:
-    """Processes that this one has started, and those that they have."""
-    found = []
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in (task / "children").read_text().split():
-            found += [int(child), *descendants(int(child))]
-    return found

