@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import json
+import logging
+import platform
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -13,9 +18,11 @@ from typing import Any
 import pytest
 
 from conftest import binary, children
+from free_ports import free_ports
 from pd_backend.errors import PdError
 from pd_backend.vllm import attachment
 from pd_backend.vllm.adapters import LoadedAdapters
+from pd_backend.vllm.whereabouts import DaemonAt
 from vllm_pair import BLOCK, Memory
 
 
@@ -80,6 +87,63 @@ def config(role: str) -> Any:
 def caches() -> Any:
     group = SimpleNamespace(kv_cache_spec=SimpleNamespace(block_size=BLOCK))
     return SimpleNamespace(kv_cache_groups=[group], num_blocks=16, kv_cache_tensors=[])
+
+
+def test_mooncakes_name_opens_the_port_that_its_routers_ask(
+    connector: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Broken in production: a server that is started as Mooncake's connector is asked where nobody listens.
+    (port,) = free_ports(1)
+    monkeypatch.setenv("VLLM_MOONCAKE_BOOTSTRAP_PORT", str(port))
+    given = config("kv_producer")
+    given.kv_transfer_config.kv_connector, given.kv_transfer_config.engine_id = "MooncakeConnector", "e0"
+    given.parallel_config.data_parallel_index = 0
+    made = connector.MooncakeConnector(given, 0, caches())
+    assert isinstance(made, connector.PdConnector)
+    url = f"http://127.0.0.1:{port}/query"
+    with pytest.raises(urllib.error.HTTPError, match="503"):
+        urllib.request.urlopen(url, timeout=60)
+    at = DaemonAt(0, "ipc", platform.node(), "w", 5600)
+    made.set_xfer_handshake_metadata({0: connector.PdHandshake(at)})
+    with urllib.request.urlopen(url, timeout=60) as answer:
+        said = json.loads(answer.read())
+    assert said == {"0": {"engine_id": "e0", "worker_addr": {"0": {"0": "tcp://127.0.0.1:5600"}}}}
+    # Another server with the same port does not start, and says which one it is.
+    with pytest.raises(ValueError, match=f"bootstrap_port {port} .* cannot be listened to at 127.0.0.1"):
+        connector.MooncakeConnector(given, 0, caches())
+    made.shutdown()
+    with pytest.raises(urllib.error.URLError):
+        urllib.request.urlopen(url, timeout=60)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"do_remote_prefill": True, "transfer_id": "x", "remote_bootstrap_addr": "http://127.0.0.1:1"},
+        {"do_remote_prefill": True, "transfer_id": "x", "remote_host": "127.0.0.1"},
+    ],
+    ids=["mooncake", "moriio"],
+)
+def test_what_decode_asks_by_http_is_on_the_list(
+    connector: ModuleType, caplog: pytest.LogCaptureFixture, params: dict[str, object]
+) -> None:
+    # Broken in production: pd_prefill_hosts holds for the receiver, and any client has the engine itself connect elsewhere.
+    given = config("kv_consumer")
+    given.kv_transfer_config.kv_connector = "PdConnector"
+    extra = given.kv_transfer_config.kv_connector_extra_config
+    extra["bootstrap_port"], extra["set"]["pd_prefill_hosts"] = 1, ["10.0.0.0/8"]
+    made = connector.PdConnector(given, 0, caches())
+    at = DaemonAt(0, "ipc", platform.node(), "w", None, 7300)
+    made.set_xfer_handshake_metadata({0: connector.PdHandshake(at)})
+    prompt = list(range(100))
+    request = SimpleNamespace(
+        request_id="a", prompt_token_ids=prompt, all_token_ids=prompt, num_prompt_tokens=100, kv_transfer_params=params
+    )
+    with caplog.at_level(logging.WARNING, "vllm.pd_backend"):
+        made.on_new_request(request)
+    (record,) = caplog.records
+    assert "127.0.0.1 is not among pd_prefill_hosts" in record.getMessage()
+    made.shutdown()
 
 
 class Refused(PdError):

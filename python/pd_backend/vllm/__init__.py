@@ -8,7 +8,14 @@ Only that module and `engine` import vLLM; the others here are plain Python:
     keys        names of chunks, that prefill and decode compute independently
     engine      what is read of vLLM's configuration
     layout      what the two daemons compare before they talk
-    spec        what a router says of a request: `disagg_spec`
+    spec        what a router says of a request: `disagg_spec`, or NIXL's fields
+    transfer_id what it says in Mooncake's dialect, and in MoRIIO's
+    bootstrap   how a prefill server says where it is asked, in Mooncake's dialect
+    bootstrap_query   asks for it
+    bootstrap_server  says so, at prefill
+    prefill_servers   whom a decode server has asked
+    deadline    an end for connections
+    hosts       which hosts decode may ask
     step        what the scheduler's side tells the workers, step by step
     adapters    what a LoRA adapter is
     naming      which requests can be named: the others are computed where they arrived

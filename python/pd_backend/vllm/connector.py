@@ -31,6 +31,8 @@ from ..sender_client import SenderClient
 from . import checkpoint
 from .adapters import Adapters
 from .attachment import Attachment
+from .bootstrap import EngineAt
+from .bootstrap_server import BootstrapServer
 from .consumer import ConsumerWorker
 from .engine import (
     LOADED_ADAPTERS,
@@ -44,11 +46,13 @@ from .engine import (
 )
 from .finder import ReceiverFinder
 from .halves import is_sent, own_hosts
+from .hosts import HostList
 from .keys import chunk_key
 from .layout import EngineLayout
 from .naming import Naming
 from .options import Options
 from .pairing import connect_receivers
+from .prefill_servers import PrefillServers
 from .producer import ProducerWorker
 from .scheduler import ConsumerScheduler, ProducerScheduler
 from .spec import Rendezvous
@@ -160,6 +164,7 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
         self._producer: ProducerWorker | None = None
         self._consumer: ConsumerWorker | None = None
         self._finder: ReceiverFinder | None = None
+        self._bootstrap: BootstrapServer | None = None
         self._failed_blocks: set[int] = set()
         self._handshake: PdHandshake | None = None
         self._whereabouts: Whereabouts | None = None
@@ -178,9 +183,12 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
             self._producer_scheduler = ProducerScheduler(
                 self._chunk_tokens, self._block_tokens, self._tp_size, naming, self._rendezvous
             )
+            self._bootstrap = self._start_bootstrap()
         if self._receives:
             if self._options.lookup:
                 self._finder = ReceiverFinder(self._key)
+            said = self._options.prefill_hosts()
+            hosts = None if said is None else HostList(said)
             self._consumer_scheduler = ConsumerScheduler(
                 self._chunk_tokens,
                 self._block_tokens,
@@ -190,6 +198,7 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
                 naming,
                 self._rendezvous if self._sends else lambda: None,
                 self._options.kv_recompute_threshold if self._sends else 0,
+                prefill_servers=PrefillServers(self._tp_size, hosts, self._bootstrap_port()),
             )
         if self._sends and self._receives:
             self._own_hosts = own_hosts(self._options.own_hosts())
@@ -307,10 +316,10 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
         return news if any((news.outcomes.ended, news.here, news.returned, news.daemons, news.adapters)) else None
 
     def shutdown(self) -> None:
-        for part in (self._producer, self._consumer, self._finder):
+        for part in (self._producer, self._consumer, self._finder, self._bootstrap):
             if part is not None:
                 part.close()
-        self._producer = self._consumer = self._finder = None
+        self._producer = self._consumer = self._finder = self._bootstrap = None
 
     @classmethod
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
@@ -341,6 +350,30 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
             return None
         engine = str(self._kv_transfer_config.engine_id)
         return Rendezvous(options.advertised_host(), tuple(ports), engine, options.transfer_mode)
+
+    def _bootstrap_port(self) -> int | None:
+        return self._options.bootstrap(self._kv_transfer_config.kv_connector)
+
+    def _start_bootstrap(self) -> BootstrapServer | None:
+        """Where routers of Mooncake's dialect ask for what `_rendezvous` says, if they are to."""
+        port, host = self._bootstrap_port(), self._options.rendezvous_bind_host()
+        if port is None:
+            return None
+
+        def engine() -> EngineAt | None:
+            at = self._rendezvous()
+            return None if at is None else EngineAt(at.engine, at.host, at.ports)
+
+        # The ports of a server's data-parallel ranks follow each other.
+        index = getattr(self._vllm_config.parallel_config, "data_parallel_index", 0)
+        try:
+            started = BootstrapServer(host, port, index, engine)
+        except (OSError, OverflowError) as error:
+            raise ValueError(
+                f"bootstrap_port {port} + {index} cannot be listened to at {host}: {error}; give this server another one"
+            ) from error
+        logger.info("asked by routers of Mooncake's dialect at http://%s:%d/query", host, started.port)
+        return started
 
     def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
         self._kv_cache_manager = kv_cache_manager
@@ -438,5 +471,5 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
         return chunk_key(self._model, self._tp_size, rank, weights, chunk_hash, self._dtype)
 
 
-#: For routers and scripts that choose by this name, which speak the same dialect: give the module's path as well.
-NixlConnector = PdConnector
+#: For routers and scripts that choose by these names, which speak dialects that it knows: give the module's path as well.
+NixlConnector = MooncakeConnector = PdConnector

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from .bootstrap import MOONCAKE_PORT
 
 #: How long the daemons wait where nobody says otherwise.
 _DAEMON_WAITS_S = {"pd_wait_timeout_sec": 120.0, "pd_allocation_timeout_sec": 30.0}
 _SECONDS_MAX = 86400.0
 #: These can be bound, and nobody can connect to them.
 _EVERY_ADDRESS = ("0.0.0.0", "::", "[::]", "*")
+_BOOTSTRAP_VARIABLE = "VLLM_MOONCAKE_BOOTSTRAP_PORT"
 
 
 class OptionError(ValueError):
@@ -54,6 +57,9 @@ class Options:
     #: Prefill: what routers are told: `pull`, to ask decode once prefill has answered, or `push`, to ask both at once from the
     #: second request on (those that know the word; the others ask one after the other).
     transfer_mode: str = "pull"
+    #: Prefill: where routers of Mooncake's dialect, and the decode servers behind them, ask for the rendezvous ports. Decode: where
+    #: prefill servers are asked of which a router names the host alone.
+    bootstrap_port: int | None = None
     #: Prefill: how long such chunks are kept that nobody asks for.
     kv_lease_duration: float = 30.0
     #: Prefill: in how many parts the layers of a step are pushed while it is computed; 1 pushes after it.
@@ -122,6 +128,34 @@ class Options:
                 f"reach. To bind every address, put \"pd_rendezvous_host\": \"0.0.0.0\" into set"
             )
         return host
+
+    def bootstrap(self, connector: str) -> int | None:
+        """The bootstrap port: of the option, or of the variable that vLLM's own MooncakeConnector reads; None without either.
+        `connector` is the name by which vLLM was told to load this one.
+        """
+        if self.bootstrap_port is not None:
+            return self.bootstrap_port
+        said = os.environ.get(_BOOTSTRAP_VARIABLE)
+        if said is None:
+            return MOONCAKE_PORT if connector == "MooncakeConnector" else None
+        if not said.isascii() or not said.isdigit() or not 0 < int(said) < 65536:
+            raise OptionError(f"{_BOOTSTRAP_VARIABLE} = {said!r}; expected a port")
+        return int(said)
+
+    def rendezvous_bind_host(self) -> str:
+        """What is bound for decode servers that ask for parked chunks."""
+        bound = {**self._yaml(), **dict(self.set)}.get("pd_rendezvous_host")
+        return _unquoted(str(bound)) if bound else self.advertised_host()
+
+    def prefill_hosts(self) -> list[str] | None:
+        """Which hosts decode may ask that a request names; None for any. The daemon says what is wrong with the list."""
+        given = {**self._yaml(), **dict(self.set)}.get("pd_prefill_hosts")
+        if given in (None, ""):
+            return None
+        if isinstance(given, str):  # As `set` has a list: in brackets.
+            items = given[1:-1].split(",") if given[0] + given[-1] == "[]" else [given]
+            return [_unquoted(item.strip()) for item in items if item.strip()]
+        return [str(item) for item in given] if isinstance(given, list) else [str(given)]
 
     def rendezvous_args(self, rank: int) -> list[str]:
         """What a pd-sender is started with for requests that are parked, unless the configuration says."""
@@ -204,6 +238,10 @@ def _parsed(name: str, value: Any) -> Any:
     if name == "rendezvous_port":
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 65536:
             raise OptionError(f"rendezvous_port = {value!r}; expected a port, or 0 for any")
+        return value
+    if name == "bootstrap_port":
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 65536:
+            raise OptionError(f"bootstrap_port = {value!r}; expected a port")
         return value
     if name in ("restarts_max", "kv_recompute_threshold"):
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from .adapters import Adapter
 from .keys import chunk_hashes
 from .naming import NULL_BLOCK, Naming, Unnamed
+from .prefill_servers import PrefillServers
 from .spec import (
     DisaggSpec,
     ParkSpec,
@@ -28,6 +29,7 @@ from .spec import (
     turn_spec,
 )
 from .step import ChunkBlocks, ConsumerStep, HoldPlan, ProducerStep, ReceivePlan, SendOutcomes, SendPlan, TurnPlan
+from .transfer_id import TransferSpec, transfer_spec
 
 logger = logging.getLogger("vllm.pd_backend")
 
@@ -276,13 +278,17 @@ class ProducerScheduler:
         self._by_req_id.pop(sending.plan.spec.req_id, None)
 
     def _answer(self, request: Any, sending: _Sending, block_ids: Sequence[int]) -> dict[str, Any]:
-        if not isinstance(sending.plan.spec, ParkSpec):
+        spec = sending.plan.spec
+        if not isinstance(spec, ParkSpec):
             return self._response(request, sending.error)
-        at = self._rendezvous()
+        at = self._rendezvous() if spec.is_answered else None
         # Where there is nothing to ask for, a router of NIXL's dialect has to be told nothing: decode computes it.
         if sending.error is not None or at is None:
             return {}
-        return parked_answer(request.request_id, at, block_ids, sending.plan.tokens)
+        answer = parked_answer(request.request_id, at, block_ids, sending.plan.tokens)
+        transfer_id = request.kv_transfer_params.get("transfer_id")
+        # MoRIIO's routers copy it from here.
+        return answer if transfer_id is None else answer | {"transfer_id": transfer_id}
 
     @staticmethod
     def _response(request: Any, error: str | None) -> dict[str, Any]:
@@ -302,6 +308,8 @@ class _Receiving:
     req_id: str | None
     #: Where its chunks are parked, if they have to be asked for.
     remote: RemoteSpec | None = None
+    #: Whom that is asked of, where the router does not say it: `remote` is None until it is known.
+    transfer: TransferSpec | None = None
     #: Set once the router's request has been planned for: its chunks are handed out once.
     used: bool = False
     #: Workers that wait for none of its chunks any more.
@@ -347,6 +355,8 @@ class ConsumerScheduler:
         naming: Naming,
         rendezvous: Callable[[], Rendezvous | None] = lambda: None,
         next_turn_tokens: int = 0,
+        *,
+        prefill_servers: PrefillServers | None = None,
     ) -> None:
         """`num_blocks` are the engine's. Without a `finder`, requests whose router names none are computed here.
         `rendezvous`: where this very server is asked for what it has parked, if it also prefills. `next_turn_tokens`: how
@@ -354,6 +364,9 @@ class ConsumerScheduler:
         """
         self._rendezvous = rendezvous
         self._next_turn_tokens = next_turn_tokens
+        self._prefill_servers = prefill_servers or PrefillServers(tp_size)
+        #: Requests whose prefill server is being asked where their chunks are. Some of them have ended meanwhile.
+        self._asking: dict[str, tuple[_Receiving, Any]] = {}
         self._tp_size = tp_size
         #: Blocks that requests may hold while they wait for chunks. More would keep them from requests whose chunks are
         #: here, and the slots of those are what the others wait for.
@@ -375,34 +388,65 @@ class ConsumerScheduler:
         """A new request: its chunks may be waited for from now on."""
         if request.request_id in self._receiving:
             return
-        remote = None
+        params, remote, transfer = request.kv_transfer_params, None, None
         try:
-            req_id = decode_req_id(request.kv_transfer_params)
-            remote = remote_spec(request.kv_transfer_params, self._tp_size)
+            req_id = decode_req_id(params)
+            transfer = transfer_spec(params, request.request_id, self._prefill_servers.bootstrap_port)
+            remote = remote_spec(params, self._tp_size) if transfer is None else self._prefill_servers.find(transfer)
         except SpecError as error:
             logger.warning("request %s is computed here: %s", request.request_id, error)
-            req_id = None
-        if remote is not None and remote.engine is not None:
-            own = self._rendezvous()
-            if own is not None and own.engine_id == remote.engine:
-                # Both servers that the router chose are this one.
-                self._parked_here[request.request_id], remote = remote, None
+            req_id = transfer = None
+        receiving = self._receiving[request.request_id] = _Receiving(req_id, transfer=transfer)
         if remote is not None:
-            req_id = request.request_id[:256]
-        receiving = self._receiving[request.request_id] = _Receiving(req_id, remote)
-        try:
-            if remote is None:
-                self._naming.name(request, request.num_prompt_tokens)
-            else:
-                hashes, _ = self._hashes(request, request.num_prompt_tokens)
-                self._step.holds.append(HoldPlan(request.request_id, remote, hashes))
-        except Unnamed:
-            if remote is not None:
-                self._step.released.append((request.request_id, remote))
-            req_id = receiving.req_id = receiving.remote = None
-            receiving.failed = True
-        if req_id is not None and remote is None:
+            self._found(receiving, request, remote)
+        elif transfer is not None:
+            receiving.req_id = request.request_id[:256]
+            self._asking[request.request_id] = receiving, request
+        elif not self._can_be_named(request):
+            receiving.req_id, receiving.failed = None, True
+        elif req_id is not None:
             self._step.announced.append((request.request_id, req_id))
+
+    def _can_be_named(self, request: Any) -> bool:
+        try:
+            self._naming.name(request, request.num_prompt_tokens)
+        except Unnamed:
+            return False
+        return True
+
+    def _found(self, receiving: _Receiving, request: Any, remote: RemoteSpec) -> None:
+        """It is known where its chunks are parked: they are kept until the request has its turn, if it can be named."""
+        own = None if remote.engine is None else self._rendezvous()
+        if own is not None and own.engine_id == remote.engine:
+            # Both servers that the router chose are this one.
+            self._parked_here[request.request_id] = remote
+            receiving.req_id, receiving.failed = None, not self._can_be_named(request)
+            return
+        try:
+            hashes, _ = self._hashes(request, request.num_prompt_tokens)
+        except Unnamed:
+            self._step.released.append((request.request_id, remote))
+            receiving.req_id, receiving.failed = None, True
+        else:
+            receiving.req_id, receiving.remote = request.request_id[:256], remote
+            self._step.holds.append(HoldPlan(request.request_id, remote, hashes))
+
+    def _ask_where(self) -> None:
+        """Which requests' prefill servers have said by now where their chunks are."""
+        for request_id, (receiving, request) in list(self._asking.items()):
+            assert receiving.transfer is not None
+            try:
+                remote = self._prefill_servers.find(receiving.transfer)
+                if remote is None:
+                    continue
+            except SpecError as error:
+                logger.warning("request %s is computed here: %s", request_id, error)
+                receiving.req_id = receiving.transfer = remote = None
+            del self._asking[request_id]
+            if remote is not None and self._receiving.get(request_id) is receiving:
+                self._found(receiving, request, remote)
+            elif remote is not None:
+                self._step.released.append((request_id, remote))
 
     def arrived_to_be_prefilled(self, request: Any) -> None:
         """A new request, whose KV this server computes and sends: what another server has of it may be fetched first."""
@@ -419,6 +463,10 @@ class ConsumerScheduler:
         """
         self.arrived(request)
         receiving = self._receiving[request.request_id]
+        if request.request_id in self._asking:
+            self._ask_where()
+            if request.request_id in self._asking:
+                return None, False
         if receiving.loaded:
             return 0, False
         if receiving.may_ask:
@@ -503,6 +551,7 @@ class ConsumerScheduler:
 
     def build(self, output: Any) -> ConsumerStep:
         """What the workers need for this step; `output` is the engine's `SchedulerOutput`."""
+        self._ask_where()
         step, self._step = self._step, ConsumerStep()
         step.idle = output.total_num_scheduled_tokens == 0
         for request_id in getattr(output, "preempted_req_ids", None) or ():
@@ -520,6 +569,8 @@ class ConsumerScheduler:
         for receiving in self._receiving.values() if failed_block_ids else ():
             if any(block in failed_block_ids for block in receiving.block_ids):
                 receiving.failed = True
+                if receiving.transfer is not None:
+                    self._prefill_servers.failed(receiving.transfer)
         for request_id in request_ids:
             self._forget(request_id)
             self._early_blocks.pop(request_id, None)
@@ -544,9 +595,14 @@ class ConsumerScheduler:
         self._forget(request.request_id)
         self._early_blocks.pop(request.request_id, None)
         receiving = self._receiving.pop(request.request_id, None)
+        if request.request_id in self._asking:
+            return False  # What is parked is released once it is known where.
         parked_here = self._parked_here.pop(request.request_id, None)
         if parked_here is not None:
             self._step.released.append((request.request_id, parked_here))
+        if receiving is not None and receiving.loading and receiving.transfer is not None:
+            # It may have failed: where that ends the request, vLLM says so before it says what has failed.
+            self._prefill_servers.failed(receiving.transfer)
         if receiving is not None and receiving.remote is not None and not receiving.used:
             self._step.released.append((request.request_id, receiving.remote))
         if receiving is not None and (receiving.loading or (receiving.req_id is not None and not receiving.used)):
@@ -574,7 +630,7 @@ class ConsumerScheduler:
 
     def pending(self) -> bool:
         """Whether the engine has to go on stepping for the workers to hear what they have to, and to do it."""
-        return bool(self._returning or self._step.turns_over)
+        return bool(self._returning or self._asking or self._step.turns_over)
 
     def _is_here(self, receiving: _Receiving) -> bool:
         """Whether no worker waits for its chunks any more. Of what has blocks the workers say only that it is loaded."""

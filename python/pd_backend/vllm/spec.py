@@ -1,4 +1,7 @@
-"""What a router says of a request in `kv_transfer_params`: LMCache's `disagg_spec`, or what NIXL's routers send."""
+"""What a router says of a request in `kv_transfer_params`: LMCache's `disagg_spec`, or what NIXL's routers send.
+
+`transfer_id` has what Mooncake's and MoRIIO's send to decode.
+"""
 
 from __future__ import annotations
 
@@ -41,6 +44,8 @@ class ParkSpec:
     req_id: str
     #: What those call it who will ask.
     ids: tuple[str, ...]
+    #: Whether the router wants to be told where that is.
+    is_answered: bool = True
 
 
 @dataclass(frozen=True)
@@ -75,15 +80,21 @@ class Rendezvous:
     @property
     def engine_id(self) -> str:
         """The server's name as routers are told it. All ranks' ports are in it, for those that keep nothing else of ours."""
-        return f"{_ENGINE}{self.engine}:{'+'.join(map(str, self.ports))}"
+        return engine_id(self.engine, self.ports)
 
 
 def park_spec(params: Mapping[str, Any] | None, request_id: str) -> ParkSpec | None:
-    """Whether a router of NIXL's dialect wants the request's chunks kept; None for any other request."""
-    if not (params or {}).get("do_remote_decode"):
+    """Whether a router that names no receiver wants the request's chunks kept; None for any other request."""
+    params = params or {}
+    if not params.get("do_remote_decode"):
         return None
+    names, transfer_id = _names(request_id), params.get("transfer_id")
+    if is_text(transfer_id, 256):
+        names = (transfer_id, *names)
+    # Mooncake's routers ask at the bootstrap port instead. MoRIIO's give a `transfer_id` too, and what NIXL's give.
+    is_answered = "transfer_id" not in params or "remote_engine_id" in params
     # No router's name begins so: these are the engine's own.
-    return ParkSpec(f"parked {request_id}"[:256], _names(request_id))
+    return ParkSpec(f"parked {request_id}"[:256], names, is_answered)
 
 
 def kept_spec(request_id: str) -> ParkSpec:
@@ -141,6 +152,8 @@ def turn_spec(params: Mapping[str, Any] | None, tp_size: int) -> RemoteSpec | No
     params = params or {}
     if not params.get("do_remote_decode") or params.get("remote_host") is None:
         return None
+    if "transfer_id" in params or params.get("disagg_spec") is not None:
+        return None  # Other dialects, in which this is where the decode server is.
     try:
         return _remote(params, tp_size)
     except SpecError:
@@ -149,15 +162,15 @@ def turn_spec(params: Mapping[str, Any] | None, tp_size: int) -> RemoteSpec | No
 
 def _remote(params: Mapping[str, Any], tp_size: int) -> RemoteSpec:
     host, size = params.get("remote_host"), params.get("tp_size")
-    if not _is_text(host, 255):
-        raise SpecError(f"remote_host = {_shown(host)}; expected a host name or address, of 1 to 255 bytes")
+    if not is_text(host, 255):
+        raise SpecError(f"remote_host = {shown(host)}; expected a host name or address, of 1 to 255 bytes")
     if size is not None and size != tp_size:
-        raise SpecError(f"tp_size = {_shown(size)} at prefill, {tp_size} here; start both with the same")
+        raise SpecError(f"tp_size = {shown(size)} at prefill, {tp_size} here; start both with the same")
     ids, engine = params.get("remote_request_id"), params.get("remote_engine_id")
     return RemoteSpec(
         host,
         _rendezvous(params, tp_size),
-        (ids,) if _is_text(ids, 256) else (),
+        (ids,) if is_text(ids, 256) else (),
         "remote_num_tokens" in params,
         engine if isinstance(engine, str) else None,
     )
@@ -168,7 +181,7 @@ def _rendezvous(params: Mapping[str, Any], tp_size: int) -> tuple[int, ...]:
     if isinstance(ours, Mapping) and _are_ports(ours.get("ports"), tp_size):
         return tuple(ours["ports"])
     engine = params.get("remote_engine_id")
-    if isinstance(engine, str) and engine.startswith(_ENGINE):
+    if is_ours(engine):
         ports = [int(text) for text in engine.rsplit(":", 1)[-1].split("+") if text.isascii() and text.isdigit()]
         if _are_ports(ports, tp_size):
             return tuple(ports)
@@ -176,7 +189,7 @@ def _rendezvous(params: Mapping[str, Any], tp_size: int) -> tuple[int, ...]:
     first = int(port) if isinstance(port, str) and port.isascii() and port.isdigit() else port
     if _are_ports([first], 1) and first + tp_size - 1 < 65536:
         return tuple(range(first, first + tp_size))
-    raise SpecError(f"remote_port = {_shown(port)}; expected the rendezvous port of prefill's first rank")
+    raise SpecError(f"remote_port = {shown(port)}; expected the rendezvous port of prefill's first rank")
 
 
 #: How the id of an engine begins that parks chunks for ours.
@@ -211,7 +224,7 @@ def _spec(params: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
         return None
     if not isinstance(spec, Mapping):
         raise SpecError(
-            f"disagg_spec = {_shown(spec)}; expected a map with req_id, receiver_host, receiver_init_port and "
+            f"disagg_spec = {shown(spec)}; expected a map with req_id, receiver_host, receiver_init_port and "
             "receiver_alloc_port"
         )
     return spec
@@ -219,16 +232,16 @@ def _spec(params: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
 
 def _req_id(spec: Mapping[str, Any]) -> str:
     req_id = spec.get("req_id")
-    if not _is_text(req_id, 256):
-        raise SpecError(f"disagg_spec.req_id = {_shown(req_id)}; expected a text of 1 to 256 bytes")
+    if not is_text(req_id, 256):
+        raise SpecError(f"disagg_spec.req_id = {shown(req_id)}; expected a text of 1 to 256 bytes")
     return req_id
 
 
 def _host(host: Any) -> str:
     # No name that resolves is longer.
-    if not _is_text(host, 255):
+    if not is_text(host, 255):
         raise SpecError(
-            f"disagg_spec.receiver_host = {_shown(host)}; expected a host name or address, of 1 to 255 bytes"
+            f"disagg_spec.receiver_host = {shown(host)}; expected a host name or address, of 1 to 255 bytes"
         )
     return host
 
@@ -238,9 +251,19 @@ def _ports(spec: Mapping[str, Any], name: str, tp_size: int) -> tuple[int, ...]:
     ports = [given] if isinstance(given, int) else given
     if not _are_ports(ports, tp_size):
         raise SpecError(
-            f"disagg_spec.{name} = {_shown(given)}; expected {tp_size} ports, one for each tensor-parallel rank"
+            f"disagg_spec.{name} = {shown(given)}; expected {tp_size} ports, one for each tensor-parallel rank"
         )
     return tuple(ports)
+
+
+def engine_id(engine: str, ports: Sequence[int]) -> str:
+    """A server's name as routers are told it: vLLM's, and the rendezvous ports of its ranks."""
+    return f"{_ENGINE}{engine}:{'+'.join(map(str, ports))}"
+
+
+def is_ours(engine: Any) -> bool:
+    """Whether this is such a name."""
+    return isinstance(engine, str) and engine.startswith(_ENGINE)
 
 
 def _are_ports(given: Any, count: int) -> bool:
@@ -252,13 +275,13 @@ def _are_ports(given: Any, count: int) -> bool:
     )
 
 
-def _is_text(given: Any, len_bytes_max: int) -> bool:
+def is_text(given: Any, len_bytes_max: int) -> bool:
     try:
         return isinstance(given, str) and 1 <= len(given.encode()) <= len_bytes_max
     except UnicodeEncodeError:  # JSON can hold halves of surrogate pairs, which the daemon could not be told.
         return False
 
 
-def _shown(given: Any) -> str:
+def shown(given: Any) -> str:
     """For an error: what a stranger sends may be megabytes long."""
     return reprlib.repr(given)

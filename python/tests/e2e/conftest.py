@@ -75,6 +75,8 @@ class Deployment:
     small_decode: Server
     #: Where the sender beside prefill tells LMCache's routers that KV is across.
     notify_port: int
+    #: Where routers of Mooncake's dialect ask prefill.
+    bootstrap_port: int
     _number: Iterator[int]
 
     def expected(self, prompt: list[int], max_tokens: int = prompts.MAX_TOKENS) -> list[int]:
@@ -117,7 +119,7 @@ def deployment(folder: Path, model: Path) -> Iterator[Deployment]:
             stack.callback(server.close)
             return server
 
-        (notify_port,) = harness.free_ports(1)
+        notify_port, bootstrap_port = harness.free_ports(2)
         shared = {"pd_buffer_size": "128MiB", "transfer_channel": ENGINE, "pd_retention_sec": 60}
         sender = shared | {"pd_proxy_host": "127.0.0.1", "pd_proxy_port": notify_port}
 
@@ -135,7 +137,8 @@ def deployment(folder: Path, model: Path) -> Iterator[Deployment]:
                 "prefill",
                 # Tests wait until nothing is kept.
                 harness.producer(
-                    sender, kv_lease_duration=5, transfer_mode="push", module="swapping", name="AnsweringConnector"
+                    sender, kv_lease_duration=5, transfer_mode="push", module="swapping", name="AnsweringConnector",
+                    bootstrap_port=bootstrap_port,
                 ),
                 *blocks, *chunked,
             )
@@ -149,19 +152,21 @@ def deployment(folder: Path, model: Path) -> Iterator[Deployment]:
         decode = start(
             "decode",
             harness.consumer(
-                receiver("128MiB"), restarts_max=2, receive_wait_s=60, module="swapping", name="SwappingConnector"
+                receiver("128MiB"), restarts_max=2, receive_wait_s=60, module="swapping", name="SwappingConnector",
+                bootstrap_port=bootstrap_port,
             ),
             *blocks,
         )
         small = start(
             "small_decode",
-            harness.consumer(receiver("64MiB"), policy="recompute", receive_wait_s=60),
+            # By the name that routers of Mooncake's dialect know.
+            harness.consumer(receiver("64MiB"), policy="recompute", receive_wait_s=60, name="MooncakeConnector"),
             "--num-gpu-blocks-override", "32", "--max-model-len", "3900",
         )
         decode.wait_ready()
         small.wait_ready()
 
-        yield Deployment(expected, prefill, decode, small, notify_port, itertools.count())
+        yield Deployment(expected, prefill, decode, small, notify_port, bootstrap_port, itertools.count())
 
 
 def _answers(single: Server) -> dict[tuple[tuple[int, ...], int], list[int]]:
@@ -224,5 +229,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     if harness.MISPLACED:
         items[:] = [item for item in items if not item.name.endswith("[1]")]
-    order = ["test_paged_copies", "test_engine", "test_tensor_parallel", "test_variants", "test_names", "test_router_failures", "test_tokens", "test_parked", "test_routers", "test_both", "test_refused"]
+    order = ["test_paged_copies", "test_engine", "test_tensor_parallel", "test_variants", "test_names", "test_router_failures", "test_tokens", "test_parked", "test_mooncake", "test_moriio", "test_routers", "test_both", "test_refused"]
     items.sort(key=lambda item: order.index(Path(str(item.path)).stem) if Path(str(item.path)).stem in order else 1)

@@ -10,7 +10,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import harness
-from harness import TOP, Process
+from harness import TOP, HttpError, Process
 
 _SOURCES = TOP / ".deps" / "routers"
 _VLLM = _SOURCES / "vllm-0.32.0"
@@ -37,6 +37,8 @@ class Servers:
     notify_port: int
     #: The model's folder.
     model: Path
+    #: Where routers of Mooncake's dialect ask prefill who it is.
+    bootstrap_port: int = 0
 
     @property
     def prefill_port(self) -> str:
@@ -59,6 +61,8 @@ class Router:
     ready_path: str = "/openapi.json"
     #: Tests of what it does not do, which are not run with it, and why.
     lacks: dict[str, str] = field(default_factory=dict)
+    #: Whether it answers with 503 until prefill has said who it is, which no path of it tells.
+    asks_prefill_first: bool = False
     #: Whether it hands several samples on in streams alone.
     samples_in_streams: bool = False
 
@@ -71,10 +75,22 @@ class Router:
         url = f"http://127.0.0.1:{port}"
         try:
             process.wait_healthy(url, 60, self.ready_path)
+            if self.asks_prefill_first:
+                harness.until(lambda: _serves(process, url), f"{self.name} has not asked prefill who it is")
         except BaseException:
             process.close()
             raise
         return process, url
+
+
+def _serves(process: Process, url: str) -> bool:
+    assert process.running(), process.log()
+    try:
+        harness.post(url + "/v1/completions", harness.completion_body([3], 1))
+    except HttpError as error:
+        assert error.status == 503, error
+        return False
+    return True
 
 
 def _python(program: Path, *options: str) -> list[str]:
@@ -82,10 +98,20 @@ def _python(program: Path, *options: str) -> list[str]:
 
 
 def _vllm_router(servers: Servers, port: int) -> list[str]:
+    return [*vllm_router("nixl", port), "--prefill", servers.prefill, "--decode", servers.decode]
+
+
+def _vllm_router_for_mooncake(servers: Servers, port: int) -> list[str]:
+    prefill = ["--prefill", servers.prefill, str(servers.bootstrap_port)]
+    return [*vllm_router("mooncake", port), *prefill, "--decode", servers.decode]
+
+
+def vllm_router(connector: str, port: int) -> list[str]:
+    """vllm-router for this connector of vLLM's; not yet told where the servers are."""
     (prometheus_port,) = harness.free_ports(1)
-    command = [str(Path(sys.executable).parent / "vllm-router"), "--vllm-pd-disaggregation", "--kv-connector", "nixl"]
+    command = [str(Path(sys.executable).parent / "vllm-router"), "--vllm-pd-disaggregation", "--kv-connector", connector]
     command += ["--host", "127.0.0.1", "--port", str(port), "--prometheus-port", str(prometheus_port)]
-    return [*command, "--policy", "round_robin", "--prefill", servers.prefill, "--decode", servers.decode]
+    return [*command, "--policy", "round_robin"]
 
 
 def _hosts_and_ports(servers: Servers, port: int) -> list[str]:
@@ -111,6 +137,12 @@ def _push_demo(servers: Servers, port: int) -> list[str]:
     options += ["--prefill", f"127.0.0.1:{servers.prefill_port}", "--decode", f"127.0.0.1:{servers.decode_port}"]
     options += ["--prefill-side-channel-port", str(servers.rendezvous_port)]
     return _python(_SERVING / "disagg_proxy_pushconnector_demo.py", *options)
+
+
+def _mooncakes_proxy(servers: Servers, port: int) -> list[str]:
+    folder = _VLLM / "examples" / "disaggregated" / "mooncake_connector"
+    options = ["--host", "127.0.0.1", "--port", str(port), "--prefill", servers.prefill, str(servers.bootstrap_port)]
+    return _python(folder / "mooncake_connector_proxy.py", *options, "--decode", servers.decode)
 
 
 def _lmcaches_proxy(servers: Servers, port: int) -> list[str]:
@@ -145,6 +177,8 @@ ROUTERS = [
     Router("toy proxy", _toy_proxy),
     Router("multi-turn proxy", _multiturn_proxy, samples_in_streams=True),
     Router("push demo", _push_demo),
+    Router("vllm-router, Mooncake", _vllm_router_for_mooncake, ready_path="/health"),
+    Router("Mooncake's proxy", _mooncakes_proxy, asks_prefill_first=True),
     Router("LMCache's proxy", _lmcaches_proxy, lacks=_LMCACHES_PROXY),
     Router("proxy.py, pull", _proxy(), ready_path="/health"),
     Router("proxy.py, push", _proxy(), "push", "/health"),

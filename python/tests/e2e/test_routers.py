@@ -33,7 +33,7 @@ def running(request: pytest.FixtureRequest, deployment: Deployment, folder: Path
     sender, receiver = deployment.prefill.daemon_ready(), deployment.decode.daemon_ready()
     servers = Servers(
         deployment.prefill.url, deployment.decode.url, int(sender["rendezvous_port"]), int(receiver["init_port"]),
-        int(receiver["alloc_port"]), deployment.notify_port, model,
+        int(receiver["alloc_port"]), deployment.notify_port, model, deployment.bootstrap_port,
     )
     process, url = request.param.start(servers, folder)
     yield Running(request.param, url)
