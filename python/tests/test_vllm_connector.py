@@ -121,8 +121,9 @@ def test_mooncakes_name_opens_the_port_that_its_routers_ask(
     [
         {"do_remote_prefill": True, "transfer_id": "x", "remote_bootstrap_addr": "http://127.0.0.1:1"},
         {"do_remote_prefill": True, "transfer_id": "x", "remote_host": "127.0.0.1"},
+        {"do_remote_prefill": True, "metaserver": "http://127.0.0.1:1/"},
     ],
-    ids=["mooncake", "moriio"],
+    ids=["mooncake", "moriio", "layerwise"],
 )
 def test_what_decode_asks_by_http_is_on_the_list(
     connector: ModuleType, caplog: pytest.LogCaptureFixture, params: dict[str, object]
@@ -133,7 +134,7 @@ def test_what_decode_asks_by_http_is_on_the_list(
     extra = given.kv_transfer_config.kv_connector_extra_config
     extra["bootstrap_port"], extra["set"]["pd_prefill_hosts"] = 1, ["10.0.0.0/8"]
     made = connector.PdConnector(given, 0, caches())
-    at = DaemonAt(0, "ipc", platform.node(), "w", None, 7300)
+    at = DaemonAt(0, "ipc", platform.node(), "w", None, 7300, 7400)
     made.set_xfer_handshake_metadata({0: connector.PdHandshake(at)})
     prompt = list(range(100))
     request = SimpleNamespace(

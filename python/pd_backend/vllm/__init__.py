@@ -14,6 +14,7 @@ Only that module and `engine` import vLLM; the others here are plain Python:
     bootstrap_query   asks for it
     bootstrap_server  says so, at prefill
     prefill_servers   whom a decode server has asked
+    metaserver  the dialect in which decode has the router ask prefill
     deadline    an end for connections
     hosts       which hosts decode may ask
     step        what the scheduler's side tells the workers, step by step

@@ -49,13 +49,14 @@ from .halves import is_sent, own_hosts
 from .hosts import HostList
 from .keys import chunk_key
 from .layout import EngineLayout
+from .metaserver import Metaservers
 from .naming import Naming
 from .options import Options
 from .pairing import connect_receivers
 from .prefill_servers import PrefillServers
 from .producer import ProducerWorker
 from .scheduler import ConsumerScheduler, ProducerScheduler
-from .spec import Rendezvous
+from .spec import DisaggSpec, Rendezvous, SpecError
 from .step import ConsumerStep, ProducerStep, SendOutcomes
 from .supervisor import Supervisor
 from .weights import Weights
@@ -199,6 +200,7 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
                 self._rendezvous if self._sends else lambda: None,
                 self._options.kv_recompute_threshold if self._sends else 0,
                 prefill_servers=PrefillServers(self._tp_size, hosts, self._bootstrap_port()),
+                metaservers=Metaservers(self._receivers, self._options.receive_wait_s or self._options.wait_timeout_s(), hosts),
             )
         if self._sends and self._receives:
             self._own_hosts = own_hosts(self._options.own_hosts())
@@ -350,6 +352,15 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
             return None
         engine = str(self._kv_transfer_config.engine_id)
         return Rendezvous(options.advertised_host(), tuple(ports), engine, options.transfer_mode)
+
+    def _receivers(self, req_id: str) -> DisaggSpec:
+        """Where chunks of a request are to be sent. Raises `SpecError` while that is not known."""
+        host, init, alloc = self._options.receiver_host(), self._daemons.init_ports(), self._daemons.alloc_ports()
+        if host is None:
+            raise SpecError("its router is to be told where the receivers are, which pd_advertise_host does not say")
+        if init is None or alloc is None:
+            raise SpecError("its router is to be told where the receivers are, and not all of them have started")
+        return DisaggSpec(req_id, host, tuple(init), tuple(alloc))
 
     def _bootstrap_port(self) -> int | None:
         return self._options.bootstrap(self._kv_transfer_config.kv_connector)

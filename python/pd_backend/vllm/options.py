@@ -147,6 +147,13 @@ class Options:
         bound = {**self._yaml(), **dict(self.set)}.get("pd_rendezvous_host")
         return _unquoted(str(bound)) if bound else self.advertised_host()
 
+    def receiver_host(self) -> str | None:
+        """Where prefill is told that this server's receivers are; None where no such address is said."""
+        given = {**self._yaml(), **dict(self.set)}
+        hosts = (given.get(key) for key in ("pd_advertise_host", "pd_peer_host", "nixl_peer_host"))
+        host = next((_unquoted(str(host)) for host in hosts if host), None)
+        return None if host in _EVERY_ADDRESS else host
+
     def prefill_hosts(self) -> list[str] | None:
         """Which hosts decode may ask that a request names; None for any. The daemon says what is wrong with the list."""
         given = {**self._yaml(), **dict(self.set)}.get("pd_prefill_hosts")

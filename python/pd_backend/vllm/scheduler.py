@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from .adapters import Adapter
 from .keys import chunk_hashes
+from .metaserver import Metaservers, Post, metaserver_of
 from .naming import NULL_BLOCK, Naming, Unnamed
 from .prefill_servers import PrefillServers
 from .spec import (
@@ -310,6 +311,8 @@ class _Receiving:
     remote: RemoteSpec | None = None
     #: Whom that is asked of, where the router does not say it: `remote` is None until it is known.
     transfer: TransferSpec | None = None
+    #: What its router was told, to ask prefill for it.
+    post: Post | None = None
     #: Set once the router's request has been planned for: its chunks are handed out once.
     used: bool = False
     #: Workers that wait for none of its chunks any more.
@@ -357,14 +360,17 @@ class ConsumerScheduler:
         next_turn_tokens: int = 0,
         *,
         prefill_servers: PrefillServers | None = None,
+        metaservers: Metaservers | None = None,
     ) -> None:
-        """`num_blocks` are the engine's. Without a `finder`, requests whose router names none are computed here.
-        `rendezvous`: where this very server is asked for what it has parked, if it also prefills. `next_turn_tokens`: how
-        many tokens of a prompt have to be missing for the turn before to be asked for; 0: it never is.
+        """`num_blocks` are the engine's. Without a `finder`, requests whose router names none are computed here, and without
+        `metaservers` those whose router names one. `rendezvous`: where this very server is asked for what it has parked, if it
+        also prefills. `next_turn_tokens`: how many tokens of a prompt have to be missing for the turn before to be asked for; 0:
+        it never is.
         """
         self._rendezvous = rendezvous
         self._next_turn_tokens = next_turn_tokens
         self._prefill_servers = prefill_servers or PrefillServers(tp_size)
+        self._metaservers = metaservers
         #: Requests whose prefill server is being asked where their chunks are. Some of them have ended meanwhile.
         self._asking: dict[str, tuple[_Receiving, Any]] = {}
         self._tp_size = tp_size
@@ -388,15 +394,21 @@ class ConsumerScheduler:
         """A new request: its chunks may be waited for from now on."""
         if request.request_id in self._receiving:
             return
-        params, remote, transfer = request.kv_transfer_params, None, None
+        params, remote, transfer, post = request.kv_transfer_params, None, None, None
         try:
-            req_id = decode_req_id(params)
+            req_id, metaserver = decode_req_id(params), metaserver_of(params)
             transfer = transfer_spec(params, request.request_id, self._prefill_servers.bootstrap_port)
-            remote = remote_spec(params, self._tp_size) if transfer is None else self._prefill_servers.find(transfer)
+            if transfer is not None:
+                remote = self._prefill_servers.find(transfer)
+            elif metaserver is None:
+                remote = remote_spec(params, self._tp_size)
+            elif self._metaservers is not None and self._can_be_named(request):
+                req_id = f"layerwise {request.request_id}"[:256]
+                post = self._metaservers.post(metaserver, request.request_id, req_id)
         except SpecError as error:
             logger.warning("request %s is computed here: %s", request.request_id, error)
             req_id = transfer = None
-        receiving = self._receiving[request.request_id] = _Receiving(req_id, transfer=transfer)
+        receiving = self._receiving[request.request_id] = _Receiving(req_id, transfer=transfer, post=post)
         if remote is not None:
             self._found(receiving, request, remote)
         elif transfer is not None:
@@ -467,6 +479,17 @@ class ConsumerScheduler:
             self._ask_where()
             if request.request_id in self._asking:
                 return None, False
+        missing = computed < request.num_prompt_tokens
+        if receiving.post is not None and missing and not receiving.used and not self._is_here(receiving):
+            # Nothing of it holds blocks while its router may yet say that nothing comes.
+            try:
+                receiving.post.check()
+                return None, False
+            except SpecError as error:
+                logger.warning("request %s is computed here: %s", request.request_id, error)
+                receiving.req_id = receiving.post = None
+                self._step.dropped.append(request.request_id)
+                self._returning[request.request_id] = self._tp_size
         if receiving.loaded:
             return 0, False
         if receiving.may_ask:
@@ -589,7 +612,7 @@ class ConsumerScheduler:
 
     def finished(self, request: Any) -> bool:
         """The request has ended, in whatever way. Whether a router of NIXL's dialect had it decoded here."""
-        if request.request_id not in self._receiving:
+        if request.request_id not in self._receiving and "metaserver" not in (request.kv_transfer_params or {}):
             # One that was refused before it came here: vLLM says so with another of its own making, and the same parameters.
             self.arrived(request)
         self._forget(request.request_id)

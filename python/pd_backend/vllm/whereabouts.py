@@ -30,13 +30,15 @@ class DaemonAt:
     weights: str
     #: Where what it has parked is asked for, if anything is.
     rendezvous_port: int | None = None
-    #: Where others announce what they send to it, if it receives.
+    #: Where others announce what they send to it, and where they ask for room, if it receives.
     init_port: int | None = None
+    alloc_port: int | None = None
 
     @classmethod
     def here(cls, rank: int, ready: ReadyLine, weights: str) -> DaemonAt:
         """Of a worker, as it tells the scheduler."""
-        return cls(rank, ready.connector, platform.node(), weights, ready.rendezvous_port, ready.init_port)
+        ports = (ready.rendezvous_port, ready.init_port, ready.alloc_port)
+        return cls(rank, ready.connector, platform.node(), weights, *ports)
 
 
 class Whereabouts:
@@ -82,6 +84,10 @@ class Daemons:
     def init_ports(self) -> list[int] | None:
         """As `rendezvous_ports`."""
         return self._ports(lambda at: at.init_port)
+
+    def alloc_ports(self) -> list[int] | None:
+        """As `rendezvous_ports`."""
+        return self._ports(lambda at: at.alloc_port)
 
     def _ports(self, port_of: Callable[[DaemonAt], int | None]) -> list[int] | None:
         daemons = map(self._at.get, range(self._tp_size))
