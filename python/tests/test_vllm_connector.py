@@ -78,7 +78,9 @@ def config(role: str) -> Any:
     extra = {"set": sets, "chunk_size": 2 * BLOCK, "binary_dir": str(Path(binary("pd-sender")).parent), "weights_id": "tiny"}
     return SimpleNamespace(
         kv_transfer_config=SimpleNamespace(kv_role=role, kv_connector_extra_config=extra),
-        parallel_config=SimpleNamespace(pipeline_parallel_size=1, tensor_parallel_size=1, enable_dbo=False),
+        parallel_config=SimpleNamespace(
+            pipeline_parallel_size=1, tensor_parallel_size=1, data_parallel_index=0, enable_dbo=False
+        ),
         model_config=SimpleNamespace(model="tests/tiny"),
         lora_config=None,
     )

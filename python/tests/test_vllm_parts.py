@@ -230,14 +230,14 @@ class TestOptions:
         options = Options.parse(given)
         assert options.advertised_host() == told
         # What `set` says is not said twice.
-        assert (f"pd_rendezvous_host={bound}" in options.rendezvous_args(0)) == (bound is not None)
+        assert (f"pd_rendezvous_host={bound}" in options.rendezvous_args()) == (bound is not None)
 
     @pytest.mark.parametrize("host", ["0.0.0.0", "::", "*"])
     @pytest.mark.parametrize("by", ["option", "set"])
     def test_decode_is_never_told_an_address_that_stands_for_every_address(self, host, by):
         given = {"rendezvous_host": host} if by == "option" else {"set": {"pd_rendezvous_host": host}}
         with pytest.raises(OptionError, match="which decode servers are told"):
-            Options.parse(given).rendezvous_args(0)
+            Options.parse(given).rendezvous_args()
 
     def test_sets_are_written_as_yaml(self) -> None:
         # Broken in production: a list of ports or a boolean arrives at the daemon as Python writes it.

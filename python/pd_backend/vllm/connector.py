@@ -55,6 +55,7 @@ from .options import Options
 from .pairing import connect_receivers
 from .prefill_servers import PrefillServers
 from .producer import ProducerWorker
+from .rank import Rank
 from .scheduler import ConsumerScheduler, ProducerScheduler
 from .spec import DisaggSpec, Rendezvous, SpecError
 from .step import ConsumerStep, ProducerStep, SendOutcomes
@@ -211,7 +212,8 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         from vllm.distributed import get_tensor_model_parallel_rank
 
-        rank = get_tensor_model_parallel_rank() if self._tp_size > 1 else 0
+        tensor = get_tensor_model_parallel_rank() if self._tp_size > 1 else 0
+        rank = Rank(self._vllm_config.parallel_config.data_parallel_index, tensor, self._tp_size)
         options = self._options
         identity = options.weights_id or checkpoint.identity(self._vllm_config, psutil.Process().create_time())
         weights = Weights(identity, running_model(self._vllm_config))
@@ -222,12 +224,11 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
             block_tokens=self._block_tokens,
             block_bytes=paged.block_bytes,
             layers=paged.layers,
-            tp_rank=rank,
+            tp_rank=tensor,
             tp_size=self._tp_size,
             engine=engine_facts(self._vllm_config, self._kv_cache_config, paged, identity),
         )
-        arguments = options.daemon_args(str(paged.device), both=self._sends and self._receives)
-        arguments += ["--rank", str(rank)] if rank else []
+        arguments = options.daemon_args(str(paged.device), rank, both=self._sends and self._receives)
         arguments += options.rendezvous_args(rank) if self._sends else []
         limits: dict[str, Any] = {
             "ready_timeout_s": options.ready_timeout_s,
@@ -238,7 +239,7 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
             "echo_log": options.daemon_log,
         }
         binary = find_binary(self._program, options.binary_dir)
-        logger.info("starting %s: chunks of %s", binary, layout)
+        logger.info("starting %s of %s: chunks of %s", binary, rank, layout)
         with ExitStack() as undo:  # Whatever is raised from here on: the daemon is not left behind.
             supervisor: Supervisor[Any] = Supervisor(binary, arguments, layout.json(), self._client_type, **limits)
             undo.callback(supervisor.close)
@@ -254,7 +255,7 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
                 self._consumer = ConsumerWorker(
                     daemon, layout, self._dtype, receive_wait_s=options.receive_wait_s, **known
                 )
-            self._whereabouts = Whereabouts(rank, supervisor, weights)
+            self._whereabouts = Whereabouts(tensor, supervisor, weights)
             at = self._whereabouts.news()
             self._handshake = None if at is None else PdHandshake(at)
             undo.pop_all()

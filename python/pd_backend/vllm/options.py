@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from .bootstrap import MOONCAKE_PORT
+from .rank import Rank, port_args
 
+#: Ports that a daemon binds, each with its older name.
+_PORTS = (
+    ("pd_peer_init_port", "nixl_peer_init_port"),
+    ("pd_peer_alloc_port", "nixl_peer_alloc_port"),
+    ("pd_peer_query_port",),
+    ("pd_rendezvous_port",),
+    ("pd_metrics_port",),
+)
 #: How long the daemons wait where nobody says otherwise.
 _DAEMON_WAITS_S = {"pd_wait_timeout_sec": 120.0, "pd_allocation_timeout_sec": 30.0}
 _SECONDS_MAX = 86400.0
@@ -51,7 +60,7 @@ class Options:
     #: Decode: how long a request waits for its chunks; the daemon's pd_wait_timeout_sec otherwise.
     receive_wait_s: float | None = None
     #: Prefill: where decode servers ask for chunks of requests whose router names no receiver: a host name or address of this
-    #: server, and the port of rank 0 (the other ranks take the next ones); 0 is any free port.
+    #: server, and the port of the first rank (the others take the next ones); 0 is any free port.
     rendezvous_host: str = ""
     rendezvous_port: int = 0
     #: Prefill: what routers are told: `pull`, to ask decode once prefill has answered, or `push`, to ask both at once from the
@@ -164,23 +173,24 @@ class Options:
             return [_unquoted(item.strip()) for item in items if item.strip()]
         return [str(item) for item in given] if isinstance(given, list) else [str(given)]
 
-    def rendezvous_args(self, rank: int) -> list[str]:
+    def rendezvous_args(self, rank: Rank = Rank()) -> list[str]:
         """What a pd-sender is started with for requests that are parked, unless the configuration says."""
-        port = self.rendezvous_port and self.rendezvous_port + rank
+        port = rank.port("rendezvous_port", [self.rendezvous_port])
         values = {
-            "pd_rendezvous_host": self.advertised_host(),
-            "pd_rendezvous_port": port,
-            "pd_lease_sec": self.kv_lease_duration,
+            "pd_rendezvous_host": ["--set", f"pd_rendezvous_host={self.advertised_host()}"],
+            "pd_rendezvous_port": port_args("pd_rendezvous_port", port, rank.tensor),
+            "pd_lease_sec": ["--set", f"pd_lease_sec={self.kv_lease_duration}"],
         }
         said = {*self._yaml(), *(key for key, _ in self.set)}
-        return [arg for key, value in values.items() if key not in said for arg in ("--set", f"{key}={value}")]
+        return [arg for key, args in values.items() if key not in said for arg in args]
 
-    def daemon_args(self, kv_device: str, *, both: bool = False) -> list[str]:
-        """What the daemon is started with, besides its layout and rank. `kv_device`: where the engine's KV is, which is
+    def daemon_args(self, kv_device: str, rank: Rank = Rank(), *, both: bool = False) -> list[str]:
+        """What the daemon of this rank is started with, besides its layout. `kv_device`: where the engine's KV is, which is
         where its buffer goes unless the configuration says. `both`: it has both halves, and any free ports unless the
-        configuration says. Raises `OptionError` for a `pd_role` that contradicts.
+        configuration says. Raises `OptionError` for a `pd_role` that contradicts, and `PortError` where the configuration has
+        no port for this rank.
         """
-        role = self._pd_role()
+        role = self._said("pd_role", "nixl_role")
         if both and role not in (None, "both"):
             raise OptionError(f"pd_role = {role}; with kv_role = kv_both the daemon has both halves: leave pd_role out")
         if role == "both" and not both:
@@ -199,6 +209,29 @@ class Options:
                 args += ["--set", f"pd_{port}=0"]
         for key, value in self.set:
             args += ["--set", f"{key}={value}"]
+        return args + self._rank_args(kv_device, rank)
+
+    def _rank_args(self, kv_device: str, rank: Rank) -> list[str]:
+        """What the configuration says once for all ranks, as it is for this one."""
+        args = ["--rank", str(rank.tensor)] if rank.tensor else []
+        for names in _PORTS if rank.number else ():
+            ports = _ports(self._said(*names))
+            if ports is not None:
+                args += port_args(names[0], rank.port(names[0], ports), rank.tensor)
+        if not rank.data:
+            return args
+        # The daemon knows its tensor-parallel rank alone, which another engine of this host has as well.
+        endpoint = self._said("pd_connector_endpoint")
+        if isinstance(endpoint, str) and endpoint:
+            if "{rank}" not in endpoint:
+                raise OptionError(
+                    f"pd_connector_endpoint = {endpoint!r} is that of every data-parallel rank; put {{rank}} into it, or leave "
+                    "it out"
+                )
+            endpoint = endpoint.replace("{rank}", f"dp{rank.data}-{{rank}}")
+            args += ["--set", f"pd_connector_endpoint={endpoint}"]
+        if self._said("pd_buffer_device", "nixl_buffer_device") == "cuda" and kv_device.startswith("cuda"):
+            args += ["--set", f"pd_buffer_device={kv_device}"]
         return args
 
     def own_hosts(self) -> list[str]:
@@ -207,9 +240,8 @@ class Options:
         keys = ("pd_peer_host", "nixl_peer_host", "pd_advertise_host", "pd_rendezvous_host")
         return [self.rendezvous_host, *(_unquoted(str(given[key])) for key in keys if given.get(key))]
 
-    def _pd_role(self) -> Any:
-        """`set`, then the file; both take the key's older name too."""
-        names = ("pd_role", "nixl_role")
+    def _said(self, *names: str) -> Any:
+        """What is said of a key, by any of its names: by `set`, else by the file; None for nothing."""
         said = [_unquoted(value) for key, value in self.set if key in names]
         return said[-1] if said else next((self._yaml()[name] for name in names if self._yaml().get(name)), None)
 
@@ -282,6 +314,16 @@ def _sets(value: Any) -> tuple[tuple[str, str], ...]:
     if isinstance(value, (list, tuple)) and all(isinstance(item, str) and "=" in item for item in value):
         return tuple((key.strip(), text.strip()) for key, text in (item.split("=", 1) for item in value))
     raise OptionError(f"set = {value!r}; expected a map of keys, or a list of texts `key=value`")
+
+
+def _ports(said: Any) -> list[int] | None:
+    """One port or several, as the daemon reads them; None for none, and for what the daemon refuses by itself."""
+    if isinstance(said, str):
+        said = [text.strip() for text in said.strip().removeprefix("[").removesuffix("]").split(",")]
+        said = [int(text) if text.isascii() and text.isdigit() else text for text in said]
+    ports = list(said) if isinstance(said, (list, tuple)) else [said]
+    read = all(isinstance(port, int) and not isinstance(port, bool) and 0 <= port < 65536 for port in ports)
+    return ports if ports and read else None
 
 
 def _unquoted(text: str) -> str:

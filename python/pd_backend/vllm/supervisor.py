@@ -18,6 +18,7 @@ from ..client import Client
 from ..daemon import Daemon, ReadyLine
 from ..errors import DaemonGone, DaemonStartError, PdError
 from .attacher import Attacher
+from .rank import port_args
 
 logger = logging.getLogger("vllm.pd_backend")
 
@@ -199,9 +200,7 @@ class Supervisor(Generic[C]):
         self._args = list(self._given_args)
         for key, port in ports.items():
             if port is not None:
-                # It looks for them where its rank is in the list.
-                by_rank = ", ".join([str(port)] * (1 + int(self._layout.get("tp_rank", 0))))
-                self._args += ["--set", f"{key}=[{by_rank}]"]
+                self._args += port_args(key, port, int(self._layout.get("tp_rank", 0)))
 
     def _give_up(self, error: PdError) -> None:
         logger.error("%s", error)
