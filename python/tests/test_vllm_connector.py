@@ -61,6 +61,7 @@ def connector(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
         dtype_name=lambda _: "bfloat16",
         engine_facts=lambda *_: {},
         images_by_count=lambda _: False,
+        one_of_several=lambda _: False,
         running_model=lambda _: None,
         watch_adapter_loads=lambda: True,
         window_tokens=lambda _: None,

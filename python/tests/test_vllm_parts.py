@@ -128,6 +128,17 @@ class TestSpec:
         assert decode_req_id(None) is decode_req_id({"do_remote_prefill": True}) is None
         assert decode_req_id({"disagg_spec": {"req_id": "r"}}) == "r"
 
+    @pytest.mark.parametrize("ports", [[7301], [7300, 7302], 7300, None, "7300", [[7300, 7301]]])
+    def test_what_goes_to_another_engines_receivers_is_not_waited_for(self, ports: object) -> None:
+        # Broken in production: a request that vLLM gives to another data-parallel rank than the router meant waits for
+        # chunks that never come.
+        spec = {"req_id": "r", "receiver_init_port": [7300, 7301]}
+        assert decode_req_id({"disagg_spec": spec}, [7300, 7301]) == decode_req_id({"disagg_spec": spec}, [7300]) == "r"
+        with pytest.raises(SpecError, match=r"this data-parallel rank has \[7300, 7301\]: ask the rank whose receivers"):
+            decode_req_id({"disagg_spec": spec | {"receiver_init_port": ports}}, [7300, 7301])
+        with pytest.raises(SpecError, match="receiver_init_port = None"):
+            decode_req_id({"disagg_spec": {"req_id": "r"}}, [7300])
+
     @pytest.mark.parametrize(
         ("change", "text"),
         [

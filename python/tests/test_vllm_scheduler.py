@@ -273,6 +273,22 @@ class TestConsumer:
         scheduler.finished(one)
         assert not scheduler.pending() and scheduler.build(output()).dropped == []
 
+    @pytest.mark.parametrize("known", [True, False])
+    def test_a_request_of_another_engine_is_looked_up(self, known: bool) -> None:
+        # Broken in production: a data-parallel rank waits for chunks that its router has sent to another rank, or takes
+        # what another rank would be sent for its own.
+        shelf = Shelf(range(512))
+        scheduler = ConsumerScheduler(
+            CHUNK, BLOCK, 1000, 1, shelf, Naming(), own_ports=lambda: [9] if known else None
+        )
+        one = request(700)
+        scheduler.arrived(one)
+        # As long as its own receivers are not known, anything may be for them.
+        assert scheduler.build(output()).announced == ([] if known else [("a", "router-1")])
+        assert scheduler.matched(one, 0) == ((512, True) if known else (700, True))
+        scheduler.finished(one)
+        assert scheduler.pending() != known
+
     def test_few_blocks_wait_for_chunks(self) -> None:
         # Broken in production: requests that hold all blocks wait for slots, those that hold the slots wait for blocks,
         # and all of them run into their deadlines.

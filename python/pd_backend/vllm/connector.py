@@ -40,6 +40,7 @@ from .engine import (
     dtype_name,
     engine_facts,
     images_by_count,
+    one_of_several,
     running_model,
     watch_adapter_loads,
     window_tokens,
@@ -202,6 +203,7 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
                 self._options.kv_recompute_threshold if self._sends else 0,
                 prefill_servers=PrefillServers(self._tp_size, hosts, self._bootstrap_port()),
                 metaservers=Metaservers(self._receivers, self._options.receive_wait_s or self._options.wait_timeout_s(), hosts),
+                own_ports=self._daemons.init_ports if one_of_several(vllm_config) else lambda: None,
             )
         if self._sends and self._receives:
             self._own_hosts = own_hosts(self._options.own_hosts())

@@ -51,6 +51,15 @@ def window_tokens(spec: KVCacheSpec) -> int | None:
     return None
 
 
+def one_of_several(vllm_config: VllmConfig) -> bool:
+    """Whether the server has other engines beside this one, each with a scheduler of its own (data parallelism).
+
+    vLLM tells the engines of a dense model that each is alone. What it appends to their names stays.
+    """
+    index = vllm_config.parallel_config.data_parallel_index
+    return str(vllm_config.kv_transfer_config.engine_id).endswith(f"_dp{index}")
+
+
 def images_by_count(vllm_config: VllmConfig) -> bool:
     """Whether vLLM names multimodal inputs by a counter of its process: nothing there needs them by content."""
     multimodal = vllm_config.model_config.multimodal_config

@@ -361,11 +361,12 @@ class ConsumerScheduler:
         *,
         prefill_servers: PrefillServers | None = None,
         metaservers: Metaservers | None = None,
+        own_ports: Callable[[], Sequence[int] | None] = lambda: None,
     ) -> None:
         """`num_blocks` are the engine's. Without a `finder`, requests whose router names none are computed here, and without
         `metaservers` those whose router names one. `rendezvous`: where this very server is asked for what it has parked, if it
         also prefills. `next_turn_tokens`: how many tokens of a prompt have to be missing for the turn before to be asked for; 0:
-        it never is.
+        it never is. `own_ports`: as `decode_req_id` takes them.
         """
         self._rendezvous = rendezvous
         self._next_turn_tokens = next_turn_tokens
@@ -374,6 +375,7 @@ class ConsumerScheduler:
         #: Requests whose prefill server is being asked where their chunks are. Some of them have ended meanwhile.
         self._asking: dict[str, tuple[_Receiving, Any]] = {}
         self._tp_size = tp_size
+        self._own_ports = own_ports
         #: Blocks that requests may hold while they wait for chunks. More would keep them from requests whose chunks are
         #: here, and the slots of those are what the others wait for.
         self._early_blocks_max = num_blocks // 4
@@ -396,7 +398,7 @@ class ConsumerScheduler:
             return
         params, remote, transfer, post = request.kv_transfer_params, None, None, None
         try:
-            req_id, metaserver = decode_req_id(params), metaserver_of(params)
+            req_id, metaserver = decode_req_id(params, self._own_ports()), metaserver_of(params)
             transfer = transfer_spec(params, request.request_id, self._prefill_servers.bootstrap_port)
             if transfer is not None:
                 remote = self._prefill_servers.find(transfer)

@@ -212,10 +212,25 @@ def prefill_spec(params: Mapping[str, Any] | None, tp_size: int) -> DisaggSpec |
     )
 
 
-def decode_req_id(params: Mapping[str, Any] | None) -> str | None:
-    """What a decode worker waits for; None where the router does not say, and the chunks are looked up."""
+def decode_req_id(params: Mapping[str, Any] | None, own_ports: Sequence[int] | None = None) -> str | None:
+    """What a decode worker waits for; None where the router does not say, and the chunks are looked up.
+
+    `own_ports`: of the handshakes with this engine's receivers, where its server has several engines. What is sent to another
+    engine's receivers never comes here. Raises `SpecError` unless these are named.
+    """
     spec = _spec(params)
-    return None if spec is None else _req_id(spec)
+    if spec is None:
+        return None
+    req_id = _req_id(spec)
+    if own_ports is not None:
+        given = spec.get("receiver_init_port")
+        ports = [given] if isinstance(given, int) else given
+        if not _are_ports(ports, len(own_ports)) or list(ports[: len(own_ports)]) != list(own_ports):
+            raise SpecError(
+                f"disagg_spec.receiver_init_port = {shown(given)}; this data-parallel rank has {list(own_ports)}: ask the rank "
+                "whose receivers are named (header X-data-parallel-rank), and name them to decode as well"
+            )
+    return req_id
 
 
 def _spec(params: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
