@@ -56,14 +56,19 @@ class HttpError(Exception):
         self.status, self.text = status, text
 
 
-def post(url: str, body: dict[str, Any], timeout_s: float = 120.0) -> dict[str, Any]:
+def post(
+    url: str, body: dict[str, Any], timeout_s: float = 120.0, headers: dict[str, str] | None = None
+) -> dict[str, Any]:
     """The JSON that comes back. Raises `HttpError`, or `OSError` where nobody answers."""
-    return json.loads(post_text(url, body, timeout_s))
+    return json.loads(post_text(url, body, timeout_s, headers))
 
 
-def post_text(url: str, body: dict[str, Any], timeout_s: float = 120.0) -> str:
+def post_text(
+    url: str, body: dict[str, Any], timeout_s: float = 120.0, headers: dict[str, str] | None = None
+) -> str:
     """As `post`, whatever comes back."""
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    headers = {"Content-Type": "application/json", **(headers or {})}
+    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
     try:
         with urllib.request.urlopen(request, timeout=timeout_s) as answer:
             return answer.read().decode()
@@ -226,23 +231,30 @@ class Server(Process):
         self.kill()
         return daemons
 
-    def complete(self, prompt: Sequence[int], max_tokens: int, timeout_s: float = 120.0, **more: Any) -> dict[str, Any]:
-        return post(self.url + "/v1/completions", completion_body(prompt, max_tokens, **more), timeout_s)
+    def complete(
+        self, prompt: Sequence[int], max_tokens: int, timeout_s: float = 120.0, *, engine: int | None = None, **more: Any
+    ) -> dict[str, Any]:
+        """`engine`: the data-parallel rank that computes it; vLLM chooses one otherwise."""
+        headers = {} if engine is None else {"X-data-parallel-rank": str(engine)}
+        return post(self.url + "/v1/completions", completion_body(prompt, max_tokens, **more), timeout_s, headers)
 
-    def external_tokens(self) -> float:
-        """Tokens of prompts that it says came from elsewhere: several connectors pass vLLM's tests, and move nothing."""
-        return self.prompt_tokens("external_kv_transfer")
+    def external_tokens(self, engine: int | None = None) -> float:
+        """Tokens of prompts that it, or this engine of it, says came from elsewhere: several connectors pass vLLM's tests, and
+        move nothing.
+        """
+        return self.prompt_tokens("external_kv_transfer", engine)
 
     def computed_tokens(self) -> float:
         """Tokens of prompts that it says it has computed."""
         return self.prompt_tokens("local_compute")
 
-    def prompt_tokens(self, source: str) -> float:
+    def prompt_tokens(self, source: str, engine: int | None = None) -> float:
         """Tokens of prompts by where their KV came from."""
         with urllib.request.urlopen(self.url + "/metrics", timeout=20) as answer:
             text = answer.read().decode()
+        labels = [f'source="{source}"', "" if engine is None else f'engine="{engine}"']
         lines = [line for line in text.splitlines() if line.startswith("vllm:prompt_tokens_by_source_total")]
-        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if f'source="{source}"' in line)
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if all(label in line for label in labels))
 
     def reset(self) -> bool:
         """Empties its caches, the daemons' included. Whether it says that it did."""
@@ -256,9 +268,11 @@ class Server(Process):
         return ready[rank]
 
     def daemons_ready(self) -> dict[int, dict[str, str]]:
-        """The same of every rank that has a daemon."""
-        # A worker that is a process of its own says so before each line.
-        said = re.findall(r"^(?:\(Worker_TP(\d+) pid=\d+\))?.*ReadyLine\((.*)\)", self.log(), re.MULTILINE)
+        """The same of every rank that has a daemon: tensor-parallel or data-parallel, no server here has several of both."""
+        # An engine or a worker that is a process of its own says so before each line.
+        said = re.findall(
+            r"^(?:\((?:Worker_TP|EngineCore_DP)(\d+) pid=\d+\))?.*ReadyLine\((.*)\)", self.log(), re.MULTILINE
+        )
         return {int(rank or 0): dict(re.findall(r"(\w+)='?([^',)]+)'?", line)) for rank, line in said}
 
 
