@@ -52,12 +52,13 @@ def window_tokens(spec: KVCacheSpec) -> int | None:
 
 
 def one_of_several(vllm_config: VllmConfig) -> bool:
-    """Whether the server has other engines beside this one, each with a scheduler of its own (data parallelism).
+    """Whether the server has other engines beside this one, among which vLLM chooses for each request.
 
-    vLLM tells the engines of a dense model that each is alone. What it appends to their names stays.
+    vLLM tells the engines of a dense model that each is alone. What it appends to the engine's id stays.
     """
-    index = vllm_config.parallel_config.data_parallel_index
-    return str(vllm_config.kv_transfer_config.engine_id).endswith(f"_dp{index}")
+    parallel = vllm_config.parallel_config
+    named = str(vllm_config.kv_transfer_config.engine_id).endswith(f"_dp{parallel.data_parallel_index}")
+    return named and not parallel.data_parallel_external_lb
 
 
 def images_by_count(vllm_config: VllmConfig) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from vllm.config import CacheConfig, ModelConfig, VllmConfig
+from vllm.config import CacheConfig, ModelConfig, ParallelConfig, VllmConfig
 from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import WorkerLoRAManager
 from vllm.sampling_params import SamplingParams
@@ -38,6 +38,27 @@ SHAPE = {"block_size": 128, "num_kv_heads": 2, "head_size": 64, "dtype": torch.f
 SLIDING = SlidingWindowSpec(**SHAPE, sliding_window=256)
 LOCAL = ChunkedLocalAttentionSpec(**SHAPE, attention_chunk_size=512)
 FULL = FullAttentionSpec(**SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("size", "external", "engine_id", "chosen"),
+    [
+        (1, False, "an id", False),
+        (2, False, "an id_dp1", True),
+        # Another load balancer chooses: vLLM has nothing to choose from.
+        (2, True, "an id_dp1", False),
+    ],
+)
+def test_engines_that_vllm_chooses_among(size: int, external: bool, engine_id: str, chosen: bool) -> None:
+    # Broken in production: a request waits for chunks that went to another engine; or none is waited for where there is one.
+    parallel = ParallelConfig(
+        data_parallel_size=size, data_parallel_external_lb=external, distributed_executor_backend="uni"
+    )
+    # As vLLM makes one engine of each data-parallel rank of a dense model.
+    parallel.data_parallel_index = size - 1
+    parallel.reconfigure_for_independent_dp_rank()
+    config = Fake(parallel_config=parallel, kv_transfer_config=Fake(engine_id=engine_id))
+    assert engine.one_of_several(config) == chosen
 
 
 def test_windows_of_layers() -> None:
