@@ -21,9 +21,11 @@ import harness
 import prompts
 from answers import assert_right, right_answer
 from conftest import TOP, StatusOf, wait_until_nothing_is_left
+from free_ports import free_ports_in_a_row
 from harness import BLOCK_TOKENS, HttpError, Process, Server, hang_up, runs, until
 from pd_backend import Daemon, ReceiverClient, find_binary
 from pd_backend.vllm.layout import EngineLayout
+from test_parked import ASKED
 from test_tokens import metric
 
 RANKS = (0, 1)
@@ -39,6 +41,8 @@ class Pair:
     #: Computes requests whose KV cannot be loaded.
     decode: Server
     notify_port: int
+    #: Of prefill's first rank.
+    rendezvous_port: int
     _numbers: Iterator[int]
 
     @property
@@ -84,6 +88,7 @@ class Pair:
 def servers(folder: Path, model: Path) -> Iterator[Pair]:
     """Both, started together and taken down when this module ends."""
     *ports, notify_port = harness.free_ports(5)
+    rendezvous_port = free_ports_in_a_row(len(RANKS))
     shared: dict[str, Any] = {"pd_buffer_size": "64MiB", "transfer_channel": "local", "pd_retention_sec": 60}
     sender = shared | {"pd_proxy_host": "127.0.0.1", "pd_proxy_port": notify_port}
     receiver = shared | {"pd_peer_host": "127.0.0.1", "pd_peer_init_port": ports[:2], "pd_peer_alloc_port": ports[2:]}
@@ -96,13 +101,13 @@ def servers(folder: Path, model: Path) -> Iterator[Pair]:
             stack.callback(server.close)
             return server
 
-        prefill = start("tp_prefill", harness.producer(sender), *chunked)
+        prefill = start("tp_prefill", harness.producer(sender, rendezvous_port=rendezvous_port, kv_lease_duration=5), *chunked)
         decode = start("tp_decode", harness.consumer(receiver, policy="recompute", receive_wait_s=60, restarts_max=9))
         prefill.wait_ready()
         decode.wait_ready()
         assert decode.daemons_ready().keys() == prefill.daemons_ready().keys() == set(RANKS)
         daemons = []
-        yield Pair(prefill, decode, notify_port, itertools.count())
+        yield Pair(prefill, decode, notify_port, rendezvous_port, itertools.count())
         daemons = [int(server.daemon_ready(rank)["pid"]) for server in (prefill, decode) for rank in RANKS]
     # Broken in production: an engine that has gone leaves daemons behind, with their ports and their memory.
     until(lambda: not any(runs(pid) for pid in daemons), f"daemons have outlived their engines: {daemons}")
@@ -147,6 +152,23 @@ def test_prompts_of_every_kind(pair: Pair, status_of: StatusOf, count: int) -> N
     blocks = -(-count // BLOCK_TOKENS)
     until(lambda: all_sent(pair, status_of), "it is not sent")
     assert [status_of(pair.prefill, rank).bytes - sent[rank] for rank in RANKS] == [blocks * BLOCK_BYTES] * 2
+
+
+@pytest.mark.parametrize("lost", [(), ("pd", "remote_engine_id")], ids=["as it is", "rebuilt"])
+def test_every_rank_is_asked_for_what_it_has_parked(pair: Pair, status_of: StatusOf, lost: tuple[str, ...]) -> None:
+    # Broken in production: with a fixed port the second rank does not start; or decode's second rank asks the first one.
+    prompt, salt = prompts.tokens("parked in two halves", 700), f"parked {lost}"
+    answer = pair.prefill.complete(prompt, 1, kv_transfer_params=dict(ASKED), cache_salt=salt)
+    params = answer["kv_transfer_params"]
+    assert params["pd"]["ports"] == [pair.rendezvous_port + rank for rank in RANKS]
+    assert [int(pair.prefill.daemon_ready(rank)["rendezvous_port"]) for rank in RANKS] == params["pd"]["ports"]
+    params = {name: value for name, value in params.items() if name not in lost}
+    before, sent = pair.decode.external_tokens(), [status_of(pair.prefill, rank).bytes for rank in RANKS]
+    answer = pair.decode.complete(prompt, prompts.MAX_TOKENS, kv_transfer_params=params, cache_salt=salt)
+    assert_right([harness.tokens_of(answer)], [pair.expected(prompt)])
+    assert pair.decode.external_tokens() - before >= len(prompt) - 1
+    for rank in RANKS:
+        until(lambda: status_of(pair.prefill, rank).bytes > sent[rank], f"rank {rank} has sent nothing")
 
 
 def test_clients_through_the_proxy(pair: Pair, proxy: Callable[..., str]) -> None:
