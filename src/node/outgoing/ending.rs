@@ -131,7 +131,7 @@ impl<R: Clone> Outgoing<R> {
             OutgoingStage::Parking { open_id, .. } => (open_id, None, false),
             OutgoingStage::Closing { .. } => return,
         };
-        let is_parking = request.is_parking();
+        let (is_parking, registered) = (request.is_parking(), request.registration.is_some());
         request.stage = OutgoingStage::Closing { grant, alloc_seq, cancel };
         let (id, receiver, client, in_flight, request_peer) =
             (request.id.clone(), request.receiver(), request.client, request.in_flight, request.peer);
@@ -159,7 +159,7 @@ impl<R: Clone> Outgoing<R> {
         if in_flight > 0 {
             self.abandon_delayed(core, uid, client.is_none());
         }
-        core.note(Note::Failed { request: id.clone(), receiver, failure: failure.clone(), in_flight });
+        core.note(Note::Failed { request: id.clone(), receiver, registered, failure: failure.clone(), in_flight });
         self.registration_failed(core, uid, &failure);
         if asked {
             if in_flight > 0 {

@@ -302,7 +302,9 @@ impl<R: Clone> Outgoing<R> {
     /// A receiver was lost, or could not be connected. It is tried again later if the configuration names it.
     fn note_lost(&mut self, core: &mut Core<R>, address: &PeerAddress, failure: &Failure) {
         let note = match self.reconnects.lost(core.now, address, failure) {
-            None => Some(Note::PeerDown { address: address.clone(), failure: failure.clone() }),
+            None => {
+                Some(Note::PeerDown { address: address.clone(), configured: false, failure: failure.clone() })
+            }
             Some(AfterLoss { pause, note }) => {
                 if !core.draining {
                     core.timers.set(OutgoingTimer::Connect(address.clone()), core.now + pause);

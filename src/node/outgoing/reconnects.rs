@@ -94,7 +94,7 @@ impl Reconnects {
             (ConnectState::Unreachable(_), ConnectState::Unreachable(_)) => None,
             (before, after @ ConnectState::Refused(_)) if before == after => None,
             (_, ConnectState::Refused(_)) => Some(Note::Refused { address, failure }),
-            _ => Some(Note::PeerDown { address, failure }),
+            _ => Some(Note::PeerDown { address, configured: true, failure }),
         };
         if note.is_some() {
             reconnect.since = now;
