@@ -12,7 +12,8 @@
 //! | `incoming` | the half that receives: grant, take a commit, lease |
 //! | `settings`, `output`, `answer` | what a node is told at start, asks of the world, answers its clients |
 //! | `handshake`, `heard` | whether two daemons may talk; for how long a peer has been silent |
-//! | `chunks`, `growth`, `timers`, `seen` | how long a chunk is; when the buffer grows; deadlines by name; numbers that were seen |
+//! | `chunks`, `growth`, `timers` | how long a chunk is; when the buffer grows; deadlines by name |
+//! | `seen`, `latest` | numbers that were seen; a memory of so many things and no more |
 //!
 //! ```text
 //! connector            outgoing                          incoming              connector
@@ -39,6 +40,7 @@ mod core;
 mod growth;
 mod handshake;
 mod heard;
+mod latest;
 #[cfg(feature = "lmcache")]
 mod lmcache_terms;
 // Without LMCache nothing makes the variants that stand for it.

@@ -11,7 +11,8 @@
 //! | `staging` | who waits for local slots, and who gets them |
 //! | `timer`, `uid` | its deadlines; a request's name inside the node |
 //! | `transfers`, `coverage` | `send`: parts into copies, and which bytes were given to the engine |
-//! | `parking`, `registrations` | chunks that are kept for whoever asks for them, and who asks |
+//! | `parking` | chunks that are kept for whoever asks for them |
+//! | `registrations`, `registrants` | what receivers ask for; who has asked, and how that ended |
 //! | `link`, `dialect` | what differs with the dialect of a receiver: ours, or LMCache's |
 //! | `lmcache` | LMCache's receivers: what they are told and say, which pages of theirs wait for our bytes |
 
@@ -30,6 +31,7 @@ mod parking;
 mod quiesce;
 mod receivers;
 mod reconnects;
+mod registrants;
 mod registrations;
 mod requests;
 mod staging;
@@ -47,7 +49,7 @@ use self::parking::ParkLease;
 use self::quiesce::Quiesce;
 use self::receivers::Receiver;
 use self::reconnects::{AfterLoss, PAUSE_MAX, Reconnects};
-use self::registrations::Registrants;
+use self::registrants::Registrants;
 use self::requests::{OutgoingRequest, OutgoingStage, WRITE_DEADLINE_PASSED};
 use self::staging::Staging;
 use self::timer::OutgoingTimer;
@@ -242,6 +244,7 @@ impl<R: Clone> Outgoing<R> {
     pub(super) fn check_invariants(&self, core: &Core<R>) -> Result<(), String> {
         self.check_reconnects(core)?;
         self.check_parked()?;
+        self.registrants.check()?;
         let (held, staged) = (self.staged_slots(), core.slots.counts().staged);
         if held != staged as usize {
             return Err(format!("{staged} slots are staged, requests hold {held}"));

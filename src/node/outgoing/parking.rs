@@ -33,6 +33,7 @@ impl<R: Clone> Outgoing<R> {
             Err(failure) => return core.refuse(client, id, failure, None),
         };
         let ParkRequest { id: name, ids, keys, groups, last_chunk_tokens, wait } = park;
+        let parked_keys = keys.clone();
         let here: Vec<(u32, SlotIndex)> =
             core.ready_of(&keys, &sizes).into_iter().filter(|&(_, slot)| core.slots.park(slot)).collect();
         let chunks = RequestChunks { keys, groups, last_chunk_tokens, sizes };
@@ -59,7 +60,7 @@ impl<R: Clone> Outgoing<R> {
         } else {
             self.queue_for_staging(core, (client, id), uid, missing, wait);
         }
-        self.serve_registrations(core);
+        self.serve_registrations(core, &parked_keys);
     }
 
     /// A request that is to be parked has its slots.
