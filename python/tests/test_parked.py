@@ -185,6 +185,15 @@ def test_a_request_that_prefill_gives_up_is_told_at_once(pair):
     eventually(lambda: pair.sender.status().slots_parked == 0)
 
 
+def test_a_request_that_prefill_gave_up_before_decode_asked_is_told_at_once(pair):
+    # Broken in production: decode waits its whole time for what prefill has aborted.
+    begin(pair, "r", content(21, 2, 3), ids=["x"])
+    pair.sender.cancel("r")
+    asked = pair.receiver.start_fetch("f", source(pair), keys_of("r", 2), ids=["x"], wait_s=600, register_wait_s=600)
+    text = refused("cancelled", lambda: asked.result(PATIENCE_S))
+    assert "prefill gave r up" in text
+
+
 def test_a_decode_server_that_gives_up_or_goes_leaves_nothing(pair):
     # Broken in production: each client that hangs up costs slots at both ends.
     data, keys = content(11, 2, 3), keys_of("r", 2)

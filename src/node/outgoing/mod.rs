@@ -11,7 +11,7 @@
 //! | `staging` | who waits for local slots, and who gets them |
 //! | `timer`, `uid` | its deadlines; a request's name inside the node |
 //! | `transfers`, `coverage` | `send`: parts into copies, and which bytes were given to the engine |
-//! | `parking` | chunks that are kept for whoever asks for them |
+//! | `parking`, `given_up` | chunks that are kept for whoever asks for them, and those that will not come |
 //! | `registrations`, `registrants` | what receivers ask for; who has asked, and how that ended |
 //! | `link`, `dialect` | what differs with the dialect of a receiver: ours, or LMCache's |
 //! | `lmcache` | LMCache's receivers: what they are told and say, which pages of theirs wait for our bytes |
@@ -20,6 +20,7 @@ mod acknowledging;
 mod coverage;
 mod dialect;
 mod ending;
+mod given_up;
 pub(super) mod io;
 mod link;
 #[cfg(feature = "lmcache")]
@@ -44,6 +45,7 @@ use std::time::Instant;
 
 pub use io::{ConnectState, Event, Note, OpenRequest, OutgoingCounts, ParkRequest, Phases, Sending};
 
+use self::given_up::GivenUp;
 use self::lmcache::RememberedReceivers;
 use self::parking::ParkLease;
 use self::quiesce::Quiesce;
@@ -97,6 +99,8 @@ pub(super) struct Outgoing<R> {
     /// Of those, chunks that are to be sent, and by which requests.
     awaiting: BTreeMap<ChunkKey, BTreeSet<Uid>>,
     registrants: Registrants<R>,
+    /// What nobody computes any more.
+    given_up: GivenUp,
     counts: OutgoingCounts,
 }
 
@@ -126,6 +130,7 @@ impl<R: Clone> Outgoing<R> {
             coming: BTreeMap::new(),
             awaiting: BTreeMap::new(),
             registrants: Registrants::default(),
+            given_up: GivenUp::default(),
             counts: OutgoingCounts::default(),
         }
     }

@@ -30,9 +30,15 @@ impl<R: Clone> Outgoing<R> {
     pub(in crate::node) fn handle_park(&mut self, core: &mut Core<R>, client: ClientId, id: Seq, park: ParkRequest) {
         let sizes = match self.check_park(core, &park) {
             Ok(sizes) => sizes,
-            Err(failure) => return core.refuse(client, id, failure, None),
+            Err(failure) => {
+                let mut ids = park.ids;
+                ids.truncate(REQUEST_IDS_MAX);
+                self.give_up(core, &park.id, ids, &failure);
+                return core.refuse(client, id, failure, None);
+            }
         };
         let ParkRequest { id: name, ids, keys, groups, last_chunk_tokens, wait } = park;
+        self.take_up_names(&ids);
         let parked_keys = keys.clone();
         let here: Vec<(u32, SlotIndex)> =
             core.ready_of(&keys, &sizes).into_iter().filter(|&(_, slot)| core.slots.park(slot)).collect();

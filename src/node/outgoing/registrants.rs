@@ -166,6 +166,15 @@ impl<R> Registrants<R> {
         numbers.iter().filter_map(|number| self.waiting.get(number).cloned()).collect()
     }
 
+    /// Those that wait for a request by one of these names.
+    pub(super) fn waiting_under(&self, names: &[RequestId]) -> Vec<RegistrationId> {
+        let named = |id: &&RegistrationId| match self.state_of(id) {
+            Some(RegistrantState::Waiting(register)) => register.ids.iter().any(|name| names.contains(name)),
+            _ => false,
+        };
+        self.waiting.values().filter(named).cloned().collect()
+    }
+
     /// The one that holds chunks by this lease.
     pub(super) fn holding(&self, lease: Uid) -> Option<RegistrationId> {
         let holds =

@@ -97,7 +97,8 @@ impl<R: Clone> Outgoing<R> {
         core.timers.cancel(OutgoingTimer::Registration(id.clone()));
         let wait = Duration::from_millis(register.wait_ms).min(WAIT_MAX);
         let (seq, receiver) = (register.seq, register.receiver.clone());
-        let refused = self.check_load(core, &register, &found).err();
+        let given_up = if found.is_empty() { self.given_up(core, &register.ids) } else { None };
+        let refused = given_up.or_else(|| self.check_load(core, &register, &found).err());
         let state = match receiver {
             _ if refused.is_some() => Err((Registration::Failed, refused)),
             _ if found.is_empty() && !wait.is_zero() => {
@@ -225,7 +226,7 @@ impl<R: Clone> Outgoing<R> {
         }
     }
 
-    fn answer_registration(
+    pub(super) fn answer_registration(
         &self,
         core: &mut Core<R>,
         to: R,

@@ -211,6 +211,55 @@ fn a_park_beside_many_that_wait() {
     println!("{:?} for a park beside {WAITING} that wait for {KEYS} chunks each", began.elapsed() / PARKS);
 }
 
+/// Of one that waits for a chunk, and calls its request so.
+fn wait_under(name: &str, chunk: &str, known_as: &str) -> Register {
+    Register { ids: vec![request(known_as)], keys: vec![key(chunk)], ..wait(name) }
+}
+
+fn give_up(bench: &mut Bench, name: &str) {
+    bench.session.handle_cancel(bench.now, CLIENT, Seq(9), &request(name));
+    bench.pump();
+}
+
+#[test]
+fn what_prefill_has_given_up_is_told_to_whoever_asks_for_it_by_name() {
+    // Broken in production: prefill aborts a request before decode has asked for it, and decode waits its whole time for what
+    // nobody computes.
+    let mut bench = bench(REQUESTS_MAX);
+    let cancelled = (Registration::Failed, Some(FailureKind::Cancelled));
+    begin_park(&mut bench, "a");
+    assert_eq!(ask(&mut bench, wait_under("early", "other", "a")), (Registration::Pending, None));
+    give_up(&mut bench, "a");
+    let Some(Message::PdRegistered(answer)) = bench.answered.pop() else { panic!("{:?}", bench.answered) };
+    assert_eq!((answer.req_id, answer.state), (request("early"), Registration::Failed));
+    assert_eq!(answer.failure.unwrap().text, "prefill gave a up: a was cancelled by its connector");
+    assert_eq!(ask(&mut bench, wait_under("late", "a", "a")), cancelled);
+    assert_eq!(ask(&mut bench, wait_under("another", "b", "b")), (Registration::Pending, None));
+    // What is computed under that name after all is sent.
+    begin_park(&mut bench, "a");
+    assert_eq!(ask(&mut bench, wait_under("again", "a", "a")), (Registration::Accepted, None));
+    assert_eq!(ask(&mut bench, wait_under("third", "other", "a")), (Registration::Pending, None));
+    // It is forgotten with the time that it would have been kept.
+    begin_park(&mut bench, "c");
+    give_up(&mut bench, "c");
+    bench.later(29, true);
+    assert_eq!(ask(&mut bench, wait_under("in time", "c", "c")), cancelled);
+    bench.later(1, true);
+    assert_eq!(ask(&mut bench, wait_under("too late", "c", "c")), (Registration::Pending, None));
+}
+
+#[test]
+fn one_prompt_of_a_list_that_is_given_up_ends_no_other() {
+    // Broken in production: the prompts of a list have one name, and what becomes of the first is told of all.
+    let mut bench = bench(REQUESTS_MAX);
+    begin_park_as(&mut bench, "first", "list");
+    begin_park_as(&mut bench, "second", "list");
+    give_up(&mut bench, "first");
+    assert_eq!(ask(&mut bench, wait_under("third", "third", "list")), (Registration::Pending, None));
+    give_up(&mut bench, "second");
+    assert_eq!(told(bench.answered.pop()), (Registration::Failed, Some(FailureKind::Cancelled)));
+}
+
 #[test]
 fn the_oldest_of_what_has_ended_is_forgotten_first() {
     // Broken in production: a receiver whose name sorts first has no memory at all, and a word of it that comes late is obeyed.
