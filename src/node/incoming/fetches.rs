@@ -172,6 +172,8 @@ impl<R: Clone + PartialEq> Incoming<R> {
             let text = format!("{} is not among pd_prefill_hosts", truncate(&fetch.source.host));
             return Err(Failure::new(FailureKind::BadRequest, text));
         }
+        let named = |text| Failure::new(FailureKind::BadRequest, format!("{} is asked of {text}", fetch.id));
+        fetch.source.check().map_err(named)?;
         let source = self.source_for(core, &fetch.source)?;
         let by_kept = self.is_source_open(source);
         let FetchRequest { id, ids, keys, .. } = fetch;
