@@ -112,3 +112,31 @@ fn a_place_that_cannot_be_connected_to_is_refused_by_what_was_seen() {
         }
     }
 }
+
+#[test]
+fn releases_take_a_bounded_number_of_places_and_none_of_those_who_ask() {
+    // Broken in production: aborts of requests whose prefill server does not answer fill the daemon's memory, or keep others from
+    // asking.
+    let mut bench = Bench::with(4, 4, |settings| settings.requests_max = 4);
+    for number in 0..4 {
+        assert_eq!(kind(&release(&mut bench, fetch(&format!("r{number}"), at("h", 1)))), None);
+    }
+    let done = release(&mut bench, fetch("one more", at("h", 1)));
+    assert_eq!(kind(&done), Some(FailureKind::Limit), "{done:?}");
+    assert_eq!(kind(&release(&mut bench, fetch("r0", at("h", 1)))), None, "it has its place");
+    assert_eq!(kind(&ask(&mut bench, fetch("f", at("h", 1)))), None);
+    assert_eq!(bench.counts().fetches, 5);
+    // What is given up is a release as well.
+    for number in 0..10 {
+        let name = format!("g{number}");
+        assert_eq!(kind(&ask(&mut bench, fetch(&name, at("h", 1)))), None);
+        let id = bench.next_seq();
+        bench.session.handle_cancel(bench.now, CLIENT, id, &RequestId::new(&name).unwrap());
+        pump(&mut bench);
+    }
+    assert_eq!(bench.counts().fetches, 5);
+    // The sender has said nothing for too long.
+    later(&mut bench, 7_000);
+    assert_eq!(bench.counts().fetches, 0);
+    assert_eq!(kind(&release(&mut bench, fetch("one more", at("h", 1)))), None);
+}
