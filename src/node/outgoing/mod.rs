@@ -50,7 +50,7 @@ use self::lmcache::RememberedReceivers;
 use self::parking::ParkLease;
 use self::quiesce::Quiesce;
 use self::receivers::Receiver;
-use self::reconnects::{AfterLoss, PAUSE_MAX, Reconnects};
+use self::reconnects::{AfterLoss, Reconnects};
 use self::registrants::Registrants;
 use self::requests::{OutgoingRequest, OutgoingStage, WRITE_DEADLINE_PASSED};
 use self::staging::Staging;
@@ -64,6 +64,7 @@ use crate::ids::{
     SourceAddress, TransferId,
 };
 use crate::node::core::Core;
+use crate::node::tries::PAUSE_MAX;
 use crate::wire::Message;
 use crate::wire::message::Commit;
 
@@ -310,9 +311,7 @@ impl<R: Clone> Outgoing<R> {
     /// A receiver was lost, or could not be connected. It is tried again later if the configuration names it.
     fn note_lost(&mut self, core: &mut Core<R>, address: &PeerAddress, failure: &Failure) {
         let note = match self.reconnects.lost(core.now, address, failure) {
-            None => {
-                Some(Note::PeerDown { address: address.clone(), configured: false, failure: failure.clone() })
-            }
+            None => Some(Note::PeerDown { address: address.clone(), configured: false, failure: failure.clone() }),
             Some(AfterLoss { pause, note }) => {
                 if !core.draining {
                     core.timers.set(OutgoingTimer::Connect(address.clone()), core.now + pause);

@@ -140,3 +140,45 @@ fn releases_take_a_bounded_number_of_places_and_none_of_those_who_ask() {
     assert_eq!(bench.counts().fetches, 0);
     assert_eq!(kind(&release(&mut bench, fetch("one more", at("h", 1)))), None);
 }
+
+#[test]
+fn an_address_where_nobody_answers_is_not_tried_for_each_request() {
+    // Broken in production: a client of the decode server has its daemon knock at any port of the network, as often as it likes;
+    // and each request to a prefill server that is gone waits for the same silence.
+    let mut bench = Bench::new(4);
+    let peer = opened(&ask(&mut bench, fetch("f1", at("h", 1))));
+    assert_eq!(kind(&close(&mut bench, peer)), Some(FailureKind::PeerUnreachable));
+    later(&mut bench, 100);
+    let done = ask(&mut bench, fetch("f2", at("h", 1)));
+    let failure = done.failure.as_ref().unwrap();
+    assert_eq!(
+        (failure.kind, failure.text.as_str()),
+        (FailureKind::PeerUnreachable, "h:1: nobody (100 ms ago; not tried again for 150 ms)")
+    );
+    assert!(done.opened.is_empty() && release(&mut bench, fetch("f2", at("h", 1))).opened.is_empty());
+    let elsewhere = ask(&mut bench, fetch("f3", at("h", 2)));
+    assert_eq!(elsewhere.opened.len(), 1, "another port is another daemon");
+    // It doubles.
+    later(&mut bench, 150);
+    let peer = opened(&ask(&mut bench, fetch("f4", at("h", 1))));
+    close(&mut bench, peer);
+    later(&mut bench, 450);
+    assert!(ask(&mut bench, fetch("f5", at("h", 1))).opened.is_empty());
+    later(&mut bench, 50);
+    let peer = opened(&ask(&mut bench, fetch("f6", at("h", 1))));
+    // Somebody is there: that it goes is no reason not to look for it at once.
+    bench.session.handle_peer_opened(bench.now, peer, LmcacheMode::Async);
+    let done = pump(&mut bench);
+    let [Message::PdRegister(register)] = &done.said[..] else { panic!("{done:?}") };
+    let registered = Registered {
+        seq: register.seq,
+        instance: "sender".into(),
+        req_id: register.req_id.clone(),
+        state: Registration::Pending,
+        lease_ms: 0,
+        failure: None,
+    };
+    bench.session.handle_peer_message(bench.now, peer, Port::Rendezvous, Message::PdRegistered(registered));
+    close(&mut bench, peer);
+    assert_eq!(ask(&mut bench, fetch("f7", at("h", 1))).opened.len(), 1);
+}
