@@ -60,6 +60,9 @@ pub fn daemon_main(role: Role) -> ExitCode {
     for note in &loaded.notes {
         tracing::info!("{note}");
     }
+    for warning in &loaded.warnings {
+        tracing::warn!("{warning}");
+    }
     if options.check {
         print!("{}", loaded.config.to_yaml());
         return exit_code(runtime::check_machine(&loaded.config));

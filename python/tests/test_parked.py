@@ -185,6 +185,22 @@ def test_a_request_that_prefill_gives_up_is_told_at_once(pair):
     eventually(lambda: pair.sender.status().slots_parked == 0)
 
 
+def test_a_request_that_prefill_gave_up_before_decode_asked_is_told_at_once(pair):
+    # Broken in production: decode waits its whole time for what prefill has aborted.
+    begin(pair, "r", content(21, 2, 3), ids=["x"])
+    pair.sender.cancel("r")
+    asked = pair.receiver.start_fetch("f", source(pair), keys_of("r", 2), ids=["x"], wait_s=600, register_wait_s=600)
+    text = refused("cancelled", lambda: asked.result(PATIENCE_S))
+    assert "prefill gave r up" in text
+
+
+def test_a_place_that_cannot_be_asked_is_refused_by_what_was_seen(pair):
+    # Broken in production: a router leaves out a host or a port, and decode says that nobody answers there.
+    for at in (SourceAddress(host="", port=5600), SourceAddress(host="127.0.0.1", port=0)):
+        text = refused("bad_request", lambda at=at: pair.receiver.fetch("f", at, keys_of("r", 1), wait_s=PATIENCE_S))
+        assert f'"{at.host}:{at.port}"; expected a host and a port that is not 0' in text
+
+
 def test_a_decode_server_that_gives_up_or_goes_leaves_nothing(pair):
     # Broken in production: each client that hangs up costs slots at both ends.
     data, keys = content(11, 2, 3), keys_of("r", 2)

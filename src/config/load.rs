@@ -5,6 +5,7 @@ use std::io::Read;
 use std::path::Path;
 
 use super::error::ConfigError;
+use super::notes::Notes;
 use super::raw::RawConfig;
 use super::resolve::{LayoutSource, Worker, resolve};
 use super::secret::read_secret;
@@ -18,8 +19,10 @@ const FILE_LEN_BYTES_MAX: u64 = 4 << 20;
 pub struct Loaded {
     /// Checked and complete.
     pub config: Config,
-    /// Lines for the log: how the buffer was rounded, what was ignored or capped, what to beware of.
+    /// Lines for the log: how the buffer was rounded, what was ignored or capped.
     pub notes: Vec<String>,
+    /// The same as warnings: who may be let in that is not meant.
+    pub warnings: Vec<String>,
 }
 
 impl Config {
@@ -45,8 +48,8 @@ impl Config {
             false => LayoutSource::Model { file: &text.file, text: &text.text },
         });
         let worker = Worker { rank: options.rank, tp_size: options.tp_size, model_name: options.model_name.as_deref() };
-        let (config, notes) = resolve(role, &raw, source, worker, secret)?;
-        Ok(Loaded { config, notes })
+        let (config, Notes { said: notes, warnings }) = resolve(role, &raw, source, worker, secret)?;
+        Ok(Loaded { config, notes, warnings })
     }
 }
 

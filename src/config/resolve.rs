@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use super::error::ConfigError;
 use super::key::Key;
 use super::keys;
+use super::notes::Notes;
+use super::ports::{Hosts, Ports, ports};
 use super::raw::{RawConfig, RawValue};
 use super::receivers::receivers;
 use super::size::exact_size;
@@ -44,15 +46,21 @@ pub(super) fn resolve(
     source: Option<LayoutSource<'_>>,
     worker: Worker<'_>,
     shared_secret: Option<SecretFile>,
-) -> Result<(Config, Vec<String>), ConfigError> {
-    let mut notes = Vec::new();
+) -> Result<(Config, Notes), ConfigError> {
+    let mut notes = Notes::default();
     let role = role(binary, raw)?;
     check_mode(raw)?;
     let layout = layout(raw, source, worker)?;
     let rank = layout.tp_rank;
-    let peers = peer_ports(role, raw, rank)?;
+    let hosts = Hosts {
+        peer: raw.must_of(role, &keys::PD_PEER_HOST, RawConfig::host)?,
+        rendezvous: raw.must_of(role, &keys::PD_RENDEZVOUS_HOST, RawConfig::host)?,
+        metrics: raw.must(&keys::PD_METRICS_HOST, RawConfig::host)?,
+    };
+    let ports = ports(role, raw, rank, &hosts)?;
+    warn_of_open_ports(&hosts, &ports, shared_secret.is_some(), &mut notes);
     // What can be sent at once, and what can be parked, have each half of the outgoing half's part.
-    let parts = match (role, peers.rendezvous) {
+    let parts = match (role, ports.rendezvous) {
         (Role::Both, Some(_)) => 4,
         (Role::Both, None) => 2,
         _ => 1,
@@ -63,19 +71,19 @@ pub(super) fn resolve(
         role,
         rank,
         engine: engine(raw)?,
-        bind_host: bind_host(role, raw, shared_secret.is_some(), &mut notes)?,
-        init_port: peers.init,
-        alloc_port: peers.alloc,
-        query_port: peers.query,
+        bind_host: hosts.peer,
+        init_port: ports.init.unwrap_or(0),
+        alloc_port: ports.alloc.unwrap_or(0),
+        query_port: ports.query,
         advertise_host: advertise_host(role, raw)?,
-        prefill_hosts: prefill_hosts(role, raw)?,
-        rendezvous_host: rendezvous_host(role, raw, shared_secret.is_some(), &mut notes)?,
-        rendezvous_port: peers.rendezvous,
+        prefill_hosts: prefill_hosts(role, raw, shared_secret.is_some(), &mut notes)?,
+        rendezvous_host: hosts.rendezvous,
+        rendezvous_port: ports.rendezvous,
         receivers: receivers(role, raw, rank, &limits)?,
         proxy: proxy(role, raw)?,
         shared_secret,
         connector_endpoint: connector_endpoint(role, raw, &layout)?,
-        metrics: metrics(raw, rank, &mut notes)?,
+        metrics: ports.metrics.map(|port| MetricsConfig { host: hosts.metrics, port }),
         deadlines: deadlines(role, raw, &mut notes)?,
         limits,
         buffer,
@@ -84,7 +92,7 @@ pub(super) fn resolve(
     note_what_has_no_effect(raw, &mut notes)?;
     note_keys_of_one_half(role, raw, &mut notes);
     if config.buffer.device != BufferDevice::Cpu && config.engine.checksum != ChecksumMode::Off {
-        notes.push(format!(
+        notes.say(format!(
             "{} = {}: each chunk that is summed is copied from the GPU to the host for it, at both ends",
             keys::PD_CHECKSUM.name,
             config.engine.checksum.as_str()
@@ -178,7 +186,7 @@ fn buffer(
     raw: &RawConfig,
     layout: &KvLayout,
     (rank, parts): (u32, u32),
-    notes: &mut Vec<String>,
+    notes: &mut Notes,
 ) -> Result<BufferConfig, ConfigError> {
     let key = &keys::PD_BUFFER_SIZE;
     let entry = raw.written(key)?;
@@ -200,7 +208,7 @@ fn buffer(
         )
     })?;
     let used_bytes = slots * chunk_bytes;
-    notes.push(format!(
+    notes.say(format!(
         "pd_buffer: {asked_bytes} bytes asked, {used_bytes} used: {slot_count} slots of one {chunk}, {} bytes left over",
         asked_bytes - used_bytes
     ));
@@ -241,7 +249,7 @@ fn growth(
     slot_count: u32,
     asked_bytes: u64,
     chunk_bytes: u64,
-    notes: &mut Vec<String>,
+    notes: &mut Notes,
 ) -> Result<(u32, u32), ConfigError> {
     // Steps behind the first piece.
     const STEPS_MAX: u32 = (BUFFER_PIECES_MAX - 1) as u32;
@@ -250,7 +258,7 @@ fn growth(
     let step = raw.size(step_key)?.map(whole_slots);
     let Some(initial_bytes) = raw.size(&keys::PD_BUFFER_INITIAL_SIZE)? else {
         if step.is_some() {
-            notes.push(format!(
+            notes.say(format!(
                 "{} has no effect here: the pd_buffer does not grow without {}",
                 step_key.name,
                 keys::PD_BUFFER_INITIAL_SIZE.name
@@ -279,7 +287,7 @@ fn growth(
             ));
         }
     };
-    notes.push(format!(
+    notes.say(format!(
         "pd_buffer: lazy, {initial} of {slot_count} slots ({} bytes) at the start, {step} slots ({} bytes) in a step",
         u64::from(initial) * chunk_bytes,
         u64::from(step) * chunk_bytes
@@ -318,17 +326,27 @@ fn engine(raw: &RawConfig) -> Result<EngineConfig, ConfigError> {
     })
 }
 
-fn bind_host(role: Role, raw: &RawConfig, has_secret: bool, notes: &mut Vec<String>) -> Result<String, ConfigError> {
-    let host = raw.must_of(role, &keys::PD_PEER_HOST, RawConfig::host)?;
-    if !is_loopback(&host) && !has_secret {
-        notes.push(format!(
-            "pd_peer_host = {host}: whoever reaches these ports can fill the pd_buffer; keep them inside a trusted network, or give all daemons a pd_shared_secret_file"
+/// Says which ports can be reached from elsewhere, and who may talk there.
+fn warn_of_open_ports(hosts: &Hosts, ports: &Ports, has_secret: bool, notes: &mut Notes) {
+    let cure = "keep it inside a trusted network, or give all daemons a pd_shared_secret_file";
+    if !has_secret && ports.init.is_some() && !is_loopback(&hosts.peer) {
+        let host = &hosts.peer;
+        notes.warn(format!("pd_peer_host = {host}: whoever reaches these ports can fill the pd_buffer; {cure}"));
+    }
+    if !has_secret && ports.rendezvous.is_some() && !is_loopback(&hosts.rendezvous) {
+        let host = &hosts.rendezvous;
+        notes.warn(format!(
+            "pd_rendezvous_host = {host}: whoever reaches this port can have parked chunks sent to any receiver; {cure}"
         ));
     }
-    Ok(host)
+    if ports.metrics.is_some() && !is_loopback(&hosts.metrics) {
+        let host = &hosts.metrics;
+        notes.say(format!(
+            "pd_metrics_host = {host}: whoever reaches this port can read the metrics; keep it inside a trusted network"
+        ));
+    }
 }
 
-/// The hosts that are asked for parked chunks. A file may have them for a daemon without an incoming half: then there are none.
 fn advertise_host(role: Role, raw: &RawConfig) -> Result<Option<String>, ConfigError> {
     let key = &keys::PD_ADVERTISE_HOST;
     match (raw.host(key)?, raw.entry(key)) {
@@ -340,9 +358,25 @@ fn advertise_host(role: Role, raw: &RawConfig) -> Result<Option<String>, ConfigE
     }
 }
 
-fn prefill_hosts(role: Role, raw: &RawConfig) -> Result<Option<HostList>, ConfigError> {
+/// The hosts that are asked for parked chunks. A file may have them for a daemon without an incoming half: then there are none.
+fn prefill_hosts(
+    role: Role,
+    raw: &RawConfig,
+    has_secret: bool,
+    notes: &mut Notes,
+) -> Result<Option<HostList>, ConfigError> {
     let key = &keys::PD_PREFILL_HOSTS;
-    let Some(entry) = raw.entry(key) else { return Ok(None) };
+    let Some(entry) = raw.entry(key) else {
+        if role.receives() && !has_secret {
+            notes.warn(format!(
+                "{} is not set, and there is no pd_shared_secret_file: any host is asked for parked chunks that a request's \
+                 kv_transfer_params name, and any client of the decode server can send those; list the prefill servers, or \
+                 give all daemons a pd_shared_secret_file",
+                key.name
+            ));
+        }
+        return Ok(None);
+    };
     let items = match &entry.value {
         RawValue::List(items) => items.as_slice(),
         one => std::slice::from_ref(one),
@@ -357,101 +391,8 @@ fn prefill_hosts(role: Role, raw: &RawConfig) -> Result<Option<HostList>, Config
     Ok(Some(hosts).filter(|_| role.receives()))
 }
 
-fn rendezvous_host(
-    role: Role,
-    raw: &RawConfig,
-    has_secret: bool,
-    notes: &mut Vec<String>,
-) -> Result<String, ConfigError> {
-    let host = raw.must_of(role, &keys::PD_RENDEZVOUS_HOST, RawConfig::host)?;
-    if !is_loopback(&host) && !has_secret {
-        notes.push(format!(
-            "pd_rendezvous_host = {host}: whoever reaches this port can have parked chunks sent to any receiver; keep it inside a trusted network, or give all daemons a pd_shared_secret_file"
-        ));
-    }
-    Ok(host)
-}
-
 fn is_loopback(host: &str) -> bool {
     host == "localhost" || host.starts_with("127.") || host == "::1"
-}
-
-/// Where metrics are served: on a free port of loopback unless something else is said.
-fn metrics(raw: &RawConfig, rank: u32, notes: &mut Vec<String>) -> Result<Option<MetricsConfig>, ConfigError> {
-    let host = raw.must(&keys::PD_METRICS_HOST, RawConfig::host)?;
-    let key = &keys::PD_METRICS_PORT;
-    if matches!(raw.entry(key).map(|entry| &entry.value), Some(RawValue::Text(text)) if text == "none") {
-        return Ok(None);
-    }
-    let port = of_rank(raw, key, rank)?.unwrap_or(0);
-    if !is_loopback(&host) {
-        notes.push(format!(
-            "pd_metrics_host = {host}: whoever reaches this port can read the metrics; keep it inside a trusted network"
-        ));
-    }
-    Ok(Some(MetricsConfig { host, port }))
-}
-
-/// This rank's port, where the key says one.
-fn of_rank(raw: &RawConfig, key: &'static Key, rank: u32) -> Result<Option<u16>, ConfigError> {
-    match raw.ports(key)?.as_deref() {
-        None => Ok(None),
-        // Port 0 is another port in every process.
-        Some([0]) => Ok(Some(0)),
-        Some(ports) => match usize::try_from(rank).ok().and_then(|index| ports.get(index)) {
-            Some(port) => Ok(Some(*port)),
-            None => Err(raw.written(key)?.refused(
-                format!(
-                    "this is rank {rank}, and there are ports for {} rank{}",
-                    ports.len(),
-                    if ports.len() == 1 { "" } else { "s" }
-                ),
-                "write a list with one port per rank, or 0 for a free port",
-            )),
-        },
-    }
-}
-
-struct PeerPorts {
-    init: u16,
-    alloc: u16,
-    query: Option<u16>,
-    rendezvous: Option<u16>,
-}
-
-/// The ports of each half. A file may have them for a daemon without that half: then there are none.
-fn peer_ports(role: Role, raw: &RawConfig, rank: u32) -> Result<PeerPorts, ConfigError> {
-    let of_rank = |key: &'static Key| -> Result<Option<u16>, ConfigError> {
-        if key.used_by(role) {
-            of_rank(raw, key, rank)
-        } else {
-            // Read all the same: a file that is wrong is wrong for every daemon.
-            raw.ports(key).map(|_| None)
-        }
-    };
-    let (init, alloc, query) =
-        (of_rank(&keys::PD_PEER_INIT_PORT)?, of_rank(&keys::PD_PEER_ALLOC_PORT)?, of_rank(&keys::PD_PEER_QUERY_PORT)?);
-    if role.receives() {
-        raw.written(&keys::PD_PEER_INIT_PORT)?;
-        raw.written(&keys::PD_PEER_ALLOC_PORT)?;
-    }
-    let rendezvous = of_rank(&keys::PD_RENDEZVOUS_PORT)?;
-    let taken = [
-        (&keys::PD_PEER_INIT_PORT, init),
-        (&keys::PD_PEER_ALLOC_PORT, alloc),
-        (&keys::PD_PEER_QUERY_PORT, query),
-        (&keys::PD_RENDEZVOUS_PORT, rendezvous),
-    ];
-    for (index, (key, port)) in taken.iter().enumerate() {
-        let same = taken.iter().take(index).find(|(_, earlier)| port.is_some_and(|p| p != 0) && earlier == port);
-        if let Some((earlier, Some(port))) = same {
-            return Err(raw.written(key)?.refused(
-                format!("{} of rank {rank} is {port} as well", earlier.name),
-                "give each its own port, or 0 for a free port",
-            ));
-        }
-    }
-    Ok(PeerPorts { init: init.unwrap_or(0), alloc: alloc.unwrap_or(0), query, rendezvous })
 }
 
 fn proxy(role: Role, raw: &RawConfig) -> Result<Option<ProxyConfig>, ConfigError> {
@@ -498,7 +439,7 @@ fn connector_endpoint(role: Role, raw: &RawConfig, layout: &KvLayout) -> Result<
     }
 }
 
-fn deadlines(role: Role, raw: &RawConfig, notes: &mut Vec<String>) -> Result<Deadlines, ConfigError> {
+fn deadlines(role: Role, raw: &RawConfig, notes: &mut Notes) -> Result<Deadlines, ConfigError> {
     let mut seconds = |key: &Key| raw.must_of(role, key, |raw, key| raw.seconds(key, notes));
     let heartbeat = seconds(&keys::PD_HEARTBEAT_INTERVAL_SEC)?;
     let peer = seconds(&keys::PD_PEER_TIMEOUT_SEC)?;
@@ -543,30 +484,30 @@ fn limits(role: Role, raw: &RawConfig) -> Result<Limits, ConfigError> {
 }
 
 /// Keys of LMCache's that change nothing here: still checked, so that a file that LMCache refuses is refused here.
-fn note_what_has_no_effect(raw: &RawConfig, notes: &mut Vec<String>) -> Result<(), ConfigError> {
+fn note_what_has_no_effect(raw: &RawConfig, notes: &mut Notes) -> Result<(), ConfigError> {
     raw.word(&keys::PD_BACKEND_MODE)?;
-    raw.seconds(&keys::PD_CONDITION_POLL_INTERVAL_SEC, &mut Vec::new())?;
+    raw.seconds(&keys::PD_CONDITION_POLL_INTERVAL_SEC, &mut Notes::default())?;
     let why = [
         (&keys::PD_BACKEND_MODE, "both kinds of peer are served"),
         (&keys::PD_CONDITION_POLL_INTERVAL_SEC, "nothing here waits by polling a condition"),
     ];
     for (key, reason) in why {
         if raw.entry(key).is_some() {
-            notes.push(format!("{} has no effect here: {reason}", key.name));
+            notes.say(format!("{} has no effect here: {reason}", key.name));
         }
     }
     if !raw.older_names.is_empty() {
-        notes.push(format!("older names of keys, understood: {}", raw.older_names.join(", ")));
+        notes.say(format!("older names of keys, understood: {}", raw.older_names.join(", ")));
     }
     if !raw.lmcache_keys.is_empty() {
-        notes.push(format!("LMCache's keys that do not concern this daemon: {}", raw.lmcache_keys.join(", ")));
+        notes.say(format!("LMCache's keys that do not concern this daemon: {}", raw.lmcache_keys.join(", ")));
     }
     Ok(())
 }
 
 /// Names the written keys that only one half uses: all of them where the daemon has both, or else those of the half that
 /// it lacks, so that nobody waits for an effect that does not come.
-fn note_keys_of_one_half(role: Role, raw: &RawConfig, notes: &mut Vec<String>) {
+fn note_keys_of_one_half(role: Role, raw: &RawConfig, notes: &mut Notes) {
     for (half, using, other) in [(Role::Sender, "outgoing", "incoming"), (Role::Receiver, "incoming", "outgoing")] {
         let entries = keys::KEYS.iter().filter(|key| key.of == half).filter_map(|key| raw.entry(key));
         let written: Vec<&str> = entries.map(|entry| entry.written.as_str()).collect();
@@ -574,7 +515,7 @@ fn note_keys_of_one_half(role: Role, raw: &RawConfig, notes: &mut Vec<String>) {
             continue;
         }
         let names = written.join(", ");
-        notes.push(match role {
+        notes.say(match role {
             Role::Both => format!("{names}: used by the {using} half, ignored by the {other} half"),
             _ => format!("{names}: used by the {using} half, which this {} does not have; ignored", role.daemon()),
         });

@@ -5,6 +5,7 @@ use std::time::Duration;
 use super::address::is_host;
 use super::error::ConfigError;
 use super::key::{Absence, Key, Kind};
+use super::notes::Notes;
 use super::raw::{Entry, RawConfig, RawValue};
 use super::size::parse_size;
 use super::{DEADLINE_SEC_MAX, Role};
@@ -110,7 +111,7 @@ impl RawConfig {
     }
 
     /// A time; infinity becomes the longest there is, with a note.
-    pub(super) fn seconds(&self, key: &Key, notes: &mut Vec<String>) -> Read<Duration> {
+    pub(super) fn seconds(&self, key: &Key, notes: &mut Notes) -> Read<Duration> {
         let max = Duration::from_secs(DEADLINE_SEC_MAX);
         self.read(key, |value| {
             let seconds = match value {
@@ -121,7 +122,7 @@ impl RawConfig {
                 _ => return None,
             };
             if seconds == f64::INFINITY {
-                notes.push(format!(
+                notes.say(format!(
                     "{} = {value} is taken as {DEADLINE_SEC_MAX} seconds: every wait here ends",
                     key.name
                 ));

@@ -28,6 +28,40 @@ pub struct SourceAddress {
     pub port: u16,
 }
 
+/// Longest name of a host, in bytes, as DNS has it (RFC 1035, 2.3.4).
+const HOST_LEN_BYTES_MAX: usize = 255;
+
+impl PeerAddress {
+    /// Whether it can be connected to.
+    ///
+    /// # Errors
+    /// What was seen, and what was expected.
+    pub fn check(&self) -> Result<(), String> {
+        check(&self.host, &[self.init_port, self.alloc_port], "a host and two ports that are not 0", self)
+    }
+}
+
+impl SourceAddress {
+    /// As [`PeerAddress::check`].
+    ///
+    /// # Errors
+    /// What was seen, and what was expected.
+    pub fn check(&self) -> Result<(), String> {
+        check(&self.host, &[self.port], "a host and a port that is not 0", self)
+    }
+}
+
+fn check(host: &str, ports: &[u16], expected: &str, seen: &impl fmt::Display) -> Result<(), String> {
+    if host.len() > HOST_LEN_BYTES_MAX {
+        let len_bytes = host.len();
+        return Err(format!("a host whose name has {len_bytes} bytes; expected at most {HOST_LEN_BYTES_MAX}"));
+    }
+    if host.is_empty() || ports.contains(&0) {
+        return Err(format!("\"{seen}\"; expected {expected}"));
+    }
+    Ok(())
+}
+
 impl fmt::Display for SourceAddress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}:{}", self.host, self.port)

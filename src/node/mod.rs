@@ -11,8 +11,9 @@
 //! | `outgoing` | the half that sends: open, stage, send, commit |
 //! | `incoming` | the half that receives: grant, take a commit, lease |
 //! | `settings`, `output`, `answer` | what a node is told at start, asks of the world, answers its clients |
-//! | `handshake`, `heard` | whether two daemons may talk; for how long a peer has been silent |
-//! | `chunks`, `growth`, `timers`, `seen` | how long a chunk is; when the buffer grows; deadlines by name; numbers that were seen |
+//! | `handshake`, `heard`, `tries` | whether two daemons may talk; for how long a peer has been silent; when an address is tried again |
+//! | `chunks`, `growth`, `timers` | how long a chunk is; when the buffer grows; deadlines by name |
+//! | `seen`, `latest` | numbers that were seen; a memory of so many things and no more |
 //!
 //! ```text
 //! connector            outgoing                          incoming              connector
@@ -39,6 +40,7 @@ mod core;
 mod growth;
 mod handshake;
 mod heard;
+mod latest;
 #[cfg(feature = "lmcache")]
 mod lmcache_terms;
 // Without LMCache nothing makes the variants that stand for it.
@@ -52,6 +54,7 @@ mod seen;
 mod session;
 mod settings;
 mod timers;
+mod tries;
 
 pub use answer::Answer;
 pub use chunks::ChunkShape;

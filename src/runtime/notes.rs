@@ -102,9 +102,12 @@ type LineKind = (&'static str, Option<FailureKind>);
 impl Log {
     /// How many lines of a limited kind were not written since the last one. None: this one is not written either.
     fn permit(&mut self, limited: Option<LineKind>) -> Option<u64> {
-        let fresh =
-            || if limited == Some((EVICTED, None)) { RateLimited::every(MINUTE) } else { RateLimited::default() };
-        limited.map_or(Some(0), |kind| self.limits.entry(kind).or_insert_with(fresh).permit(Instant::now()))
+        limited.map_or(Some(0), |kind| self.limit(kind).permit(Instant::now()))
+    }
+
+    fn limit(&mut self, kind: LineKind) -> &mut RateLimited {
+        let fresh = || if kind == (EVICTED, None) { RateLimited::every(MINUTE) } else { RateLimited::default() };
+        self.limits.entry(kind).or_insert_with(fresh)
     }
 
     fn incoming(&mut self, note: incoming::Note<RouteKey>) {
@@ -114,6 +117,7 @@ impl Log {
             Note::Refused { failure, .. } => Some(("a request is refused", Some(failure.kind))),
             Note::Unexpected { message, .. } => Some((*message, None)),
             Note::PeerEvicted { .. } => Some((EVICTED, None)),
+            Note::FetchFailed { failure, .. } => Some(("nothing is fetched", Some(failure.kind))),
             _ => None,
         };
         let Some(unsaid) = self.permit(limited) else { return };
@@ -150,7 +154,7 @@ impl Log {
             ),
             Note::Fetched { request, after } => debug!(%request, after_ms = ms(after), "fetched"),
             Note::FetchFailed { request, instance, failure } => {
-                warn!(%request, sender = %instance, kind = %failure.kind, "not fetched: {}", failure.text);
+                warn!(%request, sender = %instance, kind = %failure.kind, unsaid, "not fetched: {}", failure.text);
             }
             Note::Unquarantined { instance, slots } => {
                 debug!(sender = %instance, slots, "writer has stopped, slots are free again");
@@ -162,8 +166,9 @@ impl Log {
         }
     }
 
-    /// A receiver is given up. As [`permit`](Self::permit).
-    fn permit_loss(&mut self, address: &PeerAddress, reason: FailureKind) -> Option<u64> {
+    /// A receiver is given up. As [`permit`](Self::permit). A receiver that the configuration does not name may be anything that
+    /// was asked for at the rendezvous port: all of those together are limited as well.
+    fn permit_loss(&mut self, address: &PeerAddress, reason: FailureKind, configured: bool) -> Option<u64> {
         if self.receivers.len() >= RECEIVERS_MAX && !self.receivers.contains_key(address) {
             self.receivers.clear();
         }
@@ -172,8 +177,14 @@ impl Log {
         if receiver.reason != reason {
             *receiver = fresh();
         }
-        let unsaid = receiver.limit.permit(Instant::now());
-        receiver.quiet = unsaid.is_none();
+        let now = Instant::now();
+        let mut unsaid = receiver.limit.permit(now);
+        if let Some(others) = unsaid.filter(|_| !configured) {
+            unsaid = self.limit(("a receiver is given up", Some(reason))).permit_with(now, others);
+        }
+        if let Some(receiver) = self.receivers.get_mut(address) {
+            receiver.quiet = unsaid.is_none();
+        }
         unsaid
     }
 
@@ -181,6 +192,9 @@ impl Log {
         use outgoing::Note;
         let limited = match &note {
             Note::Unexpected { message, .. } | Note::Misdirected { message } => Some((*message, None)),
+            Note::Failed { failure, registered: true, .. } => {
+                Some(("what a receiver asked for is not sent", Some(failure.kind)))
+            }
             _ => None,
         };
         let Some(unsaid) = self.permit(limited) else { return };
@@ -189,8 +203,8 @@ impl Log {
             Note::PeerUp { address, instance, len_bytes, took } => info!(
                 receiver = %address, instance, buffer_bytes = len_bytes, took_ms = ms(took), "connected"
             ),
-            Note::PeerDown { address, failure } => {
-                if let Some(unsaid) = self.permit_loss(&address, failure.kind) {
+            Note::PeerDown { address, configured, failure } => {
+                if let Some(unsaid) = self.permit_loss(&address, failure.kind, configured) {
                     warn!(receiver = %address, kind = %failure.kind, unsaid, "receiver given up: {}", failure.text);
                 }
             }
@@ -209,11 +223,11 @@ impl Log {
                 %request, receiver, chunks, bytes,
                 alloc_ms = ms(phases.alloc), transfer_ms = ms(phases.transfer), commit_ms = ms(phases.commit), "sent"
             ),
-            Note::Failed { request, receiver, failure, in_flight } if failure.kind == FailureKind::Cancelled => {
-                info!(%request, receiver, in_flight, "cancelled: {}", failure.text);
+            Note::Failed { request, receiver, failure, in_flight, .. } if failure.kind == FailureKind::Cancelled => {
+                info!(%request, receiver, in_flight, unsaid, "cancelled: {}", failure.text);
             }
-            Note::Failed { request, receiver, failure, in_flight } => warn!(
-                %request, receiver, kind = %failure.kind, in_flight, "failed: {}", failure.text
+            Note::Failed { request, receiver, failure, in_flight, .. } => warn!(
+                %request, receiver, kind = %failure.kind, in_flight, unsaid, "failed: {}", failure.text
             ),
             Note::Misdirected { message } => warn!(
                 seen = message,

@@ -27,6 +27,12 @@ impl RateLimited {
 
     /// Whether the line may be written; if so, how many were not since the last one.
     pub fn permit(&mut self, now: Instant) -> Option<u64> {
+        self.permit_with(now, 0)
+    }
+
+    /// The same of a line that stands for `others` as well, which another limit has kept back.
+    pub fn permit_with(&mut self, now: Instant, others: u64) -> Option<u64> {
+        self.unsaid += others;
         if self.said_at.is_some_and(|at| now.duration_since(at) < self.pause) {
             self.unsaid += 1;
             return None;
@@ -53,5 +59,8 @@ mod tests {
         assert_eq!(limited.permit(start), Some(0));
         assert_eq!(limited.permit(start + 59 * PAUSE), None);
         assert_eq!(limited.permit(start + 60 * PAUSE), Some(1));
+        // What another limit has kept back is not lost when this one keeps back its line.
+        assert_eq!(limited.permit_with(start + 61 * PAUSE, 5), None);
+        assert_eq!(limited.permit_with(start + 120 * PAUSE, 3), Some(9));
     }
 }

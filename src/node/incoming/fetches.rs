@@ -127,12 +127,9 @@ impl<R: Clone + PartialEq> Incoming<R> {
         fetch: FetchRequest,
     ) {
         let (source, name) = (fetch.source.to_string(), fetch.id.clone());
-        if fetch.ids.len() > REQUEST_IDS_MAX {
-            let text = format!("{name} is known by {} names, the limit is {REQUEST_IDS_MAX}", fetch.ids.len());
-            return core.refuse(client, id, Failure::new(FailureKind::Limit, text), Some(source));
-        }
         // First: what cannot be said leaves everything as it is.
-        if let Err(failure) = self.begin_fetch(core, fetch, Purpose::Release(0)) {
+        let begun = self.check_release(core, &fetch).and_then(|()| self.begin_fetch(core, fetch, Purpose::Release(0)));
+        if let Err(failure) = begun {
             return core.refuse(client, id, failure, Some(source));
         }
         let failure = Failure::new(FailureKind::Cancelled, "the decode worker does not want it");
@@ -158,11 +155,29 @@ impl<R: Clone + PartialEq> Incoming<R> {
             let text = format!("{name} has {count} chunks, the limit is {most} (pd_max_request_chunks)");
             return Err(Failure::new(FailureKind::Limit, text));
         }
-        if !self.fetches.contains_key(name) && self.fetches.len() >= core.settings.requests_max {
-            let text = format!("{} requests are being asked for, the limit (pd_max_requests)", self.fetches.len());
+        let asked = self.fetches.len() - self.releases();
+        if !self.fetches.contains_key(name) && asked >= core.settings.requests_max {
+            let text = format!("{asked} requests are being asked for, the limit (pd_max_requests)");
             return Err(Failure::new(FailureKind::Limit, text));
         }
         Ok(())
+    }
+
+    fn check_release(&self, core: &Core<R>, fetch: &FetchRequest) -> Result<(), Failure> {
+        let (name, releases) = (&fetch.id, self.releases());
+        let text = if fetch.ids.len() > REQUEST_IDS_MAX {
+            format!("{name} is known by {} names, the limit is {REQUEST_IDS_MAX}", fetch.ids.len())
+        } else if !self.fetches.contains_key(name) && releases >= core.settings.requests_max {
+            format!("{releases} releases have not been answered, the limit (pd_max_requests)")
+        } else {
+            return Ok(());
+        };
+        Err(Failure::new(FailureKind::Limit, text))
+    }
+
+    /// How many of the questions only say that something is not wanted. They take no places of those that ask.
+    fn releases(&self) -> usize {
+        self.fetches.values().filter(|fetch| matches!(fetch.purpose, Purpose::Release(_))).count()
     }
 
     /// Asks a sender, as soon as it is connected. What it was asked under the same name is over.
@@ -172,6 +187,8 @@ impl<R: Clone + PartialEq> Incoming<R> {
             let text = format!("{} is not among pd_prefill_hosts", truncate(&fetch.source.host));
             return Err(Failure::new(FailureKind::BadRequest, text));
         }
+        let named = |text| Failure::new(FailureKind::BadRequest, format!("{} is asked of {text}", fetch.id));
+        fetch.source.check().map_err(named)?;
         let source = self.source_for(core, &fetch.source)?;
         let by_kept = self.is_source_open(source);
         let FetchRequest { id, ids, keys, .. } = fetch;
@@ -313,10 +330,12 @@ impl<R: Clone + PartialEq> Incoming<R> {
         if self.waiters.first_for(id).is_some() {
             return;
         }
+        let releases = self.releases();
         let Some(fetch) = self.fetches.get_mut(id) else { return };
         if matches!(fetch.purpose, Purpose::Release(_)) {
             return;
         }
+        let is_full = releases >= core.settings.requests_max;
         // Only the registration ends: another sample of the same prompt may come for its chunks.
         let purpose = std::mem::replace(&mut fetch.purpose, Purpose::Release(0));
         fetch.ids.clear();
@@ -325,6 +344,10 @@ impl<R: Clone + PartialEq> Incoming<R> {
             core.answer(client, question, Answer::Held);
         }
         self.ask_source(core, id);
+        if is_full {
+            // Said once; if it is lost, what the sender keeps ends with its lease.
+            self.end_fetch(core, id);
+        }
     }
 
     /// A client is gone, and with it what it had kept.

@@ -53,7 +53,7 @@ use self::lmcache::Senders;
 use self::lost::LostPeers;
 use self::request::{Closing, IncomingRequest};
 use self::senders::Sender;
-use self::sources::Source;
+use self::sources::{Source, Unreachable};
 use self::timer::IncomingTimer;
 use self::waiters::Waiters;
 use super::Port;
@@ -86,6 +86,8 @@ pub(super) struct Incoming<R> {
     waiters: Waiters,
     /// Senders that are asked for what they have parked.
     sources: BTreeMap<PeerId, Source>,
+    /// Where none has answered lately.
+    unreachable: Unreachable,
     /// What they are asked.
     fetches: BTreeMap<RequestId, Fetch>,
     leases: Leases,
@@ -111,6 +113,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
             ended: Ended::default(),
             waiters: Waiters::default(),
             sources: BTreeMap::new(),
+            unreachable: Unreachable::default(),
             fetches: BTreeMap::new(),
             leases: Leases::default(),
             counts: IncomingCounts::default(),

@@ -1,11 +1,15 @@
 //! Senders that this half has connected to, to ask for what they have parked.
 
+use std::time::Instant;
+
 use super::Incoming;
 use super::fetches::Fetch;
 use crate::ids::{Failure, FailureKind, PeerId, RequestId, SourceAddress};
 use crate::node::Output;
 use crate::node::core::Core;
 use crate::node::heard::Heard;
+use crate::node::latest::Latest;
+use crate::node::tries::Tries;
 use crate::wire::Message;
 
 /// A sender's rendezvous port.
@@ -14,8 +18,56 @@ pub(super) struct Source {
     address: SourceAddress,
     /// Whether it is connected.
     open: bool,
+    /// Whether it has ever said anything.
+    answered: bool,
     /// When it was last heard of, or first asked after a pause.
     heard: Heard,
+}
+
+/// How many addresses are remembered that could not be connected.
+const UNREACHABLE_MAX: usize = 4096;
+
+/// Where no sender has answered lately. Any client of the decode server can name such an address, as often as it likes.
+#[derive(Debug)]
+pub(super) struct Unreachable(Latest<SourceAddress, Unanswered>);
+
+/// What came of the tries of one of them.
+#[derive(Debug)]
+struct Unanswered {
+    tries: Tries,
+    failure: Failure,
+    at: Instant,
+    /// Not tried again before that.
+    until: Instant,
+}
+
+impl Default for Unreachable {
+    fn default() -> Self {
+        Self(Latest::new(UNREACHABLE_MAX))
+    }
+}
+
+impl Unreachable {
+    fn check(&self, now: Instant, address: &SourceAddress) -> Result<(), Failure> {
+        let Some(Unanswered { failure, at, until, .. }) =
+            self.0.get(address).filter(|unanswered| now < unanswered.until)
+        else {
+            return Ok(());
+        };
+        let text = format!(
+            "{} ({} ms ago; not tried again for {} ms)",
+            failure.text,
+            now.saturating_duration_since(*at).as_millis(),
+            until.saturating_duration_since(now).as_millis()
+        );
+        Err(Failure::new(failure.kind, text))
+    }
+
+    fn note(&mut self, now: Instant, address: SourceAddress, failure: Failure) {
+        let mut tries = self.0.get(&address).map(|unanswered| unanswered.tries).unwrap_or_default();
+        let until = now + tries.fail(failure.kind);
+        self.0.insert(address, Unanswered { tries, failure, at: now, until });
+    }
 }
 
 impl<R: Clone + PartialEq> Incoming<R> {
@@ -48,12 +100,14 @@ impl<R: Clone + PartialEq> Incoming<R> {
                 _ => self.disconnect_source(core, peer),
             }
         }
+        self.unreachable.check(core.now, address)?;
         if self.sources.len() >= core.settings.peers_max && !self.evict_source(core) {
             let text = format!("{} senders are being asked, the limit; raise pd_max_peers", self.sources.len());
             return Err(Failure::new(FailureKind::Limit, text));
         }
         let peer = PeerId(core.fresh());
-        self.sources.insert(peer, Source { address: address.clone(), open: false, heard: Heard::at(core.now) });
+        let source = Source { address: address.clone(), open: false, answered: false, heard: Heard::at(core.now) };
+        self.sources.insert(peer, source);
         core.outputs.push_back(Output::OpenSource { peer, address: address.clone() });
         Ok(peer)
     }
@@ -84,6 +138,9 @@ impl<R: Clone + PartialEq> Incoming<R> {
     pub(in crate::node) fn handle_source_message(&mut self, core: &mut Core<R>, peer: PeerId, message: Message) {
         let Some(source) = self.sources.get_mut(&peer) else { return };
         source.heard = Heard::at(core.now);
+        if !std::mem::replace(&mut source.answered, true) {
+            self.unreachable.0.remove(&source.address);
+        }
         if let Message::PdRegistered(registered) = message {
             self.on_registered(core, peer, registered);
         }
@@ -93,6 +150,10 @@ impl<R: Clone + PartialEq> Incoming<R> {
     pub(in crate::node) fn handle_source_closed(&mut self, core: &mut Core<R>, peer: PeerId, failure: &Failure) {
         let asked = self.asked_of(peer);
         let Some(source) = self.sources.remove(&peer) else { return };
+        let failure = Failure::new(failure.kind, format!("{}: {}", source.address, failure.text));
+        if !source.answered {
+            self.unreachable.note(core.now, source.address.clone(), failure.clone());
+        }
         for id in asked {
             if self.fetches.get(&id).is_some_and(Fetch::may_be_asked_anew)
                 && let Ok(another) = self.source_for(core, &source.address)
@@ -100,8 +161,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
                 self.ask_anew(core, &id, another);
                 continue;
             }
-            let failure = Failure::new(failure.kind, format!("{}: {}", source.address, failure.text));
-            self.fetch_failed(core, &id, failure, &source.address.to_string());
+            self.fetch_failed(core, &id, failure.clone(), &source.address.to_string());
         }
     }
 

@@ -120,6 +120,10 @@ impl<R: Clone> Outgoing<R> {
     /// The one place where a request ends without having been sent.
     pub(super) fn end(&mut self, core: &mut Core<R>, uid: Uid, failure: Failure, cancel: Option<(ClientId, Seq)>) {
         let Some(request) = self.requests.get_mut(&uid) else { return };
+        let names = match &mut request.stage {
+            OutgoingStage::Parking { ids, .. } => std::mem::take(ids),
+            _ => Vec::new(),
+        };
         let mut alloc_seq = None;
         let (open_id, grant, asked) = match request.stage {
             OutgoingStage::Connecting { open_id, .. } => (Some(open_id), None, false),
@@ -131,7 +135,7 @@ impl<R: Clone> Outgoing<R> {
             OutgoingStage::Parking { open_id, .. } => (open_id, None, false),
             OutgoingStage::Closing { .. } => return,
         };
-        let is_parking = request.is_parking();
+        let (is_parking, registered) = (request.is_parking(), request.registration.is_some());
         request.stage = OutgoingStage::Closing { grant, alloc_seq, cancel };
         let (id, receiver, client, in_flight, request_peer) =
             (request.id.clone(), request.receiver(), request.client, request.in_flight, request.peer);
@@ -159,11 +163,11 @@ impl<R: Clone> Outgoing<R> {
         if in_flight > 0 {
             self.abandon_delayed(core, uid, client.is_none());
         }
-        core.note(Note::Failed { request: id.clone(), receiver, failure: failure.clone(), in_flight });
+        core.note(Note::Failed { request: id.clone(), receiver, registered, failure: failure.clone(), in_flight });
         self.registration_failed(core, uid, &failure);
         if asked {
             if in_flight > 0 {
-                self.tell_failed(core, request_peer, id, grant, alloc_seq);
+                self.tell_failed(core, request_peer, id.clone(), grant, alloc_seq);
             }
             self.finish_closing(core, uid);
         } else if in_flight == 0 {
@@ -173,6 +177,7 @@ impl<R: Clone> Outgoing<R> {
                 core.answer(client, id, Answer::Cancelled { request: request.id });
             }
         }
+        self.give_up(core, &id, names, &failure);
         self.serve_staging(core);
     }
 

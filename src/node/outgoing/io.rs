@@ -126,6 +126,8 @@ pub enum Note {
     PeerDown {
         /// Where.
         address: PeerAddress,
+        /// Whether the configuration names it; else a request did, or a receiver that asked for parked chunks.
+        configured: bool,
         /// Why.
         failure: Failure,
     },
@@ -195,6 +197,8 @@ pub enum Note {
         request: RequestId,
         /// Where; empty if it was to be parked.
         receiver: String,
+        /// Whether it was to be sent because a receiver had asked for parked chunks.
+        registered: bool,
         /// Why.
         failure: Failure,
         /// Transfers of it that the engine has not finished yet.

@@ -11,7 +11,8 @@
 //! | `staging` | who waits for local slots, and who gets them |
 //! | `timer`, `uid` | its deadlines; a request's name inside the node |
 //! | `transfers`, `coverage` | `send`: parts into copies, and which bytes were given to the engine |
-//! | `parking`, `registrations` | chunks that are kept for whoever asks for them, and who asks |
+//! | `parking`, `given_up` | chunks that are kept for whoever asks for them, and those that will not come |
+//! | `registrations`, `registrants` | what receivers ask for; who has asked, and how that ended |
 //! | `link`, `dialect` | what differs with the dialect of a receiver: ours, or LMCache's |
 //! | `lmcache` | LMCache's receivers: what they are told and say, which pages of theirs wait for our bytes |
 
@@ -19,6 +20,7 @@ mod acknowledging;
 mod coverage;
 mod dialect;
 mod ending;
+mod given_up;
 pub(super) mod io;
 mod link;
 #[cfg(feature = "lmcache")]
@@ -30,6 +32,7 @@ mod parking;
 mod quiesce;
 mod receivers;
 mod reconnects;
+mod registrants;
 mod registrations;
 mod requests;
 mod staging;
@@ -42,12 +45,13 @@ use std::time::Instant;
 
 pub use io::{ConnectState, Event, Note, OpenRequest, OutgoingCounts, ParkRequest, Phases, Sending};
 
+use self::given_up::GivenUp;
 use self::lmcache::RememberedReceivers;
 use self::parking::ParkLease;
 use self::quiesce::Quiesce;
 use self::receivers::Receiver;
-use self::reconnects::{AfterLoss, PAUSE_MAX, Reconnects};
-use self::registrations::Registrants;
+use self::reconnects::{AfterLoss, Reconnects};
+use self::registrants::Registrants;
 use self::requests::{OutgoingRequest, OutgoingStage, WRITE_DEADLINE_PASSED};
 use self::staging::Staging;
 use self::timer::OutgoingTimer;
@@ -60,6 +64,7 @@ use crate::ids::{
     SourceAddress, TransferId,
 };
 use crate::node::core::Core;
+use crate::node::tries::PAUSE_MAX;
 use crate::wire::Message;
 use crate::wire::message::Commit;
 
@@ -95,6 +100,8 @@ pub(super) struct Outgoing<R> {
     /// Of those, chunks that are to be sent, and by which requests.
     awaiting: BTreeMap<ChunkKey, BTreeSet<Uid>>,
     registrants: Registrants<R>,
+    /// What nobody computes any more.
+    given_up: GivenUp,
     counts: OutgoingCounts,
 }
 
@@ -124,6 +131,7 @@ impl<R: Clone> Outgoing<R> {
             coming: BTreeMap::new(),
             awaiting: BTreeMap::new(),
             registrants: Registrants::default(),
+            given_up: GivenUp::default(),
             counts: OutgoingCounts::default(),
         }
     }
@@ -242,6 +250,7 @@ impl<R: Clone> Outgoing<R> {
     pub(super) fn check_invariants(&self, core: &Core<R>) -> Result<(), String> {
         self.check_reconnects(core)?;
         self.check_parked()?;
+        self.registrants.check()?;
         let (held, staged) = (self.staged_slots(), core.slots.counts().staged);
         if held != staged as usize {
             return Err(format!("{staged} slots are staged, requests hold {held}"));
@@ -302,7 +311,7 @@ impl<R: Clone> Outgoing<R> {
     /// A receiver was lost, or could not be connected. It is tried again later if the configuration names it.
     fn note_lost(&mut self, core: &mut Core<R>, address: &PeerAddress, failure: &Failure) {
         let note = match self.reconnects.lost(core.now, address, failure) {
-            None => Some(Note::PeerDown { address: address.clone(), failure: failure.clone() }),
+            None => Some(Note::PeerDown { address: address.clone(), configured: false, failure: failure.clone() }),
             Some(AfterLoss { pause, note }) => {
                 if !core.draining {
                     core.timers.set(OutgoingTimer::Connect(address.clone()), core.now + pause);

@@ -30,9 +30,16 @@ impl<R: Clone> Outgoing<R> {
     pub(in crate::node) fn handle_park(&mut self, core: &mut Core<R>, client: ClientId, id: Seq, park: ParkRequest) {
         let sizes = match self.check_park(core, &park) {
             Ok(sizes) => sizes,
-            Err(failure) => return core.refuse(client, id, failure, None),
+            Err(failure) => {
+                let mut ids = park.ids;
+                ids.truncate(REQUEST_IDS_MAX);
+                self.give_up(core, &park.id, ids, &failure);
+                return core.refuse(client, id, failure, None);
+            }
         };
         let ParkRequest { id: name, ids, keys, groups, last_chunk_tokens, wait } = park;
+        self.take_up_names(&ids);
+        let parked_keys = keys.clone();
         let here: Vec<(u32, SlotIndex)> =
             core.ready_of(&keys, &sizes).into_iter().filter(|&(_, slot)| core.slots.park(slot)).collect();
         let chunks = RequestChunks { keys, groups, last_chunk_tokens, sizes };
@@ -59,7 +66,7 @@ impl<R: Clone> Outgoing<R> {
         } else {
             self.queue_for_staging(core, (client, id), uid, missing, wait);
         }
-        self.serve_registrations(core);
+        self.serve_registrations(core, &parked_keys);
     }
 
     /// A request that is to be parked has its slots.

@@ -5,14 +5,8 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use super::{ConnectState, Note};
-use crate::ids::{Failure, FailureKind, PeerAddress};
-
-/// From a try that found no process to the next; it doubles with each.
-const PAUSE_MIN: Duration = Duration::from_millis(250);
-/// The longest such pause: a receiver that comes up is connected within it.
-pub(super) const PAUSE_MAX: Duration = Duration::from_secs(5);
-/// From a refusal to the next try. The same process will refuse again.
-const REFUSED_PAUSE: Duration = Duration::from_secs(30);
+use crate::ids::{Failure, PeerAddress};
+use crate::node::tries::{PAUSE_MAX, Tries, is_refusal};
 
 /// How far the sender has come with each of them.
 #[derive(Debug)]
@@ -27,8 +21,7 @@ struct Reconnect {
     state: ConnectState,
     /// When that state began.
     since: Instant,
-    /// Tries in a row that found no process.
-    tries: u32,
+    tries: Tries,
 }
 
 /// What follows when one of them is lost, or could not be connected.
@@ -43,7 +36,7 @@ pub(super) struct AfterLoss {
 impl Reconnects {
     pub(super) fn new(now: Instant, addresses: Vec<PeerAddress>) -> Self {
         let new = |address: &PeerAddress| {
-            (address.clone(), Reconnect { state: ConnectState::Connecting, since: now, tries: 0 })
+            (address.clone(), Reconnect { state: ConnectState::Connecting, since: now, tries: Tries::default() })
         };
         Self { by_address: addresses.iter().map(new).collect(), order: addresses }
     }
@@ -80,21 +73,19 @@ impl Reconnects {
         let failure = Failure::new(failure.kind, text);
         // A receiver that goes as soon as it has come does not reset the pause.
         if reconnect.state == ConnectState::Connected && now.saturating_duration_since(reconnect.since) >= PAUSE_MAX {
-            reconnect.tries = 0;
+            reconnect.tries = Tries::default();
         }
-        let (state, pause) = if is_refusal(failure.kind) {
-            (ConnectState::Refused(failure.clone()), REFUSED_PAUSE)
-        } else {
-            let pause = PAUSE_MIN.saturating_mul(1 << reconnect.tries.min(8)).min(PAUSE_MAX);
-            reconnect.tries += 1;
-            (ConnectState::Unreachable(failure.clone()), pause)
+        let pause = reconnect.tries.fail(failure.kind);
+        let state = match is_refusal(failure.kind) {
+            true => ConnectState::Refused(failure.clone()),
+            false => ConnectState::Unreachable(failure.clone()),
         };
         let address = address.clone();
         let note = match (&reconnect.state, &state) {
             (ConnectState::Unreachable(_), ConnectState::Unreachable(_)) => None,
             (before, after @ ConnectState::Refused(_)) if before == after => None,
             (_, ConnectState::Refused(_)) => Some(Note::Refused { address, failure }),
-            _ => Some(Note::PeerDown { address, failure }),
+            _ => Some(Note::PeerDown { address, configured: true, failure }),
         };
         if note.is_some() {
             reconnect.since = now;
@@ -102,10 +93,4 @@ impl Reconnects {
         reconnect.state = state;
         Some(AfterLoss { pause, note })
     }
-}
-
-/// Whether a process has refused, and not just been silent.
-fn is_refusal(kind: FailureKind) -> bool {
-    use FailureKind::{Deadline, PeerLost, PeerUnreachable, ShuttingDown};
-    !matches!(kind, PeerUnreachable | PeerLost | Deadline | ShuttingDown)
 }

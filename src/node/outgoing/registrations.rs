@@ -3,9 +3,10 @@
 //! What is sent, and what is coming, is found by the chunks' keys; the names of requests only tell what is not wanted any more. So
 //! a name that is wrong, missing, used twice or anybody's never brings another request's chunks.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+use super::registrants::{End, Load, Registrant, RegistrantState, keys_len_bytes};
 use super::requests::{OutgoingRequest, OutgoingStage, RequestChunks, check_receiver};
 use super::transfers::Checked;
 use super::uid::{RegistrationId, Uid};
@@ -24,30 +25,8 @@ use crate::wire::{Message, refusal};
 
 /// Longest that a registration waits for a request that is not known, whatever it says.
 const WAIT_MAX: Duration = Duration::from_secs(60);
-/// How many registrations that have ended are remembered, for words of them that come late.
-const ENDED_MAX: usize = 4096;
-/// Most bytes of the keys that registrations wait for, together.
+/// Most bytes that the keys take that registrations wait for, together.
 const WAITING_LEN_BYTES_MAX: usize = 64 << 20;
-
-/// A receiver that asks for chunks.
-#[derive(Debug)]
-pub(super) struct Registrant<R> {
-    /// How it is answered.
-    route: R,
-    /// Of what it asked last; a question that is repeated keeps its number.
-    seq: Seq,
-    state: RegistrantState,
-}
-
-#[derive(Debug)]
-enum RegistrantState {
-    /// Nothing of it is known yet. With the bytes of its keys.
-    Waiting(Box<Register>, usize),
-    /// What it asks for is kept, by a lease of its own.
-    Held(Uid),
-    /// It is sent what it asks for, of the requests that have these names.
-    Pushing(Uid, Vec<RequestId>),
-}
 
 /// A chunk that can be sent, or that will be.
 #[derive(Debug)]
@@ -56,81 +35,6 @@ struct Found {
     size: ChunkSize,
     /// None: it is being computed.
     slot: Option<SlotIndex>,
-}
-
-/// Who has registered, and whose registrations have ended.
-#[derive(Debug)]
-pub(super) struct Registrants<R> {
-    open: BTreeMap<RegistrationId, Registrant<R>>,
-    /// How others have ended, for questions that are repeated.
-    ended: BTreeMap<RegistrationId, End>,
-    /// The same, the oldest first.
-    order: VecDeque<(RegistrationId, Seq)>,
-}
-
-/// The latest question of a registration that has ended, and its answer.
-#[derive(Debug)]
-struct End {
-    seq: Seq,
-    state: Registration,
-    failure: Option<Failure>,
-}
-
-impl<R> Default for Registrants<R> {
-    fn default() -> Self {
-        Self { open: BTreeMap::new(), ended: BTreeMap::new(), order: VecDeque::new() }
-    }
-}
-
-impl<R> Registrants<R> {
-    pub(super) fn len(&self) -> usize {
-        self.open.len()
-    }
-
-    /// Whether this was overtaken by a later word.
-    fn is_late(&self, id: &RegistrationId, seq: Seq) -> bool {
-        let latest = self.open.get(id).map(|registrant| registrant.seq);
-        latest.or_else(|| self.ended.get(id).map(|end| end.seq)).is_some_and(|latest| seq < latest)
-    }
-
-    /// Takes a registration out, and remembers how it ended.
-    fn end(&mut self, id: &RegistrationId, state: Registration, failure: Option<Failure>) -> Option<Registrant<R>> {
-        let registrant = self.open.remove(id)?;
-        self.remember(id, End { seq: registrant.seq, state, failure });
-        Some(registrant)
-    }
-
-    fn remember(&mut self, id: &RegistrationId, end: End) {
-        self.order.push_back((id.clone(), end.seq));
-        self.ended.insert(id.clone(), end);
-        if self.order.len() > ENDED_MAX
-            && let Some((oldest, seq)) = self.order.pop_front()
-            // It may have ended again since.
-            && self.ended.get(&oldest).is_some_and(|end| end.seq == seq)
-        {
-            self.ended.remove(&oldest);
-        }
-    }
-
-    /// How many hold chunks, and how many wait for some; the bytes of the keys that those wait for.
-    fn load(&self) -> (usize, usize, usize) {
-        let (mut held, mut waiting, mut bytes) = (0, 0, 0);
-        for registrant in self.open.values() {
-            match &registrant.state {
-                RegistrantState::Held(_) => held += 1,
-                RegistrantState::Waiting(_, len_bytes) => {
-                    waiting += 1;
-                    bytes += len_bytes;
-                }
-                RegistrantState::Pushing(..) => {}
-            }
-        }
-        (held, waiting, bytes)
-    }
-}
-
-fn keys_len_bytes(keys: &[ChunkKey]) -> usize {
-    keys.iter().map(|key| key.as_str().len()).sum()
 }
 
 impl<R: Clone> Outgoing<R> {
@@ -166,18 +70,17 @@ impl<R: Clone> Outgoing<R> {
         if self.registrants.is_late(&id, seq) {
             return;
         }
-        if let Some(End { state, failure, .. }) = self.registrants.ended.get(&id).filter(|end| end.seq == seq) {
+        if let Some(End { state, failure, .. }) = self.registrants.end_of(&id, seq) {
             let (state, failure) = (*state, failure.clone());
             return self.answer_registration(core, from, seq, id.1, state, failure);
         }
         // Said again: it lives, and wants to know whether we do. What is held is held for longer.
-        if let Some(registrant) = self.registrants.open.get_mut(&id).filter(|registrant| registrant.seq == seq) {
-            registrant.route = from.clone();
-            let state = match registrant.state {
+        if let Some(state) = self.registrants.repeat(&id, seq, from.clone()) {
+            let state = match state {
                 RegistrantState::Pushing(..) => Registration::Accepted,
-                RegistrantState::Waiting(..) => Registration::Pending,
+                RegistrantState::Waiting(_) => Registration::Pending,
                 RegistrantState::Held(lease) => {
-                    core.timers.set(OutgoingTimer::Lease(lease), core.now + self.settings.lease);
+                    core.timers.set(OutgoingTimer::Lease(*lease), core.now + self.settings.lease);
                     Registration::Accepted
                 }
             };
@@ -190,17 +93,17 @@ impl<R: Clone> Outgoing<R> {
     fn serve_registration(&mut self, core: &mut Core<R>, id: RegistrationId, route: R, register: Register) {
         let found = self.find_parked(core, &register.keys);
         let chunks = found.len();
-        let before = self.registrants.open.remove(&id);
+        let before = self.registrants.remove(&id);
         core.timers.cancel(OutgoingTimer::Registration(id.clone()));
         let wait = Duration::from_millis(register.wait_ms).min(WAIT_MAX);
         let (seq, receiver) = (register.seq, register.receiver.clone());
-        let full = self.check_load(core, &register, &found).err();
+        let given_up = if found.is_empty() { self.given_up(core, &register.ids) } else { None };
+        let refused = given_up.or_else(|| self.check_load(core, &register, &found).err());
         let state = match receiver {
-            _ if full.is_some() => Err((Registration::Failed, full)),
+            _ if refused.is_some() => Err((Registration::Failed, refused)),
             _ if found.is_empty() && !wait.is_zero() => {
                 core.timers.set(OutgoingTimer::Registration(id.clone()), core.now + wait);
-                let len_bytes = keys_len_bytes(&register.keys);
-                Ok((Registration::Pending, RegistrantState::Waiting(Box::new(register), len_bytes)))
+                Ok((Registration::Pending, RegistrantState::Waiting(Box::new(register))))
             }
             _ if found.is_empty() => Err((Registration::Unknown, None)),
             None => {
@@ -222,12 +125,12 @@ impl<R: Clone> Outgoing<R> {
             Some(RegistrantState::Pushing(uid, _)) => {
                 self.fail(core, uid, Failure::new(FailureKind::Cancelled, "the receiver has registered anew"));
             }
-            Some(RegistrantState::Waiting(..)) | None => {}
+            Some(RegistrantState::Waiting(_)) | None => {}
         }
         let (said, failure) = match state {
             Ok((said, state)) => {
                 let pushing = if let RegistrantState::Pushing(uid, _) = state { Some(uid) } else { None };
-                self.registrants.open.insert(id.clone(), Registrant { route: route.clone(), seq, state });
+                self.registrants.insert(id.clone(), Registrant { route: route.clone(), seq, state });
                 if let Some(uid) = pushing {
                     self.begin_push(core, uid);
                 }
@@ -243,20 +146,11 @@ impl<R: Clone> Outgoing<R> {
         self.answer_registration(core, route, seq, request, said, failure);
     }
 
-    /// A request has begun to be parked: registrations may have waited for it.
-    pub(super) fn serve_registrations(&mut self, core: &mut Core<R>) {
-        let waiting = |(id, registrant): (&RegistrationId, &Registrant<R>)| match &registrant.state {
-            RegistrantState::Waiting(register, _) => {
-                let comes =
-                    register.keys.iter().any(|key| self.coming.contains_key(key) || core.slots.find(key).is_some());
-                comes.then(|| id.clone())
-            }
-            _ => None,
-        };
-        let served: Vec<RegistrationId> = self.registrants.open.iter().filter_map(waiting).collect();
-        for id in served {
-            let Some(Registrant { route, seq, state: RegistrantState::Waiting(register, _) }) =
-                self.registrants.open.remove(&id)
+    /// A request of these chunks has begun to be parked: registrations may have waited for it.
+    pub(super) fn serve_registrations(&mut self, core: &mut Core<R>, keys: &[ChunkKey]) {
+        for id in self.registrants.waiting_for(keys) {
+            let Some(Registrant { route, seq, state: RegistrantState::Waiting(register) }) =
+                self.registrants.remove(&id)
             else {
                 continue;
             };
@@ -288,14 +182,14 @@ impl<R: Clone> Outgoing<R> {
         let id = (instance, req_id);
         if !self.registrants.is_late(&id, seq) {
             core.timers.cancel(OutgoingTimer::Registration(id.clone()));
-            let ended = self.registrants.open.remove(&id);
+            let ended = self.registrants.remove(&id);
             self.registrants.remember(&id, End { seq, state: Registration::Released, failure: None });
             match ended.map(|registrant| registrant.state) {
                 Some(RegistrantState::Held(lease)) => self.end_park_lease(core, lease, true),
                 Some(RegistrantState::Pushing(uid, _)) => {
                     self.fail(core, uid, Failure::new(FailureKind::Cancelled, "the receiver gave it up"));
                 }
-                Some(RegistrantState::Waiting(..)) | None => {}
+                Some(RegistrantState::Waiting(_)) | None => {}
             }
             self.release_ids(core, &ids, None);
         }
@@ -304,10 +198,7 @@ impl<R: Clone> Outgoing<R> {
 
     /// The lease of a registration that held has ended.
     pub(super) fn park_lease_timed_out(&mut self, core: &mut Core<R>, lease: Uid) {
-        let held =
-            |registrant: &Registrant<R>| matches!(registrant.state, RegistrantState::Held(other) if other == lease);
-        let id = self.registrants.open.iter().find(|(_, registrant)| held(registrant)).map(|(id, _)| id.clone());
-        if let Some(id) = id {
+        if let Some(id) = self.registrants.holding(lease) {
             self.registrants.end(&id, Registration::Unknown, None);
         }
         self.end_park_lease(core, lease, false);
@@ -318,9 +209,7 @@ impl<R: Clone> Outgoing<R> {
         let id = self.requests.get(&uid).and_then(|request| request.registration.clone());
         let Some(id) = id else { return };
         // It may have registered anew under the same name.
-        let pushing =
-            |registrant: &Registrant<R>| matches!(registrant.state, RegistrantState::Pushing(other, _) if other == uid);
-        if !self.registrants.open.get(&id).is_some_and(pushing) {
+        if !matches!(self.registrants.state_of(&id), Some(RegistrantState::Pushing(other, _)) if *other == uid) {
             return;
         }
         let (state, failure) = (Registration::Failed, Some(failure.clone()));
@@ -337,7 +226,7 @@ impl<R: Clone> Outgoing<R> {
         }
     }
 
-    fn answer_registration(
+    pub(super) fn answer_registration(
         &self,
         core: &mut Core<R>,
         to: R,
@@ -372,13 +261,15 @@ impl<R: Clone> Outgoing<R> {
     /// Whether there is a place for a registration that is to hold these chunks, or to wait if there are none. Those who wait, those
     /// who hold and those who are sent something do not take each other's places.
     fn check_load(&self, core: &Core<R>, register: &Register, found: &[Found]) -> Result<(), Failure> {
-        let (held, waiting, waiting_bytes) = self.registrants.load();
+        let Load { held, waiting, waiting_len_bytes } = self.registrants.load();
         let most = core.settings.requests_max;
         let waits = found.is_empty() && register.wait_ms > 0;
         let text = if waits && waiting >= most {
             format!("{waiting} registrations wait, the limit (pd_max_requests)")
-        } else if waits && waiting_bytes + keys_len_bytes(&register.keys) > WAITING_LEN_BYTES_MAX {
-            format!("registrations wait for keys of {waiting_bytes} bytes, the limit is {WAITING_LEN_BYTES_MAX}")
+        } else if waits && waiting_len_bytes + keys_len_bytes(&register.keys) > WAITING_LEN_BYTES_MAX {
+            format!(
+                "the keys that registrations wait for take {waiting_len_bytes} bytes, the limit is {WAITING_LEN_BYTES_MAX}"
+            )
         } else if !found.is_empty() && register.receiver.is_none() && held >= most {
             format!("{held} registrations hold chunks, the limit (pd_max_requests)")
         } else {

@@ -28,9 +28,6 @@ pub(super) const WRITE_DEADLINE_PASSED: &str =
 /// How many allocations are remembered, for answers that come late or twice.
 const ASKED_MAX: usize = 4096;
 
-/// Longest name of a host, in bytes, as DNS has it (RFC 1035, 2.3.4).
-const HOST_LEN_BYTES_MAX: usize = 255;
-
 /// Longest that a grant is taken to last, whatever its receiver says.
 const WRITE_TIME_MAX: Duration = Duration::from_secs(86_400);
 
@@ -535,15 +532,7 @@ impl<R: Clone> Outgoing<R> {
 /// # Errors
 /// What is wrong with it.
 pub(super) fn check_receiver(id: &RequestId, receiver: &PeerAddress) -> Result<(), Failure> {
-    let bad = |text: String| Err(Failure::new(FailureKind::BadRequest, text));
-    if receiver.host.len() > HOST_LEN_BYTES_MAX {
-        let len_bytes = receiver.host.len();
-        return bad(format!("{id} goes to a host whose name has {len_bytes} bytes; at most {HOST_LEN_BYTES_MAX}"));
-    }
-    if receiver.host.is_empty() || receiver.init_port == 0 || receiver.alloc_port == 0 {
-        return bad(format!("{id} goes to {receiver}; give a host and two ports that are not 0"));
-    }
-    Ok(())
+    receiver.check().map_err(|text| Failure::new(FailureKind::BadRequest, format!("{id} goes to {text}")))
 }
 
 /// A peer's words, made fit for an answer and a log line.

@@ -4,6 +4,7 @@ mod addressee;
 mod bench;
 mod ended;
 mod eviction;
+mod fetches;
 mod limits;
 #[cfg(feature = "lmcache")]
 mod lmcache;

@@ -36,7 +36,7 @@ impl Bench {
     fn noted(&mut self) -> Vec<String> {
         let name = |note: Note| match note {
             Note::PeerUp { address, .. } => format!("{} up", address.host),
-            Note::PeerDown { address, failure } => format!("{} down: {failure}", address.host),
+            Note::PeerDown { address, failure, .. } => format!("{} down: {failure}", address.host),
             Note::Refused { address, failure } => format!("{} refused: {failure}", address.host),
             other => panic!("{other:?}"),
         };
