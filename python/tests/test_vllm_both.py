@@ -44,6 +44,8 @@ class Node:
         )
         stack.callback(self.supervisor.close)
         self.memory = Memory(seed)
+        #: Requests of whose turn before nothing more comes.
+        self.through: set[str] = set()
         self.daemon = Attachment(self.supervisor, self.memory)  # type: ignore[arg-type]
         self.producer = ProducerWorker(self.daemon, LAYOUT, "uint8")
         self.consumer = ConsumerWorker(self.daemon, LAYOUT, "uint8", receive_wait_s=PATIENCE_S)
@@ -160,7 +162,8 @@ def turn_is_through(prefill: Node, request_id: str) -> None:
     def is_through() -> bool:
         prefill.consumer.begin_step(ConsumerStep(idle=True))
         assert prefill.consumer.progress() == (set(), set())
-        return request_id in prefill.consumer.here()
+        prefill.through.update(prefill.consumer.here())
+        return request_id in prefill.through
 
     eventually(is_through, 0.001)
 
