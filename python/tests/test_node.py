@@ -212,9 +212,10 @@ def test_a_node_that_comes_again_is_served_both_ways(start_node, engine):
 def test_keys_of_one_half_are_named(start_node, engine):
     # Broken in production: an operator sets a key and does not learn which direction it is for.
     node = start_node(engine, 8, "pd_retention_sec=60", "pd_commit_timeout_sec=30")
-    lines = node.daemon.stderr().splitlines()
     for key, words in (
         ("pd_retention_sec", "used by the incoming half, ignored by the outgoing half"),
         ("pd_commit_timeout_sec", "used by the outgoing half, ignored by the incoming half"),
     ):
-        assert any(key in line and words in line for line in lines), lines
+        # A thread of the daemon's writes its log.
+        said = lambda: any(key in line and words in line for line in node.daemon.stderr().splitlines())  # noqa: E731
+        assert eventually(said, left=node.daemon.stderr)

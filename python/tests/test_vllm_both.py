@@ -23,7 +23,7 @@ from pd_backend.vllm.spec import RemoteSpec, kept_spec
 from pd_backend.vllm.step import ChunkBlocks, ConsumerStep, ProducerStep, ReceivePlan, SendPlan, TurnPlan
 from pd_backend.vllm.supervisor import Supervisor
 from test_vllm_lost import TOKENS, Given, grants, outcomes, plan, sent_before
-from vllm_pair import CHUNK, LAYOUT, Memory, Pair, load, restarted
+from vllm_pair import BLOCK, CHUNK, LAYOUT, Memory, Pair, load, restarted
 from waiting import DEADLINES, PATIENCE_S, eventually
 
 
@@ -44,6 +44,8 @@ class Node:
         )
         stack.callback(self.supervisor.close)
         self.memory = Memory(seed)
+        #: Requests of whose turn before nothing more comes.
+        self.through: set[str] = set()
         self.daemon = Attachment(self.supervisor, self.memory)  # type: ignore[arg-type]
         self.producer = ProducerWorker(self.daemon, LAYOUT, "uint8")
         self.consumer = ConsumerWorker(self.daemon, LAYOUT, "uint8", receive_wait_s=PATIENCE_S)
@@ -160,14 +162,20 @@ def turn_is_through(prefill: Node, request_id: str) -> None:
     def is_through() -> bool:
         prefill.consumer.begin_step(ConsumerStep(idle=True))
         assert prefill.consumer.progress() == (set(), set())
-        return request_id in prefill.consumer.here()
+        prefill.through.update(prefill.consumer.here())
+        return request_id in prefill.through
 
     eventually(is_through, 0.001)
 
 
-def turn_is_loaded(way: Way, request_id: str, tokens: list[int], blocks: list[int]) -> set[int]:
+def turn_is_loaded(
+    way: Way, request_id: str, tokens: list[int], blocks: list[int], first_chunk: int = 0
+) -> set[int]:
     """As prefill does once it has looked up what came."""
-    plan = ReceivePlan(request_id, None, chunk_hashes(tokens, CHUNK), len(tokens), 0, blocks)
+    first_block = first_chunk * CHUNK // BLOCK
+    plan = ReceivePlan(
+        request_id, None, chunk_hashes(tokens, CHUNK), len(tokens), first_block, blocks, first_chunk=first_chunk
+    )
     return way.consume(ConsumerStep(loads=[plan], turns_over=[request_id]), request_id)
 
 
@@ -188,11 +196,12 @@ def test_prefill_loads_what_decode_has_kept_of_the_turn_before(two: tuple[Node, 
     wanted = TurnPlan("next", hashes[1:] + ["c0ffee"], decode.at() if named else None)
     prefill.consumer.begin_step(ConsumerStep(turns=[wanted]))
     turn_is_through(prefill, "next")
+    assert turn_is_loaded(back, "next", CONVERSATION, [8, 9, 10, 11, 12, 13], first_chunk=1) == set()
+    assert (prefill.memory.kv[:, 10:14] == decode.memory.kv[:, 2:6]).all()
     prefill.consumer.begin_step(ConsumerStep(turns=[TurnPlan("first", hashes[:1], decode.at())]))
     turn_is_through(prefill, "first")
-    assert turn_is_loaded(back, "next", CONVERSATION, [8, 9, 10, 11, 12, 13]) == set()
+    assert turn_is_loaded(back, "first", CONVERSATION, [8, 9, 10, 11, 12, 13]) == set()
     assert (prefill.memory.kv[:, 8:14] == decode.memory.kv[:, 0:6]).all()
-    prefill.consumer.begin_step(ConsumerStep(turns_over=["first"]))
     there.nothing_left()
     back.nothing_left()
 

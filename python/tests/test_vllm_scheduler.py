@@ -512,17 +512,25 @@ class TestConsumer:
         assert shelf.asked == 0
         scheduler.here(["a"])
         assert scheduler.matched(long, 0) == (None, False)
-        scheduler.here(["a"])
+        scheduler.here(["a", "b", "b"])
+        # What the engine has need not be in the daemon's buffer as well, as long as the engine has it.
+        shelf.ready.remove(hashes[0])
+        assert scheduler.matched(cached, 300) == scheduler.matched(cached, 300) == (468, True) and shelf.asked == 2
+        assert scheduler.matched(cached, 128) == (0, False)
+        shelf.ready.add(hashes[0])
         assert scheduler.matched(long, 0) == scheduler.matched(long, 0) == (768, True)
-        assert scheduler.build(output()).turns_over == ["a"] and shelf.held == {"a"}
+        assert scheduler.build(output()).turns_over == ["b", "a"] and shelf.held == {"a"}
         scheduler.allocated(long, [1, 2, 3, 4, 5, 6, 7, 8], 768)
         (load,) = scheduler.build(output()).loads
         assert (load.req_id, load.remote, load.hashes) == (None, None, hashes[:3])
         scheduler.received(["a"], ())
         assert not scheduler.finished(long)
         # Given up while it is asked for.
-        assert not scheduler.finished(cached) and scheduler.pending()
-        assert scheduler.build(output()).turns_over == ["b"] and not scheduler.pending()
+        late = request(1000, asked, "d")
+        scheduler.arrived_to_be_prefilled(late)
+        assert scheduler.matched(late, 0) == (None, False)
+        assert not scheduler.finished(late) and scheduler.pending()
+        assert scheduler.build(output()).turns_over == ["d"] and not scheduler.pending()
 
     def test_who_asks_for_no_turn_is_not_known(self) -> None:
         # Broken in production: a prefill server looks chunks up that it was told to compute.

@@ -195,7 +195,9 @@ class ConsumerWorker:
                 elif request.req_id is not None:
                     request.arriving = client.start_wait(request.req_id, wait_s=self._receive_wait_s)
                 elif request.plan is not None:
-                    request.arriving = client.start_lookup(self._keys(request.plan.hashes), fetch=True)
+                    request.first_chunk = request.plan.first_chunk
+                    keys = self._keys(request.plan.hashes)[request.first_chunk :]
+                    request.arriving = client.start_lookup(keys, fetch=True)
             except DaemonLost as lost:
                 self._daemon.let_go(lost)
                 raise
@@ -279,7 +281,6 @@ class ConsumerWorker:
         # Handed out before, to another sample of the same request, or to one that was retried: its chunks may be there
         # still.
         request.req_id = request.arriving = None
-        request.first_chunk = 0
         return None
 
     def _keys(self, hashes: Iterable[str]) -> list[str]:

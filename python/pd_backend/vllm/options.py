@@ -75,7 +75,7 @@ class Options:
     layer_pushes: int = 4
     #: Both parts: a prompt of which prefill lacks so many tokens is asked for at the servers that may have decoded the
     #: conversation's turn before, and decode keeps its chunks for that; 0: neither.
-    kv_recompute_threshold: int = 512
+    kv_recompute_threshold: int = 256
     #: Both parts: whether decode's answers say where the KV of the conversation is, for routers that pass that on to prefill.
     bidirectional_kv_xfer: bool = False
     #: Decode: whether requests without a `disagg_spec` are looked up by their chunks.

@@ -331,6 +331,8 @@ class _Receiving:
     #: Of a request that is prefilled here: whether the turn before of its conversation is still to be asked for, and was.
     may_ask: bool = False
     asked: bool = False
+    #: Of such a request: the first chunk that is looked up. The engine has those before it, and its daemon may not.
+    first_chunk: int = 0
     #: It cannot be named, or what was loaded could not be used: the engine computes it, and nothing is looked up for it.
     failed: bool = False
 
@@ -507,9 +509,10 @@ class ConsumerScheduler:
                     receiving.failed = True
         elif receiving.failed or self._finder is None:
             receiving.tokens, receiving.hashes = 0, []
-        elif receiving.lookup_of != request.num_tokens:
+        elif receiving.lookup_of != request.num_tokens or computed < receiving.first_chunk * self._chunk_tokens:
             receiving.lookup_of = request.num_tokens
-            receiving.tokens, receiving.hashes, receiving.adapter = self._look_up(self._finder, request, computed)
+            first = receiving.first_chunk = min(receiving.first_chunk, computed // self._chunk_tokens)
+            receiving.tokens, receiving.hashes, receiving.adapter = self._look_up(self._finder, request, computed, first)
         if receiving.asked:
             # What came is held by the look-up now.
             receiving.asked = False
@@ -535,7 +538,7 @@ class ConsumerScheduler:
             receiving.failed = True
             return
         remote = turn_spec(request.kv_transfer_params, self._tp_size)
-        receiving.asked, receiving.here = True, 0
+        receiving.asked, receiving.here, receiving.first_chunk = True, 0, first
         self._step.turns.append(TurnPlan(request.request_id, hashes, remote))
 
     def allocated(self, request: Any, block_ids: list[int], external_tokens: int) -> None:
@@ -559,6 +562,7 @@ class ConsumerScheduler:
                     block_ids[:blocks],
                     receiving.adapter,
                     receiving.remote if named is not None else None,
+                    receiving.first_chunk,
                 )
             )
             receiving.loading = True
@@ -672,8 +676,10 @@ class ConsumerScheduler:
         if self._finder is not None:
             self._finder.forget(request_id)
 
-    def _look_up(self, finder: Finder, request: Any, computed: int) -> tuple[int, list[str], Adapter | None]:
-        """The longest beginning of the request whose chunks are ready."""
+    def _look_up(
+        self, finder: Finder, request: Any, computed: int, first_chunk: int
+    ) -> tuple[int, list[str], Adapter | None]:
+        """The longest beginning of the request whose chunks are ready, from the first one on that is looked up."""
         tokens = request.num_tokens
         # A router that got the first token from prefill sends it along: the last chunk was sent with one token less.
         # After a preemption the prompt may be followed by any number of our own tokens.
@@ -685,7 +691,7 @@ class ConsumerScheduler:
                 hashes, adapter = self._hashes(request, length)
             except Unnamed:
                 continue
-            found = finder.find(request.request_id, hashes)
+            found = first_chunk + finder.find(request.request_id, hashes[first_chunk:])
             covered = length if found == len(hashes) else found * self._chunk_tokens
             if covered > best[0]:
                 best = (covered, hashes[:found], adapter)

@@ -80,6 +80,8 @@ class ReceivePlan:
     adapter: Adapter | None = None
     #: Where the chunks are parked, if they have to be asked for.
     remote: RemoteSpec | None = None
+    #: The first of them that is looked up: the engine has those before it.
+    first_chunk: int = 0
 
 
 @dataclass(frozen=True)

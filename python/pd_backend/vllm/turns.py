@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from ..client import Pending
-from ..errors import Kind, PdError, RequestRefused
+from ..errors import ClientClosed, DaemonLost, Kind, PdError, RequestRefused, Unreadable
 from ..messages import SourceAddress, Status
 from ..node_client import NodeClient
 from ..receiver_client import Lease
@@ -120,8 +120,10 @@ class Turns:
                 if not asked.over and asked.arriving.done():
                     asked.over = True
                     asked.lease = self._answer(asked)
+        except (DaemonLost, ClientClosed, Unreadable) as lost:
+            self._daemon.let_go(lost)
+            return True
         except PdError as error:
-            # A daemon that is lost: the others that step with it see that, and let its client go.
             logger.warning("request %s: nothing more is asked for of the turn before: %s", turn.plan.request_id, error)
             return True
         return all(asked.over for asked in turn.asked)
