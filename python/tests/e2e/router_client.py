@@ -9,13 +9,16 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import harness
 import prompts
 from harness import HttpError, Server, until
 from router_processes import Router
+
+
+_numbers = itertools.count()
 
 
 class NoAnswer(Exception):
@@ -36,11 +39,10 @@ class Running:
 
     router: Router
     url: str
-    _numbers: Iterator[int] = field(default_factory=itertools.count)
 
     def salt(self, more: str = "") -> str:
         """Of a request whose KV no other one has; it also says what prefill is to answer."""
-        return f"{self.router.mode} {self.router.name} {next(self._numbers)} {more}"
+        return f"{self.router.mode} {self.router.name} {next(_numbers)} {more}"
 
     def body(self, prompt: list[int], **more: Any) -> dict[str, Any]:
         body = {"model": harness.MODEL_NAME, "prompt": words(prompt), "max_tokens": prompts.MAX_TOKENS}

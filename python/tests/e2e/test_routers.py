@@ -22,13 +22,7 @@ from swapping import EXCHANGED
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Each test is of the routers that do what it is about."""
-    able = [router for router in ROUTERS if metafunc.function.__name__ not in router.lacks]
-    metafunc.parametrize("running", able, indirect=True, scope="module", ids=[router.name for router in able])
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=ROUTERS, ids=lambda router: router.name)
 def running(request: pytest.FixtureRequest, deployment: Deployment, folder: Path, model: Path) -> Iterator[Running]:
     sender, receiver = deployment.prefill.daemon_ready(), deployment.decode.daemon_ready()
     servers = Servers(
