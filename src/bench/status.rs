@@ -205,7 +205,7 @@ mod tests {
     use crate::connector::message::{ReceiverState, ReceiverStatus};
     use crate::ids::{Failure, FailureKind, PeerAddress, RequestId};
     use crate::metrics::{Snapshot, Tally, exposition};
-    use crate::node::incoming::{IncomingCounts, Note};
+    use crate::node::incoming::{IncomingCounts, IncomingNote};
     use crate::node::outgoing::OutgoingCounts;
     use crate::node::{self, NodeCounts};
 
@@ -214,12 +214,12 @@ mod tests {
         let request = || RequestId::new("r").unwrap();
         for bytes in [1000, 1 << 30] {
             let took = Duration::from_millis(5);
-            let note = Note::Committed { request: request(), instance: "s".into(), chunks: 2, bytes, took };
+            let note = IncomingNote::Committed { request: request(), instance: "s".into(), chunks: 2, bytes, took };
             tally.count(&node::Note::<()>::Incoming(note));
         }
         for kind in [FailureKind::Expired, FailureKind::PeerLost, FailureKind::PeerLost] {
             let failure = Failure::new(kind, "");
-            let note = Note::Failed { request: request(), instance: "s".into(), failure, quarantined: 2 };
+            let note = IncomingNote::Failed { request: request(), instance: "s".into(), failure, quarantined: 2 };
             tally.count(&node::Note::<()>::Incoming(note));
         }
         let status = Status {

@@ -111,60 +111,62 @@ impl Tally {
         }
     }
 
-    fn count_outgoing(&mut self, note: &outgoing::Note) {
-        use outgoing::Note;
+    fn count_outgoing(&mut self, note: &outgoing::OutgoingNote) {
+        use outgoing::OutgoingNote;
         match note {
-            Note::PeerUp { took, .. } => {
+            OutgoingNote::PeerUp { took, .. } => {
                 self.handshakes += 1;
                 self.add_phase("handshake", *took);
             }
-            Note::PeerDown { failure, .. } | Note::Refused { failure, .. } => {
+            OutgoingNote::PeerDown { failure, .. } | OutgoingNote::Refused { failure, .. } => {
                 add(&mut self.peer_failures, failure.kind)
             }
-            Note::Opened { chunks, already_sent, took, .. } => {
+            OutgoingNote::Opened { chunks, already_sent, took, .. } => {
                 self.count_chunks(*chunks, *already_sent);
                 self.add_phase("alloc", *took);
             }
-            Note::Sent { bytes, phases, .. } => {
+            OutgoingNote::Sent { bytes, phases, .. } => {
                 self.requests_sent += 1;
                 self.bytes += bytes;
                 self.add_phase("transfer", phases.transfer);
                 self.add_phase("commit", phases.commit);
             }
-            Note::Failed { failure, .. } => self.count_failure(failure.kind),
-            Note::Parked { .. } => self.requests_parked += 1,
-            Note::LeaseEnded { .. } => {}
-            Note::Registered { state, .. } => *self.registrations.entry(state.as_str()).or_default() += 1,
-            Note::Unexpected { .. } | Note::Misdirected { .. } => self.unexpected_messages += 1,
+            OutgoingNote::Failed { failure, .. } => self.count_failure(failure.kind),
+            OutgoingNote::Parked { .. } => self.requests_parked += 1,
+            OutgoingNote::LeaseEnded { .. } => {}
+            OutgoingNote::Registered { state, .. } => *self.registrations.entry(state.as_str()).or_default() += 1,
+            OutgoingNote::Unexpected { .. } | OutgoingNote::Misdirected { .. } => self.unexpected_messages += 1,
         }
     }
 
-    fn count_incoming<R>(&mut self, note: &incoming::Note<R>) {
-        use incoming::Note;
+    fn count_incoming<R>(&mut self, note: &incoming::IncomingNote<R>) {
+        use incoming::IncomingNote;
         match note {
-            Note::PeerConnected { .. } => self.handshakes += 1,
-            Note::PeerRefused { failure, .. } => add(&mut self.peer_failures, failure.kind),
-            Note::PeerLost { .. } | Note::PeerEvicted { .. } => add(&mut self.peer_failures, FailureKind::PeerLost),
+            IncomingNote::PeerConnected { .. } => self.handshakes += 1,
+            IncomingNote::PeerRefused { failure, .. } => add(&mut self.peer_failures, failure.kind),
+            IncomingNote::PeerLost { .. } | IncomingNote::PeerEvicted { .. } => {
+                add(&mut self.peer_failures, FailureKind::PeerLost)
+            }
             // The failure of its request is counted.
-            Note::Corrupted { .. } => {}
-            Note::Granted { chunks, already_sent, waited, .. } => {
+            IncomingNote::Corrupted { .. } => {}
+            IncomingNote::Granted { chunks, already_sent, waited, .. } => {
                 self.count_chunks(*chunks, *already_sent);
                 self.add_phase("wait", *waited);
             }
-            Note::Refused { failure, .. } => add(&mut self.allocations_refused, failure.kind),
-            Note::Committed { bytes, took, .. } => {
+            IncomingNote::Refused { failure, .. } => add(&mut self.allocations_refused, failure.kind),
+            IncomingNote::Committed { bytes, took, .. } => {
                 self.requests_ready += 1;
                 self.bytes += bytes;
                 self.add_phase("write", *took);
             }
-            Note::Failed { failure, quarantined, .. } => {
+            IncomingNote::Failed { failure, quarantined, .. } => {
                 self.count_failure(failure.kind);
                 self.slots_quarantined += *quarantined as u64;
             }
-            Note::Fetched { after, .. } => self.add_phase("fetch", *after),
-            Note::FetchFailed { failure, .. } => add(&mut self.fetches_failed, failure.kind),
-            Note::Unquarantined { slots, .. } => self.slots_unquarantined += *slots as u64,
-            Note::Unexpected { .. } => self.unexpected_messages += 1,
+            IncomingNote::Fetched { after, .. } => self.add_phase("fetch", *after),
+            IncomingNote::FetchFailed { failure, .. } => add(&mut self.fetches_failed, failure.kind),
+            IncomingNote::Unquarantined { slots, .. } => self.slots_unquarantined += *slots as u64,
+            IncomingNote::Unexpected { .. } => self.unexpected_messages += 1,
         }
     }
 

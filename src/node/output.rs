@@ -194,19 +194,19 @@ pub enum Note<R> {
         result: Result<u64, String>,
     },
     /// To a request that is sent, or a receiver.
-    Outgoing(outgoing::Note),
+    Outgoing(outgoing::OutgoingNote),
     /// To a request that is received, or a sender.
-    Incoming(incoming::Note<R>),
+    Incoming(incoming::IncomingNote<R>),
 }
 
-impl<R> From<outgoing::Note> for Note<R> {
-    fn from(note: outgoing::Note) -> Self {
+impl<R> From<outgoing::OutgoingNote> for Note<R> {
+    fn from(note: outgoing::OutgoingNote) -> Self {
         Self::Outgoing(note)
     }
 }
 
-impl<R> From<incoming::Note<R>> for Note<R> {
-    fn from(note: incoming::Note<R>) -> Self {
+impl<R> From<incoming::IncomingNote<R>> for Note<R> {
+    fn from(note: incoming::IncomingNote<R>) -> Self {
         Self::Incoming(note)
     }
 }

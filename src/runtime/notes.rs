@@ -110,56 +110,58 @@ impl Log {
         self.limits.entry(kind).or_insert_with(fresh)
     }
 
-    fn incoming(&mut self, note: incoming::Note<RouteKey>) {
-        use incoming::Note;
+    fn incoming(&mut self, note: incoming::IncomingNote<RouteKey>) {
+        use incoming::IncomingNote;
         let limited = match &note {
-            Note::PeerRefused { failure, .. } => Some(("a sender is refused", Some(failure.kind))),
-            Note::Refused { failure, .. } => Some(("a request is refused", Some(failure.kind))),
-            Note::Unexpected { message, .. } => Some((*message, None)),
-            Note::PeerEvicted { .. } => Some((EVICTED, None)),
-            Note::FetchFailed { failure, .. } => Some(("nothing is fetched", Some(failure.kind))),
+            IncomingNote::PeerRefused { failure, .. } => Some(("a sender is refused", Some(failure.kind))),
+            IncomingNote::Refused { failure, .. } => Some(("a request is refused", Some(failure.kind))),
+            IncomingNote::Unexpected { message, .. } => Some((*message, None)),
+            IncomingNote::PeerEvicted { .. } => Some((EVICTED, None)),
+            IncomingNote::FetchFailed { failure, .. } => Some(("nothing is fetched", Some(failure.kind))),
             _ => None,
         };
         let Some(unsaid) = self.permit(limited) else { return };
         match note {
-            Note::PeerConnected { instance } => info!(sender = %instance, "connected"),
-            Note::PeerRefused { instance, failure } => {
+            IncomingNote::PeerConnected { instance } => info!(sender = %instance, "connected"),
+            IncomingNote::PeerRefused { instance, failure } => {
                 warn!(sender = %instance, kind = %failure.kind, unsaid, "refused: {}", failure.text);
             }
-            Note::PeerLost { instance, reason } => info!(sender = %instance, "sender {reason}"),
-            Note::PeerEvicted { instance, peers_max } => warn!(
+            IncomingNote::PeerLost { instance, reason } => info!(sender = %instance, "sender {reason}"),
+            IncomingNote::PeerEvicted { instance, peers_max } => warn!(
                 sender = %instance, unsaid, "{peers_max} senders are connected, the limit, and one that is in use was disconnected \
                  to make room for another; it comes back, and another has to go: raise pd_max_peers to the number of senders \
                  that name this receiver"
             ),
-            Note::Corrupted { request, instance, chunks } => warn!(
+            IncomingNote::Corrupted { request, instance, chunks } => warn!(
                 %request, sender = %instance, chunks, "chunks arrived otherwise than they were sent"
             ),
-            Note::Granted { request, instance, chunks, already_sent, waited } => debug!(
+            IncomingNote::Granted { request, instance, chunks, already_sent, waited } => debug!(
                 %request, sender = %instance, chunks, already_sent, waited_ms = ms(waited), "granted"
             ),
-            Note::Refused { request, instance, failure } => {
+            IncomingNote::Refused { request, instance, failure } => {
                 let request = request.map_or_else(|| "-".to_owned(), |id| id.to_string());
                 warn!(%request, sender = %instance, kind = %failure.kind, unsaid, "refused: {}", failure.text);
             }
-            Note::Committed { request, instance, chunks, bytes, took } => info!(
+            IncomingNote::Committed { request, instance, chunks, bytes, took } => info!(
                 %request, sender = %instance, chunks, bytes, write_ms = ms(took), "ready"
             ),
             // Somebody wanted it so.
-            Note::Failed { request, instance, failure, quarantined } if failure.kind == FailureKind::Cancelled => {
+            IncomingNote::Failed { request, instance, failure, quarantined }
+                if failure.kind == FailureKind::Cancelled =>
+            {
                 info!(%request, sender = %instance, quarantined, "cancelled: {}", failure.text);
             }
-            Note::Failed { request, instance, failure, quarantined } => warn!(
+            IncomingNote::Failed { request, instance, failure, quarantined } => warn!(
                 %request, sender = %instance, kind = %failure.kind, quarantined, "failed: {}", failure.text
             ),
-            Note::Fetched { request, after } => debug!(%request, after_ms = ms(after), "fetched"),
-            Note::FetchFailed { request, instance, failure } => {
+            IncomingNote::Fetched { request, after } => debug!(%request, after_ms = ms(after), "fetched"),
+            IncomingNote::FetchFailed { request, instance, failure } => {
                 warn!(%request, sender = %instance, kind = %failure.kind, unsaid, "not fetched: {}", failure.text);
             }
-            Note::Unquarantined { instance, slots } => {
+            IncomingNote::Unquarantined { instance, slots } => {
                 debug!(sender = %instance, slots, "writer has stopped, slots are free again");
             }
-            Note::Unexpected { from, port, message } => warn!(
+            IncomingNote::Unexpected { from, port, message } => warn!(
                 %from, seen = message, unsaid, "not taken at the port for {}, which takes {} and pd-sender's own messages, each once; \
                  correct the ports that this sender was given", port.purpose(), port.accepted()
             ),
@@ -188,55 +190,58 @@ impl Log {
         unsaid
     }
 
-    fn outgoing(&mut self, note: outgoing::Note) {
-        use outgoing::Note;
+    fn outgoing(&mut self, note: outgoing::OutgoingNote) {
+        use outgoing::OutgoingNote;
         let limited = match &note {
-            Note::Unexpected { message, .. } | Note::Misdirected { message } => Some((*message, None)),
-            Note::Failed { failure, registered: true, .. } => {
+            OutgoingNote::Unexpected { message, .. } | OutgoingNote::Misdirected { message } => Some((*message, None)),
+            OutgoingNote::Failed { failure, registered: true, .. } => {
                 Some(("what a receiver asked for is not sent", Some(failure.kind)))
             }
             _ => None,
         };
         let Some(unsaid) = self.permit(limited) else { return };
         match note {
-            Note::PeerUp { address, .. } if self.receivers.get(&address).is_some_and(|receiver| receiver.quiet) => {}
-            Note::PeerUp { address, instance, len_bytes, took } => info!(
+            OutgoingNote::PeerUp { address, .. }
+                if self.receivers.get(&address).is_some_and(|receiver| receiver.quiet) => {}
+            OutgoingNote::PeerUp { address, instance, len_bytes, took } => info!(
                 receiver = %address, instance, buffer_bytes = len_bytes, took_ms = ms(took), "connected"
             ),
-            Note::PeerDown { address, configured, failure } => {
+            OutgoingNote::PeerDown { address, configured, failure } => {
                 if let Some(unsaid) = self.permit_loss(&address, failure.kind, configured) {
                     warn!(receiver = %address, kind = %failure.kind, unsaid, "receiver given up: {}", failure.text);
                 }
             }
-            Note::Refused { address, failure } => {
+            OutgoingNote::Refused { address, failure } => {
                 error!(receiver = %address, kind = %failure.kind, "receiver refused: {}", failure.text);
             }
-            Note::Parked { request, chunks, lease } => debug!(%request, chunks, lease_ms = ms(lease), "parked"),
-            Note::LeaseEnded { chunks, released } => debug!(chunks, released, "parked chunks may make room"),
-            Note::Registered { request, instance, state, chunks } => {
+            OutgoingNote::Parked { request, chunks, lease } => debug!(%request, chunks, lease_ms = ms(lease), "parked"),
+            OutgoingNote::LeaseEnded { chunks, released } => debug!(chunks, released, "parked chunks may make room"),
+            OutgoingNote::Registered { request, instance, state, chunks } => {
                 debug!(%request, receiver = %instance, ?state, chunks, "asked for what is parked");
             }
-            Note::Opened { request, receiver, chunks, already_sent, took } => debug!(
+            OutgoingNote::Opened { request, receiver, chunks, already_sent, took } => debug!(
                 %request, receiver, chunks, already_sent, alloc_ms = ms(took), "opened"
             ),
-            Note::Sent { request, receiver, chunks, bytes, phases } => info!(
+            OutgoingNote::Sent { request, receiver, chunks, bytes, phases } => info!(
                 %request, receiver, chunks, bytes,
                 alloc_ms = ms(phases.alloc), transfer_ms = ms(phases.transfer), commit_ms = ms(phases.commit), "sent"
             ),
-            Note::Failed { request, receiver, failure, in_flight, .. } if failure.kind == FailureKind::Cancelled => {
+            OutgoingNote::Failed { request, receiver, failure, in_flight, .. }
+                if failure.kind == FailureKind::Cancelled =>
+            {
                 info!(%request, receiver, in_flight, unsaid, "cancelled: {}", failure.text);
             }
-            Note::Failed { request, receiver, failure, in_flight, .. } => warn!(
+            OutgoingNote::Failed { request, receiver, failure, in_flight, .. } => warn!(
                 %request, receiver, kind = %failure.kind, in_flight, unsaid, "failed: {}", failure.text
             ),
-            Note::Misdirected { message } => warn!(
+            OutgoingNote::Misdirected { message } => warn!(
                 seen = message,
                 unsaid,
                 "not taken at the port for {}, which takes {}; correct the port that it was sent to",
                 Port::Rendezvous.purpose(),
                 Port::Rendezvous.accepted()
             ),
-            Note::Unexpected { address, message } => {
+            OutgoingNote::Unexpected { address, message } => {
                 warn!(receiver = %address, seen = message, unsaid, "an unexpected message, ignored");
             }
         }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use pd_backend::ids::{ChunkKey, LeaseId, Pages, PeerId, RequestId};
 use pd_backend::node::Port;
-use pd_backend::node::incoming::Note;
+use pd_backend::node::incoming::IncomingNote;
 #[cfg(feature = "lmcache")]
 pub use pd_backend::wire::descriptor_list;
 use pd_backend::wire::message::AllocResponse;
@@ -212,10 +212,10 @@ impl World {
     }
 
     /// What a receiver of ours notes of a request that may be an LMCache sender's.
-    pub fn lmcache_request_noted(&mut self, at: Proc, note: &Note<Route>) {
+    pub fn lmcache_request_noted(&mut self, at: Proc, note: &IncomingNote<Route>) {
         match note {
-            Note::Granted { request, .. } => self.lmcache.granted = Some(request.clone()),
-            Note::Committed { request, .. } | Note::Failed { request, .. } => {
+            IncomingNote::Granted { request, .. } => self.lmcache.granted = Some(request.clone()),
+            IncomingNote::Committed { request, .. } | IncomingNote::Failed { request, .. } => {
                 self.lmcache.open.remove(&(at, request.clone()));
             }
             _ => {}

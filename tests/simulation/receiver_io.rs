@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use pd_backend::ids::{Checksum, ChunkKey, FailureKind};
-use pd_backend::node::incoming::{ExpectedChunk, Note};
+use pd_backend::node::incoming::{ExpectedChunk, IncomingNote};
 use pd_backend::node::{self, Output, Port, Remote, To};
 use pd_backend::wire::message::AllocResponse;
 use pd_backend::wire::{LmcacheMode, Message};
@@ -123,24 +123,24 @@ impl World {
         }
     }
 
-    fn on_receiver_note(&mut self, at: Proc, note: Note<Route>) {
+    fn on_receiver_note(&mut self, at: Proc, note: IncomingNote<Route>) {
         match note {
             // Of an LMCache sender's, which a reader takes uncommitted.
-            Note::Committed { instance, .. } if is_lmcaches(&instance) => {}
-            Note::Committed { request, instance, .. } => {
+            IncomingNote::Committed { instance, .. } if is_lmcaches(&instance) => {}
+            IncomingNote::Committed { request, instance, .. } => {
                 let under_way = self.under_way(at);
                 let checked = self.daemons.receiver(at.index).truth.commit(&instance, &request, &under_way);
                 self.check(checked);
                 *self.committed.entry((instance, request)).or_default() += 1;
             }
-            Note::Granted { request, .. } => self.attempt_begins(at, &request),
+            IncomingNote::Granted { request, .. } => self.attempt_begins(at, &request),
             // A sender that is not known shakes hands anew, and asks again.
-            Note::Refused { failure, instance, .. }
+            IncomingNote::Refused { failure, instance, .. }
                 if failure.kind == FailureKind::HandshakeRefused && !is_lmcaches(&instance) => {}
-            Note::Failed { request, .. } | Note::Refused { request: Some(request), .. } => {
+            IncomingNote::Failed { request, .. } | IncomingNote::Refused { request: Some(request), .. } => {
                 self.attempt_ends(at, request, false)
             }
-            Note::Fetched { request, .. } => self.attempt_ends(at, request, true),
+            IncomingNote::Fetched { request, .. } => self.attempt_ends(at, request, true),
             _ => {}
         }
     }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::origin::Origin;
 use super::request::{IncomingRequest, IncomingStage, RoomSeen};
-use super::{Incoming, IncomingTimer, Note, Port};
+use super::{Incoming, IncomingNote, IncomingTimer, Port};
 use crate::ids::{Failure, FailureKind, GrantId, RequestId, Seq, SlotIndex, truncate};
 use crate::node::chunks::ChunkSize;
 use crate::node::core::Core;
@@ -31,7 +31,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
         // What the network delivers twice is asked once: its answer is on its way, or was taken back meanwhile.
         let seen = self.peers.get_mut(&extension.instance).is_some_and(|peer| !peer.allocs.insert(extension.seq));
         if seen {
-            return core.note(Note::Unexpected { from, port: Port::Alloc, message: "AllocRequest, twice" });
+            return core.note(IncomingNote::Unexpected { from, port: Port::Alloc, message: "AllocRequest, twice" });
         }
         let checked = self.check_alloc(core, &request, &extension);
         let checked = checked.and_then(|checked| self.check_share(&extension.instance).map(|()| checked));
@@ -178,7 +178,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
             pd: Some(AllocReplyExtension { refusal: Some(failure.clone()), ..AllocReplyExtension::empty(seq) }),
         };
         core.send(To::Route(to), Port::Alloc, Message::AllocResponse(response));
-        core.note(Note::Refused { request, instance: truncate(instance), failure });
+        core.note(IncomingNote::Refused { request, instance: truncate(instance), failure });
     }
 
     /// Whether a sender may have one more request: none may take all places from the others.
@@ -306,7 +306,13 @@ impl<R: Clone + PartialEq> Incoming<R> {
         let Some(request) = self.requests.get(id) else { return };
         let (count, instance) = (request.keys.len(), request.instance.clone());
         let waited = core.now.saturating_duration_since(request.since);
-        core.note(Note::Granted { request: id.clone(), instance, chunks: count, already_sent: shared.len(), waited });
+        core.note(IncomingNote::Granted {
+            request: id.clone(),
+            instance,
+            chunks: count,
+            already_sent: shared.len(),
+            waited,
+        });
         if let Some(request) = self.requests.get_mut(id) {
             request.since = core.now;
             request.stage = IncomingStage::Granted { grant, own, shared };

@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 
 use super::origin::Origin;
 use super::request::{IncomingRequest, IncomingStage};
-use super::{Incoming, IncomingTimer, Note, Port};
+use super::{Incoming, IncomingNote, IncomingTimer, Port};
 use crate::ids::{Failure, FailureKind, GrantId, RequestId, SlotIndex};
 use crate::node::core::Core;
 use crate::node::output::To;
@@ -113,7 +113,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
         if let Some(refusal) = refusal(message) {
             core.send(To::Route(from.clone()), port, refusal);
         }
-        core.note(Note::Unexpected { from, port, message: message.type_name() });
+        core.note(IncomingNote::Unexpected { from, port, message: message.type_name() });
     }
 
     /// Whether a request's sender is gone for good, so that another may ask for what it had.

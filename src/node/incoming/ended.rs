@@ -12,16 +12,16 @@ const ENDED_MAX: usize = 4096;
 /// The latest end under each name. A name may be used again, and a wait does not say which attempt it is for. So a failure
 /// is told once: a wait that comes after that is for the next attempt.
 #[derive(Debug)]
-pub(super) struct Ended(Latest<RequestId, End>);
+pub(super) struct EndedRequests(Latest<RequestId, RequestEnd>);
 
-impl Default for Ended {
+impl Default for EndedRequests {
     fn default() -> Self {
         Self(Latest::new(ENDED_MAX))
     }
 }
 
 #[derive(Debug)]
-pub(super) struct End {
+pub(super) struct RequestEnd {
     pub(super) failure: Failure,
     pub(super) instance: String,
     /// What had been granted.
@@ -41,7 +41,7 @@ pub(super) enum Audience {
     Everybody,
 }
 
-impl Ended {
+impl EndedRequests {
     /// What a reader that asks now has to be told of an end, and whose it was, unless that was before `after`.
     pub(super) fn tell(&mut self, id: &RequestId, after: Option<Instant>) -> Option<(Failure, String)> {
         let end = self.0.get_mut(id).filter(|end| after.is_none_or(|after| end.at >= after))?;
@@ -71,7 +71,7 @@ impl Ended {
     }
 
     /// Remembers an end of this moment, and forgets those before `after`.
-    pub(super) fn remember(&mut self, after: Option<Instant>, id: RequestId, end: End) {
+    pub(super) fn remember(&mut self, after: Option<Instant>, id: RequestId, end: RequestEnd) {
         self.0.insert(id, end);
         self.0.forget_while(|end| after.is_some_and(|after| end.at < after));
     }

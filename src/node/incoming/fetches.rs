@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use super::{Incoming, IncomingTimer, Note, Port};
+use super::{Incoming, IncomingNote, IncomingTimer, Port};
 use crate::ids::{
     ChunkKey, ClientId, Failure, FailureKind, PeerId, REQUEST_IDS_MAX, Registration, RequestId, Seq, SourceAddress,
     truncate,
@@ -300,7 +300,11 @@ impl<R: Clone + PartialEq> Incoming<R> {
     pub(super) fn fetch_failed(&mut self, core: &mut Core<R>, id: &RequestId, failure: Failure, instance: &str) {
         let Some(fetch) = self.fetches.remove(id) else { return };
         core.timers.cancel(IncomingTimer::Ask(id.clone()));
-        core.note(Note::FetchFailed { request: id.clone(), instance: truncate(instance), failure: failure.clone() });
+        core.note(IncomingNote::FetchFailed {
+            request: id.clone(),
+            instance: truncate(instance),
+            failure: failure.clone(),
+        });
         match fetch.purpose {
             Purpose::Now { .. } => self.tell_end(core, id.clone(), failure, truncate(instance), None),
             Purpose::Hold { client, question: Some(question), .. } => {

@@ -32,7 +32,7 @@ pub struct ExpectedChunk {
 
 /// What happened, for the log.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Note<R> {
+pub enum IncomingNote<R> {
     /// A peer is connected.
     PeerConnected {
         /// Which.

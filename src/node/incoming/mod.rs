@@ -44,9 +44,9 @@ use std::collections::{BTreeMap, VecDeque};
 use std::time::Instant;
 
 pub use fetches::FetchRequest;
-pub use io::{ExpectedChunk, IncomingCounts, Lookup, Note};
+pub use io::{ExpectedChunk, IncomingCounts, IncomingNote, Lookup};
 
-use self::ended::Ended;
+use self::ended::EndedRequests;
 use self::fetches::Fetch;
 use self::leases::Leases;
 use self::lmcache::Senders;
@@ -82,7 +82,7 @@ pub(super) struct Incoming<R> {
     /// When checksums were last known to be getting on; none before that.
     summed_at: Option<Instant>,
     /// How requests ended lately, for readers that ask after them.
-    ended: Ended,
+    ended: EndedRequests,
     waiters: Waiters,
     /// Senders that are asked for what they have parked.
     sources: BTreeMap<PeerId, Source>,
@@ -110,7 +110,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
             closing: BTreeMap::new(),
             committed: BTreeMap::new(),
             summed_at: None,
-            ended: Ended::default(),
+            ended: EndedRequests::default(),
             waiters: Waiters::default(),
             sources: BTreeMap::new(),
             unreachable: Unreachable::default(),

@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::ended::Audience;
 use super::request::{IncomingRequest, IncomingStage};
 use super::waiters::Waiter;
-use super::{Incoming, IncomingTimer, Lookup, Note};
+use super::{Incoming, IncomingNote, IncomingTimer, Lookup};
 use crate::ids::{ClientId, Failure, FailureKind, GrantId, LeaseId, ReadyChunk, RequestId, Seq, SlotIndex};
 use crate::node::Answer;
 use crate::node::core::Core;
@@ -178,7 +178,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
         let after = core.now.saturating_duration_since(request.since);
         let instance = request.instance.clone();
         self.drop_ready(core, id);
-        core.note(Note::Fetched { request: id.clone(), after });
+        core.note(IncomingNote::Fetched { request: id.clone(), after });
         let failure =
             Failure::new(FailureKind::Unknown, format!("{id} was fetched already; look its chunks up by key"));
         self.fail_waiters(core, id, &failure, &instance);

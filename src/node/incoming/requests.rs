@@ -2,9 +2,9 @@
 
 use std::time::Instant;
 
-use super::ended::{Audience, End};
+use super::ended::{Audience, RequestEnd};
 use super::request::{Closing, IncomingRequest, IncomingStage};
-use super::{Incoming, IncomingTimer, Note, Port};
+use super::{Incoming, IncomingNote, IncomingTimer, Port};
 use crate::ids::{Failure, FailureKind, GrantId, RequestId, Seq, SlotIndex};
 use crate::node::Output;
 use crate::node::chunks::ChunkSize;
@@ -137,7 +137,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
         grant: Option<GrantId>,
         audience: Audience,
     ) {
-        let end = End { failure, instance, grant, at: now, audience };
+        let end = RequestEnd { failure, instance, grant, at: now, audience };
         self.ended.remember(now.checked_sub(self.settings.retention), id, end);
     }
 
@@ -159,7 +159,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
             core.slots.writer_stopped(slot, grant);
         }
         self.unwatch_unless_needed(core, &closing.instance);
-        core.note(Note::Unquarantined { instance: closing.instance, slots: closing.slots.len() });
+        core.note(IncomingNote::Unquarantined { instance: closing.instance, slots: closing.slots.len() });
         self.admit(core);
     }
 
@@ -202,7 +202,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
         core.timers.set(IncomingTimer::Retention(id.clone()), core.now + self.settings.retention);
         self.counts.requests_ready += 1;
         self.counts.bytes += bytes;
-        core.note(Note::Committed { request: id.clone(), instance, chunks: count, bytes, took });
+        core.note(IncomingNote::Committed { request: id.clone(), instance, chunks: count, bytes, took });
         self.serve_waiters(core, id);
     }
 
@@ -290,7 +290,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
         self.counts.requests_failed += 1;
         let instance = request.instance;
         let (request, failure) = (id.clone(), failure.clone());
-        core.note(Note::Failed { request, instance: instance.clone(), failure, quarantined });
+        core.note(IncomingNote::Failed { request, instance: instance.clone(), failure, quarantined });
         Some((instance, grant))
     }
 }

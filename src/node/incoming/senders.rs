@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::time::Instant;
 
 use super::lmcache::NAME_PREFIX;
-use super::{Incoming, IncomingTimer, Note, Port};
+use super::{Incoming, IncomingNote, IncomingTimer, Port};
 use crate::ids::{ChecksumMode, ConnectionId, Failure, FailureKind, RequestId, Seq, truncate};
 use crate::node::Output;
 use crate::node::core::Core;
@@ -87,7 +87,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
         }
         let seq = extension.seq;
         if self.peers.get(&instance).is_some_and(|peer| peer.init_seq == seq) {
-            return core.note(Note::Unexpected { from, port: Port::Init, message: "NixlInitRequest, twice" });
+            return core.note(IncomingNote::Unexpected { from, port: Port::Init, message: "NixlInitRequest, twice" });
         }
         // A handshake says that nothing is in flight of what was granted before it was sent. One that arrives after
         // later words of the same sender is late, or comes from a second connection: it says nothing.
@@ -188,7 +188,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
             core.outputs.push_back(Output::WatchProcess { instance: instance.to_owned(), process });
         }
         core.send(To::Route(to), Port::Init, Message::NixlInitResponse(response));
-        core.note(Note::PeerConnected { instance: instance.to_owned() });
+        core.note(IncomingNote::PeerConnected { instance: instance.to_owned() });
     }
 
     pub(super) fn on_mem_reg(&mut self, core: &mut Core<R>, from: R, extension: &MemRegExtension) {
@@ -325,7 +325,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
         if let SenderProgress::Connected(connection) = peer.state {
             core.outputs.push_back(Output::ForgetPeer(connection));
         }
-        core.note(Note::PeerLost { instance: instance.to_owned(), reason: reason.to_owned() });
+        core.note(IncomingNote::PeerLost { instance: instance.to_owned(), reason: reason.to_owned() });
         let unfinished: Vec<RequestId> = self
             .requests
             .iter()
@@ -384,7 +384,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
 
     fn refuse_peer_at(&mut self, core: &mut Core<R>, port: Port, to: R, seq: Seq, instance: String, failure: Failure) {
         core.send(To::Route(to), port, handshake::refused(&core.settings.hello, seq, failure.clone()));
-        core.note(Note::PeerRefused { instance, failure });
+        core.note(IncomingNote::PeerRefused { instance, failure });
     }
 
     /// Forgets the peer that has wanted nothing for longest, of those with nothing under way.
@@ -408,7 +408,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
             core.outputs.push_back(Output::ForgetPeer(connection));
         }
         self.unwatch_unless_needed(core, &oldest);
-        core.note(Note::PeerEvicted { instance: oldest, peers_max: core.settings.peers_max });
+        core.note(IncomingNote::PeerEvicted { instance: oldest, peers_max: core.settings.peers_max });
         true
     }
 }

@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use super::request::{IncomingStage, Verification};
-use super::{ExpectedChunk, Incoming, IncomingTimer, Note, Port};
+use super::{ExpectedChunk, Incoming, IncomingNote, IncomingTimer, Port};
 use crate::ids::{ChecksumMode, Failure, FailureKind, GrantId, RequestId};
 use crate::node::Output;
 use crate::node::core::Core;
@@ -106,7 +106,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
             Some(failure) => {
                 let instance = request.instance.clone();
                 self.counts.chunks_corrupted += corrupted.len() as u64;
-                core.note(Note::Corrupted { request: id.clone(), instance, chunks: corrupted.len() });
+                core.note(IncomingNote::Corrupted { request: id.clone(), instance, chunks: corrupted.len() });
                 // Its sender learns it from the answer to its commit.
                 self.end(core, id, failure.clone(), false);
             }

@@ -2,7 +2,7 @@
 
 use super::requests::{OutgoingRequest, OutgoingStage, truncated};
 use super::uid::Uid;
-use super::{Event, Note, Outgoing, OutgoingTimer};
+use super::{Event, Outgoing, OutgoingNote, OutgoingTimer};
 use crate::ids::{ClientId, Failure, FailureKind, PeerId, RequestId, Seq};
 use crate::node::Answer;
 use crate::node::Output;
@@ -163,7 +163,13 @@ impl<R: Clone> Outgoing<R> {
         if in_flight > 0 {
             self.abandon_delayed(core, uid, client.is_none());
         }
-        core.note(Note::Failed { request: id.clone(), receiver, registered, failure: failure.clone(), in_flight });
+        core.note(OutgoingNote::Failed {
+            request: id.clone(),
+            receiver,
+            registered,
+            failure: failure.clone(),
+            in_flight,
+        });
         self.registration_failed(core, uid, &failure);
         if asked {
             if in_flight > 0 {

@@ -109,7 +109,7 @@ pub struct Phases {
 
 /// What happened, for the log.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Note {
+pub enum OutgoingNote {
     /// A receiver has answered the handshake, and the engine is connected to its memory.
     PeerUp {
         /// Where.

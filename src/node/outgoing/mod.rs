@@ -43,7 +43,7 @@ mod uid;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Instant;
 
-pub use io::{ConnectState, Event, Note, OpenRequest, OutgoingCounts, ParkRequest, Phases, Sending};
+pub use io::{ConnectState, Event, OpenRequest, OutgoingCounts, OutgoingNote, ParkRequest, Phases, Sending};
 
 use self::given_up::GivenUp;
 use self::lmcache::RememberedReceivers;
@@ -311,7 +311,9 @@ impl<R: Clone> Outgoing<R> {
     /// A receiver was lost, or could not be connected. It is tried again later if the configuration names it.
     fn note_lost(&mut self, core: &mut Core<R>, address: &PeerAddress, failure: &Failure) {
         let note = match self.reconnects.lost(core.now, address, failure) {
-            None => Some(Note::PeerDown { address: address.clone(), configured: false, failure: failure.clone() }),
+            None => {
+                Some(OutgoingNote::PeerDown { address: address.clone(), configured: false, failure: failure.clone() })
+            }
             Some(AfterLoss { pause, note }) => {
                 if !core.draining {
                     core.timers.set(OutgoingTimer::Connect(address.clone()), core.now + pause);
@@ -348,7 +350,7 @@ impl<R: Clone> Outgoing<R> {
 
     fn note_unexpected(&mut self, core: &mut Core<R>, peer: PeerId, message: &'static str) {
         if let Some(address) = self.peers.get(&peer).map(|peer| peer.address.clone()) {
-            core.note(Note::Unexpected { address, message });
+            core.note(OutgoingNote::Unexpected { address, message });
         }
     }
 

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use super::requests::{OutgoingRequest, OutgoingStage, RequestChunks};
 use super::uid::Uid;
-use super::{Event, Note, Outgoing, OutgoingTimer, ParkRequest};
+use super::{Event, Outgoing, OutgoingNote, OutgoingTimer, ParkRequest};
 use crate::ids::{ChunkKey, ClientId, Failure, FailureKind, REQUEST_IDS_MAX, RequestId, Seq, SlotIndex, StagedSlot};
 use crate::node::Answer;
 use crate::node::Output;
@@ -126,7 +126,7 @@ impl<R: Clone> Outgoing<R> {
             core.outputs.push_back(Output::Event { client, event });
         }
         let lease = if released { Duration::ZERO } else { self.settings.lease };
-        core.note(Note::Parked { request: request.id, chunks, lease });
+        core.note(OutgoingNote::Parked { request: request.id, chunks, lease });
         self.serve_staging(core);
     }
 
@@ -142,7 +142,7 @@ impl<R: Clone> Outgoing<R> {
         core.timers.cancel(OutgoingTimer::Lease(lease));
         let chunks = slots.len();
         slots.into_iter().for_each(|slot| core.slots.unpark(core.now, slot));
-        core.note(Note::LeaseEnded { chunks, released });
+        core.note(OutgoingNote::LeaseEnded { chunks, released });
         self.serve_staging(core);
     }
 

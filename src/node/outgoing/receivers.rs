@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use super::link::{LMCACHE_INSTANCE, Link};
 use super::requests::{OutgoingStage, truncated};
 use super::uid::Uid;
-use super::{Note, Outgoing, OutgoingTimer, Port};
+use super::{Outgoing, OutgoingNote, OutgoingTimer, Port};
 use crate::ids::{ConnectionId, Failure, FailureKind, PeerAddress, PeerId, Seq, SourceAddress, truncate};
 use crate::node::Output;
 use crate::node::PeerMemory;
@@ -312,7 +312,7 @@ impl<R: Clone> Outgoing<R> {
                 let (address, instance, len_bytes) = (record.address.clone(), record.name(), record.len_bytes);
                 core.timers.cancel(OutgoingTimer::Handshake(peer));
                 self.note_connected(core, &address);
-                core.note(Note::PeerUp { address, instance, len_bytes, took });
+                core.note(OutgoingNote::PeerUp { address, instance, len_bytes, took });
                 // At once, so that a port for allocations that is not this receiver's is noticed before it is used.
                 if heartbeat {
                     self.ping(core, core.now, peer);

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use super::{ConnectState, Note};
+use super::{ConnectState, OutgoingNote};
 use crate::ids::{Failure, PeerAddress};
 use crate::node::tries::{PAUSE_MAX, Tries, is_refusal};
 
@@ -30,7 +30,7 @@ pub(super) struct AfterLoss {
     /// How long to wait before the next try.
     pub(super) pause: Duration,
     /// What to note: each change, and not every try.
-    pub(super) note: Option<Note>,
+    pub(super) note: Option<OutgoingNote>,
 }
 
 impl Reconnects {
@@ -84,8 +84,8 @@ impl Reconnects {
         let note = match (&reconnect.state, &state) {
             (ConnectState::Unreachable(_), ConnectState::Unreachable(_)) => None,
             (before, after @ ConnectState::Refused(_)) if before == after => None,
-            (_, ConnectState::Refused(_)) => Some(Note::Refused { address, failure }),
-            _ => Some(Note::PeerDown { address, configured: true, failure }),
+            (_, ConnectState::Refused(_)) => Some(OutgoingNote::Refused { address, failure }),
+            _ => Some(OutgoingNote::PeerDown { address, configured: true, failure }),
         };
         if note.is_some() {
             reconnect.since = now;

@@ -42,7 +42,7 @@ pub(super) struct Load {
 
 /// The latest question of a registration that has ended, and its answer.
 #[derive(Debug)]
-pub(super) struct End {
+pub(super) struct RegistrationEnd {
     pub(super) seq: Seq,
     pub(super) state: Registration,
     pub(super) failure: Option<Failure>,
@@ -61,7 +61,7 @@ pub(super) struct Registrants<R> {
     by_key: BTreeSet<(ChunkKey, u64)>,
     next: u64,
     /// How others have ended, for questions that are repeated.
-    ended: Latest<RegistrationId, End>,
+    ended: Latest<RegistrationId, RegistrationEnd>,
 }
 
 impl<R> Default for Registrants<R> {
@@ -97,7 +97,7 @@ impl<R> Registrants<R> {
     }
 
     /// How the registration ended that has asked with this number.
-    pub(super) fn end_of(&self, id: &RegistrationId, seq: Seq) -> Option<&End> {
+    pub(super) fn end_of(&self, id: &RegistrationId, seq: Seq) -> Option<&RegistrationEnd> {
         self.ended.get(id).filter(|end| end.seq == seq)
     }
 
@@ -151,11 +151,11 @@ impl<R> Registrants<R> {
         failure: Option<Failure>,
     ) -> Option<Registrant<R>> {
         let registrant = self.remove(id)?;
-        self.remember(id, End { seq: registrant.seq, state, failure });
+        self.remember(id, RegistrationEnd { seq: registrant.seq, state, failure });
         Some(registrant)
     }
 
-    pub(super) fn remember(&mut self, id: &RegistrationId, end: End) {
+    pub(super) fn remember(&mut self, id: &RegistrationId, end: RegistrationEnd) {
         self.ended.insert(id.clone(), end);
     }
 

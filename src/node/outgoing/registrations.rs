@@ -6,11 +6,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use super::registrants::{End, Load, Registrant, RegistrantState, keys_len_bytes};
+use super::registrants::{Load, Registrant, RegistrantState, RegistrationEnd, keys_len_bytes};
 use super::requests::{OutgoingRequest, OutgoingStage, RequestChunks, check_receiver};
 use super::transfers::Checked;
 use super::uid::{RegistrationId, Uid};
-use super::{Note, Outgoing, OutgoingTimer, Port};
+use super::{Outgoing, OutgoingNote, OutgoingTimer, Port};
 use crate::ids::{
     ByteCopy, ChunkKey, Failure, FailureKind, GroupIndex, PeerAddress, REQUEST_IDS_MAX, Registration, RequestId, Seq,
     SlotIndex, truncate,
@@ -49,7 +49,7 @@ impl<R: Clone> Outgoing<R> {
 
     /// Whoever sends anything else here has another port in mind. Who waits for an answer gets one that says so.
     fn refuse_misdirected(&self, core: &mut Core<R>, from: R, message: Message) {
-        core.note(Note::Misdirected { message: message.type_name() });
+        core.note(OutgoingNote::Misdirected { message: message.type_name() });
         let answer = match message {
             Message::NixlInitRequest(InitRequest { pd: Some(extension), .. }) => {
                 Some(handshake::refused(&core.settings.hello, extension.seq, handshake::misdirected(Port::Rendezvous)))
@@ -70,7 +70,7 @@ impl<R: Clone> Outgoing<R> {
         if self.registrants.is_late(&id, seq) {
             return;
         }
-        if let Some(End { state, failure, .. }) = self.registrants.end_of(&id, seq) {
+        if let Some(RegistrationEnd { state, failure, .. }) = self.registrants.end_of(&id, seq) {
             let (state, failure) = (*state, failure.clone());
             return self.answer_registration(core, from, seq, id.1, state, failure);
         }
@@ -137,12 +137,17 @@ impl<R: Clone> Outgoing<R> {
                 (said, None)
             }
             Err((said, failure)) => {
-                self.registrants.remember(&id, End { seq, state: said, failure: failure.clone() });
+                self.registrants.remember(&id, RegistrationEnd { seq, state: said, failure: failure.clone() });
                 (said, failure)
             }
         };
         let (instance, request) = id;
-        core.note(Note::Registered { request: request.clone(), instance: truncate(&instance), state: said, chunks });
+        core.note(OutgoingNote::Registered {
+            request: request.clone(),
+            instance: truncate(&instance),
+            state: said,
+            chunks,
+        });
         self.answer_registration(core, route, seq, request, said, failure);
     }
 
@@ -183,7 +188,7 @@ impl<R: Clone> Outgoing<R> {
         if !self.registrants.is_late(&id, seq) {
             core.timers.cancel(OutgoingTimer::Registration(id.clone()));
             let ended = self.registrants.remove(&id);
-            self.registrants.remember(&id, End { seq, state: Registration::Released, failure: None });
+            self.registrants.remember(&id, RegistrationEnd { seq, state: Registration::Released, failure: None });
             match ended.map(|registrant| registrant.state) {
                 Some(RegistrantState::Held(lease)) => self.end_park_lease(core, lease, true),
                 Some(RegistrantState::Pushing(uid, _)) => {

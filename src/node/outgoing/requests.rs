@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::coverage::Coverage;
 use super::uid::{RegistrationId, Uid};
-use super::{Event, Note, OpenRequest, Outgoing, OutgoingTimer, Phases, Port};
+use super::{Event, OpenRequest, Outgoing, OutgoingNote, OutgoingTimer, Phases, Port};
 use crate::ids::{
     Checksum, ChunkKey, ClientId, Failure, FailureKind, GrantId, GroupIndex, PeerAddress, PeerId, RequestId, Seq,
     SlotIndex, truncate,
@@ -368,7 +368,7 @@ impl<R: Clone> Outgoing<R> {
         request.phases.alloc = core.now.saturating_duration_since(request.opened_at);
         request.since = core.now;
         let request_is_push = request.registration.is_some();
-        let note = Note::Opened {
+        let note = OutgoingNote::Opened {
             request: request.id.clone(),
             receiver: request.receiver(),
             chunks: request.chunks.len(),
@@ -464,7 +464,7 @@ impl<R: Clone> Outgoing<R> {
             let event = Event::Sent { request: request.id.clone(), chunks, bytes, phases };
             core.outputs.push_back(Output::Event { client, event });
         }
-        core.note(Note::Sent { request: request.id, receiver, chunks, bytes, phases });
+        core.note(OutgoingNote::Sent { request: request.id, receiver, chunks, bytes, phases });
     }
 
     pub(super) fn cancel_timers(&mut self, core: &mut Core<R>, uid: Uid) {

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use pd_backend::ids::{ChunkKey, ClientId, FailureKind, Pages, RequestId, Seq};
 use pd_backend::node::Port;
-use pd_backend::node::incoming::{Lookup, Note};
+use pd_backend::node::incoming::{IncomingNote, Lookup};
 use pd_backend::node::{self, Answer, Output, To};
 use pd_backend::wire::message::{AllocRequest, CacheQueryRequest, CancelNotif, InitRequest, MemRegRequest};
 use pd_backend::wire::{Message, descriptor_list};
@@ -524,7 +524,7 @@ fn what_comes_to_another_port_is_refused_there() {
             }
             // Whose it was is in the log.
             let message = message.type_name();
-            assert_eq!(noted, [Note::Unexpected { from: "l", port, message }]);
+            assert_eq!(noted, [IncomingNote::Unexpected { from: "l", port, message }]);
         }
     }
     assert_eq!(bench.session.counts(), before, "nothing else has come of it");

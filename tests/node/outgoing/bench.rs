@@ -7,7 +7,7 @@ use pd_backend::ids::{
     ChunkKey, ClientId, ConnectionId, Failure, FailureKind, GrantId, PeerAddress, PeerId, RequestId, Seq, SlotPart,
     StagedSlot, TransferId,
 };
-use pd_backend::node::outgoing::{Event, Note, OpenRequest, Sending};
+use pd_backend::node::outgoing::{Event, OpenRequest, OutgoingNote, Sending};
 use pd_backend::node::{Answer, Node, NodeSettings, Output, Port, Remote, To};
 use pd_backend::wire::message::{
     AllocReplyExtension, AllocResponse, CancelExtension, Hello, InitReplyExtension, InitResponse, MemRegReplyExtension,
@@ -43,7 +43,7 @@ pub struct Bench {
     /// Who was pinged and has not answered.
     pinged: Vec<PeerId>,
     /// What was noted of receivers.
-    pub notes: Vec<Note>,
+    pub notes: Vec<OutgoingNote>,
     pub proxy: u32,
 }
 
@@ -115,10 +115,10 @@ impl Bench {
                 Output::Event { event, .. } => self.events.push(event),
                 Output::NotifyProxy { .. } => self.proxy += 1,
                 Output::Note(pd_backend::node::Note::Outgoing(
-                    note @ (Note::PeerUp { .. }
-                    | Note::PeerDown { .. }
-                    | Note::Refused { .. }
-                    | Note::Misdirected { .. }),
+                    note @ (OutgoingNote::PeerUp { .. }
+                    | OutgoingNote::PeerDown { .. }
+                    | OutgoingNote::Refused { .. }
+                    | OutgoingNote::Misdirected { .. }),
                 )) => self.notes.push(note),
                 _ => {}
             }

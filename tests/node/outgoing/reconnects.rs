@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use pd_backend::ids::{ChunkKey, Failure, FailureKind, PeerAddress, Seq};
 use pd_backend::node::NodeSettings;
 use pd_backend::node::Port;
-use pd_backend::node::outgoing::{ConnectState, Note, OpenRequest};
+use pd_backend::node::outgoing::{ConnectState, OpenRequest, OutgoingNote};
 use pd_backend::wire::Message;
 use pd_backend::wire::message::{AllocReplyExtension, AllocResponse, CommitAck, Pong};
 
@@ -34,10 +34,10 @@ impl Bench {
     }
 
     fn noted(&mut self) -> Vec<String> {
-        let name = |note: Note| match note {
-            Note::PeerUp { address, .. } => format!("{} up", address.host),
-            Note::PeerDown { address, failure, .. } => format!("{} down: {failure}", address.host),
-            Note::Refused { address, failure } => format!("{} refused: {failure}", address.host),
+        let name = |note: OutgoingNote| match note {
+            OutgoingNote::PeerUp { address, .. } => format!("{} up", address.host),
+            OutgoingNote::PeerDown { address, failure, .. } => format!("{} down: {failure}", address.host),
+            OutgoingNote::Refused { address, failure } => format!("{} refused: {failure}", address.host),
             other => panic!("{other:?}"),
         };
         std::mem::take(&mut self.notes).into_iter().map(name).collect()

@@ -1,7 +1,7 @@
 //! A stranger, or a receiver that asks for very much, at the rendezvous port.
 
 use pd_backend::ids::{ChunkKey, FailureKind, PeerAddress, Registration, RequestId, Seq, SlotPart};
-use pd_backend::node::outgoing::{Note, ParkRequest, Sending};
+use pd_backend::node::outgoing::{OutgoingNote, ParkRequest, Sending};
 use pd_backend::node::{Answer, Port};
 use pd_backend::wire::Message;
 use pd_backend::wire::message::{InitExtension, InitRequest, Register, Registered, ReleaseParked};
@@ -290,7 +290,7 @@ fn who_means_another_port_is_told_so() {
     let lmcaches = InitRequest { local_meta_bytes: vec![1], pd: None };
     let answer = hear(&mut bench, Message::NixlInitRequest(lmcaches));
     assert!(answer.is_some(), "LMCache's would wait for ever: {answer:?}");
-    let misdirected = |note: &Note| matches!(note, Note::Misdirected { message: "NixlInitRequest" });
+    let misdirected = |note: &OutgoingNote| matches!(note, OutgoingNote::Misdirected { message: "NixlInitRequest" });
     assert_eq!(bench.notes.iter().filter(|note| misdirected(note)).count(), 2);
 }
 

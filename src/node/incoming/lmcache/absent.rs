@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::convert::Infallible;
 use std::marker::PhantomData;
 
-use super::{Incoming, Note, Port};
+use super::{Incoming, IncomingNote, Port};
 use crate::ids::{ChunkKey, ConnectionId, Failure, FailureKind, GrantId, RequestId, SlotIndex};
 use crate::node::core::Core;
 use crate::node::output::To;
@@ -58,7 +58,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
         let text =
             "it has no `pd` field, as LMCache's have none, and this build has no LMCache (cargo feature `lmcache`)";
         let failure = Failure::new(FailureKind::HandshakeRefused, text);
-        core.note(Note::PeerRefused { instance: "an LMCache sender".into(), failure });
+        core.note(IncomingNote::PeerRefused { instance: "an LMCache sender".into(), failure });
         let refusal = InitResponse { remote_agent_name: Vec::new(), remote_meta_bytes: Vec::new(), pd: None };
         core.send(To::Route(from), Port::Init, Message::NixlInitResponse(refusal));
     }

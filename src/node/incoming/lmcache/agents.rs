@@ -1,7 +1,7 @@
 //! Their handshakes: metadata for metadata, pages for pages.
 
-use super::super::{Incoming, Note, Port};
-use super::{Agent, AgentState, NAME_PREFIX};
+use super::super::{Incoming, IncomingNote, Port};
+use super::{AgentState, LmcacheAgent, NAME_PREFIX};
 use crate::ids::{ChecksumMode, ConnectionId, Failure, FailureKind, Pages, truncate};
 use crate::node::Output;
 use crate::node::core::Core;
@@ -16,13 +16,13 @@ impl<R: Clone + PartialEq> Incoming<R> {
     pub(super) fn on_lmcache_init(&mut self, core: &mut Core<R>, from: R, metadata: Vec<u8>) {
         let checked = handshake::check_metadata(&metadata).and_then(|()| self.check_lmcache_served(core));
         if let Err(failure) = checked.and_then(|()| self.make_room_for_agent(core)) {
-            core.note(Note::PeerRefused { instance: "an LMCache sender".into(), failure });
+            core.note(IncomingNote::PeerRefused { instance: "an LMCache sender".into(), failure });
             let refusal = InitResponse { remote_agent_name: Vec::new(), remote_meta_bytes: Vec::new(), pd: None };
             return core.send(To::Route(from), Port::Init, Message::NixlInitResponse(refusal));
         }
         let number = self.lmcache.fresh();
         let instance = format!("{NAME_PREFIX}agent-{number}");
-        let agent = Agent { number, state: AgentState::Loading { reply_to: from } };
+        let agent = LmcacheAgent { number, state: AgentState::Loading { reply_to: from } };
         self.lmcache.agents.insert(instance.clone(), agent);
         core.outputs.push_back(Output::LoadPeer { remote: Remote::Sender(instance), agent_name: None, metadata });
     }
@@ -52,7 +52,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
         if count < core.settings.peers_max {
             return Ok(());
         }
-        let met = |agent: &Agent<R>| match agent.state {
+        let met = |agent: &LmcacheAgent<R>| match agent.state {
             AgentState::Loading { .. } => None,
             AgentState::Connected(connection) | AgentState::Told(connection) => Some(connection),
         };
@@ -64,7 +64,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
         };
         self.lmcache.agents.remove(&instance);
         core.outputs.push_back(Output::ForgetPeer(connection));
-        core.note(Note::PeerEvicted { instance, peers_max: core.settings.peers_max });
+        core.note(IncomingNote::PeerEvicted { instance, peers_max: core.settings.peers_max });
         Ok(())
     }
 
@@ -81,14 +81,14 @@ impl<R: Clone + PartialEq> Incoming<R> {
         let response = match result {
             Ok(connection) => {
                 agent.state = AgentState::Connected(*connection);
-                core.note(Note::PeerConnected { instance: instance.to_owned() });
+                core.note(IncomingNote::PeerConnected { instance: instance.to_owned() });
                 // It names itself by this in its next message.
                 let remote_agent_name = instance.as_bytes().to_vec();
                 InitResponse { remote_agent_name, remote_meta_bytes: core.settings.metadata.clone(), pd: None }
             }
             Err(failure) => {
                 self.lmcache.agents.remove(instance);
-                core.note(Note::PeerRefused { instance: instance.to_owned(), failure: failure.clone() });
+                core.note(IncomingNote::PeerRefused { instance: instance.to_owned(), failure: failure.clone() });
                 InitResponse { remote_agent_name: Vec::new(), remote_meta_bytes: Vec::new(), pd: None }
             }
         };
@@ -102,7 +102,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
         let remote_xfer_dlist_bytes = match self.pages_for(core, &instance, &request.local_xfer_dlist_bytes) {
             Ok(list) => list,
             Err(failure) => {
-                core.note(Note::PeerRefused { instance, failure });
+                core.note(IncomingNote::PeerRefused { instance, failure });
                 // Its binding cannot load this, which is an error at its side and nothing else.
                 Vec::new()
             }

@@ -36,7 +36,7 @@ pub(super) const NAME_PREFIX: &str = "lmcache-";
 #[derive(Debug)]
 pub(super) struct Senders<R> {
     /// Engines that have made a handshake, by the name that they were given here.
-    agents: BTreeMap<String, Agent<R>>,
+    agents: BTreeMap<String, LmcacheAgent<R>>,
     /// Connections that allocations come through, and what their senders are called here.
     routes: Vec<(R, String)>,
     /// Chunks that are granted and that no reader has taken, and for which requests: each has a copy of its own.
@@ -47,7 +47,7 @@ pub(super) struct Senders<R> {
 }
 
 #[derive(Debug)]
-struct Agent<R> {
+struct LmcacheAgent<R> {
     /// In the order of their handshakes.
     number: u64,
     state: AgentState<R>,

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::super::origin::Origin;
 use super::super::request::{IncomingRequest, IncomingStage};
-use super::super::{Incoming, IncomingTimer, Note, Port};
+use super::super::{Incoming, IncomingNote, IncomingTimer, Port};
 use super::{Batches, NAME_PREFIX};
 use crate::ids::{Failure, FailureKind, GrantId, RequestId, Seq, SlotIndex, truncate};
 use crate::node::chunks::ChunkSize;
@@ -270,7 +270,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
         let response =
             AllocResponse { already_sent_indexes: Vec::new(), remote_indexes: vec![-1; count.max(1)], pd: None };
         core.send(To::Route(to), Port::Alloc, Message::AllocResponse(response));
-        core.note(Note::Refused { request, instance: truncate(instance), failure });
+        core.note(IncomingNote::Refused { request, instance: truncate(instance), failure });
     }
 
     /// `CancelNotif` without our part. Its writes may go on: nobody waits for them there.
@@ -291,7 +291,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
     pub(in crate::node::incoming) fn on_lmcache_route_gone(&mut self, core: &mut Core<R>, route: &R) -> bool {
         let Some(at) = self.lmcache.routes.iter().position(|(known, _)| known == route) else { return false };
         let (_, instance) = self.lmcache.routes.remove(at);
-        core.note(Note::PeerLost { instance: instance.clone(), reason: "closed its connection".into() });
+        core.note(IncomingNote::PeerLost { instance: instance.clone(), reason: "closed its connection".into() });
         let waiting =
             self.waiting.iter().filter(|id| self.requests.get(*id).is_some_and(|open| open.instance == instance));
         for id in waiting.cloned().collect::<Vec<_>>() {
