@@ -131,9 +131,9 @@ def test_dropped_requests_leave_nothing(pair: Callable[..., Pair]) -> None:
     for number in range(12):
         request_id = f"a{number}"
         chunks = [ChunkBlocks(request_id, 0, [3, 1])] if number % 2 else []
-        both.produce(ProducerStep(plans=[both.plan(request_id, tokens)], chunks=chunks))
         # At once, when it is opened, or when its chunk, if it has one, was copied.
         both.source.gathered.clear()
+        both.produce(ProducerStep(plans=[both.plan(request_id, tokens)], chunks=chunks))
         request = both.producer._requests[request_id]
         stages = [lambda: True, lambda: request.opened, lambda: both.source.gathered or not chunks]
         both.stepped_until(stages[number // 2 % 3])
