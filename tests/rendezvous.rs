@@ -39,6 +39,8 @@ async fn park(client: &mut Client) {
         ids: Vec::new(),
         groups: Vec::new(),
         wait_ms: None,
+        unsolicited: false,
+        stays: false,
     };
     let Reply::Opened { slots, .. } = client.request(&park).await.unwrap() else { panic!("it is not parked") };
     let parts = vec![SlotPart { slot: slots[0].slot, offset_bytes: 0, len_bytes: None }];

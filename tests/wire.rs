@@ -281,6 +281,7 @@ fn our_allocation_and_cancel_have_these_bytes() {
                 groups: vec![GroupIndex(0), GroupIndex(1)],
                 known_len_bytes: 300,
                 receiver: "r1".into(),
+                ahead: false,
             }),
         }),
         &[&[

@@ -108,6 +108,7 @@ fn the_largest_request_that_a_configuration_allows_can_be_read_by_everybody() {
                     groups: groups.clone(),
                     known_len_bytes: u64::MAX,
                     receiver: "n".repeat(NAME_LEN_BYTES_MAX),
+                    ahead: true,
                 }),
             }),
             Message::AllocResponse(AllocResponse {
@@ -211,8 +212,9 @@ fn the_largest_request_that_a_configuration_allows_can_be_read_by_everybody() {
                 lease: Some(lease),
                 chunks: chunks.into_iter().map(Some).collect(),
                 granted: Vec::new(),
+                coming: Vec::new(),
             },
-            Reply::Found { id: SEQ, lease: None, chunks: vec![None; count], granted: indexes },
+            Reply::Found { id: SEQ, lease: None, chunks: vec![None; count], granted: indexes.clone(), coming: indexes },
         ];
         for reply in &replies {
             travels(&format!("a reply of {count} chunks"), MESSAGE_LEN_BYTES_MAX, reply);

@@ -105,14 +105,15 @@ fn requests() -> impl Strategy<Value = Message> {
     let seq = || any::<u64>().prop_map(Seq);
     let grant = || any::<u64>().prop_map(GrantId);
     let groups = proptest::collection::vec(any::<u8>().prop_map(GroupIndex), 0..5);
-    let alloc_pd = (seq(), text(), any::<u64>(), groups, any::<u64>(), text()).prop_map(
-        |(seq, instance, wait_ms, groups, known_len_bytes, receiver)| AllocExtension {
+    let alloc_pd = (seq(), text(), any::<u64>(), groups, any::<u64>(), text(), any::<bool>()).prop_map(
+        |(seq, instance, wait_ms, groups, known_len_bytes, receiver, ahead)| AllocExtension {
             seq,
             instance,
             wait_ms,
             groups,
             known_len_bytes,
             receiver,
+            ahead,
         },
     );
     let batch = (

@@ -240,6 +240,10 @@ class Park(_Message, frozen=True):
     ids: list[str] = []
     groups: list[int] = []
     wait_ms: int | None = None
+    #: Nobody is told where they are kept: they are only pushed ahead.
+    unsolicited: bool = False
+    #: They are not to be pushed ahead.
+    stays: bool = False
 
 
 class Stage(_Message, frozen=True):
@@ -404,6 +408,8 @@ class Found(_Message, frozen=True, kw_only=True):
     chunks: list[ReadyChunk | None]
     granted: list[int] = []
     """Positions of keys that a stock LMCache sender was granted: it does not say when they are written."""
+    coming: list[int] = []
+    """Positions of keys whose chunks a sender is pushing ahead: a moment later they are ready, or are not coming."""
 
 
 class Ready(_Message, frozen=True):

@@ -22,9 +22,13 @@ class Lease:
         lease: int | None,
         chunks: Sequence[m.ReadyChunk | None],
         granted: Sequence[int] = (),
+        coming: Sequence[int] = (),
     ) -> None:
         self._client = client
         self._lease = lease
+        #: Positions of keys looked up whose chunks a sender is pushing ahead: looked up a moment later they are ready, or are
+        #: not coming.
+        self.coming = tuple(coming)
         #: Positions of keys looked up that a stock LMCache sender was granted, and that nobody has said are written.
         self.granted = tuple(granted)
         #: One for each chunk of the request, or each key looked up; None where there is no ready chunk.
@@ -190,5 +194,5 @@ class ReceiverClient(Client):
         return self._start(
             lambda id: m.Lookup(id=id, keys=list(keys), uncommitted=uncommitted, fetch=fetch),
             m.Found,
-            lambda reply: Lease(self, reply.lease, reply.chunks, reply.granted),
+            lambda reply: Lease(self, reply.lease, reply.chunks, reply.granted, reply.coming),
         )

@@ -83,15 +83,27 @@ class SenderClient(Client):
         ids: Sequence[str] = (),
         groups: Sequence[int] = (),
         wait_s: float | None = None,
+        unsolicited: bool = False,
+        stays: bool = False,
     ) -> m.Opened:
         """As `open`, for a receiver that is not known: the chunks are kept for whoever asks for them.
 
         `ids` are what those call the request who will ask. The result's `slots` are for every chunk but those in
         `already_sent`, which are kept here already; `send` says that they are filled, and the event `parked` follows the call
         with `last`. Raises `RequestRefused`, of kind `no_slots` when the wait for slots was in vain.
+
+        `unsolicited` says that nobody is told where they are kept: they are only pushed to a receiver that the daemon guesses, and
+        kept until that has ended. Without such a receiver this is refused, as `peer_unreachable`. With `stays` they are not pushed.
         """
         return self.start_park(
-            req_id, keys, last_chunk_tokens=last_chunk_tokens, ids=ids, groups=groups, wait_s=wait_s
+            req_id,
+            keys,
+            last_chunk_tokens=last_chunk_tokens,
+            ids=ids,
+            groups=groups,
+            wait_s=wait_s,
+            unsolicited=unsolicited,
+            stays=stays,
         ).result()
 
     def start_park(
@@ -103,6 +115,8 @@ class SenderClient(Client):
         ids: Sequence[str] = (),
         groups: Sequence[int] = (),
         wait_s: float | None = None,
+        unsolicited: bool = False,
+        stays: bool = False,
     ) -> Pending[m.Opened]:
         """As `park`, without waiting."""
         return self._start(
@@ -114,6 +128,8 @@ class SenderClient(Client):
                 ids=list(ids),
                 groups=list(groups),
                 wait_ms=milliseconds(wait_s),
+                unsolicited=unsolicited,
+                stays=stays,
             ),
             m.Opened,
             itself,

@@ -161,6 +161,10 @@ keys! {
         |c| c.rendezvous_port.and_then(number);
     /// How long, in seconds, parked chunks are kept that nobody asks for, from the end of prefill on.
     PD_LEASE_SEC = "pd_lease_sec", ABOVE_ZERO, Is("30"), Sender, |c| seconds(c.deadlines.lease);
+    /// Whether parked chunks are pushed to one receiver before any asks for them: to the one that was sent some last, or
+    /// the only one in pd_receivers. Right, they are there when decode looks; wrong, the network has carried them in vain.
+    /// They take no room at a receiver that anything else needs.
+    PD_PUSH_AHEAD = "pd_push_ahead", Boolean, Is("true"), Sender, |c| Some(c.push_ahead.to_string());
 
     "The proxy (outgoing half; a pd-receiver ignores these)":
     /// Who is told, by a ProxyNotif, that a request's chunks have been committed. Host and port, or neither.

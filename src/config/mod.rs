@@ -131,6 +131,8 @@ pub struct Config {
     pub prefill_hosts: Option<HostList>,
     /// Outgoing half: port at which receivers ask for what is parked; 0 asks for a free one; none: not served.
     pub rendezvous_port: Option<u16>,
+    /// Outgoing half: whether parked chunks are pushed to a receiver that has not asked for them yet.
+    pub push_ahead: bool,
     /// Outgoing half: receivers that it connects to at start, and keeps; no two are the same.
     pub receivers: Vec<PeerAddress>,
     /// Outgoing half: the proxy that is told when a request is ready; none: nobody is told.

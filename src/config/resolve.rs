@@ -79,6 +79,7 @@ pub(super) fn resolve(
         prefill_hosts: prefill_hosts(role, raw, shared_secret.is_some(), &mut notes)?,
         rendezvous_host: hosts.rendezvous,
         rendezvous_port: ports.rendezvous,
+        push_ahead: raw.must_of(role, &keys::PD_PUSH_AHEAD, RawConfig::boolean)?,
         receivers: receivers(role, raw, rank, &limits)?,
         proxy: proxy(role, raw)?,
         shared_secret,

@@ -82,6 +82,13 @@ pub enum Request {
         /// As in `open`.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         wait_ms: Option<u64>,
+        /// Whether nobody is told where they are kept: they are only pushed ahead, and kept until that has ended. Refused where no
+        /// receiver can be guessed.
+        #[serde(default, skip_serializing_if = "is_false", deserialize_with = "nil_is_left_out")]
+        unsolicited: bool,
+        /// Whether they are not to be pushed ahead: somebody may come for them, later and perhaps.
+        #[serde(default, skip_serializing_if = "is_false", deserialize_with = "nil_is_left_out")]
+        stays: bool,
     },
     /// Sender: local slots to fill, one for each of these chunks. Answered by `staged`, all at once.
     Stage {
@@ -324,6 +331,10 @@ pub enum Reply {
         /// sender does not say.
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
         granted: Vec<u32>,
+        /// Positions of keys whose chunks a sender is pushing ahead: looked up again a moment later they are ready, or are not
+        /// coming.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        coming: Vec<u32>,
     },
     /// To `wait`.
     Ready {

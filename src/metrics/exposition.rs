@@ -131,6 +131,18 @@ impl DaemonMetrics {
                 "state",
                 &tally.registrations,
             )?;
+            page.counters(
+                "pd_pushes_ahead",
+                "Parked requests that were pushed to a receiver before it asked, by what became of it.",
+                "result",
+                &tally.pushes_ahead,
+            )?;
+            page.counter(
+                "pd_wrong_guesses",
+                "Parked requests that were pushed to one receiver, and asked for by another.",
+                None,
+                tally.wrong_guesses,
+            )?;
         }
         page.gauge(
             "pd_engine_silent",

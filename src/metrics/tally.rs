@@ -55,6 +55,9 @@ pub struct Tally {
     pub(super) registrations: ByKind,
     pub(super) fetches_failed: ByKind,
     pub(super) requests_parked: u64,
+    /// Parked requests that were pushed ahead, by what became of it.
+    pub(super) pushes_ahead: ByKind,
+    pub(super) wrong_guesses: u64,
     pub(super) phases: BTreeMap<&'static str, DurationCounts>,
     pub(super) handshakes: u64,
     pub(super) bytes: u64,
@@ -87,6 +90,8 @@ impl Tally {
             registrations: Registration::ALL.into_iter().map(|state| (state.as_str(), 0)).collect(),
             fetches_failed: kinds,
             requests_parked: 0,
+            pushes_ahead: [("sent", 0), ("dropped", 0)].into(),
+            wrong_guesses: 0,
             phases: phases.map(|phase| (*phase, DurationCounts::default())).collect(),
             handshakes: 0,
             bytes: 0,
@@ -134,6 +139,12 @@ impl Tally {
             OutgoingNote::Failed { failure, .. } => self.count_failure(failure.kind),
             OutgoingNote::Parked { .. } => self.requests_parked += 1,
             OutgoingNote::LeaseEnded { .. } => {}
+            OutgoingNote::PushedAhead { bytes, .. } => {
+                *self.pushes_ahead.entry("sent").or_default() += 1;
+                self.bytes += bytes;
+            }
+            OutgoingNote::AheadDropped { .. } => *self.pushes_ahead.entry("dropped").or_default() += 1,
+            OutgoingNote::WrongGuess { .. } => self.wrong_guesses += 1,
             OutgoingNote::Registered { state, .. } => *self.registrations.entry(state.as_str()).or_default() += 1,
             OutgoingNote::Unexpected { .. } | OutgoingNote::Misdirected { .. } => self.unexpected_messages += 1,
         }
@@ -159,6 +170,8 @@ impl Tally {
                 self.bytes += bytes;
                 self.add_phase("write", *took);
             }
+            IncomingNote::ArrivedAhead { bytes, .. } => self.bytes += bytes,
+            IncomingNote::AheadFailed { quarantined, .. } => self.slots_quarantined += *quarantined as u64,
             IncomingNote::Failed { failure, quarantined, .. } => {
                 self.count_failure(failure.kind);
                 self.slots_quarantined += *quarantined as u64;

@@ -38,6 +38,8 @@ pub enum Answer {
         chunks: Vec<Option<ReadyChunk>>,
         /// Positions of keys that an LMCache sender was granted, and that no reader has taken.
         granted: Vec<u32>,
+        /// Positions of keys whose chunks a sender is pushing ahead.
+        coming: Vec<u32>,
     },
     /// To `hold`: the sender keeps what it has, or waits for it.
     Held,

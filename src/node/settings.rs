@@ -71,6 +71,8 @@ pub struct OutgoingSettings {
     pub parks: bool,
     /// How long parked chunks are kept that nobody asks for.
     pub lease: Duration,
+    /// Whether they are pushed to a receiver that has not asked for them yet.
+    pub push_ahead: bool,
 }
 
 /// What the half that receives is told at start.

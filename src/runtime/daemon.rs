@@ -397,9 +397,9 @@ impl Daemon {
                 let open = OpenRequest { id: req_id, keys, groups, last_chunk_tokens, receiver, wait, stage };
                 self.node.handle_open(now, client, id, open);
             }
-            Request::Park { id, req_id, ids, keys, last_chunk_tokens, groups, wait_ms } => {
+            Request::Park { id, req_id, ids, keys, last_chunk_tokens, groups, wait_ms, unsolicited, stays } => {
                 let wait = translate::wait(wait_ms);
-                let park = ParkRequest { id: req_id, ids, keys, groups, last_chunk_tokens, wait };
+                let park = ParkRequest { id: req_id, ids, keys, groups, last_chunk_tokens, wait, unsolicited, stays };
                 self.node.handle_park(now, client, id, park);
             }
             Request::Stage { id, req_id, chunks, wait_ms } => {

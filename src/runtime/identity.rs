@@ -11,8 +11,8 @@ use crate::ids::{ChecksumMode, PeerAddress, SourceAddress, stands_for_all};
 use crate::kv_layout::KvGroup;
 use crate::node::{ChunkShape, IncomingSettings, NodeSettings, OutgoingSettings, Port};
 use crate::wire::message::{
-    CAPABILITY_CHECKSUMS, CAPABILITY_COMMIT, CAPABILITY_HEARTBEAT, CAPABILITY_PARK, CAPABILITY_VERIFYING, Hello,
-    PROTOCOL_VERSION, PROTOCOL_VERSION_MIN,
+    CAPABILITY_AHEAD, CAPABILITY_CHECKSUMS, CAPABILITY_COMMIT, CAPABILITY_HEARTBEAT, CAPABILITY_PARK,
+    CAPABILITY_VERIFYING, Hello, PROTOCOL_VERSION, PROTOCOL_VERSION_MIN,
 };
 
 /// A name for this process that no other has had: a restarted daemon is a new peer.
@@ -24,6 +24,9 @@ pub(super) fn hello(config: &Config, instance: &str, engine: &str) -> Hello {
     let mut capabilities = [CAPABILITY_COMMIT, CAPABILITY_HEARTBEAT, CAPABILITY_VERIFYING].map(str::to_owned).to_vec();
     if config.rendezvous_port.is_some() {
         capabilities.push(CAPABILITY_PARK.to_owned());
+    }
+    if config.role.receives() {
+        capabilities.push(CAPABILITY_AHEAD.to_owned());
     }
     if config.engine.checksum == ChecksumMode::Full {
         capabilities.push(CAPABILITY_CHECKSUMS.to_owned());
@@ -104,6 +107,7 @@ pub(super) fn settings(
             notify_proxy: config.proxy.is_some(),
             parks: config.rendezvous_port.is_some(),
             lease: deadlines.lease,
+            push_ahead: config.push_ahead,
         }),
         incoming: config.role.receives().then_some(IncomingSettings {
             wait_timeout: deadlines.wait,

@@ -145,6 +145,12 @@ impl Log {
             IncomingNote::Committed { request, instance, chunks, bytes, took } => info!(
                 %request, sender = %instance, chunks, bytes, write_ms = ms(took), "ready"
             ),
+            IncomingNote::ArrivedAhead { request, instance, chunks, bytes } => debug!(
+                %request, sender = %instance, chunks, bytes, "here before anybody asks"
+            ),
+            IncomingNote::AheadFailed { request, instance, failure, quarantined } => debug!(
+                %request, sender = %instance, kind = %failure.kind, quarantined, "not pushed ahead: {}", failure.text
+            ),
             // Somebody wanted it so.
             IncomingNote::Failed { request, instance, failure, quarantined }
                 if failure.kind == FailureKind::Cancelled =>
@@ -218,6 +224,15 @@ impl Log {
             OutgoingNote::LeaseEnded { chunks, released } => debug!(chunks, released, "parked chunks may make room"),
             OutgoingNote::Registered { request, instance, state, chunks } => {
                 debug!(%request, receiver = %instance, ?state, chunks, "asked for what is parked");
+            }
+            OutgoingNote::PushedAhead { request, receiver, chunks, bytes } => {
+                debug!(%request, receiver, chunks, bytes, "pushed ahead");
+            }
+            OutgoingNote::AheadDropped { request, receiver, failure } => {
+                debug!(%request, receiver, kind = %failure.kind, "not pushed ahead: {}", failure.text);
+            }
+            OutgoingNote::WrongGuess { request, guessed, asks } => {
+                debug!(%request, guessed, asks, "pushed ahead to another receiver than the one that asks");
             }
             OutgoingNote::Opened { request, receiver, chunks, already_sent, took } => debug!(
                 %request, receiver, chunks, already_sent, alloc_ms = ms(took), "opened"

@@ -98,7 +98,7 @@ pub(super) fn answer(id: Seq, answer: Answer) -> Reply {
         Answer::Staged { slots } => Reply::Staged { id, slots },
         Answer::Accepted => Reply::Accepted { id },
         Answer::Ready { request, lease, chunks } => Reply::Ready { id, req_id: request, lease, chunks },
-        Answer::Found { lease, chunks, granted } => Reply::Found { id, lease, chunks, granted },
+        Answer::Found { lease, chunks, granted, coming } => Reply::Found { id, lease, chunks, granted, coming },
         Answer::Held => Reply::Held { id },
         Answer::Released => Reply::Released { id },
         Answer::Cancelled { request } => Reply::Cancelled { id, req_id: request },

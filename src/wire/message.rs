@@ -23,6 +23,8 @@ pub const CAPABILITY_HEARTBEAT: &str = "heartbeat";
 pub const CAPABILITY_VERIFYING: &str = "verifying";
 /// Capability: keeps chunks for whoever registers for them, and takes [`Register`] at its rendezvous port.
 pub const CAPABILITY_PARK: &str = "park";
+/// Capability: takes chunks that a sender pushes ahead ([`AllocExtension::ahead`]).
+pub const CAPABILITY_AHEAD: &str = "ahead";
 /// Capability: sums every chunk that it sends (`pd_checksum: full`).
 pub const CAPABILITY_CHECKSUMS: &str = "checksums";
 
@@ -292,6 +294,14 @@ pub struct AllocExtension {
     /// refuses: a request's two ports may be those of two receivers.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub receiver: String,
+    /// Nobody has asked for this: the sender guesses that it will be. It is granted at once or not at all, gives way to what was
+    /// asked for, and its chunks are looked up.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub ahead: bool,
+}
+
+fn is_false(value: &bool) -> bool {
+    !*value
 }
 
 /// `AllocResponse`.

@@ -158,6 +158,7 @@ impl Bench {
             groups: vec![],
             known_len_bytes: 1024,
             receiver: "node".into(),
+            ahead: false,
         };
         let alloc = AllocRequest {
             keys: keys(request, chunks),

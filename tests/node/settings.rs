@@ -61,6 +61,7 @@ pub fn outgoing() -> OutgoingSettings {
     OutgoingSettings {
         parks: false,
         lease: Duration::from_secs(30),
+        push_ahead: false,
         handshake_timeout: Duration::from_secs(10),
         commit_timeout: Duration::from_secs(9),
         receivers: Vec::new(),

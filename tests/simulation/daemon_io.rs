@@ -68,6 +68,7 @@ impl World {
             Output::Send { to: To::Route(route), port: Port::Rendezvous, message } => self.source_says(route, message),
             Output::ClosePeer(peer) if self.plan.receives(target) && self.close_source(at, peer) => {}
             output if is_incoming(&output) && self.plan.receives(target) => self.on_receiver_output(at, output),
+            Output::Note(node::Note::Outgoing(note)) => self.on_guess(&note),
             Output::Note(_) => {}
             output if self.plan.sends(target) => self.on_sender_output(at, output),
             output => self.wrong(format!("{} does not send: {output:?}", receiver_name(at))),

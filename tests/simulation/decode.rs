@@ -168,7 +168,8 @@ impl World {
                 self.fresh_fetched.insert(fetched);
                 self.lease(at, client, lease, &chunks);
             }
-            Answer::Found { lease, chunks, granted } => {
+            Answer::Found { lease, chunks, granted, coming } => {
+                self.tally.seen_coming += u64::from(!coming.is_empty());
                 if let Some(attempt) = reading.uncommitted {
                     self.check_found(attempt, &chunks, &granted);
                 }

@@ -73,6 +73,7 @@ pub enum WorldEvent {
     SourceOpened(Proc, PeerId),
     SourceClosed(Proc, PeerId),
     Lookup(Proc),
+    LookAhead(Proc, usize),
     ReaderCancels(Proc, RequestId),
     ReceiverReset(Proc),
     Release(Proc, ClientId, LeaseId),
@@ -130,6 +131,7 @@ impl WorldEvent {
             | Self::SourceOpened(at, _)
             | Self::SourceClosed(at, _)
             | Self::Lookup(at)
+            | Self::LookAhead(at, _)
             | Self::ReaderCancels(at, _)
             | Self::ReceiverReset(at)
             | Self::Release(at, ..)

@@ -24,6 +24,8 @@ pub struct Job {
     pub tries_left: u32,
     /// Its chunks are parked, and its receiver asks for them.
     pub parked: bool,
+    /// Nobody is told of that: it is only pushed ahead, and its receiver looks.
+    pub unsolicited: bool,
     /// Asked after everything has settled: it must succeed.
     pub fresh: bool,
 }
@@ -71,7 +73,20 @@ impl World {
         }
         let client = ClientId(1 + index as u64 % 3);
         let parked = self.plan.parked > 0 && !self.is_lmcache_receiver(receiver) && self.fault(self.plan.parked);
-        Job { sender, receiver, name, keys, groups, last_tokens, client, tries_left: 3, parked, fresh: false }
+        let unsolicited = parked && self.plan.ahead && self.rng.random_bool(0.3);
+        Job {
+            sender,
+            receiver,
+            name,
+            keys,
+            groups,
+            last_tokens,
+            client,
+            tries_left: 3,
+            parked,
+            unsolicited,
+            fresh: false,
+        }
     }
 
     /// Two requests from each sender to each receiver, all at once and each for most of the buffer. A world of hundreds
@@ -108,6 +123,7 @@ impl World {
                         client: ClientId(500),
                         tries_left: 0,
                         parked,
+                        unsolicited: false,
                         fresh: true,
                     };
                     self.jobs.push(job);

@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use pd_backend::ids::{PeerId, RequestId, SourceAddress};
 use pd_backend::node::Port;
-use pd_backend::node::incoming::FetchRequest;
-use pd_backend::node::outgoing::ParkRequest;
+use pd_backend::node::incoming::{FetchRequest, Lookup};
+use pd_backend::node::outgoing::{self, ParkRequest};
 use pd_backend::wire::Message;
 use rand::RngExt;
 
@@ -43,12 +43,14 @@ impl World {
         self.attempts[attempt].state = State::Opening;
         let (client, id) = self.call(at, attempt, Kind::Open, plan::ALLOCATION);
         let park = ParkRequest {
-            ids: vec![spec.name.clone()],
+            ids: if spec.unsolicited { Vec::new() } else { vec![spec.name.clone()] },
             id: spec.name,
             keys: spec.keys,
             groups: spec.groups,
             last_chunk_tokens: spec.last_tokens,
             wait: None,
+            unsolicited: spec.unsolicited,
+            stays: false,
         };
         self.daemons.sender(at.index).node.handle_park(self.now, client, id, park);
     }
@@ -57,6 +59,14 @@ impl World {
     pub fn schedule_fetch(&mut self, job: usize, after_ms: u64) {
         let spec = self.jobs[job].clone();
         let to = self.receiver_at(spec.receiver);
+        if spec.unsolicited {
+            // Too early, at times, and again.
+            for _ in 0..3 {
+                let after = after_ms + self.ms(0, 120);
+                self.schedule(after, WorldEvent::LookAhead(to, job));
+            }
+            return;
+        }
         // Two samples of a prompt, at times.
         let samples = if spec.fresh { 1 } else { self.ms(1, 3) };
         for _ in 0..samples {
@@ -79,6 +89,24 @@ impl World {
                 };
                 self.schedule(after, news);
             }
+        }
+    }
+
+    /// A reader looks for what may have been pushed ahead.
+    pub fn look_ahead(&mut self, at: Proc, job: usize) {
+        let keys = self.jobs[job].keys.clone();
+        let (client, id) = self.reading(at, None, Duration::ZERO);
+        let lookup = Lookup { keys, uncommitted: false, fetches: true };
+        self.daemons.receiver(at.index).node.handle_lookup(self.now, client, id, &lookup);
+    }
+
+    /// What a sender says of its guesses.
+    pub fn on_guess(&mut self, note: &outgoing::OutgoingNote) {
+        match note {
+            outgoing::OutgoingNote::PushedAhead { .. } => self.tally.pushed_ahead += 1,
+            outgoing::OutgoingNote::AheadDropped { .. } => self.tally.ahead_dropped += 1,
+            outgoing::OutgoingNote::WrongGuess { .. } => self.tally.wrong_guesses += 1,
+            _ => {}
         }
     }
 

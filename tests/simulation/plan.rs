@@ -48,6 +48,8 @@ pub struct Plan {
     pub crowded: bool,
     /// Jobs whose receiver prefill is not told of.
     pub parked: u32,
+    /// Whether they are pushed to a receiver that is guessed; of some of them nobody is told.
+    pub ahead: bool,
     /// Whether senders know the receivers in advance, and meet them before any request.
     pub told: bool,
     /// Keys are drawn from so many.
@@ -142,7 +144,7 @@ impl Plan {
             return self;
         }
         let parked = if rng.random_bool(0.5) { 100 } else { rng.random_range(20..=80) };
-        Self { parked, sender_slots: rng.random_range(8..=12), ..self }
+        Self { parked, sender_slots: rng.random_range(8..=12), ahead: rng.random_bool(0.6), ..self }
     }
 
     /// A fifth of the worlds has some of LMCache's peers, in a build that has LMCache.
@@ -220,6 +222,7 @@ impl Plan {
             settle_ms: 5000,
             crowded: false,
             parked: 0,
+            ahead: false,
             told: false,
             keys: 10,
             reuse_name: some(40),
@@ -283,6 +286,7 @@ impl Plan {
             settle_ms: 3000,
             crowded: false,
             parked: 0,
+            ahead: false,
             told: false,
             keys: 10,
             reuse_name: 0,

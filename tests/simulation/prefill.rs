@@ -454,7 +454,9 @@ impl World {
                 }
             }
             Some(kind) => {
-                self.tally.failed += 1;
+                let not_taken = self.jobs[job].unsolicited;
+                self.tally.failed += u64::from(!not_taken);
+                self.tally.not_taken += u64::from(not_taken);
                 if notified {
                     self.wrong(format!("{name} failed ({kind}), and the proxy was told that it is ready"));
                 }

@@ -9,7 +9,8 @@ use pd_backend::ids::{Checksum, ChecksumMode, ConnectionId, TransferId};
 use pd_backend::node::{ChunkShape, IncomingSettings, Node, NodeSettings, OutgoingSettings};
 use pd_backend::slot::SlotCounts;
 use pd_backend::wire::message::{
-    CAPABILITY_CHECKSUMS, CAPABILITY_COMMIT, CAPABILITY_HEARTBEAT, CAPABILITY_VERIFYING, Hello, ProcessIdentity,
+    CAPABILITY_AHEAD, CAPABILITY_CHECKSUMS, CAPABILITY_COMMIT, CAPABILITY_HEARTBEAT, CAPABILITY_VERIFYING, Hello,
+    ProcessIdentity,
 };
 
 use crate::engine::Connection;
@@ -140,9 +141,15 @@ fn hello(instance: String, at: Proc, same_host: bool, host: &str) -> Hello {
         instance,
         engine: "test".into(),
         layout: vec![("chunk_bytes".into(), CHUNK_BYTES.to_string())],
-        capabilities: [CAPABILITY_COMMIT, CAPABILITY_HEARTBEAT, CAPABILITY_CHECKSUMS, CAPABILITY_VERIFYING]
-            .map(String::from)
-            .to_vec(),
+        capabilities: [
+            CAPABILITY_AHEAD,
+            CAPABILITY_COMMIT,
+            CAPABILITY_HEARTBEAT,
+            CAPABILITY_CHECKSUMS,
+            CAPABILITY_VERIFYING,
+        ]
+        .map(String::from)
+        .to_vec(),
         process: Some(process),
         rendezvous: None,
     }
@@ -169,6 +176,7 @@ fn outgoing(plan: &Plan, target: Target, index: usize) -> OutgoingSettings {
         notify_proxy: true,
         parks: plan.parked > 0,
         lease: plan::LEASE,
+        push_ahead: plan.ahead,
     }
 }
 

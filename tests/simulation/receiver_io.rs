@@ -31,6 +31,7 @@ impl World {
             WorldEvent::ReleaseParked(_, job, name) => return self.release_parked(at, job, name),
             WorldEvent::ReadUncommitted(_, attempt, named) => return self.read_uncommitted(at, attempt, named),
             WorldEvent::Lookup(_) => return self.lookup(at),
+            WorldEvent::LookAhead(_, job) => return self.look_ahead(at, job),
             WorldEvent::ReaderCancels(_, request) => return self.reader_cancels(at, &request),
             WorldEvent::ReceiverReset(_) => return self.receiver_resets(at),
             WorldEvent::Release(_, client, lease) => return self.release(at, client, lease),
@@ -132,6 +133,11 @@ impl World {
                 let checked = self.daemons.receiver(at.index).truth.commit(&instance, &request, &under_way);
                 self.check(checked);
                 *self.committed.entry((instance, request)).or_default() += 1;
+            }
+            IncomingNote::ArrivedAhead { request, instance, .. } => {
+                let under_way = self.under_way(at);
+                let checked = self.daemons.receiver(at.index).truth.commit(&instance, &request, &under_way);
+                self.check(checked);
             }
             IncomingNote::Granted { request, .. } => self.attempt_begins(at, &request),
             // A sender that is not known shakes hands anew, and asks again.

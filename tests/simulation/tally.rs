@@ -39,6 +39,13 @@ tally! {
     parked,
     held,
     fetched_parked,
+    /// Parked requests that were pushed ahead, that were not after all, and whose receiver was another; look-ups while they came.
+    pushed_ahead,
+    /// Of those that nobody is told of: ended because nobody took them.
+    not_taken,
+    ahead_dropped,
+    wrong_guesses,
+    seen_coming,
     lost_messages,
     repeated_messages,
     crashes,

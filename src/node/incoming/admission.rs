@@ -37,6 +37,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
         let checked = checked.and_then(|checked| self.check_share(&extension.instance).map(|()| checked));
         let (id, sizes) = match checked {
             Ok(checked) => checked,
+            Err(failure) if extension.ahead => return self.tell_refused(core, from, extension.seq, failure),
             Err(failure) => {
                 let id = request.req_id.clone();
                 self.refuse_alloc(core, from, extension.seq, &extension.instance, request.req_id, failure.clone());
@@ -57,7 +58,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
         let text = "its sender is gone, and another has the request now";
         self.replace(core, &id, &Failure::new(FailureKind::PeerLost, text));
         let wait = Duration::from_millis(extension.wait_ms).min(core.settings.allocation_timeout);
-        core.timers.set(IncomingTimer::Allocation(id.clone()), core.now + wait);
+        let ahead = extension.ahead;
         let request = IncomingRequest {
             instance: extension.instance,
             route: from,
@@ -70,9 +71,14 @@ impl<R: Clone + PartialEq> Incoming<R> {
             refused_in: None,
             verifying: None,
             origin: Origin::Pd,
+            ahead,
             stage: IncomingStage::Waiting { wait },
         };
         self.requests.insert(id.clone(), request);
+        if ahead {
+            return self.admit_ahead(core, &id);
+        }
+        core.timers.set(IncomingTimer::Allocation(id.clone()), core.now + wait);
         self.fetch_arrives(core, &id);
         self.waiting.push_back(id);
         self.admit(core);
@@ -104,6 +110,9 @@ impl<R: Clone + PartialEq> Incoming<R> {
             let room = self.room(core);
             let refused = self.requests.get(&id).is_some_and(|request| request.refused_in == Some(room));
             if refused || !self.try_grant(core, &id) {
+                if self.make_room_for_what_was_asked_for(core) {
+                    continue;
+                }
                 if let Some(request) = self.requests.get_mut(&id) {
                     request.refused_in = Some(room);
                 }
@@ -172,19 +181,24 @@ impl<R: Clone + PartialEq> Incoming<R> {
         request: Option<RequestId>,
         failure: Failure,
     ) {
+        self.tell_refused(core, to, seq, failure.clone());
+        core.note(IncomingNote::Refused { request, instance: truncate(instance), failure });
+    }
+
+    pub(super) fn tell_refused(&self, core: &mut Core<R>, to: R, seq: Seq, failure: Failure) {
         let response = AllocResponse {
             already_sent_indexes: Vec::new(),
             remote_indexes: Vec::new(),
-            pd: Some(AllocReplyExtension { refusal: Some(failure.clone()), ..AllocReplyExtension::empty(seq) }),
+            pd: Some(AllocReplyExtension { refusal: Some(failure), ..AllocReplyExtension::empty(seq) }),
         };
         core.send(To::Route(to), Port::Alloc, Message::AllocResponse(response));
-        core.note(IncomingNote::Refused { request, instance: truncate(instance), failure });
     }
 
     /// Whether a sender may have one more request: none may take all places from the others.
     pub(super) fn check_share(&self, instance: &str) -> Result<(), Failure> {
         let open = |request: &&IncomingRequest<R>| {
             request.instance == instance
+                && !request.ahead
                 && !request.is_ready()
                 && (request.origin.commits() || !request.writes_nothing())
         };
@@ -247,11 +261,14 @@ impl<R: Clone + PartialEq> Incoming<R> {
             Some(open) if !open.is_ready() && !self.is_abandoned(open) => {
                 bad(format!("{id} is open already, or its last attempt is still ending"))
             }
-            _ if self.requests.len() >= core.settings.requests_max => Err(Failure::new(
-                FailureKind::Limit,
-                format!("{} requests are open, the limit (pd_max_requests)", self.requests.len()),
-            )),
-            _ => Ok((id, sizes)),
+            _ => {
+                let open = self.asked_for();
+                if open >= core.settings.requests_max {
+                    let text = format!("{open} requests are open, the limit (pd_max_requests)");
+                    return Err(Failure::new(FailureKind::Limit, text));
+                }
+                Ok((id, sizes))
+            }
         }
     }
 
@@ -276,7 +293,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
     }
 
     /// Grants a waiting request all its slots, sharing ready chunks with others or not.
-    fn try_reserve(&mut self, core: &mut Core<R>, id: &RequestId, share: bool) -> bool {
+    pub(super) fn try_reserve(&mut self, core: &mut Core<R>, id: &RequestId, share: bool) -> bool {
         let Some(request) = self.requests.get(id) else { return true };
         let shared = if share { core.ready_of(&request.keys, &request.sizes) } else { Vec::new() };
         let is_shared: BTreeSet<u32> = shared.iter().map(|&(index, _)| index).collect();

@@ -103,6 +103,28 @@ pub enum IncomingNote<R> {
         /// From the grant to the commit.
         took: Duration,
     },
+    /// Chunks have come that nobody has asked for.
+    ArrivedAhead {
+        /// What their sender calls them.
+        request: RequestId,
+        /// Whose.
+        instance: String,
+        /// Chunks in it.
+        chunks: usize,
+        /// Bytes written for it.
+        bytes: u64,
+    },
+    /// Chunks that nobody has asked for do not come after all.
+    AheadFailed {
+        /// What their sender calls them.
+        request: RequestId,
+        /// Whose.
+        instance: String,
+        /// Why.
+        failure: Failure,
+        /// Slots whose writer is not known to have stopped.
+        quarantined: usize,
+    },
     /// A request ended without being fetched.
     Failed {
         /// Which request.

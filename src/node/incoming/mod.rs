@@ -5,6 +5,7 @@
 //! | `io` | what goes in and comes out: look-ups, notes, counts |
 //! | `senders`, `lost` | handshakes with senders, and losing them |
 //! | `admission` | who gets slots, and when (`piecemeal`: how it must not be done) |
+//! | `ahead` | what nobody has asked for yet, and who comes before it |
 //! | `request`, `requests` | a request, and its way from the grant on to its end: commit, the sender's cancel, quarantine |
 //! | `lmcache` | LMCache's senders, which commit nothing |
 //! | `origin`, `dialect` | what differs with the dialect of a request's sender: ours, or LMCache's |
@@ -16,6 +17,7 @@
 //! | `reset` | everything that was computed before now is void |
 
 mod admission;
+mod ahead;
 mod dialect;
 mod ended;
 mod fetches;
@@ -46,6 +48,7 @@ use std::time::Instant;
 pub use fetches::FetchRequest;
 pub use io::{ExpectedChunk, IncomingCounts, IncomingNote, Lookup};
 
+use self::ahead::Coming;
 use self::ended::EndedRequests;
 use self::fetches::Fetch;
 use self::leases::Leases;
@@ -75,6 +78,8 @@ pub(super) struct Incoming<R> {
     requests: BTreeMap<RequestId, IncomingRequest<R>>,
     /// Requests that wait for slots, in the order of their arrival.
     waiting: VecDeque<RequestId>,
+    /// Chunks that are being pushed ahead.
+    coming: Coming,
     /// Grants that were given up while a write may be in flight: their slots are quarantined.
     closing: BTreeMap<GrantId, Closing>,
     /// The latest grants that were committed, and whose they were: what is said twice is answered alike.
@@ -107,6 +112,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
             lost: LostPeers::default(),
             requests: BTreeMap::new(),
             waiting: VecDeque::new(),
+            coming: Coming::default(),
             closing: BTreeMap::new(),
             committed: BTreeMap::new(),
             summed_at: None,
@@ -208,6 +214,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
     /// Takes no new requests from now on; what has begun goes on.
     pub(super) fn handle_shutdown(&mut self, core: &mut Core<R>) {
         let failure = Failure::new(FailureKind::ShuttingDown, "this receiver is shutting down; use another");
+        self.withdraw_ahead(core, &failure);
         for id in self.waiting.clone() {
             self.fail(core, &id, failure.clone());
         }
@@ -259,6 +266,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
             return Err(format!("{} of {} requests wait", self.waiting.len(), self.requests.len()));
         }
         self.check_fetches(core)?;
+        self.check_coming()?;
         self.leases.check_invariants()
     }
 }

@@ -7,7 +7,7 @@ use super::ended::Audience;
 use super::request::{IncomingRequest, IncomingStage};
 use super::waiters::Waiter;
 use super::{Incoming, IncomingNote, IncomingTimer, Lookup};
-use crate::ids::{ClientId, Failure, FailureKind, GrantId, LeaseId, ReadyChunk, RequestId, Seq, SlotIndex};
+use crate::ids::{ChunkKey, ClientId, Failure, FailureKind, GrantId, LeaseId, ReadyChunk, RequestId, Seq, SlotIndex};
 use crate::node::Answer;
 use crate::node::core::Core;
 use crate::node::safeguards::Safeguard;
@@ -62,9 +62,14 @@ impl<R: Clone + PartialEq> Incoming<R> {
             core.slots.pin(slot);
         }
         let chunks = slots.into_iter().map(|slot| slot.and_then(|slot| self.ready_chunk(core, slot))).collect();
+        let coming = (0u32..).zip(&chunks).zip(keys);
+        let coming = coming.filter(|((_, chunk), key): &((u32, &Option<ReadyChunk>), &ChunkKey)| {
+            chunk.is_none() && self.coming.contains(key)
+        });
+        let coming = coming.map(|((at, _), _)| at).collect();
         let fetched = if fetches { self.ready_among(&held) } else { Vec::new() };
         let lease = (!held.is_empty()).then(|| self.leases.open(client, held));
-        core.answer(client, id, Answer::Found { lease, chunks, granted });
+        core.answer(client, id, Answer::Found { lease, chunks, granted, coming });
         for request in &fetched {
             self.end_fetched(core, request);
         }

@@ -31,6 +31,8 @@ pub(super) struct IncomingRequest<R> {
     /// Its commit, while its chunks are being summed.
     pub(super) verifying: Option<Verification<R>>,
     pub(super) origin: Origin,
+    /// Nobody has asked for it.
+    pub(super) ahead: bool,
     pub(super) stage: IncomingStage,
 }
 

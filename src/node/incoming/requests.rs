@@ -173,9 +173,10 @@ impl<R: Clone + PartialEq> Incoming<R> {
     }
 
     pub(super) fn make_ready(&mut self, core: &mut Core<R>, id: &RequestId) {
+        self.comes_no_more(id);
         let Some(request) = self.requests.get_mut(id) else { return };
         let IncomingStage::Granted { grant, own, shared } = &request.stage else { return };
-        let (grant, count) = (*grant, request.keys.len());
+        let (grant, count, ahead) = (*grant, request.keys.len(), request.ahead);
         let mut slots = vec![SlotIndex(0); count];
         let mut bytes = 0;
         for &(index, slot) in shared {
@@ -199,9 +200,12 @@ impl<R: Clone + PartialEq> Incoming<R> {
         }
         self.lmcache.forget_granted(&request.keys, id);
         core.timers.cancel(IncomingTimer::Write(id.clone()));
+        self.counts.bytes += bytes;
+        if ahead {
+            return self.arrived_ahead(core, id, bytes);
+        }
         core.timers.set(IncomingTimer::Retention(id.clone()), core.now + self.settings.retention);
         self.counts.requests_ready += 1;
-        self.counts.bytes += bytes;
         core.note(IncomingNote::Committed { request: id.clone(), instance, chunks: count, bytes, took });
         self.serve_waiters(core, id);
     }
@@ -219,7 +223,8 @@ impl<R: Clone + PartialEq> Incoming<R> {
         self.ended.forget(id);
     }
 
-    /// The one place where an attempt ends that was not fetched. Answers its sender's instance, and its grant.
+    /// The one place where an attempt ends that was not fetched. Answers its sender's instance, and its grant, if readers may want to
+    /// know.
     fn retire(
         &mut self,
         core: &mut Core<R>,
@@ -227,6 +232,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
         failure: &Failure,
         tell_sender: bool,
     ) -> Option<(String, Option<GrantId>)> {
+        self.comes_no_more(id);
         let request = self.requests.remove(id)?;
         for timer in [
             IncomingTimer::Allocation(id.clone()),
@@ -287,9 +293,14 @@ impl<R: Clone + PartialEq> Incoming<R> {
                 }
             }
         }
-        self.counts.requests_failed += 1;
-        let instance = request.instance;
+        let (ahead, instance) = (request.ahead, request.instance);
         let (request, failure) = (id.clone(), failure.clone());
+        if ahead {
+            // Nobody waits for it.
+            core.note(IncomingNote::AheadFailed { request, instance, failure, quarantined });
+            return None;
+        }
+        self.counts.requests_failed += 1;
         core.note(IncomingNote::Failed { request, instance: instance.clone(), failure, quarantined });
         Some((instance, grant))
     }

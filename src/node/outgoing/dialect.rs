@@ -80,7 +80,12 @@ impl<R: Clone> Outgoing<R> {
 
     /// A request wants slots of its receiver, which is connected.
     pub(super) fn ask_for_room(&mut self, core: &mut Core<R>, uid: Uid) {
-        let Some(peer) = self.requests.get(&uid).map(|request| request.peer) else { return };
+        let Some(request) = self.requests.get(&uid) else { return };
+        // Once that is there, nothing of it has to be written again.
+        if self.comes_ahead(request) {
+            return;
+        }
+        let peer = request.peer;
         match self.link_of(peer) {
             Link::Pd => self.allocate(core, uid),
             Link::Lmcache(_) => self.queue_allocation(core, peer, uid),

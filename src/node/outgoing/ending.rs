@@ -136,6 +136,7 @@ impl<R: Clone> Outgoing<R> {
             OutgoingStage::Closing { .. } => return,
         };
         let (is_parking, registered) = (request.is_parking(), request.registration.is_some());
+        let ahead = request.ahead;
         request.stage = OutgoingStage::Closing { grant, alloc_seq, cancel };
         let (id, receiver, client, in_flight, request_peer) =
             (request.id.clone(), request.receiver(), request.client, request.in_flight, request.peer);
@@ -145,7 +146,7 @@ impl<R: Clone> Outgoing<R> {
         }
         self.awaited.retain(|_, other| *other != uid);
         self.staging_request_ended(core, uid, &failure, is_parking);
-        self.counts.requests_failed += 1;
+        self.counts.requests_failed += u64::from(ahead.is_none());
         let peer = receiver.clone();
         let mut told_by_event = false;
         match (client, open_id) {
@@ -163,12 +164,11 @@ impl<R: Clone> Outgoing<R> {
         if in_flight > 0 {
             self.abandon_delayed(core, uid, client.is_none());
         }
-        core.note(OutgoingNote::Failed {
-            request: id.clone(),
-            receiver,
-            registered,
-            failure: failure.clone(),
-            in_flight,
+        core.note(match ahead {
+            None => {
+                OutgoingNote::Failed { request: id.clone(), receiver, registered, failure: failure.clone(), in_flight }
+            }
+            Some(_) => OutgoingNote::AheadDropped { request: id.clone(), receiver, failure: failure.clone() },
         });
         self.registration_failed(core, uid, &failure);
         if asked {
@@ -184,6 +184,12 @@ impl<R: Clone> Outgoing<R> {
             }
         }
         self.give_up(core, &id, names, &failure);
+        if is_parking {
+            self.drop_ahead_of(core, uid);
+        }
+        if let Some(parked) = ahead {
+            self.ahead_over(core, parked, request_peer, Some(&failure));
+        }
         self.serve_staging(core);
     }
 

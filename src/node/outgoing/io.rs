@@ -51,6 +51,10 @@ pub struct ParkRequest {
     pub last_chunk_tokens: u32,
     /// How long to wait for slots, if not as configured.
     pub wait: Option<Duration>,
+    /// Whether nobody is told of it: it is pushed ahead, and kept until that has ended.
+    pub unsolicited: bool,
+    /// Whether it is not to be pushed ahead.
+    pub stays: bool,
 }
 
 /// What a connector sends at once.
@@ -190,6 +194,35 @@ pub enum OutgoingNote {
         state: Registration,
         /// Of the chunks that it asked for, those that are here or coming.
         chunks: usize,
+    },
+    /// A receiver has parked chunks that it has not asked for.
+    PushedAhead {
+        /// What they are called on their way.
+        request: RequestId,
+        /// Where.
+        receiver: String,
+        /// Chunks written.
+        chunks: u32,
+        /// Bytes written.
+        bytes: u64,
+    },
+    /// Parked chunks are not pushed to a receiver that has not asked for them.
+    AheadDropped {
+        /// What they are called on their way.
+        request: RequestId,
+        /// Where.
+        receiver: String,
+        /// Why.
+        failure: Failure,
+    },
+    /// Parked chunks were pushed to one receiver, and another asks for them.
+    WrongGuess {
+        /// What it calls its request.
+        request: RequestId,
+        /// Whom they were pushed to.
+        guessed: String,
+        /// Who asks.
+        asks: String,
     },
     /// A request ended otherwise.
     Failed {

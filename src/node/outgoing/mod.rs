@@ -11,12 +11,14 @@
 //! | `staging` | who waits for local slots, and who gets them |
 //! | `timer`, `uid` | its deadlines; a request's name inside the node |
 //! | `transfers`, `coverage` | `send`: parts into copies, and which bytes were given to the engine |
+//! | `ahead` | chunks that are pushed to a receiver that is likely to ask for them |
 //! | `parking`, `given_up` | chunks that are kept for whoever asks for them, and those that will not come |
 //! | `registrations`, `registrants` | what receivers ask for; who has asked, and how that ended |
 //! | `link`, `dialect` | what differs with the dialect of a receiver: ours, or LMCache's |
 //! | `lmcache` | LMCache's receivers: what they are told and say, which pages of theirs wait for our bytes |
 
 mod acknowledging;
+mod ahead;
 mod coverage;
 mod dialect;
 mod ending;
@@ -45,6 +47,7 @@ use std::time::Instant;
 
 pub use io::{ConnectState, Event, OpenRequest, OutgoingCounts, OutgoingNote, ParkRequest, Phases, Sending};
 
+use self::ahead::{Guess, Guessed};
 use self::given_up::GivenUp;
 use self::lmcache::RememberedReceivers;
 use self::parking::ParkLease;
@@ -102,6 +105,8 @@ pub(super) struct Outgoing<R> {
     registrants: Registrants<R>,
     /// What nobody computes any more.
     given_up: GivenUp,
+    guess: Guess,
+    guessed: BTreeMap<ChunkKey, Guessed>,
     counts: OutgoingCounts,
 }
 
@@ -132,6 +137,8 @@ impl<R: Clone> Outgoing<R> {
             awaiting: BTreeMap::new(),
             registrants: Registrants::default(),
             given_up: GivenUp::default(),
+            guess: Guess::default(),
+            guessed: BTreeMap::new(),
             counts: OutgoingCounts::default(),
         }
     }
@@ -250,6 +257,7 @@ impl<R: Clone> Outgoing<R> {
     pub(super) fn check_invariants(&self, core: &Core<R>) -> Result<(), String> {
         self.check_reconnects(core)?;
         self.check_parked()?;
+        self.check_aheads()?;
         self.registrants.check()?;
         let (held, staged) = (self.staged_slots(), core.slots.counts().staged);
         if held != staged as usize {

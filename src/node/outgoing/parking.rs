@@ -23,6 +23,8 @@ pub(super) struct ParkLease {
     /// What those call the request who will ask.
     pub(super) ids: Vec<RequestId>,
     pub(super) slots: Vec<SlotIndex>,
+    /// Nobody is told of it: it ends when it was pushed ahead.
+    pub(super) unsolicited: bool,
 }
 
 impl<R: Clone> Outgoing<R> {
@@ -37,13 +39,13 @@ impl<R: Clone> Outgoing<R> {
                 return core.refuse(client, id, failure, None);
             }
         };
-        let ParkRequest { id: name, ids, keys, groups, last_chunk_tokens, wait } = park;
+        let ParkRequest { id: name, ids, keys, groups, last_chunk_tokens, wait, unsolicited, stays } = park;
         self.take_up_names(&ids);
         let parked_keys = keys.clone();
         let here: Vec<(u32, SlotIndex)> =
             core.ready_of(&keys, &sizes).into_iter().filter(|&(_, slot)| core.slots.park(slot)).collect();
         let chunks = RequestChunks { keys, groups, last_chunk_tokens, sizes };
-        let parking = OutgoingStage::Parking { ids, open_id: Some(id), last: false, released: false };
+        let parking = OutgoingStage::Parking { ids, open_id: Some(id), last: false, released: false, unsolicited };
         let mut request = OutgoingRequest {
             client: Some(client),
             parked: here.iter().map(|&(_, slot)| slot).collect(),
@@ -67,6 +69,9 @@ impl<R: Clone> Outgoing<R> {
             self.queue_for_staging(core, (client, id), uid, missing, wait);
         }
         self.serve_registrations(core, &parked_keys);
+        if !stays {
+            self.push_ahead(core, uid);
+        }
     }
 
     /// A request that is to be parked has its slots.
@@ -92,6 +97,11 @@ impl<R: Clone> Outgoing<R> {
                 format!("{} is to be known by {} names, the limit is {REQUEST_IDS_MAX}", park.id, park.ids.len());
             return Err(Failure::new(FailureKind::Limit, text));
         }
+        if park.unsolicited && self.guessed_receiver(core).is_none() {
+            let text =
+                format!("{} is only to be pushed ahead, and no receiver is connected that could be guessed", park.id);
+            return Err(Failure::new(FailureKind::PeerUnreachable, text));
+        }
         // All of it is kept at the same time.
         let lens_bytes: Vec<u64> = sizes.iter().map(|size| size.len_bytes).collect();
         let (asked_bytes, most_bytes) =
@@ -110,16 +120,17 @@ impl<R: Clone> Outgoing<R> {
     /// Every chunk of a request is here: its lease begins.
     pub(super) fn finish_parked(&mut self, core: &mut Core<R>, uid: Uid) {
         let Some(request) = self.requests.get_mut(&uid) else { return };
-        let OutgoingStage::Parking { ids, released, .. } = &mut request.stage else { return };
-        let (ids, released) = (std::mem::take(ids), *released);
+        let OutgoingStage::Parking { ids, released, unsolicited, .. } = &mut request.stage else { return };
+        let (ids, released, unsolicited) = (std::mem::take(ids), *released, *unsolicited);
         let slots = std::mem::take(&mut request.parked);
         let Some(request) = self.remove(core, uid) else { return };
         self.counts.requests_parked += 1;
         let chunks = request.chunks.len();
         if released {
             slots.into_iter().for_each(|slot| core.slots.unpark(core.now, slot));
+            self.drop_ahead_of(core, uid);
         } else {
-            self.lease(core, uid, ids, slots);
+            self.lease(core, uid, ids, slots, unsolicited);
         }
         if let Some(client) = request.client {
             let event = Event::Parked { request: request.id.clone(), chunks: chunks as u32 };
@@ -131,9 +142,16 @@ impl<R: Clone> Outgoing<R> {
     }
 
     /// Keeps parked chunks for the time of a lease.
-    pub(super) fn lease(&mut self, core: &mut Core<R>, lease: Uid, ids: Vec<RequestId>, slots: Vec<SlotIndex>) {
+    pub(super) fn lease(
+        &mut self,
+        core: &mut Core<R>,
+        lease: Uid,
+        ids: Vec<RequestId>,
+        slots: Vec<SlotIndex>,
+        unsolicited: bool,
+    ) {
         core.timers.set(OutgoingTimer::Lease(lease), core.now + self.settings.lease);
-        self.park_leases.insert(lease, ParkLease { ids, slots });
+        self.park_leases.insert(lease, ParkLease { ids, slots, unsolicited });
     }
 
     /// What a lease kept makes room from now on.
@@ -142,6 +160,7 @@ impl<R: Clone> Outgoing<R> {
         core.timers.cancel(OutgoingTimer::Lease(lease));
         let chunks = slots.len();
         slots.into_iter().for_each(|slot| core.slots.unpark(core.now, slot));
+        self.drop_ahead_of(core, lease);
         core.note(OutgoingNote::LeaseEnded { chunks, released });
         self.serve_staging(core);
     }
@@ -212,7 +231,7 @@ impl<R: Clone> Outgoing<R> {
     /// A request that was being parked, or that sends parked chunks, has ended: nothing is kept for it any more.
     pub(super) fn let_go_of_parked(&mut self, core: &mut Core<R>, uid: Uid, request: &OutgoingRequest) {
         request.parked.iter().for_each(|&slot| core.slots.unpark(core.now, slot));
-        if request.registration.is_some() {
+        if request.sends_parked() {
             for (key, chunk) in request.keys.iter().zip(&request.chunks) {
                 match chunk.local {
                     Some(slot) => core.let_go_sent(slot),
@@ -267,7 +286,7 @@ impl<R: Clone> Outgoing<R> {
         let is_here = |uid: &Uid, parking: bool| {
             self.requests.get(uid).is_some_and(|request| match parking {
                 true => request.is_parking(),
-                false => request.registration.is_some(),
+                false => request.sends_parked(),
             })
         };
         if let Some((key, uids)) = self.coming.iter().find(|(_, uids)| !uids.iter().all(|uid| is_here(uid, true))) {

@@ -16,8 +16,8 @@ use crate::node::output::Remote;
 use crate::node::output::To;
 use crate::node::{PROCESSES_ASKED_MAX, handshake};
 use crate::wire::message::{
-    CAPABILITY_HEARTBEAT, InitExtension, InitRequest, InitResponse, MemRegResponse, MemoryUpdate, Ping, Pong,
-    ProcessIdentity,
+    CAPABILITY_AHEAD, CAPABILITY_HEARTBEAT, InitExtension, InitRequest, InitResponse, MemRegResponse, MemoryUpdate,
+    Ping, Pong, ProcessIdentity,
 };
 use crate::wire::{LmcacheMode, Message};
 
@@ -39,6 +39,8 @@ pub(super) struct Receiver {
     pub(super) lmcache_mode: LmcacheMode,
     /// Whether it answers pings.
     heartbeat: bool,
+    /// Whether it takes chunks that it has not asked for.
+    pub(super) takes_ahead: bool,
     /// When anything was last heard of it.
     heard: Heard,
 }
@@ -111,6 +113,7 @@ impl<R: Clone> Outgoing<R> {
             link: Link::Pd,
             lmcache_mode: LmcacheMode::Sync,
             heartbeat: false,
+            takes_ahead: false,
             heard: Heard::at(core.now),
         };
         self.peers.insert(peer, record);
@@ -199,7 +202,8 @@ impl<R: Clone> Outgoing<R> {
         if let Err(failure) = checked.and_then(|()| handshake::check(&core.settings.hello, &extension.hello)) {
             return self.peer_failed(core, peer, failure);
         }
-        record.heartbeat = extension.hello.capabilities.iter().any(|name| name == CAPABILITY_HEARTBEAT);
+        let can = |capability: &str| extension.hello.capabilities.iter().any(|name| name == capability);
+        (record.heartbeat, record.takes_ahead) = (can(CAPABILITY_HEARTBEAT), can(CAPABILITY_AHEAD));
         record.instance = extension.hello.instance;
         record.rendezvous = extension.hello.rendezvous;
         self.load(core, peer, Link::Pd, Some(extension.agent_name), response.remote_meta_bytes);
@@ -443,12 +447,19 @@ impl<R: Clone> Outgoing<R> {
         let mut again = Vec::new();
         for uid in self.requests_of(peer) {
             let Some(request) = self.requests.get_mut(&uid) else { continue };
-            let OutgoingStage::Allocating { open_id, seq, wait } = request.stage else { continue };
-            if std::mem::replace(&mut request.reconnected, true) {
+            let (open_id, wait, asked) = match request.stage {
+                OutgoingStage::Allocating { open_id, seq, wait } => (open_id, wait, Some(seq)),
+                // It waits for what is pushed ahead.
+                OutgoingStage::Connecting { open_id, wait } => (open_id, wait, None),
+                _ => continue,
+            };
+            if request.ahead.is_some() || std::mem::replace(&mut request.reconnected, true) {
                 continue;
             }
             request.set_aside(core.now, open_id, wait);
-            self.awaited.remove(&seq);
+            if let Some(seq) = asked {
+                self.awaited.remove(&seq);
+            }
             core.timers.cancel(OutgoingTimer::Allocation(uid));
             again.push(uid);
         }

@@ -30,7 +30,7 @@ const WAITING_LEN_BYTES_MAX: usize = 64 << 20;
 
 /// A chunk that can be sent, or that will be.
 #[derive(Debug)]
-struct Found {
+pub(super) struct Found {
     key: ChunkKey,
     size: ChunkSize,
     /// None: it is being computed.
@@ -110,13 +110,16 @@ impl<R: Clone> Outgoing<R> {
                 let here = found.iter().filter_map(|found| found.slot);
                 let slots: Vec<SlotIndex> = here.filter(|&slot| core.slots.park(slot)).collect();
                 let lease = core.fresh();
-                self.lease(core, lease, register.ids, slots);
+                self.lease(core, lease, register.ids, slots, false);
                 Ok((Registration::Accepted, RegistrantState::Held(lease)))
             }
-            Some(address) => match self.push(core, &id, address, found) {
-                Ok(uid) => Ok((Registration::Accepted, RegistrantState::Pushing(uid, register.ids))),
-                Err(failure) => Err((Registration::Failed, Some(failure))),
-            },
+            Some(address) => {
+                self.judge_guess(core, &id, &register.keys, &address);
+                match self.push(core, &id, address, found) {
+                    Ok(uid) => Ok((Registration::Accepted, RegistrantState::Pushing(uid, register.ids))),
+                    Err(failure) => Err((Registration::Failed, Some(failure))),
+                }
+            }
         };
         // After what it asks for now is held.
         match before.map(|before| before.state) {
@@ -284,7 +287,7 @@ impl<R: Clone> Outgoing<R> {
     }
 
     /// Of these chunks those that are here, or that are being computed, in their order and each once.
-    fn find_parked(&self, core: &Core<R>, keys: &[ChunkKey]) -> Vec<Found> {
+    pub(super) fn find_parked(&self, core: &Core<R>, keys: &[ChunkKey]) -> Vec<Found> {
         let find = |key: &ChunkKey| {
             if let Some(slot) = core.slots.find(key) {
                 let SlotState::Ready { group, .. } = core.slots.state(slot)? else { return None };
@@ -300,13 +303,13 @@ impl<R: Clone> Outgoing<R> {
         keys.iter().filter(|key| seen.insert(*key)).filter_map(find).collect()
     }
 
-    /// A request of our own: these chunks to that receiver.
+    /// A request for a registration.
     fn push(
         &mut self,
         core: &mut Core<R>,
         id: &RegistrationId,
         address: PeerAddress,
-        mut found: Vec<Found>,
+        found: Vec<Found>,
     ) -> Result<Uid, Failure> {
         // As many places as receivers may take are left to this side's own requests.
         let pushing = self.requests.values().filter(|request| request.registration.is_some()).count();
@@ -316,6 +319,22 @@ impl<R: Clone> Outgoing<R> {
                 format!("{pushing} registrations are being sent something, the limit is half of pd_max_requests");
             return Err(Failure::new(FailureKind::Limit, text));
         }
+        let uid = self.send_found(core, id.1.clone(), address, found, core.settings.allocation_timeout)?;
+        if let Some(request) = self.requests.get_mut(&uid) {
+            request.registration = Some(id.clone());
+        }
+        Ok(uid)
+    }
+
+    /// A request under this name: these chunks to that receiver.
+    pub(super) fn send_found(
+        &mut self,
+        core: &mut Core<R>,
+        name: RequestId,
+        address: PeerAddress,
+        mut found: Vec<Found>,
+        wait: Duration,
+    ) -> Result<Uid, Failure> {
         // What is here and not parked is not sent if as much as may be is parked.
         found.retain(|found| found.slot.is_none_or(|slot| core.hold_sent(slot)));
         let held: Vec<SlotIndex> = found.iter().filter_map(|found| found.slot).collect();
@@ -333,13 +352,9 @@ impl<R: Clone> Outgoing<R> {
         let sizes = found.iter().map(|found| found.size).collect();
         let keys = found.iter().map(|found| found.key.clone()).collect();
         let chunks = RequestChunks { keys, groups, last_chunk_tokens, sizes };
-        let stage = OutgoingStage::Connecting { open_id: Seq(0), wait: core.settings.allocation_timeout };
-        let mut request = OutgoingRequest {
-            peer,
-            address: Some(address),
-            registration: Some(id.clone()),
-            ..OutgoingRequest::new(core.now, id.1.clone(), chunks, stage)
-        };
+        let stage = OutgoingStage::Connecting { open_id: Seq(0), wait };
+        let mut request =
+            OutgoingRequest { peer, address: Some(address), ..OutgoingRequest::new(core.now, name, chunks, stage) };
         let uid = core.fresh();
         for (found, chunk) in found.into_iter().zip(&mut request.chunks) {
             chunk.local = found.slot;
@@ -355,6 +370,7 @@ impl<R: Clone> Outgoing<R> {
     fn begin_push(&mut self, core: &mut Core<R>, uid: Uid) {
         let peer = self.requests.get(&uid).map(|request| request.peer);
         if peer.is_some_and(|peer| self.connection_of(peer).is_some()) {
+            self.drop_aheads_without_room(core, uid);
             self.ask_for_room(core, uid);
         }
     }

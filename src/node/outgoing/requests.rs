@@ -42,6 +42,8 @@ pub(super) struct OutgoingRequest {
     pub(super) address: Option<PeerAddress>,
     /// Whose registration it serves, with chunks that are parked; none of one whose client stages its chunks.
     pub(super) registration: Option<RegistrationId>,
+    /// Of which parked request it pushes the chunks ahead; none of one that somebody asked for.
+    pub(super) ahead: Option<Uid>,
     pub(super) keys: Vec<ChunkKey>,
     pub(super) groups: Vec<GroupIndex>,
     pub(super) last_chunk_tokens: u32,
@@ -102,7 +104,7 @@ pub(super) enum OutgoingStage {
     /// Everything is written; the receiver was told.
     Committing { grant: GrantId },
     /// Its chunks are kept here, for whoever registers for them.
-    Parking { ids: Vec<RequestId>, open_id: Option<Seq>, last: bool, released: bool },
+    Parking { ids: Vec<RequestId>, open_id: Option<Seq>, last: bool, released: bool, unsolicited: bool },
     /// It has failed, and transfers of it have not ended. Then the receiver is told that nothing writes any more.
     Closing { grant: Option<GrantId>, alloc_seq: Option<Seq>, cancel: Option<(ClientId, Seq)> },
 }
@@ -141,6 +143,7 @@ impl OutgoingRequest {
             peer: PeerId(0),
             address: None,
             registration: None,
+            ahead: None,
             chunks: sizes.into_iter().map(chunk).collect(),
             keys,
             groups,
@@ -167,6 +170,16 @@ impl OutgoingRequest {
     /// Whether its chunks stay here.
     pub(super) const fn is_parking(&self) -> bool {
         matches!(self.stage, OutgoingStage::Parking { .. })
+    }
+
+    /// Whether what it sends is parked here.
+    pub(super) const fn sends_parked(&self) -> bool {
+        self.registration.is_some() || self.ahead.is_some()
+    }
+
+    /// Whether it has ended but for its transfers.
+    pub(super) const fn is_closing(&self) -> bool {
+        matches!(self.stage, OutgoingStage::Closing { .. })
     }
 
     /// Whether its client may stage and send.
@@ -279,6 +292,7 @@ impl<R: Clone> Outgoing<R> {
             groups: request.groups.clone(),
             known_len_bytes: self.peers.get(&request.peer).map_or(0, |peer| peer.len_bytes),
             receiver: self.peers.get(&request.peer).map(|peer| peer.instance.clone()).unwrap_or_default(),
+            ahead: request.ahead.is_some(),
         });
         let peer = request.peer;
         self.awaited.insert(seq, uid);
@@ -367,7 +381,7 @@ impl<R: Clone> Outgoing<R> {
         let Some(request) = self.requests.get_mut(&uid) else { return };
         request.phases.alloc = core.now.saturating_duration_since(request.opened_at);
         request.since = core.now;
-        let request_is_push = request.registration.is_some();
+        let sends_parked = request.sends_parked();
         let note = OutgoingNote::Opened {
             request: request.id.clone(),
             receiver: request.receiver(),
@@ -378,7 +392,7 @@ impl<R: Clone> Outgoing<R> {
         let (client, name, stage_all) = (request.client, request.id.clone(), request.stage_all);
         core.timers.set(OutgoingTimer::Write(uid), write_until);
         core.note(note);
-        if request_is_push {
+        if sends_parked {
             self.send_parked(core, uid);
         } else if let Some(client) = client {
             let slots = if stage_all { self.stage_granted(core, uid) } else { Vec::new() };
@@ -449,13 +463,17 @@ impl<R: Clone> Outgoing<R> {
         let Some(mut request) = self.remove(core, uid) else { return };
         request.phases.commit = core.now.saturating_duration_since(request.since);
         let chunks = request.chunks.iter().filter(|chunk| chunk.remote.is_some()).count() as u32;
-        self.counts.requests_sent += 1;
         self.counts.bytes += request.bytes;
+        if request.ahead.is_some() {
+            return self.pushed_ahead(core, request, chunks);
+        }
+        self.counts.requests_sent += 1;
         // The proxy is told after the commit is acknowledged, once, and never for a request that failed.
         if self.settings.notify_proxy && notify && request.registration.is_none() {
             core.outputs.push_back(Output::NotifyProxy { request: request.id.clone() });
         }
-        if let Some(registration) = &request.registration {
+        if let (Some(registration), Some(address)) = (&request.registration, &request.address) {
+            self.guess.was_sent(address);
             self.registration_served(core, registration, request.keys.clone());
         }
         let receiver = request.receiver();
@@ -519,8 +537,9 @@ impl<R: Clone> Outgoing<R> {
             );
             return Err(Failure::new(FailureKind::Limit, text));
         }
-        if self.requests.len() >= core.settings.requests_max {
-            let text = format!("{} requests are open, the limit (pd_max_requests)", self.requests.len());
+        let asked_for = self.requests.len() - self.aheads();
+        if asked_for >= core.settings.requests_max {
+            let text = format!("{asked_for} requests are open, the limit (pd_max_requests)");
             return Err(Failure::new(FailureKind::Limit, text));
         }
         Ok(sizes)

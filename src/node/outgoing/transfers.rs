@@ -192,7 +192,7 @@ impl<R: Clone> Outgoing<R> {
                                 core.slots.publish(slot, key.clone(), group);
                                 request.parked.push(slot);
                                 published.push((key, slot));
-                            } else if request.registration.is_some() {
+                            } else if request.sends_parked() {
                                 core.let_go_sent(slot);
                                 written.push(key);
                             } else {

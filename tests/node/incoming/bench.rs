@@ -143,6 +143,33 @@ impl Bench {
 
     /// Asks for slots. The number of the question, and whatever is answered at once.
     pub fn alloc(&mut self, from: &'static str, id: &str, keys: &[&str]) -> (Seq, Vec<(&'static str, AllocResponse)>) {
+        self.ask(from, id, keys, false)
+    }
+
+    /// The same for what nobody has asked for.
+    pub fn alloc_ahead(&mut self, from: &'static str, id: &str, keys: &[&str]) -> Vec<(&'static str, AllocResponse)> {
+        self.ask(from, id, keys, true).1
+    }
+
+    fn ask(
+        &mut self,
+        from: &'static str,
+        id: &str,
+        keys: &[&str],
+        ahead: bool,
+    ) -> (Seq, Vec<(&'static str, AllocResponse)>) {
+        let (seq, said) = self.tell(from, id, keys, ahead);
+        (seq, answers(said))
+    }
+
+    /// The same, and everything that is said then.
+    pub fn tell(
+        &mut self,
+        from: &'static str,
+        id: &str,
+        keys: &[&str],
+        ahead: bool,
+    ) -> (Seq, Vec<(&'static str, Message)>) {
         let seq = self.next_seq();
         let request = AllocRequest {
             keys: keys.iter().map(|key| ChunkKey::new(key).unwrap()).collect(),
@@ -156,14 +183,14 @@ impl Bench {
             pd: Some(AllocExtension {
                 seq,
                 instance: from.into(),
-                wait_ms: 5000,
+                wait_ms: if ahead { 0 } else { 5000 },
                 groups: Vec::new(),
                 known_len_bytes: self.known_len_bytes,
                 receiver: self.addressee.clone(),
+                ahead,
             }),
         };
-        let said = self.say(Port::Alloc, from, Message::AllocRequest(request));
-        (seq, answers(said))
+        (seq, self.say(Port::Alloc, from, Message::AllocRequest(request)))
     }
 
     pub fn cancel(

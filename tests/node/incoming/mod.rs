@@ -1,6 +1,7 @@
 //! The receiver's session alone, message by message: what a well-behaved sender never does, or does once in a year.
 
 mod addressee;
+mod ahead;
 mod bench;
 mod ended;
 mod eviction;

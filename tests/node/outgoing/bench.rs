@@ -10,8 +10,8 @@ use pd_backend::ids::{
 use pd_backend::node::outgoing::{Event, OpenRequest, OutgoingNote, Sending};
 use pd_backend::node::{Answer, Node, NodeSettings, Output, Port, Remote, To};
 use pd_backend::wire::message::{
-    AllocReplyExtension, AllocResponse, CancelExtension, Hello, InitReplyExtension, InitResponse, MemRegReplyExtension,
-    MemRegResponse, Pong,
+    AllocReplyExtension, AllocResponse, CAPABILITY_AHEAD, CancelExtension, Hello, InitReplyExtension, InitResponse,
+    MemRegReplyExtension, MemRegResponse, Pong,
 };
 use pd_backend::wire::{LmcacheMode, Message};
 
@@ -118,6 +118,9 @@ impl Bench {
                     note @ (OutgoingNote::PeerUp { .. }
                     | OutgoingNote::PeerDown { .. }
                     | OutgoingNote::Refused { .. }
+                    | OutgoingNote::PushedAhead { .. }
+                    | OutgoingNote::AheadDropped { .. }
+                    | OutgoingNote::WrongGuess { .. }
                     | OutgoingNote::Misdirected { .. }),
                 )) => self.notes.push(note),
                 _ => {}
@@ -156,9 +159,15 @@ impl Bench {
         }
     }
 
+    pub fn host(&self, peer: PeerId) -> &str {
+        &self.hosts[&peer]
+    }
+
     fn hello_of(&self, peer: PeerId) -> Hello {
         let model = self.models.get(&self.hosts[&peer]).map(|model| ("model".to_owned(), (*model).to_owned()));
-        Hello { layout: model.into_iter().collect(), ..hello("receiver") }
+        let mut hello = Hello { layout: model.into_iter().collect(), ..hello("receiver") };
+        hello.capabilities.push(CAPABILITY_AHEAD.into());
+        hello
     }
 
     pub fn hear(&mut self, message: Message) {

@@ -8,6 +8,7 @@ use pd_backend::node::{Answer, NodeSettings};
 use pd_backend::wire::Message;
 use pd_backend::wire::message::{AllocReplyExtension, AllocResponse, CommitAck, Pong, Revoke, Verifying};
 
+mod ahead;
 mod bench;
 #[cfg(feature = "lmcache")]
 mod lmcache;

@@ -33,6 +33,8 @@ fn begin_park_as(bench: &mut Bench, name: &str, known_as: &str) {
         groups: Vec::new(),
         last_chunk_tokens: 4,
         wait: None,
+        unsolicited: false,
+        stays: false,
     };
     bench.session.handle_park(bench.now, CLIENT, Seq(1), park);
     bench.pump();
@@ -203,6 +205,8 @@ fn a_park_beside_many_that_wait() {
         groups: Vec::new(),
         last_chunk_tokens: 4,
         wait: None,
+        unsolicited: false,
+        stays: false,
     };
     let began = std::time::Instant::now();
     for number in 0..PARKS {

@@ -132,9 +132,9 @@ impl<R: Clone + PartialEq> Incoming<R> {
                 refuse(FailureKind::BadRequest, format!("{id} is open already, for {}", open.instance))
             }
             Some(_) => Ok(sizes),
-            None if self.requests.len() >= core.settings.requests_max => refuse(
+            None if self.asked_for() >= core.settings.requests_max => refuse(
                 FailureKind::Limit,
-                format!("{} requests are open, the limit (pd_max_requests)", self.requests.len()),
+                format!("{} requests are open, the limit (pd_max_requests)", self.asked_for()),
             ),
             None => self.check_share(instance).map(|()| sizes),
         }
@@ -173,6 +173,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
             refused_in: None,
             verifying: None,
             origin: Origin::Lmcache(batches),
+            ahead: false,
             stage: IncomingStage::Waiting { wait },
         };
         self.requests.insert(id.clone(), request);
