@@ -11,7 +11,7 @@ import pytest
 from pd_backend.vllm.keys import chunk_hashes
 from pd_backend.vllm.naming import Naming
 from pd_backend.vllm.scheduler import ConsumerScheduler, ProducerScheduler, blocks_of
-from pd_backend.vllm.spec import RemoteSpec, Rendezvous, parked_answer
+from pd_backend.vllm.spec import ParkSpec, RemoteSpec, Rendezvous, parked_answer
 from pd_backend.vllm.step import SendOutcomes
 
 CHUNK, BLOCK = 256, 128
@@ -229,18 +229,61 @@ class TestProducer:
         assert scheduler.finished(one) == (False, None)
 
 
+    def test_a_router_that_says_nothing_gets_its_prompt_pushed(self) -> None:
+        # Broken in production: behind such routers every prompt is computed twice, or prefill's answers have parameters that the
+        # router hands to decode.
+        for params in ({}, None):
+            scheduler = self.unsolicited()
+            one = request(300, params if params is None else {})
+            one.kv_transfer_params = params
+            scheduler.allocated(one)
+            step = scheduler.build(output(new=[("a", [1, 2, 3], 0, 300)]))
+            (plan,) = step.plans
+            assert isinstance(plan.spec, ParkSpec) and plan.spec.unsolicited and plan.spec.ids == ()
+            assert told(step) == [(0, [1, 2]), (1, [3])]
+            assert scheduler.finished(one) == (True, None)
+            assert scheduler.build(output()).finishing == ["a"]
+            scheduler.update(SendOutcomes({"a": [None]}))
+            assert not scheduler.pending()
+
+    def test_what_is_no_prefill_is_not_pushed(self) -> None:
+        # Broken in production: a prefill server that is asked by itself copies and sends each of its prompts.
+        for unlike in ({"max_tokens": 2}, {"kv_transfer_params": {"ret_first_tok": True}}, {"pooling_params": object()}):
+            scheduler, one = self.unsolicited(), request(300, {})
+            vars(one).update(unlike)
+            scheduler.allocated(one)
+            assert scheduler.build(output(new=[("a", [1, 2, 3], 0, 300)])).plans == [], unlike
+        scheduler, one = self.scheduler(), request(300, {})
+        scheduler.allocated(one)
+        assert scheduler.build(output(new=[("a", [1, 2, 3], 0, 300)])).plans == []
+
+    def test_a_push_that_is_not_taken_is_no_ones_error(self) -> None:
+        # Broken in production: a router that says nothing is told of an error that concerns nobody.
+        scheduler, one = self.unsolicited(), request(300, {})
+        scheduler.allocated(one)
+        scheduler.build(output(new=[("a", [1, 2, 3], 0, 300)]))
+        scheduler.update(SendOutcomes({"a": ["peer_unreachable: no receiver"]}))
+        assert scheduler.finished(one) == (False, None)
+        assert scheduler.build(output()).dropped == ["a"]
+
+    def unsolicited(self) -> ProducerScheduler:
+        return ProducerScheduler(CHUNK, BLOCK, 1, Naming(), unsolicited=True)
+
+
 class Shelf:
     """Chunks that are ready at a receiver that is played."""
 
     def __init__(self, *prompts: Sequence[int]) -> None:
         self.ready = {name for prompt in prompts for name in chunk_hashes(list(prompt), CHUNK)}
         self.held: set[str] = set()
+        self.coming: set[str] = set()
         self.asked = 0
 
-    def find(self, request_id: str, hashes: Sequence[str]) -> int:
+    def find(self, request_id: str, hashes: Sequence[str]) -> tuple[int, bool]:
         self.asked += 1
         self.held.add(request_id)
-        return next((i for i, name in enumerate(hashes) if name not in self.ready), len(hashes))
+        found = next((i for i, name in enumerate(hashes) if name not in self.ready), len(hashes))
+        return found, found < len(hashes) and hashes[found] in self.coming
 
     def forget(self, request_id: str) -> None:
         self.held.discard(request_id)
@@ -325,6 +368,29 @@ class TestConsumer:
         scheduler.build(output(preempted=["e"]))
         assert scheduler.matched(fifth, 0) == (0, False)
         assert scheduler.matched(sixth, 0) == (256, True)
+
+    def test_what_is_on_its_way_is_waited_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        # Broken in production: decode is asked a millisecond before the last chunk is there, and computes the prompt; or it waits
+        # for ever for a push that hangs.
+        shelf = Shelf(range(256))
+        shelf.coming = set(chunk_hashes(list(range(700)), CHUNK)) - shelf.ready
+        scheduler, one = self.scheduler(shelf), request(700, {})
+        assert scheduler.matched(one, 0) == (None, False)
+        assert scheduler.matched(one, 0) == (None, False)
+        shelf.ready |= shelf.coming
+        assert scheduler.matched(one, 0) == (700, True)
+        other = request(700, {}, request_id="b")
+        shelf.ready = set(chunk_hashes(list(range(256)), CHUNK))
+        assert scheduler.matched(other, 0) == (None, False)
+        monkeypatch.setattr("pd_backend.vllm.scheduler._COMING_WAIT_S", 0.0)
+        assert scheduler.matched(other, 0) == (256, True)
+        third = request(700, {}, request_id="c")
+        monkeypatch.setattr("pd_backend.vllm.scheduler._COMING_WAIT_S", 10.0)
+        assert scheduler.matched(third, 0) == (None, False)
+        shelf.coming = set()
+        assert scheduler.matched(third, 0) == (256, True)
+        scheduler.finished(third)
+        assert shelf.held == {"a", "b"}
 
     def test_a_prompt_of_one_token_is_loaded_once(self) -> None:
         # Broken in production: vLLM counts nothing of it as computed, asks again, and it is loaded for ever.

@@ -71,8 +71,11 @@ class Pair:
         receiver_slots: int = 16,
         receive_wait_s: float = PATIENCE_S,
         consumer_weights: Weights | None = None,
+        told: bool = False,
         **options: Any,
     ) -> None:
+        """`told`: the sender parks, and knows the receiver in advance."""
+
         def supervisor(name: str, client: type[Client], slots: int, *sets: str) -> Supervisor[Any]:
             arguments = []
             for key in ("transfer_channel=local", f"pd_buffer_size={slots * LAYOUT.chunk_bytes}", *DEADLINES, *sets):
@@ -86,8 +89,9 @@ class Pair:
         # Ports that it can have again when it is restarted.
         init_port, alloc_port = free_ports(2)
         ports = ("pd_peer_host=127.0.0.1", f"pd_peer_init_port={init_port}", f"pd_peer_alloc_port={alloc_port}")
-        self.sender = supervisor("pd-sender", SenderClient, sender_slots)
+        named = ("pd_rendezvous_port=0", f"pd_receivers=[127.0.0.1:{init_port}:{alloc_port}]") if told else ()
         self.receiver = supervisor("pd-receiver", ReceiverClient, receiver_slots, *ports)
+        self.sender = supervisor("pd-sender", SenderClient, sender_slots, *named)
         self.source, self.target = Memory(1), Memory(2)
         self.producer = ProducerWorker(Attachment(self.sender, self.source), LAYOUT, "uint8", **options)
         self.consumer = ConsumerWorker(

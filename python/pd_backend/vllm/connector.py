@@ -184,7 +184,13 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
             return
         if self._sends:
             self._producer_scheduler = ProducerScheduler(
-                self._chunk_tokens, self._block_tokens, self._tp_size, naming, self._rendezvous
+                self._chunk_tokens,
+                self._block_tokens,
+                self._tp_size,
+                naming,
+                self._rendezvous,
+                # A server of both roles cannot tell a prompt that is to be prefilled from one of a single token.
+                self._options.unsolicited and kv_role == "kv_producer",
             )
             self._bootstrap = self._start_bootstrap()
         if self._receives:

@@ -43,26 +43,30 @@ class ReceiverFinder:
         self._detach(receiver.rank)
         self._endpoints[receiver.rank], self._not_before = receiver.connector, 0.0
 
-    def find(self, request_id: str, hashes: Sequence[str]) -> int:
-        """How many of these, from the first on, are ready at all of them."""
+    def find(self, request_id: str, hashes: Sequence[str]) -> tuple[int, bool]:
+        """How many of these, from the first on, are ready at all of them; and whether the next one is, or is on its way there."""
         self.forget(request_id)
         if not self._endpoints or time.monotonic() < self._not_before:
-            return 0
+            return 0, False
         asked: dict[int, Pending[Lease]] = {}
-        found = len(hashes)
+        #: How many of them, from the first on, will be there.
+        found = expected = len(hashes)
         try:
             for rank in self._endpoints:
                 keys = [self._key(rank, self._weights[rank], name) for name in hashes]
                 asked[rank] = self._client(rank).start_lookup(keys, fetch=True)
             for rank in self._endpoints:
                 lease = self._leases.setdefault(request_id, {})[rank] = asked.pop(rank).result()
-                found = min(found, next((i for i, chunk in enumerate(lease.chunks) if chunk is None), len(hashes)))
+                missing = [at for at, chunk in enumerate(lease.chunks) if chunk is None]
+                found = min([found, *missing[:1]])
+                coming = set(lease.coming)
+                expected = min([expected, *(at for at in missing if at not in coming)])
         except PdError as error:
             logger.warning("chunks are not looked up, and computed here: %s", error)
             self.close()
             self._not_before = time.monotonic() + _PAUSE_S
-            return 0
-        return found
+            return 0, False
+        return found, expected > found
 
     def forget(self, request_id: str) -> None:
         """What was found for this request is not needed any more."""

@@ -71,6 +71,9 @@ class Options:
     bootstrap_port: int | None = None
     #: Prefill: how long such chunks are kept that nobody asks for.
     kv_lease_duration: float = 30.0
+    #: Prefill: whether requests of one token whose router says nothing are pushed to the decode server that is likely to get
+    #: them.
+    unsolicited: bool = True
     #: Prefill: in how many parts the layers of a step are pushed while it is computed; 1 pushes after it.
     layer_pushes: int = 4
     #: Both parts: a prompt of which prefill lacks so many tokens is asked for at the servers that may have decoded the
@@ -266,7 +269,7 @@ def _parsed(name: str, value: Any) -> Any:
         return _sets(value)
     if name in ("config_file", "binary_dir", "model_name", "weights_id", "rendezvous_host"):
         return _typed(name, value, str, "text")
-    if name in ("lookup", "daemon_log", "bidirectional_kv_xfer"):
+    if name in ("lookup", "unsolicited", "daemon_log", "bidirectional_kv_xfer"):
         return _typed(name, value, bool, "true or false")
     if name in ("chunk_size", "layer_pushes"):
         return _count(name, value)

@@ -231,7 +231,14 @@ class ProducerWorker:
             if isinstance(spec, ParkSpec):
                 wait_s = self._slot_wait_s if plan.kept is None else 0.0
                 request.opening = client.start_park(
-                    spec.req_id, keys, last_chunk_tokens=last_chunk_tokens, ids=spec.ids, wait_s=wait_s
+                    spec.req_id,
+                    keys,
+                    last_chunk_tokens=last_chunk_tokens,
+                    ids=spec.ids,
+                    wait_s=wait_s,
+                    unsolicited=spec.unsolicited,
+                    # For a turn that may never come, and whose prefill asks for what it lacks.
+                    stays=plan.kept is not None,
                 )
             else:
                 request.opening = client.start_open(
@@ -411,7 +418,10 @@ class ProducerWorker:
         if request.plan.kept is not None:
             self._end_kept(request, request.plan.kept, error)
         elif error is not None:
-            logger.error("request %s was not sent: %s", request.plan.spec.req_id, error)
+            spec = request.plan.spec
+            # A guess that is not taken is no news.
+            level = logging.DEBUG if isinstance(spec, ParkSpec) and spec.unsolicited else logging.ERROR
+            logger.log(level, "request %s was not sent: %s", spec.req_id, error)
         self._outcomes.ended.setdefault(request.plan.request_id, []).append(error)
 
     def _end_kept(self, request: _Request, own: RemoteSpec, error: str | None) -> None:

@@ -6,6 +6,7 @@ No daemon is talked to, but for the look-up that decode makes of requests whose 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -28,11 +29,16 @@ from .spec import (
     prefill_spec,
     remote_spec,
     turn_spec,
+    unsolicited_spec,
 )
 from .step import ChunkBlocks, ConsumerStep, HoldPlan, ProducerStep, ReceivePlan, SendOutcomes, SendPlan, TurnPlan
 from .transfer_id import TransferSpec, transfer_spec
 
 logger = logging.getLogger("vllm.pd_backend")
+
+#: How long a request waits for chunks that prefill pushes before it was asked. They are a moment away where prefill has answered;
+#: those of another prompt with the same beginning may still be computed.
+_COMING_WAIT_S = 10.0
 
 #: States in which the engine has a request's whole prompt computed, by the names that it gives them.
 _COMPLETE = frozenset({"FINISHED_STOPPED", "FINISHED_LENGTH_CAPPED", "FINISHED_REPETITION"})
@@ -70,9 +76,12 @@ class ProducerScheduler:
         tp_size: int,
         naming: Naming,
         rendezvous: Callable[[], Rendezvous | None] = lambda: None,
+        unsolicited: bool = False,
     ) -> None:
-        """`rendezvous`: where what is parked here is asked for, once that is known."""
+        """`rendezvous`: where what is parked here is asked for, once that is known. `unsolicited`: whether requests of one token
+        whose router says nothing are pushed to a receiver that is guessed."""
         self._rendezvous = rendezvous
+        self._unsolicited = unsolicited
         self._chunk_tokens = chunk_tokens
         self._block_tokens = block_tokens
         self._tp_size = tp_size
@@ -101,13 +110,17 @@ class ProducerScheduler:
             return
         if spec is None:
             spec = park_spec(request.kv_transfer_params, request_id)
+        # What is pooled has one token as well.
+        if spec is None and self._unsolicited and getattr(request, "pooling_params", None) is None:
+            spec = unsolicited_spec(request.kv_transfer_params, request_id, request.max_tokens)
         if spec is None:
             return
         try:
             # The last token of the answer is not computed.
             named = self._naming.name(request, request.num_prompt_tokens + request.max_tokens - 1)
         except Unnamed as unnamed:
-            self._unnamed[request_id] = str(unnamed)
+            if not self._is_unsolicited(spec):
+                self._unnamed[request_id] = str(unnamed)
             return
         tokens = list(request.prompt_token_ids)
         hashes = chunk_hashes(tokens, self._chunk_tokens, named.context)
@@ -120,6 +133,11 @@ class ProducerScheduler:
         self._by_req_id[spec.req_id] = request_id
         plan = SendPlan(request_id, spec, hashes, len(tokens), named.adapter)
         self._sending[request_id] = _Sending(plan, named.stale_hits)
+
+    @staticmethod
+    def _is_unsolicited(spec: DisaggSpec | ParkSpec) -> bool:
+        """Whether nobody waits to hear what becomes of it."""
+        return isinstance(spec, ParkSpec) and spec.unsolicited
 
     def build(self, output: Any) -> ProducerStep:
         """What the workers need for this step; `output` is the engine's `SchedulerOutput`."""
@@ -177,10 +195,11 @@ class ProducerScheduler:
     def _give_up(self, step: ProducerStep, sending: _Sending, why: str) -> None:
         """The request is computed, and not sent: decode computes it as well."""
         request_id = sending.plan.request_id
-        logger.warning("request %s is not sent: %s", request_id, why)
         del self._sending[request_id]
         self._forget(sending)
-        self._unnamed[request_id] = why
+        if not self._is_unsolicited(sending.plan.spec):
+            logger.warning("request %s is not sent: %s", request_id, why)
+            self._unnamed[request_id] = why
         if sending.plan in step.plans:
             step.plans.remove(sending.plan)  # The workers have not heard of it.
         else:
@@ -212,7 +231,7 @@ class ProducerScheduler:
         if sending.error is not None and sending.ended >= self._tp_size:
             self._step.dropped.append(request_id)
             self._forget(sending)
-            return False, self._answer(request, sending, block_ids)
+            return False, self._answer(request, sending, block_ids) or None
         self._step.finishing.append(request_id)
         if sending.ended < self._tp_size:
             self._draining[request_id] = sending
@@ -323,6 +342,8 @@ class _Receiving:
     adapter: Adapter | None = None
     #: For how many tokens of the request chunks were looked up last.
     lookup_of: int = -1
+    #: Since when it waits for chunks that nobody asked for, and that are on their way.
+    coming_since: float | None = None
     #: Of the load under way.
     block_ids: list[int] = field(default_factory=list)
     #: It was loaded, and nothing more is claimed until a preemption takes that away: of a prompt of one token the
@@ -340,8 +361,8 @@ class _Receiving:
 class Finder(Protocol):
     """Looks chunks up, and keeps those that it found from being let go until it is told to forget them."""
 
-    def find(self, request_id: str, hashes: Sequence[str]) -> int:
-        """How many of these, from the first on, are ready."""
+    def find(self, request_id: str, hashes: Sequence[str]) -> tuple[int, bool]:
+        """How many of these, from the first on, are ready; and whether the next one is on its way."""
 
     def forget(self, request_id: str) -> None:
         """What was found for this request is not needed any more."""
@@ -512,7 +533,11 @@ class ConsumerScheduler:
         elif receiving.lookup_of != request.num_tokens or computed < receiving.first_chunk * self._chunk_tokens:
             receiving.lookup_of = request.num_tokens
             first = receiving.first_chunk = min(receiving.first_chunk, computed // self._chunk_tokens)
-            receiving.tokens, receiving.hashes, receiving.adapter = self._look_up(self._finder, request, computed, first)
+            found, comes = self._look_up(self._finder, request, computed, first)
+            if comes and self._waits(receiving):
+                receiving.lookup_of = -1
+                return None, False
+            receiving.tokens, receiving.hashes, receiving.adapter = found
         if receiving.asked:
             # What came is held by the look-up now.
             receiving.asked = False
@@ -676,14 +701,25 @@ class ConsumerScheduler:
         if self._finder is not None:
             self._finder.forget(request_id)
 
+    @staticmethod
+    def _waits(receiving: _Receiving) -> bool:
+        """Whether what is on its way is waited for any longer."""
+        now = time.monotonic()
+        if receiving.coming_since is None:
+            receiving.coming_since = now
+        return now - receiving.coming_since < _COMING_WAIT_S
+
     def _look_up(
         self, finder: Finder, request: Any, computed: int, first_chunk: int
-    ) -> tuple[int, list[str], Adapter | None]:
-        """The longest beginning of the request whose chunks are ready, from the first one on that is looked up."""
+    ) -> tuple[tuple[int, list[str], Adapter | None], bool]:
+        """The longest beginning of the request whose chunks are ready, from the first one on that is looked up, and whether more
+        of it is on its way.
+        """
         tokens = request.num_tokens
         # A router that got the first token from prefill sends it along: the last chunk was sent with one token less.
         # After a preemption the prompt may be followed by any number of our own tokens.
         best: tuple[int, list[str], Adapter | None] = (0, [], None)
+        comes = False
         for length in sorted({tokens, tokens - 1, request.num_prompt_tokens}, reverse=True):
             if length <= max(computed, best[0]):
                 continue
@@ -691,7 +727,9 @@ class ConsumerScheduler:
                 hashes, adapter = self._hashes(request, length)
             except Unnamed:
                 continue
-            found = first_chunk + finder.find(request.request_id, hashes[first_chunk:])
+            found, more = finder.find(request.request_id, hashes[first_chunk:])
+            found += first_chunk
+            comes |= more
             covered = length if found == len(hashes) else found * self._chunk_tokens
             if covered > best[0]:
                 best = (covered, hashes[:found], adapter)
@@ -699,5 +737,5 @@ class ConsumerScheduler:
                 break
         if best[0] <= computed:
             finder.forget(request.request_id)
-            return 0, [], None
-        return best
+            return (0, [], None), comes
+        return best, comes

@@ -46,6 +46,8 @@ class ParkSpec:
     ids: tuple[str, ...]
     #: Whether the router wants to be told where that is.
     is_answered: bool = True
+    #: Nobody will, for nobody is told: they are pushed to a receiver that is guessed, and looked up there.
+    unsolicited: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,13 @@ def park_spec(params: Mapping[str, Any] | None, request_id: str) -> ParkSpec | N
 def kept_spec(request_id: str) -> ParkSpec:
     """As `park_spec`, of what decode keeps for the conversation's next turn."""
     return ParkSpec(f"kept {request_id}"[:256], _names(request_id))
+
+
+def unsolicited_spec(params: Mapping[str, Any] | None, request_id: str, max_tokens: int) -> ParkSpec | None:
+    """Whether a router that says nothing may have sent this to be prefilled: it wants one token."""
+    if params or max_tokens != 1:
+        return None
+    return ParkSpec(f"unsolicited {request_id}"[:256], (), is_answered=False, unsolicited=True)
 
 
 def _names(request_id: str) -> tuple[str, ...]:
