@@ -48,5 +48,7 @@ class Rank:
 
 
 def port_args(key: str, port: int, tensor: int) -> list[str]:
-    """Tells a daemon one of its ports. It looks for it where its tensor-parallel rank is in the list."""
-    return ["--set", f"{key}=[{', '.join([str(port)] * (tensor + 1))}]"]
+    """Tells a daemon one of its ports. It looks for it where its tensor-parallel rank is in the list. The others are not said: one
+    port of two ranks is refused.
+    """
+    return ["--set", f"{key}=[{', '.join(['0'] * tensor + [str(port)])}]"]
