@@ -11,7 +11,8 @@ import pytest
 from pd_backend import ReceiverClient
 from pd_backend.vllm.keys import chunk_hashes
 from pd_backend.vllm.producer import ProducerWorker
-from pd_backend.vllm.step import ChunkBlocks, ConsumerStep, ProducerStep, ReceivePlan
+from pd_backend.vllm.spec import RemoteSpec
+from pd_backend.vllm.step import ChunkBlocks, ConsumerStep, HoldPlan, ProducerStep, ReceivePlan
 from vllm_pair import BLOCKS, CHUNK, LAYERS, Memory, NAMES, Pair, load, pair, restarted
 from waiting import PATIENCE_S, eventually
 
@@ -216,6 +217,18 @@ def test_an_idle_step_waits_for_an_answer_that_is_on_its_way(pair: Callable[...,
     both.consumer.begin_step(ConsumerStep(idle=True))
     assert both.consumer.progress() == ({"a"}, set())
     assert len(waited) == 1
+
+
+def test_what_is_released_in_the_step_of_its_hold_is_not_held(pair: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch) -> None:
+    # Broken in production: a prompt whose log probabilities are asked for, or a client that leaves at once, has prefill keep its
+    # chunks for ever.
+    both, said = pair(), []
+    remote = RemoteSpec("127.0.0.1", (1,), (), True)
+    monkeypatch.setattr(both.consumer, "_hold", lambda hold: said.append(f"hold {hold.request_id}"))
+    monkeypatch.setattr(both.consumer, "_release", lambda request_id, _: said.append(f"release {request_id}"))
+    holds = [HoldPlan(name, remote, ["00"]) for name in ("a", "b")]
+    both.consumer.begin_step(ConsumerStep(holds=holds, released=[("a", remote)]))
+    assert said == ["release a", "hold b"]
 
 
 def test_idle_steps_become_fewer_while_nothing_comes(pair: Callable[..., Pair]) -> None:

@@ -95,8 +95,11 @@ class ConsumerWorker:
             self._try_start(request)
         for request_id, remote in step.released:
             self._release(request_id, remote)
+        # A hold after its own release would never end.
+        released = {request_id for request_id, _ in step.released}
         for hold in step.holds:
-            self._hold(hold)
+            if hold.request_id not in released:
+                self._hold(hold)
         for plan in step.loads:
             request = self._requests.get(plan.request_id)
             if request is None:
