@@ -19,8 +19,10 @@ from pd_backend.vllm.spec import (
     Rendezvous,
     SpecError,
     decode_req_id,
+    own_name,
     parked_answer,
     prefill_spec,
+    remote_spec,
     turn_spec,
 )
 
@@ -179,6 +181,22 @@ class TestSpec:
         assert len(str(refused.value)) < 300
 
 
+class TestRemote:
+    @pytest.mark.parametrize("change", [{"remote_port": "9" * 5000}, {"remote_engine_id": f"pd1:e:{'9' * 5000}", "remote_port": None}])
+    def test_a_port_of_thousands_of_digits_is_a_mistake_like_others(self, change: dict[str, object]) -> None:
+        # Broken in production: a client ends the engine, because Python reads no number that long.
+        with pytest.raises(SpecError, match="remote_port"):
+            remote_spec({"do_remote_prefill": True, "remote_host": "h"} | change, 1)
+
+    def test_no_two_requests_have_one_name_however_long_the_engines_ids_are(self) -> None:
+        # Broken in production: a client's long id, shared by the prompts of a list, has one request take the other's place.
+        ids = [f"cmpl-{'x' * 300}-{index}-1a2b3c4d" for index in range(2)]
+        for kind in ("parked", "kept"):
+            names = [own_name(kind, request_id) for request_id in (*ids, "a")]
+            assert len(set(names)) == 3 and all(len(name.encode()) <= 256 for name in names)
+            assert names[2] == f"{kind} a"
+
+
 class TestHalves:
     @pytest.mark.parametrize(
         ("params", "sent"),
@@ -320,6 +338,16 @@ class TestOptions:
         file.write_bytes(b"chunk_size: \xff")
         with pytest.raises(OptionError, match="c.yaml cannot be read"):
             Options.parse({"config_file": str(file)}).chunk_tokens()
+
+    def test_the_file_is_read_once(self, tmp_path: Path) -> None:
+        # Broken in production: somebody edits the file for the next start, and the running engine ends.
+        pytest.importorskip("yaml", reason="no PyYAML: run `scripts/setup-deps python` for this test")
+        file = tmp_path / "sender.yaml"
+        file.write_text("pd_rendezvous_host: 10.0.0.1\n")
+        options = Options.parse({"config_file": str(file)})
+        assert options.advertised_host() == "10.0.0.1"
+        file.write_text("pd_rendezvous_host: [\n")
+        assert options.advertised_host() == "10.0.0.1"
 
     def test_without_a_file_options_count(self) -> None:
         # Broken in production: chunk_size and model_name of the option are ignored.

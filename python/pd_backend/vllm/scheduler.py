@@ -24,6 +24,7 @@ from .spec import (
     SpecError,
     decode_req_id,
     kept_spec,
+    own_name,
     park_spec,
     parked_answer,
     prefill_spec,
@@ -428,7 +429,7 @@ class ConsumerScheduler:
             elif metaserver is None:
                 remote = remote_spec(params, self._tp_size)
             elif self._metaservers is not None and self._can_be_named(request):
-                req_id = f"layerwise {request.request_id}"[:256]
+                req_id = own_name("layerwise", request.request_id)
                 post = self._metaservers.post(metaserver, request.request_id, req_id)
         except SpecError as error:
             logger.warning("request %s is computed here: %s", request.request_id, error)

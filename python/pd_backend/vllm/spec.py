@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import reprlib
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..messages import PeerAddress, SourceAddress
+
+
+#: The longest name that a daemon takes.
+_NAME_LEN_BYTES_MAX = 256
 
 
 class SpecError(ValueError):
@@ -85,6 +90,16 @@ class Rendezvous:
         return engine_id(self.engine, self.ports)
 
 
+def own_name(kind: str, request_id: str) -> str:
+    """What the daemon calls a request to which a router gives no name: no other request's, however long the engine's id is, of which
+    a client may write the beginning.
+    """
+    name = f"{kind} {request_id}"
+    if len(name.encode("utf-8", "replace")) <= _NAME_LEN_BYTES_MAX:
+        return name
+    return f"{kind} {hashlib.blake2b(request_id.encode('utf-8', 'replace'), digest_size=16).hexdigest()}"
+
+
 def park_spec(params: Mapping[str, Any] | None, request_id: str) -> ParkSpec | None:
     """Whether a router that names no receiver wants the request's chunks kept; None for any other request."""
     params = params or {}
@@ -96,19 +111,19 @@ def park_spec(params: Mapping[str, Any] | None, request_id: str) -> ParkSpec | N
     # Mooncake's routers ask at the bootstrap port instead. MoRIIO's give a `transfer_id` too, and what NIXL's give.
     is_answered = "transfer_id" not in params or "remote_engine_id" in params
     # No router's name begins so: these are the engine's own.
-    return ParkSpec(f"parked {request_id}"[:256], names, is_answered)
+    return ParkSpec(own_name("parked", request_id), names, is_answered)
 
 
 def kept_spec(request_id: str) -> ParkSpec:
     """As `park_spec`, of what decode keeps for the conversation's next turn."""
-    return ParkSpec(f"kept {request_id}"[:256], _names(request_id))
+    return ParkSpec(own_name("kept", request_id), _names(request_id))
 
 
 def unsolicited_spec(params: Mapping[str, Any] | None, request_id: str, max_tokens: int) -> ParkSpec | None:
     """Whether a router that says nothing may have sent this to be prefilled: it wants one token."""
     if params or max_tokens != 1:
         return None
-    return ParkSpec(f"unsolicited {request_id}"[:256], (), is_answered=False, unsolicited=True)
+    return ParkSpec(own_name("unsolicited", request_id), (), is_answered=False, unsolicited=True)
 
 
 def _names(request_id: str) -> tuple[str, ...]:
@@ -191,14 +206,19 @@ def _rendezvous(params: Mapping[str, Any], tp_size: int) -> tuple[int, ...]:
         return tuple(ours["ports"])
     engine = params.get("remote_engine_id")
     if is_ours(engine):
-        ports = [int(text) for text in engine.rsplit(":", 1)[-1].split("+") if text.isascii() and text.isdigit()]
+        ports = [_number(text) for text in engine.rsplit(":", 1)[-1].split("+")]
         if _are_ports(ports, tp_size):
             return tuple(ports)
     port = params.get("remote_port")
-    first = int(port) if isinstance(port, str) and port.isascii() and port.isdigit() else port
+    first = _number(port) if isinstance(port, str) else port
     if _are_ports([first], 1) and first + tp_size - 1 < 65536:
         return tuple(range(first, first + tp_size))
     raise SpecError(f"remote_port = {shown(port)}; expected the rendezvous port of prefill's first rank")
+
+
+def _number(text: str) -> int | None:
+    """A port that is written as text, which a client may make of any length."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= 5 else None
 
 
 #: How the id of an engine begins that parks chunks for ours.

@@ -17,6 +17,7 @@ from ..messages import SourceAddress, Status
 from ..node_client import NodeClient
 from ..receiver_client import Lease
 from .attachment import Attachment
+from .spec import own_name
 from .step import TurnPlan
 
 logger = logging.getLogger("vllm.pd_backend")
@@ -133,7 +134,7 @@ class Turns:
         sources = dict.fromkeys(([] if named is None else [named.source(self._tp_rank)]) + list(known))
         now, keys = time.monotonic(), self._keys(turn.plan.hashes)
         for source in [source for source in sources if self._silent_until.get(source, now) <= now][:_ASKED_MAX]:
-            name = f"turn {len(turn.asked)} {turn.plan.request_id}"[:256]
+            name = own_name(f"turn {len(turn.asked)}", turn.plan.request_id)
             ids = named.ids if named is not None and source == named.source(self._tp_rank) else ()
             arriving = turn.client.start_fetch(name, source, keys, ids=ids, wait_s=_WAIT_S)
             turn.asked.append(_Asked(source, name, arriving))
