@@ -49,7 +49,11 @@ def _connected(found: list[tuple], deadline: float) -> socket.socket:
     """To the first of these addresses that takes the connection."""
     why: OSError = OSError("the name has no address")
     for family, kind, protocol, _, where in found:
-        connection = socket.socket(family, kind, protocol)
+        try:
+            connection = socket.socket(family, kind, protocol)
+        except OSError as error:  # This machine has no addresses of that family.
+            why = error
+            continue
         try:
             connection.settimeout(max(0.001, deadline - time.monotonic()))
             connection.connect(where)

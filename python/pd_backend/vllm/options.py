@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -249,6 +250,11 @@ class Options:
         return said[-1] if said else next((self._yaml()[name] for name in names if self._yaml().get(name)), None)
 
     def _yaml(self) -> dict[str, Any]:
+        return self._file
+
+    @functools.cached_property
+    def _file(self) -> dict[str, Any]:
+        """As it was when the server started: what is written into it later is for the next start."""
         if self.config_file is None:
             return {}
         import yaml  # vLLM depends on it; nothing else here does.
