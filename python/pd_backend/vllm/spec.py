@@ -115,8 +115,11 @@ def park_spec(params: Mapping[str, Any] | None, request_id: str) -> ParkSpec | N
 
 
 def kept_spec(request_id: str) -> ParkSpec:
-    """As `park_spec`, of what decode keeps for the conversation's next turn."""
-    return ParkSpec(own_name("kept", request_id), _names(request_id))
+    """As `park_spec`, of what decode keeps for the conversation's next turn, which is asked for by its keys. No other request has a name
+    of it, so what becomes of it is no news of theirs.
+    """
+    name = own_name("kept", request_id)
+    return ParkSpec(name, (name,))
 
 
 def unsolicited_spec(params: Mapping[str, Any] | None, request_id: str, max_tokens: int) -> ParkSpec | None:
