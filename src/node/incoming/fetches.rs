@@ -242,7 +242,9 @@ impl<R: Clone + PartialEq> Incoming<R> {
                 Message::PdRelease(ReleaseParked { seq, instance: hello.instance.clone(), req_id, ids })
             }
         };
-        core.send(To::Peer(fetch.source), Port::Rendezvous, message);
+        let source = fetch.source;
+        core.send(To::Peer(source), Port::Rendezvous, message);
+        self.source_is_asked(core.now, source);
     }
 
     /// It is time to say a question again, or to give its sender up.

@@ -22,6 +22,8 @@ pub(super) struct Source {
     answered: bool,
     /// When it was last heard of, or first asked after a pause.
     heard: Heard,
+    /// Since when it has been asked and has said nothing.
+    unanswered: Option<Instant>,
 }
 
 /// How many addresses are remembered that could not be connected.
@@ -89,14 +91,17 @@ impl<R: Clone + PartialEq> Incoming<R> {
         let known = self.sources.iter().find(|(_, source)| source.address == *address).map(|(&peer, _)| peer);
         if let Some(peer) = known {
             let is_asked = self.fetches.values().any(|fetch| fetch.source == peer);
+            let interval = core.settings.heartbeat_interval;
+            let hangs = |source: &Source| {
+                source.unanswered.is_some_and(|since| core.now.saturating_duration_since(since) >= interval)
+            };
             match self.sources.get_mut(&peer) {
-                Some(source) if source.open || is_asked => {
-                    if !is_asked {
-                        source.heard = Heard::at(core.now);
-                    }
+                Some(_) if is_asked => return Ok(peer),
+                Some(source) if source.open && !hangs(source) => {
+                    source.heard = Heard::at(core.now);
                     return Ok(peer);
                 }
-                // It was asked for by something that is over, and never answered: that try is as likely to hang again.
+                // What asked for it is over, and was not answered: this connection is as likely to hang again.
                 _ => self.disconnect_source(core, peer),
             }
         }
@@ -106,7 +111,13 @@ impl<R: Clone + PartialEq> Incoming<R> {
             return Err(Failure::new(FailureKind::Limit, text));
         }
         let peer = PeerId(core.fresh());
-        let source = Source { address: address.clone(), open: false, answered: false, heard: Heard::at(core.now) };
+        let source = Source {
+            address: address.clone(),
+            open: false,
+            answered: false,
+            heard: Heard::at(core.now),
+            unanswered: None,
+        };
         self.sources.insert(peer, source);
         core.outputs.push_back(Output::OpenSource { peer, address: address.clone() });
         Ok(peer)
@@ -137,7 +148,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
     /// A message arrived from a source.
     pub(in crate::node) fn handle_source_message(&mut self, core: &mut Core<R>, peer: PeerId, message: Message) {
         let Some(source) = self.sources.get_mut(&peer) else { return };
-        source.heard = Heard::at(core.now);
+        (source.heard, source.unanswered) = (Heard::at(core.now), None);
         if !std::mem::replace(&mut source.answered, true) {
             self.unreachable.0.remove(&source.address);
         }
@@ -178,6 +189,13 @@ impl<R: Clone + PartialEq> Incoming<R> {
         self.handle_source_closed(core, peer, &Failure::new(kind, text));
         core.outputs.push_back(Output::ClosePeer(peer));
         true
+    }
+
+    /// Something is asked of a source.
+    pub(super) fn source_is_asked(&mut self, now: Instant, peer: PeerId) {
+        if let Some(source) = self.sources.get_mut(&peer) {
+            source.unanswered.get_or_insert(now);
+        }
     }
 
     fn asked_of(&self, peer: PeerId) -> Vec<RequestId> {

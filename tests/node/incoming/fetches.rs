@@ -182,3 +182,32 @@ fn an_address_where_nobody_answers_is_not_tried_for_each_request() {
     close(&mut bench, peer);
     assert_eq!(ask(&mut bench, fetch("f7", at("h", 1))).opened.len(), 1);
 }
+
+#[test]
+fn a_connection_that_left_something_unanswered_is_not_used_again() {
+    // Broken in production: the connection to a prefill server has gone without a word, and the next request is asked over it and
+    // fails by silence, though the server is there.
+    let mut bench = Bench::new(4);
+    let peer = opened(&ask(&mut bench, fetch("f1", at("h", 1))));
+    bench.session.handle_peer_opened(bench.now, peer, LmcacheMode::Async);
+    let done = pump(&mut bench);
+    let [Message::PdRegister(register)] = &done.said[..] else { panic!("{done:?}") };
+    let unknown = Registered {
+        seq: register.seq,
+        instance: "sender".into(),
+        req_id: register.req_id.clone(),
+        state: Registration::Unknown,
+        lease_ms: 0,
+        failure: None,
+    };
+    bench.session.handle_peer_message(bench.now, peer, Port::Rendezvous, Message::PdRegistered(unknown));
+    pump(&mut bench);
+    // It answers, so it is used again.
+    assert_eq!(release(&mut bench, fetch("r", at("h", 1))).opened, []);
+    // What is said now is lost, until the receiver says it no more.
+    while bench.counts().fetches > 0 {
+        later(&mut bench, 50);
+    }
+    let done = ask(&mut bench, fetch("f2", at("h", 1)));
+    assert_eq!(done.opened.len(), 1, "{done:?}");
+}
