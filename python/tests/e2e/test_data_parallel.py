@@ -78,7 +78,7 @@ def servers(folder: Path, model: Path) -> Iterator[Pair]:
         prefill = start(
             "dp_prefill",
             harness.producer(
-                shared | {"pd_metrics_port": metrics},
+                shared | {"pd_metrics_port": metrics, "pd_push_ahead": False},  # Here counts what is asked for.
                 rendezvous_port=rendezvous, kv_lease_duration=5, transfer_mode="push",
             ),
         )
@@ -266,7 +266,7 @@ def external(folder: Path, model: Path, deployment: Deployment) -> Iterator[list
     """
     (weights,) = set(re.findall(r"'weights': '(\w+)'", deployment.prefill.log()))
     (rpc_port,), metrics_port = free_ports(1), free_ports_in_a_row(len(ENGINES))
-    sets = {"pd_buffer_size": "64MiB", "transfer_channel": "local", "pd_metrics_port": metrics_port}
+    sets = {"pd_buffer_size": "64MiB", "transfer_channel": "local", "pd_metrics_port": metrics_port, "pd_push_ahead": False}
     arguments = ("--data-parallel-size", str(len(ENGINES)), "--data-parallel-rpc-port", str(rpc_port))
     arguments += ("--hf-overrides", '{"num_local_experts": 2}', "--num-gpu-blocks-override", "64", "--max-model-len", "6144")
     with ExitStack() as stack:

@@ -158,12 +158,13 @@ def test_prompts_of_every_kind(pair: Pair, status_of: StatusOf, count: int) -> N
 def test_every_rank_is_asked_for_what_it_has_parked(pair: Pair, status_of: StatusOf, lost: tuple[str, ...]) -> None:
     # Broken in production: with a fixed port the second rank does not start; or decode's second rank asks the first one.
     prompt, salt = prompts.tokens("parked in two halves", 700), f"parked {lost}"
+    # Once prefill knows who asks, it sends before it answers.
+    before, sent = pair.decode.external_tokens(), [status_of(pair.prefill, rank).bytes for rank in RANKS]
     answer = pair.prefill.complete(prompt, 1, kv_transfer_params=dict(ASKED), cache_salt=salt)
     params = answer["kv_transfer_params"]
     assert params["pd"]["ports"] == [pair.rendezvous_port + rank for rank in RANKS]
     assert [int(pair.prefill.daemon_ready(rank)["rendezvous_port"]) for rank in RANKS] == params["pd"]["ports"]
     params = {name: value for name, value in params.items() if name not in lost}
-    before, sent = pair.decode.external_tokens(), [status_of(pair.prefill, rank).bytes for rank in RANKS]
     answer = pair.decode.complete(prompt, prompts.MAX_TOKENS, kv_transfer_params=params, cache_salt=salt)
     assert_right([harness.tokens_of(answer)], [pair.expected(prompt)])
     assert pair.decode.external_tokens() - before >= len(prompt) - 1
