@@ -14,7 +14,7 @@ from pd_backend.vllm.hosts import HostList
 from pd_backend.vllm.metaserver import Metaservers, Post, metaserver_of
 from pd_backend.vllm.naming import Naming
 from pd_backend.vllm.options import Options
-from pd_backend.vllm.scheduler import ConsumerScheduler
+from pd_backend.vllm.consumer_scheduler import ConsumerScheduler
 from pd_backend.vllm.spec import DisaggSpec, SpecError, prefill_spec
 from test_vllm_scheduler import BLOCK, CHUNK, output, request
 from waiting import eventually

@@ -22,7 +22,7 @@ from pd_backend.vllm.consumer import ConsumerWorker
 from pd_backend.vllm.keys import chunk_hashes
 from pd_backend.vllm.naming import Naming
 from pd_backend.vllm.producer import ProducerWorker, requests_of
-from pd_backend.vllm.scheduler import ProducerScheduler
+from pd_backend.vllm.producer_scheduler import ProducerScheduler
 from pd_backend.vllm.spec import DisaggSpec
 from pd_backend.vllm.step import ChunkBlocks, ConsumerStep, ProducerStep, ReceivePlan, SendPlan
 from test_vllm_scheduler import output, request

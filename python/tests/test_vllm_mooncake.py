@@ -24,7 +24,8 @@ from pd_backend.vllm.hosts import HostList
 from pd_backend.vllm.naming import Naming
 from pd_backend.vllm.options import OptionError, Options
 from pd_backend.vllm.prefill_servers import PrefillServers
-from pd_backend.vllm.scheduler import ConsumerScheduler, ProducerScheduler
+from pd_backend.vllm.consumer_scheduler import ConsumerScheduler
+from pd_backend.vllm.producer_scheduler import ProducerScheduler
 from pd_backend.vllm.spec import RemoteSpec, Rendezvous, SpecError, park_spec
 from pd_backend.vllm.transfer_id import TransferSpec, transfer_spec
 from test_vllm_scheduler import BLOCK, CHUNK, output, request

@@ -12,7 +12,8 @@ import pytest
 from pd_backend.vllm.adapters import Adapters, LoadedAdapters
 from pd_backend.vllm.keys import chunk_hashes
 from pd_backend.vllm.naming import NULL_BLOCK, Naming, Unnamed
-from pd_backend.vllm.scheduler import ConsumerScheduler, ProducerScheduler
+from pd_backend.vllm.consumer_scheduler import ConsumerScheduler
+from pd_backend.vllm.producer_scheduler import ProducerScheduler
 from test_vllm_scheduler import BLOCK, CHUNK, SPEC, Shelf, output, request, told
 
 WINDOW = 512

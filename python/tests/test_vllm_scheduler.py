@@ -10,7 +10,9 @@ import pytest
 
 from pd_backend.vllm.keys import chunk_hashes
 from pd_backend.vllm.naming import Naming
-from pd_backend.vllm.scheduler import ConsumerScheduler, ProducerScheduler, blocks_of
+from pd_backend.vllm.consumer_scheduler import ConsumerScheduler
+from pd_backend.vllm.layout import blocks_of
+from pd_backend.vllm.producer_scheduler import ProducerScheduler
 from pd_backend.vllm.spec import ParkSpec, RemoteSpec, Rendezvous, parked_answer
 from pd_backend.vllm.step import SendOutcomes
 
@@ -382,10 +384,10 @@ class TestConsumer:
         other = request(700, {}, request_id="b")
         shelf.ready = set(chunk_hashes(list(range(256)), CHUNK))
         assert scheduler.matched(other, 0) == (None, False)
-        monkeypatch.setattr("pd_backend.vllm.scheduler._COMING_WAIT_S", 0.0)
+        monkeypatch.setattr("pd_backend.vllm.consumer_scheduler._COMING_WAIT_S", 0.0)
         assert scheduler.matched(other, 0) == (256, True)
         third = request(700, {}, request_id="c")
-        monkeypatch.setattr("pd_backend.vllm.scheduler._COMING_WAIT_S", 10.0)
+        monkeypatch.setattr("pd_backend.vllm.consumer_scheduler._COMING_WAIT_S", 10.0)
         assert scheduler.matched(third, 0) == (None, False)
         shelf.coming = set()
         assert scheduler.matched(third, 0) == (256, True)

@@ -57,7 +57,8 @@ from .pairing import connect_receivers
 from .prefill_servers import PrefillServers
 from .producer import ProducerWorker
 from .rank import Rank
-from .scheduler import ConsumerScheduler, ProducerScheduler
+from .consumer_scheduler import ConsumerScheduler
+from .producer_scheduler import ProducerScheduler
 from .spec import DisaggSpec, Rendezvous, SpecError
 from .step import ConsumerStep, ProducerStep, SendOutcomes
 from .supervisor import Supervisor

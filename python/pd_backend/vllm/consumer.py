@@ -14,7 +14,7 @@ from .adapters import LoadedAdapters
 from .attachment import Attachment
 from .keys import chunk_key
 from .layout import EngineLayout
-from .scheduler import blocks_of
+from .layout import blocks_of
 from .spec import RemoteSpec
 from .step import ConsumerStep, HoldPlan, ReceivePlan, idle_wait_s
 from .turns import Turns

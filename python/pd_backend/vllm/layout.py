@@ -69,3 +69,9 @@ class EngineLayout:
                 **self.engine,
             },
         }
+
+
+def blocks_of(chunk: int, chunk_tokens: int, block_tokens: int, tokens: int) -> range:
+    """Positions, in a request's block table, of the blocks of one chunk of so many tokens."""
+    end = min((chunk + 1) * chunk_tokens, tokens)
+    return range(chunk * chunk_tokens // block_tokens, -(-end // block_tokens))

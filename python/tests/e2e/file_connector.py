@@ -14,7 +14,7 @@ import numpy as np
 
 from pd_backend.paged import PagedKv
 from pd_backend.vllm.connector import PdConnector
-from pd_backend.vllm.scheduler import blocks_of
+from pd_backend.vllm.layout import blocks_of
 from pd_backend.vllm.step import ConsumerStep, ProducerStep, ReceivePlan, SendOutcomes
 
 

@@ -31,7 +31,7 @@ from vllm.v1.request import Request
 from pd_backend.vllm import engine
 from pd_backend.vllm.adapters import Adapters
 from pd_backend.vllm.naming import NULL_BLOCK, Naming
-from pd_backend.vllm.scheduler import ProducerScheduler
+from pd_backend.vllm.producer_scheduler import ProducerScheduler
 from pd_backend.vllm.weights import Weights
 
 SHAPE = {"block_size": 128, "num_kv_heads": 2, "head_size": 64, "dtype": torch.float32}

@@ -1,0 +1,304 @@
+"""Prefill's scheduler side of the connector: which chunk of which request is computed, step by step.
+
+No daemon is talked to.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from .keys import chunk_hashes
+from .layout import blocks_of
+from .naming import NULL_BLOCK, Naming, Unnamed
+from .spec import (
+    DisaggSpec,
+    ParkSpec,
+    RemoteSpec,
+    Rendezvous,
+    SpecError,
+    kept_spec,
+    park_spec,
+    parked_answer,
+    prefill_spec,
+    unsolicited_spec,
+)
+from .step import ChunkBlocks, ProducerStep, SendOutcomes, SendPlan
+
+logger = logging.getLogger("vllm.pd_backend")
+
+#: States in which the engine has a request's whole prompt computed, by the names that it gives them.
+_COMPLETE = frozenset({"FINISHED_STOPPED", "FINISHED_LENGTH_CAPPED", "FINISHED_REPETITION"})
+
+
+@dataclass
+class _Sending:
+    """A prefill request, as far as the scheduler knows."""
+
+    plan: SendPlan
+    #: The engine's own cache may have other KV under the request's name.
+    stale_hits: bool = False
+    planned: bool = False
+    block_ids: list[int] = field(default_factory=list)
+    #: Chunks that the workers have been told of.
+    told: int = 0
+    error: str | None = None
+    #: Workers that have said how it ended.
+    ended: int = 0
+
+
+class ProducerScheduler:
+    """Prefill: tells the workers of each chunk once its tokens are computed."""
+
+    def __init__(
+        self,
+        chunk_tokens: int,
+        block_tokens: int,
+        tp_size: int,
+        naming: Naming,
+        rendezvous: Callable[[], Rendezvous | None] = lambda: None,
+        unsolicited: bool = False,
+    ) -> None:
+        """`rendezvous`: where what is parked here is asked for, once that is known. `unsolicited`: whether requests of one token
+        whose router says nothing are pushed to a receiver that is guessed."""
+        self._rendezvous = rendezvous
+        self._unsolicited = unsolicited
+        self._chunk_tokens = chunk_tokens
+        self._block_tokens = block_tokens
+        self._tp_size = tp_size
+        self._naming = naming
+        self._sending: dict[str, _Sending] = {}
+        #: Requests whose `disagg_spec` cannot be followed, and why.
+        self._refused: dict[str, str] = {}
+        #: Requests that are not sent because decode computes them, and why.
+        self._unnamed: dict[str, str] = {}
+        #: Ended at the engine, under way at the workers.
+        self._draining: dict[str, _Sending] = {}
+        #: What is under way, by the router's names.
+        self._by_req_id: dict[str, str] = {}
+        self._step = ProducerStep()
+
+    def allocated(self, request: Any) -> None:
+        """The engine has given the request its first blocks: it is going to be computed."""
+        request_id = request.request_id
+        if request_id in self._sending or request_id in self._refused or request_id in self._unnamed:
+            return
+        try:
+            spec = prefill_spec(request.kv_transfer_params, self._tp_size)
+        except SpecError as error:
+            logger.warning("request %s is computed, but not sent: %s", request_id, error)
+            self._refused[request_id] = str(error)
+            return
+        if spec is None:
+            spec = park_spec(request.kv_transfer_params, request_id)
+        # What is pooled has one token as well.
+        if spec is None and self._unsolicited and getattr(request, "pooling_params", None) is None:
+            spec = unsolicited_spec(request.kv_transfer_params, request_id, request.max_tokens)
+        if spec is None:
+            return
+        try:
+            # The last token of the answer is not computed.
+            named = self._naming.name(request, request.num_prompt_tokens + request.max_tokens - 1)
+        except Unnamed as unnamed:
+            if not self._is_unsolicited(spec):
+                self._unnamed[request_id] = str(unnamed)
+            return
+        tokens = list(request.prompt_token_ids)
+        hashes = chunk_hashes(tokens, self._chunk_tokens, named.context)
+        other = self._of(self._by_req_id.get(spec.req_id))
+        if other is not None:
+            # Another sample of the same request: its chunks are sent already.
+            if other.plan.hashes != hashes:
+                self._refused[request_id] = f"disagg_spec.req_id = {spec.req_id!r} is that of another prompt under way"
+            return
+        self._by_req_id[spec.req_id] = request_id
+        plan = SendPlan(request_id, spec, hashes, len(tokens), named.adapter)
+        self._sending[request_id] = _Sending(plan, named.stale_hits)
+
+    @staticmethod
+    def _is_unsolicited(spec: DisaggSpec | ParkSpec) -> bool:
+        """Whether nobody waits to hear what becomes of it."""
+        return isinstance(spec, ParkSpec) and spec.unsolicited
+
+    def build(self, output: Any) -> ProducerStep:
+        """What the workers need for this step; `output` is the engine's `SchedulerOutput`."""
+        step, self._step = self._step, ProducerStep()
+        step.idle = output.total_num_scheduled_tokens == 0
+        for request_id in getattr(output, "preempted_req_ids", None) or ():
+            sending = self._sending.get(request_id)
+            if sending is not None:
+                sending.told = 0
+                sending.block_ids = []
+                step.preempted.append(request_id)
+        for new in output.scheduled_new_reqs:
+            self._advance(step, new.req_id, new.block_ids, True, new.num_computed_tokens, output)
+        cached = output.scheduled_cached_reqs
+        for index, request_id in enumerate(cached.req_ids):
+            anew = request_id in cached.resumed_req_ids
+            self._advance(
+                step, request_id, cached.new_block_ids[index], anew, cached.num_computed_tokens[index], output
+            )
+        return step
+
+    def _advance(
+        self, step: ProducerStep, request_id: str, blocks: Any, anew: bool, computed: int, output: Any
+    ) -> None:
+        sending = self._sending.get(request_id)
+        if sending is None:
+            return
+        if anew:
+            sending.block_ids, sending.told = [], 0
+            if computed and sending.stale_hits:
+                self._give_up(
+                    step, sending, "vLLM's own cache may have KV of another adapter of this name; /reset_prefix_cache"
+                )
+                return
+        if blocks is not None:
+            sending.block_ids.extend(blocks[0])
+        if not sending.planned:
+            sending.planned = True
+            sending.plan = replace(sending.plan, cached=computed > 0)
+            step.plans.append(sending.plan)
+        tokens = sending.plan.tokens
+        after = min(computed + output.num_scheduled_tokens[request_id], tokens)
+        while sending.told < len(sending.plan.hashes):
+            end = min((sending.told + 1) * self._chunk_tokens, tokens)
+            if end > after:
+                break
+            where = blocks_of(sending.told, self._chunk_tokens, self._block_tokens, tokens)
+            block_ids = sending.block_ids[where.start : where.stop]
+            if NULL_BLOCK in block_ids:
+                self._give_up(step, sending, f"vLLM keeps no KV of chunk {sending.told}: its blocks are skipped")
+                return
+            step.chunks.append(ChunkBlocks(request_id, sending.told, block_ids))
+            sending.told += 1
+
+    def _give_up(self, step: ProducerStep, sending: _Sending, why: str) -> None:
+        """The request is computed, and not sent: decode computes it as well."""
+        request_id = sending.plan.request_id
+        del self._sending[request_id]
+        self._forget(sending)
+        if not self._is_unsolicited(sending.plan.spec):
+            logger.warning("request %s is not sent: %s", request_id, why)
+            self._unnamed[request_id] = why
+        if sending.plan in step.plans:
+            step.plans.remove(sending.plan)  # The workers have not heard of it.
+        else:
+            step.dropped.append(request_id)
+
+    def finished(self, request: Any, block_ids: Sequence[int] = ()) -> tuple[bool, dict[str, Any] | None]:
+        """Whether the engine has to keep the request's blocks until the workers report it, and what its response says.
+        """
+        request_id = request.request_id
+        refused = self._refused.pop(request_id, None)
+        if refused is not None:
+            return False, self._response(request, refused)
+        unnamed = self._unnamed.pop(request_id, None)
+        if unnamed is not None and park_spec(request.kv_transfer_params, request_id) is not None:
+            return False, None  # Its router asks decode without any, which computes it.
+        if unnamed is not None:
+            return False, self._response(request, None) | {"not_sent": unnamed}
+        sending = self._sending.pop(request_id, None)
+        if sending is None:
+            return False, None
+        complete = getattr(request.status, "name", str(request.status)) in _COMPLETE
+        if not sending.planned:
+            self._forget(sending)
+            return False, None
+        if not complete or sending.told < len(sending.plan.hashes):
+            self._step.dropped.append(request_id)
+            self._forget(sending)
+            return False, None
+        if sending.error is not None and sending.ended >= self._tp_size:
+            self._step.dropped.append(request_id)
+            self._forget(sending)
+            return False, self._answer(request, sending, block_ids) or None
+        self._step.finishing.append(request_id)
+        if sending.ended < self._tp_size:
+            self._draining[request_id] = sending
+        else:
+            self._forget(sending)
+        return True, self._answer(request, sending, block_ids) or None
+
+    def keep(self, request: Any, block_ids: Sequence[int]) -> tuple[bool, dict[str, Any] | None]:
+        """Parks the whole chunks of a request that was decoded here, for the next turn of its conversation. As `finished`."""
+        at, request_id = self._rendezvous(), request.request_id
+        complete = getattr(request.status, "name", str(request.status)) in _COMPLETE
+        # The last token of the answer is not computed.
+        computed = min(request.num_tokens - 1, request.num_computed_tokens)
+        chunks = computed // self._chunk_tokens
+        if at is None or not complete or not chunks or request_id in self._draining:
+            return False, None
+        tokens = chunks * self._chunk_tokens
+        blocks = list(block_ids[: tokens // self._block_tokens])
+        try:
+            named = self._naming.name(request, request.num_tokens)
+        except Unnamed:
+            return False, None
+        if named.stale_hits or NULL_BLOCK in blocks or len(blocks) * self._block_tokens < tokens:
+            return False, None
+        hashes = chunk_hashes(request.all_token_ids[:tokens], self._chunk_tokens, named.context)
+        spec = kept_spec(request_id)
+        own = RemoteSpec(at.host, at.ports, spec.ids, in_turn=True)
+        plan = SendPlan(request_id, spec, hashes, tokens, named.adapter, cached=True, kept=own)
+        self._draining[request_id] = _Sending(plan, planned=True, told=chunks)
+        step, per_chunk = self._step, self._chunk_tokens // self._block_tokens
+        step.plans.append(plan)
+        for chunk in range(chunks):
+            step.chunks.append(ChunkBlocks(request_id, chunk, blocks[chunk * per_chunk : (chunk + 1) * per_chunk]))
+        step.finishing.append(request_id)
+        return True, parked_answer(request_id, at, blocks, tokens)
+
+    def update(self, outcomes: SendOutcomes) -> None:
+        """What the workers have said."""
+        for request_id, said in outcomes.ended.items():
+            sending = self._of(request_id)
+            if sending is None:
+                continue
+            sending.ended += len(said)
+            sending.error = next((error for error in said if error is not None), sending.error)
+            if sending.ended >= self._tp_size and self._draining.pop(request_id, None) is not None:
+                self._forget(sending)
+
+    def cache_reset(self) -> None:
+        """The engine's own cache is empty."""
+        self._naming.cache_reset()
+        self._step.cache_reset = True
+
+    def pending(self) -> bool:
+        """Whether the engine has to go on stepping for what is under way."""
+        step = self._step
+        return bool(self._draining or step.dropped or step.finishing)
+
+    def _of(self, request_id: str | None) -> _Sending | None:
+        if request_id is None:
+            return None
+        return self._sending.get(request_id) or self._draining.get(request_id)
+
+    def _forget(self, sending: _Sending) -> None:
+        self._by_req_id.pop(sending.plan.spec.req_id, None)
+
+    def _answer(self, request: Any, sending: _Sending, block_ids: Sequence[int]) -> dict[str, Any]:
+        spec = sending.plan.spec
+        if not isinstance(spec, ParkSpec):
+            return self._response(request, sending.error)
+        at = self._rendezvous() if spec.is_answered else None
+        # Where there is nothing to ask for, a router of NIXL's dialect has to be told nothing: decode computes it.
+        if sending.error is not None or at is None:
+            return {}
+        answer = parked_answer(request.request_id, at, block_ids, sending.plan.tokens)
+        transfer_id = request.kv_transfer_params.get("transfer_id")
+        # MoRIIO's routers copy it from here.
+        return answer if transfer_id is None else answer | {"transfer_id": transfer_id}
+
+    @staticmethod
+    def _response(request: Any, error: str | None) -> dict[str, Any]:
+        """`kv_transfer_params` of the response: what LMCache's proxies ask for, and what went wrong."""
+        response: dict[str, Any] = {}
+        if (request.kv_transfer_params or {}).get("ret_first_tok") and request.output_token_ids:
+            response["first_tok"] = request.output_token_ids[0]
+        if error is not None:
+            response["error"] = error
+        return response
