@@ -109,6 +109,13 @@ bench-vllm: setup ## time to first token with this connector, NixlConnector, fil
 	PD_BIN_DIR=$(CURDIR)/target/release LD_LIBRARY_PATH=$$(cat .deps/e2e/library_path) .deps/e2e/venv/bin/python \
 	  python/tests/e2e/bench.py $(BENCH)
 
+.PHONY: bench-turns
+bench-turns: setup ## time to the first token of a conversation's fifth turn, with and without what decode has (BENCH='--conversations 20')
+	@scripts/setup-e2e
+	$(CARGO) build --release --bins
+	PD_BIN_DIR=$(CURDIR)/target/release LD_LIBRARY_PATH=$$(cat .deps/e2e/library_path) .deps/e2e/venv/bin/python \
+	  python/tests/e2e/bench_turns.py $(BENCH)
+
 # Needs a nightly compiler and cargo-fuzz (cargo install cargo-fuzz).
 TARGET ?= address_manager
 FUZZ_TARGETS := $(sort $(basename $(notdir $(wildcard fuzz/fuzz_targets/*.rs))))

@@ -76,6 +76,14 @@ def post_text(
         raise HttpError(error.code, error.read().decode("utf-8", "replace")) from None
 
 
+def metric(url: str, name: str, labels: Sequence[str] = ()) -> float:
+    """The sum of this metric over all lines that have these labels."""
+    with urllib.request.urlopen(url, timeout=20) as answer:
+        lines = answer.read().decode().splitlines()
+    found = [line for line in lines if re.match(rf"{re.escape(name)}[{{ ]", line) and all(label in line for label in labels)]
+    return sum(float(line.rsplit(" ", 1)[1]) for line in found)
+
+
 def until(holds: Callable[[], bool], otherwise: object, timeout_s: float = 60.0) -> None:
     """Waits for what is to come. Raises `AssertionError` with `otherwise`, as it is by then, where it does not."""
     deadline = time.monotonic() + timeout_s
@@ -250,11 +258,8 @@ class Server(Process):
 
     def prompt_tokens(self, source: str, engine: int | None = None) -> float:
         """Tokens of prompts by where their KV came from."""
-        with urllib.request.urlopen(self.url + "/metrics", timeout=20) as answer:
-            text = answer.read().decode()
         labels = [f'source="{source}"', "" if engine is None else f'engine="{engine}"']
-        lines = [line for line in text.splitlines() if line.startswith("vllm:prompt_tokens_by_source_total")]
-        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if all(label in line for label in labels))
+        return metric(self.url + "/metrics", "vllm:prompt_tokens_by_source_total", labels)
 
     def reset(self) -> bool:
         """Empties its caches, the daemons' included. Whether it says that it did."""

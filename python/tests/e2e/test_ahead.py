@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -24,9 +23,7 @@ _numbers = itertools.count()
 
 def counter(server: Server, name: str, label: str = "") -> float:
     """Of the daemon beside this server's only worker."""
-    with urllib.request.urlopen(server.daemon_ready()["metrics"], timeout=20) as answer:
-        lines = answer.read().decode().splitlines()
-    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name + "{") and label in line)
+    return harness.metric(server.daemon_ready()["metrics"], name, [label])
 
 
 @pytest.fixture

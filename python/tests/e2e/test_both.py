@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import itertools
 import os
-import re
 import signal
 import subprocess
 import sys
-import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -213,9 +211,7 @@ def kept(server: Server) -> Iterator[None]:
     """Returns once the server has kept what it was asked to decode: the client has its answer before that."""
 
     def count() -> float:
-        with urllib.request.urlopen(server.daemon_ready()["metrics"], timeout=20) as answer:
-            text = answer.read().decode()
-        return float(re.findall(r"^pd_requests_parked_total(?:\{.*\})? (\S+)", text, re.MULTILINE)[0])
+        return harness.metric(server.daemon_ready()["metrics"], "pd_requests_parked_total")
 
     before = count()
     yield

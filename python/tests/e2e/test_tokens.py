@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
-import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -23,9 +21,7 @@ pytestmark = pytest.mark.usefixtures("nothing_left")
 
 def metric(server: Server, name: str) -> float:
     """Sum of one of vLLM's own metrics."""
-    with urllib.request.urlopen(server.url + "/metrics", timeout=20) as answer:
-        text = answer.read().decode()
-    return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if re.match(rf"{name}(\{{|\s)", line))
+    return harness.metric(server.url + "/metrics", name)
 
 
 @pytest.mark.parametrize("count", prompts.LENGTHS)
