@@ -38,6 +38,10 @@ test: setup ## every test: Rust, then Python against the real daemons
 test-rust:
 	$(CARGO) test --no-fail-fast --lib --bins --tests
 
+.PHONY: test-bench
+test-bench: ## one round of the bench of transfers, which needs NIXL: whether it still runs
+	PD_BENCH_ROUNDS=1 $(CARGO) test --bench transfer
+
 .PHONY: test-without-lmcache
 test-without-lmcache: ## the Rust tests of a build that has no LMCache in it
 	$(CARGO) test --no-fail-fast --no-default-features --features nixl --lib --bins --tests
