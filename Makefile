@@ -50,7 +50,12 @@ test-without-lmcache: ## the Rust tests of a build that has no LMCache in it
 test-python:
 	$(CARGO) build --bins
 	PD_BIN_DIR=$(CURDIR)/target/debug PYTHONPATH=$(CURDIR)/.deps/python:$(CURDIR)/python $(PYTHON) -m pytest -q python/tests \
-	  --ignore=python/tests/interop --ignore=python/tests/e2e
+	  --ignore=python/tests/interop --ignore=python/tests/e2e --ignore=python/tests/hosts
+
+.PHONY: hosts
+hosts: setup ## daemons on hosts of their own, which this machine plays: links cut, hosts lost (needs root and iproute2)
+	$(CARGO) build --bins
+	PD_BIN_DIR=$(CURDIR)/target/debug PYTHONPATH=$(CURDIR)/.deps/python:$(CURDIR)/python $(PYTHON) -m pytest -q python/tests/hosts
 
 .PHONY: interop
 interop: setup ## against unmodified LMCache, which is fetched (2.2 GB in .deps) and not part of make test

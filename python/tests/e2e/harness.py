@@ -202,14 +202,16 @@ class Server(Process):
     def __init__(
         self, name: str, folder: Path, model: Path, *, kv: dict[str, Any] | None = None, args: Sequence[str] = (),
         env: dict[str, str] | None = None, tensor_parallel: int = 1, eager: bool = True, dtype: str = "float32",
-        package: Path = TOP / "python", tokenizer: bool = False,
+        package: Path = TOP / "python", tokenizer: bool = False, host: str = "127.0.0.1", inside: Sequence[str] = (),
     ) -> None:
-        """`package`: the folder that has `pd_backend`. `tokenizer`: the model has one, and clients may ask in text."""
+        """`package`: the folder that has `pd_backend`. `tokenizer`: the model has one, and clients may ask in text. `host`: what it
+        binds, `inside` the command that runs it where that address is.
+        """
         self.name = name
         (self.port,) = free_ports(1)
-        self.url = f"http://127.0.0.1:{self.port}"
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
-        command += ["--served-model-name", MODEL_NAME, "--host", "127.0.0.1"]
+        self.url = f"http://{host}:{self.port}"
+        command = [*inside, sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+        command += ["--served-model-name", MODEL_NAME, "--host", host]
         command += [] if tokenizer else ["--skip-tokenizer-init"]
         command += ["--port", str(self.port), "--tensor-parallel-size", str(tensor_parallel), "--dtype", dtype]
         # A worker of its own is a process more: only where there are several.
