@@ -46,6 +46,11 @@ pub fn daemon_main(role: Role) -> ExitCode {
     };
     // Before any thread exists, since it sets the environment that NIXL's libraries read when they are loaded.
     let prepared = nixl::prepare_environment();
+    if let Err(error) = runtime::check_threads() {
+        // The log is a thread.
+        eprintln!("{}: {error}", role.daemon());
+        return ExitCode::from(error.exit_code());
+    }
     let _log = start_logging();
     if let Err(error) = prepared {
         tracing::warn!("{error}");
