@@ -99,12 +99,13 @@ keys! {
     "The transfer engine":
     /// nixl (any host) or local (this host alone, needs nothing installed). Both ends must use the same.
     TRANSFER_CHANNEL = "transfer_channel", Words(&["nixl", "local"]),
-        Without("nixl", "nixl where its library is found, else local"), Both,
+        Without("nixl", "nixl where its library is found or another key means it, else local"), Both,
         |c| c.engine.kind.map(EngineKind::as_str).map(str::to_owned);
-    /// NIXL's plugins, in order of preference.
+    /// NIXL's plugins, in order of preference. Others than UCX mean nixl: where they cannot be used, the daemon does not start.
     NIXL_BACKENDS = "nixl_backends", Form("a list of 1 to 16 names of NIXL plugins"), Is("[UCX]"), Both,
         |c| Some(format!("[{}]", c.engine.nixl_backends.join(", ")));
-    /// Folder in which, or below which, libnixl_capi.so is looked for first.
+    /// Folder in which, or below which, libnixl_capi.so is looked for, and nowhere else. It means nixl: where the library is
+    /// not there, the daemon does not start.
     PD_NIXL_LIB_DIR = "pd_nixl_lib_dir", Form("the folder of libnixl_capi.so"),
         Without("/opt/nixl/lib", "where NIXL_LIB_DIR says, or the system's loader looks"), Both,
         |c| c.engine.nixl_lib_dir.as_ref().map(|dir| quoted(&dir.display().to_string()));
