@@ -422,6 +422,36 @@ fn a_sender_knows_the_receivers_of_its_rank() {
 }
 
 #[test]
+fn requests_are_held_to_named_receivers_where_some_are_named() {
+    // Broken in production: an operator locks a sender to its receivers, and it sends to none; or to any, because of a typing error.
+    let of = |text: &str| load(Role::Sender, &format!("{MINIMAL}{text}\n")).map(|loaded| loaded.config.receivers_only);
+    assert_eq!(of("pd_receivers: [a:1:2]"), Ok(false));
+    assert_eq!(of("pd_receivers: [a:1:2]\npd_receivers_only: true"), Ok(true));
+    let refusal = of("pd_receivers_only: true").unwrap_err();
+    assert_eq!(
+        refusal,
+        "f.yaml:4: pd_receivers_only = true: pd_receivers names none, so that no request could be sent; name them in pd_receivers, \
+         or leave it out"
+    );
+}
+
+#[test]
+fn whoever_says_something_of_nixl_means_nixl() {
+    // Broken in production: NIXL is named in the configuration and cannot be used, and the daemon starts with an engine for one
+    // host.
+    let of = |text: &str| load(Role::Sender, &format!("{MINIMAL}{text}\n")).unwrap().config.engine.kind;
+    for (text, kind) in [
+        ("", None),
+        ("nixl_backends: [UCX]", None),
+        ("nixl_backends: [NoSuch]", Some(EngineKind::Nixl)),
+        ("pd_nixl_lib_dir: /nonexistent", Some(EngineKind::Nixl)),
+        ("pd_nixl_lib_dir: /nonexistent\ntransfer_channel: local", Some(EngineKind::Local)),
+    ] {
+        assert_eq!(of(text), kind, "{text}");
+    }
+}
+
+#[test]
 fn infinite_waits_are_capped_and_noted() {
     // Broken in production: LMCache's own default, written out, is refused, or a request waits for ever.
     for value in [".inf", "inf", "\"inf\""] {

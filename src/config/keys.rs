@@ -152,6 +152,10 @@ keys! {
              an IPv6 address in brackets"
         ), Without("[10.0.0.2:7300:7400]", "each is met at its first request"), Sender, receivers;
 
+    /// Whether requests may go to the receivers in pd_receivers alone. Where a request goes stands in its parameters, which any
+    /// client of the prefill server can send: with true, others are refused before they are connected to.
+    PD_RECEIVERS_ONLY = "pd_receivers_only", Boolean, Is("false"), Sender, |c| Some(c.receivers_only.to_string());
+
     "Parked chunks (outgoing half; a pd-receiver ignores these)":
     /// Address that the port below is bound to. Whoever reaches it can have what is parked here sent to any receiver,
     /// unless there is a pd_shared_secret_file: keep it inside a trusted network.

@@ -8,7 +8,7 @@ use super::keys;
 use super::notes::Notes;
 use super::ports::{Hosts, Ports, ports};
 use super::raw::{RawConfig, RawValue};
-use super::receivers::receivers;
+use super::receivers::{receivers, receivers_only};
 use super::size::exact_size;
 use super::{
     BufferConfig, BufferDevice, ChecksumMode, Config, Deadlines, EngineConfig, EngineKind, Limits, MetricsConfig,
@@ -81,6 +81,7 @@ pub(super) fn resolve(
         rendezvous_port: ports.rendezvous,
         push_ahead: raw.must_of(role, &keys::PD_PUSH_AHEAD, RawConfig::boolean)?,
         receivers: receivers(role, raw, rank, &limits)?,
+        receivers_only: receivers_only(role, raw)?,
         proxy: proxy(role, raw)?,
         shared_secret,
         connector_endpoint: connector_endpoint(role, raw, &layout)?,

@@ -506,7 +506,18 @@ impl<R: Clone> Outgoing<R> {
     fn check_open(&self, core: &Core<R>, open: &OpenRequest) -> Result<Vec<ChunkSize>, Failure> {
         let sizes = self.check_chunks(core, &open.id, &open.keys, &open.groups, open.last_chunk_tokens)?;
         check_receiver(&open.id, &open.receiver)?;
+        self.check_is_named(&open.id, &open.receiver)?;
         Ok(sizes)
+    }
+
+    /// Whether the configuration lets requests go there.
+    pub(super) fn check_is_named(&self, id: &RequestId, receiver: &PeerAddress) -> Result<(), Failure> {
+        if !self.settings.receivers_only || self.reconnects.contains(receiver) {
+            return Ok(());
+        }
+        let receiver = truncate(&receiver.to_string());
+        let text = format!("{id} goes to {receiver}, which is not among pd_receivers (pd_receivers_only)");
+        Err(Failure::new(FailureKind::BadRequest, text))
     }
 
     /// What any request of a client must be, wherever it goes.
