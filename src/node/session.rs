@@ -365,6 +365,7 @@ impl<R: Clone + PartialEq> Node<R> {
         self.core.now = now;
         if let Some(half) = &mut self.outgoing {
             act(half, &mut self.core);
+            half.call_lines(&mut self.core);
             self.settle();
         }
     }

@@ -26,6 +26,8 @@ logger = logging.getLogger("vllm.pd_backend")
 _RESTART_WAIT_S = 30.0
 #: How long prefill may not have heard of a request that is asked for at the same time.
 _REGISTER_WAIT_S = 10.0
+#: Before the daemon is asked again that had no place for one more question.
+_BUSY_PAUSE_S = 0.1
 #: After these nothing is heard through a client any more; nor is it known what an answer that cannot be read has granted,
 #: which goes back with the client.
 _LOST = (DaemonLost, ClientClosed, Unreadable)
@@ -50,6 +52,8 @@ class _Request:
     asked: ReceiverClient | None = None
     #: Why nothing comes of that any more.
     lost: PdError | None = None
+    #: Not asked again before that: the daemon had no place for the question.
+    again_at: float = 0.0
 
 
 class ConsumerWorker:
@@ -188,7 +192,7 @@ class ConsumerWorker:
 
     def _start(self, request: _Request) -> None:
         """Begins to wait for its chunks, or looks them up. A daemon that is being started again is waited for."""
-        if request.arriving is not None:
+        if request.arriving is not None or time.monotonic() < request.again_at:
             return
         try:
             client = self._daemon.attach()
@@ -279,6 +283,9 @@ class ConsumerWorker:
         try:
             return request.arriving.result()
         except RequestRefused as refused:
+            if refused.kind == Kind.BUSY:
+                request.arriving, request.again_at = None, time.monotonic() + _BUSY_PAUSE_S
+                return None
             if request.req_id is None or refused.kind != Kind.UNKNOWN:
                 raise
         # Handed out before, to another sample of the same request, or to one that was retried: its chunks may be there

@@ -26,6 +26,8 @@ from .weights import Weights
 
 logger = logging.getLogger("vllm.pd_backend")
 
+#: Before the daemon is asked again that had no place for one more request.
+_BUSY_PAUSE_S = 0.1
 #: After these nothing is heard through a client any more.
 _LOST = (DaemonLost, ClientClosed)
 
@@ -47,6 +49,10 @@ class _Request:
     #: Where it was opened: its slots are in that daemon's buffer, not in that of one started after it.
     client: SenderClient | None = None
     opening: Pending[Any] | None = None
+    #: When it is opened again, if the daemon had no place for it.
+    again_at: float | None = None
+    #: It is opened once the rank before this one has its slots.
+    waits_turn: bool = False
     already: frozenset[int] | None = None
     staging: Pending[list[StagedSlot]] | None = None
     chunks: dict[int, _Chunk] = field(default_factory=dict)
@@ -266,6 +272,9 @@ class ProducerWorker:
                 try:
                     self._answers(request)
                 except RequestRefused as refused:
+                    if refused.kind == Kind.BUSY and not request.opened:
+                        request.again_at = time.monotonic() + _BUSY_PAUSE_S
+                        continue
                     # Why may have come just before this answer, which says no more than that the request has ended.
                     self._ends(client, client.poll_events())
                     if not request.ended:
@@ -303,6 +312,9 @@ class ProducerWorker:
         return idle_wait_s(time.monotonic() - newest)
 
     def _answers(self, request: _Request) -> None:
+        if request.again_at is not None and time.monotonic() >= request.again_at:
+            request.again_at = None
+            self._open(request)
         if request.opening is not None and request.opening.done():
             opening, request.opening = request.opening, None
             opened = opening.result()

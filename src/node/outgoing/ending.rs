@@ -141,6 +141,7 @@ impl<R: Clone> Outgoing<R> {
         let (id, receiver, client, in_flight, request_peer) =
             (request.id.clone(), request.receiver(), request.client, request.in_flight, request.peer);
         self.cancel_timers(core, uid);
+        self.leave_line(uid);
         if self.request_by_name.get(&id) == Some(&uid) {
             self.request_by_name.remove(&id);
         }
@@ -196,6 +197,7 @@ impl<R: Clone> Outgoing<R> {
     /// Takes a request out of every table and frees its local slots.
     pub(super) fn remove(&mut self, core: &mut Core<R>, uid: Uid) -> Option<OutgoingRequest> {
         let request = self.requests.remove(&uid)?;
+        self.place_is_free(request.peer);
         if self.request_by_name.get(&request.id) == Some(&uid) {
             self.request_by_name.remove(&request.id);
         }

@@ -7,6 +7,7 @@
 //! | `reconnects` | receivers that the configuration names: connected before any request, and again when they are lost |
 //! | `quiesce`, `acknowledging` | what receivers must still be told: that nothing writes to their slots any more |
 //! | `requests` | a request from `open` to its acknowledged commit |
+//! | `line` | requests that a receiver has no place for, until it has |
 //! | `ending` | how a request ends otherwise |
 //! | `staging` | who waits for local slots, and who gets them |
 //! | `timer`, `uid` | its deadlines; a request's name inside the node |
@@ -24,6 +25,7 @@ mod dialect;
 mod ending;
 mod given_up;
 pub(super) mod io;
+mod line;
 mod link;
 #[cfg(feature = "lmcache")]
 mod lmcache;
@@ -84,6 +86,10 @@ pub(super) struct Outgoing<R> {
     awaited: BTreeMap<Seq, Uid>,
     /// The latest allocations asked for, and what was taken of what they were granted.
     asked: BTreeMap<Seq, (RequestId, Option<GrantId>)>,
+    /// Requests that stand in line for a place at their receiver, in the order of their arrival.
+    lines: BTreeSet<(PeerId, Uid)>,
+    /// How many places each receiver may have again.
+    places: BTreeMap<PeerId, usize>,
     /// Commits that were not answered yet.
     commits: BTreeMap<Uid, Commit>,
     quiesce: Quiesce,
@@ -125,6 +131,8 @@ impl<R: Clone> Outgoing<R> {
             request_by_name: BTreeMap::new(),
             awaited: BTreeMap::new(),
             asked: BTreeMap::new(),
+            lines: BTreeSet::new(),
+            places: BTreeMap::new(),
             commits: BTreeMap::new(),
             quiesce: Quiesce::default(),
             reconnects: Reconnects::new(core.now, receivers),
@@ -256,6 +264,7 @@ impl<R: Clone> Outgoing<R> {
     /// What does not.
     pub(super) fn check_invariants(&self, core: &Core<R>) -> Result<(), String> {
         self.check_reconnects(core)?;
+        self.check_lines()?;
         self.check_parked()?;
         self.check_aheads()?;
         self.registrants.check()?;

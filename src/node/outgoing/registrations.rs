@@ -285,7 +285,7 @@ impl<R: Clone> Outgoing<R> {
         } else {
             return Ok(());
         };
-        Err(Failure::new(FailureKind::Limit, text))
+        Err(Failure::new(FailureKind::Busy, text))
     }
 
     /// Of these chunks those that are here, or that are being computed, in their order and each once.
@@ -319,7 +319,7 @@ impl<R: Clone> Outgoing<R> {
         if pushing >= most {
             let text =
                 format!("{pushing} registrations are being sent something, the limit is half of pd_max_requests");
-            return Err(Failure::new(FailureKind::Limit, text));
+            return Err(Failure::new(FailureKind::Busy, text));
         }
         let uid = self.send_found(core, id.1.clone(), address, found, core.settings.allocation_timeout)?;
         if let Some(request) = self.requests.get_mut(&uid) {

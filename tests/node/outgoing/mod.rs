@@ -10,6 +10,7 @@ use pd_backend::wire::message::{AllocReplyExtension, AllocResponse, CommitAck, P
 
 mod ahead;
 mod bench;
+mod line;
 #[cfg(feature = "lmcache")]
 mod lmcache;
 #[cfg(feature = "lmcache")]

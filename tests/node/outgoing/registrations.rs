@@ -123,7 +123,7 @@ fn who_waits_takes_no_place_of_those_who_can_be_served() {
     for number in 0..REQUESTS_MAX {
         assert_eq!(ask(&mut bench, wait(&format!("w{number}"))), (Registration::Pending, None));
     }
-    assert_eq!(ask(&mut bench, wait("one more")), (Registration::Failed, Some(FailureKind::Limit)));
+    assert_eq!(ask(&mut bench, wait("one more")), (Registration::Failed, Some(FailureKind::Busy)));
     assert_eq!(ask(&mut bench, hold("h", "a")), (Registration::Accepted, None));
     assert_eq!(ask(&mut bench, fetch("f", "a")), (Registration::Accepted, None));
 }
@@ -136,7 +136,7 @@ fn what_is_sent_to_receivers_leaves_places_for_requests_of_this_side() {
     for number in 0..REQUESTS_MAX / 2 {
         assert_eq!(ask(&mut bench, fetch(&format!("f{number}"), "a")), (Registration::Accepted, None));
     }
-    assert_eq!(ask(&mut bench, fetch("one more", "a")), (Registration::Failed, Some(FailureKind::Limit)));
+    assert_eq!(ask(&mut bench, fetch("one more", "a")), (Registration::Failed, Some(FailureKind::Busy)));
     park(&mut bench, "b");
 }
 
