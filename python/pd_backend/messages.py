@@ -296,6 +296,8 @@ class Wait(_Message, frozen=True):
     wait_ms: int | None = None
     uncommitted: bool = False
     """As in `Lookup`."""
+    #: `wait_ms` is for the request to be announced: one that is under way is waited for until it is ready or has ended.
+    until_announced: bool = False
 
 
 class Fetch(_Message, frozen=True):
@@ -312,6 +314,8 @@ class Fetch(_Message, frozen=True):
     register_wait_ms: int = 0
     #: Whether the chunks are only to be kept.
     hold: bool = False
+    #: As in `Wait`.
+    until_announced: bool = False
 
 
 class ReleaseParked(_Message, frozen=True):

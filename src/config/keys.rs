@@ -182,9 +182,10 @@ keys! {
     PD_SKIP_PROXY_NOTIFICATION = "pd_skip_proxy_notification", Boolean, Is("false"), Sender;
 
     "Deadlines, in seconds, with fractions; at most 86400":
-    /// How long a request waits for slots, at either side, before it fails (no_slots). LMCache's default is for
-    /// ever; .inf is taken as 86400 here. 0: a request that does not fit at once fails at once.
-    PD_ALLOCATION_TIMEOUT_SEC = "pd_allocation_timeout_sec", FROM_ZERO, Is("30"), Both, |c| seconds(c.deadlines.allocation);
+    /// How long a request waits for slots, at either side, before it fails (no_slots). The default is for ever, as
+    /// LMCache's is: 86400 here, and so is .inf. A peer that is full makes requests wait, in line; one that says
+    /// nothing is given up after pd_peer_timeout_sec. 0: a request that does not fit at once fails at once.
+    PD_ALLOCATION_TIMEOUT_SEC = "pd_allocation_timeout_sec", FROM_ZERO, Is("86400"), Both, |c| seconds(c.deadlines.allocation);
     /// Connecting to a peer, its handshake and its first request included.
     PD_HANDSHAKE_TIMEOUT_SEC = "pd_handshake_timeout_sec", ABOVE_ZERO, Is("10"), Both, |c| seconds(c.deadlines.handshake);
     /// From the grant of a receiver's slots to their commit, the prefill in between included: raise it for long
@@ -194,8 +195,10 @@ keys! {
     /// and how long a cancel waits for writes to end. A receiver that is still checking a commit (pd_checksum) gives a
     /// sign, however long the check takes.
     PD_COMMIT_TIMEOUT_SEC = "pd_commit_timeout_sec", ABOVE_ZERO, Is("10"), Sender, |c| seconds(c.deadlines.commit);
-    /// Incoming half: how long `wait` waits for a request when the connector does not say.
-    PD_WAIT_TIMEOUT_SEC = "pd_wait_timeout_sec", FROM_ZERO, Is("120"), Receiver, |c| seconds(c.deadlines.wait);
+    /// Incoming half: how long `wait` waits for a request when the connector does not say. vLLM's connector counts the
+    /// time until a sender announces the request, which is the time in prefill's queue; what comes after has deadlines
+    /// of its own.
+    PD_WAIT_TIMEOUT_SEC = "pd_wait_timeout_sec", FROM_ZERO, Is("3600"), Receiver, |c| seconds(c.deadlines.wait);
     /// Incoming half: how long ready chunks that nobody fetches are kept.
     PD_RETENTION_SEC = "pd_retention_sec", ABOVE_ZERO, Is("300"), Receiver, |c| seconds(c.deadlines.retention);
     /// How long requests in flight may take after SIGTERM. A second SIGTERM stops at once.
@@ -235,10 +238,10 @@ keys! {
     PD_METRICS_PORT = "pd_metrics_port", PortsOrNone, Is("0"), Both,
         |c| Some(c.metrics.as_ref().map_or_else(|| "none".to_owned(), |metrics| metrics.port.to_string()));
 
-    "Limits: what exceeds one is refused with an error, and nothing else is disturbed":
-    /// Requests that have not ended.
+    "Limits: what exceeds one waits in line where it can, is refused with an error where it cannot, and disturbs nothing else":
+    /// Requests that have not ended. A sender's requests beyond its receiver's limit wait at the sender.
     PD_MAX_REQUESTS = "pd_max_requests", up_to(1 << 20), Is("1024"), Both, |c| number(c.limits.requests_max);
-    /// Incoming half: requests of one sender that have not ended.
+    /// Incoming half: requests of one sender that have not ended. More of them wait at the sender, in line.
     PD_MAX_PEER_REQUESTS = "pd_max_peer_requests", up_to(1 << 20), Is("512"), Receiver,
         |c| number(c.limits.peer_requests_max);
     /// Chunks of one request; the most there can be is what one message carries.

@@ -238,6 +238,12 @@ impl<R: Clone + PartialEq> Node<R> {
         });
     }
 
+    /// The time of this wait is for its request to be announced: a reader waits longer for one that is under way, until it is
+    /// ready or has ended.
+    pub fn handle_until_announced(&mut self, now: Instant, client: ClientId, id: Seq) {
+        self.in_incoming(now, |half, _| half.handle_until_announced(client, id));
+    }
+
     /// A reader wants chunks that a sender has parked, and waits for them as for any request.
     pub fn handle_fetch(
         &mut self,

@@ -200,7 +200,9 @@ class ConsumerWorker:
                 if request.req_id is not None and request.plan is not None and request.plan.remote is not None:
                     request.arriving = self._fetch(client, request, request.plan, request.plan.remote)
                 elif request.req_id is not None:
-                    request.arriving = client.start_wait(request.req_id, wait_s=self._receive_wait_s)
+                    request.arriving = client.start_wait(
+                        request.req_id, wait_s=self._receive_wait_s, until_announced=True
+                    )
                 elif request.plan is not None:
                     request.first_chunk = request.plan.first_chunk
                     keys = self._keys(request.plan.hashes)[request.first_chunk :]
@@ -226,6 +228,7 @@ class ConsumerWorker:
             ids=remote.ids,
             wait_s=self._receive_wait_s,
             register_wait_s=0.0 if remote.in_turn else _REGISTER_WAIT_S,
+            until_announced=True,
         )
 
     def _hold(self, hold: HoldPlan) -> None:

@@ -163,6 +163,11 @@ impl<R: Clone + PartialEq> Incoming<R> {
         Ok(())
     }
 
+    /// Whether a sender is being asked to send a request now.
+    pub(super) fn is_fetched(&self, name: &RequestId) -> bool {
+        self.fetches.get(name).is_some_and(|fetch| matches!(fetch.purpose, Purpose::Now { .. }))
+    }
+
     fn check_release(&self, core: &Core<R>, fetch: &FetchRequest) -> Result<(), Failure> {
         let (name, releases) = (&fetch.id, self.releases());
         let text = if fetch.ids.len() > REQUEST_IDS_MAX {
