@@ -246,6 +246,16 @@ class Park(_Message, frozen=True):
     stays: bool = False
 
 
+class Expect(_Message, frozen=True):
+    """Sender: a request that will be parked as `req_id`. Who asks for it by one of `ids` waits until then. Answered by
+    `Accepted`; a `Cancel` gives it up.
+    """
+
+    id: int
+    req_id: str
+    ids: list[str]
+
+
 class Stage(_Message, frozen=True):
     """Sender: local slots for these positions in the keys. Answered by `Staged`."""
 
@@ -478,7 +488,7 @@ class Failed(_Message, frozen=True):
 
 
 Request = Union[
-    Attach, Detach, StatusQuery, Open, Park, Stage, Send, Cancel, Lookup, Wait, Fetch, ReleaseParked, Release, Reset
+    Attach, Detach, StatusQuery, Open, Park, Expect, Stage, Send, Cancel, Lookup, Wait, Fetch, ReleaseParked, Release, Reset
 ]
 Answer = Union[
     Attached, Detached, StatusReply, Opened, Staged, Accepted, Cancelled, Found, Ready, Held, Released, ResetDone, Error

@@ -90,6 +90,16 @@ pub enum Request {
         #[serde(default, skip_serializing_if = "is_false", deserialize_with = "nil_is_left_out")]
         stays: bool,
     },
+    /// Sender: the serving engine has a request that it will `park`, once it begins to compute it. Who asks for it by one of these
+    /// names waits until then. Answered by `accepted`. A `cancel` of the name gives it up.
+    Expect {
+        /// Pairs the reply.
+        id: Seq,
+        /// As `park` will say.
+        req_id: RequestId,
+        /// As in `park`.
+        ids: Vec<RequestId>,
+    },
     /// Sender: local slots to fill, one for each of these chunks. Answered by `staged`, all at once.
     Stage {
         /// Pairs the reply.
@@ -236,6 +246,7 @@ impl Request {
             | Self::Status { id }
             | Self::Open { id, .. }
             | Self::Park { id, .. }
+            | Self::Expect { id, .. }
             | Self::Fetch { id, .. }
             | Self::ReleaseParked { id, .. }
             | Self::Stage { id, .. }

@@ -261,6 +261,19 @@ impl<R: Clone + PartialEq> Node<R> {
         self.ask_incoming(now, client, id, |half, core| half.handle_hold(core, client, id, fetch));
     }
 
+    /// A client's serving engine has a request that it will park as `request`, once it is computed. Ends with that, with a cancel of
+    /// the name, or with the client.
+    pub fn handle_expect(
+        &mut self,
+        now: Instant,
+        client: ClientId,
+        id: Seq,
+        request: RequestId,
+        names: Vec<RequestId>,
+    ) {
+        self.ask_outgoing(now, client, id, |half, core| half.handle_expect(core, client, id, request, names));
+    }
+
     /// A reader does not want what a sender has parked; of `fetch` its keys and its wait do not matter.
     pub fn handle_release_parked(&mut self, now: Instant, client: ClientId, id: Seq, fetch: FetchRequest) {
         self.ask_incoming(now, client, id, |half, core| half.handle_release_parked(core, client, id, fetch));

@@ -402,6 +402,7 @@ impl Daemon {
                 let park = ParkRequest { id: req_id, ids, keys, groups, last_chunk_tokens, wait, unsolicited, stays };
                 self.node.handle_park(now, client, id, park);
             }
+            Request::Expect { id, req_id, ids } => self.node.handle_expect(now, client, id, req_id, ids),
             Request::Stage { id, req_id, chunks, wait_ms } => {
                 let wait = translate::wait(wait_ms);
                 self.node.handle_stage(now, client, id, &req_id, chunks, wait);

@@ -119,6 +119,7 @@ class ProducerWorker:
         self._stepping, self._idle = True, step.idle
         self._computed_layers = 0
         self._current = []
+        self._expect(step)
         for request_id in step.dropped:
             self._drop(request_id)
         for request_id in step.preempted:
@@ -150,6 +151,22 @@ class ProducerWorker:
                 request.finishing = True
         if self._requests:
             self._poll()
+
+    def _expect(self, step: ProducerStep) -> None:
+        """Tells the daemon what stands in the engine's queue, and what does not any more. Where it is lost, decode asks anew."""
+        try:
+            for name, ids in step.expected:
+                self._daemon.attach().start_expect(name, ids).abandon()
+            for name in step.unexpected:
+                self._daemon.attach().give_up(name)
+        except PdError:
+            pass
+
+    def _turn_has_come(self, request_id: str) -> None:
+        request = self._requests.get(request_id)
+        if request is not None and request.waits_turn and not request.ended:
+            request.waits_turn = False
+            self._open(request)
 
     def _look_at_weights(self) -> None:
         """Where the weights have changed, what is still being computed is of both, and has no name."""

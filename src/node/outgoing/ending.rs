@@ -14,6 +14,7 @@ impl<R: Clone> Outgoing<R> {
     /// Whether this client has opened a request of this name, or still has slots of one that has failed.
     pub(in crate::node) fn knows(&self, client: ClientId, request: &RequestId) -> bool {
         self.find_request(client, request).is_ok()
+            || self.expected.contains(client, request)
             || self.unacknowledged.contains_key(&(client, request.clone()))
             || self.requests.values().any(|closing| closing.client == Some(client) && closing.id == *request)
     }
@@ -28,6 +29,9 @@ impl<R: Clone> Outgoing<R> {
     ) {
         // A client that does not know the field `acknowledges` acknowledges a failure with a plain cancel.
         if self.acknowledge_failure(core, client, request) {
+            return core.answer(client, id, Answer::Cancelled { request: request.clone() });
+        }
+        if self.expect_no_more(core, client, request) {
             return core.answer(client, id, Answer::Cancelled { request: request.clone() });
         }
         let uid = match self.find_request(client, request) {

@@ -13,6 +13,7 @@
 //! | `timer`, `uid` | its deadlines; a request's name inside the node |
 //! | `transfers`, `coverage` | `send`: parts into copies, and which bytes were given to the engine |
 //! | `ahead` | chunks that are pushed to a receiver that is likely to ask for them |
+//! | `expected` | requests in prefill's queue, which will be parked |
 //! | `parking`, `given_up` | chunks that are kept for whoever asks for them, and those that will not come |
 //! | `registrations`, `registrants` | what receivers ask for; who has asked, and how that ended |
 //! | `link`, `dialect` | what differs with the dialect of a receiver: ours, or LMCache's |
@@ -23,6 +24,7 @@ mod ahead;
 mod coverage;
 mod dialect;
 mod ending;
+mod expected;
 mod given_up;
 pub(super) mod io;
 mod line;
@@ -50,6 +52,7 @@ use std::time::Instant;
 pub use io::{ConnectState, Event, OpenRequest, OutgoingCounts, OutgoingNote, ParkRequest, Phases, Sending};
 
 use self::ahead::{Guess, Guessed};
+use self::expected::Expected;
 use self::given_up::GivenUp;
 use self::lmcache::RememberedReceivers;
 use self::parking::ParkLease;
@@ -109,6 +112,7 @@ pub(super) struct Outgoing<R> {
     /// Of those, chunks that are to be sent, and by which requests.
     awaiting: BTreeMap<ChunkKey, BTreeSet<Uid>>,
     registrants: Registrants<R>,
+    expected: Expected,
     /// What nobody computes any more.
     given_up: GivenUp,
     guess: Guess,
@@ -144,6 +148,7 @@ impl<R: Clone> Outgoing<R> {
             coming: BTreeMap::new(),
             awaiting: BTreeMap::new(),
             registrants: Registrants::default(),
+            expected: Expected::default(),
             given_up: GivenUp::default(),
             guess: Guess::default(),
             guessed: BTreeMap::new(),
@@ -213,6 +218,7 @@ impl<R: Clone> Outgoing<R> {
             self.fail(core, uid, Failure::new(FailureKind::Cancelled, "its connector is gone"));
         }
         self.acknowledge_all(core, client);
+        self.expect_nothing_of(core, client);
     }
 
     /// The buffer has another step; or it could not get it, which is the answer to those who want more than it has now.
@@ -268,6 +274,7 @@ impl<R: Clone> Outgoing<R> {
         self.check_parked()?;
         self.check_aheads()?;
         self.registrants.check()?;
+        self.expected.check()?;
         let (held, staged) = (self.staged_slots(), core.slots.counts().staged);
         if held != staged as usize {
             return Err(format!("{staged} slots are staged, requests hold {held}"));

@@ -172,6 +172,13 @@ impl<R: Clone> Outgoing<R> {
 
     /// A registration has waited long enough for a request that is not known.
     pub(super) fn registration_timed_out(&mut self, core: &mut Core<R>, id: &RegistrationId) {
+        // What it waits for stands in prefill's queue.
+        if let Some(RegistrantState::Waiting(register)) = self.registrants.state_of(id)
+            && self.expected.knows(&register.ids)
+        {
+            let again = Duration::from_millis(register.wait_ms).min(WAIT_MAX).max(core.settings.heartbeat_interval);
+            return core.timers.set(OutgoingTimer::Registration(id.clone()), core.now + again);
+        }
         if let Some(Registrant { route, seq, .. }) = self.registrants.end(id, Registration::Unknown, None) {
             self.answer_registration(core, route, seq, id.1.clone(), Registration::Unknown, None);
         }
