@@ -325,7 +325,7 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
         at = None if self._whereabouts is None else self._whereabouts.news()
         if at is not None:
             news.daemons.append(at)
-        return news if any((news.outcomes.ended, news.here, news.returned, news.daemons, news.adapters)) else None
+        return news if any((news.outcomes, news.here, news.returned, news.daemons, news.adapters)) else None
 
     def shutdown(self) -> None:
         for part in (self._producer, self._consumer, self._finder, self._bootstrap):

@@ -20,7 +20,8 @@ from .adapters import LoadedAdapters
 from .attachment import Attachment
 from .keys import chunk_key
 from .layout import EngineLayout
-from .spec import ParkSpec, RemoteSpec
+from .observations import Observations
+from .spec import DisaggSpec, ParkSpec, RemoteSpec
 from .step import ProducerStep, SendOutcomes, SendPlan, idle_wait_s
 from .weights import Weights
 
@@ -135,7 +136,18 @@ class ProducerWorker:
                 text = "vLLM's own cache may have KV of the former weights; /reset_prefix_cache after changing them"
                 self._end(request, text)
                 continue
-            self._open(request)
+            # Receivers decide each for itself whom they grant slots: all ranks of all requests take theirs in one order, so that
+            # none has slots that another waits for.
+            request.waits_turn = self._layout.tp_rank > 0 and isinstance(plan.spec, DisaggSpec)
+            if not request.waits_turn:
+                self._open(request)
+        for request_id, rank in step.turns:
+            if rank == self._layout.tp_rank:
+                self._turn_has_come(request_id)
+        for request_id in step.given_up:
+            request = self._requests.get(request_id)
+            if request is not None and request.waits_turn and not request.ended:
+                self._end(request, None)  # The rank that cannot send says why.
         for told in step.chunks:
             request = self._requests.get(told.request_id)
             if request is None or request.ended or told.chunk in request.sent or told.chunk in request.chunks:
@@ -222,7 +234,7 @@ class ProducerWorker:
         """What has become of requests since the last call; None for no news."""
         if self._by_req_id:
             self._poll()
-        if not self._outcomes.ended:
+        if not self._outcomes:
             return None
         outcomes, self._outcomes = self._outcomes, SendOutcomes()
         return outcomes
@@ -337,6 +349,8 @@ class ProducerWorker:
             opened = opening.result()
             request.already = frozenset(opened.already_sent)
             request.sent |= request.already
+            if isinstance(request.plan.spec, DisaggSpec) and self._layout.tp_rank + 1 < self._layout.tp_size:
+                self._outcomes.granted.append((request.plan.request_id, self._layout.tp_rank))
             self._staged(request, opened.slots)
             self._completed(request)
         if request.staging is not None and request.staging.done():

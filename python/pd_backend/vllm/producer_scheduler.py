@@ -271,12 +271,18 @@ class ProducerScheduler:
 
     def update(self, outcomes: SendOutcomes) -> None:
         """What the workers have said."""
+        for request_id, rank in outcomes.granted:
+            sending = self._of(request_id)
+            if sending is not None and sending.error is None:
+                self._step.turns.append((request_id, rank + 1))
         for request_id, said in outcomes.ended.items():
             sending = self._of(request_id)
             if sending is None:
                 continue
             sending.ended += len(said)
             sending.error = next((error for error in said if error is not None), sending.error)
+            if sending.error is not None and sending.ended < self._tp_size and isinstance(sending.plan.spec, DisaggSpec):
+                self._step.given_up.append(request_id)
             if sending.ended >= self._tp_size and self._draining.pop(request_id, None) is not None:
                 self._forget(sending)
 

@@ -142,8 +142,14 @@ class SendOutcomes:
 
     #: None where a worker's part was sent, otherwise why it was not.
     ended: dict[str, list[str | None]] = field(default_factory=dict)
+    #: Requests, and the rank that has slots for its part.
+    granted: list[tuple[str, int]] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.ended or self.granted)
 
     def merge(self, other: SendOutcomes) -> None:
         """Takes in what another worker says."""
+        self.granted += other.granted
         for request_id, outcomes in other.ended.items():
             self.ended.setdefault(request_id, []).extend(outcomes)
