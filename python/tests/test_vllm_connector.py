@@ -39,8 +39,11 @@ def connector(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """`pd_backend.vllm.connector`, imported with vLLM's modules played."""
     base = "vllm.distributed.kv_transfer.kv_connector.v1.base"
     names = [base.rsplit(".", depth)[0] for depth in range(1, 6)]
-    for name in [*names, base, "vllm.logger"]:
+    stats = base.replace("base", "metrics")
+    for name in [*names, base, stats, "vllm.logger"]:
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    for name in ("KVConnectorStats", "KVConnectorPromMetrics"):
+        setattr(sys.modules[stats], name, type(name, (), {}))
     played = sys.modules[base]
     for name in ("Handshake", "", "Worker"):
         setattr(played, f"KVConnector{name}Metadata", type(f"KVConnector{name}Metadata", (), {}))
@@ -67,10 +70,12 @@ def connector(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
         window_tokens=lambda _: None,
     )
     monkeypatch.setitem(sys.modules, "pd_backend.vllm.engine", engine)
-    monkeypatch.delitem(sys.modules, "pd_backend.vllm.connector", raising=False)
+    for name in ("connector", "metrics"):
+        monkeypatch.delitem(sys.modules, f"pd_backend.vllm.{name}", raising=False)
     module = importlib.import_module("pd_backend.vllm.connector")
     yield module
-    sys.modules.pop("pd_backend.vllm.connector")
+    for name in ("connector", "metrics"):
+        sys.modules.pop(f"pd_backend.vllm.{name}")
 
 
 def config(role: str) -> Any:

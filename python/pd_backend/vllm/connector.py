@@ -51,7 +51,9 @@ from .hosts import HostList
 from .keys import chunk_key
 from .layout import EngineLayout
 from .metaserver import Metaservers
+from .metrics import PdPromMetrics, PdStats
 from .naming import Naming
+from .observations import DaemonFigures, Observations
 from .options import Options
 from .pairing import connect_receivers
 from .prefill_servers import PrefillServers
@@ -172,6 +174,10 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
         self._failed_blocks: set[int] = set()
         self._handshake: PdHandshake | None = None
         self._whereabouts: Whereabouts | None = None
+        self._observations = Observations()
+        self._figures: DaemonFigures | None = None
+        self._supervisor: Supervisor[Any] | None = None
+        self._attachment: Attachment[Any] | None = None
         self._daemons = Daemons(self._tp_size, self._client_type)
         self._kv_cache_manager: Any = None
         self._engine_cache: Any = None
@@ -252,8 +258,10 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
         with ExitStack() as undo:  # Whatever is raised from here on: the daemon is not left behind.
             supervisor: Supervisor[Any] = Supervisor(binary, arguments, layout.json(), self._client_type, **limits)
             undo.callback(supervisor.close)
-            daemon = Attachment(supervisor, paged)
-            known: dict[str, Any] = {"adapters": LOADED_ADAPTERS, "weights": weights}
+            daemon = self._attachment = Attachment(supervisor, paged)
+            self._supervisor, self._observations = supervisor, Observations(tensor)
+            self._figures = DaemonFigures(self._observations)
+            known: dict[str, Any] = {"adapters": LOADED_ADAPTERS, "weights": weights, "observations": self._observations}
             if self._sends:
                 connect_receivers(supervisor.client())
                 pushes = 1 if self._vllm_config.parallel_config.enable_dbo else options.layer_pushes
@@ -315,6 +323,27 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
     def get_block_ids_with_load_errors(self) -> set[int]:
         failed, self._failed_blocks = self._failed_blocks, set()
         return failed
+
+    def get_kv_connector_stats(self) -> PdStats | None:
+        if self._figures is None or self._attachment is None or self._supervisor is None:
+            return None  # The scheduler's instance sees nothing.
+        self._figures.look(self._attachment.client, self._supervisor.metrics_port)
+        seen = self._observations.take()
+        return None if seen is None else PdStats(seen)
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> PdStats:
+        return PdStats(data)
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: VllmConfig,
+        metric_types: dict[Any, Any],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> PdPromMetrics:
+        return PdPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
         news = PdNews(adapters=LOADED_ADAPTERS.news())

@@ -15,6 +15,7 @@ from .attachment import Attachment
 from .keys import chunk_key
 from .layout import EngineLayout
 from .layout import blocks_of
+from .observations import Observations
 from .spec import RemoteSpec
 from .step import ConsumerStep, HoldPlan, ReceivePlan, idle_wait_s
 from .turns import Turns
@@ -68,8 +69,10 @@ class ConsumerWorker:
         receive_wait_s: float | None = None,
         adapters: LoadedAdapters | None = None,
         weights: Weights | None = None,
+        observations: Observations | None = None,
     ) -> None:
         self._daemon = daemon
+        self._observations = observations or Observations(layout.tp_rank)
         self._weights = weights or Weights("", None)
         self._adapters = adapters or LoadedAdapters()
         self._paged = daemon.paged
@@ -302,6 +305,7 @@ class ConsumerWorker:
 
     def _load(self, request: _Request, plan: ReceivePlan, lease: Lease) -> None:
         """Copies the chunks of a lease, as far as they are not here yet, and releases it."""
+        came, len_bytes = time.monotonic(), 0
         try:
             chunks = lease.chunks
             keys = self._keys(plan.hashes)[request.first_chunk :]
@@ -326,6 +330,7 @@ class ConsumerWorker:
                         f"chunk {index} has {chunk.len_bytes} bytes, expected {self._paged.chunk_bytes(len(where))}: "
                         f"{len(where)} blocks"
                     )
+                len_bytes += chunk.len_bytes
                 first = max(where.start, plan.first_block)
                 self._paged.scatter(
                     plan.block_ids[first : where.stop],
@@ -337,11 +342,16 @@ class ConsumerWorker:
                 lease.start_release()
             except PdError as error:
                 logger.warning("the lease of request %s could not be released: %s", request.req_id, error)
+        self._observations.took("wait", came - request.began)
+        self._observations.took("load", time.monotonic() - came)
+        tokens = plan.tokens - plan.first_block * self._layout.block_tokens
+        self._observations.moved("received", tokens, len_bytes)
 
     # ---- ends of requests -------------------------------------------------------------------------------------------------
 
     def _fail(self, request: _Request, plan: ReceivePlan, error: Exception) -> None:
         logger.error("request %s was not loaded: %s", request.req_id or request.request_id, error)
+        self._observations.failed("received", error)
         self._failed_blocks.update(plan.block_ids[plan.first_block :])
 
     def _return(self, request_id: str, request: _Request | None) -> None:

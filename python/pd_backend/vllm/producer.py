@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..client import Pending
-from ..errors import ClientClosed, DaemonLost, PdError, RequestRefused, Unreadable
-from ..messages import Event, Failed, SendPart, StagedSlot
+from ..errors import ClientClosed, DaemonLost, Kind, PdError, RequestRefused, Unreadable
+from ..messages import Event, Failed, Parked, SendPart, Sent, StagedSlot
 from ..receiver_client import ReceiverClient
 from ..sender_client import SenderClient
 from .adapters import LoadedAdapters
@@ -86,8 +86,10 @@ class ProducerWorker:
         layer_pushes: int = 1,
         adapters: LoadedAdapters | None = None,
         weights: Weights | None = None,
+        observations: Observations | None = None,
     ) -> None:
         self._daemon = daemon
+        self._observations = observations or Observations(layout.tp_rank)
         self._weights = weights or Weights("", None)
         #: Those that the keys of requests under way say.
         self._of_weights = self._weights.last
@@ -326,7 +328,18 @@ class ProducerWorker:
             request = self._by_req_id.get(event.req_id)
             # One that was asked for again has the name of what it takes the place of.
             if request is not None and request.client is client:
+                self._see(request, event)
                 self._end(request, f"{event.kind}: {event.text}" if isinstance(event, Failed) else None)
+
+    def _see(self, request: _Request, event: Event) -> None:
+        if isinstance(event, Sent):
+            self._observations.moved("sent", request.plan.tokens)
+            timings = event.timings
+            phases = (("alloc", timings.alloc_us), ("transfer", timings.transfer_us), ("commit", timings.commit_us))
+            for phase, microseconds in phases:
+                self._observations.took(phase, microseconds / 1e6)
+        elif isinstance(event, Parked) and request.plan.kept is None:
+            self._observations.moved("parked", request.plan.tokens)
 
     def _fail_all(self, client: SenderClient, error: PdError) -> None:
         for request in list(self._by_req_id.values()):
@@ -464,6 +477,8 @@ class ProducerWorker:
             spec = request.plan.spec
             # A guess that is not taken is no news.
             level = logging.DEBUG if isinstance(spec, ParkSpec) and spec.unsolicited else logging.ERROR
+            if level == logging.ERROR:
+                self._observations.failed("sent", error)
             logger.log(level, "request %s was not sent: %s", spec.req_id, error)
         self._outcomes.ended.setdefault(request.plan.request_id, []).append(error)
 

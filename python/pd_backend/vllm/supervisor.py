@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
+from urllib.parse import urlsplit
 
 from ..client import Client
 from ..daemon import Daemon, ReadyLine
@@ -95,6 +96,14 @@ class Supervisor(Generic[C]):
         """Nobody uses this client any more, and nothing of its buffer. It is closed beside the engine's steps, and the
         daemon, where it lives, attached to anew; until then `client` raises `why`."""
         self._attacher.lost(client, why)
+
+    @property
+    def metrics_port(self) -> int | None:
+        """Where the daemon of the latest start serves its metrics; None if it serves none."""
+        with self._lock:
+            daemon = self._daemon
+        url = daemon.ready.metrics if daemon is not None and daemon.is_ready else None
+        return None if url is None else urlsplit(url).port
 
     @property
     def failed(self) -> bool:
