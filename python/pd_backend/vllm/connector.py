@@ -64,6 +64,7 @@ from .producer_scheduler import ProducerScheduler
 from .spec import DisaggSpec, Rendezvous, SpecError
 from .step import ConsumerStep, ProducerStep, SendOutcomes
 from .supervisor import Supervisor
+from .unhealthy import end_engine
 from .weights import Weights
 from .whereabouts import DaemonAt, Daemons, Whereabouts
 
@@ -252,6 +253,7 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
             "wait_timeout_s": options.wait_timeout_s(),
             "silence_timeout_s": options.silence_timeout_s,
             "echo_log": options.daemon_log,
+            "given_up": end_engine,
         }
         binary = find_binary(self._program, options.binary_dir)
         logger.info("starting %s of %s: chunks of %s", binary, rank, layout)
