@@ -155,6 +155,16 @@ def test_what_decode_asks_by_http_is_on_the_list(
     made.shutdown()
 
 
+@pytest.mark.parametrize("option", ["decode_context_parallel_size", "prefill_context_parallel_size"])
+@pytest.mark.parametrize("role", ["kv_producer", "kv_consumer", "kv_both"])
+def test_context_parallelism_is_refused_at_start(connector: ModuleType, option: str, role: str) -> None:
+    # Broken in production: an engine starts whose ranks share out a prompt's tokens, and ends at its first request.
+    given = config(role)
+    setattr(given.parallel_config, option, 2)
+    with pytest.raises(ValueError, match=f"{option} = 2; .*: use tensor parallelism alone"):
+        connector.PdConnector(given, 1, caches())
+
+
 class Refused(PdError):
     """What is raised at some point of the start."""
 

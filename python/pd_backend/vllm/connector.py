@@ -153,6 +153,13 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
                 f"pipeline_parallel_size = {parallel.pipeline_parallel_size}; PdConnector sends all layers of a rank "
                 "together: use tensor parallelism alone"
             )
+        for option in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+            size = getattr(parallel, option, 1)
+            if size > 1:
+                raise ValueError(
+                    f"{option} = {size}; with it the ranks share out the tokens of a prompt, and PdConnector moves all tokens of "
+                    "a rank's heads: use tensor parallelism alone"
+                )
         groups = kv_cache_config.kv_cache_groups
         if len(groups) != 1:
             raise ValueError(
