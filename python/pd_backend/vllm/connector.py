@@ -249,7 +249,9 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
             layers=paged.layers,
             tp_rank=tensor,
             tp_size=self._tp_size,
-            engine=engine_facts(self._vllm_config, self._kv_cache_config, paged, identity),
+            engine=engine_facts(
+                self._vllm_config, self._kv_cache_config, paged, identity, options.vllm_version
+            ),
         )
         arguments = options.daemon_args(str(paged.device), rank, both=self._sends and self._receives)
         arguments += options.rendezvous_args(rank) if self._sends else []
