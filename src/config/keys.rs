@@ -238,7 +238,7 @@ keys! {
     PD_METRICS_PORT = "pd_metrics_port", PortsOrNone, Is("0"), Both,
         |c| Some(c.metrics.as_ref().map_or_else(|| "none".to_owned(), |metrics| metrics.port.to_string()));
 
-    "Limits: what exceeds one waits in line where it can, is refused with an error where it cannot, and disturbs nothing else":
+    "Limits: what exceeds one waits in line, or is refused with an error; nothing else is disturbed":
     /// Requests that have not ended. A sender's requests beyond its receiver's limit wait at the sender.
     PD_MAX_REQUESTS = "pd_max_requests", up_to(1 << 20), Is("1024"), Both, |c| number(c.limits.requests_max);
     /// Incoming half: requests of one sender that have not ended. More of them wait at the sender, in line.
