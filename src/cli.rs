@@ -36,7 +36,7 @@ pub fn daemon_main(role: Role) -> ExitCode {
     };
     let command = Options::augment_args(Command::new(name)).version(env!("CARGO_PKG_VERSION")).about(about).after_help(
         "Prints one JSON line on stdout when it is ready; logs go to stderr (PD_LOG=debug for more).\n\
-             SIGTERM drains and stops, a second one stops at once.\n\
+             SIGTERM, SIGINT or SIGHUP drains and stops, a second one stops at once.\n\
              Exit codes: 0 fine, 2 configuration, 3 the machine (no NIXL, no GPU, port taken), 1 the rest.",
     );
     // clap exits by itself: 0 after --help, 2 after a wrong argument, which is our code for configuration too.
@@ -46,6 +46,11 @@ pub fn daemon_main(role: Role) -> ExitCode {
     };
     // Before any thread exists, since it sets the environment that NIXL's libraries read when they are loaded.
     let prepared = nixl::prepare_environment();
+    if let Err(error) = runtime::check_threads() {
+        // The log is a thread.
+        eprintln!("{}: {error}", role.daemon());
+        return ExitCode::from(error.exit_code());
+    }
     let _log = start_logging();
     if let Err(error) = prepared {
         tracing::warn!("{error}");

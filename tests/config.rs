@@ -223,7 +223,7 @@ fn a_daemon_has_what_its_halves_use() {
     let sends = (Some("a".to_owned()), Some(7500), 1);
     let sends_nothing = (None, None, 10);
     let receives = ("127.0.0.2".to_owned(), (7300, 7400, Some(7600)), (2, 3), 4);
-    let by_default = |ports| ("127.0.0.1".to_owned(), ports, (120, 300), 512);
+    let by_default = |ports| ("127.0.0.1".to_owned(), ports, (3600, 300), 512);
 
     let text = format!("pd_buffer_size: 1GiB\npd_peer_init_port: 7300\npd_peer_alloc_port: 7400\n{OF_ONE_HALF}");
     let sender = of(Role::Sender, &text);
@@ -356,7 +356,7 @@ fn what_check_prints_means_the_same() {
     assert!(printed.starts_with(
         "# pd-receiver, rank 0 of 1\n# one chunk: 256 tokens of 131072 bytes, 33554432 bytes in all (32MiB)\n"
     ));
-    assert!(printed.contains("\npd_allocation_timeout_sec: 30  # seconds\n"), "{printed}");
+    assert!(printed.contains("\npd_allocation_timeout_sec: 86400  # seconds\n"), "{printed}");
     let both = load(Role::Receiver, &format!("{MINIMAL}pd_role: both\n")).unwrap().config;
     assert!(both.to_yaml().starts_with("# a daemon with both halves, rank 0 of 1\n"), "{}", both.to_yaml());
     assert!(both.to_yaml().contains("\npd_role: both\n") && both.to_line().starts_with("role=both rank=0/1 "));
@@ -419,6 +419,36 @@ fn a_sender_knows_the_receivers_of_its_rank() {
     assert_eq!(one("pd_receivers: decode-0.example:1:2"), [at("decode-0.example", 1, 2)]);
     assert_eq!(one("pd_receivers: []"), []);
     assert_eq!(one("pd_receivers: null"), []);
+}
+
+#[test]
+fn requests_are_held_to_named_receivers_where_some_are_named() {
+    // Broken in production: an operator locks a sender to its receivers, and it sends to none; or to any, because of a typing error.
+    let of = |text: &str| load(Role::Sender, &format!("{MINIMAL}{text}\n")).map(|loaded| loaded.config.receivers_only);
+    assert_eq!(of("pd_receivers: [a:1:2]"), Ok(false));
+    assert_eq!(of("pd_receivers: [a:1:2]\npd_receivers_only: true"), Ok(true));
+    let refusal = of("pd_receivers_only: true").unwrap_err();
+    assert_eq!(
+        refusal,
+        "f.yaml:4: pd_receivers_only = true: pd_receivers names none, so that no request could be sent; name them in pd_receivers, \
+         or leave it out"
+    );
+}
+
+#[test]
+fn whoever_says_something_of_nixl_means_nixl() {
+    // Broken in production: NIXL is named in the configuration and cannot be used, and the daemon starts with an engine for one
+    // host.
+    let of = |text: &str| load(Role::Sender, &format!("{MINIMAL}{text}\n")).unwrap().config.engine.kind;
+    for (text, kind) in [
+        ("", None),
+        ("nixl_backends: [UCX]", None),
+        ("nixl_backends: [NoSuch]", Some(EngineKind::Nixl)),
+        ("pd_nixl_lib_dir: /nonexistent", Some(EngineKind::Nixl)),
+        ("pd_nixl_lib_dir: /nonexistent\ntransfer_channel: local", Some(EngineKind::Local)),
+    ] {
+        assert_eq!(of(text), kind, "{text}");
+    }
 }
 
 #[test]
@@ -668,11 +698,11 @@ const REFUSED: &[(&str, &str)] = &[
     ),
     (
         "pd_allocation_timeout_sec: -1",
-        "f.yaml:4: pd_allocation_timeout_sec = -1; expected a number of seconds from 0 to 86400; write for example `pd_allocation_timeout_sec: 30`",
+        "f.yaml:4: pd_allocation_timeout_sec = -1; expected a number of seconds from 0 to 86400; write for example `pd_allocation_timeout_sec: 86400`",
     ),
     (
         "pd_allocation_timeout_sec: 5s",
-        "f.yaml:4: pd_allocation_timeout_sec = \"5s\"; expected a number of seconds from 0 to 86400; write for example `pd_allocation_timeout_sec: 30`",
+        "f.yaml:4: pd_allocation_timeout_sec = \"5s\"; expected a number of seconds from 0 to 86400; write for example `pd_allocation_timeout_sec: 86400`",
     ),
     (
         "pd_handshake_timeout_sec: 0",

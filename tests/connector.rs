@@ -79,7 +79,13 @@ async fn a_client_attaches_asks_and_vanishes() {
     let serving = tokio::spawn(serve(server));
     let mut client = Client::connect(&endpoint, SOON).await.unwrap();
     assert_eq!(soon(client.request(&attach(1))).await.unwrap(), attached(Seq(1)));
-    let wait = Request::Wait { id: Seq(2), req_id: RequestId::new("r").unwrap(), wait_ms: None, uncommitted: false };
+    let wait = Request::Wait {
+        id: Seq(2),
+        req_id: RequestId::new("r").unwrap(),
+        wait_ms: None,
+        uncommitted: false,
+        until_announced: false,
+    };
     assert_eq!(soon(client.request(&wait)).await.unwrap(), Reply::Accepted { id: Seq(2) });
     drop(client);
     let events = soon(serving).await.unwrap();

@@ -66,6 +66,7 @@ async fn hear(receiver: &mut RouterReceiver) -> Vec<Route> {
         match soon(receiver.recv()).await.unwrap() {
             RouterEvent::Message { peer, .. } => routes.push(peer),
             RouterEvent::Gone { peer } => panic!("{peer} is gone"),
+            RouterEvent::Garbage => panic!("each says a message"),
         }
     }
     routes

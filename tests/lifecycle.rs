@@ -80,6 +80,16 @@ fn the_ready_line_is_one_json_object_and_sigterm_ends_with_0() {
 }
 
 #[test]
+fn a_hangup_and_an_interrupt_end_it_as_sigterm_does() {
+    // Broken in production: a terminal is closed, and the daemon ends without giving back what its peers and engine have of it.
+    for kind in [rustix::process::Signal::HUP, rustix::process::Signal::INT] {
+        let mut daemon = start("receiver", &[]);
+        signal(daemon.child.id(), kind);
+        assert_eq!(wait(&mut daemon.child).code(), Some(0), "{kind:?}");
+    }
+}
+
+#[test]
 fn sigterm_before_it_is_ready_ends_it_too() {
     // Broken in production: a worker gives up while 100 GiB are being filled with pages, and the sidecar stays.
     let mut child = command("receiver", &["pd_buffer_size=2GiB"]).spawn().unwrap();

@@ -141,6 +141,7 @@ async fn a_peer_that_does_not_read_holds_up_nobody() {
             match event {
                 RouterEvent::Message { peer, payload } => router.sender.try_send(&peer, payload).unwrap(),
                 RouterEvent::Gone { peer } => gone_sender.send(peer).unwrap(),
+                RouterEvent::Garbage => panic!("everybody says what can be read"),
             }
         }
     });

@@ -12,6 +12,7 @@ class Kind:
     BAD_REQUEST = "bad_request"
     UNKNOWN = "unknown"
     LIMIT = "limit"
+    BUSY = "busy"
     TOO_LARGE = "too_large"
     NO_SLOTS = "no_slots"
     DEADLINE = "deadline"

@@ -246,6 +246,16 @@ class Park(_Message, frozen=True):
     stays: bool = False
 
 
+class Expect(_Message, frozen=True):
+    """Sender: a request that will be parked as `req_id`. Who asks for it by one of `ids` waits until then. Answered by
+    `Accepted`; a `Cancel` gives it up.
+    """
+
+    id: int
+    req_id: str
+    ids: list[str]
+
+
 class Stage(_Message, frozen=True):
     """Sender: local slots for these positions in the keys. Answered by `Staged`."""
 
@@ -296,6 +306,8 @@ class Wait(_Message, frozen=True):
     wait_ms: int | None = None
     uncommitted: bool = False
     """As in `Lookup`."""
+    #: `wait_ms` is for the request to be announced: one that is under way is waited for until it is ready or has ended.
+    until_announced: bool = False
 
 
 class Fetch(_Message, frozen=True):
@@ -312,6 +324,8 @@ class Fetch(_Message, frozen=True):
     register_wait_ms: int = 0
     #: Whether the chunks are only to be kept.
     hold: bool = False
+    #: As in `Wait`.
+    until_announced: bool = False
 
 
 class ReleaseParked(_Message, frozen=True):
@@ -474,7 +488,7 @@ class Failed(_Message, frozen=True):
 
 
 Request = Union[
-    Attach, Detach, StatusQuery, Open, Park, Stage, Send, Cancel, Lookup, Wait, Fetch, ReleaseParked, Release, Reset
+    Attach, Detach, StatusQuery, Open, Park, Expect, Stage, Send, Cancel, Lookup, Wait, Fetch, ReleaseParked, Release, Reset
 ]
 Answer = Union[
     Attached, Detached, StatusReply, Opened, Staged, Accepted, Cancelled, Found, Ready, Held, Released, ResetDone, Error

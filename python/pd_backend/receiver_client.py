@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from types import TracebackType
 
@@ -95,13 +96,22 @@ class ReceiverClient(Client):
         """
         return self.start_wait(req_id, wait_s=wait_s, uncommitted=uncommitted).result()
 
-    def start_wait(self, req_id: str, *, wait_s: float | None = None, uncommitted: bool = False) -> Pending[Lease]:
-        """As `wait`, without waiting."""
+    def start_wait(
+        self, req_id: str, *, wait_s: float | None = None, uncommitted: bool = False, until_announced: bool = False
+    ) -> Pending[Lease]:
+        """As `wait`, without waiting. With `until_announced` the time is for a sender to announce the request: one that is
+        under way, or stands in line for slots, is waited for until it is ready or has ended."""
         return self._start(
-            lambda id: m.Wait(id=id, req_id=req_id, wait_ms=milliseconds(wait_s), uncommitted=uncommitted),
+            lambda id: m.Wait(
+                id=id,
+                req_id=req_id,
+                wait_ms=milliseconds(wait_s),
+                uncommitted=uncommitted,
+                until_announced=until_announced,
+            ),
             m.Ready,
             lambda reply: Lease(self, reply.lease, reply.chunks),
-            self._wait_of(wait_s),
+            math.inf if until_announced else self._wait_of(wait_s),
         )
 
     def fetch(
@@ -131,8 +141,9 @@ class ReceiverClient(Client):
         ids: Sequence[str] = (),
         wait_s: float | None = None,
         register_wait_s: float = 0.0,
+        until_announced: bool = False,
     ) -> Pending[Lease]:
-        """As `fetch`, without waiting."""
+        """As `fetch`, without waiting. With `until_announced` it waits for as long as the sender answers."""
         return self._start(
             lambda id: m.Fetch(
                 id=id,
@@ -142,10 +153,11 @@ class ReceiverClient(Client):
                 ids=list(ids),
                 wait_ms=milliseconds(wait_s),
                 register_wait_ms=milliseconds(register_wait_s) or 0,
+                until_announced=until_announced,
             ),
             m.Ready,
             lambda reply: Lease(self, reply.lease, reply.chunks),
-            self._wait_of(wait_s),
+            math.inf if until_announced else self._wait_of(wait_s),
         )
 
     def start_hold(

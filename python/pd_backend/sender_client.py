@@ -136,6 +136,11 @@ class SenderClient(Client):
             self._wait_of(wait_s),
         )
 
+    def start_expect(self, req_id: str, ids: Sequence[str]) -> Pending[None]:
+        """The serving engine has a request that it will park as `req_id`: receivers that ask for it by one of `ids` wait until
+        then, or until `cancel` or `give_up` says that it does not come. Does not wait for the answer."""
+        return self._start(lambda id: m.Expect(id=id, req_id=req_id, ids=list(ids)), m.Accepted, nothing)
+
     def stage(self, req_id: str, chunks: Iterable[int], *, wait_s: float | None = None) -> list[m.StagedSlot]:
         """Local slots for these positions in the request's keys, all at once; waits while there are too few.
 

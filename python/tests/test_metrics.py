@@ -245,3 +245,32 @@ def test_metrics_can_be_moved_and_turned_off_and_a_taken_port_is_said(start_pair
             start_pair("local", sender_sets=[f"pd_metrics_port={port}"])
     assert caught.value.exit_code == 3
     assert "pd_metrics_port" in caught.value.stderr and str(port) in caught.value.stderr
+
+
+def test_garbage_at_the_ports_is_counted_and_a_probe_is_not(start_pair):
+    # Broken in production: somebody scans the ports, or a peer of another protocol is pointed there, and no graph shows it.
+    pair = start_pair("local")
+    name = "pd_unexpected_messages_total"
+    ports = (pair.address.init_port, pair.address.alloc_port)
+
+    def say(port, data):
+        with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S) as stranger:
+            stranger.sendall(data)
+            if data:
+                # Whoever says garbage is hung up on.
+                while stranger.recv(4096):
+                    pass
+
+    for port in ports:
+        say(port, b"")
+    assert Scrape(pair.decode)(name) == 0
+    greeting = b"\xff" + bytes(8) + b"\x7f\x03\x00NULL" + bytes(48)
+    ready = b"\x04\x1c\x05READY\x0bSocket-Type\x00\x00\x00\x06DEALER"
+    too_long = greeting + ready + b"\x02" + (1 << 62).to_bytes(8, "big")
+    for count, (port, data) in enumerate(
+        [(port, data) for port in ports for data in (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 4, too_long)], 1
+    ):
+        say(port, data)
+        eventually(lambda count=count: Scrape(pair.decode)(name) == count)
+    ship(pair, "after", content(1, 2, 3))
+    check_arrived(pair, "after", content(1, 2, 3))

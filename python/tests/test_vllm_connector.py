@@ -39,8 +39,11 @@ def connector(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """`pd_backend.vllm.connector`, imported with vLLM's modules played."""
     base = "vllm.distributed.kv_transfer.kv_connector.v1.base"
     names = [base.rsplit(".", depth)[0] for depth in range(1, 6)]
-    for name in [*names, base, "vllm.logger"]:
+    stats = base.replace("base", "metrics")
+    for name in [*names, base, stats, "vllm.logger"]:
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    for name in ("KVConnectorStats", "KVConnectorPromMetrics"):
+        setattr(sys.modules[stats], name, type(name, (), {}))
     played = sys.modules[base]
     for name in ("Handshake", "", "Worker"):
         setattr(played, f"KVConnector{name}Metadata", type(f"KVConnector{name}Metadata", (), {}))
@@ -67,10 +70,12 @@ def connector(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
         window_tokens=lambda _: None,
     )
     monkeypatch.setitem(sys.modules, "pd_backend.vllm.engine", engine)
-    monkeypatch.delitem(sys.modules, "pd_backend.vllm.connector", raising=False)
+    for name in ("connector", "metrics"):
+        monkeypatch.delitem(sys.modules, f"pd_backend.vllm.{name}", raising=False)
     module = importlib.import_module("pd_backend.vllm.connector")
     yield module
-    sys.modules.pop("pd_backend.vllm.connector")
+    for name in ("connector", "metrics"):
+        sys.modules.pop(f"pd_backend.vllm.{name}")
 
 
 def config(role: str) -> Any:
@@ -148,6 +153,16 @@ def test_what_decode_asks_by_http_is_on_the_list(
     (record,) = caplog.records
     assert "127.0.0.1 is not among pd_prefill_hosts" in record.getMessage()
     made.shutdown()
+
+
+@pytest.mark.parametrize("option", ["decode_context_parallel_size", "prefill_context_parallel_size"])
+@pytest.mark.parametrize("role", ["kv_producer", "kv_consumer", "kv_both"])
+def test_context_parallelism_is_refused_at_start(connector: ModuleType, option: str, role: str) -> None:
+    # Broken in production: an engine starts whose ranks share out a prompt's tokens, and ends at its first request.
+    given = config(role)
+    setattr(given.parallel_config, option, 2)
+    with pytest.raises(ValueError, match=f"{option} = 2; .*: use tensor parallelism alone"):
+        connector.PdConnector(given, 1, caches())
 
 
 class Refused(PdError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
@@ -68,11 +69,26 @@ def test_all_that_refuse_are_named_with_both_values(fake: Callable[..., FakeDaem
     first = "refused: layout_mismatch: dtype is float16 at r and bfloat16 at s"
     second = "refused: handshake_refused: the secret is another"
     with pytest.raises(ReceiverRefused) as caught:
-        asked(fake, ["connecting", first, "connected", second], ["connected", first, "connected", second])
+        asked(fake, ["connecting", second], [first, second])
     assert caught.value.kind == "layout_mismatch"
     assert caught.value.text == (
-        "receiver 10.0.0.2:7301/7400: dtype is float16 at r and bfloat16 at s; "
-        "receiver 10.0.0.2:7303/7400: the secret is another"
+        "receiver 10.0.0.2:7300/7400: dtype is float16 at r and bfloat16 at s; "
+        "receiver 10.0.0.2:7301/7400: the secret is another"
+    )
+
+
+@pytest.mark.parametrize("other", ["connected", "unreachable: peer_unreachable: nobody listens", "refused: limit: it is full"])
+def test_a_receiver_that_refuses_beside_others_is_left_alone(
+    fake: Callable[..., FakeDaemon], caplog: pytest.LogCaptureFixture, other: str
+) -> None:
+    # Broken in production: decode servers are upgraded one after the other, and until the last of them no prefill server starts.
+    newer = "refused: layout_mismatch: engine.vllm is 0.33.0 at r and 0.32.0 at s"
+    with caplog.at_level(logging.ERROR, "vllm.pd_backend"):
+        assert asked(fake, [newer, other]) == 1
+    (record,) = [record for record in caplog.records if record.levelno == logging.ERROR]
+    assert record.getMessage() == (
+        "layout_mismatch: receiver 10.0.0.2:7300/7400: engine.vllm is 0.33.0 at r and 0.32.0 at s: its requests fail; others are "
+        "served"
     )
 
 

@@ -319,11 +319,13 @@ class TestOptions:
 
     def test_daemons_get_the_time_that_they_were_given(self) -> None:
         # Broken in production: a request that may wait for ten minutes is given up by its client after two.
-        assert Options().wait_timeout_s() == 120.0
-        assert Options.parse({"set": {"pd_wait_timeout_sec": 600}}).wait_timeout_s() == 600.0
-        assert Options.parse({"set": {"pd_wait_timeout_sec": 5}}).wait_timeout_s() == 30.0
+        assert Options().wait_timeout_s() == 86400.0
+        slots = {"pd_allocation_timeout_sec": 30}
+        assert Options.parse({"set": slots}).wait_timeout_s() == 3600.0
+        assert Options.parse({"set": slots | {"pd_wait_timeout_sec": 7200}}).wait_timeout_s() == 7200.0
+        assert Options.parse({"set": slots | {"pd_wait_timeout_sec": 5}}).wait_timeout_s() == 30.0
         assert Options.parse({"set": {"pd_allocation_timeout_sec": "inf"}}).wait_timeout_s() == 86400.0
-        assert Options.parse({"set": {"pd_wait_timeout_sec": "soon"}}).wait_timeout_s() == 30.0
+        assert Options.parse({"set": slots | {"pd_wait_timeout_sec": "soon"}}).wait_timeout_s() == 30.0
 
     def test_the_chunk_size_is_the_daemons(self, tmp_path: Path) -> None:
         # Broken in production: the connector cuts chunks of another length than the daemon was configured for.

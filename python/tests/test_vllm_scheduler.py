@@ -126,6 +126,61 @@ class TestProducer:
         scheduler.update(SendOutcomes({"a": [None]}))
         assert not scheduler.pending()
 
+    def test_what_is_in_the_queue_is_expected_until_it_is_computed(self) -> None:
+        # Broken in production: decode is asked together with prefill, and gives up what stands in prefill's queue for ten seconds.
+        scheduler = self.scheduler()
+        nixl = {"do_remote_decode": True, "do_remote_prefill": False}
+        computed, aborted = request(100, output=[7]), request(100, output=[7])
+        for each, name in ((computed, "cmpl-r1-0-0123abcd"), (aborted, "cmpl-r2-0-0123abcd")):
+            each.request_id, each.kv_transfer_params = name, nixl
+            scheduler.arrived(each)
+        step = scheduler.build(output())
+        assert [(name, ids[0]) for name, ids in step.expected] == [
+            (f"parked {each.request_id}", each.request_id) for each in (computed, aborted)
+        ]
+        scheduler.allocated(computed)
+        step = scheduler.build(output(new=[("cmpl-r1-0-0123abcd", [1], 0, 100)]))
+        assert [plan.spec.req_id for plan in step.plans] == ["parked cmpl-r1-0-0123abcd"] and not step.expected
+        scheduler.finished(computed)
+        aborted.status = Fake(name="FINISHED_ABORTED")
+        scheduler.finished(aborted)
+        assert scheduler.pending(), "whoever waits for it is told"
+        assert scheduler.build(output()).unexpected == ["parked cmpl-r2-0-0123abcd"]
+        # Other routers' requests are announced by other means.
+        scheduler.arrived(request(100))
+        assert scheduler.build(output()).expected == []
+
+    def test_ranks_ask_for_slots_one_after_the_other(self) -> None:
+        # Broken in production: each rank's receiver grants slots to another one of two large prompts, and both wait for ever.
+        scheduler = self.scheduler(tp_size=3)
+        spec = {"disagg_spec": SPEC | {"receiver_init_port": [1, 2, 3], "receiver_alloc_port": [4, 5, 6]}}
+        one = request(100, spec, output=[7])
+        scheduler.allocated(one)
+        assert scheduler.build(output(new=[("a", [1], 0, 100)])).turns == []
+        scheduler.finished(one)
+        scheduler.build(output())
+        for rank in (0, 1):
+            scheduler.update(SendOutcomes(granted=[("a", rank)]))
+            # Its blocks are kept meanwhile, and the engine has to step for the next rank to hear.
+            assert scheduler.pending()
+            assert scheduler.build(output()).turns == [("a", rank + 1)]
+        scheduler.update(SendOutcomes(granted=[("gone", 0)]))
+        assert scheduler.build(output()).turns == []
+        scheduler.update(SendOutcomes({"a": [None, None, None]}))
+        assert not scheduler.pending()
+
+    def test_ranks_that_wait_for_their_turn_end_with_one_that_fails(self) -> None:
+        # Broken in production: the first rank gets no slots, and the others wait for their turn with the prompt's blocks, for ever.
+        scheduler = self.scheduler(tp_size=2)
+        one = request(100, output=[7])
+        scheduler.allocated(one)
+        scheduler.build(output(new=[("a", [1], 0, 100)]))
+        scheduler.update(SendOutcomes({"a": ["no_slots: none"]}))
+        assert scheduler.pending()
+        assert scheduler.build(output()).given_up == ["a"]
+        scheduler.update(SendOutcomes({"a": [None]}))
+        assert scheduler.finished(one) == (False, {"error": "no_slots: none"})
+
     def test_an_aborted_request_is_dropped(self) -> None:
         # Broken in production: an aborted prompt keeps its slots at both ends.
         scheduler = self.scheduler()

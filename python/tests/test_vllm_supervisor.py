@@ -197,6 +197,32 @@ def test_a_daemon_that_dies_too_often_stays_down(pair: Callable[..., Pair]) -> N
     assert raised[0] == raised[1]
 
 
+def test_whoever_has_to_know_is_told_when_a_daemon_is_given_up_and_not_while_it_restarts() -> None:
+    # Broken in production: a server answers 200 to /health for days while its every request fails; or it is taken down because
+    # its daemon was started again.
+    told: list[DaemonLost | DaemonStartError] = []
+    arguments = ["--set", "pd_buffer_size=1MiB", "--set", "transfer_channel=local"]
+    watched: Supervisor[Any] = Supervisor(
+        binary("pd-sender"), arguments, LAYOUT.json(), SenderClient, echo_log=False, restarts_max=1, restart_window_s=3600,
+        given_up=told.append,
+    )
+    pid = watched.ready.pid
+    os.kill(pid, signal.SIGKILL)
+    restarted(watched, pid)
+    assert not told and not watched.failed
+    os.kill(watched.ready.pid, signal.SIGKILL)
+    eventually(lambda: told)
+    assert len(told) == 1 and "restart the engine" in str(told[0]) and watched.failed
+    watched.close()
+    # One that has never run is an error of the start, which says so itself.
+    with pytest.raises(DaemonStartError):
+        Supervisor(
+            binary("pd-sender"), ["--set", "pd_buffer_size=none"], LAYOUT.json(), SenderClient, echo_log=False,
+            given_up=told.append,
+        )
+    assert len(told) == 1
+
+
 def test_a_daemon_that_cannot_start_says_why() -> None:
     # Broken in production: the engine waits for a daemon that has told nobody why it ended.
     with pytest.raises(DaemonStartError) as refused:

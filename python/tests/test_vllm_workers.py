@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from pd_backend import ReceiverClient
+from pd_backend.vllm.attachment import Attachment
 from pd_backend.vllm.keys import chunk_hashes
 from pd_backend.vllm.producer import ProducerWorker
-from pd_backend.vllm.spec import RemoteSpec
-from pd_backend.vllm.step import ChunkBlocks, ConsumerStep, HoldPlan, ProducerStep, ReceivePlan
-from vllm_pair import BLOCKS, CHUNK, LAYERS, Memory, NAMES, Pair, load, pair, restarted
+from pd_backend.vllm.spec import DisaggSpec, RemoteSpec
+from pd_backend.vllm.step import ChunkBlocks, ConsumerStep, HoldPlan, ProducerStep, ReceivePlan, SendPlan
+from vllm_pair import BLOCKS, CHUNK, LAYERS, LAYOUT, Memory, NAMES, Pair, load, pair, restarted
 from waiting import PATIENCE_S, eventually
 
 
@@ -140,6 +143,47 @@ def test_dropped_requests_leave_nothing(pair: Callable[..., Pair]) -> None:
         both.stepped_until(stages[number // 2 % 3])
         assert both.produce(ProducerStep(dropped=[request_id])) == set()
     both.nothing_left()
+
+
+def test_a_rank_asks_for_slots_once_the_rank_before_it_has_its_own(pair: Callable[..., Pair]) -> None:
+    # Broken in production: ranks whose receivers decide each for itself take slots that another prompt waits for, for ever.
+    both = pair()
+    ready = both.receiver.ready
+    ports = (ready.init_port,) * 2, (ready.alloc_port,) * 2
+    ranks = [
+        ProducerWorker(Attachment(both.sender, both.source), replace(LAYOUT, tp_rank=rank, tp_size=2), "uint8")
+        for rank in (0, 1)
+    ]
+
+    def step(rank: int, **told: Any) -> set[str]:
+        ranks[rank].begin_step(ProducerStep(**told))
+        ranks[rank].end_step()
+        return ranks[rank].finished_sending()
+
+    def plan(name: str, rank: int) -> SendPlan:
+        # Two ranks have a daemon each; here one serves both, by two names.
+        spec = DisaggSpec(f"{name}-{rank}", "127.0.0.1", *ports)
+        return SendPlan(name, spec, chunk_hashes(list(range(16)), CHUNK), 16)
+
+    chunks = [ChunkBlocks("a", 0, [3, 1])]
+    done: set[str] = set()
+    for rank in (1, 0):
+        done |= step(rank, plans=[plan("a", rank)], chunks=chunks, finishing=["a"])
+    eventually(lambda: done.update(step(0)) or "a" in done)
+    outcomes = ranks[0].outcomes()
+    assert outcomes is not None and outcomes.granted == [("a", 0)], "the scheduler is told that the next one may ask"
+    for turns in ([], [("a", 0)], [("b", 1)]):
+        assert step(1, turns=turns) == set()
+    assert [request.client for request in ranks[1]._requests.values()] == [None], "it has asked for nothing"
+    assert step(1, turns=[("a", 1)]) in (set(), {"a"})
+    eventually(lambda: not ranks[1]._requests or "a" in step(1))
+    outcomes = ranks[1].outcomes()
+    assert outcomes is None or outcomes.granted == [], "it is the last"
+    # Where another rank cannot send, it does not ask any more, and gives the blocks back.
+    step(1, plans=[plan("c", 1)], chunks=[ChunkBlocks("c", 0, [3, 1])], finishing=["c"])
+    assert step(1, given_up=["c"]) == {"c"}
+    ended = ranks[1].outcomes()
+    assert ended is not None and ended.ended["c"] == [None]
 
 
 def test_a_receiver_that_is_full_fails_the_request_alone(pair: Callable[..., Pair]) -> None:

@@ -92,7 +92,7 @@ pub(super) async fn serve() -> Result<(), BenchError> {
         };
         match event {
             Some(RouterEvent::Message { peer, payload }) => sender.try_send(&peer, payload).map_err(failed)?,
-            Some(RouterEvent::Gone { .. }) => {}
+            Some(RouterEvent::Gone { .. } | RouterEvent::Garbage) => {}
             None => return Err(failed("the socket was closed")),
         }
     }

@@ -75,7 +75,10 @@ pub(super) async fn ship(
 fn wait(pair: &mut Pair, requests: &[PlannedRequest]) -> Result<Vec<Seq>, BenchError> {
     let wait = |request: &PlannedRequest| {
         let req_id = request.req_id.clone();
-        pair.receiver.link.start(|id| Request::Wait { id, req_id, wait_ms: None, uncommitted: false })
+        pair.receiver.link.start(|id| {
+            let (wait_ms, uncommitted, until_announced) = (None, false, false);
+            Request::Wait { id, req_id, wait_ms, uncommitted, until_announced }
+        })
     };
     requests.iter().map(wait).collect()
 }

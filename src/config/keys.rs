@@ -99,12 +99,13 @@ keys! {
     "The transfer engine":
     /// nixl (any host) or local (this host alone, needs nothing installed). Both ends must use the same.
     TRANSFER_CHANNEL = "transfer_channel", Words(&["nixl", "local"]),
-        Without("nixl", "nixl where its library is found, else local"), Both,
+        Without("nixl", "nixl where its library is found or another key means it, else local"), Both,
         |c| c.engine.kind.map(EngineKind::as_str).map(str::to_owned);
-    /// NIXL's plugins, in order of preference.
+    /// NIXL's plugins, in order of preference. Others than UCX mean nixl: where they cannot be used, the daemon does not start.
     NIXL_BACKENDS = "nixl_backends", Form("a list of 1 to 16 names of NIXL plugins"), Is("[UCX]"), Both,
         |c| Some(format!("[{}]", c.engine.nixl_backends.join(", ")));
-    /// Folder in which, or below which, libnixl_capi.so is looked for first.
+    /// Folder in which, or below which, libnixl_capi.so is looked for, and nowhere else. It means nixl: where the library is
+    /// not there, the daemon does not start.
     PD_NIXL_LIB_DIR = "pd_nixl_lib_dir", Form("the folder of libnixl_capi.so"),
         Without("/opt/nixl/lib", "where NIXL_LIB_DIR says, or the system's loader looks"), Both,
         |c| c.engine.nixl_lib_dir.as_ref().map(|dir| quoted(&dir.display().to_string()));
@@ -151,6 +152,10 @@ keys! {
              an IPv6 address in brackets"
         ), Without("[10.0.0.2:7300:7400]", "each is met at its first request"), Sender, receivers;
 
+    /// Whether requests may go to the receivers in pd_receivers alone. Where a request goes stands in its parameters, which any
+    /// client of the prefill server can send: with true, others are refused before they are connected to.
+    PD_RECEIVERS_ONLY = "pd_receivers_only", Boolean, Is("false"), Sender, |c| Some(c.receivers_only.to_string());
+
     "Parked chunks (outgoing half; a pd-receiver ignores these)":
     /// Address that the port below is bound to. Whoever reaches it can have what is parked here sent to any receiver,
     /// unless there is a pd_shared_secret_file: keep it inside a trusted network.
@@ -177,9 +182,10 @@ keys! {
     PD_SKIP_PROXY_NOTIFICATION = "pd_skip_proxy_notification", Boolean, Is("false"), Sender;
 
     "Deadlines, in seconds, with fractions; at most 86400":
-    /// How long a request waits for slots, at either side, before it fails (no_slots). LMCache's default is for
-    /// ever; .inf is taken as 86400 here. 0: a request that does not fit at once fails at once.
-    PD_ALLOCATION_TIMEOUT_SEC = "pd_allocation_timeout_sec", FROM_ZERO, Is("30"), Both, |c| seconds(c.deadlines.allocation);
+    /// How long a request waits for slots, at either side, before it fails (no_slots). The default is for ever, as
+    /// LMCache's is: 86400 here, and so is .inf. A peer that is full makes requests wait, in line; one that says
+    /// nothing is given up after pd_peer_timeout_sec. 0: a request that does not fit at once fails at once.
+    PD_ALLOCATION_TIMEOUT_SEC = "pd_allocation_timeout_sec", FROM_ZERO, Is("86400"), Both, |c| seconds(c.deadlines.allocation);
     /// Connecting to a peer, its handshake and its first request included.
     PD_HANDSHAKE_TIMEOUT_SEC = "pd_handshake_timeout_sec", ABOVE_ZERO, Is("10"), Both, |c| seconds(c.deadlines.handshake);
     /// From the grant of a receiver's slots to their commit, the prefill in between included: raise it for long
@@ -189,8 +195,10 @@ keys! {
     /// and how long a cancel waits for writes to end. A receiver that is still checking a commit (pd_checksum) gives a
     /// sign, however long the check takes.
     PD_COMMIT_TIMEOUT_SEC = "pd_commit_timeout_sec", ABOVE_ZERO, Is("10"), Sender, |c| seconds(c.deadlines.commit);
-    /// Incoming half: how long `wait` waits for a request when the connector does not say.
-    PD_WAIT_TIMEOUT_SEC = "pd_wait_timeout_sec", FROM_ZERO, Is("120"), Receiver, |c| seconds(c.deadlines.wait);
+    /// Incoming half: how long `wait` waits for a request when the connector does not say. vLLM's connector counts the
+    /// time until a sender announces the request, which is the time in prefill's queue; what comes after has deadlines
+    /// of its own.
+    PD_WAIT_TIMEOUT_SEC = "pd_wait_timeout_sec", FROM_ZERO, Is("3600"), Receiver, |c| seconds(c.deadlines.wait);
     /// Incoming half: how long ready chunks that nobody fetches are kept.
     PD_RETENTION_SEC = "pd_retention_sec", ABOVE_ZERO, Is("300"), Receiver, |c| seconds(c.deadlines.retention);
     /// How long requests in flight may take after SIGTERM. A second SIGTERM stops at once.
@@ -230,10 +238,10 @@ keys! {
     PD_METRICS_PORT = "pd_metrics_port", PortsOrNone, Is("0"), Both,
         |c| Some(c.metrics.as_ref().map_or_else(|| "none".to_owned(), |metrics| metrics.port.to_string()));
 
-    "Limits: what exceeds one is refused with an error, and nothing else is disturbed":
-    /// Requests that have not ended.
+    "Limits: what exceeds one waits in line, or is refused with an error; nothing else is disturbed":
+    /// Requests that have not ended. A sender's requests beyond its receiver's limit wait at the sender.
     PD_MAX_REQUESTS = "pd_max_requests", up_to(1 << 20), Is("1024"), Both, |c| number(c.limits.requests_max);
-    /// Incoming half: requests of one sender that have not ended.
+    /// Incoming half: requests of one sender that have not ended. More of them wait at the sender, in line.
     PD_MAX_PEER_REQUESTS = "pd_max_peer_requests", up_to(1 << 20), Is("512"), Receiver,
         |c| number(c.limits.peer_requests_max);
     /// Chunks of one request; the most there can be is what one message carries.

@@ -135,6 +135,8 @@ pub struct Config {
     pub push_ahead: bool,
     /// Outgoing half: receivers that it connects to at start, and keeps; no two are the same.
     pub receivers: Vec<ReceiverAddress>,
+    /// Outgoing half: whether requests go to these alone.
+    pub receivers_only: bool,
     /// Outgoing half: the proxy that is told when a request is ready; none: nobody is told.
     pub proxy: Option<ProxyConfig>,
     /// What peers have to prove to know; none: whoever reaches the ports may talk.

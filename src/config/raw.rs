@@ -272,8 +272,16 @@ impl RawConfig {
         let value = if text.trim().is_empty() {
             RawValue::Null
         } else {
-            RawValue::parse(text)
-                .map_err(|reason| ConfigError::NotYaml { origin: format!("--set {assignment}"), reason })?
+            match RawValue::parse(text) {
+                // `::` and `a: b` are maps to YAML, and no key takes a map: they are meant as they stand.
+                Ok(RawValue::Map) if !text.trim_start().starts_with('{') => RawValue::Text(text.trim().to_owned()),
+                Ok(value) => value,
+                Err(reason) => {
+                    let origin = format!("--set {assignment}");
+                    let reason = format!("{reason}; a text with such characters has to be in quotes: {name}='\"...\"'");
+                    return Err(ConfigError::NotYaml { origin, reason });
+                }
+            }
         };
         let entry = Entry { value, written: name.to_owned(), origin: origin.clone() };
         match classify(name) {
@@ -367,6 +375,20 @@ mod tests {
         assert_eq!(raw.entry(&PD_ROLE), None);
         assert_eq!(raw.entry(&PD_PEER_INIT_PORT).unwrap().value.to_string(), "[1, 2]");
         assert_eq!(raw.lmcache_keys, ["local_cpu"]);
+    }
+
+    #[test]
+    fn an_address_of_ipv6_is_set_as_it_stands() {
+        // Broken in production: `--set pd_peer_host=::` is refused as a map, by an error that says nothing of quotes.
+        for host in ["::", "::1", "fe80::1", "\"::\""] {
+            let raw = parse("", &[&format!("pd_peer_host={host}")]).unwrap();
+            let written = raw.entry(&super::super::keys::PD_PEER_HOST).unwrap();
+            assert_eq!(written.value, RawValue::Text(host.trim_matches('"').to_owned()), "{host}");
+        }
+        let map = parse("", &["pd_peer_host={a: 1}"]).unwrap();
+        assert_eq!(map.entry(&super::super::keys::PD_PEER_HOST).unwrap().value, RawValue::Map);
+        let error = parse("", &["pd_peer_host=*"]).unwrap_err();
+        assert!(error.contains("has to be in quotes: pd_peer_host='\"...\"'"), "{error}");
     }
 
     #[test]

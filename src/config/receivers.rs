@@ -9,6 +9,19 @@ use super::raw::{Entry, RawConfig, RawValue};
 use super::{Limits, Role};
 use crate::ids::ReceiverAddress;
 
+/// Whether requests go to those alone. It says nothing where none are named.
+pub(super) fn receivers_only(role: Role, raw: &RawConfig) -> Result<bool, ConfigError> {
+    let key = &keys::PD_RECEIVERS_ONLY;
+    let only = raw.must_of(role, key, RawConfig::boolean)?;
+    if only && raw.entry(&keys::PD_RECEIVERS).is_none() {
+        return Err(raw.written(key)?.refused(
+            format!("{} names none, so that no request could be sent", keys::PD_RECEIVERS.name),
+            format!("name them in {}, or leave it out", keys::PD_RECEIVERS.name),
+        ));
+    }
+    Ok(only)
+}
+
 /// Those of this rank, in the order written. A file may have them for a daemon without an outgoing half: then there are none.
 pub(super) fn receivers(
     role: Role,

@@ -8,11 +8,11 @@ use super::keys;
 use super::notes::Notes;
 use super::ports::{Hosts, Ports, ports};
 use super::raw::{RawConfig, RawValue};
-use super::receivers::receivers;
+use super::receivers::{receivers, receivers_only};
 use super::size::exact_size;
 use super::{
-    BufferConfig, BufferDevice, ChecksumMode, Config, Deadlines, EngineConfig, Limits, MetricsConfig, ProxyConfig,
-    Role, SLOT_COUNT_MAX, SecretFile,
+    BufferConfig, BufferDevice, ChecksumMode, Config, Deadlines, EngineConfig, EngineKind, Limits, MetricsConfig,
+    ProxyConfig, Role, SLOT_COUNT_MAX, SecretFile,
 };
 use crate::ids::{BUFFER_PIECES_MAX, HostList, stands_for_all};
 use crate::kv_layout::{GivenDefaults, KvLayout, ModelOptions, from_layout_json, from_model_config, parse_dtype};
@@ -81,6 +81,7 @@ pub(super) fn resolve(
         rendezvous_port: ports.rendezvous,
         push_ahead: raw.must_of(role, &keys::PD_PUSH_AHEAD, RawConfig::boolean)?,
         receivers: receivers(role, raw, rank, &limits)?,
+        receivers_only: receivers_only(role, raw)?,
         proxy: proxy(role, raw)?,
         shared_secret,
         connector_endpoint: connector_endpoint(role, raw, &layout)?,
@@ -316,12 +317,19 @@ fn buffer_device(raw: &RawConfig, rank: u32) -> Result<BufferDevice, ConfigError
 
 fn engine(raw: &RawConfig) -> Result<EngineConfig, ConfigError> {
     const BACKENDS_MAX: usize = 16;
+    /// The plugin that is used where none is named.
+    const NIXL_BACKEND: &str = "UCX";
     let checksum = raw.must(&keys::PD_CHECKSUM, RawConfig::word)?;
     let checksums = [ChecksumMode::Off, ChecksumMode::Sampled, ChecksumMode::Full];
+    let nixl_backends = raw.must(&keys::NIXL_BACKENDS, |raw, key| raw.names(key, BACKENDS_MAX))?;
+    let nixl_lib_dir = raw.text(&keys::PD_NIXL_LIB_DIR)?.map(PathBuf::from);
+    // Who says where NIXL is, or which of its plugins to use, means NIXL: without it there is nothing that this says.
+    let means_nixl = nixl_lib_dir.is_some() || nixl_backends != [NIXL_BACKEND];
+    let named = raw.word(&keys::TRANSFER_CHANNEL)?.and_then(|name| name.parse().ok());
     Ok(EngineConfig {
-        kind: raw.word(&keys::TRANSFER_CHANNEL)?.and_then(|name| name.parse().ok()),
-        nixl_backends: raw.must(&keys::NIXL_BACKENDS, |raw, key| raw.names(key, BACKENDS_MAX))?,
-        nixl_lib_dir: raw.text(&keys::PD_NIXL_LIB_DIR)?.map(PathBuf::from),
+        kind: named.or(means_nixl.then_some(EngineKind::Nixl)),
+        nixl_backends,
+        nixl_lib_dir,
         checksum: checksums.into_iter().find(|mode| mode.as_str() == checksum).unwrap_or_default(),
         nixl_progress_delay_us: raw.must(&keys::PD_NIXL_PROGRESS_DELAY_US, RawConfig::whole)?.into(),
     })

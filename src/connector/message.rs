@@ -90,6 +90,16 @@ pub enum Request {
         #[serde(default, skip_serializing_if = "is_false", deserialize_with = "nil_is_left_out")]
         stays: bool,
     },
+    /// Sender: the serving engine has a request that it will `park`, once it begins to compute it. Who asks for it by one of these
+    /// names waits until then. Answered by `accepted`. A `cancel` of the name gives it up.
+    Expect {
+        /// Pairs the reply.
+        id: Seq,
+        /// As `park` will say.
+        req_id: RequestId,
+        /// As in `park`.
+        ids: Vec<RequestId>,
+    },
     /// Sender: local slots to fill, one for each of these chunks. Answered by `staged`, all at once.
     Stage {
         /// Pairs the reply.
@@ -156,6 +166,10 @@ pub enum Request {
         /// As in `lookup`.
         #[serde(default, skip_serializing_if = "is_false", deserialize_with = "nil_is_left_out")]
         uncommitted: bool,
+        /// `wait_ms` is for the request to be announced. Once it is, it is waited for until it is ready or has ended, however
+        /// long it stands in line.
+        #[serde(default, skip_serializing_if = "is_false", deserialize_with = "nil_is_left_out")]
+        until_announced: bool,
     },
     /// Receiver: a sender has parked chunks, or will have: have it send those that it has. Answered as `wait` is; of `ready` the
     /// chunks are those that it had. With `hold` they are only to be kept while decode waits its turn; answered by `held`, and
@@ -182,6 +196,9 @@ pub enum Request {
         /// Whether they are only to be kept.
         #[serde(default, skip_serializing_if = "is_false", deserialize_with = "nil_is_left_out")]
         hold: bool,
+        /// As in `wait`: the request counts as announced while a sender that answers is asked for it.
+        #[serde(default, skip_serializing_if = "is_false", deserialize_with = "nil_is_left_out")]
+        until_announced: bool,
     },
     /// Receiver: what a sender has parked under these names is not wanted. Answered by `released`, before the sender is told.
     ReleaseParked {
@@ -229,6 +246,7 @@ impl Request {
             | Self::Status { id }
             | Self::Open { id, .. }
             | Self::Park { id, .. }
+            | Self::Expect { id, .. }
             | Self::Fetch { id, .. }
             | Self::ReleaseParked { id, .. }
             | Self::Stage { id, .. }

@@ -100,6 +100,7 @@ impl ConnectorServer {
                 RouterEvent::Message { peer, payload } => {
                     return Some(self.handle_message(peer, &payload));
                 }
+                RouterEvent::Garbage => {}
                 RouterEvent::Gone { peer } => {
                     if let Some(client) = self.ids.remove(&peer) {
                         self.clients.remove(&client);

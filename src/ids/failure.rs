@@ -17,6 +17,8 @@ pub enum FailureKind {
     Unknown,
     /// A configured or built-in limit was exceeded.
     Limit,
+    /// A limit leaves no place for one more at the moment: whoever asks again later may get one.
+    Busy,
     /// The request needs more slots than the buffer has.
     TooLarge,
     /// No slots became free before the deadline.
@@ -55,6 +57,7 @@ impl FailureKind {
             Self::BadRequest => "bad_request",
             Self::Unknown => "unknown",
             Self::Limit => "limit",
+            Self::Busy => "busy",
             Self::TooLarge => "too_large",
             Self::NoSlots => "no_slots",
             Self::Deadline => "deadline",

@@ -9,10 +9,11 @@ use crate::node::{Note, incoming, outgoing};
 
 /// Every end that is known to be bad. All are shown from the start, because a rate needs the 0 before the 1; a kind
 /// that is not listed here appears when it first happens.
-const FAILURE_KINDS: [FailureKind; 16] = [
+const FAILURE_KINDS: [FailureKind; 17] = [
     FailureKind::BadRequest,
     FailureKind::Unknown,
     FailureKind::Limit,
+    FailureKind::Busy,
     FailureKind::TooLarge,
     FailureKind::NoSlots,
     FailureKind::Deadline,

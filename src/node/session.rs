@@ -239,6 +239,12 @@ impl<R: Clone + PartialEq> Node<R> {
         });
     }
 
+    /// The time of this wait is for its request to be announced: a reader waits longer for one that is under way, until it is
+    /// ready or has ended.
+    pub fn handle_until_announced(&mut self, now: Instant, client: ClientId, id: Seq) {
+        self.in_incoming(now, |half, _| half.handle_until_announced(client, id));
+    }
+
     /// A reader wants chunks that a sender has parked, and waits for them as for any request.
     pub fn handle_fetch(
         &mut self,
@@ -254,6 +260,19 @@ impl<R: Clone + PartialEq> Node<R> {
     /// A reader will want chunks that a sender has parked: they are to be kept.
     pub fn handle_hold(&mut self, now: Instant, client: ClientId, id: Seq, fetch: FetchRequest) {
         self.ask_incoming(now, client, id, |half, core| half.handle_hold(core, client, id, fetch));
+    }
+
+    /// A client's serving engine has a request that it will park as `request`, once it is computed. Ends with that, with a cancel of
+    /// the name, or with the client.
+    pub fn handle_expect(
+        &mut self,
+        now: Instant,
+        client: ClientId,
+        id: Seq,
+        request: RequestId,
+        names: Vec<RequestId>,
+    ) {
+        self.ask_outgoing(now, client, id, |half, core| half.handle_expect(core, client, id, request, names));
     }
 
     /// A reader does not want what a sender has parked; of `fetch` its keys and its wait do not matter.
@@ -366,6 +385,7 @@ impl<R: Clone + PartialEq> Node<R> {
         self.core.now = now;
         if let Some(half) = &mut self.outgoing {
             act(half, &mut self.core);
+            half.call_lines(&mut self.core);
             self.settle();
         }
     }

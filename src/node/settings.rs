@@ -65,6 +65,8 @@ pub struct OutgoingSettings {
     pub commit_timeout: Duration,
     /// Receivers to connect to at start, and to keep; no two are the same.
     pub receivers: Vec<ReceiverAddress>,
+    /// Whether requests go to these alone.
+    pub receivers_only: bool,
     /// Whether a proxy wants to know.
     pub notify_proxy: bool,
     /// Whether chunks can be parked: they take a part of a buffer that serves both halves.

@@ -402,6 +402,7 @@ impl Daemon {
                 let park = ParkRequest { id: req_id, ids, keys, groups, last_chunk_tokens, wait, unsolicited, stays };
                 self.node.handle_park(now, client, id, park);
             }
+            Request::Expect { id, req_id, ids } => self.node.handle_expect(now, client, id, req_id, ids),
             Request::Stage { id, req_id, chunks, wait_ms } => {
                 let wait = translate::wait(wait_ms);
                 self.node.handle_stage(now, client, id, &req_id, chunks, wait);
@@ -417,17 +418,23 @@ impl Daemon {
                 let lookup = Lookup { keys, uncommitted, fetches: fetch };
                 self.node.handle_lookup(now, client, id, &lookup);
             }
-            Request::Wait { id, req_id, wait_ms, uncommitted } => {
+            Request::Wait { id, req_id, wait_ms, uncommitted, until_announced } => {
                 let wait = translate::wait(wait_ms);
                 self.node.handle_wait(now, client, id, req_id, wait, uncommitted);
+                if until_announced {
+                    self.node.handle_until_announced(now, client, id);
+                }
             }
-            Request::Fetch { id, req_id, source, ids, keys, wait_ms, register_wait_ms, hold } => {
+            Request::Fetch { id, req_id, source, ids, keys, wait_ms, register_wait_ms, hold, until_announced } => {
                 let register_wait = Duration::from_millis(register_wait_ms);
                 let fetch = FetchRequest { id: req_id, source, ids, keys, register_wait };
                 if hold {
                     self.node.handle_hold(now, client, id, fetch);
                 } else {
                     self.node.handle_fetch(now, client, id, fetch, translate::wait(wait_ms));
+                    if until_announced {
+                        self.node.handle_until_announced(now, client, id);
+                    }
                 }
             }
             Request::ReleaseParked { id, req_id, source, ids } => {

@@ -104,6 +104,7 @@ pub(super) fn settings(
             handshake_timeout: deadlines.handshake,
             commit_timeout: deadlines.commit,
             receivers: config.receivers.clone(),
+            receivers_only: config.receivers_only,
             notify_proxy: config.proxy.is_some(),
             parks: config.rendezvous_port.is_some(),
             lease: deadlines.lease,

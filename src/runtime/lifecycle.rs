@@ -9,7 +9,7 @@ use super::process;
 /// Why to stop.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Stop {
-    /// SIGTERM or SIGINT.
+    /// SIGTERM, SIGINT or SIGHUP: a terminal that is closed sends the last.
     Signal,
     /// The process that started us has ended.
     ParentEnded,
@@ -20,7 +20,7 @@ pub(super) fn watch<E: From<Stop> + Send + 'static>(
     events: &UnboundedSender<E>,
     exit_with_parent: bool,
 ) -> Result<(), RuntimeError> {
-    for kind in [SignalKind::terminate(), SignalKind::interrupt()] {
+    for kind in [SignalKind::terminate(), SignalKind::interrupt(), SignalKind::hangup()] {
         let stream =
             signal(kind).map_err(|error| RuntimeError::Machine(format!("signals cannot be watched: {error}")))?;
         tokio::spawn(forward(stream, events.clone()));

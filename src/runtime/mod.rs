@@ -9,6 +9,7 @@
 //! |---|---|
 //! | `driver` | the loop around a node: events, deadlines, draining |
 //! | `daemon` | which event goes where, which output does what |
+//! | `threads` | before anything: whether there are any |
 //! | `setup`, `identity`, `ready` | before the loop: memory, engine, who we are, the ready line |
 //! | `engine_thread`, `engine_server`, `engine_work`, `probe` | the thread that owns the transfer engine, its loop, what it is told and tells, and whether it is at work |
 //! | `awaiting_event`, `deferred`, `summing`, `sum_queue` | what waits there for a GPU, or for checksums |
@@ -46,12 +47,14 @@ mod ready;
 mod setup;
 mod sum_queue;
 mod summing;
+mod threads;
 mod translate;
 mod usage;
 mod watches;
 mod witness;
 
 pub use error::RuntimeError;
+pub use threads::check_threads;
 
 /// Lets every source of events speak to a driver in its own type.
 macro_rules! event_sources {

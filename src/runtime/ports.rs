@@ -46,7 +46,7 @@ impl PartialEq for RouteKey {
 pub(super) enum PortEvent {
     /// A message arrived, which takes its part of the budget until it is dealt with.
     Message { port: Port, from: RouteKey, message: Box<Message>, budget: MessageBudget },
-    /// A message arrived that cannot be read. It has been answered, if it was a request of LMCache's.
+    /// A message arrived that cannot be read, or something that is none. It has been answered, if it was a request of LMCache's.
     Unreadable,
     /// A connection is gone.
     Gone { route: RouteKey },
@@ -167,6 +167,7 @@ async fn read<E: From<PortEvent>>(port: Port, mut receiver: RouterReceiver, answ
                     PortEvent::Unreadable
                 }
             },
+            RouterEvent::Garbage => PortEvent::Unreadable,
             RouterEvent::Gone { peer } => {
                 let address = "".into();
                 PortEvent::Gone { route: RouteKey { port, tag: peer, address, route: None } }

@@ -8,8 +8,8 @@ use super::engine_work::EngineEvent;
 use super::error::RuntimeError;
 use crate::buffer::{CudaDevice, MemoryManager, MemoryOptions, check_cuda_device};
 use crate::config::{BufferDevice, Config};
-use crate::transfer::EngineOptions;
 use crate::transfer::nixl::NixlOptions;
+use crate::transfer::{EngineKind, EngineOptions};
 
 /// Starts of blocks: short chunks lie behind each other, and copies are fastest from one cache line's start, or
 /// two's.
@@ -42,8 +42,11 @@ fn allocate(config: &Config) -> Result<MemoryManager, RuntimeError> {
 /// Says so where this machine has not what the configuration asks of it, in the words of a start.
 ///
 /// # Errors
-/// [`RuntimeError::Buffer`].
+/// [`RuntimeError::Buffer`], [`RuntimeError::Engine`].
 pub(super) fn check_machine(config: &Config) -> Result<(), RuntimeError> {
+    if config.engine.kind == Some(EngineKind::Nixl) {
+        drop(crate::transfer::start_engine(&engine_options(config, "check"))?);
+    }
     match config.buffer.device {
         BufferDevice::Cpu => Ok(()),
         BufferDevice::Cuda(ordinal) => Ok(check_cuda_device(ordinal, config.buffer_len_bytes())?),
@@ -98,16 +101,20 @@ fn start_engine<E>(
 where
     E: From<EngineEvent> + Send + 'static,
 {
-    let options = EngineOptions {
+    let options = engine_options(config, instance);
+    let started = EngineThread::start(options, manager.clone(), config.layout.chunk_bytes(), events)?;
+    tracing::info!("{}", started.1.note);
+    Ok(started)
+}
+
+fn engine_options(config: &Config, agent_name: &str) -> EngineOptions {
+    EngineOptions {
         kind: config.engine.kind,
         nixl: NixlOptions {
             backends: config.engine.nixl_backends.clone(),
             lib_dirs: config.engine.nixl_lib_dir.iter().cloned().collect(),
             progress_delay_us: config.engine.nixl_progress_delay_us,
-            agent_name: instance.to_owned(),
+            agent_name: agent_name.to_owned(),
         },
-    };
-    let started = EngineThread::start(options, manager.clone(), config.layout.chunk_bytes(), events)?;
-    tracing::info!("{}", started.1.note);
-    Ok(started)
+    }
 }

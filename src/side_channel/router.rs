@@ -44,6 +44,8 @@ pub enum RouterEvent {
         /// What was said.
         payload: Bytes,
     },
+    /// Something arrived that is no message, from whoever may connect.
+    Garbage,
     /// A connection has ended. Nothing comes from it any more.
     Gone {
         /// Which.
@@ -326,7 +328,7 @@ pub struct RouterReceiver {
 
 impl RouterReceiver {
     /// The next message, or the event that a peer is gone. Messages without a payload or with frames that no REQ or
-    /// DEALER of ours or LMCache's sends are dropped and counted. `None`: the socket is closed.
+    /// DEALER of ours or LMCache's sends are dropped and counted, and told as garbage. `None`: the socket is closed.
     ///
     /// Nothing is lost when the future is dropped before it is ready, nor when it is not called again for long: a
     /// connection that has ended keeps its place until that has been heard here.
@@ -353,11 +355,14 @@ impl RouterReceiver {
                     }
                     SocketEvent::Unreadable(peer, error) => {
                         self.log_unreadable(&PeerTag(peer.into()), &error);
-                        continue;
+                        return Some(RouterEvent::Garbage);
                     }
                     SocketEvent::AcceptFailed(error) => {
                         tracing::debug!(%error, "a connection was not accepted");
-                        continue;
+                        if is_silence(&error) {
+                            continue;
+                        }
+                        return Some(RouterEvent::Garbage);
                     }
                     _ => continue,
                 },
@@ -373,7 +378,10 @@ impl RouterReceiver {
                         return Some(event);
                     }
                 }
-                None => self.malformed_count += 1,
+                None => {
+                    self.malformed_count += 1;
+                    return Some(RouterEvent::Garbage);
+                }
             }
         }
     }
@@ -400,6 +408,19 @@ impl fmt::Debug for RouterReceiver {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("RouterReceiver").field("malformed_count", &self.malformed_count).finish_non_exhaustive()
     }
+}
+
+/// Whether a connection ended with this that has said nothing: a probe connects and leaves.
+fn is_silence(error: &ZmqError) -> bool {
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    while let Some(error) = cause {
+        if error.is::<std::io::Error>() {
+            return true;
+        }
+        cause = error.source();
+    }
+    // The second is how the library calls an end before the first byte.
+    matches!(error, ZmqError::ConnectTimeout(_) | ZmqError::Other("Failed Greeting exchange"))
 }
 
 /// `[identity][payload]` or `[identity][][payload]`.

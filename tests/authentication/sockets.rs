@@ -60,7 +60,7 @@ impl Port {
             .try_iter()
             .filter_map(|event| match event {
                 RouterEvent::Message { payload, .. } => Some(payload),
-                RouterEvent::Gone { .. } => None,
+                RouterEvent::Gone { .. } | RouterEvent::Garbage => None,
             })
             .collect()
     }

@@ -65,6 +65,7 @@ pub fn outgoing() -> OutgoingSettings {
         handshake_timeout: Duration::from_secs(10),
         commit_timeout: Duration::from_secs(9),
         receivers: Vec::new(),
+        receivers_only: false,
         notify_proxy: true,
     }
 }

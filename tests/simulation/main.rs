@@ -14,6 +14,7 @@
 //! | `lmcache` | LMCache's own peers: what the world knows of them |
 //! | `lmcache_sender`, `lmcache_prefill` | its senders, their engines, and the router |
 //! | `lmcache_receiver` | its receivers, and the engine that reads there |
+//! | `ranks` | servers of several ranks, whose receivers decide each for itself |
 //! | `truth` | what is really so in a daemon's memory, held against what the nodes do |
 //!
 //! After every event the node that it touched checks itself, and the world checks what it did: see docs/reliability.md.
@@ -35,6 +36,7 @@ mod parked;
 mod plan;
 mod prefill;
 mod process;
+mod ranks;
 mod receiver_io;
 mod sender_io;
 mod tally;
@@ -283,5 +285,32 @@ fn without_a_safeguard_something_is_found() {
         let (seed, text) =
             found.unwrap_or_else(|| panic!("without {safeguard:?} nothing was found in {WITHOUT_SEEDS_MAX} seeds"));
         println!("without {safeguard:?}: seed {seed}: {text}");
+    }
+}
+
+/// Of so many worlds of servers with several ranks, those in which requests wait for each other for ever.
+fn stuck(ranks: usize, in_order: bool, seeds: u64) -> Vec<u64> {
+    let is_stuck = |seed: &u64| {
+        let printed = PrintSeed(*seed);
+        let left = ranks::Ranks::new(*seed, ranks, in_order).run();
+        std::mem::forget(printed);
+        left.unwrap_or_else(|text| panic!("seed {seed}, {ranks} ranks: {text}")) > 0
+    };
+    (0..seeds).filter(is_stuck).collect()
+}
+
+#[test]
+fn requests_of_several_ranks_do_not_wait_for_each_other() {
+    // Broken in production: two prefill servers send large prompts to one decode server. Its first rank has granted one of them, its
+    // second rank the other, and each waits for what the other has, for ever.
+    if replays_one() {
+        return;
+    }
+    for ranks in [2, 4] {
+        assert_eq!(stuck(ranks, true, 300), Vec::<u64>::new(), "{ranks} ranks");
+        assert!(
+            !stuck(ranks, false, 40).is_empty(),
+            "{ranks} ranks that ask at once are never seen to wait for each other"
+        );
     }
 }

@@ -173,6 +173,7 @@ fn outgoing(plan: &Plan, target: Target, index: usize) -> OutgoingSettings {
         handshake_timeout: plan::HANDSHAKE,
         commit_timeout: plan::COMMIT,
         receivers: if plan.told { others.map(address).collect() } else { Vec::new() },
+        receivers_only: false,
         notify_proxy: true,
         parks: plan.parked > 0,
         lease: plan::LEASE,

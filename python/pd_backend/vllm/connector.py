@@ -51,7 +51,9 @@ from .hosts import HostList
 from .keys import chunk_key
 from .layout import EngineLayout
 from .metaserver import Metaservers
+from .metrics import PdPromMetrics, PdStats
 from .naming import Naming
+from .observations import DaemonFigures, Observations
 from .options import Options
 from .pairing import connect_receivers
 from .prefill_servers import PrefillServers
@@ -62,6 +64,7 @@ from .producer_scheduler import ProducerScheduler
 from .spec import DisaggSpec, Rendezvous, SpecError
 from .step import ConsumerStep, ProducerStep, SendOutcomes
 from .supervisor import Supervisor
+from .unhealthy import end_engine
 from .weights import Weights
 from .whereabouts import DaemonAt, Daemons, Whereabouts
 
@@ -150,6 +153,13 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
                 f"pipeline_parallel_size = {parallel.pipeline_parallel_size}; PdConnector sends all layers of a rank "
                 "together: use tensor parallelism alone"
             )
+        for option in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+            size = getattr(parallel, option, 1)
+            if size > 1:
+                raise ValueError(
+                    f"{option} = {size}; with it the ranks share out the tokens of a prompt, and PdConnector moves all tokens of "
+                    "a rank's heads: use tensor parallelism alone"
+                )
         groups = kv_cache_config.kv_cache_groups
         if len(groups) != 1:
             raise ValueError(
@@ -172,6 +182,10 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
         self._failed_blocks: set[int] = set()
         self._handshake: PdHandshake | None = None
         self._whereabouts: Whereabouts | None = None
+        self._observations = Observations()
+        self._figures: DaemonFigures | None = None
+        self._supervisor: Supervisor[Any] | None = None
+        self._attachment: Attachment[Any] | None = None
         self._daemons = Daemons(self._tp_size, self._client_type)
         self._kv_cache_manager: Any = None
         self._engine_cache: Any = None
@@ -235,7 +249,9 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
             layers=paged.layers,
             tp_rank=tensor,
             tp_size=self._tp_size,
-            engine=engine_facts(self._vllm_config, self._kv_cache_config, paged, identity),
+            engine=engine_facts(
+                self._vllm_config, self._kv_cache_config, paged, identity, options.vllm_version
+            ),
         )
         arguments = options.daemon_args(str(paged.device), rank, both=self._sends and self._receives)
         arguments += options.rendezvous_args(rank) if self._sends else []
@@ -246,14 +262,17 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
             "wait_timeout_s": options.wait_timeout_s(),
             "silence_timeout_s": options.silence_timeout_s,
             "echo_log": options.daemon_log,
+            "given_up": end_engine,
         }
         binary = find_binary(self._program, options.binary_dir)
         logger.info("starting %s of %s: chunks of %s", binary, rank, layout)
         with ExitStack() as undo:  # Whatever is raised from here on: the daemon is not left behind.
             supervisor: Supervisor[Any] = Supervisor(binary, arguments, layout.json(), self._client_type, **limits)
             undo.callback(supervisor.close)
-            daemon = Attachment(supervisor, paged)
-            known: dict[str, Any] = {"adapters": LOADED_ADAPTERS, "weights": weights}
+            daemon = self._attachment = Attachment(supervisor, paged)
+            self._supervisor, self._observations = supervisor, Observations(tensor)
+            self._figures = DaemonFigures(self._observations)
+            known: dict[str, Any] = {"adapters": LOADED_ADAPTERS, "weights": weights, "observations": self._observations}
             if self._sends:
                 connect_receivers(supervisor.client())
                 pushes = 1 if self._vllm_config.parallel_config.enable_dbo else options.layer_pushes
@@ -316,6 +335,27 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
         failed, self._failed_blocks = self._failed_blocks, set()
         return failed
 
+    def get_kv_connector_stats(self) -> PdStats | None:
+        if self._figures is None or self._attachment is None or self._supervisor is None:
+            return None  # The scheduler's instance sees nothing.
+        self._figures.look(self._attachment.client, self._supervisor.metrics_port)
+        seen = self._observations.take()
+        return None if seen is None else PdStats(seen)
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> PdStats:
+        return PdStats(data)
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: VllmConfig,
+        metric_types: dict[Any, Any],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> PdPromMetrics:
+        return PdPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
         news = PdNews(adapters=LOADED_ADAPTERS.news())
         if self._producer is not None:
@@ -325,7 +365,7 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
         at = None if self._whereabouts is None else self._whereabouts.news()
         if at is not None:
             news.daemons.append(at)
-        return news if any((news.outcomes.ended, news.here, news.returned, news.daemons, news.adapters)) else None
+        return news if any((news.outcomes, news.here, news.returned, news.daemons, news.adapters)) else None
 
     def shutdown(self) -> None:
         for part in (self._producer, self._consumer, self._finder, self._bootstrap):
@@ -412,6 +452,8 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
         return is_sent(request.kv_transfer_params, self._own_hosts, self._daemons.init_ports() or ())
 
     def on_new_request(self, request: Any) -> None:
+        if self._producer_scheduler is not None and self._prefills(request):
+            self._producer_scheduler.arrived(request)
         if self._consumer_scheduler is None:
             return
         if not self._prefills(request):

@@ -15,6 +15,7 @@ from .attachment import Attachment
 from .keys import chunk_key
 from .layout import EngineLayout
 from .layout import blocks_of
+from .observations import Observations
 from .spec import RemoteSpec
 from .step import ConsumerStep, HoldPlan, ReceivePlan, idle_wait_s
 from .turns import Turns
@@ -26,6 +27,8 @@ logger = logging.getLogger("vllm.pd_backend")
 _RESTART_WAIT_S = 30.0
 #: How long prefill may not have heard of a request that is asked for at the same time.
 _REGISTER_WAIT_S = 10.0
+#: Before the daemon is asked again that had no place for one more question.
+_BUSY_PAUSE_S = 0.1
 #: After these nothing is heard through a client any more; nor is it known what an answer that cannot be read has granted,
 #: which goes back with the client.
 _LOST = (DaemonLost, ClientClosed, Unreadable)
@@ -50,6 +53,8 @@ class _Request:
     asked: ReceiverClient | None = None
     #: Why nothing comes of that any more.
     lost: PdError | None = None
+    #: Not asked again before that: the daemon had no place for the question.
+    again_at: float = 0.0
 
 
 class ConsumerWorker:
@@ -64,8 +69,10 @@ class ConsumerWorker:
         receive_wait_s: float | None = None,
         adapters: LoadedAdapters | None = None,
         weights: Weights | None = None,
+        observations: Observations | None = None,
     ) -> None:
         self._daemon = daemon
+        self._observations = observations or Observations(layout.tp_rank)
         self._weights = weights or Weights("", None)
         self._adapters = adapters or LoadedAdapters()
         self._paged = daemon.paged
@@ -188,7 +195,7 @@ class ConsumerWorker:
 
     def _start(self, request: _Request) -> None:
         """Begins to wait for its chunks, or looks them up. A daemon that is being started again is waited for."""
-        if request.arriving is not None:
+        if request.arriving is not None or time.monotonic() < request.again_at:
             return
         try:
             client = self._daemon.attach()
@@ -196,7 +203,9 @@ class ConsumerWorker:
                 if request.req_id is not None and request.plan is not None and request.plan.remote is not None:
                     request.arriving = self._fetch(client, request, request.plan, request.plan.remote)
                 elif request.req_id is not None:
-                    request.arriving = client.start_wait(request.req_id, wait_s=self._receive_wait_s)
+                    request.arriving = client.start_wait(
+                        request.req_id, wait_s=self._receive_wait_s, until_announced=True
+                    )
                 elif request.plan is not None:
                     request.first_chunk = request.plan.first_chunk
                     keys = self._keys(request.plan.hashes)[request.first_chunk :]
@@ -222,6 +231,7 @@ class ConsumerWorker:
             ids=remote.ids,
             wait_s=self._receive_wait_s,
             register_wait_s=0.0 if remote.in_turn else _REGISTER_WAIT_S,
+            until_announced=True,
         )
 
     def _hold(self, hold: HoldPlan) -> None:
@@ -279,6 +289,9 @@ class ConsumerWorker:
         try:
             return request.arriving.result()
         except RequestRefused as refused:
+            if refused.kind == Kind.BUSY:
+                request.arriving, request.again_at = None, time.monotonic() + _BUSY_PAUSE_S
+                return None
             if request.req_id is None or refused.kind != Kind.UNKNOWN:
                 raise
         # Handed out before, to another sample of the same request, or to one that was retried: its chunks may be there
@@ -292,6 +305,7 @@ class ConsumerWorker:
 
     def _load(self, request: _Request, plan: ReceivePlan, lease: Lease) -> None:
         """Copies the chunks of a lease, as far as they are not here yet, and releases it."""
+        came, len_bytes = time.monotonic(), 0
         try:
             chunks = lease.chunks
             keys = self._keys(plan.hashes)[request.first_chunk :]
@@ -316,6 +330,7 @@ class ConsumerWorker:
                         f"chunk {index} has {chunk.len_bytes} bytes, expected {self._paged.chunk_bytes(len(where))}: "
                         f"{len(where)} blocks"
                     )
+                len_bytes += chunk.len_bytes
                 first = max(where.start, plan.first_block)
                 self._paged.scatter(
                     plan.block_ids[first : where.stop],
@@ -327,11 +342,16 @@ class ConsumerWorker:
                 lease.start_release()
             except PdError as error:
                 logger.warning("the lease of request %s could not be released: %s", request.req_id, error)
+        self._observations.took("wait", came - request.began)
+        self._observations.took("load", time.monotonic() - came)
+        tokens = plan.tokens - plan.first_block * self._layout.block_tokens
+        self._observations.moved("received", tokens, len_bytes)
 
     # ---- ends of requests -------------------------------------------------------------------------------------------------
 
     def _fail(self, request: _Request, plan: ReceivePlan, error: Exception) -> None:
         logger.error("request %s was not loaded: %s", request.req_id or request.request_id, error)
+        self._observations.failed("received", error)
         self._failed_blocks.update(plan.block_ids[plan.first_block :])
 
     def _return(self, request_id: str, request: _Request | None) -> None:

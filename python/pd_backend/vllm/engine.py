@@ -121,16 +121,16 @@ def running_model(vllm_config: VllmConfig) -> torch.nn.Module | None:
 
 
 def engine_facts(
-    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, paged: PagedKv, weights: str
+    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, paged: PagedKv, weights: str, version: str | None = None
 ) -> dict[str, str]:
-    """What the bytes of a block depend on, besides their number."""
+    """What the bytes of a block depend on, besides their number. `version`: what to say instead of vLLM's own."""
     from vllm.distributed.kv_transfer.kv_connector.utils import get_current_attn_backend
 
     context = vllm_config.compilation_config.static_forward_context
     instruction_sets = {str(getattr(context.get(name), "isa", "")) for name in paged.layer_index} - {""}
     model = vllm_config.model_config
     facts = {
-        "vllm": vllm.__version__,
+        "vllm": version or vllm.__version__,
         "dtype": dtype_name(vllm_config),
         "attention": get_current_attn_backend(vllm_config, list(paged.layer_index)).get_name(),
         "block_shape": "x".join(str(count) for count, _ in paged.shape.inner),

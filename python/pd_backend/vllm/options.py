@@ -22,7 +22,7 @@ _PORTS = (
     ("pd_metrics_port",),
 )
 #: How long the daemons wait where nobody says otherwise.
-_DAEMON_WAITS_S = {"pd_wait_timeout_sec": 120.0, "pd_allocation_timeout_sec": 30.0}
+_DAEMON_WAITS_S = {"pd_wait_timeout_sec": 3600.0, "pd_allocation_timeout_sec": 86400.0}
 _SECONDS_MAX = 86400.0
 #: These can be bound, and nobody can connect to them.
 _EVERY_ADDRESS = ("0.0.0.0", "::", "[::]", "*")
@@ -58,7 +58,7 @@ class Options:
     restart_window_s: float = 60.0
     #: Prefill: how long a request waits for slots, at either end; the daemon's pd_allocation_timeout_sec otherwise.
     slot_wait_s: float | None = None
-    #: Decode: how long a request waits for its chunks; the daemon's pd_wait_timeout_sec otherwise.
+    #: Decode: how long a request waits for a sender that announces it; the daemon's pd_wait_timeout_sec otherwise.
     receive_wait_s: float | None = None
     #: Prefill: where decode servers ask for chunks of requests whose router names no receiver: a host name or address of this
     #: server, and the port of the first rank (the others take the next ones); 0 is any free port.
@@ -84,6 +84,8 @@ class Options:
     bidirectional_kv_xfer: bool = False
     #: Decode: whether requests without a `disagg_spec` are looked up by their chunks.
     lookup: bool = True
+    #: Both parts: what is compared as vLLM's version instead of its own, for two versions that are known to have the same KV.
+    vllm_version: str | None = None
     #: Whether the daemon's log goes to the engine's standard error.
     daemon_log: bool = True
 
@@ -273,7 +275,7 @@ class Options:
 def _parsed(name: str, value: Any) -> Any:
     if name == "set":
         return _sets(value)
-    if name in ("config_file", "binary_dir", "model_name", "weights_id", "rendezvous_host"):
+    if name in ("config_file", "binary_dir", "model_name", "weights_id", "vllm_version", "rendezvous_host"):
         return _typed(name, value, str, "text")
     if name in ("lookup", "unsolicited", "daemon_log", "bidirectional_kv_xfer"):
         return _typed(name, value, bool, "true or false")

@@ -21,13 +21,14 @@ _FOR_NOW = ("limit",)
 
 
 class ReceiverRefused(PdError):
-    """A receiver that the configuration names and this sender will not talk to each other."""
+    """None of the receivers that the configuration names, and this sender, will talk to each other."""
 
 
 def connect_receivers(client: SenderClient, wait_s: float = WAIT_S) -> None:
     """Returns when each receiver of `pd_receivers` is met, or is not there. At once where none is named.
 
-    Raises `ReceiverRefused`, which names what differs and both values, for those that are reached and refused.
+    Raises `ReceiverRefused`, which names what differs and both values, where each of them is reached and refused. One that
+    refuses beside others is left alone: in a rolling upgrade decode servers of two versions are named.
     """
     deadline = time.monotonic() + wait_s
     receivers = client.status().receivers
@@ -48,5 +49,8 @@ def connect_receivers(client: SenderClient, wait_s: float = WAIT_S) -> None:
             logger.info("receiver %s is met", name)
         else:
             logger.warning("receiver %s is not there yet (%s); it is met when it is", name, failure or receiver.state)
-    if refused:
+    if refused and len(refused) < len(receivers):
+        for failure in refused:
+            logger.error("%s: its requests fail; others are served", failure)
+    elif refused:
         raise ReceiverRefused(refused[0].kind, "; ".join(failure.text for failure in refused))

@@ -12,20 +12,23 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..client import Pending
-from ..errors import ClientClosed, DaemonLost, PdError, RequestRefused, Unreadable
-from ..messages import Event, Failed, SendPart, StagedSlot
+from ..errors import ClientClosed, DaemonLost, Kind, PdError, RequestRefused, Unreadable
+from ..messages import Event, Failed, Parked, SendPart, Sent, StagedSlot
 from ..receiver_client import ReceiverClient
 from ..sender_client import SenderClient
 from .adapters import LoadedAdapters
 from .attachment import Attachment
 from .keys import chunk_key
 from .layout import EngineLayout
-from .spec import ParkSpec, RemoteSpec
+from .observations import Observations
+from .spec import DisaggSpec, ParkSpec, RemoteSpec
 from .step import ProducerStep, SendOutcomes, SendPlan, idle_wait_s
 from .weights import Weights
 
 logger = logging.getLogger("vllm.pd_backend")
 
+#: Before the daemon is asked again that had no place for one more request.
+_BUSY_PAUSE_S = 0.1
 #: After these nothing is heard through a client any more.
 _LOST = (DaemonLost, ClientClosed)
 
@@ -47,6 +50,10 @@ class _Request:
     #: Where it was opened: its slots are in that daemon's buffer, not in that of one started after it.
     client: SenderClient | None = None
     opening: Pending[Any] | None = None
+    #: When it is opened again, if the daemon had no place for it.
+    again_at: float | None = None
+    #: It is opened once the rank before this one has its slots.
+    waits_turn: bool = False
     already: frozenset[int] | None = None
     staging: Pending[list[StagedSlot]] | None = None
     chunks: dict[int, _Chunk] = field(default_factory=dict)
@@ -79,8 +86,10 @@ class ProducerWorker:
         layer_pushes: int = 1,
         adapters: LoadedAdapters | None = None,
         weights: Weights | None = None,
+        observations: Observations | None = None,
     ) -> None:
         self._daemon = daemon
+        self._observations = observations or Observations(layout.tp_rank)
         self._weights = weights or Weights("", None)
         #: Those that the keys of requests under way say.
         self._of_weights = self._weights.last
@@ -113,6 +122,7 @@ class ProducerWorker:
         self._stepping, self._idle = True, step.idle
         self._computed_layers = 0
         self._current = []
+        self._expect(step)
         for request_id in step.dropped:
             self._drop(request_id)
         for request_id in step.preempted:
@@ -128,7 +138,18 @@ class ProducerWorker:
                 text = "vLLM's own cache may have KV of the former weights; /reset_prefix_cache after changing them"
                 self._end(request, text)
                 continue
-            self._open(request)
+            # Receivers decide each for itself whom they grant slots: all ranks of all requests take theirs in one order, so that
+            # none has slots that another waits for.
+            request.waits_turn = self._layout.tp_rank > 0 and isinstance(plan.spec, DisaggSpec)
+            if not request.waits_turn:
+                self._open(request)
+        for request_id, rank in step.turns:
+            if rank == self._layout.tp_rank:
+                self._turn_has_come(request_id)
+        for request_id in step.given_up:
+            request = self._requests.get(request_id)
+            if request is not None and request.waits_turn and not request.ended:
+                self._end(request, None)  # The rank that cannot send says why.
         for told in step.chunks:
             request = self._requests.get(told.request_id)
             if request is None or request.ended or told.chunk in request.sent or told.chunk in request.chunks:
@@ -144,6 +165,22 @@ class ProducerWorker:
                 request.finishing = True
         if self._requests:
             self._poll()
+
+    def _expect(self, step: ProducerStep) -> None:
+        """Tells the daemon what stands in the engine's queue, and what does not any more. Where it is lost, decode asks anew."""
+        try:
+            for name, ids in step.expected:
+                self._daemon.attach().start_expect(name, ids).abandon()
+            for name in step.unexpected:
+                self._daemon.attach().give_up(name)
+        except PdError:
+            pass
+
+    def _turn_has_come(self, request_id: str) -> None:
+        request = self._requests.get(request_id)
+        if request is not None and request.waits_turn and not request.ended:
+            request.waits_turn = False
+            self._open(request)
 
     def _look_at_weights(self) -> None:
         """Where the weights have changed, what is still being computed is of both, and has no name."""
@@ -199,7 +236,7 @@ class ProducerWorker:
         """What has become of requests since the last call; None for no news."""
         if self._by_req_id:
             self._poll()
-        if not self._outcomes.ended:
+        if not self._outcomes:
             return None
         outcomes, self._outcomes = self._outcomes, SendOutcomes()
         return outcomes
@@ -266,6 +303,9 @@ class ProducerWorker:
                 try:
                     self._answers(request)
                 except RequestRefused as refused:
+                    if refused.kind == Kind.BUSY and not request.opened:
+                        request.again_at = time.monotonic() + _BUSY_PAUSE_S
+                        continue
                     # Why may have come just before this answer, which says no more than that the request has ended.
                     self._ends(client, client.poll_events())
                     if not request.ended:
@@ -288,7 +328,18 @@ class ProducerWorker:
             request = self._by_req_id.get(event.req_id)
             # One that was asked for again has the name of what it takes the place of.
             if request is not None and request.client is client:
+                self._see(request, event)
                 self._end(request, f"{event.kind}: {event.text}" if isinstance(event, Failed) else None)
+
+    def _see(self, request: _Request, event: Event) -> None:
+        if isinstance(event, Sent):
+            self._observations.moved("sent", request.plan.tokens)
+            timings = event.timings
+            phases = (("alloc", timings.alloc_us), ("transfer", timings.transfer_us), ("commit", timings.commit_us))
+            for phase, microseconds in phases:
+                self._observations.took(phase, microseconds / 1e6)
+        elif isinstance(event, Parked) and request.plan.kept is None:
+            self._observations.moved("parked", request.plan.tokens)
 
     def _fail_all(self, client: SenderClient, error: PdError) -> None:
         for request in list(self._by_req_id.values()):
@@ -303,11 +354,16 @@ class ProducerWorker:
         return idle_wait_s(time.monotonic() - newest)
 
     def _answers(self, request: _Request) -> None:
+        if request.again_at is not None and time.monotonic() >= request.again_at:
+            request.again_at = None
+            self._open(request)
         if request.opening is not None and request.opening.done():
             opening, request.opening = request.opening, None
             opened = opening.result()
             request.already = frozenset(opened.already_sent)
             request.sent |= request.already
+            if isinstance(request.plan.spec, DisaggSpec) and self._layout.tp_rank + 1 < self._layout.tp_size:
+                self._outcomes.granted.append((request.plan.request_id, self._layout.tp_rank))
             self._staged(request, opened.slots)
             self._completed(request)
         if request.staging is not None and request.staging.done():
@@ -421,6 +477,8 @@ class ProducerWorker:
             spec = request.plan.spec
             # A guess that is not taken is no news.
             level = logging.DEBUG if isinstance(spec, ParkSpec) and spec.unsolicited else logging.ERROR
+            if level == logging.ERROR:
+                self._observations.failed("sent", error)
             logger.log(level, "request %s was not sent: %s", spec.req_id, error)
         self._outcomes.ended.setdefault(request.plan.request_id, []).append(error)
 

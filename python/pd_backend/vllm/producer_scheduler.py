@@ -79,6 +79,20 @@ class ProducerScheduler:
         #: What is under way, by the router's names.
         self._by_req_id: dict[str, str] = {}
         self._step = ProducerStep()
+        #: Requests that have come and are not computed yet, by what the daemon will call them.
+        self._expected: dict[str, str] = {}
+
+    def arrived(self, request: Any) -> None:
+        """A new request: decode may be asking for its chunks already, and waits while it is in the engine's queue."""
+        spec = park_spec(request.kv_transfer_params, request.request_id)
+        if spec is not None and request.request_id not in self._sending:
+            self._expected[request.request_id] = spec.req_id
+            self._step.expected.append((spec.req_id, spec.ids))
+
+    def _expect_no_more(self, request_id: str, *, parked: bool = False) -> None:
+        name = self._expected.pop(request_id, None)
+        if name is not None and not parked:
+            self._step.unexpected.append(name)
 
     def allocated(self, request: Any) -> None:
         """The engine has given the request its first blocks: it is going to be computed."""
@@ -104,6 +118,7 @@ class ProducerScheduler:
         except Unnamed as unnamed:
             if not self._is_unsolicited(spec):
                 self._unnamed[request_id] = str(unnamed)
+            self._expect_no_more(request_id)
             return
         tokens = list(request.prompt_token_ids)
         hashes = chunk_hashes(tokens, self._chunk_tokens, named.context)
@@ -185,6 +200,7 @@ class ProducerScheduler:
             self._unnamed[request_id] = why
         if sending.plan in step.plans:
             step.plans.remove(sending.plan)  # The workers have not heard of it.
+            self._expect_no_more(request_id)
         else:
             step.dropped.append(request_id)
 
@@ -192,6 +208,8 @@ class ProducerScheduler:
         """Whether the engine has to keep the request's blocks until the workers report it, and what its response says.
         """
         request_id = request.request_id
+        sending = self._sending.get(request_id)
+        self._expect_no_more(request_id, parked=sending is not None and sending.planned)
         refused = self._refused.pop(request_id, None)
         if refused is not None:
             return False, self._response(request, refused)
@@ -253,12 +271,18 @@ class ProducerScheduler:
 
     def update(self, outcomes: SendOutcomes) -> None:
         """What the workers have said."""
+        for request_id, rank in outcomes.granted:
+            sending = self._of(request_id)
+            if sending is not None and sending.error is None:
+                self._step.turns.append((request_id, rank + 1))
         for request_id, said in outcomes.ended.items():
             sending = self._of(request_id)
             if sending is None:
                 continue
             sending.ended += len(said)
             sending.error = next((error for error in said if error is not None), sending.error)
+            if sending.error is not None and sending.ended < self._tp_size and isinstance(sending.plan.spec, DisaggSpec):
+                self._step.given_up.append(request_id)
             if sending.ended >= self._tp_size and self._draining.pop(request_id, None) is not None:
                 self._forget(sending)
 
@@ -270,7 +294,7 @@ class ProducerScheduler:
     def pending(self) -> bool:
         """Whether the engine has to go on stepping for what is under way."""
         step = self._step
-        return bool(self._draining or step.dropped or step.finishing)
+        return bool(self._draining or step.dropped or step.finishing or step.turns or step.given_up or step.unexpected)
 
     def _of(self, request_id: str | None) -> _Sending | None:
         if request_id is None:

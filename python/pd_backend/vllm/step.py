@@ -59,6 +59,15 @@ class ProducerStep:
     finishing: list[str] = field(default_factory=list)
     #: The engine's own cache was emptied since the step before.
     cache_reset: bool = False
+    #: Requests that have come and will be parked, once they are computed: what the daemon will call each, and what those call it who
+    #: ask for it.
+    expected: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)
+    #: Of these, requests that are not parked after all.
+    unexpected: list[str] = field(default_factory=list)
+    #: Requests, and the rank whose turn it is to ask its receiver for slots: those before it have theirs.
+    turns: list[tuple[str, int]] = field(default_factory=list)
+    #: Of these another rank cannot send its part: whoever has not asked for slots does not ask any more.
+    given_up: list[str] = field(default_factory=list)
     #: The engine computes nothing in this step.
     idle: bool = False
 
@@ -133,8 +142,14 @@ class SendOutcomes:
 
     #: None where a worker's part was sent, otherwise why it was not.
     ended: dict[str, list[str | None]] = field(default_factory=dict)
+    #: Requests, and the rank that has slots for its part.
+    granted: list[tuple[str, int]] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.ended or self.granted)
 
     def merge(self, other: SendOutcomes) -> None:
         """Takes in what another worker says."""
+        self.granted += other.granted
         for request_id, outcomes in other.ended.items():
             self.ended.setdefault(request_id, []).extend(outcomes)

@@ -10,9 +10,10 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
+from urllib.parse import urlsplit
 
 from ..client import Client
 from ..daemon import Daemon, ReadyLine
@@ -45,9 +46,10 @@ class Supervisor(Generic[C]):
         wait_timeout_s: float = 120.0,
         silence_timeout_s: float = 10.0,
         echo_log: bool = True,
+        given_up: Callable[[PdError], None] = lambda _why: None,
     ) -> None:
         """Starts it and returns when it is ready and attached to. Raises `DaemonStartError`, with the end of its log, or
-        why it cannot be attached to.
+        why it cannot be attached to. `given_up` is called, in a thread, when a daemon that has run is not started again.
 
         `wait_timeout_s`: the longest that the daemon's configuration lets it wait for others. `silence_timeout_s`: how
         long it may answer nothing.
@@ -62,6 +64,9 @@ class Supervisor(Generic[C]):
         self._wait_timeout_s = wait_timeout_s
         self._silence_timeout_s = silence_timeout_s
         self._echo_log = echo_log
+        self._given_up = given_up
+        #: Whether a daemon has been ready.
+        self._has_run = False
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._daemon: Daemon | None = None
@@ -95,6 +100,14 @@ class Supervisor(Generic[C]):
         """Nobody uses this client any more, and nothing of its buffer. It is closed beside the engine's steps, and the
         daemon, where it lives, attached to anew; until then `client` raises `why`."""
         self._attacher.lost(client, why)
+
+    @property
+    def metrics_port(self) -> int | None:
+        """Where the daemon of the latest start serves its metrics; None if it serves none."""
+        with self._lock:
+            daemon = self._daemon
+        url = daemon.ready.metrics if daemon is not None and daemon.is_ready else None
+        return None if url is None else urlsplit(url).port
 
     @property
     def failed(self) -> bool:
@@ -138,6 +151,7 @@ class Supervisor(Generic[C]):
             except Exception as error:  # A thread that ends in silence would leave the engine waiting.
                 self._give_up(DaemonStartError(f"{self._binary} could not be started: {error}", None, ""))
                 return
+            self._has_run = True
             self._attacher.started(daemon.ready)
             code = daemon.wait()
             self._attacher.ended(DaemonGone(f"{self._binary.name} has ended and is being started again"))
@@ -207,3 +221,5 @@ class Supervisor(Generic[C]):
         self._error = error
         # Without the daemon's log, which was shown once and is nothing for a request's answer.
         self._attacher.ended(DaemonStartError(error.text, getattr(error, "exit_code", None), ""))
+        if self._has_run:
+            self._given_up(error)

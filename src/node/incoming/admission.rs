@@ -40,7 +40,10 @@ impl<R: Clone + PartialEq> Incoming<R> {
         let checked = checked.and_then(|checked| self.check_share(&extension.instance).map(|()| checked));
         let (id, sizes) = match checked {
             Ok(checked) => checked,
-            Err(failure) if extension.ahead => return self.tell_refused(core, from, extension.seq, failure),
+            // Its sender asks again: nothing has ended. Nobody asks again for what is only guessed.
+            Err(failure) if extension.ahead || failure.kind == FailureKind::Busy => {
+                return self.tell_refused(core, from, extension.seq, failure);
+            }
             Err(failure) => {
                 let id = request.req_id.clone();
                 self.refuse_alloc(core, from, extension.seq, &extension.instance, request.req_id, failure.clone());
@@ -210,7 +213,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
             return Ok(());
         }
         let text = format!("{open_count} requests of this sender are open, the limit (pd_max_peer_requests)");
-        Err(Failure::new(FailureKind::Limit, text))
+        Err(Failure::new(FailureKind::Busy, text))
     }
 
     /// Everything about an allocation that can be wrong whoever sent it.
@@ -268,7 +271,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
                 let open = self.asked_for();
                 if open >= core.settings.requests_max {
                     let text = format!("{open} requests are open, the limit (pd_max_requests)");
-                    return Err(Failure::new(FailureKind::Limit, text));
+                    return Err(Failure::new(FailureKind::Busy, text));
                 }
                 Ok((id, sizes))
             }

@@ -158,9 +158,14 @@ impl<R: Clone + PartialEq> Incoming<R> {
         let asked = self.fetches.len() - self.releases();
         if !self.fetches.contains_key(name) && asked >= core.settings.requests_max {
             let text = format!("{asked} requests are being asked for, the limit (pd_max_requests)");
-            return Err(Failure::new(FailureKind::Limit, text));
+            return Err(Failure::new(FailureKind::Busy, text));
         }
         Ok(())
+    }
+
+    /// Whether a sender is being asked to send a request now.
+    pub(super) fn is_fetched(&self, name: &RequestId) -> bool {
+        self.fetches.get(name).is_some_and(|fetch| matches!(fetch.purpose, Purpose::Now { .. }))
     }
 
     fn check_release(&self, core: &Core<R>, fetch: &FetchRequest) -> Result<(), Failure> {
@@ -271,6 +276,11 @@ impl<R: Clone + PartialEq> Incoming<R> {
         let id = registered.req_id;
         let Some(fetch) = self.fetches.get_mut(&id) else { return };
         if (fetch.source, fetch.seq) != (source, registered.seq) {
+            return;
+        }
+        if registered.failure.as_ref().is_some_and(|failure| failure.kind == FailureKind::Busy) {
+            // Its limit leaves no place now: the next time that the question is said it is another one.
+            (fetch.seq, fetch.answered) = (Seq(core.fresh()), false);
             return;
         }
         let failure = match registered.state {

@@ -42,7 +42,8 @@ impl<R: Clone + PartialEq> Incoming<R> {
         }
         let wait = wait.map_or(self.settings.wait_timeout, |wait| wait.min(self.settings.wait_timeout));
         core.timers.set(IncomingTimer::Wait(client, id), core.now + wait);
-        self.waiters.insert(client, id, Waiter { request: request.clone(), wait, uncommitted });
+        let waiter = Waiter { request: request.clone(), wait, uncommitted, until_announced: false };
+        self.waiters.insert(client, id, waiter);
         self.serve_waiters(core, &request);
     }
 
@@ -133,7 +134,20 @@ impl<R: Clone + PartialEq> Incoming<R> {
         self.admit(core);
     }
 
+    /// The time of this wait is for its request to be announced.
+    pub(in crate::node) fn handle_until_announced(&mut self, client: ClientId, id: Seq) {
+        self.waiters.wait_until_announced(client, id);
+    }
+
     pub(super) fn wait_timed_out(&mut self, core: &mut Core<R>, client: ClientId, id: Seq) {
+        // A request that is under way ends by deadlines of its own, and with its sender: the wait for it ends then.
+        let under_way = |waiter: &Waiter| {
+            waiter.until_announced && (self.requests.contains_key(&waiter.request) || self.is_fetched(&waiter.request))
+        };
+        if let Some(waiter) = self.waiters.get(client, id).filter(|waiter| under_way(waiter)) {
+            let again = waiter.wait.max(core.settings.heartbeat_interval);
+            return core.timers.set(IncomingTimer::Wait(client, id), core.now + again);
+        }
         let Some(waiter) = self.waiters.remove(client, id) else { return };
         let (state, peer) = match self.requests.get(&waiter.request) {
             None if self.fetches.contains_key(&waiter.request) => ("its sender has not sent it", None),

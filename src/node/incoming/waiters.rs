@@ -12,6 +12,8 @@ pub(super) struct Waiter {
     pub(super) wait: Duration,
     /// The reader knows that the request is written, whether or not its sender commits.
     pub(super) uncommitted: bool,
+    /// `wait` is for the request to be announced: from then on the reader waits for its end.
+    pub(super) until_announced: bool,
 }
 
 /// Every reader that waits. A step takes time that grows with the logarithm of their number.
@@ -36,6 +38,17 @@ struct Line {
 impl Waiters {
     pub(super) fn len(&self) -> usize {
         self.by_question.len()
+    }
+
+    pub(super) fn get(&self, client: ClientId, id: Seq) -> Option<&Waiter> {
+        self.by_question.get(&(client, id)).map(|(_, waiter)| waiter)
+    }
+
+    /// A reader waits only for its request to be announced, and then for its end. One that is answered already does not wait.
+    pub(super) fn wait_until_announced(&mut self, client: ClientId, id: Seq) {
+        if let Some((_, waiter)) = self.by_question.get_mut(&(client, id)) {
+            waiter.until_announced = true;
+        }
     }
 
     pub(super) fn contains(&self, client: ClientId, id: Seq) -> bool {

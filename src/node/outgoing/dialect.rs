@@ -87,7 +87,11 @@ impl<R: Clone> Outgoing<R> {
         }
         let peer = request.peer;
         match self.link_of(peer) {
-            Link::Pd => self.allocate(core, uid),
+            Link::Pd => {
+                if !self.joins_line(core, uid) {
+                    self.allocate(core, uid);
+                }
+            }
             Link::Lmcache(_) => self.queue_allocation(core, peer, uid),
         }
     }

@@ -14,6 +14,7 @@ impl<R: Clone> Outgoing<R> {
     /// Whether this client has opened a request of this name, still has slots of one that has failed, or has one that is closing.
     pub(in crate::node) fn knows(&self, client: ClientId, request: &RequestId) -> bool {
         self.find_request(client, request).is_ok()
+            || self.expected.contains(client, request)
             || self.unacknowledged.contains_key(&(client, request.clone()))
             || self.requests.values().any(|closing| closing.client == Some(client) && closing.id == *request)
     }
@@ -28,6 +29,9 @@ impl<R: Clone> Outgoing<R> {
     ) {
         // A client that does not know the field `acknowledges` acknowledges a failure with a plain cancel.
         if self.acknowledge_failure(core, client, request) {
+            return core.answer(client, id, Answer::Cancelled { request: request.clone() });
+        }
+        if self.expect_no_more(core, client, request) {
             return core.answer(client, id, Answer::Cancelled { request: request.clone() });
         }
         let uid = match self.find_request(client, request) {
@@ -144,6 +148,7 @@ impl<R: Clone> Outgoing<R> {
         let (id, receiver, client, in_flight, request_peer) =
             (request.id.clone(), request.receiver(), request.client, request.in_flight, request.peer);
         self.forget_deadlines(core, uid);
+        self.leave_line(uid);
         if self.request_by_name.get(&id) == Some(&uid) {
             self.request_by_name.remove(&id);
         }
@@ -199,6 +204,7 @@ impl<R: Clone> Outgoing<R> {
     /// Takes a request out of every table and frees its local slots.
     pub(super) fn remove(&mut self, core: &mut Core<R>, uid: Uid) -> Option<OutgoingRequest> {
         let request = self.requests.remove(&uid)?;
+        self.place_is_free(request.peer);
         if self.request_by_name.get(&request.id) == Some(&uid) {
             self.request_by_name.remove(&request.id);
         }

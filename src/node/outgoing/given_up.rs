@@ -63,6 +63,7 @@ impl<R: Clone> Outgoing<R> {
         let is_parking =
             |stage: &OutgoingStage| matches!(stage, OutgoingStage::Parking { ids, .. } if ids.contains(name));
         self.requests.values().any(|request| is_parking(&request.stage))
+            || self.expected.knows(std::slice::from_ref(name))
             || self.park_leases.values().any(|lease| lease.ids.contains(name))
     }
 }

@@ -7,11 +7,13 @@
 //! | `configured` | receivers that the configuration names: connected before any request, and again when they are lost |
 //! | `quiesce`, `acknowledging` | what receivers must still be told: that nothing writes to their slots any more |
 //! | `requests` | a request from `open` to its acknowledged commit |
+//! | `line` | requests that a receiver has no place for, until it has |
 //! | `ending` | how a request ends otherwise |
 //! | `staging` | who waits for local slots, and who gets them |
 //! | `timer`, `uid` | its deadlines; a request's name inside the node |
 //! | `transfers`, `coverage` | `send`: parts into copies, and which bytes were given to the engine |
 //! | `ahead` | chunks that are pushed to a receiver that is likely to ask for them |
+//! | `expected` | requests in prefill's queue, which will be parked |
 //! | `parking`, `given_up` | chunks that are kept for whoever asks for them, and those that will not come |
 //! | `registrations`, `registrants` | what receivers ask for; who has asked, and how that ended |
 //! | `link`, `dialect` | what differs with the dialect of a receiver: ours, or LMCache's |
@@ -23,8 +25,10 @@ mod configured;
 mod coverage;
 mod dialect;
 mod ending;
+mod expected;
 mod given_up;
 pub(super) mod io;
+mod line;
 mod link;
 #[cfg(feature = "lmcache")]
 mod lmcache;
@@ -49,6 +53,7 @@ pub use io::{ConnectState, Event, OpenRequest, OutgoingCounts, OutgoingNote, Par
 
 use self::ahead::{Guess, Guessed};
 use self::configured::{AfterLoss, ConfiguredReceivers};
+use self::expected::Expected;
 use self::given_up::GivenUp;
 use self::lmcache::RememberedReceivers;
 use self::parking::ParkLease;
@@ -84,6 +89,10 @@ pub(super) struct Outgoing<R> {
     awaited: BTreeMap<Seq, Uid>,
     /// The latest allocations asked for, and what was taken of what they were granted.
     asked: BTreeMap<Seq, (RequestId, Option<GrantId>)>,
+    /// Requests that stand in line for a place at their receiver, in the order of their arrival.
+    lines: BTreeSet<(PeerId, Uid)>,
+    /// How many places each receiver may have again.
+    places: BTreeMap<PeerId, usize>,
     /// Commits that were not answered yet.
     commits: BTreeMap<Uid, Commit>,
     quiesce: Quiesce,
@@ -103,6 +112,7 @@ pub(super) struct Outgoing<R> {
     /// Of those, chunks that are to be sent, and by which requests.
     awaiting: BTreeMap<ChunkKey, BTreeSet<Uid>>,
     registrants: Registrants<R>,
+    expected: Expected,
     /// What nobody computes any more.
     given_up: GivenUp,
     guess: Guess,
@@ -125,6 +135,8 @@ impl<R: Clone> Outgoing<R> {
             request_by_name: BTreeMap::new(),
             awaited: BTreeMap::new(),
             asked: BTreeMap::new(),
+            lines: BTreeSet::new(),
+            places: BTreeMap::new(),
             commits: BTreeMap::new(),
             quiesce: Quiesce::default(),
             configured: ConfiguredReceivers::new(core.now, receivers),
@@ -136,6 +148,7 @@ impl<R: Clone> Outgoing<R> {
             coming: BTreeMap::new(),
             awaiting: BTreeMap::new(),
             registrants: Registrants::default(),
+            expected: Expected::default(),
             given_up: GivenUp::default(),
             guess: Guess::default(),
             guessed: BTreeMap::new(),
@@ -205,6 +218,7 @@ impl<R: Clone> Outgoing<R> {
             self.fail(core, uid, Failure::new(FailureKind::Cancelled, "its connector is gone"));
         }
         self.acknowledge_all(core, client);
+        self.expect_nothing_of(core, client);
     }
 
     /// The buffer has another step; or it could not get it, which is the answer to those who want more than it has now.
@@ -256,9 +270,11 @@ impl<R: Clone> Outgoing<R> {
     /// What does not.
     pub(super) fn check_invariants(&self, core: &Core<R>) -> Result<(), String> {
         self.check_configured(core)?;
+        self.check_lines()?;
         self.check_parked()?;
         self.check_aheads()?;
         self.registrants.check()?;
+        self.expected.check()?;
         let (held, staged) = (self.staged_slots(), core.slots.counts().staged);
         if held != staged as usize {
             return Err(format!("{staged} slots are staged, requests hold {held}"));

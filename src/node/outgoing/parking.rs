@@ -30,6 +30,8 @@ pub(super) struct ParkLease {
 impl<R: Clone> Outgoing<R> {
     /// A client announces a request whose chunks are to be kept for whoever registers for them.
     pub(in crate::node) fn handle_park(&mut self, core: &mut Core<R>, client: ClientId, id: Seq, park: ParkRequest) {
+        // It is here: what becomes of it is known from now on.
+        self.expected.remove(client, &park.id);
         let sizes = match self.check_park(core, &park) {
             Ok(sizes) => sizes,
             Err(failure) => {

@@ -419,6 +419,8 @@ impl<R: Clone> Outgoing<R> {
             Some(refusal) => return self.peer_failed(core, peer, truncated(refusal)),
             None => {}
         }
+        // Others may have left a place of those that all senders share.
+        self.place_is_free(peer);
         let mut processes = pong.have_ended;
         processes.truncate(PROCESSES_ASKED_MAX);
         if !processes.is_empty() {
@@ -458,6 +460,7 @@ impl<R: Clone> Outgoing<R> {
             if request.ahead.is_some() || std::mem::replace(&mut request.reconnected, true) {
                 continue;
             }
+            self.lines.remove(&(peer, uid));
             request.set_aside(core.now, open_id, wait);
             if let Some(seq) = asked {
                 self.awaited.remove(&seq);

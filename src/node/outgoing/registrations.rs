@@ -64,7 +64,9 @@ impl<R: Clone> Outgoing<R> {
     fn on_register(&mut self, core: &mut Core<R>, from: R, register: Register) {
         let id = (register.hello.instance.clone(), register.req_id.clone());
         let seq = register.seq;
-        if let Err(failure) = Self::check_register(core, &register) {
+        let named = |receiver: &PeerAddress| self.check_is_named(&register.req_id, receiver);
+        let checked = Self::check_register(core, &register);
+        if let Err(failure) = checked.and_then(|()| register.receiver.as_ref().map_or(Ok(()), named)) {
             return self.answer_registration(core, from, seq, id.1, Registration::Failed, Some(failure));
         }
         if self.registrants.is_late(&id, seq) {
@@ -170,6 +172,13 @@ impl<R: Clone> Outgoing<R> {
 
     /// A registration has waited long enough for a request that is not known.
     pub(super) fn registration_timed_out(&mut self, core: &mut Core<R>, id: &RegistrationId) {
+        // What it waits for stands in prefill's queue.
+        if let Some(RegistrantState::Waiting(register)) = self.registrants.state_of(id)
+            && self.expected.knows(&register.ids)
+        {
+            let again = Duration::from_millis(register.wait_ms).min(WAIT_MAX).max(core.settings.heartbeat_interval);
+            return core.timers.set(OutgoingTimer::Registration(id.clone()), core.now + again);
+        }
         if let Some(Registrant { route, seq, .. }) = self.registrants.end(id, Registration::Unknown, None) {
             self.answer_registration(core, route, seq, id.1.clone(), Registration::Unknown, None);
         }
@@ -283,7 +292,7 @@ impl<R: Clone> Outgoing<R> {
         } else {
             return Ok(());
         };
-        Err(Failure::new(FailureKind::Limit, text))
+        Err(Failure::new(FailureKind::Busy, text))
     }
 
     /// Of these chunks those that are here, or that are being computed, in their order and each once.
@@ -317,7 +326,7 @@ impl<R: Clone> Outgoing<R> {
         if pushing >= most {
             let text =
                 format!("{pushing} registrations are being sent something, the limit is half of pd_max_requests");
-            return Err(Failure::new(FailureKind::Limit, text));
+            return Err(Failure::new(FailureKind::Busy, text));
         }
         let uid = self.send_found(core, id.1.clone(), address, found, core.settings.allocation_timeout)?;
         if let Some(request) = self.requests.get_mut(&uid) {

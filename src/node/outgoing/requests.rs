@@ -65,6 +65,10 @@ pub(super) struct OutgoingRequest {
     pub(super) phases: Phases,
     /// Whether its receiver had forgotten us once, and was connected to again.
     pub(super) reconnected: bool,
+    /// Until when it waits for its slots, from the first time on that its receiver was asked for them.
+    pub(super) wait_until: Option<Instant>,
+    /// Why its receiver has no place for it, while it stands in line for one.
+    pub(super) in_line: Option<Failure>,
     pub(super) stage: OutgoingStage,
 }
 
@@ -160,6 +164,8 @@ impl OutgoingRequest {
             since: now,
             phases: Phases::default(),
             reconnected: false,
+            wait_until: None,
+            in_line: None,
             stage,
         }
     }
@@ -219,6 +225,7 @@ impl OutgoingRequest {
     pub(super) fn set_aside(&mut self, now: Instant, open_id: Seq, wait: Duration) {
         let wait = wait.saturating_sub(now.saturating_duration_since(self.opened_at));
         self.stage = OutgoingStage::Connecting { open_id, wait };
+        (self.wait_until, self.in_line) = (None, None);
         // Detach the request from the peer, so that dropping the peer does not fail it.
         self.peer = PeerId(0);
     }
@@ -281,6 +288,10 @@ impl<R: Clone> Outgoing<R> {
         let seq = Seq(core.fresh());
         let Some(request) = self.requests.get_mut(&uid) else { return };
         let OutgoingStage::Connecting { open_id, wait } = request.stage else { return };
+        let until = *request.wait_until.get_or_insert(core.now + wait);
+        let left = until.saturating_duration_since(core.now);
+        request.in_line = None;
+        self.lines.remove(&(request.peer, uid));
         request.stage = OutgoingStage::Allocating { open_id, seq, wait };
         self.asked.insert(seq, (request.id.clone(), None));
         if self.asked.len() > ASKED_MAX {
@@ -290,7 +301,7 @@ impl<R: Clone> Outgoing<R> {
         message.pd = Some(AllocExtension {
             seq,
             instance: core.settings.hello.instance.clone(),
-            wait_ms: wait.as_millis() as u64,
+            wait_ms: left.as_millis() as u64,
             groups: request.groups.clone(),
             known_len_bytes: self.receivers.get(&request.peer).map_or(0, |peer| peer.len_bytes),
             receiver: self.receivers.get(&request.peer).map(|peer| peer.instance.clone()).unwrap_or_default(),
@@ -299,12 +310,15 @@ impl<R: Clone> Outgoing<R> {
         let peer = request.peer;
         self.awaited.insert(seq, uid);
         // The receiver's own answer says more than our clock: give it the time of an acknowledgement beyond the wait.
-        core.timers.set(OutgoingTimer::Allocation(uid), core.now + wait + self.settings.commit_timeout);
+        core.timers.set(OutgoingTimer::Allocation(uid), until + self.settings.commit_timeout);
         core.send(To::Peer(peer), Port::Alloc, Message::AllocRequest(message));
     }
 
     pub(super) fn allocation_timed_out(&mut self, core: &mut Core<R>, uid: Uid) {
         if let Some(failure) = self.lmcache_allocation_timed_out(core, uid) {
+            return self.fail(core, uid, failure);
+        }
+        if let Some(failure) = self.line_timed_out(uid) {
             return self.fail(core, uid, failure);
         }
         let Some(OutgoingRequest { stage: OutgoingStage::Allocating { wait, .. }, .. }) = self.requests.get(&uid)
@@ -348,6 +362,9 @@ impl<R: Clone> Outgoing<R> {
                 self.awaited.insert(seq, uid);
                 return self.reconnect(core, peer, failure);
             }
+            if failure.kind == FailureKind::Busy {
+                return self.stand_in_line(core, uid, failure);
+            }
             return self.fail(core, uid, failure);
         };
         if let Some((_, taken)) = self.asked.get_mut(&seq) {
@@ -367,6 +384,7 @@ impl<R: Clone> Outgoing<R> {
             return self.fail(core, uid, Failure::new(FailureKind::Other, text));
         };
         request.stage = OutgoingStage::Open { grant, write_until, last: false };
+        self.place_is_free(peer);
         self.opened(core, uid, open_id, write_until, already_sent);
     }
 
@@ -509,7 +527,18 @@ impl<R: Clone> Outgoing<R> {
     fn check_open(&self, core: &Core<R>, open: &OpenRequest) -> Result<Vec<ChunkSize>, Failure> {
         let sizes = self.check_chunks(core, &open.id, &open.keys, &open.groups, open.last_chunk_tokens)?;
         check_receiver(&open.id, &open.receiver)?;
+        self.check_is_named(&open.id, &open.receiver)?;
         Ok(sizes)
+    }
+
+    /// Whether the configuration lets requests go there.
+    pub(super) fn check_is_named(&self, id: &RequestId, receiver: &PeerAddress) -> Result<(), Failure> {
+        if !self.settings.receivers_only || self.reconnects.contains(receiver) {
+            return Ok(());
+        }
+        let receiver = truncate(&receiver.to_string());
+        let text = format!("{id} goes to {receiver}, which is not among pd_receivers (pd_receivers_only)");
+        Err(Failure::new(FailureKind::BadRequest, text))
     }
 
     /// What any request of a client must be, wherever it goes.
@@ -543,7 +572,7 @@ impl<R: Clone> Outgoing<R> {
         let asked_for = self.requests.len() - self.aheads();
         if asked_for >= core.settings.requests_max {
             let text = format!("{asked_for} requests are open, the limit (pd_max_requests)");
-            return Err(Failure::new(FailureKind::Limit, text));
+            return Err(Failure::new(FailureKind::Busy, text));
         }
         Ok(sizes)
     }

@@ -67,8 +67,8 @@ struct LoadedLibrary {
     _library: Library,
 }
 
-/// Loads the library if it is not loaded yet, and says from where. The folders in `lib_dirs` come first, each either
-/// holding the library or the unpacked Python wheel; then `NIXL_LIB_DIR`, likewise; then what the system searches
+/// Loads the library if it is not loaded yet, and says from where: of the folders in `lib_dirs`, each either holding the
+/// library or the unpacked Python wheel. Without any, of `NIXL_LIB_DIR`, likewise, or of what the system searches
 /// (`LD_LIBRARY_PATH`, its own folders).
 ///
 /// # Errors
@@ -103,8 +103,10 @@ fn unavailable(seen: &str) -> TransferError {
 }
 
 fn candidates(lib_dirs: &[PathBuf], lib_dir: Option<PathBuf>) -> Vec<PathBuf> {
-    let mut candidates: Vec<PathBuf> =
-        lib_dirs.iter().cloned().chain(lib_dir).flat_map(|folder| in_folder(&folder)).collect();
+    if !lib_dirs.is_empty() {
+        return lib_dirs.iter().flat_map(|folder| in_folder(folder)).collect();
+    }
+    let mut candidates: Vec<PathBuf> = lib_dir.iter().flat_map(|folder| in_folder(folder)).collect();
     candidates.push(PathBuf::from(NIXL_LIBRARY_NAME));
     candidates
 }
@@ -166,8 +168,15 @@ mod tests {
         let wheel = folder.path().join(".nixl_cu12.mesonpy.libs");
         std::fs::create_dir(&wheel).unwrap();
         std::fs::write(wheel.join(NIXL_LIBRARY_NAME), "not a library").unwrap();
-        let mut places = candidates(&[PathBuf::from("/nowhere")], Some(folder.path().to_owned()));
-        assert_eq!(places.pop(), Some(PathBuf::from(NIXL_LIBRARY_NAME)));
+        let other = candidates(&[], Some(folder.path().to_owned()));
+        assert_eq!(other.last(), Some(&PathBuf::from(NIXL_LIBRARY_NAME)));
+        // Whoever names folders means these: a NIXL that is somewhere else is another one.
+        let named = [PathBuf::from("/nowhere"), folder.path().to_owned()];
+        let places = candidates(&named, Some(PathBuf::from("/elsewhere")));
+        assert!(
+            !places.contains(&PathBuf::from(NIXL_LIBRARY_NAME))
+                && !places.iter().any(|at| at.starts_with("/elsewhere"))
+        );
         let text = load_first(&places).unwrap_err().to_string();
         assert!(text.contains("/nowhere/libnixl_capi.so (not there)"), "{text}");
         assert!(text.contains(&format!("{}/libnixl_capi.so (not there)", folder.path().display())), "{text}");

@@ -91,7 +91,7 @@ fn it_takes_no_place_of_requests() {
     assert_eq!(refusal(&bench.alloc_ahead("a", "y", &["k1"])), Some(FailureKind::NoSlots), "half of the places");
     grant_of(&bench.alloc("a", "r", &["r0"]).1);
     grant_of(&bench.alloc("b", "s", &["s0"]).1);
-    assert_eq!(refusal(&bench.alloc("b", "t", &["t0"]).1), Some(FailureKind::Limit));
+    assert_eq!(refusal(&bench.alloc("b", "t", &["t0"]).1), Some(FailureKind::Busy));
 }
 
 #[test]

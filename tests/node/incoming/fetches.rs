@@ -211,3 +211,37 @@ fn a_connection_that_left_something_unanswered_is_not_used_again() {
     let done = ask(&mut bench, fetch("f2", at("h", 1)));
     assert_eq!(done.opened.len(), 1, "{done:?}");
 }
+
+#[test]
+fn a_sender_that_has_no_place_for_a_question_is_asked_again() {
+    // Broken in production: more requests than a prefill server sends at once are asked for, and decode fails those that are too
+    // many.
+    let mut bench = Bench::new(4);
+    let peer = opened(&ask(&mut bench, fetch("f", at("h", 1))));
+    bench.session.handle_peer_opened(bench.now, peer, LmcacheMode::Async);
+    let mut done = pump(&mut bench);
+    for state in [Registration::Failed, Registration::Failed, Registration::Accepted] {
+        let [Message::PdRegister(register)] = &done.said[..] else { panic!("{done:?}") };
+        assert_eq!(register.keys.len(), 1, "it is asked anew");
+        let busy = Failure::new(FailureKind::Busy, "512 registrations are being sent something");
+        let registered = Registered {
+            seq: register.seq,
+            instance: "sender".into(),
+            req_id: register.req_id.clone(),
+            state,
+            lease_ms: 0,
+            failure: (state == Registration::Failed).then_some(busy),
+        };
+        bench.session.handle_peer_message(bench.now, peer, Port::Rendezvous, Message::PdRegistered(registered));
+        done = pump(&mut bench);
+        assert_eq!(kind(&done), None);
+        if state == Registration::Failed {
+            while done.said.is_empty() {
+                bench.now += Duration::from_millis(50);
+                bench.session.handle_timeout(bench.now);
+                done = pump(&mut bench);
+            }
+        }
+    }
+    assert_eq!(bench.counts().fetches, 1, "it is under way");
+}

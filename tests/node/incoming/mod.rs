@@ -276,20 +276,21 @@ fn a_sender_beyond_a_limit_is_refused_naming_it_and_others_are_served() {
         settings.request_chunks_max = 3;
         settings.peers_max = 2;
     });
-    let refused = |answers: &[(&'static str, AllocResponse)], limit: &str| {
+    let refused = |answers: &[(&'static str, AllocResponse)], kind: FailureKind, limit: &str| {
         let refusal = answers[0].1.pd.as_ref().unwrap().refusal.clone().unwrap_or_else(|| panic!("within {limit}"));
-        assert_eq!(refusal.kind, FailureKind::Limit);
+        assert_eq!(refusal.kind, kind);
         assert!(refusal.text.contains(limit), "{}", refusal.text);
     };
-    refused(&bench.alloc("a", "long", &["w", "x", "y", "z"]).1, "pd_max_request_chunks");
+    refused(&bench.alloc("a", "long", &["w", "x", "y", "z"]).1, FailureKind::Limit, "pd_max_request_chunks");
     let (_, first) = bench.alloc("a", "a1", &["k1"]);
     grant_of(&bench.alloc("a", "a2", &["k2"]).1);
-    refused(&bench.alloc("a", "a3", &["k3"]).1, "pd_max_peer_requests");
+    // Whoever is too many now may ask again.
+    refused(&bench.alloc("a", "a3", &["k3"]).1, FailureKind::Busy, "pd_max_peer_requests");
     // Others have their share, and what is committed counts no more.
     grant_of(&bench.alloc("b", "b1", &["k4"]).1);
     bench.commit("a", "a1", grant_of(&first));
     grant_of(&bench.alloc("a", "a3", &["k3"]).1);
-    refused(&bench.alloc("b", "b2", &["k5"]).1, "pd_max_requests");
+    refused(&bench.alloc("b", "b2", &["k5"]).1, FailureKind::Busy, "pd_max_requests");
     // Both senders are busy: neither makes room for a third.
     let refusal = bench.shake_hands("c", Vec::new()).refusal.expect("no place for a third");
     assert_eq!(refusal.kind, FailureKind::Limit);

@@ -1,5 +1,8 @@
 //! Who is told what of an attempt, where a name is used again; and very many readers at once.
 
+use std::collections::BTreeMap;
+use std::time::Duration;
+
 use pd_backend::ids::{ChunkKey, ClientId, FailureKind, GrantId, RequestId, Seq};
 use pd_backend::node::Port;
 use pd_backend::node::incoming::Lookup;
@@ -162,4 +165,60 @@ fn as_many_readers_as_may_wait_are_all_answered() {
     assert_eq!(bench.counts().readers_waiting, WAITS_MAX as usize);
     bench.session.handle_shutdown(bench.now);
     assert_eq!(bench.counts().readers_waiting, 0);
+}
+
+#[test]
+fn a_reader_that_waits_for_an_announcement_waits_for_what_stands_in_line() {
+    // Broken in production: decode gives a request up after two minutes that stands in line for slots, though its sender is there
+    // and one server would have queued it.
+    let second = Some(Duration::from_secs(1));
+    let mut bench = Bench::with(1, 1, |settings| settings.allocation_timeout = Duration::from_secs(86_400));
+    let first = grant_of(&bench.alloc("a", "first", &["k0"]).1);
+    assert_eq!(bench.alloc("b", "r", &["k1"]).1, [], "it waits for the only slot");
+    assert_eq!(wait(&mut bench, 1, "r", second), None);
+    bench.session.handle_until_announced(bench.now, ClientId(1), Seq(1));
+    assert_eq!(wait(&mut bench, 2, "r", second), None);
+    assert_eq!(wait(&mut bench, 3, "nobody's", second), None);
+    bench.session.handle_until_announced(bench.now, ClientId(1), Seq(3));
+    let mut kinds = BTreeMap::new();
+    for _ in 0..8 {
+        bench.now += Duration::from_millis(500);
+        bench.session.handle_timeout(bench.now);
+        while let Some(output) = bench.session.poll_output() {
+            if let Output::Answer { id, answer, .. } = output {
+                kinds.insert(id, kind_of(Some(answer)));
+            }
+        }
+        for sender in ["a", "b"] {
+            ping(&mut bench, sender);
+        }
+    }
+    let deadline = Some(FailureKind::Deadline);
+    assert_eq!(kinds.into_iter().collect::<Vec<_>>(), [(Seq(2), deadline), (Seq(3), deadline)]);
+    // Its turn comes, and it is read.
+    give_up(&mut bench, "first", first);
+    let said = bench.drain();
+    let grant = grant_of(&answers(said).into_iter().filter(|(to, _)| *to == "b").collect::<Vec<_>>());
+    let (seq, req_id) = (bench.next_seq(), RequestId::new("r").unwrap());
+    let commit = Commit { seq, instance: "b".into(), req_id, grant, checksums: Vec::new() };
+    bench.session.handle_message(bench.now, Port::Alloc, "b", Message::PdCommit(commit));
+    assert!(is_ready(answer_of(&mut bench, 1)));
+}
+
+#[test]
+fn a_reader_that_waits_in_line_learns_of_the_end_of_its_sender() {
+    // Broken in production: decode waits for ever for a prefill server that has died.
+    let mut bench = Bench::with(1, 1, |settings| settings.peer_timeout = Duration::from_secs(3));
+    grant_of(&bench.alloc("a", "first", &["k0"]).1);
+    assert_eq!(bench.alloc("b", "r", &["k1"]).1, []);
+    assert_eq!(wait(&mut bench, 1, "r", Some(Duration::ZERO)), None);
+    bench.session.handle_until_announced(bench.now, ClientId(1), Seq(1));
+    let mut told = None;
+    for _ in 0..14 {
+        bench.now += Duration::from_millis(500);
+        bench.session.handle_timeout(bench.now);
+        told = told.or(answer_of(&mut bench, 1));
+        ping(&mut bench, "a");
+    }
+    assert_eq!(kind_of(told), Some(FailureKind::PeerLost));
 }

@@ -2,15 +2,16 @@
 
 use std::time::Duration;
 
-use pd_backend::ids::{ChecksumMode, Failure, FailureKind, GrantId, IpcHandle, Seq, SlotPart};
-use pd_backend::node::outgoing::{Event, Sending};
-use pd_backend::node::{Answer, NodeSettings};
+use pd_backend::ids::{ChecksumMode, ChunkKey, Failure, FailureKind, GrantId, IpcHandle, ReceiverAddress, Seq, SlotPart};
+use pd_backend::node::outgoing::{Event, OpenRequest, Sending};
+use pd_backend::node::{Answer, NodeSettings, Port};
 use pd_backend::wire::Message;
-use pd_backend::wire::message::{AllocReplyExtension, AllocResponse, CommitAck, Pong, Revoke, Verifying};
+use pd_backend::wire::message::{AllocReplyExtension, AllocResponse, CommitAck, Pong, Register, Revoke, Verifying};
 
 mod ahead;
 mod bench;
 mod configured;
+mod line;
 #[cfg(feature = "lmcache")]
 mod lmcache;
 #[cfg(feature = "lmcache")]
@@ -381,4 +382,51 @@ fn a_reset_ends_what_is_not_sent() {
     let seq = bench.open("later");
     bench.grant(seq, 8);
     assert_eq!(bench.session.counts().outgoing.unwrap().requests_active, 1);
+}
+
+#[test]
+fn requests_go_to_named_receivers_alone_where_the_configuration_says_so() {
+    // Broken in production: a client of the prefill server writes any address into its request, and the sender connects there.
+    let mut settings = settings();
+    let outgoing = settings.outgoing.as_mut().unwrap();
+    let at = |host: &str| ReceiverAddress { host: host.into(), init_port: 1, alloc_port: 2 };
+    (outgoing.receivers, outgoing.receivers_only, outgoing.parks) = (vec![at("r")], true, true);
+    let mut bench = Bench::with(settings);
+    bench.session.handle_timeout(bench.now);
+    bench.pump();
+    assert_eq!(bench.opened.len(), 1, "the one that is named is connected to");
+    let open = |name: &str, host: &str| OpenRequest {
+        id: request(name),
+        keys: vec![ChunkKey::new(name).unwrap()],
+        groups: Vec::new(),
+        last_chunk_tokens: 4,
+        receiver: at(host),
+        wait: None,
+        stage: false,
+    };
+    bench.session.handle_open(bench.now, CLIENT, Seq(1), open("a", "169.254.169.254"));
+    bench.pump();
+    let Some((Seq(1), Answer::Failed { failure, .. })) = bench.answers.pop() else { panic!("{:?}", bench.answers) };
+    assert_eq!(
+        (failure.kind, failure.text.as_str()),
+        (FailureKind::BadRequest, "a goes to 169.254.169.254:1/2, which is not among pd_receivers (pd_receivers_only)")
+    );
+    // So says a stranger who asks for what is parked.
+    let register = Register {
+        seq: Seq(2),
+        hello: crate::settings::hello("stranger"),
+        req_id: request("f"),
+        ids: Vec::new(),
+        keys: vec![ChunkKey::new("k").unwrap()],
+        receiver: Some(at("elsewhere")),
+        wait_ms: 1000,
+    };
+    bench.session.handle_port_message(bench.now, Port::Rendezvous, (), Message::PdRegister(register));
+    bench.pump();
+    let Some(Message::PdRegistered(registered)) = bench.answered.pop() else { panic!("{:?}", bench.answered) };
+    assert_eq!(registered.failure.map(|failure| failure.kind), Some(FailureKind::BadRequest));
+    assert_eq!(bench.opened.len(), 1, "nobody else was connected to");
+    bench.session.handle_open(bench.now, CLIENT, Seq(3), open("b", "r"));
+    bench.pump();
+    bench.allocation();
 }

@@ -123,7 +123,7 @@ fn who_waits_takes_no_place_of_those_who_can_be_served() {
     for number in 0..REQUESTS_MAX {
         assert_eq!(ask(&mut bench, wait(&format!("w{number}"))), (Registration::Pending, None));
     }
-    assert_eq!(ask(&mut bench, wait("one more")), (Registration::Failed, Some(FailureKind::Limit)));
+    assert_eq!(ask(&mut bench, wait("one more")), (Registration::Failed, Some(FailureKind::Busy)));
     assert_eq!(ask(&mut bench, hold("h", "a")), (Registration::Accepted, None));
     assert_eq!(ask(&mut bench, fetch("f", "a")), (Registration::Accepted, None));
 }
@@ -136,7 +136,7 @@ fn what_is_sent_to_receivers_leaves_places_for_requests_of_this_side() {
     for number in 0..REQUESTS_MAX / 2 {
         assert_eq!(ask(&mut bench, fetch(&format!("f{number}"), "a")), (Registration::Accepted, None));
     }
-    assert_eq!(ask(&mut bench, fetch("one more", "a")), (Registration::Failed, Some(FailureKind::Limit)));
+    assert_eq!(ask(&mut bench, fetch("one more", "a")), (Registration::Failed, Some(FailureKind::Busy)));
     park(&mut bench, "b");
 }
 
@@ -306,4 +306,67 @@ fn nothing_is_parked_where_nobody_can_ask_for_it() {
     let Some((_, Answer::Failed { failure, .. })) = bench.answers.pop() else { panic!("{:?}", bench.answers) };
     assert_eq!(failure.kind, FailureKind::BadRequest);
     assert!(failure.text.contains("set pd_rendezvous_port"), "{failure:?}");
+}
+
+fn expect(bench: &mut Bench, name: &str, known_as: &str) {
+    bench.session.handle_expect(bench.now, CLIENT, Seq(40), request(name), vec![request(known_as)]);
+    bench.pump();
+    assert_eq!(bench.answers.pop(), Some((Seq(40), Answer::Accepted)));
+}
+
+/// Of one that asks by a name for a chunk that prefill has not begun to compute, and has two seconds for that.
+fn early(name: &str, known_as: &str) -> Register {
+    Register { ids: vec![request(known_as)], wait_ms: 2000, ..fetch(name, name) }
+}
+
+/// What those who waited were told since: by which name, and what.
+fn told_since(bench: &mut Bench) -> Vec<(String, Registration)> {
+    let of = |message| match message {
+        Message::PdRegistered(Registered { req_id, state, .. }) => Some((req_id.to_string(), state)),
+        _ => None,
+    };
+    std::mem::take(&mut bench.answered).into_iter().filter_map(of).collect()
+}
+
+#[test]
+fn who_asks_waits_for_what_stands_in_prefills_queue() {
+    // Broken in production: a router asks both servers at once, prefill is busy for more than ten seconds, and decode fails a request
+    // that one server would have queued.
+    let mut bench = bench(REQUESTS_MAX);
+    expect(&mut bench, "parked a", "a");
+    for name in ["a", "b", "c"] {
+        if name == "c" {
+            expect(&mut bench, "parked c", "c");
+        }
+        assert_eq!(ask(&mut bench, early(name, name)), (Registration::Pending, None));
+    }
+    bench.later(30, true);
+    assert_eq!(told_since(&mut bench), [("b".to_owned(), Registration::Unknown)], "nobody has that one");
+    // It is computed at last; the other one is given up, which is known at once and by whoever asks then.
+    begin_park_as(&mut bench, "a", "a");
+    assert_eq!(told_since(&mut bench), [("a".to_owned(), Registration::Accepted)]);
+    bench.session.handle_cancel(bench.now, CLIENT, Seq(41), &request("parked c"));
+    bench.pump();
+    assert_eq!(told_since(&mut bench), [("c".to_owned(), Registration::Failed)]);
+    assert_eq!(ask(&mut bench, early("c again", "c")), (Registration::Failed, Some(FailureKind::Cancelled)));
+    assert_eq!(bench.answers.pop().map(|(id, _)| id), Some(Seq(41)));
+}
+
+#[test]
+fn what_is_expected_ends_with_its_client_and_with_its_park() {
+    // Broken in production: a prefill server that has died, or has refused a prompt, is waited for without end.
+    let mut bench = bench(REQUESTS_MAX);
+    expect(&mut bench, "x", "x");
+    expect(&mut bench, "y", "y");
+    for name in ["x", "y"] {
+        assert_eq!(ask(&mut bench, early(name, name)), (Registration::Pending, None));
+    }
+    // What is parked is served, and expected no more.
+    begin_park_as(&mut bench, "x", "x");
+    bench.later(3, true);
+    assert_eq!(told_since(&mut bench), [("x".to_owned(), Registration::Accepted)]);
+    bench.session.handle_client_gone(bench.now, CLIENT);
+    bench.pump();
+    let told = told_since(&mut bench);
+    assert!(told.contains(&("y".to_owned(), Registration::Failed)), "{told:?}");
 }

@@ -136,7 +136,11 @@ impl<R: Clone + PartialEq> Incoming<R> {
                 FailureKind::Limit,
                 format!("{} requests are open, the limit (pd_max_requests)", self.asked_for()),
             ),
-            None => self.check_share(instance).map(|()| sizes),
+            // An LMCache sender gives a refused request up, so that this one has ended.
+            None => match self.check_share(instance) {
+                Ok(()) => Ok(sizes),
+                Err(failure) => refuse(FailureKind::Limit, failure.text),
+            },
         }
     }
 
