@@ -18,7 +18,7 @@ import pytest
 from answering import Answering, answering, says, says_little_by_little, says_nothing, says_without_end
 from free_ports import free_ports
 from pd_backend.vllm import prefill_servers
-from pd_backend.vllm.bootstrap import BootstrapError, EngineAt, engines_in, http_address, query_answer
+from pd_backend.vllm.bootstrap import EngineAt, engines_in, http_address, query_answer
 from pd_backend.vllm.bootstrap_server import BootstrapServer
 from pd_backend.vllm.hosts import HostList
 from pd_backend.vllm.naming import Naming
@@ -84,7 +84,7 @@ class TestAnswer:
     )
     def test_another_form_is_refused_in_a_line(self, answer: Any, text: str) -> None:
         # Broken in production: what answers at some address ends the engine, or fills its log.
-        with pytest.raises(BootstrapError) as refused:
+        with pytest.raises(SpecError) as refused:
             engines_in(answer)
         assert text in str(refused.value) and len(str(refused.value)) < 300
 
@@ -98,7 +98,7 @@ class TestAnswer:
             "http://[::1", "http://h h:1", "http://ä:1",
         ]
         for given in wrong:
-            with pytest.raises(BootstrapError) as refused:
+            with pytest.raises(SpecError) as refused:
                 http_address(given)
             assert len(str(refused.value)) < 200
 
