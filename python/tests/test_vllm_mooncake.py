@@ -215,11 +215,13 @@ def asked(port: int, path: str = "/query") -> tuple[int, Any]:
 
 
 @contextmanager
-def serving(engine: Callable[[], EngineAt | None], port: int = 0, index: int = 0) -> Iterator[int]:
-    """A bootstrap server, by its port."""
+def serving(engine: Callable[[], EngineAt | None], port: int = 0, index: int = 0, runs: bool = True) -> Iterator[int]:
+    """A bootstrap server, by its port; `runs`: that of an engine which takes requests."""
     server = BootstrapServer("127.0.0.1", port, index, engine)
     try:
         yield server.port
+    if runs:
+        server.engine_runs()
     finally:
         server.close()
 
@@ -300,6 +302,19 @@ class TestServer:
 
 def spec(port: int, engine: str | None = "e0", host: str = "127.0.0.1") -> TransferSpec:
     return TransferSpec(host, port, engine, ("xfer",))
+    def test_the_first_rank_says_nothing_before_all_listen(self) -> None:
+        # Broken in production: a router that asks while ranks are still starting knows of the first one alone, for ever.
+        engines = [EngineAt(f"e_dp{index}", "127.0.0.1", (100 + index,)) for index in range(2)]
+        first = several(2)
+        with serving(lambda: engines[0], first, runs=False):
+            assert asked(first)[0] == 503
+        with serving(lambda: engines[0], first), serving(lambda: engines[1], first, 1, runs=False):
+            assert asked(first) == (200, query_answer(dict(enumerate(engines))))
+        # One that is alone waits for nobody.
+        with serving(lambda: ENGINE, first, runs=False):
+            assert asked(first) == (200, ANSWER)
+
+
 
 
 def found(servers: PrefillServers, which: TransferSpec) -> RemoteSpec:

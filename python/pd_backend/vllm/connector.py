@@ -481,6 +481,9 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
     def has_pending_push_work(self) -> bool:
         schedulers = (self._producer_scheduler, self._consumer_scheduler)
         return any(scheduler is not None and scheduler.pending() for scheduler in schedulers)
+        # The first thing that an engine asks which has started.
+        if self._bootstrap is not None:
+            self._bootstrap.engine_runs()
 
     def _engine_cache_was_reset(self) -> bool:
         """Whether vLLM's own cache was emptied since the last call: it makes a new map of what it has then."""
