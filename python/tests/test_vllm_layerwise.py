@@ -260,6 +260,37 @@ class TestDecode:
         assert scheduler.matched(one, 0) == (0, False)
         assert servers.posts == [] and not scheduler.pending()
 
+    @pytest.mark.parametrize("first", ["decode", "left"])
+    def test_one_server_for_both_parts_waits_for_its_own_prefill_alone(
+        self, first: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        # Broken in production: under a layerwise proxy whose prefill and decode are one server of kv_both, both requests wait until
+        # receive_wait_s for chunks that nobody sends.
+        servers = Played()
+        scheduler = self.scheduler(servers)
+        decoded = request(700, dict(ASKED))
+        scheduler.arrived(decoded)
+        if first == "left":
+            scheduler.finished(decoded)
+        spec = {"req_id": "layerwise a", "receiver_host": "h", "receiver_init_port": [1], "receiver_alloc_port": [2]}
+        prefilled = request(700, {"do_remote_decode": True, "do_remote_prefill": False, "disagg_spec": spec}, "b")
+        scheduler.arrived(prefilled)
+        # It is computed at once.
+        assert scheduler.matched(prefilled, 0) == (0, False)
+        scheduler.allocated(prefilled, [1, 2, 3, 4, 5, 6], 0)
+        assert [name for name, _ in scheduler.build(output()).announced] == ["a"]
+        if first == "left":
+            scheduler.finished(prefilled)
+            return
+        assert scheduler.matched(decoded, 0) == (None, False)
+        scheduler.finished(prefilled)
+        servers.what.ended = time.monotonic()
+        with caplog.at_level(logging.WARNING, "vllm.pd_backend"):
+            # By now the engine's own cache has it.
+            assert scheduler.matched(decoded, 640) == (0, False)
+        assert caplog.records == []
+        assert scheduler.build(output()).dropped == ["a"]
+
     def test_a_client_that_leaves_is_told_to_prefill(self) -> None:
         # Broken in production: clients that leave fill the receiver's slots.
         scheduler = self.scheduler(Played())

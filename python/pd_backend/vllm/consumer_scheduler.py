@@ -25,6 +25,8 @@ logger = logging.getLogger("vllm.pd_backend")
 #: How long a request waits for chunks that prefill pushes before it was asked. They are a moment away where prefill has answered;
 #: those of another prompt with the same beginning may still be computed.
 _COMING_WAIT_S = 10.0
+#: How names begin of what a metaserver was told. No router's do.
+_LAYERWISE = "layerwise"
 
 
 @dataclass
@@ -133,8 +135,12 @@ class ConsumerScheduler:
                 remote = self._prefill_servers.find(transfer)
             elif metaserver is None:
                 remote = remote_spec(params, self._tp_size)
+            elif req_id is not None and req_id.startswith(f"{_LAYERWISE} ") and (params or {}).get("do_remote_decode"):
+                # Both servers that its router chose are this one: nothing is sent.
+                self._prefilled_here(req_id)
+                req_id = None
             elif self._metaservers is not None and self._can_be_named(request):
-                req_id = own_name("layerwise", request.request_id)
+                req_id = own_name(_LAYERWISE, request.request_id)
                 post = self._metaservers.post(metaserver, request.request_id, req_id)
         except SpecError as error:
             logger.warning("request %s is computed here: %s", request.request_id, error)
@@ -152,6 +158,12 @@ class ConsumerScheduler:
 
     def _can_be_named(self, request: Any) -> bool:
         try:
+    def _prefilled_here(self, req_id: str) -> None:
+        """This very server was asked to prefill what a request of its waits for by this name."""
+        for receiving in self._receiving.values():
+            if receiving.post is not None and receiving.req_id == req_id:
+                receiving.post.is_here = True
+
             self._naming.name(request, request.num_prompt_tokens)
         except Unnamed:
             return False
@@ -217,7 +229,8 @@ class ConsumerScheduler:
                 receiving.post.check()
                 return None, False
             except SpecError as error:
-                logger.warning("request %s is computed here: %s", request.request_id, error)
+                level = logging.INFO if receiving.post.is_here else logging.WARNING
+                logger.log(level, "request %s is computed here: %s", request.request_id, error)
                 receiving.req_id = receiving.post = None
                 self._step.dropped.append(request.request_id)
                 self._returning[request.request_id] = self._tp_size
