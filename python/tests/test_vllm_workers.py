@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -139,6 +140,26 @@ def test_dropped_requests_leave_nothing(pair: Callable[..., Pair]) -> None:
         stages = [lambda: True, lambda: request.opened, lambda: both.source.gathered or not chunks]
         both.stepped_until(stages[number // 2 % 3])
         assert both.produce(ProducerStep(dropped=[request_id])) == set()
+    both.nothing_left()
+
+
+def test_a_second_request_of_a_name_is_refused_and_leaves_the_first(pair: Callable[..., Pair]) -> None:
+    # Broken in production: the daemon refuses the second, which is taken for the end of both; or what is sent of the first is taken for
+    # the second's, whose blocks are given back before they are copied.
+    both = pair()
+    tokens = list(range(16))
+    first = both.plan("a", tokens)
+    second = replace(both.plan("b", list(range(50, 66))), spec=first.spec)
+    both.produce(ProducerStep(plans=[first, second], chunks=[ChunkBlocks("b", 0, [2, 3])], finishing=["b"]))
+    assert both.ended("b") == "another request of this name is under way"
+    both.produce(ProducerStep(chunks=[ChunkBlocks("a", 0, [0, 1])], finishing=["a"]))
+    assert both.ended("a") is None
+    assert both.consume(load("a", tokens, [5, 6]), "a") == set()
+    assert (both.target.kv[:, 5:7] == both.source.kv[:, :2]).all()
+    # It is free again.
+    both.produce(ProducerStep(plans=[second], chunks=[ChunkBlocks("b", 0, [2, 3])], finishing=["b"]))
+    assert both.ended("b") is None
+    both.consumer.begin_step(ConsumerStep(announced=[("b", first.spec.req_id)], unneeded=["b"]))
     both.nothing_left()
 
 
