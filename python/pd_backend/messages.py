@@ -323,6 +323,8 @@ class ReleaseParked(_Message, frozen=True):
     ids: list[str] = []
 
 
+    #: The last of its chunks, which tells it from others that have the same name. None: all of them are meant.
+    last_key: str | None = None
 class Release(_Message, frozen=True):
     """Receiver: the chunks of this lease have been copied. Answered by `Released`."""
 

@@ -13,7 +13,7 @@ from pd_backend import ReceiverClient
 from pd_backend.vllm.keys import chunk_hashes
 from pd_backend.vllm.producer import ProducerWorker
 from pd_backend.vllm.spec import RemoteSpec
-from pd_backend.vllm.step import ChunkBlocks, ConsumerStep, HoldPlan, ProducerStep, ReceivePlan
+from pd_backend.vllm.step import ChunkBlocks, ConsumerStep, HoldPlan, ProducerStep, ReceivePlan, ReleasePlan
 from vllm_pair import BLOCKS, CHUNK, LAYERS, Memory, NAMES, Pair, load, pair, restarted
 from waiting import PATIENCE_S, eventually
 
@@ -246,9 +246,9 @@ def test_what_is_released_in_the_step_of_its_hold_is_not_held(pair: Callable[...
     both, said = pair(), []
     remote = RemoteSpec("127.0.0.1", (1,), (), True)
     monkeypatch.setattr(both.consumer, "_hold", lambda hold: said.append(f"hold {hold.request_id}"))
-    monkeypatch.setattr(both.consumer, "_release", lambda request_id, _: said.append(f"release {request_id}"))
+    monkeypatch.setattr(both.consumer, "_release", lambda release: said.append(f"release {release.request_id}"))
     holds = [HoldPlan(name, remote, ["00"]) for name in ("a", "b")]
-    both.consumer.begin_step(ConsumerStep(holds=holds, released=[("a", remote)]))
+    both.consumer.begin_step(ConsumerStep(holds=holds, released=[ReleasePlan("a", remote, None)]))
     assert said == ["release a", "hold b"]
 
 

@@ -197,6 +197,9 @@ pub enum Request {
     },
     /// Receiver: the chunks of this lease have been copied.
     Release {
+        /// The last of its chunks, which tells it from others that have the same name. Left out, all of them are meant.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        last_key: Option<ChunkKey>,
         /// Pairs the reply.
         id: Seq,
         /// From `found` or `ready`.

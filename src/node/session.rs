@@ -256,7 +256,7 @@ impl<R: Clone + PartialEq> Node<R> {
         self.ask_incoming(now, client, id, |half, core| half.handle_hold(core, client, id, fetch));
     }
 
-    /// A reader does not want what a sender has parked; of `fetch` its keys and its wait do not matter.
+    /// A reader does not want what a sender has parked; of the keys of `fetch` only the last one matters, and its wait does not.
     pub fn handle_release_parked(&mut self, now: Instant, client: ClientId, id: Seq, fetch: FetchRequest) {
         self.ask_incoming(now, client, id, |half, core| half.handle_release_parked(core, client, id, fetch));
     }

@@ -430,8 +430,9 @@ impl Daemon {
                     self.node.handle_fetch(now, client, id, fetch, translate::wait(wait_ms));
                 }
             }
-            Request::ReleaseParked { id, req_id, source, ids } => {
-                let fetch = FetchRequest { id: req_id, source, ids, keys: Vec::new(), register_wait: Duration::ZERO };
+            Request::ReleaseParked { id, req_id, source, ids, last_key } => {
+                let keys = last_key.into_iter().collect();
+                let fetch = FetchRequest { id: req_id, source, ids, keys, register_wait: Duration::ZERO };
                 self.node.handle_release_parked(now, client, id, fetch);
             }
             Request::Release { id, lease, .. } => self.node.handle_release(now, client, id, lease),

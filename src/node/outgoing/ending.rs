@@ -129,6 +129,7 @@ impl<R: Clone> Outgoing<R> {
         };
         let mut alloc_seq = None;
         let (open_id, grant, asked) = match request.stage {
+        let last = request.keys.last().cloned();
             OutgoingStage::Connecting { open_id, .. } => (Some(open_id), None, false),
             OutgoingStage::Allocating { open_id, seq, .. } => {
                 alloc_seq = Some(seq);
@@ -186,7 +187,9 @@ impl<R: Clone> Outgoing<R> {
                 core.answer(client, id, Answer::Cancelled { request: request.id });
             }
         }
-        self.give_up(core, &id, names, &failure);
+        if let Some(last) = last.filter(|_| !names.is_empty()) {
+            self.give_up(core, &id, &names, &last, &failure);
+        }
         if is_parking {
             self.drop_ahead_of(core, uid);
         }

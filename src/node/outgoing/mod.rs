@@ -14,6 +14,7 @@
 //! | `ahead` | chunks that are pushed to a receiver that is likely to ask for them |
 //! | `parking`, `given_up` | chunks that are kept for whoever asks for them, and those that will not come |
 //! | `registrations`, `registrants` | what receivers ask for; who has asked, and how that ended |
+//! | `releases` | what they do not ask for any more |
 //! | `link`, `dialect` | what differs with the dialect of a receiver: ours, or LMCache's |
 //! | `lmcache` | LMCache's receivers: what they are told and say, which pages of theirs wait for our bytes |
 
@@ -36,6 +37,7 @@ mod quiesce;
 mod receivers;
 mod registrants;
 mod registrations;
+mod releases;
 mod requests;
 mod staging;
 pub(super) mod timer;

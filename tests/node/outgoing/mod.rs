@@ -16,6 +16,7 @@ mod lmcache;
 #[cfg(feature = "lmcache")]
 mod lmcache_bench;
 mod registrations;
+mod releases;
 
 use bench::*;
 
