@@ -436,8 +436,8 @@ impl Daemon {
                 self.node.handle_release_parked(now, client, id, fetch);
             }
             Request::Release { id, lease, .. } => self.node.handle_release(now, client, id, lease),
-            Request::Cancel { id, req_id, acknowledges: true, .. } => {
-                self.node.handle_acknowledge(now, client, id, &req_id);
+            Request::Cancel { id, req_id, acknowledges: true, attempt, .. } => {
+                self.node.handle_acknowledge(now, client, id, &req_id, attempt);
             }
             Request::Cancel { id, req_id, .. } => self.node.handle_cancel(now, client, id, &req_id),
             Request::Reset { id } => self.node.handle_reset(now, client, id),

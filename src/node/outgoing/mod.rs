@@ -95,7 +95,7 @@ pub(super) struct Outgoing<R> {
     lmcache: RememberedReceivers,
     transfers: BTreeMap<TransferId, Transfer>,
     /// Slots of failed requests that their clients may be filling, until these say that they know.
-    unacknowledged: BTreeMap<(ClientId, RequestId), Vec<SlotIndex>>,
+    unacknowledged: BTreeMap<(ClientId, RequestId, Uid), Vec<SlotIndex>>,
     /// Clients that wait for local slots, in the order of their arrival.
     staging: VecDeque<Staging>,
     /// Holds on chunks that are complete, for whoever asks for them.
