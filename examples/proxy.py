@@ -153,7 +153,7 @@ class Proxy:
 
     async def passed_on(self, request: web.Request) -> web.StreamResponse:
         """Every other path, to a decode server."""
-        url, body = next(self._decode) + str(request.rel_url), await request.read()
+        url, body = next(self._decode) + str(request.rel_url), _without_params(await request.read())
         headers = _passed(request.headers, _OF_A_REQUEST)
         try:
             answer = await self.session.request(request.method, url, data=body or None, headers=headers, allow_redirects=False)
@@ -182,8 +182,8 @@ class Proxy:
         try:
             await asyncio.wait((prefilling, decoding), return_when=asyncio.FIRST_COMPLETED)
             if prefilling.done() or decoding.result().ok:
-                # Of one that prefill fails, or sends nothing of, decode would wait for the KV.
-                if await prefilling is None and not decoding.done():
+                # Of one that prefill fails, or sends nothing of, decode would wait for the KV. A stream begins before it has that.
+                if await prefilling is None and (asked.body.get("stream") or not decoding.done()):
                     _give_up(decoding)
                     decoding = asyncio.create_task(self._decoded(asked, None))
             return await decoding
@@ -217,6 +217,18 @@ def _give_up(decoding: asyncio.Task[aiohttp.ClientResponse]) -> None:
     """Closes its connection, by which the server knows."""
     decoding.cancel()
     decoding.add_done_callback(lambda task: task.cancelled() or task.exception() or task.result().close())
+
+
+def _without_params(content: bytes) -> bytes:
+    """A request at a path that is not known here. Where decode asks for KV is not a client's to say there either."""
+    try:
+        body = json.loads(content)
+    except (ValueError, RecursionError):
+        return content
+    if not isinstance(body, dict) or "kv_transfer_params" not in body:
+        return content
+    del body["kv_transfer_params"]
+    return json.dumps(body).encode()
 
 
 def _passed(headers: Mapping[str, str], without: set[str]) -> CIMultiDict[str]:

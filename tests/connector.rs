@@ -190,6 +190,7 @@ async fn events_are_kept_while_a_reply_is_awaited() {
         kind: FailureKind::PeerLost,
         text: "gone".into(),
         peer: "10.0.0.7".into(),
+        attempt: Some(7),
     };
     let events = [event("a"), event("b")];
     let serving = {

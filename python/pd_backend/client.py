@@ -135,8 +135,8 @@ class Client:
         self._events: deque[m.Event] = deque()
         self._buffer: PdBuffer | CudaBuffer | None = None
         self._order: StreamOrder | None = None
-        #: What is to be cancelled as soon as it can be said, and whether that only acknowledges a failure.
-        self._given_up: deque[tuple[str, bool]] = deque()
+        #: What is to be cancelled, or acknowledged, as soon as it can be said: of a message's number, and an event on the GPU.
+        self._given_up: deque[Callable[[int, str | None], m.Cancel]] = deque()
         #: None until it has attached: what is not attached is not answered.
         self._silence: Silence | None = None
         #: What it was last asked for no other reason than to hear from it.
@@ -205,8 +205,7 @@ class Client:
     def give_up(self, req_id: str) -> None:
         """As `cancel`, for a caller whom the answer does not concern. Never waits, and raises nothing: of a daemon that is
         lost nothing has to be given back."""
-        self._given_up.append((req_id, False))
-        self._say_given_up()
+        self._give_up(lambda id, after: m.Cancel(id=id, req_id=req_id, after=after))
 
     def reset(self) -> None:
         """Nothing that was computed before this is to be used: drops ready chunks, and fails what has not ended."""
@@ -382,12 +381,18 @@ class Client:
     def _acknowledge(self, event: m.Event) -> None:
         """Tells the daemon that this client knows of a failure: it fills none of the request's slots any more."""
         if isinstance(event, m.Failed):
-            self._given_up.append((event.req_id, True))
-            self._say_given_up()
+            req_id, attempt = event.req_id, event.attempt
+            self._give_up(
+                lambda id, after: m.Cancel(id=id, req_id=req_id, after=after, acknowledges=True, attempt=attempt)
+            )
+
+    def _give_up(self, cancel: Callable[[int, str | None], m.Cancel]) -> None:
+        self._given_up.append(cancel)
+        self._say_given_up()
 
     def _say_given_up(self) -> None:
         while self._given_up and self._channel.usable:
-            req_id, acknowledges = self._given_up[0]
+            cancel = self._given_up[0]
             try:
                 after = self._after(None)
             except CudaError:
@@ -395,11 +400,7 @@ class Client:
             except RequestRefused:
                 return  # The stream has to get on first.
             try:
-                self._start(
-                    lambda id: m.Cancel(id=id, req_id=req_id, after=after, acknowledges=acknowledges),
-                    m.Cancelled,
-                    nothing,
-                ).abandon()
+                self._start(lambda id: cancel(id, after), m.Cancelled, nothing).abandon()
             except PdError:
                 return  # Lost, which the next call says: the daemon gives up what was opened here.
             self._given_up.popleft()

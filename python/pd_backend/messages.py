@@ -285,6 +285,8 @@ class Cancel(_Message, frozen=True):
     """As in `Release`."""
     acknowledges: bool = False
     """Only says that the client knows of the event `Failed`: ends nothing that has not failed."""
+    attempt: int | None = None
+    """With `acknowledges`: from the event. None: all that have failed under this name are meant."""
 
 
 class Lookup(_Message, frozen=True):
@@ -335,6 +337,8 @@ class ReleaseParked(_Message, frozen=True):
     req_id: str
     source: SourceAddress
     ids: list[str] = []
+    #: The last of its chunks, which tells it from others that have the same name. None: all of them are meant.
+    last_key: str | None = None
 
 
 class Release(_Message, frozen=True):
@@ -485,6 +489,8 @@ class Failed(_Message, frozen=True):
     kind: str
     text: str
     peer: str
+    attempt: int | None = None
+    """Which of those that had this name, for the `Cancel` that acknowledges it."""
 
 
 Request = Union[

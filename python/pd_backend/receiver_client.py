@@ -186,10 +186,16 @@ class ReceiverClient(Client):
             self._wait_timeout_s,
         )
 
-    def start_release_parked(self, req_id: str, source: m.SourceAddress, ids: Sequence[str]) -> Pending[None]:
-        """What the sender has parked under these names is not wanted: it makes room. Ends what was asked as `req_id`."""
+    def start_release_parked(
+        self, req_id: str, source: m.SourceAddress, ids: Sequence[str], last_key: str | None = None
+    ) -> Pending[None]:
+        """What the sender has parked under these names is not wanted: it makes room. Ends what was asked as `req_id`. `last_key`: of
+        the last of its chunks, which tells it from other prompts of a list and other samples.
+        """
         return self._start(
-            lambda id: m.ReleaseParked(id=id, req_id=req_id, source=source, ids=list(ids)), m.Released, nothing
+            lambda id: m.ReleaseParked(id=id, req_id=req_id, source=source, ids=list(ids), last_key=last_key),
+            m.Released,
+            nothing,
         )
 
     def lookup(self, keys: Sequence[str], *, uncommitted: bool = False, fetch: bool = False) -> Lease:

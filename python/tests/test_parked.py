@@ -69,6 +69,22 @@ def test_what_is_parked_comes_when_it_is_asked_for(pair):
         eventually(lambda: pair.sender.status().slots_parked == 0)
 
 
+def test_a_list_of_which_decode_knows_one_name_makes_room(start_pair, engine):
+    # Broken in production: prefill answers for a list with the name of one of its prompts, and keeps the chunks of the others until
+    # their leases end, sent or not.
+    pair = start_pair(engine, sender_sets=[RENDEZVOUS, "pd_lease_sec=3600"])
+    prompts = [(f"r{number}", content(number, 2, 5), keys_of(f"r{number}", 2)) for number in range(3)]
+    for name, data, keys in prompts:
+        park(pair, name, data, ids=[f"cmpl-{name}"])
+    # Two are fetched, and the third decode has itself.
+    for name, data, keys in prompts[:2]:
+        check(pair.receiver.fetch(f"f-{name}", source(pair), keys, ids=["cmpl-r2"], wait_s=PATIENCE_S), data, keys)
+    eventually(lambda: pair.sender.status().slots_parked == 2)
+    _, _, keys = prompts[2]
+    pair.receiver.start_release_parked("f-r2", source(pair), ["cmpl-r0"], keys[-1]).result()
+    eventually(lambda: pair.sender.status().slots_parked == 0)
+
+
 def test_chunks_go_out_while_the_rest_is_being_computed(pair):
     # Broken in production: nothing moves before prefill has ended, and decode waits for all of it afterwards.
     data, keys = content(1, 3, 5), keys_of("r", 3)

@@ -116,6 +116,13 @@ def test_mooncakes_name_opens_the_port_that_its_routers_ask(
     with urllib.request.urlopen(url, timeout=60) as answer:
         said = json.loads(answer.read())
     assert said == {"0": {"engine_id": "e0", "worker_addr": {"0": {"0": "tcp://127.0.0.1:5600"}}}}
+    # Of several ranks all are named, which listen once the engine runs.
+    given.kv_transfer_config.engine_id = "e0_dp0"
+    with pytest.raises(urllib.error.HTTPError, match="503"):
+        urllib.request.urlopen(url, timeout=60)
+    assert not made.has_pending_push_work()
+    with urllib.request.urlopen(url, timeout=60) as answer:
+        assert json.loads(answer.read())["0"]["engine_id"] == "e0_dp0"
     # Another server with the same port does not start, and says which one it is.
     with pytest.raises(ValueError, match=f"bootstrap_port {port} .* cannot be listened to at 127.0.0.1"):
         connector.MooncakeConnector(given, 0, caches())

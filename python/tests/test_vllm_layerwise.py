@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
+import time
 from typing import Any
 
 import pytest
 
 from answering import Answering, answering, says, says_little_by_little, says_nothing
 from free_ports import free_ports
+from pd_backend.vllm import metaserver
 from pd_backend.vllm.hosts import HostList
 from pd_backend.vllm.metaserver import Metaservers, Post, metaserver_of
 from pd_backend.vllm.naming import Naming
@@ -30,6 +33,15 @@ def receivers(req_id: str) -> DisaggSpec:
 
 def ended(post: Post) -> Post:
     return eventually(lambda: post if post.ended is not None else None)
+
+
+def is_posted(servers: Metaservers) -> bool:
+    """Whether there was a place for a post, which has ended."""
+    try:
+        ended(servers.post("http://router-0:8000/", REQUEST, "r"))
+    except SpecError:
+        return False
+    return True
 
 
 class TestMetaservers:
@@ -88,17 +100,58 @@ class TestMetaservers:
                 servers.post(f"http://127.0.0.1:{port}/", REQUEST, "r")
             assert heard == []
 
-    def test_few_are_waited_for_at_a_time(self) -> None:
-        # Broken in production: one client has decode start as many threads as it sends requests.
-        with answering(says_nothing) as (port, _):
-            servers = Metaservers(receivers, wait_s=0.5)
-            posts = []
-            with pytest.raises(SpecError, match="by way of a metaserver already"):
-                for _ in range(200):
-                    posts.append(servers.post(f"http://127.0.0.1:{port}/", REQUEST, "r"))
-            for post in posts:
-                ended(post)
-            servers.post(f"http://127.0.0.1:{port}/", REQUEST, "r")
+    def test_few_are_waited_for_at_a_time_and_not_all_of_one_host(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        # Broken in production: one client has decode start as many threads as it sends requests; or by naming a host that never
+        # answers it keeps everybody else's requests from being prefilled; or a place is lost with each router that fails.
+        answered = threading.Event()
+        monkeypatch.setattr(metaserver, "_post", lambda *_: answered.wait(60))
+        servers = Metaservers(receivers)
+        posts: list[Post] = []
+        for host, text in [
+            ("router-0", "128 requests are being prefilled by way of a metaserver at router-0 already"),
+            ("ROUTER-0", "at router-0 already"),
+            ("router-1", "256 requests are being prefilled by way of a metaserver already"),
+            ("router-2", "256 requests are being prefilled by way of a metaserver already"),
+        ]:
+            with pytest.raises(SpecError, match=text):
+                for _ in range(129):
+                    posts.append(servers.post(f"http://{host}:8000/", REQUEST, "r"))
+        assert len(posts) == 256
+        answered.set()
+        for post in posts:
+            ended(post)
+
+        def fail(*_: Any) -> None:
+            raise OSError("refused")
+
+        monkeypatch.setattr(metaserver, "_post", fail)
+        for _ in range(300):
+            # Its place may be free a moment after it has ended.
+            eventually(lambda: is_posted(servers))
+
+    def test_a_machine_that_gives_no_thread(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        # Broken in production: the limit of processes ends the engine, with every request in it; or each refusal costs a place.
+        def refuse(_: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
+
+        with answering(says("200 OK", b"null")) as (port, _):
+            servers, url = Metaservers(receivers), f"http://127.0.0.1:{port}/"
+            with monkeypatch.context() as patched:
+                patched.setattr(threading.Thread, "start", refuse)
+                for _ in range(300):
+                    with pytest.raises(SpecError, match="no further thread: can't start new thread"):
+                        servers.post(url, REQUEST, "r")
+            ended(servers.post(url, REQUEST, "r")).check()
+
+    def test_a_machine_that_gives_no_thread_for_the_deadline(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        # Broken in production: nobody was asked, and the request waits as if its router had said that all is well.
+        def refuse(_: threading.Timer) -> None:
+            raise RuntimeError("can't start new thread")
+
+        monkeypatch.setattr(threading.Timer, "start", refuse)
+        with answering(says("200 OK", b"null")) as (port, _):
+            with pytest.raises(SpecError, match="its metaserver: can't start new thread"):
+                ended(Metaservers(receivers).post(f"http://127.0.0.1:{port}/", REQUEST, "r")).check()
 
     @pytest.mark.parametrize(
         "given",
@@ -206,6 +259,37 @@ class TestDecode:
         scheduler.arrived(one)
         assert scheduler.matched(one, 0) == (0, False)
         assert servers.posts == [] and not scheduler.pending()
+
+    @pytest.mark.parametrize("first", ["decode", "left"])
+    def test_one_server_for_both_parts_waits_for_its_own_prefill_alone(
+        self, first: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        # Broken in production: under a layerwise proxy whose prefill and decode are one server of kv_both, both requests wait until
+        # receive_wait_s for chunks that nobody sends.
+        servers = Played()
+        scheduler = self.scheduler(servers)
+        decoded = request(700, dict(ASKED))
+        scheduler.arrived(decoded)
+        if first == "left":
+            scheduler.finished(decoded)
+        spec = {"req_id": "layerwise a", "receiver_host": "h", "receiver_init_port": [1], "receiver_alloc_port": [2]}
+        prefilled = request(700, {"do_remote_decode": True, "do_remote_prefill": False, "disagg_spec": spec}, "b")
+        scheduler.arrived(prefilled)
+        # It is computed at once.
+        assert scheduler.matched(prefilled, 0) == (0, False)
+        scheduler.allocated(prefilled, [1, 2, 3, 4, 5, 6], 0)
+        assert [name for name, _ in scheduler.build(output()).announced] == ["a"]
+        if first == "left":
+            scheduler.finished(prefilled)
+            return
+        assert scheduler.matched(decoded, 0) == (None, False)
+        scheduler.finished(prefilled)
+        servers.what.ended = time.monotonic()
+        with caplog.at_level(logging.WARNING, "vllm.pd_backend"):
+            # By now the engine's own cache has it.
+            assert scheduler.matched(decoded, 640) == (0, False)
+        assert caplog.records == []
+        assert scheduler.build(output()).dropped == ["a"]
 
     def test_a_client_that_leaves_is_told_to_prefill(self) -> None:
         # Broken in production: clients that leave fill the receiver's slots.

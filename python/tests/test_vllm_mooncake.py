@@ -18,7 +18,7 @@ import pytest
 from answering import Answering, answering, says, says_little_by_little, says_nothing, says_without_end
 from free_ports import free_ports
 from pd_backend.vllm import prefill_servers
-from pd_backend.vllm.bootstrap import BootstrapError, EngineAt, engines_in, http_address, query_answer
+from pd_backend.vllm.bootstrap import EngineAt, engines_in, http_address, query_answer
 from pd_backend.vllm.bootstrap_server import BootstrapServer
 from pd_backend.vllm.hosts import HostList
 from pd_backend.vllm.naming import Naming
@@ -28,6 +28,8 @@ from pd_backend.vllm.consumer_scheduler import ConsumerScheduler
 from pd_backend.vllm.producer_scheduler import ProducerScheduler
 from pd_backend.vllm.spec import RemoteSpec, Rendezvous, SpecError, park_spec
 from pd_backend.vllm.transfer_id import TransferSpec, transfer_spec
+from pd_backend.vllm.keys import chunk_hashes
+from pd_backend.vllm.step import ReleasePlan
 from test_vllm_scheduler import BLOCK, CHUNK, output, request
 from waiting import eventually
 
@@ -84,7 +86,7 @@ class TestAnswer:
     )
     def test_another_form_is_refused_in_a_line(self, answer: Any, text: str) -> None:
         # Broken in production: what answers at some address ends the engine, or fills its log.
-        with pytest.raises(BootstrapError) as refused:
+        with pytest.raises(SpecError) as refused:
             engines_in(answer)
         assert text in str(refused.value) and len(str(refused.value)) < 300
 
@@ -98,7 +100,7 @@ class TestAnswer:
             "http://[::1", "http://h h:1", "http://ä:1",
         ]
         for given in wrong:
-            with pytest.raises(BootstrapError) as refused:
+            with pytest.raises(SpecError) as refused:
                 http_address(given)
             assert len(str(refused.value)) < 200
 
@@ -215,9 +217,11 @@ def asked(port: int, path: str = "/query") -> tuple[int, Any]:
 
 
 @contextmanager
-def serving(engine: Callable[[], EngineAt | None], port: int = 0, index: int = 0) -> Iterator[int]:
-    """A bootstrap server, by its port."""
+def serving(engine: Callable[[], EngineAt | None], port: int = 0, index: int = 0, runs: bool = True) -> Iterator[int]:
+    """A bootstrap server, by its port; `runs`: that of an engine which takes requests."""
     server = BootstrapServer("127.0.0.1", port, index, engine)
+    if runs:
+        server.engine_runs()
     try:
         yield server.port
     finally:
@@ -296,6 +300,19 @@ class TestServer:
             # A server that is alone asks nobody.
             known[0] = EngineAt("e", "127.0.0.1", (1,))
             assert asked(first) == (200, query_answer({0: known[0]}))
+
+
+    def test_the_first_rank_says_nothing_before_all_listen(self) -> None:
+        # Broken in production: a router that asks while ranks are still starting knows of the first one alone, for ever.
+        engines = [EngineAt(f"e_dp{index}", "127.0.0.1", (100 + index,)) for index in range(2)]
+        first = several(2)
+        with serving(lambda: engines[0], first, runs=False):
+            assert asked(first)[0] == 503
+        with serving(lambda: engines[0], first), serving(lambda: engines[1], first, 1, runs=False):
+            assert asked(first) == (200, query_answer(dict(enumerate(engines))))
+        # One that is alone waits for nobody.
+        with serving(lambda: ENGINE, first, runs=False):
+            assert asked(first) == (200, ANSWER)
 
 
 def spec(port: int, engine: str | None = "e0", host: str = "127.0.0.1") -> TransferSpec:
@@ -442,6 +459,8 @@ class Played:
         self.failures.append(asked)
 
 
+#: The hash of the last chunk of `request(700)`.
+LAST = chunk_hashes(list(range(700)), CHUNK)[-1]
 REMOTE = RemoteSpec("10.0.0.1", (5600,), ("xfer",), in_turn=False)
 
 
@@ -524,7 +543,7 @@ class TestDecode:
         assert scheduler.pending()
         servers.remote = REMOTE
         step = scheduler.build(output())
-        assert step.released == [("a", REMOTE)] and len(step.holds) == (1 if known else 0)
+        assert step.released == [ReleasePlan("a", REMOTE, LAST)] and len(step.holds) == (1 if known else 0)
         scheduler.returned(["a"])
         assert not scheduler.pending()
 
@@ -543,16 +562,17 @@ class TestDecode:
         scheduler.allocated(one, [1, 2, 3, 4, 5, 6], 0)
         scheduler.finished(one)
         step = scheduler.build(output())
-        assert step.released == [("a", servers.remote)] and step.dropped == []
+        assert step.released == [ReleasePlan("a", servers.remote, LAST)] and step.dropped == []
 
     def test_one_that_never_came_gives_its_chunks_back(self) -> None:
         # Broken in production: of a request that decode refuses prefill keeps everything until its lease ends.
         servers = Played()
         scheduler = self.scheduler(servers)
+        # What vLLM makes in place of one that it refused has another prompt.
         scheduler.finished(request(1, dict(MOONCAKE)))
         assert scheduler.pending()
         servers.remote = REMOTE
-        assert scheduler.build(output()).released == [("a", REMOTE)]
+        assert scheduler.build(output()).released == [ReleasePlan("a", REMOTE, None)]
 
     def test_a_prompt_without_names_is_computed(self) -> None:
         # Broken in production: a prompt of embeddings ends the engine once prefill has said where it is.
@@ -563,7 +583,7 @@ class TestDecode:
         scheduler.arrived(one)
         servers.remote = REMOTE
         step = scheduler.build(output())
-        assert (step.holds, step.released) == ([], [("a", REMOTE)])
+        assert (step.holds, step.released) == ([], [ReleasePlan("a", REMOTE, None)])
         assert scheduler.matched(one, 0) == (0, False)
         assert not scheduler.pending()
 

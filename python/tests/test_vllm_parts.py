@@ -219,6 +219,19 @@ class TestHalves:
         # Broken in production: decode sends a request to itself, or prefill waits for chunks that it is to send.
         assert is_sent(params, {"10.0.0.1", "decode-1"}, [7300, 7301]) is sent
 
+    def test_what_is_for_another_engine_of_this_server_is_not_prefilled(self) -> None:
+        # Broken in production: a decode request of LMCache's dialect that comes to the wrong data-parallel rank is sent to the rank that
+        # it names, where nobody waits for it, and its log says nothing.
+        ours = {"disagg_spec": SPEC | {"receiver_host": "10.0.0.1", "receiver_init_port": [7302, 7303]}}
+        hosts, ports = {"10.0.0.1"}, [7300, 7301]
+        assert not is_sent(ours, hosts, ports, max_tokens=100)
+        # It is to be prefilled: for another server of this machine, or for that rank.
+        assert is_sent(ours, hosts, ports, max_tokens=1)
+        assert is_sent(ours | {"do_remote_decode": True}, hosts, ports, max_tokens=100)
+        assert is_sent({"disagg_spec": SPEC}, hosts, ports, max_tokens=100)
+        # A server of one engine knows its ports.
+        assert is_sent(ours, hosts, ports)
+
     def test_a_machine_knows_its_names(self) -> None:
         # Broken in production: decode does not see that it is the receiver that is named.
         pytest.importorskip("psutil")

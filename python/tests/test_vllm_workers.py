@@ -15,7 +15,7 @@ from pd_backend.vllm.attachment import Attachment
 from pd_backend.vllm.keys import chunk_hashes
 from pd_backend.vllm.producer import ProducerWorker
 from pd_backend.vllm.spec import DisaggSpec, RemoteSpec
-from pd_backend.vllm.step import ChunkBlocks, ConsumerStep, HoldPlan, ProducerStep, ReceivePlan, SendPlan
+from pd_backend.vllm.step import ChunkBlocks, ConsumerStep, HoldPlan, ProducerStep, ReceivePlan, ReleasePlan, SendPlan
 from vllm_pair import BLOCKS, CHUNK, LAYERS, LAYOUT, Memory, NAMES, Pair, load, pair, restarted
 from waiting import PATIENCE_S, eventually
 
@@ -186,6 +186,26 @@ def test_a_rank_asks_for_slots_once_the_rank_before_it_has_its_own(pair: Callabl
     assert ended is not None and ended.ended["c"] == [None]
 
 
+def test_a_second_request_of_a_name_is_refused_and_leaves_the_first(pair: Callable[..., Pair]) -> None:
+    # Broken in production: the daemon refuses the second, which is taken for the end of both; or what is sent of the first is taken for
+    # the second's, whose blocks are given back before they are copied.
+    both = pair()
+    tokens = list(range(16))
+    first = both.plan("a", tokens)
+    second = replace(both.plan("b", list(range(50, 66))), spec=first.spec)
+    both.produce(ProducerStep(plans=[first, second], chunks=[ChunkBlocks("b", 0, [2, 3])], finishing=["b"]))
+    assert both.ended("b") == "another request of this name is under way"
+    both.produce(ProducerStep(chunks=[ChunkBlocks("a", 0, [0, 1])], finishing=["a"]))
+    assert both.ended("a") is None
+    assert both.consume(load("a", tokens, [5, 6]), "a") == set()
+    assert (both.target.kv[:, 5:7] == both.source.kv[:, :2]).all()
+    # It is free again.
+    both.produce(ProducerStep(plans=[second], chunks=[ChunkBlocks("b", 0, [2, 3])], finishing=["b"]))
+    assert both.ended("b") is None
+    both.consumer.begin_step(ConsumerStep(announced=[("b", first.spec.req_id)], unneeded=["b"]))
+    both.nothing_left()
+
+
 def test_a_receiver_that_is_full_fails_the_request_alone(pair: Callable[..., Pair]) -> None:
     # Broken in production: one request without room takes the engine, or its neighbours, with it.
     both = pair(receiver_slots=2, slot_wait_s=0.2)
@@ -269,9 +289,9 @@ def test_what_is_released_in_the_step_of_its_hold_is_not_held(pair: Callable[...
     both, said = pair(), []
     remote = RemoteSpec("127.0.0.1", (1,), (), True)
     monkeypatch.setattr(both.consumer, "_hold", lambda hold: said.append(f"hold {hold.request_id}"))
-    monkeypatch.setattr(both.consumer, "_release", lambda request_id, _: said.append(f"release {request_id}"))
+    monkeypatch.setattr(both.consumer, "_release", lambda release: said.append(f"release {release.request_id}"))
     holds = [HoldPlan(name, remote, ["00"]) for name in ("a", "b")]
-    both.consumer.begin_step(ConsumerStep(holds=holds, released=[("a", remote)]))
+    both.consumer.begin_step(ConsumerStep(holds=holds, released=[ReleasePlan("a", remote, None)]))
     assert said == ["release a", "hold b"]
 
 

@@ -111,7 +111,10 @@ async fn open_and_cancel(pair: &mut Pair, number: u32, key_count: u32) -> Result
     let Reply::Opened { .. } = reply else {
         return Err(pair.sender.link.unexpected("opened", &reply));
     };
-    pair.sender.link.request(|id| Request::Cancel { id, req_id, after: None, acknowledges: false }).await?;
+    pair.sender
+        .link
+        .request(|id| Request::Cancel { id, req_id, after: None, acknowledges: false, attempt: None })
+        .await?;
     Ok(elapsed)
 }
 

@@ -108,7 +108,7 @@ impl ConnectorLink {
             },
         };
         match event {
-            Reply::Failed { req_id, kind, text, peer } => Err(BenchError::Refused {
+            Reply::Failed { req_id, kind, text, peer, .. } => Err(BenchError::Refused {
                 role: self.role.as_str(),
                 kind,
                 text: format!("request {req_id} to {peer}: {text}"),

@@ -131,8 +131,8 @@ keys! {
     /// address.
     PD_PREFILL_HOSTS = "pd_prefill_hosts", Form("a list of host names, addresses and ranges of addresses"),
         Without("[10.1.0.0/16, prefill-0]", "any host is asked that a request names"), Receiver, prefill_hosts;
-    /// Port of the handshake. One port, or a list with one port per tensor-parallel rank; 0 is a free port, which the
-    /// ready line names.
+    /// Port of the handshake. One port, or a list with one port per rank, which PdConnector counts over all workers of a
+    /// deployment, those of all data-parallel ranks; 0 is a free port, which the ready line names.
     PD_PEER_INIT_PORT = "pd_peer_init_port", Ports, Refused("7300"), Receiver, |c| number(c.init_port);
     /// Port of allocations and commits.
     PD_PEER_ALLOC_PORT = "pd_peer_alloc_port", Ports, Refused("7400"), Receiver, |c| number(c.alloc_port);
@@ -160,8 +160,8 @@ keys! {
     /// Address that the port below is bound to. Whoever reaches it can have what is parked here sent to any receiver,
     /// unless there is a pd_shared_secret_file: keep it inside a trusted network.
     PD_RENDEZVOUS_HOST = "pd_rendezvous_host", Host, Is("127.0.0.1"), Sender, |c| Some(quoted(&c.rendezvous_host));
-    /// Port at which receivers ask for chunks that are parked here. One port, or a list with one port per
-    /// tensor-parallel rank; 0 is a free port, which the ready line names.
+    /// Port at which receivers ask for chunks that are parked here. One port, or a list with one port per rank, counted as
+    /// for pd_peer_init_port; 0 is a free port, which the ready line names.
     PD_RENDEZVOUS_PORT = "pd_rendezvous_port", Ports, Without("5600", "nobody can ask for parked chunks"), Sender,
         |c| c.rendezvous_port.and_then(number);
     /// How long, in seconds, parked chunks are kept that nobody asks for, from the end of prefill on.

@@ -139,6 +139,9 @@ pub enum Request {
         /// Only says that the client knows of the event `failed`: ends nothing that has not failed.
         #[serde(default, skip_serializing_if = "is_false", deserialize_with = "nil_is_left_out")]
         acknowledges: bool,
+        /// With `acknowledges`: from the event. Left out, all that have failed under this name are meant.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        attempt: Option<u64>,
     },
     /// Receiver: which of these chunks are ready? Takes a lease on those.
     Lookup {
@@ -211,6 +214,9 @@ pub enum Request {
         /// As in `fetch`.
         #[serde(default, deserialize_with = "nil_is_left_out", skip_serializing_if = "Vec::is_empty")]
         ids: Vec<RequestId>,
+        /// The last of its chunks, which tells it from others that have the same name. Left out, all of them are meant.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        last_key: Option<ChunkKey>,
     },
     /// Receiver: the chunks of this lease have been copied.
     Release {
@@ -420,6 +426,9 @@ pub enum Reply {
         text: String,
         /// The peer concerned.
         peer: String,
+        /// Which of those that had this name, for the `cancel` that acknowledges it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        attempt: Option<u64>,
     },
 }
 

@@ -275,7 +275,7 @@ impl<R: Clone + PartialEq> Node<R> {
         self.ask_outgoing(now, client, id, |half, core| half.handle_expect(core, client, id, request, names));
     }
 
-    /// A reader does not want what a sender has parked; of `fetch` its keys and its wait do not matter.
+    /// A reader does not want what a sender has parked; of the keys of `fetch` only the last one matters, and its wait does not.
     pub fn handle_release_parked(&mut self, now: Instant, client: ClientId, id: Seq, fetch: FetchRequest) {
         self.ask_incoming(now, client, id, |half, core| half.handle_release_parked(core, client, id, fetch));
     }
@@ -302,10 +302,18 @@ impl<R: Clone + PartialEq> Node<R> {
     }
 
     /// A client knows of the failure that it was told of by an event, and fills nothing of that request any more. Ends nothing:
-    /// a request that the client has opened under this name meanwhile goes on.
-    pub fn handle_acknowledge(&mut self, now: Instant, client: ClientId, id: Seq, request: &RequestId) {
+    /// a request that the client has opened under this name meanwhile goes on. `attempt`: from the event; none: of all that have
+    /// failed under this name.
+    pub fn handle_acknowledge(
+        &mut self,
+        now: Instant,
+        client: ClientId,
+        id: Seq,
+        request: &RequestId,
+        attempt: Option<u64>,
+    ) {
         self.in_outgoing(now, |half, core| {
-            half.acknowledge_failure(core, client, request);
+            half.acknowledge_failure(core, client, request, attempt);
         });
         self.core.answer(client, id, Answer::Cancelled { request: request.clone() });
     }

@@ -437,13 +437,14 @@ impl Daemon {
                     }
                 }
             }
-            Request::ReleaseParked { id, req_id, source, ids } => {
-                let fetch = FetchRequest { id: req_id, source, ids, keys: Vec::new(), register_wait: Duration::ZERO };
+            Request::ReleaseParked { id, req_id, source, ids, last_key } => {
+                let keys = last_key.into_iter().collect();
+                let fetch = FetchRequest { id: req_id, source, ids, keys, register_wait: Duration::ZERO };
                 self.node.handle_release_parked(now, client, id, fetch);
             }
             Request::Release { id, lease, .. } => self.node.handle_release(now, client, id, lease),
-            Request::Cancel { id, req_id, acknowledges: true, .. } => {
-                self.node.handle_acknowledge(now, client, id, &req_id);
+            Request::Cancel { id, req_id, acknowledges: true, attempt, .. } => {
+                self.node.handle_acknowledge(now, client, id, &req_id, attempt);
             }
             Request::Cancel { id, req_id, .. } => self.node.handle_cancel(now, client, id, &req_id),
             Request::Reset { id } => self.node.handle_reset(now, client, id),

@@ -120,8 +120,8 @@ pub(super) fn event(event: outgoing::Event) -> Reply {
             },
         },
         outgoing::Event::Parked { request, chunks } => Reply::Parked { req_id: request, chunks },
-        outgoing::Event::Failed { request, failure, peer } => {
-            Reply::Failed { req_id: request, kind: failure.kind, text: failure.text, peer }
+        outgoing::Event::Failed { request, attempt, failure, peer } => {
+            Reply::Failed { req_id: request, kind: failure.kind, text: failure.text, peer, attempt: Some(attempt) }
         }
     }
 }

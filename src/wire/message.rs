@@ -503,7 +503,8 @@ pub struct Register {
     pub hello: Hello,
     /// What the allocation is to be called: the receiver's own name for what it waits for.
     pub req_id: RequestId,
-    /// What the prefill server calls the request, as far as is known: what is kept under these names is not, once this is sent.
+    /// What the prefill server calls the request, as far as is known: what is kept under these names, and ends with the last of
+    /// `keys`, is not once this is sent.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub ids: Vec<RequestId>,
     /// Which chunks, in the order of the prompt.
@@ -547,4 +548,7 @@ pub struct ReleaseParked {
     /// What the prefill server calls the request: its chunks make room from now on.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub ids: Vec<RequestId>,
+    /// The last of its chunks, which tells it from others that have the same name. None: all of them are meant.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_key: Option<ChunkKey>,
 }

@@ -271,7 +271,7 @@ fn a_cancel_is_for_what_its_client_has_opened_and_then_for_what_it_receives() {
     assert!(matches!(bench.events.as_slice(), [Event::Failed { .. }]), "{:?}", bench.events);
     // What a client says when it has read that; the second time nothing is left to give back.
     for _ in 0..2 {
-        bench.node.handle_acknowledge(bench.now, CLIENT, Seq(9), &name("r"));
+        bench.node.handle_acknowledge(bench.now, CLIENT, Seq(9), &name("r"), None);
         bench.pump();
     }
     assert!(bench.answers.iter().all(|(id, _)| *id != Seq(7)), "the wait goes on: {:?}", bench.answers);

@@ -38,6 +38,8 @@ pub struct Attempt {
     to_stage: VecDeque<u32>,
     /// Its connector has said that it knows of the failure, or was told otherwise: it fills nothing any more.
     pub knows: bool,
+    /// What the daemon calls its failure.
+    failure: Option<u64>,
     notified: bool,
     due: Instant,
     paused_before: Duration,
@@ -80,6 +82,7 @@ impl World {
             state: State::Ended,
             to_stage: VecDeque::new(),
             knows: false,
+            failure: None,
             notified: false,
             due: self.now,
             paused_before: Duration::ZERO,
@@ -223,7 +226,13 @@ impl World {
         self.attempts[attempt].knows = true;
         let (client, id) = self.call(at, attempt, Kind::Acknowledge, Duration::ZERO);
         let name = self.jobs[self.attempts[attempt].job].name.clone();
-        self.daemons.sender(at.index).node.handle_acknowledge(self.now, client, id, &name);
+        self.daemons.sender(at.index).node.handle_acknowledge(
+            self.now,
+            client,
+            id,
+            &name,
+            self.attempts[attempt].failure,
+        );
     }
 
     pub fn fill_and_send(&mut self, at: Proc, attempt: usize, slots: &[StagedSlot]) {
@@ -408,7 +417,7 @@ impl World {
     pub fn on_prefill_event(&mut self, at: Proc, client: ClientId, event: Event) {
         let (request, failed) = match &event {
             Event::Sent { request, .. } | Event::Parked { request, .. } => (request, None),
-            Event::Failed { request, failure, .. } => (request, Some(failure.kind)),
+            Event::Failed { request, failure, attempt, .. } => (request, Some((failure.kind, *attempt))),
         };
         let attempt = self.open.get(&(at, request.clone())).copied();
         let Some(attempt) = attempt.filter(|&attempt| self.attempts[attempt].client == client) else {
@@ -419,7 +428,8 @@ impl World {
             }
             return;
         };
-        self.end_attempt(attempt, failed);
+        self.end_attempt(attempt, failed.map(|(kind, _)| kind));
+        self.attempts[attempt].failure = failed.map(|(_, number)| number);
         if failed.is_some() {
             // The connector reads it a while later, and says so; until then it may be filling slots.
             let after = self.ms(0, 30);

@@ -8,22 +8,18 @@ rendezvous port.
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
+
+from .untrusted import ADDRESS_LEN_MAX, NAME_LEN_BYTES_MAX, SpecError, is_host, is_text, number, shown
 
 #: Where Mooncake's prefill servers are asked.
 MOONCAKE_PORT = 8998
 
 _ENGINES_MAX = 1024
 _RANKS_MAX = 256
-_ID_LEN_BYTES_MAX = 256
-
-
-class BootstrapError(ValueError):
-    """An answer that is not of this form, and why."""
 
 
 @dataclass(frozen=True)
@@ -50,47 +46,47 @@ def query_answer(engines: Mapping[int, EngineAt]) -> dict[str, Any]:
 
 
 def engines_in(answer: Any) -> dict[int, EngineAt]:
-    """The engines of an answer, by data-parallel rank. Raises `BootstrapError`."""
+    """The engines of an answer, by data-parallel rank. Raises `SpecError`."""
     if not isinstance(answer, Mapping) or not 1 <= len(answer) <= _ENGINES_MAX:
-        raise BootstrapError(f"it answered {_shown(answer)}; expected a map of 1 to {_ENGINES_MAX} engines by rank")
+        raise SpecError(f"it answered {shown(answer)}; expected a map of 1 to {_ENGINES_MAX} engines by rank")
     return {_rank(rank): _engine(entry) for rank, entry in answer.items()}
 
 
 def _engine(entry: Any) -> EngineAt:
     engine = entry.get("engine_id") if isinstance(entry, Mapping) else None
-    if not isinstance(engine, str) or not 1 <= len(engine.encode("utf-8", "replace")) <= _ID_LEN_BYTES_MAX:
-        raise BootstrapError(f"engine_id = {_shown(engine)}; expected a text of 1 to {_ID_LEN_BYTES_MAX} bytes")
+    if not is_text(engine):
+        raise SpecError(f"engine_id = {shown(engine)}; expected a text of 1 to {NAME_LEN_BYTES_MAX} bytes")
     workers = entry.get("worker_addr")
     if not isinstance(workers, Mapping) or not 1 <= len(workers) <= _RANKS_MAX:
-        raise BootstrapError(f"worker_addr = {_shown(workers)}; expected a map of 1 to {_RANKS_MAX} workers by rank")
+        raise SpecError(f"worker_addr = {shown(workers)}; expected a map of 1 to {_RANKS_MAX} workers by rank")
     by_rank = {_rank(rank): _worker(stages) for rank, stages in workers.items()}
     if sorted(by_rank) != list(range(len(by_rank))):
-        raise BootstrapError(f"worker_addr has the ranks {_shown(sorted(by_rank))}; expected all from 0 on")
+        raise SpecError(f"worker_addr has the ranks {shown(sorted(by_rank))}; expected all from 0 on")
     hosts = {host for host, _ in by_rank.values()}
     if len(hosts) != 1:
-        raise BootstrapError(f"the workers of {_shown(engine)} are on {_shown(sorted(hosts))}; expected one host")
+        raise SpecError(f"the workers of {shown(engine)} are on {shown(sorted(hosts))}; expected one host")
     return EngineAt(engine, hosts.pop(), tuple(by_rank[rank][1] for rank in range(len(by_rank))))
 
 
 def _worker(stages: Any) -> tuple[str, int]:
     """Host and port of a worker, of which there is one: a connector that sends all layers together has no others."""
     if not isinstance(stages, Mapping) or list(stages) != ["0"]:
-        raise BootstrapError(f"a worker is at {_shown(stages)}; expected the address of pipeline rank 0, and no other")
+        raise SpecError(f"a worker is at {shown(stages)}; expected the address of pipeline rank 0, and no other")
     (address,) = stages.values()
     try:
-        parts = urlsplit(address) if isinstance(address, str) and len(address) <= 300 else None
+        parts = urlsplit(address) if isinstance(address, str) and len(address) <= ADDRESS_LEN_MAX else None
         found = None if parts is None else (parts.scheme, parts.hostname, parts.port)
     except ValueError:
         found = None
     if found is None or found[0] != "tcp" or not found[1] or not found[2]:
-        raise BootstrapError(f"a worker is at {_shown(address)}; expected tcp://HOST:PORT")
+        raise SpecError(f"a worker is at {shown(address)}; expected tcp://HOST:PORT")
     return found[1], found[2]
 
 
 def http_address(given: Any) -> tuple[str, int]:
-    """Host and port of `http://HOST:PORT`. Raises `BootstrapError`."""
+    """Host and port of `http://HOST:PORT`. Raises `SpecError`."""
     try:
-        parts = urlsplit(given) if isinstance(given, str) and len(given) <= 300 and given.isprintable() else None
+        parts = urlsplit(given) if isinstance(given, str) and len(given) <= ADDRESS_LEN_MAX and given.isprintable() else None
         port = None if parts is None else parts.port
     except ValueError:
         parts = port = None
@@ -98,23 +94,16 @@ def http_address(given: Any) -> tuple[str, int]:
         parts is None or parts.scheme != "http" or not parts.hostname or not port or parts.username is not None
         or parts.path not in ("", "/") or parts.query or parts.fragment or not is_host(parts.hostname)
     ):
-        raise BootstrapError(f"{_shown(given)} is no address such as http://10.0.0.1:{MOONCAKE_PORT}")
+        raise SpecError(f"{shown(given)} is no address such as http://10.0.0.1:{MOONCAKE_PORT}")
     return parts.hostname, port
 
 
-def is_host(text: str) -> bool:
-    return len(text) <= 255 and text.isascii() and all(c.isalnum() or c in ".-_:%" for c in text)
-
-
 def _rank(text: Any) -> int:
-    if not isinstance(text, str) or not text.isascii() or not text.isdigit() or len(text) > 5:
-        raise BootstrapError(f"rank {_shown(text)}; expected a whole number from 0 up")
-    return int(text)
+    rank = number(text)
+    if rank is None:
+        raise SpecError(f"rank {shown(text)}; expected a whole number from 0 up")
+    return rank
 
 
 def _bracketed(host: str) -> str:
     return f"[{host}]" if ":" in host and not host.startswith("[") else host
-
-
-def _shown(given: Any) -> str:
-    return reprlib.repr(given)

@@ -12,7 +12,7 @@ import socket
 import socketserver
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -41,19 +41,16 @@ class BootstrapServer:
         self._host = host.strip("[]").replace("*", "")
         self._index = index
         self._engine = engine
-        server = self
-
-        class Handler(_Handler):
-            """Of this server."""
-
-            def engines(self) -> Mapping[int, EngineAt] | None:
-                return server.engines()
-
-        self._server = _Server(self._host, port and port + index, Handler)
+        self._all_listen = False
+        self._server = _Server(self._host, port and port + index, self.engines)
         self._thread = threading.Thread(
             target=self._server.serve_forever, kwargs={"poll_interval": 0.5}, name="pd bootstrap", daemon=True
         )
         self._thread.start()
+
+    def engine_runs(self) -> None:
+        """The engine takes requests. vLLM lets it do so once the engines of all ranks have started, which listen since."""
+        self._all_listen = True
 
     def engines(self) -> dict[int, EngineAt] | None:
         """What is answered, by data-parallel rank; None while it is not known of all."""
@@ -63,6 +60,8 @@ class BootstrapServer:
         engines, first = {self._index: engine}, f"{_DP}0"
         if self._index or not engine.engine.endswith(first):
             return engines
+        if not self._all_listen:
+            return None  # Who does not listen yet cannot be told from who is not there.
         name = engine.engine.removesuffix(first)
         host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(self._host, self._host)
         for index in range(1, _RANKS_MAX):
@@ -92,14 +91,12 @@ class BootstrapServer:
 class _Handler(BaseHTTPRequestHandler):
     timeout = _SILENCE_S
     server_version, sys_version = "pd-backend", ""
-
-    def engines(self) -> Mapping[int, EngineAt] | None:
-        raise NotImplementedError
+    server: _Server
 
     def do_GET(self) -> None:
         if self.path.split("?", 1)[0] != "/query":
             return self._answer(404, {"error": "ask for /query"})
-        engines = self.engines()
+        engines = self.server.engines()
         # Routers take an answer for all there is, and do not ask again.
         if not engines:
             return self._answer(503, {"error": "it is not known yet where parked chunks are asked for; try again"})
@@ -124,12 +121,13 @@ class _Server(ThreadingHTTPServer):
     block_on_close = False
     request_queue_size = 64
 
-    def __init__(self, host: str, port: int, handler: type[_Handler]) -> None:
+    def __init__(self, host: str, port: int, engines: Callable[[], dict[int, EngineAt] | None]) -> None:
+        self.engines = engines
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._lock = threading.Lock()
         #: The oldest first, with when they came.
         self._open: dict[Any, float] = {}
-        super().__init__((host, port), handler)
+        super().__init__((host, port), _Handler)
 
     def server_bind(self) -> None:
         # Without the look-up of the host's own name, which may take long and is used for nothing here.

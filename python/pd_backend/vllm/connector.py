@@ -195,6 +195,7 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
             images_by_count=images_by_count(vllm_config),
             adapters=Adapters(adapter_folder) if adapters_are_seen else None,
         )
+        self._one_of_several = one_of_several(vllm_config)
         if role != KVConnectorRole.SCHEDULER:
             return
         if self._sends:
@@ -224,7 +225,7 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
                 self._options.kv_recompute_threshold if self._sends else 0,
                 prefill_servers=PrefillServers(self._tp_size, hosts, self._bootstrap_port()),
                 metaservers=Metaservers(self._receivers, self._options.receive_wait_s or self._options.wait_timeout_s(), hosts),
-                own_ports=self._daemons.init_ports if one_of_several(vllm_config) else lambda: None,
+                own_ports=self._daemons.init_ports if self._one_of_several else lambda: None,
             )
         if self._sends and self._receives:
             self._own_hosts = own_hosts(self._options.own_hosts())
@@ -449,7 +450,8 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
         """Whether the request's KV goes to another server; what comes from there is decoded here."""
         if not (self._sends and self._receives):
             return self._sends
-        return is_sent(request.kv_transfer_params, self._own_hosts, self._daemons.init_ports() or ())
+        max_tokens = request.max_tokens if self._one_of_several else None
+        return is_sent(request.kv_transfer_params, self._own_hosts, self._daemons.init_ports() or (), max_tokens)
 
     def on_new_request(self, request: Any) -> None:
         if self._producer_scheduler is not None and self._prefills(request):
@@ -521,6 +523,9 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
         return self.request_finished(request, block_ids[0])
 
     def has_pending_push_work(self) -> bool:
+        # The first thing that an engine asks which has started.
+        if self._bootstrap is not None:
+            self._bootstrap.engine_runs()
         schedulers = (self._producer_scheduler, self._consumer_scheduler)
         return any(scheduler is not None and scheduler.pending() for scheduler in schedulers)
 

@@ -17,7 +17,7 @@ from .layout import EngineLayout
 from .layout import blocks_of
 from .observations import Observations
 from .spec import RemoteSpec
-from .step import ConsumerStep, HoldPlan, ReceivePlan, idle_wait_s
+from .step import ConsumerStep, HoldPlan, ReceivePlan, ReleasePlan, idle_wait_s
 from .turns import Turns
 from .weights import Weights
 
@@ -100,10 +100,10 @@ class ConsumerWorker:
         for request_id, req_id in step.announced:
             request = self._requests[request_id] = _Request(request_id, req_id, now)
             self._try_start(request)
-        for request_id, remote in step.released:
-            self._release(request_id, remote)
+        for release in step.released:
+            self._release(release)
         # A hold after its own release would never end.
-        released = {request_id for request_id, _ in step.released}
+        released = {release.request_id for release in step.released}
         for hold in step.holds:
             if hold.request_id not in released:
                 self._hold(hold)
@@ -248,11 +248,13 @@ class ConsumerWorker:
         except (PdError, ValueError):
             pass
 
-    def _release(self, request_id: str, remote: RemoteSpec) -> None:
+    def _release(self, release: ReleasePlan) -> None:
         """Of what is parked there for this request nothing is wanted."""
+        remote = release.remote
         try:
             source = remote.source(self._layout.tp_rank)
-            self._daemon.attach().start_release_parked(request_id, source, remote.ids).abandon()
+            last_key = None if release.last_hash is None else self._keys([release.last_hash])[0]
+            self._daemon.attach().start_release_parked(release.request_id, source, remote.ids, last_key).abandon()
         except (PdError, ValueError):
             pass  # The lease ends by itself.
 

@@ -17,7 +17,7 @@ from .metaserver import Metaservers, Post, metaserver_of
 from .naming import Naming, Unnamed
 from .prefill_servers import PrefillServers
 from .spec import RemoteSpec, Rendezvous, SpecError, decode_req_id, own_name, remote_spec, turn_spec
-from .step import ConsumerStep, HoldPlan, ReceivePlan, TurnPlan
+from .step import ConsumerStep, HoldPlan, ReceivePlan, ReleasePlan, TurnPlan
 from .transfer_id import TransferSpec, transfer_spec
 
 logger = logging.getLogger("vllm.pd_backend")
@@ -25,6 +25,8 @@ logger = logging.getLogger("vllm.pd_backend")
 #: How long a request waits for chunks that prefill pushes before it was asked. They are a moment away where prefill has answered;
 #: those of another prompt with the same beginning may still be computed.
 _COMING_WAIT_S = 10.0
+#: How names begin of what a metaserver was told. No router's do.
+_LAYERWISE = "layerwise"
 
 
 @dataclass
@@ -60,6 +62,8 @@ class _Receiving:
     asked: bool = False
     #: Of such a request: the first chunk that is looked up. The engine has those before it, and its daemon may not.
     first_chunk: int = 0
+    #: vLLM has made it in place of one that it refused: its prompt is another one.
+    is_in_place: bool = False
     #: It cannot be named, or what was loaded could not be used: the engine computes it, and nothing is looked up for it.
     failed: bool = False
 
@@ -131,10 +135,14 @@ class ConsumerScheduler:
             transfer = transfer_spec(params, request.request_id, self._prefill_servers.bootstrap_port)
             if transfer is not None:
                 remote = self._prefill_servers.find(transfer)
+            elif req_id is not None and req_id.startswith(f"{_LAYERWISE} ") and (params or {}).get("do_remote_decode"):
+                # Both servers that its router chose are this one: nothing is sent.
+                self._prefilled_here(req_id)
+                req_id = None
             elif metaserver is None:
                 remote = remote_spec(params, self._tp_size)
             elif self._metaservers is not None and self._can_be_named(request):
-                req_id = own_name("layerwise", request.request_id)
+                req_id = own_name(_LAYERWISE, request.request_id)
                 post = self._metaservers.post(metaserver, request.request_id, req_id)
         except SpecError as error:
             logger.warning("request %s is computed here: %s", request.request_id, error)
@@ -149,6 +157,12 @@ class ConsumerScheduler:
             receiving.req_id, receiving.failed = None, True
         elif req_id is not None:
             self._step.announced.append((request.request_id, req_id))
+
+    def _prefilled_here(self, req_id: str) -> None:
+        """This very server was asked to prefill what a request of its waits for by this name."""
+        for receiving in self._receiving.values():
+            if receiving.post is not None and receiving.req_id == req_id:
+                receiving.post.is_here = True
 
     def _can_be_named(self, request: Any) -> bool:
         try:
@@ -168,11 +182,21 @@ class ConsumerScheduler:
         try:
             hashes, _ = self._hashes(request, request.num_prompt_tokens)
         except Unnamed:
-            self._step.released.append((request.request_id, remote))
+            self._release(receiving, request, remote)
             receiving.req_id, receiving.failed = None, True
         else:
             receiving.req_id, receiving.remote = request.request_id[:256], remote
             self._step.holds.append(HoldPlan(request.request_id, remote, hashes))
+
+    def _release(self, receiving: _Receiving, request: Any, remote: RemoteSpec) -> None:
+        """What is parked there for this request is not wanted, or not any more."""
+        hashes: list[str] = []
+        if not receiving.is_in_place:
+            try:
+                hashes, _ = self._hashes(request, request.num_prompt_tokens)
+            except Unnamed:
+                pass
+        self._step.released.append(ReleasePlan(request.request_id, remote, hashes[-1] if hashes else None))
 
     def _ask_where(self) -> None:
         """Which requests' prefill servers have said by now where their chunks are."""
@@ -189,7 +213,7 @@ class ConsumerScheduler:
             if remote is not None and self._receiving.get(request_id) is receiving:
                 self._found(receiving, request, remote)
             elif remote is not None:
-                self._step.released.append((request_id, remote))
+                self._release(receiving, request, remote)
 
     def arrived_to_be_prefilled(self, request: Any) -> None:
         """A new request, whose KV this server computes and sends: what another server has of it may be fetched first."""
@@ -217,7 +241,8 @@ class ConsumerScheduler:
                 receiving.post.check()
                 return None, False
             except SpecError as error:
-                logger.warning("request %s is computed here: %s", request.request_id, error)
+                level = logging.INFO if receiving.post.is_here else logging.WARNING
+                logger.log(level, "request %s is computed here: %s", request.request_id, error)
                 receiving.req_id = receiving.post = None
                 self._step.dropped.append(request.request_id)
                 self._returning[request.request_id] = self._tp_size
@@ -299,7 +324,7 @@ class ConsumerScheduler:
             receiving.loading = True
             receiving.block_ids = block_ids[:blocks]
         elif named is not None and receiving.remote is not None:
-            self._step.released.append((request.request_id, receiving.remote))
+            self._release(receiving, request, receiving.remote)
         elif named is not None:
             self._step.unneeded.append(request.request_id)
             self._returning[request.request_id] = self._tp_size
@@ -352,19 +377,20 @@ class ConsumerScheduler:
         if request.request_id not in self._receiving and "metaserver" not in (request.kv_transfer_params or {}):
             # One that was refused before it came here: vLLM says so with another of its own making, and the same parameters.
             self.arrived(request)
+            self._receiving[request.request_id].is_in_place = True
         self._forget(request.request_id)
         self._early_blocks.pop(request.request_id, None)
         receiving = self._receiving.pop(request.request_id, None)
         if request.request_id in self._asking:
             return False  # What is parked is released once it is known where.
         parked_here = self._parked_here.pop(request.request_id, None)
-        if parked_here is not None:
-            self._step.released.append((request.request_id, parked_here))
+        if parked_here is not None and receiving is not None:
+            self._release(receiving, request, parked_here)
         if receiving is not None and receiving.loading and receiving.transfer is not None:
             # It may have failed: where that ends the request, vLLM says so before it says what has failed.
             self._prefill_servers.failed(receiving.transfer)
         if receiving is not None and receiving.remote is not None and not receiving.used:
-            self._step.released.append((request.request_id, receiving.remote))
+            self._release(receiving, request, receiving.remote)
         if receiving is not None and (receiving.loading or (receiving.req_id is not None and not receiving.used)):
             self._step.dropped.append(request.request_id)
             self._returning[request.request_id] = self._tp_size

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 def answered_by(deadline: float, connection: socket.socket, within_s: float) -> Iterator[None]:
     """Within it the connection has time until `deadline`, by the monotonic clock: then both of its directions end.
 
-    Raises `TimeoutError` that names `within_s` if it came to that.
+    Raises `TimeoutError` that names `within_s` if it came to that, and `OSError` where there is no thread for it.
     """
     over = threading.Event()
 
@@ -28,7 +28,10 @@ def answered_by(deadline: float, connection: socket.socket, within_s: float) -> 
     late = TimeoutError(f"no answer within {within_s:g} s")
     timer = threading.Timer(max(0.0, deadline - time.monotonic()), end)
     timer.daemon = True
-    timer.start()
+    try:
+        timer.start()
+    except RuntimeError as error:
+        raise OSError(str(error)) from error
     try:
         yield
     except (OSError, http.client.HTTPException) as error:

@@ -7,11 +7,18 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 
-def is_sent(params: Mapping[str, Any] | None, own_hosts: Collection[str], own_init_ports: Sequence[int]) -> bool:
+def is_sent(
+    params: Mapping[str, Any] | None,
+    own_hosts: Collection[str],
+    own_init_ports: Sequence[int],
+    max_tokens: int | None = None,
+) -> bool:
     """Whether this server prefills the request for another one. Any other request is decoded here.
 
     A router may send both servers the same `disagg_spec`: it names a receiver, and that one is either another server's,
-    or ours, which has the init ports `own_init_ports`, by rank, at any of `own_hosts`.
+    or ours, which has the init ports `own_init_ports`, by rank, at any of `own_hosts`. `max_tokens`: of the answer, where this
+    server has several engines. These do not know each other's ports: ports of this machine may be another engine's of this server,
+    or another server's. What is to be prefilled has one token.
     """
     params = params or {}
     spec = params.get("disagg_spec")
@@ -22,7 +29,10 @@ def is_sent(params: Mapping[str, Any] | None, own_hosts: Collection[str], own_in
     host, ports = spec["receiver_host"], spec.get("receiver_init_port")
     named = [ports] if isinstance(ports, int) else ports
     ports_are_ours = isinstance(named, (list, tuple)) and list(named[: len(own_init_ports)]) == list(own_init_ports) != []
-    return not (ports_are_ours and isinstance(host, str) and host in own_hosts)
+    if not isinstance(host, str) or host not in own_hosts:
+        return True
+    of_this_server = max_tokens is not None and max_tokens > 1 and not params.get("do_remote_decode")
+    return not (ports_are_ours or of_this_server)
 
 
 def own_hosts(configured: Iterable[Any]) -> frozenset[str]:

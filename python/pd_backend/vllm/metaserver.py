@@ -9,20 +9,22 @@ from __future__ import annotations
 import http.client
 import json
 import re
-import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from .bootstrap import is_host
 from .deadline import answered_by
 from .hosts import HostList
-from .spec import DisaggSpec, SpecError, shown
+from .spec import DisaggSpec
+from .threads import Threads
+from .untrusted import SpecError, is_host, one_line, shown
 
 #: How many routers' answers are waited for at a time. Each takes as long as prefill does.
-_POSTS_MAX = 128
+_POSTS_MAX = 256
+#: How many of them at one host, which any client can name.
+_POSTS_OF_ONE_HOST_MAX = 128
 #: How long chunks may come after the router has said that prefill has ended.
 _AFTER_S = 10.0
 _CONNECT_S = 3.0
@@ -34,6 +36,8 @@ class Post:
 
     error: str | None = None
     ended: float | None = None
+    #: The router has asked this very server to prefill: nothing is sent, and the engine's own cache has it then.
+    is_here: bool = False
 
     def check(self) -> None:
         """Raises `SpecError` if no chunks are going to come of it."""
@@ -41,6 +45,8 @@ class Post:
             return
         if self.error is not None:
             raise SpecError(f"its metaserver: {self.error}")
+        if self.is_here:
+            raise SpecError("its router had it prefilled by this very server")
         if time.monotonic() - self.ended > _AFTER_S:
             raise SpecError(f"its router said {_AFTER_S:g} s ago that prefill has ended, and nothing came; see prefill's log")
 
@@ -57,7 +63,8 @@ class Metaservers:
         self._receivers = receivers
         self._wait_s = wait_s
         self._hosts = hosts
-        self._threads = threading.Semaphore(_POSTS_MAX)
+        what = "requests are being prefilled by way of a metaserver"
+        self._threads = Threads("pd metaserver", what, _POSTS_MAX, _POSTS_OF_ONE_HOST_MAX)
 
     def post(self, url: str, request_id: str, req_id: str) -> Post:
         """Has prefill asked to send a request's chunks here, as `req_id`. Raises `SpecError` for what is not asked."""
@@ -65,21 +72,17 @@ class Metaservers:
         if self._hosts is not None and host not in self._hosts:
             raise SpecError(f"its metaserver's host {host} is not among pd_prefill_hosts")
         body = json.dumps(_message(request_id, self._receivers(req_id))).encode()
-        if not self._threads.acquire(blocking=False):
-            raise SpecError(f"{_POSTS_MAX} requests are being prefilled by way of a metaserver already")
         post = Post()
 
         def ask() -> None:
             try:
                 _post((host, port), path, body, self._wait_s)
             except (OSError, http.client.HTTPException, ValueError) as error:
-                text = (str(error) or type(error).__name__)[:200]
-                post.error = "".join(each if each.isprintable() else "?" for each in text)
+                post.error = one_line(str(error) or type(error).__name__)
             finally:
                 post.ended = time.monotonic()
-                self._threads.release()
 
-        threading.Thread(target=ask, name="pd metaserver", daemon=True).start()
+        self._threads.start(host, ask)
         return post
 
 

@@ -6,7 +6,6 @@ They are asked by HTTP, in a thread: no step of the engine waits for the answer.
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -14,8 +13,10 @@ from dataclasses import dataclass, field
 from .bootstrap import EngineAt
 from .bootstrap_query import Address, ask
 from .hosts import HostList
-from .spec import RemoteSpec, SpecError, engine_id, shown
+from .spec import RemoteSpec, engine_id
+from .threads import Threads
 from .transfer_id import TransferSpec
+from .untrusted import SpecError, one_line, shown
 
 logger = logging.getLogger("vllm.pd_backend")
 
@@ -67,8 +68,8 @@ class PrefillServers:
         self._hosts = hosts
         self._answer_s = answer_s
         self._known: OrderedDict[Address, _Known] = OrderedDict()
-        #: Taken by each thread that asks, also by one that nobody waits for any more.
-        self._threads = threading.Semaphore(_ASKED_MAX)
+        #: Also those that nobody waits for any more.
+        self._threads = Threads("pd bootstrap query", "prefill servers are being asked", _ASKED_MAX, _ASKED_MAX)
 
     def find(self, spec: TransferSpec) -> RemoteSpec | None:
         """Where its chunks are parked; None while its prefill server is being asked, which has a deadline.
@@ -121,18 +122,13 @@ class PrefillServers:
             if len(self._known) <= _KNOWN_MAX:
                 break
             del self._known[each]
-        if not self._threads.acquire(blocking=False):
-            known.error = f"{_ASKED_MAX} prefill servers are being asked already"
-            return
-        known.question = question = _Question(time.monotonic())
-
-        def answer() -> None:
-            try:
-                _answer_to(question, address, self._answer_s)
-            finally:
-                self._threads.release()
-
-        threading.Thread(target=answer, name="pd bootstrap query", daemon=True).start()
+        question = _Question(time.monotonic())
+        try:
+            self._threads.start(address[0], lambda: _answer_to(question, address, self._answer_s))
+        except SpecError as error:
+            known.error = str(error)
+        else:
+            known.question = question
 
     def _remote(self, spec: TransferSpec, known: _Known) -> RemoteSpec:
         where = f"http://{spec.host}:{spec.port}/query"
@@ -152,6 +148,5 @@ def _answer_to(question: _Question, address: Address, answer_s: float) -> None:
     try:
         question.engines = ask(address, answer_s)
     except (OSError, ValueError) as error:
-        # It may quote what was answered.
-        question.error = "".join(each if each.isprintable() else "?" for each in (str(error) or type(error).__name__)[:200])
+        question.error = one_line(str(error) or type(error).__name__)
     question.done = True

@@ -133,6 +133,10 @@ class ProducerWorker:
             self._cache_is_stale = False
         for plan in step.plans:
             request = self._requests[plan.request_id] = _Request(plan, time.monotonic())
+            if plan.spec.req_id in self._by_req_id:
+                # What the daemon says of the name would be taken for this one's.
+                self._end(request, "another request of this name is under way")
+                continue
             self._by_req_id[plan.spec.req_id] = request
             if plan.cached and self._cache_is_stale:
                 text = "vLLM's own cache may have KV of the former weights; /reset_prefix_cache after changing them"

@@ -7,20 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import re
-import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..messages import PeerAddress, SourceAddress
-
-
-#: The longest name that a daemon takes.
-_NAME_LEN_BYTES_MAX = 256
-
-
-class SpecError(ValueError):
-    """A `disagg_spec` that cannot be used, and why."""
+from .untrusted import HOST_LEN_BYTES_MAX, NAME_LEN_BYTES_MAX, SpecError, is_text, number, shown
 
 
 @dataclass(frozen=True)
@@ -95,7 +87,7 @@ def own_name(kind: str, request_id: str) -> str:
     a client may write the beginning.
     """
     name = f"{kind} {request_id}"
-    if len(name.encode("utf-8", "replace")) <= _NAME_LEN_BYTES_MAX:
+    if len(name.encode("utf-8", "replace")) <= NAME_LEN_BYTES_MAX:
         return name
     return f"{kind} {hashlib.blake2b(request_id.encode('utf-8', 'replace'), digest_size=16).hexdigest()}"
 
@@ -106,7 +98,7 @@ def park_spec(params: Mapping[str, Any] | None, request_id: str) -> ParkSpec | N
     if not params.get("do_remote_decode"):
         return None
     names, transfer_id = _names(request_id), params.get("transfer_id")
-    if is_text(transfer_id, 256):
+    if is_text(transfer_id):
         names = (transfer_id, *names)
     # Mooncake's routers ask at the bootstrap port instead. MoRIIO's give a `transfer_id` too, and what NIXL's give.
     is_answered = "transfer_id" not in params or "remote_engine_id" in params
@@ -136,7 +128,7 @@ def _names(request_id: str) -> tuple[str, ...]:
     base = re.sub(r"-[0-9a-f]{8}$", "", request_id)
     header = re.sub(r"^(chat)?cmpl-", "", base)
     names = dict.fromkeys((request_id, base, header, re.sub(r"-[0-9]+$", "", header)))
-    return tuple(name[:256] for name in names if name)
+    return tuple(name[:NAME_LEN_BYTES_MAX] for name in names if name)
 
 
 def parked_answer(
@@ -189,15 +181,17 @@ def turn_spec(params: Mapping[str, Any] | None, tp_size: int) -> RemoteSpec | No
 
 def _remote(params: Mapping[str, Any], tp_size: int) -> RemoteSpec:
     host, size = params.get("remote_host"), params.get("tp_size")
-    if not is_text(host, 255):
-        raise SpecError(f"remote_host = {shown(host)}; expected a host name or address, of 1 to 255 bytes")
+    if not is_text(host, HOST_LEN_BYTES_MAX):
+        raise SpecError(
+            f"remote_host = {shown(host)}; expected a host name or address, of 1 to {HOST_LEN_BYTES_MAX} bytes"
+        )
     if size is not None and size != tp_size:
         raise SpecError(f"tp_size = {shown(size)} at prefill, {tp_size} here; start both with the same")
     ids, engine = params.get("remote_request_id"), params.get("remote_engine_id")
     return RemoteSpec(
         host,
         _rendezvous(params, tp_size),
-        (ids,) if is_text(ids, 256) else (),
+        (ids,) if is_text(ids) else (),
         "remote_num_tokens" in params,
         engine if isinstance(engine, str) else None,
     )
@@ -209,19 +203,14 @@ def _rendezvous(params: Mapping[str, Any], tp_size: int) -> tuple[int, ...]:
         return tuple(ours["ports"])
     engine = params.get("remote_engine_id")
     if is_ours(engine):
-        ports = [_number(text) for text in engine.rsplit(":", 1)[-1].split("+")]
+        ports = [number(text) for text in engine.rsplit(":", 1)[-1].split("+")]
         if _are_ports(ports, tp_size):
             return tuple(ports)
     port = params.get("remote_port")
-    first = _number(port) if isinstance(port, str) else port
+    first = number(port) if isinstance(port, str) else port
     if _are_ports([first], 1) and first + tp_size - 1 < 65536:
         return tuple(range(first, first + tp_size))
     raise SpecError(f"remote_port = {shown(port)}; expected the rendezvous port of prefill's first rank")
-
-
-def _number(text: str) -> int | None:
-    """A port that is written as text, which a client may make of any length."""
-    return int(text) if text.isascii() and text.isdigit() and len(text) <= 5 else None
 
 
 #: How the id of an engine begins that parks chunks for ours.
@@ -279,16 +268,15 @@ def _spec(params: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
 
 def _req_id(spec: Mapping[str, Any]) -> str:
     req_id = spec.get("req_id")
-    if not is_text(req_id, 256):
-        raise SpecError(f"disagg_spec.req_id = {shown(req_id)}; expected a text of 1 to 256 bytes")
+    if not is_text(req_id):
+        raise SpecError(f"disagg_spec.req_id = {shown(req_id)}; expected a text of 1 to {NAME_LEN_BYTES_MAX} bytes")
     return req_id
 
 
 def _host(host: Any) -> str:
-    # No name that resolves is longer.
-    if not is_text(host, 255):
+    if not is_text(host, HOST_LEN_BYTES_MAX):
         raise SpecError(
-            f"disagg_spec.receiver_host = {shown(host)}; expected a host name or address, of 1 to 255 bytes"
+            f"disagg_spec.receiver_host = {shown(host)}; expected a host name or address, of 1 to {HOST_LEN_BYTES_MAX} bytes"
         )
     return host
 
@@ -320,15 +308,3 @@ def _are_ports(given: Any, count: int) -> bool:
         and len(given) >= count
         and all(isinstance(port, int) and not isinstance(port, bool) and 0 < port < 65536 for port in given)
     )
-
-
-def is_text(given: Any, len_bytes_max: int) -> bool:
-    try:
-        return isinstance(given, str) and 1 <= len(given.encode()) <= len_bytes_max
-    except UnicodeEncodeError:  # JSON can hold halves of surrogate pairs, which the daemon could not be told.
-        return False
-
-
-def shown(given: Any) -> str:
-    """For an error: what a stranger sends may be megabytes long."""
-    return reprlib.repr(given)

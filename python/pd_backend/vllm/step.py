@@ -103,6 +103,16 @@ class HoldPlan:
 
 
 @dataclass(frozen=True)
+class ReleasePlan:
+    """A request that wants nothing of what is parked for it."""
+
+    request_id: str
+    remote: RemoteSpec
+    #: Of its last chunk, which tells it from others that have its names; None where that is not known.
+    last_hash: str | None
+
+
+@dataclass(frozen=True)
 class TurnPlan:
     """Chunks that prefill lacks, and that other servers may have from the conversation's turn before."""
 
@@ -122,7 +132,7 @@ class ConsumerStep:
     #: Requests that have come whose chunks are parked: they are to be kept.
     holds: list[HoldPlan] = field(default_factory=list)
     #: Of these nothing is wanted of what is parked.
-    released: list[tuple[str, RemoteSpec]] = field(default_factory=list)
+    released: list[ReleasePlan] = field(default_factory=list)
     #: Nothing of these is needed, but their chunks come all the same and have to be given back.
     unneeded: list[str] = field(default_factory=list)
     #: Given up.

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .bootstrap import BootstrapError, http_address
-from .spec import SpecError, is_ours, is_text, shown
+from .bootstrap import http_address
+from .spec import is_ours
+from .untrusted import NAME_LEN_BYTES_MAX, SpecError, is_text, shown
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,12 @@ def transfer_spec(
     if is_ours(engine):
         return None  # It came from prefill's own answer, which names the ports.
     transfer_id, address = params["transfer_id"], params.get("remote_bootstrap_addr")
-    if not is_text(transfer_id, 256):
-        raise SpecError(f"transfer_id = {shown(transfer_id)}; expected a text of 1 to 256 bytes")
+    if not is_text(transfer_id):
+        raise SpecError(f"transfer_id = {shown(transfer_id)}; expected a text of 1 to {NAME_LEN_BYTES_MAX} bytes")
     if address is not None:
         try:
             host, port = http_address(address)
-        except BootstrapError as error:
+        except SpecError as error:
             raise SpecError(f"remote_bootstrap_addr: {error}") from error
     else:
         host, port = _host(params, request_id), bootstrap_port
@@ -52,7 +53,7 @@ def transfer_spec(
                 f"its router names the prefill host {shown(host)} and no port (MoRIIO's dialect); set bootstrap_port, to "
                 "the same at prefill and decode"
             )
-    return TransferSpec(host, port, engine if is_text(engine, 256) else None, (transfer_id,))
+    return TransferSpec(host, port, engine if is_text(engine) else None, (transfer_id,))
 
 
 def _host(params: Mapping[str, Any], request_id: str) -> str:
@@ -69,7 +70,7 @@ def _host(params: Mapping[str, Any], request_id: str) -> str:
     try:
         bracketed = f"[{named}]" if isinstance(named, str) and ":" in named else named
         return http_address(f"http://{bracketed}:1" if isinstance(named, str) else None)[0]
-    except BootstrapError as error:
+    except SpecError as error:
         raise SpecError(
             "its router gives a transfer_id, and neither remote_bootstrap_addr nor a host of prefill (seen: "
             f"{shown(named)})"

@@ -330,6 +330,30 @@ def test_of_what_is_not_kept_decode_is_asked_again(backend: Backend, proxy: str)
     assert first.left.wait(20)
 
 
+def test_a_stream_of_what_is_not_kept_is_asked_again(backend: Backend, proxy: str) -> None:
+    # Broken in production: a stream begins at once, and waits ten seconds for KV that prefill has said it does not keep.
+    pushing(backend, proxy)
+
+    def prefill(handler: Handler) -> None:
+        until(lambda: len(backend.at("decode")) == 1, "decode was not asked")
+        handler.answer({})
+
+    def decode(handler: Handler) -> None:
+        if handler.seen.params is None:
+            handler.answer({"decoded": True})
+            return
+        handler.send_response(200)
+        handler.send_header("Content-Type", "text/event-stream")
+        handler.send_header("Transfer-Encoding", "chunked")
+        handler.end_headers()
+        handler.wait_until_left()
+
+    backend.prefill, backend.decode = prefill, decode
+    assert ask(proxy, stream=True) == {"decoded": True}
+    first, second = backend.at("decode")
+    assert first.left.wait(20) and second.body["stream"]
+
+
 @pytest.mark.parametrize("push", [False, True], ids=["in turn", "at once"])
 def test_what_prefill_refuses_is_passed_on(backend: Backend, proxy: str, push: bool) -> None:
     # Broken in production: a client's mistake is answered with 200, or decode waits for what never comes.
@@ -427,6 +451,18 @@ def test_other_paths_are_passed_on(backend: Backend, proxy: str, method: str, pa
     (seen,) = backend.seen
     assert (seen.server, seen.method, seen.path, seen.content) == ("decode", method, path, content)
     assert (seen.headers["authorization"], seen.headers["x-other"]) == ("Bearer key", "header")
+
+
+@pytest.mark.parametrize("path", ["/v1/responses", "//v1/completions", "/v1/completions/", "/pooling"])
+def test_a_client_does_not_say_where_the_kv_is_at_other_paths(backend: Backend, proxy: str, path: str) -> None:
+    # Broken in production: any client has the decode server connect wherever it says, by a path that the proxy does not know.
+    connection = http.client.HTTPConnection(proxy.removeprefix("http://"))
+    body = {"input": "a", "kv_transfer_params": PREFILLED, "other": {"kv_transfer_params": 1}}
+    connection.request("POST", path, json.dumps(body).encode("utf-16" if path == "/pooling" else "utf-8"))
+    assert connection.getresponse().status == 200
+    (seen,) = backend.seen
+    assert seen.path.lstrip("/") == path.lstrip("/")
+    assert seen.body == {"input": "a", "other": {"kv_transfer_params": 1}}
 
 
 def test_a_server_that_is_not_there(tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
         }
     }
 
-    /// A reader does not want what a sender has parked under these names. Answered at once.
+    /// A reader does not want what a sender has parked under these names, and ends with the last of these keys. Answered at once.
     pub(in crate::node) fn handle_release_parked(
         &mut self,
         core: &mut Core<R>,
@@ -204,7 +204,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
             if before.source != source && was_asked {
                 // That one is asked no more, and would send what nobody waits for.
                 let (seq, instance) = (Seq(core.fresh()), core.settings.hello.instance.clone());
-                let release = ReleaseParked { seq, instance, req_id: id.clone(), ids: Vec::new() };
+                let release = ReleaseParked { seq, instance, req_id: id.clone(), ids: Vec::new(), last_key: None };
                 core.send(To::Peer(before.source), Port::Rendezvous, Message::PdRelease(release));
             }
             if let Purpose::Hold { client, question: Some(question), .. } = before.purpose {
@@ -223,6 +223,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
             return;
         }
         let Some(fetch) = self.fetches.get_mut(id) else { return };
+        let last_key = fetch.keys.last().cloned();
         // Who knows the question need not be told all of it.
         let keys = if fetch.answered { Vec::new() } else { fetch.keys.clone() };
         let (seq, req_id, ids) = (fetch.seq, id.clone(), fetch.ids.clone());
@@ -244,7 +245,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
             Purpose::Hold { wait, .. } => register(None, *wait),
             Purpose::Release(times) => {
                 *times += 1;
-                Message::PdRelease(ReleaseParked { seq, instance: hello.instance.clone(), req_id, ids })
+                Message::PdRelease(ReleaseParked { seq, instance: hello.instance.clone(), req_id, ids, last_key })
             }
         };
         let source = fetch.source;
@@ -354,7 +355,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
         let is_full = releases >= core.settings.requests_max;
         // Only the registration ends: another sample of the same prompt may come for its chunks.
         let purpose = std::mem::replace(&mut fetch.purpose, Purpose::Release(0));
-        fetch.ids.clear();
+        (fetch.ids, fetch.keys) = (Vec::new(), Vec::new());
         fetch.seq = Seq(core.fresh());
         if let Purpose::Hold { client, question: Some(question), .. } = purpose {
             core.answer(client, question, Answer::Held);

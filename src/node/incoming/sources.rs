@@ -185,7 +185,11 @@ impl<R: Clone + PartialEq> Incoming<R> {
             return false;
         }
         let kind = if source.open { FailureKind::PeerLost } else { FailureKind::PeerUnreachable };
-        let text = format!("it said nothing for {} ms (pd_peer_timeout_sec)", silent.as_millis());
+        let why = match source.open && !source.answered {
+            true => ": something listens there, and it is not a sender's rendezvous port, or the sender hangs",
+            false => "",
+        };
+        let text = format!("it said nothing for {} ms (pd_peer_timeout_sec){why}", silent.as_millis());
         self.handle_source_closed(core, peer, &Failure::new(kind, text));
         core.outputs.push_back(Output::ClosePeer(peer));
         true

@@ -1,5 +1,7 @@
 //! How a request ends without having been sent: cancelled, revoked, failed; and what its client must still say.
 
+use std::collections::BTreeSet;
+
 use super::requests::{OutgoingRequest, OutgoingStage, truncated};
 use super::uid::Uid;
 use super::{Event, Outgoing, OutgoingNote, OutgoingTimer};
@@ -15,7 +17,7 @@ impl<R: Clone> Outgoing<R> {
     pub(in crate::node) fn knows(&self, client: ClientId, request: &RequestId) -> bool {
         self.find_request(client, request).is_ok()
             || self.expected.contains(client, request)
-            || self.unacknowledged.contains_key(&(client, request.clone()))
+            || self.unacknowledged.keys().any(|(other, name, _)| *other == client && name == request)
             || self.requests.values().any(|closing| closing.client == Some(client) && closing.id == *request)
     }
 
@@ -27,15 +29,15 @@ impl<R: Clone> Outgoing<R> {
         id: Seq,
         request: &RequestId,
     ) {
-        // A client that does not know the field `acknowledges` acknowledges a failure with a plain cancel.
-        if self.acknowledge_failure(core, client, request) {
-            return core.answer(client, id, Answer::Cancelled { request: request.clone() });
-        }
         if self.expect_no_more(core, client, request) {
             return core.answer(client, id, Answer::Cancelled { request: request.clone() });
         }
         let uid = match self.find_request(client, request) {
             Ok(uid) => uid,
+            // A client that does not know the field `acknowledges` acknowledges a failure with a plain cancel.
+            Err(_) if self.acknowledge_failure(core, client, request, None) => {
+                return core.answer(client, id, Answer::Cancelled { request: request.clone() });
+            }
             Err(failure) => return core.refuse(client, id, failure, None),
         };
         let failure = Failure::new(FailureKind::Cancelled, format!("{request} was cancelled by its connector"));
@@ -131,6 +133,7 @@ impl<R: Clone> Outgoing<R> {
             OutgoingStage::Parking { ids, .. } => std::mem::take(ids),
             _ => Vec::new(),
         };
+        let last = request.keys.last().cloned();
         let mut alloc_seq = None;
         let (open_id, grant, asked) = match request.stage {
             OutgoingStage::Connecting { open_id, .. } => (Some(open_id), None, false),
@@ -161,7 +164,7 @@ impl<R: Clone> Outgoing<R> {
             (Some(client), Some(open_id)) => core.refuse(client, open_id, failure.clone(), Some(peer)),
             (Some(client), None) if cancel.is_none() => {
                 told_by_event = true;
-                let event = Event::Failed { request: id.clone(), failure: failure.clone(), peer };
+                let event = Event::Failed { request: id.clone(), attempt: uid, failure: failure.clone(), peer };
                 core.outputs.push_back(Output::Event { client, event });
             }
             _ => {}
@@ -191,7 +194,9 @@ impl<R: Clone> Outgoing<R> {
                 core.answer(client, id, Answer::Cancelled { request: request.id });
             }
         }
-        self.give_up(core, &id, names, &failure);
+        if let Some(last) = last.filter(|_| !names.is_empty()) {
+            self.give_up(core, &id, &names, &last, &failure);
+        }
         if is_parking {
             self.drop_ahead_of(core, uid);
         }
@@ -216,7 +221,7 @@ impl<R: Clone> Outgoing<R> {
                 && core.settings.keeps(Safeguard::FailureAcknowledged);
             match request.client {
                 Some(client) if filling => {
-                    self.unacknowledged.entry((client, request.id.clone())).or_default().push(slot);
+                    self.unacknowledged.entry((client, request.id.clone(), uid)).or_default().push(slot);
                 }
                 _ => core.slots.unstage(slot),
             }
@@ -224,34 +229,44 @@ impl<R: Clone> Outgoing<R> {
         Some(request)
     }
 
-    /// A client knows that its request has failed: what it may have been filling until then can be staged again. Whether
-    /// there was anything.
+    /// A client knows that its request has failed: what it may have been filling until then can be staged again. `attempt`: which of
+    /// those that had the name; none: whoever says so does not tell them apart. Whether there was anything.
     pub(in crate::node) fn acknowledge_failure(
         &mut self,
         core: &mut Core<R>,
         client: ClientId,
         request: &RequestId,
+        attempt: Option<Uid>,
     ) -> bool {
+        let is_meant = |uid: Uid| attempt.is_none_or(|attempt| attempt == uid);
+        let mut was_any = false;
         // If its transfers are under way, its slots are freed with them, and not kept for the client.
-        let closing = self.requests.values_mut().find(|closing| {
-            closing.client == Some(client) && closing.id == *request && closing.told_by_event && closing.is_filling()
-        });
-        if let Some(closing) = closing {
-            closing.told_by_event = false;
-            return true;
+        for (_, closing) in self.requests.iter_mut().filter(|(uid, _)| is_meant(**uid)) {
+            if closing.client == Some(client) && closing.id == *request && closing.told_by_event && closing.is_filling()
+            {
+                closing.told_by_event = false;
+                was_any = true;
+            }
         }
-        let Some(slots) = self.unacknowledged.remove(&(client, request.clone())) else { return false };
-        slots.into_iter().for_each(|slot| core.slots.unstage(slot));
-        self.serve_staging(core);
-        true
+        let of_request = (client, request.clone(), Uid::MIN)..=(client, request.clone(), Uid::MAX);
+        let uids: Vec<Uid> = self.unacknowledged.range(of_request).map(|((_, _, uid), _)| *uid).collect();
+        for uid in uids.into_iter().filter(|&uid| is_meant(uid)) {
+            let slots = self.unacknowledged.remove(&(client, request.clone(), uid)).unwrap_or_default();
+            slots.into_iter().for_each(|slot| core.slots.unstage(slot));
+            was_any = true;
+        }
+        if was_any {
+            self.serve_staging(core);
+        }
+        was_any
     }
 
     /// A client that is gone fills nothing any more.
     pub(super) fn acknowledge_all(&mut self, core: &mut Core<R>, client: ClientId) {
-        let of_client = self.unacknowledged.keys().filter(|(other, _)| *other == client);
-        let requests: Vec<RequestId> = of_client.map(|(_, request)| request.clone()).collect();
+        let of_client = self.unacknowledged.keys().filter(|(other, _, _)| *other == client);
+        let requests: BTreeSet<RequestId> = of_client.map(|(_, request, _)| request.clone()).collect();
         for request in requests {
-            self.acknowledge_failure(core, client, &request);
+            self.acknowledge_failure(core, client, &request, None);
         }
     }
 }

@@ -1,22 +1,26 @@
-//! Requests that prefill has given up before all of them was parked: whoever asks by their names hears of it, and does not wait
-//! for what nobody computes.
+//! Requests that prefill has given up before all of them was parked: whoever asks for them hears of it, and does not wait for what
+//! nobody computes.
+//!
+//! A name alone is no request: the prompts of a list share one, and clients choose some. Whoever asks for a request has one of its
+//! names, and the key of its last chunk, which the whole prompt is in.
 
 use std::time::Instant;
 
 use super::Outgoing;
 use super::OutgoingTimer;
 use super::registrants::Registrant;
-use super::requests::OutgoingStage;
-use crate::ids::{Failure, Registration, RequestId};
+use super::requests::OutgoingRequest;
+use super::uid::Uid;
+use crate::ids::{ChunkKey, Failure, Registration, RequestId};
 use crate::node::core::Core;
 use crate::node::latest::Latest;
 
 /// How many names are remembered.
 const NAMES_MAX: usize = 4096;
 
-/// The latest end under each name.
+/// The latest end under each name, by the last chunk.
 #[derive(Debug)]
-pub(super) struct GivenUp(Latest<RequestId, (Instant, Failure)>);
+pub(super) struct GivenUp(Latest<(RequestId, ChunkKey), (Instant, Failure)>);
 
 impl Default for GivenUp {
     fn default() -> Self {
@@ -26,18 +30,23 @@ impl Default for GivenUp {
 
 impl<R: Clone> Outgoing<R> {
     /// What was to be found under these names does not come: those who wait for it are told, and those who ask within the time of
-    /// a lease.
-    pub(super) fn give_up(&mut self, core: &mut Core<R>, id: &RequestId, mut names: Vec<RequestId>, failure: &Failure) {
-        // Others that have the name may still come, as the prompts of a list do.
-        names.retain(|name| !self.is_known(name));
-        if names.is_empty() {
+    /// a lease. `last`: its last chunk.
+    pub(super) fn give_up(
+        &mut self,
+        core: &mut Core<R>,
+        id: &RequestId,
+        names: &[RequestId],
+        last: &ChunkKey,
+        failure: &Failure,
+    ) {
+        if self.comes_otherwise(core, last) {
             return;
         }
         let failure = Failure::new(failure.kind, format!("prefill gave {id} up: {}", failure.text));
-        for name in &names {
-            self.given_up.0.insert(name.clone(), (core.now, failure.clone()));
+        for name in names {
+            self.given_up.0.insert((name.clone(), last.clone()), (core.now, failure.clone()));
         }
-        for id in self.registrants.waiting_under(&names) {
+        for id in self.registrants.waiting_under(names, last) {
             core.timers.unset(OutgoingTimer::Registration(id.clone()));
             let ended = self.registrants.end(&id, Registration::Failed, Some(failure.clone()));
             if let Some(Registrant { route, seq, .. }) = ended {
@@ -46,24 +55,22 @@ impl<R: Clone> Outgoing<R> {
         }
     }
 
-    /// A request has these names anew.
-    pub(super) fn take_up_names(&mut self, names: &[RequestId]) {
-        names.iter().for_each(|name| self.given_up.0.remove(name));
+    /// A request that ends with this chunk has these names anew.
+    pub(super) fn take_up_names(&mut self, names: &[RequestId], last: &ChunkKey) {
+        names.iter().for_each(|name| self.given_up.0.remove(&(name.clone(), last.clone())));
     }
 
-    /// Why nothing comes under these names, if that is known.
-    pub(super) fn given_up(&mut self, core: &Core<R>, names: &[RequestId]) -> Option<Failure> {
+    /// Why what ends with this chunk does not come under any of these names, if that is known.
+    pub(super) fn given_up(&mut self, core: &Core<R>, names: &[RequestId], last: Option<&ChunkKey>) -> Option<Failure> {
         let lease = self.settings.lease;
         self.given_up.0.forget_while(|(at, _)| core.now.saturating_duration_since(*at) >= lease);
-        names.iter().find_map(|name| self.given_up.0.get(name)).map(|(_, failure)| failure.clone())
+        let end = |name: &RequestId| self.given_up.0.get(&(name.clone(), last?.clone()));
+        names.iter().find_map(end).map(|(_, failure)| failure.clone())
     }
 
-    /// Whether something is parked under this name, or will be.
-    fn is_known(&self, name: &RequestId) -> bool {
-        let is_parking =
-            |stage: &OutgoingStage| matches!(stage, OutgoingStage::Parking { ids, .. } if ids.contains(name));
-        self.requests.values().any(|request| is_parking(&request.stage))
-            || self.expected.knows(std::slice::from_ref(name))
-            || self.park_leases.values().any(|lease| lease.ids.contains(name))
+    /// Whether this chunk is here, or another request computes it: another sample of the prompt, say.
+    fn comes_otherwise(&self, core: &Core<R>, last: &ChunkKey) -> bool {
+        let is_parking = |uid: &Uid| self.requests.get(uid).is_some_and(OutgoingRequest::is_parking);
+        core.slots.find(last).is_some() || self.coming.get(last).is_some_and(|uids| uids.iter().any(is_parking))
     }
 }

@@ -93,6 +93,8 @@ pub enum Event {
     Failed {
         /// Which request.
         request: RequestId,
+        /// Which of those that had this name; the client says so when it acknowledges the failure.
+        attempt: u64,
         /// Why.
         failure: Failure,
         /// The receiver; empty if it was to be parked.

@@ -16,6 +16,7 @@
 //! | `expected` | requests in prefill's queue, which will be parked |
 //! | `parking`, `given_up` | chunks that are kept for whoever asks for them, and those that will not come |
 //! | `registrations`, `registrants` | what receivers ask for; who has asked, and how that ended |
+//! | `releases` | what they do not ask for any more |
 //! | `link`, `dialect` | what differs with the dialect of a receiver: ours, or LMCache's |
 //! | `lmcache` | LMCache's receivers: what they are told and say, which pages of theirs wait for our bytes |
 
@@ -40,6 +41,7 @@ mod quiesce;
 mod receivers;
 mod registrants;
 mod registrations;
+mod releases;
 mod requests;
 mod staging;
 pub(super) mod timer;
@@ -102,7 +104,7 @@ pub(super) struct Outgoing<R> {
     lmcache: RememberedReceivers,
     transfers: BTreeMap<TransferId, Transfer>,
     /// Slots of failed requests that their clients may be filling, until these say that they know.
-    unacknowledged: BTreeMap<(ClientId, RequestId), Vec<SlotIndex>>,
+    unacknowledged: BTreeMap<(ClientId, RequestId, Uid), Vec<SlotIndex>>,
     /// Clients that wait for local slots, in the order of their arrival.
     staging: VecDeque<Staging>,
     /// Holds on chunks that are complete, for whoever asks for them.

@@ -15,13 +15,14 @@ use crate::node::Answer;
 use crate::node::Output;
 use crate::node::chunks::ChunkSize;
 use crate::node::core::Core;
-use crate::slot::SlotState;
 
 /// A hold on chunks that somebody may ask for.
 #[derive(Debug)]
 pub(super) struct ParkLease {
     /// What those call the request who will ask.
     pub(super) ids: Vec<RequestId>,
+    /// The last chunk of the request; none where they are kept for a registration.
+    pub(super) last: Option<ChunkKey>,
     pub(super) slots: Vec<SlotIndex>,
     /// Nobody is told of it: it ends when it was pushed ahead.
     pub(super) unsolicited: bool,
@@ -35,14 +36,17 @@ impl<R: Clone> Outgoing<R> {
         let sizes = match self.check_park(core, &park) {
             Ok(sizes) => sizes,
             Err(failure) => {
-                let mut ids = park.ids;
-                ids.truncate(REQUEST_IDS_MAX);
-                self.give_up(core, &park.id, ids, &failure);
+                if let Some(last) = park.keys.last() {
+                    let ids = &park.ids[..park.ids.len().min(REQUEST_IDS_MAX)];
+                    self.give_up(core, &park.id, ids, last, &failure);
+                }
                 return core.refuse(client, id, failure, None);
             }
         };
         let ParkRequest { id: name, ids, keys, groups, last_chunk_tokens, wait, unsolicited, stays } = park;
-        self.take_up_names(&ids);
+        if let Some(last) = keys.last() {
+            self.take_up_names(&ids, last);
+        }
         let parked_keys = keys.clone();
         let here: Vec<(u32, SlotIndex)> =
             core.ready_of(&keys, &sizes).into_iter().filter(|&(_, slot)| core.slots.park(slot)).collect();
@@ -132,7 +136,8 @@ impl<R: Clone> Outgoing<R> {
             slots.into_iter().for_each(|slot| core.slots.unpark(core.now, slot));
             self.drop_ahead_of(core, uid);
         } else {
-            self.lease(core, uid, ids, slots, unsolicited);
+            let last = request.keys.last().cloned();
+            self.lease(core, uid, ParkLease { ids, last, slots, unsolicited });
         }
         if let Some(client) = request.client {
             let event = Event::Parked { request: request.id.clone(), chunks: chunks as u32 };
@@ -144,16 +149,9 @@ impl<R: Clone> Outgoing<R> {
     }
 
     /// Keeps parked chunks for the time of a lease.
-    pub(super) fn lease(
-        &mut self,
-        core: &mut Core<R>,
-        lease: Uid,
-        ids: Vec<RequestId>,
-        slots: Vec<SlotIndex>,
-        unsolicited: bool,
-    ) {
-        core.timers.set(OutgoingTimer::Lease(lease), core.now + self.settings.lease);
-        self.park_leases.insert(lease, ParkLease { ids, slots, unsolicited });
+    pub(super) fn lease(&mut self, core: &mut Core<R>, uid: Uid, lease: ParkLease) {
+        core.timers.set(OutgoingTimer::Lease(uid), core.now + self.settings.lease);
+        self.park_leases.insert(uid, lease);
     }
 
     /// What a lease kept makes room from now on.
@@ -180,29 +178,6 @@ impl<R: Clone> Outgoing<R> {
 
     pub(super) fn end_park_leases(&mut self, core: &mut Core<R>) {
         for lease in self.park_leases.keys().copied().collect::<Vec<Uid>>() {
-            self.end_park_lease(core, lease, true);
-        }
-    }
-
-    /// Nobody wants what is known by one of these names. With `sent`, this has been sent to whoever asked: of several requests with
-    /// one name, as the prompts of a list have, the others are still to be asked for.
-    pub(super) fn release_ids(&mut self, core: &mut Core<R>, ids: &[RequestId], sent: Option<&BTreeSet<ChunkKey>>) {
-        let named = |names: &[RequestId]| names.iter().any(|name| ids.contains(name));
-        let is_sent = |key: &ChunkKey| sent.is_none_or(|sent| sent.contains(key));
-        for request in self.requests.values_mut() {
-            if let OutgoingStage::Parking { ids, released, .. } = &mut request.stage
-                && named(ids)
-                && request.keys.iter().any(is_sent)
-            {
-                *released = true;
-            }
-        }
-        let holds_sent =
-            |slot: &SlotIndex| matches!(core.slots.state(*slot), Some(SlotState::Ready { key, .. }) if is_sent(key));
-        let over = |lease: &ParkLease| named(&lease.ids) && (sent.is_none() || lease.slots.iter().any(holds_sent));
-        let leases: Vec<Uid> =
-            self.park_leases.iter().filter(|(_, lease)| over(lease)).map(|(&lease, _)| lease).collect();
-        for lease in leases {
             self.end_park_lease(core, lease, true);
         }
     }

@@ -374,9 +374,16 @@ impl<R: Clone> Outgoing<R> {
 
     pub(super) fn handshake_timed_out(&mut self, core: &mut Core<R>, peer: PeerId) {
         let limit_ms = self.settings.handshake_timeout.as_millis();
-        let draining =
-            self.receivers.get(&peer).is_some_and(|record| matches!(record.state, ReceiverProgress::AwaitingOldWrites));
-        let why = if draining { ": transfers to it from before have not ended yet" } else { "" };
+        let Some(record) = self.receivers.get(&peer) else { return };
+        let why = match record.state {
+            ReceiverProgress::AwaitingOldWrites => ": transfers to it from before have not ended yet".to_owned(),
+            ReceiverProgress::Introducing(_) => format!(
+                ": something listens at port {} and answers nothing; it is not a receiver's port for handshakes, or the receiver \
+                 hangs",
+                record.address.init_port
+            ),
+            _ => String::new(),
+        };
         let text = format!("no handshake within {limit_ms} ms (pd_handshake_timeout_sec){why}");
         self.peer_failed(core, peer, Failure::new(FailureKind::PeerUnreachable, text));
     }

@@ -28,8 +28,16 @@ pub(super) enum RegistrantState {
     Waiting(Box<Register>),
     /// What it asks for is kept, by a lease of its own.
     Held(Uid),
-    /// It is sent what it asks for, of the requests that have these names.
-    Pushing(Uid, Vec<RequestId>),
+    /// It is sent what it asks for.
+    Pushing(Uid, Asked),
+}
+
+/// Which parked request somebody asks for: one that has one of these names, and ends with this chunk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Asked {
+    pub(super) names: Vec<RequestId>,
+    /// None: whoever asks has not said.
+    pub(super) last: Option<ChunkKey>,
 }
 
 /// How many registrations hold chunks, and how many wait for some; the bytes that the keys of those take.
@@ -166,10 +174,12 @@ impl<R> Registrants<R> {
         numbers.iter().filter_map(|number| self.waiting.get(number).cloned()).collect()
     }
 
-    /// Those that wait for a request by one of these names.
-    pub(super) fn waiting_under(&self, names: &[RequestId]) -> Vec<RegistrationId> {
+    /// Those that wait for a request by one of these names, which ends with this chunk.
+    pub(super) fn waiting_under(&self, names: &[RequestId], last: &ChunkKey) -> Vec<RegistrationId> {
         let named = |id: &&RegistrationId| match self.state_of(id) {
-            Some(RegistrantState::Waiting(register)) => register.ids.iter().any(|name| names.contains(name)),
+            Some(RegistrantState::Waiting(register)) => {
+                register.keys.last() == Some(last) && register.ids.iter().any(|name| names.contains(name))
+            }
             _ => false,
         };
         self.waiting.values().filter(named).cloned().collect()

@@ -6,7 +6,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use super::registrants::{Load, Registrant, RegistrantState, RegistrationEnd, keys_len_bytes};
+use super::parking::ParkLease;
+use super::registrants::{Asked, Load, Registrant, RegistrantState, RegistrationEnd, keys_len_bytes};
 use super::requests::{OutgoingRequest, OutgoingStage, RequestChunks, check_receiver};
 use super::transfers::Checked;
 use super::uid::{RegistrationId, Uid};
@@ -99,7 +100,8 @@ impl<R: Clone> Outgoing<R> {
         core.timers.unset(OutgoingTimer::Registration(id.clone()));
         let wait = Duration::from_millis(register.wait_ms).min(WAIT_MAX);
         let (seq, receiver) = (register.seq, register.receiver.clone());
-        let given_up = if found.is_empty() { self.given_up(core, &register.ids) } else { None };
+        let asked = Asked { names: register.ids.clone(), last: register.keys.last().cloned() };
+        let given_up = if found.is_empty() { self.given_up(core, &asked.names, asked.last.as_ref()) } else { None };
         let refused = given_up.or_else(|| self.check_load(core, &register, &found).err());
         let state = match receiver {
             _ if refused.is_some() => Err((Registration::Failed, refused)),
@@ -112,13 +114,13 @@ impl<R: Clone> Outgoing<R> {
                 let here = found.iter().filter_map(|found| found.slot);
                 let slots: Vec<SlotIndex> = here.filter(|&slot| core.slots.park(slot)).collect();
                 let lease = core.fresh();
-                self.lease(core, lease, register.ids, slots, false);
+                self.lease(core, lease, ParkLease { ids: asked.names, last: None, slots, unsolicited: false });
                 Ok((Registration::Accepted, RegistrantState::Held(lease)))
             }
             Some(address) => {
                 self.judge_guess(core, &id, &register.keys, &address);
                 match self.push(core, &id, address, found) {
-                    Ok(uid) => Ok((Registration::Accepted, RegistrantState::Pushing(uid, register.ids))),
+                    Ok(uid) => Ok((Registration::Accepted, RegistrantState::Pushing(uid, asked))),
                     Err(failure) => Err((Registration::Failed, Some(failure))),
                 }
             }
@@ -185,7 +187,7 @@ impl<R: Clone> Outgoing<R> {
     }
 
     fn on_release(&mut self, core: &mut Core<R>, from: R, release: ReleaseParked) {
-        let ReleaseParked { seq, instance, req_id, ids } = release;
+        let ReleaseParked { seq, instance, req_id, ids, last_key } = release;
         if !handshake::name_fits(&instance) || ids.len() > REQUEST_IDS_MAX {
             let text = format!(
                 "the release of {req_id} has {} names, the limit is {REQUEST_IDS_MAX}, or comes from a name of more than {} bytes or \
@@ -197,7 +199,8 @@ impl<R: Clone> Outgoing<R> {
             return self.answer_registration(core, from, seq, req_id, Registration::Failed, failure);
         }
         let id = (instance, req_id);
-        if !self.registrants.is_late(&id, seq) {
+        // What was said already is not done again: of several that are alike, the next one would be released.
+        if !self.registrants.is_late(&id, seq) && self.registrants.end_of(&id, seq).is_none() {
             core.timers.unset(OutgoingTimer::Registration(id.clone()));
             let ended = self.registrants.remove(&id);
             self.registrants.remember(&id, RegistrationEnd { seq, state: Registration::Released, failure: None });
@@ -208,7 +211,7 @@ impl<R: Clone> Outgoing<R> {
                 }
                 Some(RegistrantState::Waiting(_)) | None => {}
             }
-            self.release_ids(core, &ids, None);
+            self.release(core, &Asked { names: ids, last: last_key });
         }
         self.answer_registration(core, from, seq, id.1, Registration::Released, None);
     }
@@ -236,10 +239,10 @@ impl<R: Clone> Outgoing<R> {
     }
 
     /// A request that serves a registration is sent: what was kept for it makes room, and is found until the room is needed.
-    pub(super) fn registration_served(&mut self, core: &mut Core<R>, id: &RegistrationId, keys: Vec<ChunkKey>) {
+    pub(super) fn registration_served(&mut self, core: &mut Core<R>, id: &RegistrationId) {
         let ended = self.registrants.end(id, Registration::Accepted, None);
-        if let Some(Registrant { state: RegistrantState::Pushing(_, ids), .. }) = ended {
-            self.release_ids(core, &ids, Some(&keys.into_iter().collect()));
+        if let Some(Registrant { state: RegistrantState::Pushing(_, asked), .. }) = ended {
+            self.release(core, &asked);
         }
     }
 

@@ -495,7 +495,7 @@ impl<R: Clone> Outgoing<R> {
         }
         if let (Some(registration), Some(address)) = (&request.registration, &request.address) {
             self.guess.was_sent(address);
-            self.registration_served(core, registration, request.keys.clone());
+            self.registration_served(core, registration);
         }
         let receiver = request.receiver();
         let (bytes, phases) = (request.bytes, request.phases);

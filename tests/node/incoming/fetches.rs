@@ -5,7 +5,7 @@ use std::time::Duration;
 use pd_backend::ids::{ChunkKey, ClientId, Failure, FailureKind, PeerId, Registration, RequestId, SourceAddress};
 use pd_backend::node::incoming::FetchRequest;
 use pd_backend::node::{Answer, Output, Port, To};
-use pd_backend::wire::message::Registered;
+use pd_backend::wire::message::{Register, Registered};
 use pd_backend::wire::{LmcacheMode, Message};
 
 use super::bench::Bench;
@@ -74,6 +74,14 @@ fn release(bench: &mut Bench, request: FetchRequest) -> Done {
 fn opened(done: &Done) -> PeerId {
     let [(peer, _)] = done.opened[..] else { panic!("{done:?}") };
     peer
+}
+
+/// The sender says what becomes of a registration.
+fn answer(bench: &mut Bench, peer: PeerId, register: &Register, state: Registration) -> Done {
+    let (seq, req_id) = (register.seq, register.req_id.clone());
+    let registered = Registered { seq, instance: "sender".into(), req_id, state, lease_ms: 0, failure: None };
+    bench.session.handle_connection_message(bench.now, peer, Port::Rendezvous, Message::PdRegistered(registered));
+    pump(bench)
 }
 
 /// Nobody is there.
@@ -170,17 +178,30 @@ fn an_address_where_nobody_answers_is_not_tried_for_each_request() {
     bench.session.handle_peer_opened(bench.now, peer, LmcacheMode::Async);
     let done = pump(&mut bench);
     let [Message::PdRegister(register)] = &done.said[..] else { panic!("{done:?}") };
-    let registered = Registered {
-        seq: register.seq,
-        instance: "sender".into(),
-        req_id: register.req_id.clone(),
-        state: Registration::Pending,
-        lease_ms: 0,
-        failure: None,
-    };
-    bench.session.handle_connection_message(bench.now, peer, Port::Rendezvous, Message::PdRegistered(registered));
+    answer(&mut bench, peer, register, Registration::Pending);
     close(&mut bench, peer);
     assert_eq!(ask(&mut bench, fetch("f7", at("h", 1))).opened.len(), 1);
+}
+
+#[test]
+fn what_listens_and_is_no_sender_is_named() {
+    // Broken in production: a request names the port of another service, which connects and says nothing, and neither the answer nor
+    // the log says what is wrong.
+    let mut bench = Bench::new(4);
+    let peer = opened(&ask(&mut bench, fetch("f", at("h", 1))));
+    bench.session.handle_peer_opened(bench.now, peer, LmcacheMode::Async);
+    pump(&mut bench);
+    let mut failure = None;
+    while failure.is_none() {
+        bench.now += Duration::from_millis(50);
+        bench.session.handle_timeout(bench.now);
+        failure = pump(&mut bench).failure;
+    }
+    let failure = failure.unwrap();
+    assert_eq!(failure.kind, FailureKind::PeerLost);
+    let text =
+        "(pd_peer_timeout_sec): something listens there, and it is not a sender's rendezvous port, or the sender hangs";
+    assert!(failure.text.starts_with("h:1: it said nothing for ") && failure.text.ends_with(text), "{failure}");
 }
 
 #[test]
@@ -192,16 +213,7 @@ fn a_connection_that_left_something_unanswered_is_not_used_again() {
     bench.session.handle_peer_opened(bench.now, peer, LmcacheMode::Async);
     let done = pump(&mut bench);
     let [Message::PdRegister(register)] = &done.said[..] else { panic!("{done:?}") };
-    let unknown = Registered {
-        seq: register.seq,
-        instance: "sender".into(),
-        req_id: register.req_id.clone(),
-        state: Registration::Unknown,
-        lease_ms: 0,
-        failure: None,
-    };
-    bench.session.handle_connection_message(bench.now, peer, Port::Rendezvous, Message::PdRegistered(unknown));
-    pump(&mut bench);
+    answer(&mut bench, peer, register, Registration::Unknown);
     // It answers, so it is used again.
     assert_eq!(release(&mut bench, fetch("r", at("h", 1))).opened, []);
     // What is said now is lost, until the receiver says it no more.

@@ -35,6 +35,8 @@ pub struct Bench {
     pub opened: Vec<PeerId>,
     /// Hosts where nobody listens.
     pub absent: BTreeSet<String>,
+    /// Hosts where something listens that answers nothing.
+    pub silent: BTreeSet<String>,
     /// Hosts whose receiver is of this model.
     pub models: BTreeMap<String, &'static str>,
     /// Whether the next receiver forgets the sender in the middle of the handshake.
@@ -79,6 +81,7 @@ impl Bench {
             abandoned: Vec::new(),
             opened: Vec::new(),
             absent: BTreeSet::new(),
+            silent: BTreeSet::new(),
             models: BTreeMap::new(),
             forgets: false,
             hosts: BTreeMap::new(),
@@ -132,6 +135,7 @@ impl Bench {
     /// The receiver shakes hands with everybody; the rest is for the test.
     pub fn on_send(&mut self, peer: PeerId, message: Message) {
         match message {
+            Message::NixlInitRequest(_) if self.silent.contains(&self.hosts[&peer]) => {}
             Message::NixlInitRequest(init) => {
                 let pd = InitReplyExtension {
                     seq: init.pd.unwrap().seq,

@@ -67,6 +67,22 @@ fn receivers_are_met_before_any_request_in_the_order_given() {
 }
 
 #[test]
+fn what_listens_and_is_no_receiver_is_named() {
+    // Broken in production: a wrong port is that of another service, which connects and says nothing, and the log says no more than that
+    // it took too long.
+    let mut bench = Bench::with(told_of(&["r"]));
+    bench.silent.insert("r".into());
+    bench.start();
+    bench.later(11, true);
+    let text = "peer_unreachable: no handshake within 10000 ms (pd_handshake_timeout_sec): something listens at port 1 and answers \
+                nothing; it is not a receiver's port for handshakes, or the receiver hangs";
+    assert_eq!(bench.noted(), [format!("r down: {text}")]);
+    bench.silent.clear();
+    bench.later(60, true);
+    assert_eq!(bench.noted(), ["r up"]);
+}
+
+#[test]
 fn a_refusal_names_both_values_once_and_is_tried_again_seldom() {
     // Broken in production: a pair that cannot talk fills the log, or stays refused when its receiver was started anew.
     let mut bench = Bench::with(told_of(&["r"]));

@@ -17,6 +17,7 @@ mod lmcache;
 #[cfg(feature = "lmcache")]
 mod lmcache_bench;
 mod registrations;
+mod releases;
 
 use bench::*;
 
@@ -318,11 +319,63 @@ fn a_failure_that_is_acknowledged_late_leaves_the_next_attempt() {
     assert!(matches!(bench.events.as_slice(), [Event::Failed { .. }]), "{:?}", bench.events);
     let seq = bench.open("r");
     bench.grant(seq, 8);
-    bench.session.handle_acknowledge(bench.now, CLIENT, Seq(4), &request("r"));
+    bench.session.handle_acknowledge(bench.now, CLIENT, Seq(4), &request("r"), None);
     bench.pump();
     assert_eq!(bench.answers.pop(), Some((Seq(4), Answer::Cancelled { request: request("r") })));
     bench.send("r");
     assert_eq!((bench.events.len(), bench.posts.len()), (1, 1), "it goes on");
+}
+
+/// Opens a request, stages its chunk, and has its receiver fail it: the slot is its client's until that is acknowledged.
+fn fail_staged(bench: &mut Bench, grant: u64) -> u64 {
+    let seq = bench.open("r");
+    bench.grant(seq, grant);
+    bench.session.handle_stage(bench.now, CLIENT, Seq(2), &request("r"), vec![0], None);
+    bench.pump();
+    let revoke = Revoke { req_id: request("r"), grant: GrantId(grant), reason: lost(), alloc_seq: Some(seq) };
+    bench.hear(Message::PdRevoke(revoke));
+    let Some(Event::Failed { attempt, .. }) = bench.events.last() else { panic!("{:?}", bench.events) };
+    *attempt
+}
+
+#[test]
+fn a_failure_that_is_acknowledged_after_the_next_one_gives_its_own_slots_back_alone() {
+    // Broken in production: a request fails twice, its client has read of the first failure, and the slots that it is still filling for
+    // the second attempt are another request's.
+    let mut bench = Bench::new();
+    let [first, second] = [7, 8].map(|grant| fail_staged(&mut bench, grant));
+    let staged = |bench: &Bench| bench.session.counts().slots.staged;
+    assert_eq!(staged(&bench), 2);
+    for (attempt, left) in [(first, 1), (first, 1), (second, 0)] {
+        bench.session.handle_acknowledge(bench.now, CLIENT, Seq(4), &request("r"), Some(attempt));
+        bench.pump();
+        assert_eq!(bench.answers.pop(), Some((Seq(4), Answer::Cancelled { request: request("r") })));
+        assert_eq!(staged(&bench), left);
+    }
+    // Who does not tell them apart has read of all of them.
+    fail_staged(&mut bench, 9);
+    fail_staged(&mut bench, 10);
+    bench.session.handle_acknowledge(bench.now, CLIENT, Seq(4), &request("r"), None);
+    bench.pump();
+    assert_eq!(staged(&bench), 0);
+}
+
+#[test]
+fn a_cancel_is_for_the_attempt_that_is_open_and_not_for_one_that_has_failed() {
+    // Broken in production: a client gives a request up whose first attempt has failed without its knowledge, is told that it is
+    // cancelled, and the request is sent.
+    let mut bench = Bench::new();
+    let first = fail_staged(&mut bench, 7);
+    let seq = bench.open("r");
+    bench.grant(seq, 8);
+    bench.session.handle_cancel(bench.now, CLIENT, Seq(5), &request("r"));
+    bench.pump();
+    assert_eq!(bench.answers.pop(), Some((Seq(5), Answer::Cancelled { request: request("r") })));
+    assert!(bench.words().iter().any(|word| word.grant == Some(GrantId(8))), "its receiver is told");
+    assert_eq!(bench.session.counts().slots.staged, 1, "the first attempt's slot is its client's still");
+    bench.session.handle_acknowledge(bench.now, CLIENT, Seq(6), &request("r"), Some(first));
+    bench.pump();
+    assert_eq!(bench.session.counts().slots.staged, 0);
 }
 
 #[test]
