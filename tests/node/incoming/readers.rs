@@ -1,11 +1,13 @@
 //! Who is told what of an attempt, where a name is used again; and very many readers at once.
 
+use std::time::Duration;
+
 use pd_backend::ids::{ChunkKey, ClientId, FailureKind, GrantId, RequestId, Seq};
 use pd_backend::node::Port;
 use pd_backend::node::incoming::Lookup;
 use pd_backend::node::{Answer, Output};
 use pd_backend::wire::Message;
-use pd_backend::wire::message::{CancelExtension, CancelNotif, Commit};
+use pd_backend::wire::message::{AllocResponse, CancelExtension, CancelNotif, Commit};
 
 use super::bench::*;
 
@@ -109,6 +111,60 @@ fn a_reader_that_cancels_has_been_told() {
     cancel(&mut bench, "r");
     assert_eq!(wait(&mut bench, 1, "r", None), None);
     assert!(is_ready(attempt_for(&mut bench, "r", 1)));
+}
+
+#[test]
+fn what_a_reader_gave_up_is_refused_when_it_is_announced() {
+    // Broken in production: a client hangs up before prefill has begun to send; its KV comes all the same, and holds slots for
+    // pd_retention_sec, for nobody.
+    let refusal = |said: &[(&'static str, AllocResponse)]| match said {
+        [(_, response)] => response.pd.as_ref().unwrap().refusal.as_ref().map(|failure| failure.kind),
+        other => panic!("{other:?}"),
+    };
+    let mut bench = Bench::new(4);
+    assert_eq!(wait(&mut bench, 1, "r", None), None);
+    cancel(&mut bench, "r");
+    bench.drain();
+    // And one that nobody had asked for yet, of which a router has told decode.
+    cancel(&mut bench, "s");
+    bench.drain();
+    for name in ["r", "s"] {
+        assert_eq!(refusal(&bench.alloc("a", name, &["k0"]).1), Some(FailureKind::Cancelled), "{name}");
+        assert_eq!(bench.session.counts().slots.reserved, 0);
+        // Once: under a name that is used again the next attempt is served as any.
+        let (_, said) = bench.alloc("a", name, &["k0"]);
+        assert_eq!(refusal(&said), None, "{name}");
+        give_up(&mut bench, name, grant_of(&said));
+        bench.drain();
+    }
+    // A reader that wants it again is served, whichever attempt comes.
+    cancel(&mut bench, "t");
+    bench.drain();
+    assert_eq!(wait(&mut bench, 7, "t", None), None);
+    assert!(is_ready(attempt_for(&mut bench, "t", 7)));
+    // What was handed out is over: its name is nobody's to refuse.
+    cancel(&mut bench, "t");
+    bench.drain();
+    assert_eq!(refusal(&bench.alloc("a", "t", &["k0"]).1), None);
+}
+
+#[test]
+fn how_a_request_ended_is_remembered_for_longer_than_its_chunks() {
+    // Broken in production: decode asks for a request whose retention is over, or which its sender gave up a minute ago, and
+    // waits for its whole receive_wait_s.
+    let mut bench = Bench::with(4, 4, |settings| incoming(settings).retention = Duration::from_secs(5));
+    send(&mut bench, "expired", "k0");
+    attempt_that_fails(&mut bench, "given up");
+    bench.drain();
+    later(&mut bench, 60);
+    assert_eq!(kind_of(wait(&mut bench, 1, "expired", None)), Some(FailureKind::Expired));
+    assert_eq!(kind_of(wait(&mut bench, 2, "given up", None)), Some(FailureKind::Cancelled));
+    // Chunks that were handed out are not there for so long, and their name may be used again.
+    bench.shake_hands("b", Vec::new());
+    assert_eq!(wait(&mut bench, 3, "r", None), None);
+    assert!(is_ready(attempt_for(&mut bench, "r", 3)));
+    later(&mut bench, 60);
+    assert_eq!(wait(&mut bench, 4, "r", None), None);
 }
 
 #[test]
