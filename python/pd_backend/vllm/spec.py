@@ -17,6 +17,8 @@ from ..messages import PeerAddress, SourceAddress
 
 #: The longest name that a daemon takes.
 _NAME_LEN_BYTES_MAX = 256
+#: Of a router's text, what is shown.
+_ERROR_LEN_MAX = 1000
 
 
 class SpecError(ValueError):
@@ -263,6 +265,19 @@ def decode_req_id(params: Mapping[str, Any] | None, own_ports: Sequence[int] | N
                 "whose receivers are named (header X-data-parallel-rank), and name them to decode as well"
             )
     return req_id
+
+
+def why_not_sent(params: Mapping[str, Any] | None) -> str | None:
+    """Why the chunks that a `disagg_spec` names do not come, where the router was told and passes that on; None where it says nothing of
+    it. The field is that of prefill's own answer.
+    """
+    error = (params or {}).get("error")
+    return str(error)[:_ERROR_LEN_MAX] if error else None
+
+
+def was_sent(params: Mapping[str, Any] | None) -> bool:
+    """Whether the router says that all chunks of the request have been reported across: what is not here by then does not come."""
+    return (params or {}).get("sent") is True
 
 
 def _spec(params: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
