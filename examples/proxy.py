@@ -33,6 +33,9 @@ from multidict import CIMultiDict
 
 logger = logging.getLogger("proxy")
 
+#: How long a connection that nobody uses is kept: for less than the five seconds after which vLLM closes it.
+_KEPT_S = 3.0
+
 #: `kv_transfer_params` of a request.
 Params = dict[str, Any]
 
@@ -54,6 +57,15 @@ class Asked:
     decode: str
 
 
+class NotSent(Exception):
+    """No KV of a request comes from prefill."""
+
+    def __init__(self, why: str, params: Params | None) -> None:
+        """`params`: what decode is asked with instead."""
+        super().__init__(why)
+        self.params = params
+
+
 class Dialect(Protocol):
     """What the two servers are told of a request. Each of these raises `web.HTTPException` for one that cannot go on."""
 
@@ -63,8 +75,11 @@ class Dialect(Protocol):
     def for_prefill(self, asked: Asked) -> Params:
         """What prefill is asked with."""
 
-    async def in_turn(self, asked: Asked, answered: Params) -> Params | None:
-        """What decode is asked with after prefill has answered; None if no KV comes, and decode computes the prompt."""
+    async def in_turn(self, asked: Asked, answered: Params) -> Params:
+        """What decode is asked with after prefill has answered. Raises `NotSent`."""
+
+    def given_up(self, asked: Asked, answered: Params | None) -> Params | None:
+        """What decode is told of a request that it is not going to be asked for, or has refused; None if it keeps nothing of it."""
 
     def ended(self, asked: Asked) -> None:
         """Nobody waits for the request any more."""
@@ -77,7 +92,9 @@ class Nixl:
     """Prefill answers where the KV is. A prefill server that says `push` may be asked together with decode."""
 
     #: What is true of one request alone. By `remote_num_tokens` decode knows that prefill has ended.
-    _OF_ONE_REQUEST = {"remote_block_ids", "remote_blocks_expiry_time", "remote_num_tokens", "remote_request_id"}
+    _OF_ONE_REQUEST = {
+        "remote_block_ids", "remote_blocks_expiry_time", "remote_num_tokens", "remote_prefill_cached_tokens", "remote_request_id",
+    }
 
     def __init__(self) -> None:
         #: Of each prefill server that pushes, the rest of its last answer.
@@ -91,12 +108,18 @@ class Nixl:
         nobody = dict.fromkeys(("remote_engine_id", "remote_block_ids", "remote_host", "remote_port"))
         return {"do_remote_decode": True, "do_remote_prefill": False, **nobody}
 
-    async def in_turn(self, asked: Asked, answered: Params) -> Params | None:
+    async def in_turn(self, asked: Asked, answered: Params) -> Params:
         if answered.get("transfer_mode") == "push":
             self._pushing[asked.prefill] = {name: answered[name] for name in answered.keys() - self._OF_ONE_REQUEST}
         elif answered:
             self._pushing.pop(asked.prefill, None)
-        return answered or None
+        if not answered:
+            raise NotSent("prefill keeps nothing", None)
+        return answered
+
+    def given_up(self, asked: Asked, answered: Params | None) -> Params | None:
+        # Of what has not been answered nobody knows where it is: it ends with its lease.
+        return answered
 
     def ended(self, asked: Asked) -> None:
         pass
@@ -120,6 +143,8 @@ class Proxy:
         self._prefill, self._decode = cycle(prefill), cycle(decode)
         self._urls = [*prefill, *decode]
         self._dialect = dialect
+        #: Of requests that were given up: decode is being told.
+        self._telling: set[asyncio.Task[None]] = set()
         self.session: aiohttp.ClientSession
 
     async def disaggregated(self, request: web.Request) -> web.StreamResponse:
@@ -172,20 +197,37 @@ class Proxy:
                 return _error(503, f"{url}: {error or 'not answered in time'}")
         return web.Response()
 
+    async def close(self) -> None:
+        """Nobody is told anything any more."""
+        for telling in self._telling:
+            telling.cancel()
+        await asyncio.gather(*self._telling, return_exceptions=True)
+
     async def _answered(self, asked: Asked) -> aiohttp.ClientResponse:
         """Decode's answer, as soon as it begins, which is its reader's to close."""
+        if _is_decodes_alone(asked.body):
+            return await self._decoded(asked, None)
         params = self._dialect.at_once(asked)
         if params is None:
-            return await self._decoded(asked, await self._prefilled(asked))
+            try:
+                params = await self._prefilled(asked)
+            except NotSent as not_sent:
+                logger.warning("%s: %s", asked.req_id, not_sent)
+                params = not_sent.params
+            return await self._decoded(asked, params)
         prefilling = asyncio.create_task(self._prefilled(asked))
         decoding = asyncio.create_task(self._decoded(asked, params))
         try:
             await asyncio.wait((prefilling, decoding), return_when=asyncio.FIRST_COMPLETED)
             if prefilling.done() or decoding.result().ok:
                 # Of one that prefill fails, or sends nothing of, decode would wait for the KV. A stream begins before it has that.
-                if await prefilling is None and (asked.body.get("stream") or not decoding.done()):
-                    _give_up(decoding)
-                    decoding = asyncio.create_task(self._decoded(asked, None))
+                try:
+                    await prefilling
+                except NotSent as not_sent:
+                    logger.warning("%s: %s", asked.req_id, not_sent)
+                    if asked.body.get("stream") or not decoding.done():
+                        _give_up(decoding)
+                        decoding = asyncio.create_task(self._decoded(asked, not_sent.params))
             return await decoding
         except BaseException:
             _give_up(decoding)
@@ -193,24 +235,92 @@ class Proxy:
         finally:
             prefilling.cancel()
 
-    async def _prefilled(self, asked: Asked) -> Params | None:
-        """What decode is to be asked with after prefill."""
+    async def _prefilled(self, asked: Asked) -> Params:
+        """What decode is to be asked with after prefill. Raises `NotSent`."""
+        answered: Params | None = None
+        try:
+            answered = await self._asked_of_prefill(asked)
+            return await self._dialect.in_turn(asked, answered)
+        except (NotSent, Refused) as error:
+            # What prefill refuses before it begins has left nothing anywhere.
+            if isinstance(error, Refused) and error.answer.status >= 500:
+                self._tell_given_up(asked, answered)
+            raise
+        except BaseException:  # Its client has left, or prefill has gone.
+            self._tell_given_up(asked, answered)
+            raise
+
+    async def _asked_of_prefill(self, asked: Asked) -> Params:
+        """`kv_transfer_params` of prefill's answer."""
         prefill = {**asked.body, "max_tokens": 1, "n": 1, "stream": False}
         for option in ("stream_options", "min_tokens"):
             prefill.pop(option, None)
         if "max_completion_tokens" in prefill:  # The newer name of max_tokens.
             prefill["max_completion_tokens"] = 1
         prefill["kv_transfer_params"] = self._dialect.for_prefill(asked)
-        answer = await self.session.post(asked.prefill + asked.path, json=prefill, headers=asked.headers)
+        answer = await self._post(asked.prefill + asked.path, prefill, asked.headers)
         if answer.status != 200:
             raise Refused(answer)
         async with answer:
             answered = await answer.json()
-        return await self._dialect.in_turn(asked, answered.get("kv_transfer_params") or {})
+        return answered.get("kv_transfer_params") or {}
 
     async def _decoded(self, asked: Asked, params: Params | None) -> aiohttp.ClientResponse:
         body = asked.body if params is None else {**asked.body, "kv_transfer_params": params}
-        return await self.session.post(asked.decode + asked.path, json=body, headers=asked.headers)
+        answer = await self._post(asked.decode + asked.path, body, asked.headers)
+        if 400 <= answer.status < 500:
+            # vLLM tells its connector of some of these alone.
+            self._tell_given_up(asked, params)
+        return answer
+
+    def _tell_given_up(self, asked: Asked, answered: Params | None) -> None:
+        """Decode keeps nothing for a request that nobody asks it for. Nobody waits for this."""
+        params = self._dialect.given_up(asked, answered)
+        if params is None:
+            return
+        telling = asyncio.create_task(self._told_given_up(asked, params))
+        self._telling.add(telling)
+        telling.add_done_callback(self._telling.discard)
+
+    async def _told_given_up(self, asked: Asked, params: Params) -> None:
+        # vLLM refuses this, and tells its connector of the `kv_transfer_params` of what it refuses: that is its way to be told.
+        body = {"model": "given up by its router", "prompt": [0], "max_tokens": 2**31 - 1, "kv_transfer_params": params}
+        try:
+            (await self._post(asked.decode + "/v1/completions", body, asked.headers)).close()
+        except (aiohttp.ClientError, asyncio.TimeoutError) as error:
+            logger.warning("%s: decode cannot be told that it was given up: %s", asked.req_id, error)
+
+    async def _post(self, url: str, body: Any, headers: CIMultiDict[str]) -> aiohttp.ClientResponse:
+        """An answer, as soon as it begins. What a server closes that it has kept it may have closed before it was asked: then it
+        is asked again, by another connection. A completion that it computes twice after all is none the worse.
+        """
+        while True:
+            attempt = Attempt()
+            try:
+                return await self.session.post(url, json=body, headers=headers, trace_request_ctx=attempt)
+            except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
+                if not attempt.by_kept:
+                    raise
+
+
+def _is_decodes_alone(body: dict[str, Any]) -> bool:
+    """Whether decode computes the prompt in any case: it needs more of it than KV, or vLLM asks for its parts without parameters."""
+    # In a chat vLLM takes the echo for one with log probabilities.
+    shows_prompt = body.get("echo") and ("messages" in body or body.get("logprobs") is not None)
+    return bool(shows_prompt or any(body.get(name) is not None for name in ("prompt_logprobs", "prompt_embeds")) or body.get("use_beam_search"))
+
+
+@dataclass
+class Attempt:
+    """One connection's part in a question."""
+
+    #: Whether the connection was there before.
+    by_kept: bool = False
+
+
+async def _reused(_session: aiohttp.ClientSession, context: Any, _params: Any) -> None:
+    if isinstance(context.trace_request_ctx, Attempt):
+        context.trace_request_ctx.by_kept = True
 
 
 def _give_up(decoding: asyncio.Task[aiohttp.ClientResponse]) -> None:
@@ -275,12 +385,16 @@ def application(proxy: Proxy, dialect: Dialect, request_timeout_s: float) -> web
     app.router.add_route("*", "/{path:.*}", proxy.passed_on)
 
     async def running(_app: web.Application) -> AsyncIterator[None]:
+        kept = aiohttp.TraceConfig()
+        kept.on_connection_reuseconn.append(_reused)
         async with dialect.running(), aiohttp.ClientSession(
             timeout=aiohttp.ClientTimeout(total=request_timeout_s, connect=10),
-            connector=aiohttp.TCPConnector(limit=0),
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEPT_S),
             skip_auto_headers=("Accept-Encoding", "User-Agent"),
+            trace_configs=[kept],
         ) as proxy.session:
             yield
+            await proxy.close()
 
     app.cleanup_ctx.append(running)
     return app
@@ -304,7 +418,7 @@ def main() -> None:
     parser.add_argument("--request-timeout", type=float, default=3600.0, help="seconds, of one request to one server")
     parser.add_argument("--dialect", choices=("nixl", "lmcache"), default="nixl")
     lmcache = parser.add_argument_group("LMCache's dialect, which is told the ports of the receivers beside each decode server")
-    lmcache.add_argument("--notify-port", type=int, default=7500, help="pd_proxy_port of the pd-senders")
+    lmcache.add_argument("--notify-port", type=int, help="pd_proxy_port of the pd-senders; 7500, none with --overlap")
     lmcache.add_argument("--notify-timeout", type=float, default=30.0, help="seconds from prefill's answer")
     lmcache.add_argument("--overlap", action="store_true", help="ask decode together with prefill; nobody need notify")
     given = parser.parse_args()
@@ -315,8 +429,11 @@ def main() -> None:
     if given.dialect == "lmcache":
         from proxy_lmcache import Lmcache
 
-        listen = None if given.overlap else (hosts, given.notify_port)
-        dialect = Lmcache(given.decode, listen, given.notify_timeout)
+        port = given.notify_port
+        if port is None and not given.overlap:
+            port = 7500
+        listen = None if port is None else (hosts, port)
+        dialect = Lmcache(given.decode, listen, given.notify_timeout, given.overlap, NotSent)
     elif any("," in decode for decode in given.decode):
         parser.error("--decode names ports of receivers, which are for --dialect lmcache alone")
     decode = [text.split(",")[0].rstrip("/") for text in given.decode]

@@ -62,7 +62,7 @@ fn recorded() -> BTreeMap<&'static str, Message> {
         ("sync_alloc_AllocRequest_1.bin", alloc(three(), None)),
         ("sync_alloc_AllocResponse.bin", granted(&[], &[0, 1])),
         ("sync_alloc_AllocResponse_1.bin", granted(&[0, 1], &[2])),
-        ("sync_proxy_ProxyNotif.bin", Message::ProxyNotif(ProxyNotif { req_id: req("req-0001") })),
+        ("sync_proxy_ProxyNotif.bin", Message::ProxyNotif(ProxyNotif { req_id: req("req-0001"), pd: None })),
         ("sync_query_CacheQueryRequest.bin", Message::CacheQueryRequest(CacheQueryRequest { keys: three() })),
         (
             "sync_query_CacheQueryResponse.bin",
@@ -497,7 +497,7 @@ fn our_own_messages_have_these_bytes() {
 fn what_a_newer_peer_adds_is_ignored_and_what_it_says_anew_is_named() {
     // Broken in production: an upgrade of one side stops the other.
     let newer = b"\x83\xa6req_id\xa1r\xa7shading\x92\xc0\x81\x01\xcb\0\0\0\0\0\0\0\0\xa4type\xaaProxyNotif";
-    assert_eq!(decode::<Message>(newer).unwrap(), Message::ProxyNotif(ProxyNotif { req_id: req("r") }));
+    assert_eq!(decode::<Message>(newer).unwrap(), Message::ProxyNotif(ProxyNotif { req_id: req("r"), pd: None }));
     let unknown = decode::<Message>(b"\x82\xa4type\xa7PdNovel\xa3seq\x05").unwrap_err();
     assert_eq!(unknown, DecodeError::UnknownType { type_name: "PdNovel".into() });
     let failure = b"\x84\xa4type\xa8PdRevoke\xa6req_id\xa1r\xa5grant\x03\xa6reason\x82\xa4kind\xa5novel\xa4text\xa1t";

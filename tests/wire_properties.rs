@@ -181,7 +181,10 @@ fn requests() -> impl Strategy<Value = Message> {
         (keys(), indexes()).prop_map(|(cached_keys, cached_indexes)| {
             Message::CacheQueryResponse(CacheQueryResponse { cached_keys, cached_indexes })
         }),
-        request_id().prop_map(|req_id| Message::ProxyNotif(ProxyNotif { req_id })),
+        (request_id(), proptest::option::of(failure())).prop_map(|(req_id, failure)| {
+            let pd = failure.map(|failure| NotifExtension { failure });
+            Message::ProxyNotif(ProxyNotif { req_id, pd })
+        }),
         (seq(), text(), request_id(), grant(), proptest::collection::vec(proptest::option::of(any::<u64>()), 0..5))
             .prop_map(|(seq, instance, req_id, grant, sums)| {
                 let checksums = sums.into_iter().map(|sum| sum.map(Checksum)).collect();

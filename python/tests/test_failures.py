@@ -115,13 +115,16 @@ def told_next(proxy):
     return told["req_id"]
 
 
-def test_the_proxy_is_told_after_the_commit_once_and_never_for_a_failure(start_pair, engine):
+def test_the_proxy_is_told_after_the_commit_once_and_never_so_for_a_failure(start_pair, engine):
     # Broken in production: a router sends a request to decode before its KV is there.
     with zmq.Context() as context, context.socket(zmq.PULL) as proxy:
         port = proxy.bind_to_random_port("tcp://127.0.0.1")
         pair = start_pair(engine, sender_sets=["pd_proxy_host=127.0.0.1", f"pd_proxy_port={port}"])
         open_request(pair, "given up", 1)
         pair.sender.cancel("given up")
+        assert proxy.poll(PATIENCE_S * 1000), "the proxy was not told"
+        told = msgspec.msgpack.decode(proxy.recv())
+        assert (told["req_id"], told["pd"]["failure"]["kind"]) == ("given up", "cancelled")
         data = content(4, 2, 3)
         ship(pair, "told", data)
         assert told_next(proxy) == "told"
@@ -130,6 +133,23 @@ def test_the_proxy_is_told_after_the_commit_once_and_never_for_a_failure(start_p
         lookup.release()
         ship(pair, "next", data)
         assert told_next(proxy) == "next", "told twice, or for a request that failed"
+
+
+def test_the_proxy_is_told_why_a_request_does_not_come(start_pair, engine):
+    # Broken in production: what fails after prefill's answer is told to nobody, and the router's client gets 504 after half a minute.
+    with zmq.Context() as context, context.socket(zmq.PULL) as proxy:
+        port = proxy.bind_to_random_port("tcp://127.0.0.1")
+        pair = start_pair(engine, sender_sets=["pd_proxy_host=127.0.0.1", f"pd_proxy_port={port}"])
+        with pytest.raises(RequestRefused) as refused:
+            open_request(pair, "too large", 100)
+        assert proxy.poll(PATIENCE_S * 1000), "the proxy was not told"
+        told = msgspec.msgpack.decode(proxy.recv())
+        failure = {"kind": "too_large", "text": refused.value.text}
+        assert told == {"type": "ProxyNotif", "req_id": "too large", "pd": {"failure": failure}}
+        # Its receiver tells whoever asks for it, at any time.
+        with pytest.raises(RequestRefused) as refused:
+            pair.receiver.wait("too large", wait_s=PATIENCE_S)
+        assert refused.value.kind == "too_large"
 
 
 @pytest.mark.nixl

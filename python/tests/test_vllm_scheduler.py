@@ -17,6 +17,8 @@ from pd_backend.vllm.spec import ParkSpec, RemoteSpec, Rendezvous, parked_answer
 from pd_backend.vllm.step import SendOutcomes
 
 CHUNK, BLOCK = 256, 128
+#: What prefill answers of a request that it has computed, and sends.
+SENT = {"remote_prefill_cached_tokens": 0}
 SPEC = {"req_id": "router-1", "receiver_host": "h", "receiver_init_port": [1, 2], "receiver_alloc_port": [3, 4]}
 
 
@@ -117,7 +119,7 @@ class TestProducer:
         scheduler.allocated(one)
         scheduler.build(output(new=[("a", [1], 0, 100)]))
         assert not scheduler.pending()
-        assert scheduler.finished(one) == (True, None)
+        assert scheduler.finished(one) == (True, SENT)
         assert scheduler.pending()
         assert scheduler.build(output()).finishing == ["a"]
         # The engine goes on stepping until both ranks have said how it ended.
@@ -220,7 +222,17 @@ class TestProducer:
         one = request(10, {"disagg_spec": SPEC, "ret_first_tok": True}, output=[42])
         scheduler.allocated(one)
         scheduler.build(output(new=[("a", [1], 0, 10)]))
-        assert scheduler.finished(one) == (True, {"first_tok": 42})
+        assert scheduler.finished(one) == (True, {"first_tok": 42, **SENT})
+
+    def test_how_many_tokens_were_cached(self) -> None:
+        # Broken in production: clients are billed for cached tokens that prefill has computed, or the reverse: decode knows only
+        # that all of them came from elsewhere.
+        scheduler = self.scheduler()
+        one = request(700)
+        scheduler.allocated(one)
+        scheduler.build(output(new=[("a", [1, 2, 3, 4], 256, 200)]))
+        scheduler.build(output(cached=[("a", [5, 6], 456, 244)]))
+        assert scheduler.finished(one) == (True, {"remote_prefill_cached_tokens": 256})
 
     def test_a_bad_spec_fails_nobody_else(self) -> None:
         # Broken in production: one malformed request ends the engine.
@@ -243,7 +255,7 @@ class TestProducer:
         assert scheduler.finished(two) == (False, None)
         keep, response = scheduler.finished(other)
         assert not keep and "is that of another prompt under way" in response["error"]
-        assert scheduler.finished(one) == (True, None)
+        assert scheduler.finished(one) == (True, SENT)
         scheduler.update(SendOutcomes({"a": [None]}))
         # Once that has ended, the name is free.
         again = request(101, request_id="d")
@@ -388,6 +400,27 @@ class TestConsumer:
         assert scheduler.matched(one, 0) == ((512, True) if known else (700, True))
         scheduler.finished(one)
         assert scheduler.pending() != known
+
+    def test_what_a_router_knows_is_not_waited_for(self) -> None:
+        # Broken in production: a prompt that prefill could not send is waited for by everybody, or holds up the blocks of others; what was
+        # lost after it had been sent is waited for until receive_wait_s.
+        scheduler = self.scheduler(tp_size=2, num_blocks=8)
+        why = {"disagg_spec": SPEC, "error": "too_large: 5 chunks"}
+        for request_id in "ab":  # More blocks than may wait for chunks.
+            one = request(512, why, request_id)
+            scheduler.arrived(one)
+            assert scheduler.matched(one, 0) == (512, True)
+            scheduler.allocated(one, [0, 1, 2, 3], 512)
+            step = scheduler.build(output())
+            assert (step.announced, [load.not_sent for load in step.loads]) == ([], ["too_large: 5 chunks"])
+        # It cannot be loaded, and the engine computes it.
+        scheduler.received(["a"], [0, 1, 2, 3])
+        assert scheduler.matched(one, 0)[0] is not None
+        for sent in (True, False):
+            one = request(512, {"disagg_spec": SPEC, "sent": sent}, f"sent {sent}")
+            scheduler.arrived(one)
+            step = scheduler.build(output())
+            assert (step.announced, step.sent) == ([(one.request_id, "router-1")], [one.request_id] if sent else [])
 
     def test_few_blocks_wait_for_chunks(self) -> None:
         # Broken in production: requests that hold all blocks wait for slots, those that hold the slots wait for blocks,

@@ -413,6 +413,77 @@ def test_one_of_two_samples_that_is_given_up_leaves_the_other(pair: Callable[...
     both.nothing_left()
 
 
+def test_samples_of_one_request_fail_together(pair: Callable[..., Pair]) -> None:
+    # Broken in production: with n = 2 the first sample is told why nothing comes, and the second one waits for receive_wait_s.
+    both = pair(receive_wait_s=3600.0)
+    hashes = chunk_hashes(list(range(16)), CHUNK)
+    # It has failed before decode asks, which is told once.
+    both.produce(ProducerStep(plans=[both.plan("a", list(range(16)))]))
+    eventually(lambda: both.receiver.client().status().requests_active == 1)
+    both.produce(ProducerStep(dropped=["a"]))
+    eventually(lambda: both.receiver.client().status().requests_active == 0)
+    step = ConsumerStep(announced=[("x", "router-a"), ("y", "router-a")])
+    step.loads += [ReceivePlan("x", "router-a", hashes, 16, 0, [4, 5]), ReceivePlan("y", "router-a", hashes, 16, 0, [7, 8])]
+    both.consumer.begin_step(step)
+    through, failed = set[str](), set[int]()
+
+    def are_through() -> bool:
+        finished, blocks = both.consumer.progress()
+        through.update(finished)
+        failed.update(blocks)
+        return through == {"x", "y"}
+
+    eventually(are_through)
+    assert failed == {4, 5, 7, 8}
+    both.nothing_left()
+
+
+def test_what_was_reported_across_is_here_or_has_gone(pair: Callable[..., Pair]) -> None:
+    # Broken in production: after a crash of its receiver decode waits for receive_wait_s for what was sent to the one before.
+    both = pair(receive_wait_s=3600.0)
+    tokens = list(range(16))
+
+    def sent(request_id: str, blocks: list[int]) -> ConsumerStep:
+        step = load(request_id, tokens, blocks)
+        step.sent = [request_id]
+        return step
+
+    for request_id in "abc":
+        chunks = [ChunkBlocks(request_id, 0, [0, 1])]
+        both.produce(ProducerStep(plans=[both.plan(request_id, tokens)], chunks=chunks, finishing=[request_id]))
+        assert both.ended(request_id) is None
+    assert both.consume(sent("a", [5, 6]), "a") == set()
+    assert (both.target.kv[:, 5:7] == both.source.kv[:, 0:2]).all()
+    pid = both.receiver.ready.pid
+    os.kill(pid, signal.SIGKILL)
+    # At once, and when it is there again.
+    assert both.consume(sent("b", [7, 8]), "b") == {7, 8}
+    restarted(both.receiver, pid)
+    assert both.consume(sent("c", [9, 10]), "c") == {9, 10}
+    both.nothing_left()
+
+
+def test_what_prefill_has_not_sent_is_not_waited_for(pair: Callable[..., Pair]) -> None:
+    # Broken in production: decode waits for a prompt of which its router knows that it does not come.
+    both = pair(receive_wait_s=3600.0)
+    # Its router asked decode before it knew, and asks again.
+    both.consumer.begin_step(ConsumerStep(announced=[("before", "router-a")]))
+    plan = ReceivePlan("a", "router-a", chunk_hashes(list(range(16)), CHUNK), 16, 0, [5, 6], not_sent="too_large: 5 chunks")
+    both.consumer.begin_step(ConsumerStep(loads=[plan]))
+    assert both.consume(ConsumerStep(dropped=["before"]), "a") == {5, 6}
+    both.nothing_left()
+
+
+def test_what_comes_after_its_deadline_is_not_kept(pair: Callable[..., Pair]) -> None:
+    # Broken in production: a prompt that decode has waited for in vain comes after all, and holds slots for pd_retention_sec.
+    both = pair(receive_wait_s=0.05)
+    tokens = list(range(16))
+    assert both.consume(load("a", tokens, [5, 6]), "a") == {5, 6}
+    both.produce(ProducerStep(plans=[both.plan("a", tokens)], chunks=[ChunkBlocks("a", 0, [0, 1])], finishing=["a"]))
+    assert "cancelled" in str(both.ended("a"))
+    both.nothing_left()
+
+
 def test_nothing_is_sent_before_the_step_has_ended(pair: Callable[..., Pair]) -> None:
     # Broken in production: with speculative decoding, the draft's layers are sent before they are computed.
     both = pair(layer_pushes=1)

@@ -172,7 +172,8 @@ keys! {
     PD_PUSH_AHEAD = "pd_push_ahead", Boolean, Is("true"), Sender, |c| Some(c.push_ahead.to_string());
 
     "The proxy (outgoing half; a pd-receiver ignores these)":
-    /// Who is told, by a ProxyNotif, that a request's chunks have been committed. Host and port, or neither.
+    /// Who is told, by a ProxyNotif, that a request's chunks have been committed, or that they do not come and why. Host and
+    /// port, or neither.
     PD_PROXY_HOST = "pd_proxy_host", Host, Without("127.0.0.1", "nobody is told"), Sender,
         |c| c.proxy.as_ref().map(|proxy| quoted(&proxy.host));
     /// Port of its PULL socket.

@@ -5,7 +5,7 @@ use super::answer::Answer;
 use super::incoming::io as incoming;
 use super::outgoing::io as outgoing;
 use crate::ids::{
-    ByteCopy, ClientId, ConnectionId, GrantId, IpcHandle, Pages, PeerId, ReceiverAddress, RequestId, Seq,
+    ByteCopy, ClientId, ConnectionId, Failure, GrantId, IpcHandle, Pages, PeerId, ReceiverAddress, RequestId, Seq,
     SourceAddress, TransferId,
 };
 use crate::wire::Message;
@@ -160,10 +160,12 @@ pub enum Output<R> {
     },
     /// The result of that is not wanted any more.
     AbandonVerification(GrantId),
-    /// Tell the proxy that a request is ready.
+    /// Tell the proxy that a request is ready, or has failed.
     NotifyProxy {
         /// Which.
         request: RequestId,
+        /// Why it has failed; none of one that is ready.
+        failure: Option<Failure>,
     },
     /// Answer a client of the connector API.
     Answer {

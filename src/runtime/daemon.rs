@@ -307,9 +307,9 @@ impl Daemon {
                 self.engine.send(EngineCommand::Verify { request, grant, chunks })?;
             }
             Output::AbandonVerification(grant) => self.engine.send(EngineCommand::AbandonVerification(grant))?,
-            Output::NotifyProxy { request } => {
+            Output::NotifyProxy { request, failure } => {
                 if let Some(proxy) = &self.proxy {
-                    proxy.notify(request);
+                    proxy.notify(request, failure);
                 }
             }
             Output::Answer { client, id, answer } => {

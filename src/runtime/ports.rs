@@ -265,7 +265,11 @@ mod tests {
         // It is seen that they are gone when they are answered: the first answer is still taken by the kernel.
         for _ in 0..2 {
             for (port, to) in &routes {
-                ports.send(*port, to, &Message::ProxyNotif(ProxyNotif { req_id: RequestId::new("r").unwrap() }));
+                ports.send(
+                    *port,
+                    to,
+                    &Message::ProxyNotif(ProxyNotif { req_id: RequestId::new("r").unwrap(), pd: None }),
+                );
             }
             be_behind().await;
         }

@@ -6,9 +6,9 @@ use tokio::sync::mpsc::{self, Receiver, Sender};
 use tokio::time::sleep;
 
 use crate::config::ProxyConfig;
-use crate::ids::RequestId;
+use crate::ids::{Failure, RequestId};
 use crate::side_channel::PushSender;
-use crate::wire::message::ProxyNotif;
+use crate::wire::message::{NotifExtension, ProxyNotif};
 use crate::wire::{Message, encode};
 
 /// Notifications that may wait for a proxy that is away; more are dropped with a log line.
@@ -19,7 +19,7 @@ const RECONNECT_PAUSE: Duration = Duration::from_millis(200);
 /// The way to the proxy.
 #[derive(Debug)]
 pub(super) struct Proxy {
-    queue: Sender<RequestId>,
+    queue: Sender<ProxyNotif>,
 }
 
 impl Proxy {
@@ -30,19 +30,21 @@ impl Proxy {
         Self { queue }
     }
 
-    /// Queues a notification. Never waits.
-    pub(super) fn notify(&self, request: RequestId) {
-        if let Err(error) = self.queue.try_send(request) {
+    /// Queues a notification: the request is ready at its receiver, or has failed. Never waits.
+    pub(super) fn notify(&self, req_id: RequestId, failure: Option<Failure>) {
+        let pd = failure.map(|failure| NotifExtension { failure });
+        if let Err(error) = self.queue.try_send(ProxyNotif { req_id, pd }) {
             tracing::error!(%error, "the proxy is away and {QUEUED_MAX} notifications wait for it; one more is dropped");
         }
     }
 }
 
-async fn run(config: ProxyConfig, connect_timeout: Duration, mut inbox: Receiver<RequestId>) {
+async fn run(config: ProxyConfig, connect_timeout: Duration, mut inbox: Receiver<ProxyNotif>) {
     let mut socket: Option<PushSender> = None;
     let mut complained = false;
-    while let Some(request) = inbox.recv().await {
-        let payload = encode(&Message::ProxyNotif(ProxyNotif { req_id: request.clone() }));
+    while let Some(notification) = inbox.recv().await {
+        let request = notification.req_id.clone();
+        let payload = encode(&Message::ProxyNotif(notification));
         loop {
             let failed = match &mut socket {
                 Some(connected) => connected.try_send(payload.clone().into()).err(),

@@ -405,11 +405,21 @@ pub struct CacheQueryResponse {
     pub cached_indexes: Vec<u32>,
 }
 
-/// `ProxyNotif`.
+/// `ProxyNotif`: prefill has done what it can, and decode may be asked.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ProxyNotif {
     /// Which request.
     pub req_id: RequestId,
+    /// Says more of one that has failed; left out of one that is ready at its receiver.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pd: Option<NotifExtension>,
+}
+
+/// What LMCache's `ProxyNotif` lacks.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct NotifExtension {
+    /// Why its KV does not come.
+    pub failure: Failure,
 }
 
 /// `PdCommit`: every chunk of the grant is written and complete.

@@ -117,6 +117,7 @@ fn every_refusal_is_the_bytes_that_it_is() {
     }
     let plain = encode(&Message::ProxyNotif(pd_backend::wire::message::ProxyNotif {
         req_id: pd_backend::ids::RequestId::new("PdAuth").unwrap(),
+        pd: None,
     }));
     assert!(!is_handshake(&plain) && refusal_of(&plain).is_none());
     assert!(!is_handshake(b"") && !is_handshake(b"\x82\xa4type\xadPdAut"));

@@ -498,6 +498,15 @@ impl World {
         self.proxy_heard(at, request);
     }
 
+    /// The proxy hears that a request does not come.
+    pub fn proxy_hears_of_failure(&mut self, at: Proc, request: &RequestId) {
+        if let Some(&attempt) = self.open.get(&(at, request.clone()))
+            && self.attempts[attempt].notified
+        {
+            self.wrong(format!("the proxy hears that {request} failed, and it was ready"));
+        }
+    }
+
     fn proxy_heard(&mut self, at: Proc, request: &RequestId) {
         if let Some(&attempt) = self.open.get(&(at, request.clone()))
             && std::mem::replace(&mut self.attempts[attempt].notified, true)

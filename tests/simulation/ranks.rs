@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use pd_backend::address::AddressManager;
 use pd_backend::ids::{
-    ChecksumMode, ChunkKey, ClientId, ConnectionId, LeaseId, PeerAddress, PeerId, RequestId, Seq, SlotPart, StagedSlot,
+    ChecksumMode, ChunkKey, ClientId, ConnectionId, LeaseId, ReceiverAddress, PeerId, RequestId, Seq, SlotPart, StagedSlot,
     TransferId,
 };
 use pd_backend::node::outgoing::{Event, OpenRequest, Sending};
@@ -277,7 +277,7 @@ impl Ranks {
                     keys: (0..self.jobs[job].chunks).map(key).collect(),
                     groups: Vec::new(),
                     last_chunk_tokens: 4,
-                    receiver: PeerAddress { host: format!("r{rank}"), init_port: 1, alloc_port: 2 },
+                    receiver: ReceiverAddress { host: format!("r{rank}"), init_port: 1, alloc_port: 2 },
                     wait: None,
                     stage: true,
                 };
@@ -306,7 +306,7 @@ impl Ranks {
                 self.receivers[rank].handle_message(now, route.2, route, *message);
             }
             News::ToSender((at, peer, port), message) => {
-                self.senders[at].handle_peer_message(now, peer, port, *message);
+                self.senders[at].handle_connection_message(now, peer, port, *message);
             }
         }
     }

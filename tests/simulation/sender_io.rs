@@ -152,7 +152,8 @@ impl World {
             }
             // No engine here has a GPU.
             Output::Abandon { .. } => {}
-            Output::NotifyProxy { request } => self.proxy_hears(at, &request),
+            Output::NotifyProxy { request, failure: None } => self.proxy_hears(at, &request),
+            Output::NotifyProxy { request, failure: Some(_) } => self.proxy_hears_of_failure(at, &request),
             Output::Event { client, event } => self.on_prefill_event(at, client, event),
             output => self.wrong(format!("{} only sends: {output:?}", sender_name(at))),
         }

@@ -28,7 +28,7 @@ from ..node_client import NodeClient
 from ..paged import PagedKv
 from ..receiver_client import ReceiverClient
 from ..sender_client import SenderClient
-from . import checkpoint
+from . import checkpoint, longest_prompt, prompt_tokens
 from .adapters import Adapters
 from .attachment import Attachment
 from .bootstrap import EngineAt
@@ -274,6 +274,14 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
             self._supervisor, self._observations = supervisor, Observations(tensor)
             self._figures = DaemonFigures(self._observations)
             known: dict[str, Any] = {"adapters": LOADED_ADAPTERS, "weights": weights, "observations": self._observations}
+            long = longest_prompt.warning(
+                supervisor.client().attached,
+                self._vllm_config.model_config.max_model_len,
+                sends=self._sends,
+                receives=self._receives,
+            )
+            if long is not None and tensor == 0:
+                logger.warning("%s", long)
             if self._sends:
                 connect_receivers(supervisor.client())
                 pushes = 1 if self._vllm_config.parallel_config.enable_dbo else options.layer_pushes
@@ -480,6 +488,8 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
         if self._is_loaded(request):
             assert self._consumer_scheduler is not None
             self._consumer_scheduler.allocated(request, blocks.get_block_ids()[0], num_external_tokens)
+            if num_external_tokens > 0 and not self._prefills(request):
+                prompt_tokens.transferred_are_not_cached(request)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         producer, consumer = self._producer_scheduler, self._consumer_scheduler

@@ -55,6 +55,13 @@ class _Request:
     lost: PdError | None = None
     #: Not asked again before that: the daemon had no place for the question.
     again_at: float = 0.0
+    #: Its chunks are here, or are not going to come.
+    sent: bool = False
+
+    @property
+    def waits(self) -> bool:
+        """Whether anything is to come of it."""
+        return self.plan is None or self.plan.not_sent is None
 
 
 class ConsumerWorker:
@@ -98,7 +105,7 @@ class ConsumerWorker:
         now = time.monotonic()
         self._idle = step.idle
         for request_id, req_id in step.announced:
-            request = self._requests[request_id] = _Request(request_id, req_id, now)
+            request = self._requests[request_id] = _Request(request_id, req_id, now, sent=request_id in step.sent)
             self._try_start(request)
         for release in step.released:
             self._release(release)
@@ -133,6 +140,8 @@ class ConsumerWorker:
                 self._tell_if_here(request)
                 continue
             try:
+                if request.plan.not_sent is not None:
+                    raise LoadError(f"prefill has not sent it: {request.plan.not_sent}")
                 if not self._answered(request):
                     continue
                 lease = self._arrived(request)
@@ -141,6 +150,8 @@ class ConsumerWorker:
                 self._load(request, request.plan, lease)
             except (PdError, LoadError, ValueError) as error:
                 self._fail(request, request.plan, error)
+                if isinstance(error, RequestRefused):
+                    self._refused(request, error)
             del self._requests[request.request_id]
             self._finished.add(request.request_id)
         if not self._finished:
@@ -195,7 +206,7 @@ class ConsumerWorker:
 
     def _start(self, request: _Request) -> None:
         """Begins to wait for its chunks, or looks them up. A daemon that is being started again is waited for."""
-        if request.arriving is not None or time.monotonic() < request.again_at:
+        if request.arriving is not None or not request.waits or time.monotonic() < request.again_at:
             return
         try:
             client = self._daemon.attach()
@@ -203,8 +214,9 @@ class ConsumerWorker:
                 if request.req_id is not None and request.plan is not None and request.plan.remote is not None:
                     request.arriving = self._fetch(client, request, request.plan, request.plan.remote)
                 elif request.req_id is not None:
+                    wait_s = 0.0 if request.sent else self._receive_wait_s
                     request.arriving = client.start_wait(
-                        request.req_id, wait_s=self._receive_wait_s, until_announced=True
+                        request.req_id, wait_s=wait_s, uncommitted=request.sent, until_announced=not request.sent
                     )
                 elif request.plan is not None:
                     request.first_chunk = request.plan.first_chunk
@@ -215,7 +227,8 @@ class ConsumerWorker:
                 raise
             request.asked = client
         except DaemonLost:
-            if time.monotonic() - request.began > _RESTART_WAIT_S:
+            # What had been sent went with the daemon, and does not come to the next one.
+            if request.sent or time.monotonic() - request.began > _RESTART_WAIT_S:
                 raise
 
     def _fetch(
@@ -294,6 +307,11 @@ class ConsumerWorker:
             if refused.kind == Kind.BUSY:
                 request.arriving, request.again_at = None, time.monotonic() + _BUSY_PAUSE_S
                 return None
+            if request.sent and refused.kind == Kind.DEADLINE:
+                raise LoadError(
+                    "it was reported across, and it is not here: the receiver was started again since, or the router has named "
+                    f"another one ({refused})"
+                ) from None
             if request.req_id is None or refused.kind != Kind.UNKNOWN:
                 raise
         # Handed out before, to another sample of the same request, or to one that was retried: its chunks may be there
@@ -356,6 +374,24 @@ class ConsumerWorker:
         self._observations.failed("received", error)
         self._failed_blocks.update(plan.block_ids[plan.first_block :])
 
+    def _refused(self, request: _Request, refused: RequestRefused) -> None:
+        """A name's failure is told once: it is that of other samples of the request, too. What comes after a deadline is unwanted."""
+        is_fetched = request.plan is not None and request.plan.remote is not None
+        if request.req_id is None or is_fetched or refused.kind == Kind.LIMIT:
+            return
+        for other in self._requests.values():
+            if other is request or other.req_id != request.req_id or other.arriving is None or other.lost is not None:
+                continue
+            try:
+                if other.arriving.done():
+                    continue
+            except _LOST:
+                continue
+            other.arriving.abandon()
+            other.lost = refused
+        if refused.kind == Kind.DEADLINE and self._daemon.client is not None:
+            self._daemon.client.give_up(request.req_id)
+
     def _return(self, request_id: str, request: _Request | None) -> None:
         """What the request asked for is not taken: it is given back now, or once it is here."""
         if request is None or request.arriving is None:
@@ -382,7 +418,7 @@ class ConsumerWorker:
             return
         if request.plan is not None:
             self._finished.add(request_id)
-        wanted = any(other.req_id == request.req_id for other in self._requests.values())
+        wanted = any(other.req_id == request.req_id and other.waits for other in self._requests.values())
         if request.req_id is not None and not wanted and self._daemon.client is not None:
             # Nobody else will fetch it: the sender is told, and the slots are free at once.
             self._daemon.client.give_up(request.req_id)

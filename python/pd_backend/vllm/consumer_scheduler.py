@@ -16,7 +16,17 @@ from .keys import chunk_hashes
 from .metaserver import Metaservers, Post, metaserver_of
 from .naming import Naming, Unnamed
 from .prefill_servers import PrefillServers
-from .spec import RemoteSpec, Rendezvous, SpecError, decode_req_id, own_name, remote_spec, turn_spec
+from .spec import (
+    RemoteSpec,
+    Rendezvous,
+    SpecError,
+    decode_req_id,
+    own_name,
+    remote_spec,
+    turn_spec,
+    was_sent,
+    why_not_sent,
+)
 from .step import ConsumerStep, HoldPlan, ReceivePlan, ReleasePlan, TurnPlan
 from .transfer_id import TransferSpec, transfer_spec
 
@@ -40,6 +50,8 @@ class _Receiving:
     transfer: TransferSpec | None = None
     #: What its router was told, to ask prefill for it.
     post: Post | None = None
+    #: Why its chunks do not come, where its router knows.
+    not_sent: str | None = None
     #: Set once the router's request has been planned for: its chunks are handed out once.
     used: bool = False
     #: Workers that wait for none of its chunks any more.
@@ -155,8 +167,13 @@ class ConsumerScheduler:
             self._asking[request.request_id] = receiving, request
         elif not self._can_be_named(request):
             receiving.req_id, receiving.failed = None, True
+        elif req_id is not None and (not_sent := why_not_sent(params)) is not None:
+            # The engine's policy says what comes of it. Nobody is waited for.
+            receiving.not_sent, receiving.here = not_sent, self._tp_size
         elif req_id is not None:
             self._step.announced.append((request.request_id, req_id))
+            if was_sent(params):
+                self._step.sent.append(request.request_id)
 
     def _prefilled_here(self, req_id: str) -> None:
         """This very server was asked to prefill what a request of its waits for by this name."""
@@ -319,6 +336,7 @@ class ConsumerScheduler:
                     receiving.adapter,
                     receiving.remote if named is not None else None,
                     receiving.first_chunk,
+                    receiving.not_sent if named is not None else None,
                 )
             )
             receiving.loading = True

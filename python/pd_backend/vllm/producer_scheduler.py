@@ -47,6 +47,8 @@ class _Sending:
     error: str | None = None
     #: Workers that have said how it ended.
     ended: int = 0
+    #: Tokens of the prompt that the engine had when it was first scheduled.
+    cached_tokens: int = 0
 
 
 class ProducerScheduler:
@@ -175,6 +177,7 @@ class ProducerScheduler:
         if not sending.planned:
             sending.planned = True
             sending.plan = replace(sending.plan, cached=computed > 0)
+            sending.cached_tokens = computed
             step.plans.append(sending.plan)
         tokens = sending.plan.tokens
         after = min(computed + output.num_scheduled_tokens[request_id], tokens)
@@ -307,7 +310,9 @@ class ProducerScheduler:
     def _answer(self, request: Any, sending: _Sending, block_ids: Sequence[int]) -> dict[str, Any]:
         spec = sending.plan.spec
         if not isinstance(spec, ParkSpec):
-            return self._response(request, sending.error)
+            response = self._response(request, sending.error)
+            # By the name that vLLM gives it in answers that say `do_remote_prefill`.
+            return response if sending.error else response | {"remote_prefill_cached_tokens": sending.cached_tokens}
         at = self._rendezvous() if spec.is_answered else None
         # Where there is nothing to ask for, a router of NIXL's dialect has to be told nothing: decode computes it.
         if sending.error is not None or at is None:

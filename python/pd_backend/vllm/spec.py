@@ -14,6 +14,9 @@ from typing import Any
 from ..messages import PeerAddress, SourceAddress
 from .untrusted import HOST_LEN_BYTES_MAX, NAME_LEN_BYTES_MAX, SpecError, is_text, number, shown
 
+#: Of a router's text, what is shown.
+_ERROR_LEN_MAX = 1000
+
 
 @dataclass(frozen=True)
 class DisaggSpec:
@@ -252,6 +255,19 @@ def decode_req_id(params: Mapping[str, Any] | None, own_ports: Sequence[int] | N
                 "whose receivers are named (header X-data-parallel-rank), and name them to decode as well"
             )
     return req_id
+
+
+def why_not_sent(params: Mapping[str, Any] | None) -> str | None:
+    """Why the chunks that a `disagg_spec` names do not come, where the router was told and passes that on; None where it says nothing of
+    it. The field is that of prefill's own answer.
+    """
+    error = (params or {}).get("error")
+    return str(error)[:_ERROR_LEN_MAX] if error else None
+
+
+def was_sent(params: Mapping[str, Any] | None) -> bool:
+    """Whether the router says that all chunks of the request have been reported across: what is not here by then does not come."""
+    return (params or {}).get("sent") is True
 
 
 def _spec(params: Mapping[str, Any] | None) -> Mapping[str, Any] | None:

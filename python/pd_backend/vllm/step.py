@@ -91,6 +91,8 @@ class ReceivePlan:
     remote: RemoteSpec | None = None
     #: The first of them that is looked up: the engine has those before it.
     first_chunk: int = 0
+    #: Why they do not come, where that is known: then nobody is asked for them.
+    not_sent: str | None = None
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,8 @@ class ConsumerStep:
 
     #: Requests that have come: `(request, req_id)`. Waiting for their chunks may begin.
     announced: list[tuple[str, str]] = field(default_factory=list)
+    #: Of these, those whose chunks are here, or are not going to come.
+    sent: list[str] = field(default_factory=list)
     loads: list[ReceivePlan] = field(default_factory=list)
     #: Requests that have come whose chunks are parked: they are to be kept.
     holds: list[HoldPlan] = field(default_factory=list)

@@ -27,13 +27,17 @@ from harness import HttpError, Process, until
 PREFILLED = {
     "do_remote_prefill": True, "do_remote_decode": False, "remote_block_ids": [[1, 2]], "remote_engine_id": "one",
     "remote_request_id": "cmpl-one-0-01234567", "remote_host": "127.0.0.1", "remote_port": 5600, "tp_size": 1,
-    "remote_num_tokens": 3, "transfer_mode": "pull", "pd": {"v": 1, "ports": [5600]},
+    "remote_num_tokens": 3, "remote_prefill_cached_tokens": 2, "transfer_mode": "pull", "pd": {"v": 1, "ports": [5600]},
 }
 #: Of these, what is true of a prefill server's every request.
 IDENTITY = {
     name: PREFILLED[name]
     for name in ("do_remote_prefill", "do_remote_decode", "remote_engine_id", "remote_host", "remote_port", "tp_size", "pd")
 }
+
+
+#: What a prefill server answers that sends its KV.
+SENDS = {"kv_transfer_params": {"remote_prefill_cached_tokens": 0}}
 
 
 @dataclass
@@ -133,7 +137,7 @@ class Backend:
         assert handler.seen.params is not None
         req_id = handler.seen.params["disagg_spec"]["req_id"]
         self.sender.send(msgspec.msgpack.encode({"type": "ProxyNotif", "req_id": req_id}))
-        handler.answer({})
+        handler.answer(SENDS)
 
     def close(self) -> None:
         self._http.shutdown()
@@ -522,6 +526,170 @@ def test_garbage_at_the_notify_port_is_passed_over(backend: Backend, lmcache_pro
     # its KV was not reported across.
     backend.sender.send(garbage)
     assert ask(lmcache_proxy) == {"decoded": True}
+
+
+SPEC = {"receiver_host": "127.0.0.1", "receiver_init_port": [7300], "receiver_alloc_port": [7400]}
+
+
+def asked_of_decode(backend: Backend) -> dict[str, Any]:
+    """The only parameters that decode was asked with, without what is the same in all of them."""
+    (asked,) = backend.at("decode")
+    params = dict(asked.params or {})
+    spec = params.pop("disagg_spec")
+    assert spec == SPEC | {"req_id": asked.headers["x-request-id"]} and params.pop("do_remote_prefill") is True
+    return params
+
+
+@pytest.fixture(scope="module")
+def overlapping_proxy(started: Callable[..., str]) -> str:
+    """The URL of one that asks both servers at once."""
+    return started(",127.0.0.1,7300,7400", "--dialect", "lmcache", "--overlap")
+
+
+def test_decode_is_told_that_the_kv_was_reported_across(backend: Backend, lmcache_proxy: str) -> None:
+    # Broken in production: a receiver that has lost a request since is waited for in vain; clients are billed for cached tokens
+    # that were computed.
+    def prefill(handler: Handler) -> None:
+        assert handler.seen.params is not None and "do_remote_prefill" not in handler.seen.params
+        backend.sender.send(notification(handler))
+        handler.answer({"kv_transfer_params": {"remote_prefill_cached_tokens": 2}})
+
+    backend.prefill = prefill
+    assert ask(lmcache_proxy) == {"decoded": True}
+    assert asked_of_decode(backend) == {"sent": True, "remote_prefill_cached_tokens": 2}
+
+
+def notification(handler: Handler, **more: Any) -> bytes:
+    """What the pd-sender says of a request."""
+    req_id = handler.seen.params["disagg_spec"]["req_id"]  # type: ignore[index]
+    return msgspec.msgpack.encode({"type": "ProxyNotif", "req_id": req_id, **more})
+
+
+@pytest.mark.parametrize("known", ["before the answer", "after it"])
+def test_decode_is_told_why_prefill_has_not_sent(backend: Backend, lmcache_proxy: str, known: str) -> None:
+    # Broken in production: a request that cannot be sent is answered 502 at once, or 504 after half a minute, though decode could
+    # compute it.
+    def prefill(handler: Handler) -> None:
+        failure = {"kind": "too_large", "text": "5 chunks"}
+        if known == "before the answer":
+            return handler.answer({"kv_transfer_params": {"error": "too_large: 5 chunks", "remote_prefill_cached_tokens": 2}})
+        handler.answer({"kv_transfer_params": {"remote_prefill_cached_tokens": 2}})
+        backend.sender.send(notification(handler, pd={"failure": failure}))
+
+    backend.prefill = prefill
+    assert ask(lmcache_proxy) == {"decoded": True}
+    assert asked_of_decode(backend) == {"error": "too_large: 5 chunks"}
+
+
+def test_of_what_is_not_sent_decode_is_asked_again_with_the_reason(backend: Backend, overlapping_proxy: str) -> None:
+    # Broken in production: as above, where decode was asked together with prefill.
+    def prefill(handler: Handler) -> None:
+        until(lambda: len(backend.at("decode")) == 1, "decode was not asked")
+        handler.answer({"kv_transfer_params": {"error": "too_large: 5 chunks"}})
+
+    def decode(handler: Handler) -> None:
+        if handler.seen.params and "error" in handler.seen.params:
+            handler.answer({"decoded": True})
+        else:
+            handler.wait_until_left()
+
+    backend.prefill, backend.decode = prefill, decode
+    assert ask(overlapping_proxy) == {"decoded": True}
+    first, second = backend.at("decode")
+    assert first.left.wait(20) and second.params is not None and second.params["error"] == "too_large: 5 chunks"
+
+
+def test_what_is_not_reported_is_left_to_decode(backend: Backend, started: Callable[..., str]) -> None:
+    # Broken in production: a request whose sender waits for room, or whose notification was lost, is answered with 504.
+    port = str(harness.free_ports(1)[0])
+    proxy = started(",127.0.0.1,7300,7400", "--dialect", "lmcache", "--notify-port", port, "--notify-timeout", "0.1")
+    backend.prefill = lambda handler: handler.answer(SENDS)
+    assert ask(proxy) == {"decoded": True}
+    assert asked_of_decode(backend) == {"remote_prefill_cached_tokens": 0}
+
+
+def test_decode_alone_is_asked_for_what_it_computes_anyway(backend: Backend, proxy: str, lmcache_proxy: str) -> None:
+    # Broken in production: prefill computes such prompts for nobody, and what it sends of them holds slots.
+    for url in (proxy, lmcache_proxy):
+        for more in ({"prompt_logprobs": 0}, {"echo": True, "logprobs": 0}, {"echo": True, "messages": []}, {"use_beam_search": True, "n": 2}, {"prompt_embeds": "x"}):
+            backend.seen.clear()
+            assert ask(url, **more) == {"decoded": True}
+            assert [(seen.server, seen.params) for seen in backend.seen] == [("decode", None)], more
+
+
+def test_prefill_that_sends_nothing_is_not_waited_for(backend: Backend, lmcache_proxy: str) -> None:
+    # Broken in production: a request that prefill does not send, as the parts of a beam search, waits for a notification in vain.
+    backend.prefill = lambda handler: handler.answer({"kv_transfer_params": None})
+    assert ask(lmcache_proxy) == {"decoded": True}
+    (asked,) = backend.at("decode")
+    assert asked.params is None
+
+
+def told(seen: Seen) -> bool:
+    """Whether this request is refused by vLLM, and tells its connector that it is given up."""
+    refused = seen.path == "/v1/completions" and seen.body["model"] != harness.MODEL_NAME
+    return refused and seen.params is not None and seen.params["do_remote_prefill"] is True
+
+
+@pytest.mark.parametrize("how", ["prefill fails", "the client leaves", "decode refuses"])
+def test_decode_is_told_of_what_it_is_not_asked_for(backend: Backend, lmcache_proxy: str, how: str) -> None:
+    # Broken in production: KV that has been sent for a request that was given up holds slots at decode for pd_retention_sec.
+    def fail(handler: Handler) -> None:
+        handler.answer({"error": "out of order"}, 500)
+
+    def not_reported(handler: Handler) -> None:
+        handler.answer(SENDS)
+
+    backend.prefill = {"prefill fails": fail, "the client leaves": not_reported}.get(how, backend.notify)
+    backend.decode = lambda handler: handler.answer({"error": "refused"}, 400)
+    if how == "the client leaves":
+        left(lmcache_proxy, lambda: bool(backend.at("prefill")))
+    else:
+        with pytest.raises(HttpError):
+            ask(lmcache_proxy)
+    until(lambda: any(told(seen) for seen in backend.at("decode")), "decode was not told")
+    (given_up,) = [seen for seen in backend.at("decode") if told(seen)]
+    name = backend.at("prefill")[0].headers["x-request-id"]
+    assert given_up.params is not None and given_up.params["disagg_spec"] == SPEC | {"req_id": name}
+
+
+def test_decode_is_told_of_parked_kv_that_it_refuses(backend: Backend, proxy: str) -> None:
+    # Broken in production: what decode refuses before its engine hears of it stays parked at prefill until its lease ends.
+    backend.decode = lambda handler: handler.answer({"error": "refused"}, 422)
+    with pytest.raises(HttpError):
+        ask(proxy)
+    until(lambda: any(told(seen) for seen in backend.at("decode")), "decode was not told")
+    (given_up,) = [seen for seen in backend.at("decode") if told(seen)]
+    assert given_up.params == PREFILLED
+
+
+@pytest.mark.parametrize("server", ["prefill", "decode"])
+def test_a_kept_connection_that_the_server_has_closed(backend: Backend, proxy: str, server: str) -> None:
+    # Broken in production: of requests some seconds apart one in sixty is answered with 502, for the server has just closed the
+    # connection that was kept.
+    ask(proxy)
+    backend.seen.clear()
+    usual = {"prefill": backend.prefill, "decode": backend.decode}[server]
+
+    def closes(handler: Handler) -> None:
+        if len(backend.at(server)) == 1:
+            handler.close_connection = True  # And nothing is answered.
+        else:
+            usual(handler)
+
+    setattr(backend, server, closes)
+    assert ask(proxy) == {"decoded": True}
+    assert len(backend.at(server)) == 2
+
+
+def test_a_server_that_ends_a_new_connection_is_not_asked_again(backend: Backend, started: Callable[..., str]) -> None:
+    # Broken in production: a server that a request brings down is given the same request for ever.
+    proxy = started()
+    backend.decode = lambda handler: setattr(handler, "close_connection", True)
+    with pytest.raises(HttpError) as refused:
+        ask(proxy)
+    # Its answer to /health was kept.
+    assert refused.value.status == 502 and len(backend.at("decode")) <= 2
 
 
 def test_ports_of_receivers_are_of_lmcaches_dialect(tmp_path: Path) -> None:

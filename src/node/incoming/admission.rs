@@ -57,6 +57,11 @@ impl<R: Clone + PartialEq> Incoming<R> {
                 return;
             }
         };
+        if !extension.ahead && self.unwanted.take(core.now, &id) {
+            let text = format!("the decode worker gave {id} up before it was announced");
+            let failure = Failure::new(FailureKind::Cancelled, text);
+            return self.refuse_alloc(core, from, extension.seq, &extension.instance, Some(id), failure);
+        }
         // A name that is ready but not fetched is sent again: the newer request takes its place.
         if self.requests.get(&id).is_some_and(IncomingRequest::is_ready) {
             self.drop_ready(core, &id);

@@ -1,6 +1,6 @@
 //! How attempts ended lately, for readers and senders that ask after them.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::ids::{Failure, GrantId, RequestId};
 use crate::node::latest::Latest;
@@ -8,6 +8,9 @@ use crate::wire::message::Commit;
 
 /// How many ends are remembered.
 const ENDED_MAX: usize = 4096;
+/// How long an end is remembered at least that a reader has yet to be told: longer than a serving engine keeps a request in its
+/// queue, so that the reader does not wait for what is known.
+const UNTOLD_MIN: Duration = Duration::from_secs(600);
 
 /// The latest end under each name. A name may be used again, and a wait does not say which attempt it is for. So a failure
 /// is told once: a wait that comes after that is for the next attempt.
@@ -42,9 +45,9 @@ pub(super) enum Audience {
 }
 
 impl EndedRequests {
-    /// What a reader that asks now has to be told of an end, and whose it was, unless that was before `after`.
-    pub(super) fn tell(&mut self, id: &RequestId, after: Option<Instant>) -> Option<(Failure, String)> {
-        let end = self.0.get_mut(id).filter(|end| after.is_none_or(|after| end.at >= after))?;
+    /// What a reader that asks now has to be told of an end, and whose it was. `retention`: how long chunks stay.
+    pub(super) fn tell(&mut self, id: &RequestId, now: Instant, retention: Duration) -> Option<(Failure, String)> {
+        let end = self.0.get_mut(id).filter(|end| end.is_young(now, retention))?;
         match end.audience {
             Audience::Nobody => return None,
             Audience::Next => end.audience = Audience::Nobody,
@@ -70,9 +73,27 @@ impl EndedRequests {
         self.0.remove(id);
     }
 
-    /// Remembers an end of this moment, and forgets those before `after`.
-    pub(super) fn remember(&mut self, after: Option<Instant>, id: RequestId, end: RequestEnd) {
+    /// Whether an attempt under this name has ended lately.
+    pub(super) fn knows(&self, id: &RequestId, now: Instant, retention: Duration) -> bool {
+        self.0.get(id).is_some_and(|end| end.is_young(now, retention))
+    }
+
+    /// Remembers an end of this moment, and forgets old ones.
+    pub(super) fn remember(&mut self, retention: Duration, id: RequestId, end: RequestEnd) {
+        let now = end.at;
         self.0.insert(id, end);
-        self.0.forget_while(|end| after.is_some_and(|after| end.at < after));
+        self.0.forget_while(|end| !end.is_young(now, retention.max(UNTOLD_MIN)));
+    }
+}
+
+impl RequestEnd {
+    /// Whether it is still told.
+    fn is_young(&self, now: Instant, retention: Duration) -> bool {
+        let kept = match self.audience {
+            // Where it tells of chunks that are there, for no longer than they are.
+            Audience::Everybody | Audience::Nobody => retention,
+            Audience::Next => retention.max(UNTOLD_MIN),
+        };
+        now.saturating_duration_since(self.at) <= kept
     }
 }

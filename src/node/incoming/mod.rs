@@ -13,6 +13,7 @@
 //! | `readers`, `waiters`, `leases` | waits, look-ups, leases, and a reader's cancel |
 //! | `sources`, `fetches` | senders that have parked chunks, and what they are asked for |
 //! | `ended` | how attempts ended (each use of a request's name is one), and who has yet to be told |
+//! | `unwanted` | requests that a reader gave up before their senders announced them |
 //! | `timer` | its deadlines |
 //! | `reset` | everything that was computed before now is void |
 
@@ -39,6 +40,7 @@ mod reset;
 mod senders;
 mod sources;
 pub(super) mod timer;
+mod unwanted;
 mod verification;
 mod waiters;
 
@@ -58,6 +60,7 @@ use self::request::{Closing, IncomingRequest};
 use self::senders::Sender;
 use self::sources::{Source, Unreachable};
 use self::timer::IncomingTimer;
+use self::unwanted::Unwanted;
 use self::waiters::Waiters;
 use super::Port;
 use super::settings::IncomingSettings;
@@ -88,6 +91,8 @@ pub(super) struct Incoming<R> {
     summed_at: Option<Instant>,
     /// How requests ended lately, for readers that ask after them.
     ended: EndedRequests,
+    /// What senders have yet to announce, and nobody wants any more.
+    unwanted: Unwanted,
     waiters: Waiters,
     /// Senders that are asked for what they have parked.
     sources: BTreeMap<PeerId, Source>,
@@ -117,6 +122,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
             committed: BTreeMap::new(),
             summed_at: None,
             ended: EndedRequests::default(),
+            unwanted: Unwanted::default(),
             waiters: Waiters::default(),
             sources: BTreeMap::new(),
             unreachable: Unreachable::default(),

@@ -28,7 +28,8 @@ impl<R: Clone + PartialEq> Incoming<R> {
         wait: Option<Duration>,
         uncommitted: bool,
     ) {
-        if let Some((failure, instance)) = self.ended.tell(&request, core.now.checked_sub(self.settings.retention)) {
+        self.unwanted.wanted(&request);
+        if let Some((failure, instance)) = self.ended.tell(&request, core.now, self.settings.retention) {
             return core.answer(client, id, Answer::Failed { failure, peer: Some(instance) });
         }
         if core.draining && !self.requests.contains_key(&request) {
@@ -110,8 +111,11 @@ impl<R: Clone + PartialEq> Incoming<R> {
         if self.requests.contains_key(request) {
             self.fail(core, request, failure);
         } else {
-            // Whoever waits for it has no use for it any more, and a sender that announces it later is served as any.
-            self.fail_waiters(core, request, &failure, "");
+            let was_waited_for = self.fail_waiters(core, request, &failure, "");
+            if was_waited_for || !self.ended.knows(request, core.now, self.settings.retention) {
+                // Its sender has yet to announce it, and is refused then.
+                self.unwanted.given_up(core.now, request.clone());
+            }
         }
         self.give_up_fetch(core, request);
         // The reader knows of the end: a wait that comes after this is for the next attempt.

@@ -138,7 +138,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
         audience: Audience,
     ) {
         let end = RequestEnd { failure, instance, grant, at: now, audience };
-        self.ended.remember(now.checked_sub(self.settings.retention), id, end);
+        self.ended.remember(self.settings.retention, id, end);
     }
 
     /// Lets go of a ready request that was sent again, or fetched.

@@ -159,6 +159,9 @@ impl<R: Clone> Outgoing<R> {
         self.staging_request_ended(core, uid, &failure, is_parking);
         self.counts.requests_failed += u64::from(ahead.is_none());
         let peer = receiver.clone();
+        if !is_parking && !registered && ahead.is_none() {
+            self.tell_proxy_of_failure(core, &id, &failure);
+        }
         let mut told_by_event = false;
         match (client, open_id) {
             (Some(client), Some(open_id)) => core.refuse(client, open_id, failure.clone(), Some(peer)),

@@ -65,7 +65,7 @@ impl<R: Clone> Outgoing<R> {
     fn on_register(&mut self, core: &mut Core<R>, from: R, register: Register) {
         let id = (register.hello.instance.clone(), register.req_id.clone());
         let seq = register.seq;
-        let named = |receiver: &PeerAddress| self.check_is_named(&register.req_id, receiver);
+        let named = |receiver: &ReceiverAddress| self.check_is_named(&register.req_id, receiver);
         let checked = Self::check_register(core, &register);
         if let Err(failure) = checked.and_then(|()| register.receiver.as_ref().map_or(Ok(()), named)) {
             return self.answer_registration(core, from, seq, id.1, Registration::Failed, Some(failure));

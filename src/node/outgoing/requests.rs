@@ -252,7 +252,13 @@ impl<R: Clone> Outgoing<R> {
         let checked = self.check_open(core, &open).and_then(|sizes| Ok((self.peer_for(core, &open.receiver)?, sizes)));
         let (peer, sizes) = match checked {
             Ok(checked) => checked,
-            Err(failure) => return core.refuse(client, id, failure, Some(truncate(&open.receiver.to_string()))),
+            Err(failure) => {
+                // A name that is open says how that one ends.
+                if !self.request_by_name.contains_key(&open.id) {
+                    self.tell_proxy_of_failure(core, &open.id, &failure);
+                }
+                return core.refuse(client, id, failure, Some(truncate(&open.receiver.to_string())));
+            }
         };
         let OpenRequest { keys, groups, last_chunk_tokens, .. } = open;
         let chunks = RequestChunks { keys, groups, last_chunk_tokens, sizes };
@@ -436,7 +442,7 @@ impl<R: Clone> Outgoing<R> {
         let commit = Commit { seq, instance, req_id: request.id.clone(), grant, checksums };
         // Only a mutant of the simulation notifies before the commit is acknowledged.
         if self.settings.notify_proxy && !core.settings.keeps(Safeguard::CommitBeforeNotify) {
-            core.outputs.push_back(Output::NotifyProxy { request: commit.req_id.clone() });
+            core.outputs.push_back(Output::NotifyProxy { request: commit.req_id.clone(), failure: None });
         }
         self.awaited.insert(seq, uid);
         self.commits.insert(uid, commit.clone());
@@ -491,7 +497,7 @@ impl<R: Clone> Outgoing<R> {
         self.counts.requests_sent += 1;
         // The proxy is told after the commit is acknowledged, once, and never for a request that failed.
         if self.settings.notify_proxy && notify && request.registration.is_none() {
-            core.outputs.push_back(Output::NotifyProxy { request: request.id.clone() });
+            core.outputs.push_back(Output::NotifyProxy { request: request.id.clone(), failure: None });
         }
         if let (Some(registration), Some(address)) = (&request.registration, &request.address) {
             self.guess.was_sent(address);
@@ -504,6 +510,13 @@ impl<R: Clone> Outgoing<R> {
             core.outputs.push_back(Output::Event { client, event });
         }
         core.note(OutgoingNote::Sent { request: request.id, receiver, chunks, bytes, phases });
+    }
+
+    /// The proxy waits for what does not come: decode may be asked now, and computes it or says why not.
+    pub(super) fn tell_proxy_of_failure(&self, core: &mut Core<R>, id: &RequestId, failure: &Failure) {
+        if self.settings.notify_proxy {
+            core.outputs.push_back(Output::NotifyProxy { request: id.clone(), failure: Some(failure.clone()) });
+        }
     }
 
     pub(super) fn forget_deadlines(&mut self, core: &mut Core<R>, uid: Uid) {
@@ -532,8 +545,8 @@ impl<R: Clone> Outgoing<R> {
     }
 
     /// Whether the configuration lets requests go there.
-    pub(super) fn check_is_named(&self, id: &RequestId, receiver: &PeerAddress) -> Result<(), Failure> {
-        if !self.settings.receivers_only || self.reconnects.contains(receiver) {
+    pub(super) fn check_is_named(&self, id: &RequestId, receiver: &ReceiverAddress) -> Result<(), Failure> {
+        if !self.settings.receivers_only || self.configured.contains(receiver) {
             return Ok(());
         }
         let receiver = truncate(&receiver.to_string());

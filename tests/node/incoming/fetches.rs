@@ -244,7 +244,7 @@ fn a_sender_that_has_no_place_for_a_question_is_asked_again() {
             lease_ms: 0,
             failure: (state == Registration::Failed).then_some(busy),
         };
-        bench.session.handle_peer_message(bench.now, peer, Port::Rendezvous, Message::PdRegistered(registered));
+        bench.session.handle_connection_message(bench.now, peer, Port::Rendezvous, Message::PdRegistered(registered));
         done = pump(&mut bench);
         assert_eq!(kind(&done), None);
         if state == Registration::Failed {

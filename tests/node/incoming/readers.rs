@@ -8,7 +8,7 @@ use pd_backend::node::Port;
 use pd_backend::node::incoming::Lookup;
 use pd_backend::node::{Answer, Output};
 use pd_backend::wire::Message;
-use pd_backend::wire::message::{CancelExtension, CancelNotif, Commit};
+use pd_backend::wire::message::{AllocResponse, CancelExtension, CancelNotif, Commit};
 
 use super::bench::*;
 
@@ -115,6 +115,60 @@ fn a_reader_that_cancels_has_been_told() {
 }
 
 #[test]
+fn what_a_reader_gave_up_is_refused_when_it_is_announced() {
+    // Broken in production: a client hangs up before prefill has begun to send; its KV comes all the same, and holds slots for
+    // pd_retention_sec, for nobody.
+    let refusal = |said: &[(&'static str, AllocResponse)]| match said {
+        [(_, response)] => response.pd.as_ref().unwrap().refusal.as_ref().map(|failure| failure.kind),
+        other => panic!("{other:?}"),
+    };
+    let mut bench = Bench::new(4);
+    assert_eq!(wait(&mut bench, 1, "r", None), None);
+    cancel(&mut bench, "r");
+    bench.drain();
+    // And one that nobody had asked for yet, of which a router has told decode.
+    cancel(&mut bench, "s");
+    bench.drain();
+    for name in ["r", "s"] {
+        assert_eq!(refusal(&bench.alloc("a", name, &["k0"]).1), Some(FailureKind::Cancelled), "{name}");
+        assert_eq!(bench.session.counts().slots.reserved, 0);
+        // Once: under a name that is used again the next attempt is served as any.
+        let (_, said) = bench.alloc("a", name, &["k0"]);
+        assert_eq!(refusal(&said), None, "{name}");
+        give_up(&mut bench, name, grant_of(&said));
+        bench.drain();
+    }
+    // A reader that wants it again is served, whichever attempt comes.
+    cancel(&mut bench, "t");
+    bench.drain();
+    assert_eq!(wait(&mut bench, 7, "t", None), None);
+    assert!(is_ready(attempt_for(&mut bench, "t", 7)));
+    // What was handed out is over: its name is nobody's to refuse.
+    cancel(&mut bench, "t");
+    bench.drain();
+    assert_eq!(refusal(&bench.alloc("a", "t", &["k0"]).1), None);
+}
+
+#[test]
+fn how_a_request_ended_is_remembered_for_longer_than_its_chunks() {
+    // Broken in production: decode asks for a request whose retention is over, or which its sender gave up a minute ago, and
+    // waits for its whole receive_wait_s.
+    let mut bench = Bench::with(4, 4, |settings| incoming(settings).retention = Duration::from_secs(5));
+    send(&mut bench, "expired", "k0");
+    attempt_that_fails(&mut bench, "given up");
+    bench.drain();
+    later(&mut bench, 60);
+    assert_eq!(kind_of(wait(&mut bench, 1, "expired", None)), Some(FailureKind::Expired));
+    assert_eq!(kind_of(wait(&mut bench, 2, "given up", None)), Some(FailureKind::Cancelled));
+    // Chunks that were handed out are not there for so long, and their name may be used again.
+    bench.shake_hands("b", Vec::new());
+    assert_eq!(wait(&mut bench, 3, "r", None), None);
+    assert!(is_ready(attempt_for(&mut bench, "r", 3)));
+    later(&mut bench, 60);
+    assert_eq!(wait(&mut bench, 4, "r", None), None);
+}
+
+#[test]
 fn what_was_handed_out_is_said_to_each_other_sample_until_it_is_given_up() {
     // Broken in production: the second sample of a request waits for its deadline, and does not look its chunks up by key.
     let mut bench = Bench::new(4);
@@ -201,7 +255,7 @@ fn a_reader_that_waits_for_an_announcement_waits_for_what_stands_in_line() {
     let grant = grant_of(&answers(said).into_iter().filter(|(to, _)| *to == "b").collect::<Vec<_>>());
     let (seq, req_id) = (bench.next_seq(), RequestId::new("r").unwrap());
     let commit = Commit { seq, instance: "b".into(), req_id, grant, checksums: Vec::new() };
-    bench.session.handle_message(bench.now, Port::Alloc, "b", Message::PdCommit(commit));
+    bench.session.handle_port_message(bench.now, Port::Alloc, "b", Message::PdCommit(commit));
     assert!(is_ready(answer_of(&mut bench, 1)));
 }
 

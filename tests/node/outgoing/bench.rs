@@ -47,6 +47,8 @@ pub struct Bench {
     /// What was noted of receivers.
     pub notes: Vec<OutgoingNote>,
     pub proxy: u32,
+    /// Requests of which the proxy was told that they failed, and why.
+    pub proxy_failures: Vec<(RequestId, Failure)>,
 }
 
 pub fn request(name: &str) -> RequestId {
@@ -88,6 +90,7 @@ impl Bench {
             pinged: Vec::new(),
             notes: Vec::new(),
             proxy: 0,
+            proxy_failures: Vec::new(),
         }
     }
 
@@ -116,7 +119,8 @@ impl Bench {
                 Output::Abandon { transfer, client_gone } => self.abandoned.push((transfer, client_gone)),
                 Output::Answer { id, answer, .. } => self.answers.push((id, answer)),
                 Output::Event { event, .. } => self.events.push(event),
-                Output::NotifyProxy { .. } => self.proxy += 1,
+                Output::NotifyProxy { failure: None, .. } => self.proxy += 1,
+                Output::NotifyProxy { request, failure: Some(failure) } => self.proxy_failures.push((request, failure)),
                 Output::Note(pd_backend::node::Note::Outgoing(
                     note @ (OutgoingNote::PeerUp { .. }
                     | OutgoingNote::PeerDown { .. }
@@ -195,6 +199,12 @@ impl Bench {
     }
 
     pub fn ask_at(&mut self, host: &str, name: &str, chunks: u32, stage: bool) -> Seq {
+        self.say_open(host, name, chunks, stage);
+        self.allocation()
+    }
+
+    /// Opens a request, whatever comes of it.
+    pub fn say_open(&mut self, host: &str, name: &str, chunks: u32, stage: bool) {
         let open = OpenRequest {
             id: request(name),
             keys: (0..chunks).map(|chunk| ChunkKey::new(format!("k{chunk}")).unwrap()).collect(),
@@ -206,7 +216,6 @@ impl Bench {
         };
         self.session.handle_open(self.now, CLIENT, Seq(1), open);
         self.pump();
-        self.allocation()
     }
 
     /// The receiver grants slots for all chunks but those it has: what the client is told.

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use pd_backend::ids::{ChunkKey, Failure, FailureKind, PeerAddress, Seq};
+use pd_backend::ids::{ChunkKey, Failure, FailureKind, ReceiverAddress, Seq};
 use pd_backend::node::outgoing::OpenRequest;
 use pd_backend::node::{Answer, NodeSettings};
 use pd_backend::wire::Message;
@@ -17,7 +17,7 @@ fn open(bench: &mut Bench, id: u64, name: &str) {
         keys: vec![ChunkKey::new(name).unwrap()],
         groups: Vec::new(),
         last_chunk_tokens: 4,
-        receiver: PeerAddress { host: "r".into(), init_port: 1, alloc_port: 2 },
+        receiver: ReceiverAddress { host: "r".into(), init_port: 1, alloc_port: 2 },
         wait: None,
         stage: false,
     };

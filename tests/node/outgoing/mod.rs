@@ -130,6 +130,43 @@ fn a_grant_that_nobody_takes_is_given_back_and_one_that_was_taken_is_not() {
 }
 
 #[test]
+fn the_proxy_is_told_of_each_failure_once() {
+    // Broken in production: a router that waits for the KV of a request hears nothing of a failure that prefill's answer came
+    // too early for, and answers 504 after half a minute though decode could have computed the prompt.
+    let mut bench = Bench::new();
+    // Refused by its receiver; refused by the sender itself; failed when everything was written; no receiver there.
+    let seq = bench.open("too large");
+    let refusal = Some(Failure::new(FailureKind::TooLarge, "5 chunks, the buffer has 4"));
+    let pd = Some(AllocReplyExtension { refusal, ..AllocReplyExtension::empty(seq) });
+    bench.hear(Message::AllocResponse(AllocResponse { already_sent_indexes: vec![], remote_indexes: vec![], pd }));
+    bench.say_open("r", "empty", 0, false);
+    let seq = bench.open("not committed");
+    bench.grant(seq, 7);
+    bench.send("not committed");
+    bench.session.handle_transfer_done(bench.now, bench.posts[0], Ok(Vec::new()));
+    bench.pump();
+    bench.later(20, true);
+    bench.absent.insert("gone".into());
+    bench.say_open("gone", "unreachable", 1, false);
+    let told: Vec<_> = bench.proxy_failures.iter().map(|(id, failure)| (id.as_str(), failure.kind)).collect();
+    let expected = [
+        ("too large", FailureKind::TooLarge),
+        ("empty", FailureKind::BadRequest),
+        ("not committed", FailureKind::Deadline),
+        ("unreachable", FailureKind::PeerUnreachable),
+    ];
+    assert_eq!((told.as_slice(), bench.proxy), (expected.as_slice(), 0));
+    // A connector cancels what it cannot go on with. Another request of an open name is not the one that is waited for.
+    bench.open("given up");
+    bench.say_open("r", "given up", 1, false);
+    assert_eq!(bench.proxy_failures.len(), expected.len(), "{:?}", bench.proxy_failures);
+    bench.session.handle_cancel(bench.now, CLIENT, Seq(52), &request("given up"));
+    bench.pump();
+    let last = bench.proxy_failures.last().map(|(id, failure)| (id.as_str(), failure.kind));
+    assert_eq!((bench.proxy_failures.len(), last), (expected.len() + 1, Some(("given up", FailureKind::Cancelled))));
+}
+
+#[test]
 fn a_commit_is_said_again_within_its_timeout() {
     // Broken in production: one lost acknowledgement fails a request whose bytes are all there.
     let mut bench = Bench::new();
