@@ -39,6 +39,13 @@ impl<K: Ord + Clone, V> Latest<K, V> {
         self.values.remove(key);
     }
 
+    /// Forgets what has this key and those that follow it, for as long as they are like this.
+    pub(super) fn remove_from(&mut self, first: &K, is_meant: impl Fn(&K) -> bool) {
+        let meant: Vec<K> =
+            self.values.range(first..).map(|(key, _)| key).take_while(|key| is_meant(key)).cloned().collect();
+        meant.iter().for_each(|key| self.remove(key));
+    }
+
     /// Forgets the oldest for as long as they are like this.
     pub(super) fn forget_while(&mut self, is_old: impl Fn(&V) -> bool) {
         while let Some((key, number)) = self.order.front() {
@@ -75,7 +82,11 @@ mod tests {
         assert_eq!((latest.get(&"z"), latest.get(&"a"), latest.get(&"c")), (Some(&3), None, Some(&5)));
         latest.forget_while(|value| *value < 5);
         assert_eq!((latest.get(&"z"), latest.get(&"b"), latest.get(&"c")), (None, None, Some(&5)));
-        latest.remove(&"c");
+        latest.insert("ca", 6);
+        latest.insert("d", 7);
+        latest.remove_from(&"c", |key| key.starts_with('c'));
+        assert_eq!((latest.get(&"c"), latest.get(&"ca"), latest.get(&"d")), (None, None, Some(&7)));
+        latest.remove(&"d");
         latest.forget_while(|_| false);
         assert!(latest.values.is_empty() && latest.order.is_empty());
     }

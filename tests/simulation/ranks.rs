@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 use pd_backend::address::AddressManager;
 use pd_backend::ids::{
-    ChecksumMode, ChunkKey, ClientId, ConnectionId, LeaseId, ReceiverAddress, PeerId, RequestId, Seq, SlotPart, StagedSlot,
-    TransferId,
+    ChecksumMode, ChunkKey, ClientId, ConnectionId, LeaseId, PeerId, ReceiverAddress, RequestId, Seq, SlotPart,
+    StagedSlot, TransferId,
 };
 use pd_backend::node::outgoing::{Event, OpenRequest, Sending};
 use pd_backend::node::{Answer, ChunkShape, IncomingSettings, Node, NodeSettings, OutgoingSettings, Output, Port, To};
@@ -303,7 +303,7 @@ impl Ranks {
                 self.jobs[job].released += 1;
             }
             News::ToReceiver(rank, route, message) => {
-                self.receivers[rank].handle_message(now, route.2, route, *message);
+                self.receivers[rank].handle_port_message(now, route.2, route, *message);
             }
             News::ToSender((at, peer, port), message) => {
                 self.senders[at].handle_connection_message(now, peer, port, *message);

@@ -90,7 +90,7 @@ impl<R: Clone> Outgoing<R> {
             let text = format!("{EXPECTED_MAX} requests are expected, the limit");
             return core.refuse(client, id, Failure::new(FailureKind::Busy, text), None);
         }
-        self.take_up_names(&names);
+        self.expect_names(&names);
         self.expected.insert(client, request, names);
         core.answer(client, id, Answer::Accepted);
     }
@@ -98,7 +98,7 @@ impl<R: Clone> Outgoing<R> {
     /// An expected request does not come: who waits for it is told. False: it is not expected.
     pub(super) fn expect_no_more(&mut self, core: &mut Core<R>, client: ClientId, request: &RequestId) -> bool {
         let Some(names) = self.expected.remove(client, request) else { return false };
-        self.give_up(core, request, names, &Failure::new(FailureKind::Cancelled, "it was not computed"));
+        self.give_up_expected(core, request, &names);
         true
     }
 

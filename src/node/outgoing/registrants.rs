@@ -174,11 +174,11 @@ impl<R> Registrants<R> {
         numbers.iter().filter_map(|number| self.waiting.get(number).cloned()).collect()
     }
 
-    /// Those that wait for a request by one of these names, which ends with this chunk.
-    pub(super) fn waiting_under(&self, names: &[RequestId], last: &ChunkKey) -> Vec<RegistrationId> {
+    /// Those that wait for a request by one of these names, which ends with this chunk where that is known.
+    pub(super) fn waiting_under(&self, names: &[RequestId], last: Option<&ChunkKey>) -> Vec<RegistrationId> {
         let named = |id: &&RegistrationId| match self.state_of(id) {
             Some(RegistrantState::Waiting(register)) => {
-                register.keys.last() == Some(last) && register.ids.iter().any(|name| names.contains(name))
+                (last.is_none() || register.keys.last() == last) && register.ids.iter().any(|name| names.contains(name))
             }
             _ => false,
         };

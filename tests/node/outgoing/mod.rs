@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use pd_backend::ids::{ChecksumMode, ChunkKey, Failure, FailureKind, GrantId, IpcHandle, ReceiverAddress, Seq, SlotPart};
+use pd_backend::ids::{
+    ChecksumMode, ChunkKey, Failure, FailureKind, GrantId, IpcHandle, ReceiverAddress, Seq, SlotPart,
+};
 use pd_backend::node::outgoing::{Event, OpenRequest, Sending};
 use pd_backend::node::{Answer, NodeSettings, Port};
 use pd_backend::wire::Message;

@@ -367,13 +367,14 @@ fn who_asks_waits_for_what_stands_in_prefills_queue() {
     }
     bench.later(30, true);
     assert_eq!(told_since(&mut bench), [("b".to_owned(), Registration::Unknown)], "nobody has that one");
-    // It is computed at last; the other one is given up, which is known at once and by whoever asks then.
-    begin_park_as(&mut bench, "a", "a");
+    // It is computed at last; the other one is given up, which is told to who waits for it.
+    begin_park_as(&mut bench, "a", "a", &["a"]);
     assert_eq!(told_since(&mut bench), [("a".to_owned(), Registration::Accepted)]);
     bench.session.handle_cancel(bench.now, CLIENT, Seq(41), &request("parked c"));
     bench.pump();
     assert_eq!(told_since(&mut bench), [("c".to_owned(), Registration::Failed)]);
-    assert_eq!(ask(&mut bench, early("c again", "c")), (Registration::Failed, Some(FailureKind::Cancelled)));
+    // Its chunks are not known, so another request of this name waits for its own.
+    assert_eq!(ask(&mut bench, early("c again", "c")), (Registration::Pending, None));
     assert_eq!(bench.answers.pop().map(|(id, _)| id), Some(Seq(41)));
 }
 
@@ -387,7 +388,7 @@ fn what_is_expected_ends_with_its_client_and_with_its_park() {
         assert_eq!(ask(&mut bench, early(name, name)), (Registration::Pending, None));
     }
     // What is parked is served, and expected no more.
-    begin_park_as(&mut bench, "x", "x");
+    begin_park_as(&mut bench, "x", "x", &["x"]);
     bench.later(3, true);
     assert_eq!(told_since(&mut bench), [("x".to_owned(), Registration::Accepted)]);
     bench.session.handle_client_gone(bench.now, CLIENT);
