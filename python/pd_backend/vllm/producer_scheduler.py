@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .keys import chunk_hashes
-from .layout import blocks_of
+from .groups import Groups, Piece
 from .naming import NULL_BLOCK, Naming, Unnamed
+from .pins import NoPins, Pins
 from .spec import (
     DisaggSpec,
     ParkSpec,
@@ -40,10 +40,15 @@ class _Sending:
     plan: SendPlan
     #: The engine's own cache may have other KV under the request's name.
     stale_hits: bool = False
+    #: What each of its chunks is.
+    pieces: list[Piece] = field(default_factory=list)
     planned: bool = False
-    block_ids: list[int] = field(default_factory=list)
+    #: By the engine's groups.
+    tables: list[list[int]] = field(default_factory=list)
     #: Chunks that the workers have been told of.
     told: int = 0
+    #: Blocks of chunks that the engine would give away while the request is computed, or once it has ended.
+    pinned: list[int] = field(default_factory=list)
     error: str | None = None
     #: Workers that have said how it ended.
     ended: int = 0
@@ -54,19 +59,19 @@ class ProducerScheduler:
 
     def __init__(
         self,
-        chunk_tokens: int,
-        block_tokens: int,
+        groups: Groups,
         tp_size: int,
         naming: Naming,
         rendezvous: Callable[[], Rendezvous | None] = lambda: None,
         unsolicited: bool = False,
+        pins: Pins | None = None,
     ) -> None:
         """`rendezvous`: where what is parked here is asked for, once that is known. `unsolicited`: whether requests of one token
-        whose router says nothing are pushed to a receiver that is guessed."""
+        whose router says nothing are pushed to a receiver that is guessed. `pins`: keeps blocks that a window has left."""
+        self._groups = groups
+        self._pins = pins or NoPins()
         self._rendezvous = rendezvous
         self._unsolicited = unsolicited
-        self._chunk_tokens = chunk_tokens
-        self._block_tokens = block_tokens
         self._tp_size = tp_size
         self._naming = naming
         self._sending: dict[str, _Sending] = {}
@@ -76,9 +81,31 @@ class ProducerScheduler:
         self._unnamed: dict[str, str] = {}
         #: Ended at the engine, under way at the workers.
         self._draining: dict[str, _Sending] = {}
+        #: Requests whose prompts end before their last token here: their states are those that decode goes on from.
+        self._shortened: set[str] = set()
         #: What is under way, by the router's names.
         self._by_req_id: dict[str, str] = {}
         self._step = ProducerStep()
+
+    def arrived(self, request: Any) -> None:
+        """A new request, of which nothing is computed. Where the model keeps states, what is sent is all that is computed of it:
+        the token that it answers with is not that of the prompt.
+        """
+        if not self._groups.has_states or request.get_skip_reading_prefix_cache():
+            return  # Decode takes nothing as computed of a prompt whose log probabilities are asked for.
+        try:
+            spec = prefill_spec(request.kv_transfer_params, self._tp_size)
+            spec = spec or park_spec(request.kv_transfer_params, request.request_id)
+            if spec is None:
+                return
+            self._naming.name(request, request.num_prompt_tokens)
+        except (SpecError, Unnamed):
+            return  # It is refused once it is computed.
+        # As vLLM's own connectors do it.
+        del request.prompt_token_ids[-1:], request._all_token_ids[-1:]
+        request.num_prompt_tokens -= 1
+        request.max_tokens = 1
+        self._shortened.add(request.request_id)
 
     def allocated(self, request: Any) -> None:
         """The engine has given the request its first blocks: it is going to be computed."""
@@ -98,15 +125,22 @@ class ProducerScheduler:
             spec = unsolicited_spec(request.kv_transfer_params, request_id, request.max_tokens)
         if spec is None:
             return
+        shortened = request_id in self._shortened
+        if self._groups.has_states and not shortened and self._is_unsolicited(spec):
+            return  # Its answer may be wanted.
         try:
-            # The last token of the answer is not computed.
-            named = self._naming.name(request, request.num_prompt_tokens + request.max_tokens - 1)
+            named = self._naming.name(request, request.num_prompt_tokens + shortened)
         except Unnamed as unnamed:
             if not self._is_unsolicited(spec):
                 self._unnamed[request_id] = str(unnamed)
             return
         tokens = list(request.prompt_token_ids)
-        hashes = chunk_hashes(tokens, self._chunk_tokens, named.context)
+        if self._groups.has_states and not shortened:
+            self._unnamed[request_id] = "the state behind its last token but one is not kept, as log probabilities of it are asked for"
+            return
+        tokens = tokens if shortened else tokens[: self._groups.sent_tokens(len(tokens))]
+        pieces = self._groups.pieces(len(tokens))
+        hashes = self._groups.names(tokens, pieces, named.context)
         other = self._of(self._by_req_id.get(spec.req_id))
         if other is not None:
             # Another sample of the same request: its chunks are sent already.
@@ -114,8 +148,9 @@ class ProducerScheduler:
                 self._refused[request_id] = f"disagg_spec.req_id = {spec.req_id!r} is that of another prompt under way"
             return
         self._by_req_id[spec.req_id] = request_id
-        plan = SendPlan(request_id, spec, hashes, len(tokens), named.adapter)
-        self._sending[request_id] = _Sending(plan, named.stale_hits)
+        groups = () if self._groups.is_plain else tuple(piece.group for piece in pieces)
+        plan = SendPlan(request_id, spec, hashes, len(tokens), named.adapter, groups)
+        self._sending[request_id] = _Sending(plan, named.stale_hits, pieces)
 
     @staticmethod
     def _is_unsolicited(spec: DisaggSpec | ParkSpec) -> bool:
@@ -129,8 +164,7 @@ class ProducerScheduler:
         for request_id in getattr(output, "preempted_req_ids", None) or ():
             sending = self._sending.get(request_id)
             if sending is not None:
-                sending.told = 0
-                sending.block_ids = []
+                self._start_over(sending)
                 step.preempted.append(request_id)
         for new in output.scheduled_new_reqs:
             self._advance(step, new.req_id, new.block_ids, True, new.num_computed_tokens, output)
@@ -149,31 +183,44 @@ class ProducerScheduler:
         if sending is None:
             return
         if anew:
-            sending.block_ids, sending.told = [], 0
+            self._start_over(sending)
             if computed and sending.stale_hits:
                 self._give_up(
                     step, sending, "vLLM's own cache may have KV of another adapter of this name; /reset_prefix_cache"
                 )
                 return
         if blocks is not None:
-            sending.block_ids.extend(blocks[0])
+            sending.tables = sending.tables or [[] for _ in blocks]
+            for table, added in zip(sending.tables, blocks, strict=True):
+                table.extend(added)
         if not sending.planned:
             sending.planned = True
             sending.plan = replace(sending.plan, cached=computed > 0)
             step.plans.append(sending.plan)
-        tokens = sending.plan.tokens
-        after = min(computed + output.num_scheduled_tokens[request_id], tokens)
-        while sending.told < len(sending.plan.hashes):
-            end = min((sending.told + 1) * self._chunk_tokens, tokens)
-            if end > after:
+        after = computed + output.num_scheduled_tokens[request_id]
+        while sending.told < len(sending.pieces):
+            piece = sending.pieces[sending.told]
+            if piece.end > after:
                 break
-            where = blocks_of(sending.told, self._chunk_tokens, self._block_tokens, tokens)
-            block_ids = sending.block_ids[where.start : where.stop]
+            block_ids = self._groups.block_ids(piece, sending.tables)
             if NULL_BLOCK in block_ids:
                 self._give_up(step, sending, f"vLLM keeps no KV of chunk {sending.told}: its blocks are skipped")
                 return
-            step.chunks.append(ChunkBlocks(request_id, sending.told, block_ids))
+            group = self._groups[piece.group]
+            if not group.keeps_all and not group.is_state:  # A state is its request's last block, which is kept with the others.
+                self._pins.pin(block_ids)
+                sending.pinned += block_ids
+            step.chunks.append(ChunkBlocks(request_id, sending.told, block_ids, piece.group))
             sending.told += 1
+
+    def _start_over(self, sending: _Sending) -> None:
+        """Its blocks are others from now on, or none."""
+        sending.tables, sending.told = [], 0
+        self._unpin(sending)
+
+    def _unpin(self, sending: _Sending) -> None:
+        pinned, sending.pinned = sending.pinned, []
+        self._pins.unpin(pinned)
 
     def _give_up(self, step: ProducerStep, sending: _Sending, why: str) -> None:
         """The request is computed, and not sent: decode computes it as well."""
@@ -192,14 +239,16 @@ class ProducerScheduler:
         """Whether the engine has to keep the request's blocks until the workers report it, and what its response says.
         """
         request_id = request.request_id
+        shortened = request_id in self._shortened
+        self._shortened.discard(request_id)
         refused = self._refused.pop(request_id, None)
         if refused is not None:
-            return False, self._response(request, refused)
+            return False, self._response(request, refused, shortened)
         unnamed = self._unnamed.pop(request_id, None)
         if unnamed is not None and park_spec(request.kv_transfer_params, request_id) is not None:
             return False, None  # Its router asks decode without any, which computes it.
         if unnamed is not None:
-            return False, self._response(request, None) | {"not_sent": unnamed}
+            return False, self._response(request, None, shortened) | {"not_sent": unnamed}
         sending = self._sending.pop(request_id, None)
         if sending is None:
             return False, None
@@ -214,40 +263,44 @@ class ProducerScheduler:
         if sending.error is not None and sending.ended >= self._tp_size:
             self._step.dropped.append(request_id)
             self._forget(sending)
-            return False, self._answer(request, sending, block_ids) or None
+            return False, self._answer(request, sending, block_ids, shortened) or None
         self._step.finishing.append(request_id)
         if sending.ended < self._tp_size:
             self._draining[request_id] = sending
         else:
             self._forget(sending)
-        return True, self._answer(request, sending, block_ids) or None
+        return True, self._answer(request, sending, block_ids, shortened) or None
 
     def keep(self, request: Any, block_ids: Sequence[int]) -> tuple[bool, dict[str, Any] | None]:
         """Parks the whole chunks of a request that was decoded here, for the next turn of its conversation. As `finished`."""
+        if not self._groups.is_plain:
+            return False, None  # The next turn needs what windows have left by now.
         at, request_id = self._rendezvous(), request.request_id
         complete = getattr(request.status, "name", str(request.status)) in _COMPLETE
         # The last token of the answer is not computed.
         computed = min(request.num_tokens - 1, request.num_computed_tokens)
-        chunks = computed // self._chunk_tokens
+        chunk_tokens, block_tokens = self._groups.chunk_tokens, self._groups[0].block_tokens
+        chunks = computed // chunk_tokens
         if at is None or not complete or not chunks or request_id in self._draining:
             return False, None
-        tokens = chunks * self._chunk_tokens
-        blocks = list(block_ids[: tokens // self._block_tokens])
+        tokens = chunks * chunk_tokens
+        blocks = list(block_ids[: tokens // block_tokens])
         try:
             named = self._naming.name(request, request.num_tokens)
         except Unnamed:
             return False, None
-        if named.stale_hits or NULL_BLOCK in blocks or len(blocks) * self._block_tokens < tokens:
+        if named.stale_hits or NULL_BLOCK in blocks or len(blocks) * block_tokens < tokens:
             return False, None
-        hashes = chunk_hashes(request.all_token_ids[:tokens], self._chunk_tokens, named.context)
+        pieces = self._groups.pieces(tokens)
+        hashes = self._groups.names(request.all_token_ids[:tokens], pieces, named.context)
         spec = kept_spec(request_id)
         own = RemoteSpec(at.host, at.ports, spec.ids, in_turn=True)
         plan = SendPlan(request_id, spec, hashes, tokens, named.adapter, cached=True, kept=own)
         self._draining[request_id] = _Sending(plan, planned=True, told=chunks)
-        step, per_chunk = self._step, self._chunk_tokens // self._block_tokens
+        step = self._step
         step.plans.append(plan)
-        for chunk in range(chunks):
-            step.chunks.append(ChunkBlocks(request_id, chunk, blocks[chunk * per_chunk : (chunk + 1) * per_chunk]))
+        for chunk, piece in enumerate(pieces):
+            step.chunks.append(ChunkBlocks(request_id, chunk, self._groups.block_ids(piece, [blocks])))
         step.finishing.append(request_id)
         return True, parked_answer(request_id, at, blocks, tokens)
 
@@ -278,12 +331,15 @@ class ProducerScheduler:
         return self._sending.get(request_id) or self._draining.get(request_id)
 
     def _forget(self, sending: _Sending) -> None:
+        self._unpin(sending)
         self._by_req_id.pop(sending.plan.spec.req_id, None)
 
-    def _answer(self, request: Any, sending: _Sending, block_ids: Sequence[int]) -> dict[str, Any]:
+    def _answer(
+        self, request: Any, sending: _Sending, block_ids: Sequence[int], shortened: bool
+    ) -> dict[str, Any]:
         spec = sending.plan.spec
         if not isinstance(spec, ParkSpec):
-            return self._response(request, sending.error)
+            return self._response(request, sending.error, shortened)
         at = self._rendezvous() if spec.is_answered else None
         # Where there is nothing to ask for, a router of NIXL's dialect has to be told nothing: decode computes it.
         if sending.error is not None or at is None:
@@ -294,10 +350,12 @@ class ProducerScheduler:
         return answer if transfer_id is None else answer | {"transfer_id": transfer_id}
 
     @staticmethod
-    def _response(request: Any, error: str | None) -> dict[str, Any]:
-        """`kv_transfer_params` of the response: what LMCache's proxies ask for, and what went wrong."""
+    def _response(request: Any, error: str | None, shortened: bool) -> dict[str, Any]:
+        """`kv_transfer_params` of the response: what LMCache's proxies ask for, and what went wrong. There is no first token where
+        the prompt was `shortened`.
+        """
         response: dict[str, Any] = {}
-        if (request.kv_transfer_params or {}).get("ret_first_tok") and request.output_token_ids:
+        if (request.kv_transfer_params or {}).get("ret_first_tok") and request.output_token_ids and not shortened:
             response["first_tok"] = request.output_token_ids[0]
         if error is not None:
             response["error"] = error
