@@ -271,7 +271,7 @@ impl Bare {
         const DESCRIPTORS_HEAD: usize = "pdnixldesc".len() + 1;
         let Pair { receiver, sender, .. } = pair;
         let body = &receiver.export.descriptors[DESCRIPTORS_HEAD..];
-        let (remote_address, ..): (u64, u64, u64, u32, u64, u64) =
+        let (remote_address, ..): (u64, Vec<u64>, u64, u32, u64, Option<u64>) =
             rmp_serde::from_slice(body).expect("the engine's own encoding");
         let memory = Arc::clone(&sender.memory);
         let name = format!("bare-{}-{}", std::process::id(), uuid::Uuid::new_v4());

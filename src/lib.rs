@@ -34,7 +34,9 @@
 //!
 //! What a vLLM server does with all of it is `python/pd_backend/vllm`, whose `__init__.py` is the map there.
 //!
-//! One request, end to end, is `python/tests/test_end_to_end.py`; the same in Rust is [`mod@bench`].
+//! One request, end to end, is `python/tests/test_end_to_end.py`; the same of two nodes without sockets is `tests/node/both.rs`, and of two
+//! processes in Rust [`mod@bench`], which drives the daemons from outside. docs/architecture.md names the function at each step of a chunk's
+//! way and of a cancel's.
 
 pub mod address;
 pub mod bench;

@@ -10,7 +10,7 @@ use std::time::Duration;
 use pd_backend::config::{
     BufferDevice, Config, ConfigError, EngineKind, Loaded, MetricsConfig, Options, ProxyConfig, Role,
 };
-use pd_backend::ids::PeerAddress;
+use pd_backend::ids::ReceiverAddress;
 use proptest::prelude::*;
 
 /// Shipped models with the bytes of their chunk of 256 tokens on one rank.
@@ -407,7 +407,7 @@ fn a_sender_knows_the_receivers_of_its_rank() {
         let change = |options: &mut Options| (options.rank, options.tp_size) = (rank, Some(4));
         load_text(role, &text, change).map(|loaded| loaded.config.receivers)
     };
-    let at = |host: &str, init_port, alloc_port| PeerAddress { host: host.to_owned(), init_port, alloc_port };
+    let at = |host: &str, init_port, alloc_port| ReceiverAddress { host: host.to_owned(), init_port, alloc_port };
     assert_eq!(of(Role::Sender, 0).unwrap(), [at("10.0.0.2", 7300, 7400), at("fd00::3", 7310, 7410)]);
     assert_eq!(of(Role::Sender, 1).unwrap(), [at("10.0.0.2", 7301, 7401), at("fd00::3", 7311, 7411)]);
     let refusal = of(Role::Sender, 2).unwrap_err();

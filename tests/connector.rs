@@ -230,7 +230,7 @@ fn requests_and_replies_have_these_bytes() {
         req_id: RequestId::new("r").unwrap(),
         keys: vec![ChunkKey::new("k0").unwrap()],
         last_chunk_tokens: 17,
-        receiver: pd_backend::ids::PeerAddress { host: "h".into(), init_port: 7300, alloc_port: 7400 },
+        receiver: pd_backend::ids::ReceiverAddress { host: "h".into(), init_port: 7300, alloc_port: 7400 },
         wait_ms: None,
         groups: vec![GroupIndex(0)],
         stage: false,

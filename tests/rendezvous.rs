@@ -11,7 +11,7 @@ use std::time::Instant;
 use daemon::{PATIENCE, signal, start, wait};
 use pd_backend::connector::Client;
 use pd_backend::connector::message::{CONNECTOR_API_VERSION, Reply, Request, Status};
-use pd_backend::ids::{ChunkKey, PeerAddress, Registration, RequestId, Seq, SlotPart};
+use pd_backend::ids::{ChunkKey, ReceiverAddress, Registration, RequestId, Seq, SlotPart};
 use pd_backend::side_channel::{Dealer, DealerReceiver, DealerSender, tcp_address};
 use pd_backend::wire::message::{Hello, InitExtension, InitRequest, Register};
 use pd_backend::wire::{Message, decode, encode};
@@ -105,7 +105,7 @@ async fn a_flood_of_pushes_to_closed_ports_is_a_line_a_second() {
             ids: Vec::new(),
             keys: vec![key()],
             // Nobody listens there, and each is another address.
-            receiver: Some(PeerAddress { host: format!("127.1.0.{number}"), init_port: 1, alloc_port: 1 }),
+            receiver: Some(ReceiverAddress { host: format!("127.1.0.{number}"), init_port: 1, alloc_port: 1 }),
             wait_ms: 0,
         };
         sender.try_send(encode(&Message::PdRegister(register)).into()).unwrap();

@@ -45,11 +45,11 @@ fn a_quarantined_slot_is_never_handed_out_until_its_writer_has_stopped() {
     table.quarantine(slots[1], GrantId(1));
     assert_eq!(reserve(&mut table, 2, &[8]).unwrap_err().free_bytes, 0);
     assert!(!table.commit(slots[0], GrantId(1), key(0), GROUP), "given up means given up");
-    table.writer_stopped(slots[0], GrantId(9));
+    table.free_granted(slots[0], GrantId(9));
     assert_eq!(table.available_bytes(), 0, "another grant has no say");
-    table.writer_stopped(slots[0], GrantId(1));
+    table.free_granted(slots[0], GrantId(1));
     assert_eq!(reserve(&mut table, 2, &[8]).unwrap(), vec![slots[0]]);
-    table.writer_stopped(slots[0], GrantId(1));
+    table.free_granted(slots[0], GrantId(1));
     assert_eq!(table.counts().reserved, 1, "a late word about the former tenant changes nothing");
 }
 
@@ -119,7 +119,7 @@ proptest! {
             }
             if !keeps && !reserved.is_empty() {
                 let (grant, slot) = reserved.swap_remove(free % reserved.len());
-                table.writer_stopped(slot, GrantId(grant));
+                table.free_granted(slot, GrantId(grant));
             }
             if let Some(slot) = odd.take() {
                 table.unstage(slot);
@@ -218,7 +218,7 @@ impl Play {
             }
             Op::Stopped(pick) if !written.is_empty() => {
                 let (slot, grant) = written.swap_remove(pick % written.len());
-                table.writer_stopped(slot, grant);
+                table.free_granted(slot, grant);
                 return false;
             }
             Op::Hold(name) => {
@@ -304,7 +304,7 @@ proptest! {
             prop_assert_eq!(play.table.counts().ready_pinned as usize, distinct.len());
         }
         for (slot, grant) in play.written {
-            play.table.writer_stopped(slot, grant);
+            play.table.free_granted(slot, grant);
         }
         for slot in play.held {
             play.table.unpin(start, slot);

@@ -9,7 +9,7 @@ use pd_backend::config::{Config, Limits, Options, Role};
 use pd_backend::connector::message::{ReceiverState, ReceiverStatus, Reply, Request, Status};
 use pd_backend::ids::{
     CHUNK_KEY_LEN_BYTES_MAX, Checksum, ChunkKey, Failure, FailureKind, GrantId, GroupIndex, IpcHandle, LeaseId,
-    METADATA_LEN_BYTES_MAX, PeerAddress, REQUEST_ID_LEN_BYTES_MAX, ReadyChunk, RequestId, Seq, SlotIndex, SlotPart,
+    METADATA_LEN_BYTES_MAX, REQUEST_ID_LEN_BYTES_MAX, ReadyChunk, ReceiverAddress, RequestId, Seq, SlotIndex, SlotPart,
     SourceAddress, StagedSlot,
 };
 use pd_backend::wire::limits::{INIT_MESSAGE_LEN_BYTES_MAX, MESSAGE_LEN_BYTES_MAX};
@@ -165,7 +165,7 @@ fn the_largest_request_that_a_configuration_allows_can_be_read_by_everybody() {
         for message in &between_daemons {
             travels(&format!("{} of {count} chunks", message.type_name()), MESSAGE_LEN_BYTES_MAX, message);
         }
-        let receiver = PeerAddress { host: "h".repeat(255), init_port: u16::MAX, alloc_port: u16::MAX };
+        let receiver = ReceiverAddress { host: "h".repeat(255), init_port: u16::MAX, alloc_port: u16::MAX };
         let part = SlotPart { slot: SlotIndex(u32::MAX), offset_bytes: u64::MAX, len_bytes: Some(u64::MAX) };
         let requests = [
             Request::Open {
@@ -245,7 +245,7 @@ fn as_many_peers_as_a_configuration_allows_can_be_named() {
         }),
     };
     travels("its answer", INIT_MESSAGE_LEN_BYTES_MAX, &Message::NixlInitResponse(answer));
-    let address = PeerAddress { host: "h".repeat(253), init_port: u16::MAX, alloc_port: u16::MAX };
+    let address = ReceiverAddress { host: "h".repeat(253), init_port: u16::MAX, alloc_port: u16::MAX };
     let receiver = ReceiverStatus { address, state: ReceiverState::Refused, failure: Some(failure()) };
     let status = Status { receivers: vec![receiver; most], sources: vec![source(); most], ..Status::default() };
     travels("a status", MESSAGE_LEN_BYTES_MAX, &Reply::Status { id: SEQ, status });

@@ -6,7 +6,7 @@ use crate::buffer::{BufferError, CudaDevice, CudaHandle, CudaMapping, HostHandle
 use crate::config::Role;
 use crate::connector::ReadyLine;
 use crate::connector::message::{BufferHandle, Reply, Request, Status};
-use crate::ids::PeerAddress;
+use crate::ids::ReceiverAddress;
 
 use super::daemon::Daemons;
 use super::error::BenchError;
@@ -61,7 +61,7 @@ pub(super) struct Pair {
     /// Where they go.
     pub receiver: AttachedDaemon,
     /// Where the receiver listens.
-    pub address: PeerAddress,
+    pub address: ReceiverAddress,
     /// Bytes of a whole chunk.
     pub chunk_bytes: u64,
     /// Tokens of a whole chunk.
@@ -111,7 +111,7 @@ impl Pair {
 pub(super) struct DaemonsReady {
     sender: String,
     receiver: String,
-    address: PeerAddress,
+    address: ReceiverAddress,
 }
 
 impl DaemonsReady {
@@ -139,7 +139,7 @@ impl DaemonsReady {
         Ok(Self {
             sender: from.connector.clone(),
             receiver: to.connector.clone(),
-            address: PeerAddress { host: HOST.to_owned(), init_port, alloc_port },
+            address: ReceiverAddress { host: HOST.to_owned(), init_port, alloc_port },
         })
     }
 }

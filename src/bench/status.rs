@@ -203,7 +203,7 @@ mod tests {
 
     use super::*;
     use crate::connector::message::{ReceiverState, ReceiverStatus};
-    use crate::ids::{Failure, FailureKind, PeerAddress, RequestId};
+    use crate::ids::{Failure, FailureKind, ReceiverAddress, RequestId};
     use crate::metrics::{Snapshot, Tally, exposition};
     use crate::node::incoming::{IncomingCounts, IncomingNote};
     use crate::node::outgoing::OutgoingCounts;
@@ -294,7 +294,7 @@ mod tests {
         ] {
             assert!(table.contains(words), "{words}:\n{table}");
         }
-        let address = PeerAddress { host: "10.0.0.2".into(), init_port: 7300, alloc_port: 7400 };
+        let address = ReceiverAddress { host: "10.0.0.2".into(), init_port: 7300, alloc_port: 7400 };
         let failure = Failure::new(FailureKind::LayoutMismatch, "dtype is float16 at r and bfloat16 at s");
         let receivers = vec![ReceiverStatus { address, state: ReceiverState::Refused, failure: Some(failure) }];
         let table = show(&Status { receivers, ..Status::default() }).to_string();

@@ -2,7 +2,7 @@
 
 use std::net::Ipv6Addr;
 
-use crate::ids::PeerAddress;
+use crate::ids::ReceiverAddress;
 
 /// One of the list: its host, and the two ports for each rank.
 pub(super) struct Written {
@@ -30,8 +30,8 @@ fn port(text: &str) -> Option<u16> {
 }
 
 /// As it is written.
-pub(super) fn text_of(address: &PeerAddress) -> String {
-    let PeerAddress { host, init_port, alloc_port } = address;
+pub(super) fn text_of(address: &ReceiverAddress) -> String {
+    let ReceiverAddress { host, init_port, alloc_port } = address;
     if host.contains(':') {
         format!("[{host}]:{init_port}:{alloc_port}")
     } else {

@@ -28,7 +28,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 pub use crate::ids::{ChecksumMode, EngineKind, SharedSecret};
-use crate::ids::{HostList, PeerAddress};
+use crate::ids::{HostList, ReceiverAddress};
 use crate::kv_layout::KvLayout;
 
 pub use error::ConfigError;
@@ -134,7 +134,7 @@ pub struct Config {
     /// Outgoing half: whether parked chunks are pushed to a receiver that has not asked for them yet.
     pub push_ahead: bool,
     /// Outgoing half: receivers that it connects to at start, and keeps; no two are the same.
-    pub receivers: Vec<PeerAddress>,
+    pub receivers: Vec<ReceiverAddress>,
     /// Outgoing half: the proxy that is told when a request is ready; none: nobody is told.
     pub proxy: Option<ProxyConfig>,
     /// What peers have to prove to know; none: whoever reaches the ports may talk.

@@ -7,7 +7,7 @@ use super::error::ConfigError;
 use super::keys;
 use super::raw::{Entry, RawConfig, RawValue};
 use super::{Limits, Role};
-use crate::ids::PeerAddress;
+use crate::ids::ReceiverAddress;
 
 /// Those of this rank, in the order written. A file may have them for a daemon without an outgoing half: then there are none.
 pub(super) fn receivers(
@@ -15,7 +15,7 @@ pub(super) fn receivers(
     raw: &RawConfig,
     rank: u32,
     limits: &Limits,
-) -> Result<Vec<PeerAddress>, ConfigError> {
+) -> Result<Vec<ReceiverAddress>, ConfigError> {
     let key = &keys::PD_RECEIVERS;
     let Some(entry) = raw.entry(key) else { return Ok(Vec::new()) };
     let items = match &entry.value {
@@ -55,7 +55,7 @@ pub(super) fn receivers(
     Ok(addresses)
 }
 
-fn of_rank(entry: &Entry, text: &str, written: Written, rank: u32) -> Result<PeerAddress, ConfigError> {
+fn of_rank(entry: &Entry, text: &str, written: Written, rank: u32) -> Result<ReceiverAddress, ConfigError> {
     let ports =
         [&written.init_ports, &written.alloc_ports].map(|ports| (ports.get(rank as usize).copied(), ports.len()));
     let [(Some(init_port), _), (Some(alloc_port), _)] = ports else {
@@ -74,5 +74,5 @@ fn of_rank(entry: &Entry, text: &str, written: Written, rank: u32) -> Result<Pee
             "give the port of the handshake first, then that of allocations, as the receiver's ready line names them",
         ));
     }
-    Ok(PeerAddress { host: written.host, init_port, alloc_port })
+    Ok(ReceiverAddress { host: written.host, init_port, alloc_port })
 }

@@ -7,8 +7,8 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::ids::{
-    ChunkKey, DeviceId, Failure, FailureKind, GroupIndex, IpcHandle, LeaseId, PeerAddress, ReadyChunk, RequestId, Seq,
-    SlotPart, SourceAddress, StagedSlot, nil_is_left_out,
+    ChunkKey, DeviceId, Failure, FailureKind, GroupIndex, IpcHandle, LeaseId, ReadyChunk, ReceiverAddress, RequestId,
+    Seq, SlotPart, SourceAddress, StagedSlot, nil_is_left_out,
 };
 
 /// The version of this API.
@@ -49,7 +49,7 @@ pub enum Request {
         /// Tokens in the last chunk of each group, 1 to chunk_tokens.
         last_chunk_tokens: u32,
         /// Where to.
-        receiver: PeerAddress,
+        receiver: ReceiverAddress,
         /// How long to wait for slots, in milliseconds; the configured time when left out.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         wait_ms: Option<u64>,
@@ -117,7 +117,7 @@ pub enum Request {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         after: Option<IpcHandle>,
     },
-    /// Either: give the request up. Answered when nothing is written for it any more.
+    /// Either: give the request up. A sender answers when nothing is written for it any more, or `deadline`; a receiver at once.
     Cancel {
         /// Pairs the reply.
         id: Seq,
@@ -287,7 +287,7 @@ pub enum Reply {
         /// What is counted.
         status: Status,
     },
-    /// To `open`: the receiver has room.
+    /// To `open`: the receiver has room. To `park`: this daemon has.
     Opened {
         /// From the request.
         id: Seq,
@@ -336,7 +336,7 @@ pub enum Reply {
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
         coming: Vec<u32>,
     },
-    /// To `wait`.
+    /// To `wait`, and to `fetch`.
     Ready {
         /// From the request.
         id: Seq,
@@ -344,7 +344,7 @@ pub enum Reply {
         req_id: RequestId,
         /// To release.
         lease: LeaseId,
-        /// All chunks of the request, in the order of the prompt.
+        /// All chunks of the request, in the order of the prompt; to `fetch`, those from the first one on that could be had.
         chunks: Vec<ReadyChunk>,
     },
     /// To `fetch` with `hold`.
@@ -441,7 +441,7 @@ pub struct Group {
 pub struct Timings {
     /// From `open` until the receiver had granted, the handshake with a new peer included.
     pub alloc_us: u64,
-    /// From the last `send` until the engine had written everything.
+    /// From the last `send` until the transfer engine had written everything.
     pub transfer_us: u64,
     /// From then until the receiver had acknowledged the commit.
     pub commit_us: u64,
@@ -558,7 +558,7 @@ pub struct Status {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ReceiverStatus {
     /// Where it is.
-    pub address: PeerAddress,
+    pub address: ReceiverAddress,
     /// How far the sender has come with it.
     pub state: ReceiverState,
     /// Why it is refused or unreachable.

@@ -23,7 +23,7 @@ pub use failure::{Failure, FailureKind};
 pub use hosts::{HostList, stands_for_all};
 pub use name::{CHUNK_KEY_LEN_BYTES_MAX, ChunkKey, NameError, REQUEST_ID_LEN_BYTES_MAX, RequestId};
 pub use pages::Pages;
-pub use peer::{PeerAddress, SourceAddress};
+pub use peer::{ReceiverAddress, SourceAddress};
 pub use printable::{Escaping, is_printable};
 pub use registration::{REQUEST_IDS_MAX, Registration};
 pub use secret::{SECRET_LEN_BYTES_MAX, SECRET_LEN_BYTES_MIN, SharedSecret};
@@ -94,6 +94,7 @@ number! {
     Seq(u64)
 }
 number! {
-    /// A receiver that a sender talks to, from one handshake to its loss. Never reused by one process.
+    /// A daemon that this node has connected to, a receiver or a source of parked chunks, from one handshake to its loss. Never reused by one
+    /// process.
     PeerId(u64)
 }

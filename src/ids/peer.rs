@@ -8,7 +8,7 @@ use super::printable::is_printable;
 
 /// A receiver's two ports, as a router passes them in `disagg_spec`.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-pub struct PeerAddress {
+pub struct ReceiverAddress {
     /// Host name or address.
     #[serde(deserialize_with = "printable_host")]
     pub host: String,
@@ -31,7 +31,7 @@ pub struct SourceAddress {
 /// Longest name of a host, in bytes, as DNS has it (RFC 1035, 2.3.4).
 const HOST_LEN_BYTES_MAX: usize = 255;
 
-impl PeerAddress {
+impl ReceiverAddress {
     /// Whether it can be connected to.
     ///
     /// # Errors
@@ -42,7 +42,7 @@ impl PeerAddress {
 }
 
 impl SourceAddress {
-    /// As [`PeerAddress::check`].
+    /// As [`ReceiverAddress::check`].
     ///
     /// # Errors
     /// What was seen, and what was expected.
@@ -78,7 +78,7 @@ fn printable_host<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, 
     Err(serde::de::Error::custom(format!("a receiver's host is {seen:?}; expected a host name or an address")))
 }
 
-impl fmt::Display for PeerAddress {
+impl fmt::Display for ReceiverAddress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}:{}/{}", self.host, self.init_port, self.alloc_port)
     }

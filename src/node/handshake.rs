@@ -63,7 +63,6 @@ const FIELDS_MAX: usize = 128;
 /// Most receivers that a handshake names: as many as can be connected, and as many again that are lost and still written to.
 pub(super) const CONNECTED_MAX: usize = 2 * PEERS_MAX as usize;
 
-/// Refuses what would be kept for as long as the peer is known, and is longer than anybody needs.
 /// What a sender is answered whose handshake is refused.
 pub(super) fn refused(ours: &Hello, seq: Seq, failure: Failure) -> Message {
     let (hello, agent_name) = (ours.clone(), String::new());
@@ -81,6 +80,7 @@ pub(super) fn misdirected(port: Port) -> Failure {
     Failure::new(FailureKind::HandshakeRefused, text)
 }
 
+/// Refuses what would be kept for as long as the peer is known, and is longer than anybody needs.
 fn check_bounds(theirs: &Hello) -> Result<(), Failure> {
     let boot_id = theirs.process.as_ref().map_or("", |process| process.boot_id.as_str());
     let names = [theirs.instance.as_str(), theirs.engine.as_str(), boot_id];

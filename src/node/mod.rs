@@ -1,4 +1,4 @@
-//! What a daemon says to its peers, to its connectors and to its engine, as a state machine: a [`Node`] of one or two halves.
+//! What a daemon says to its peers, to its connectors and to its transfer engine, as a state machine: a [`Node`] of one or two halves.
 //!
 //! Sans-IO: `handle_*` takes events in and never waits, `poll_output` gives work out, `poll_timeout` says when to call
 //! `handle_timeout` next. Time is an argument, so a test or a simulation owns the clock. A peer's message is never
@@ -13,6 +13,7 @@
 //! | `settings`, `output`, `answer` | what a node is told at start, asks of the world, answers its clients |
 //! | `handshake`, `heard`, `tries` | whether two daemons may talk; for how long a peer has been silent; when an address is tried again |
 //! | `chunks`, `growth`, `timers` | how long a chunk is; when the buffer grows; deadlines by name |
+//! | `safeguards` | what a mutant of the simulation can switch off; production never does |
 //! | `seen`, `latest` | numbers that were seen; a memory of so many things and no more |
 //!
 //! ```text
@@ -28,6 +29,8 @@
 //!   <-- sent -----------|<---------------------- PdCommitAck-|-- ready ------------->
 //!                       |-- ProxyNotif --> proxy             |<-- release -----------
 //! ```
+//!
+//! `handle_*` takes an event of the world, `on_*` a message of a peer. How a cancel goes is in docs/architecture.md.
 //!
 //! Messages may be lost, repeated, reordered and late: a message counts for what it names (an instance, a grant, the
 //! number of an allocation), a repeated one changes nothing (a repeated commit is answered like the first), and what must arrive (a commit, the acknowledgement

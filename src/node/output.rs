@@ -5,8 +5,8 @@ use super::answer::Answer;
 use super::incoming::io as incoming;
 use super::outgoing::io as outgoing;
 use crate::ids::{
-    ByteCopy, ClientId, ConnectionId, GrantId, IpcHandle, Pages, PeerAddress, PeerId, RequestId, Seq, SourceAddress,
-    TransferId,
+    ByteCopy, ClientId, ConnectionId, GrantId, IpcHandle, Pages, PeerId, ReceiverAddress, RequestId, Seq,
+    SourceAddress, TransferId,
 };
 use crate::wire::Message;
 use crate::wire::message::ProcessIdentity;
@@ -20,10 +20,10 @@ pub enum To<R> {
     Route(R),
 }
 
-/// A peer as the engine is told of it.
+/// A peer as the transfer engine is told of it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Remote {
-    /// One that this node has connected to.
+    /// One that this node has connected to in order to write to it.
     Receiver(PeerId),
     /// One that has connected to this node: [`Hello::instance`](crate::wire::message::Hello::instance).
     Sender(String),
@@ -46,7 +46,7 @@ pub enum Output<R> {
         /// Its name from now on.
         peer: PeerId,
         /// Where it listens.
-        address: PeerAddress,
+        address: ReceiverAddress,
     },
     /// Connect to a sender's rendezvous port; `handle_peer_opened` or `handle_peer_closed` wants to know.
     OpenSource {
@@ -96,7 +96,7 @@ pub enum Output<R> {
         /// Its engine's descriptors now.
         descriptors: Vec<u8>,
     },
-    /// Let the engine forget a peer.
+    /// Let the transfer engine forget a peer. `handle_transfer_done` still comes for each of its transfers, once nothing of it is written.
     ForgetPeer(ConnectionId),
     /// Add the next step to the buffer; `handle_grown` wants the result.
     GrowBuffer,
@@ -146,7 +146,7 @@ pub enum Output<R> {
         /// Which.
         transfer: TransferId,
         /// Whoever would pass the event is gone: it is not waited for.
-        writer_gone: bool,
+        client_gone: bool,
     },
     /// Sum these chunks; `handle_verified` wants to know which of them are not as they were sent, and until then
     /// `handle_verifying`, now and then, that it is getting on.

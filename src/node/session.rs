@@ -12,7 +12,7 @@ use super::output::{Output, Remote};
 use super::safeguards::Safeguard;
 use super::settings::NodeSettings;
 use crate::ids::{
-    Checksum, ClientId, ConnectionId, Failure, FailureKind, GrantId, LeaseId, PeerAddress, PeerId, RequestId, Seq,
+    Checksum, ClientId, ConnectionId, Failure, FailureKind, GrantId, LeaseId, PeerId, ReceiverAddress, RequestId, Seq,
     SourceAddress, TransferId,
 };
 use crate::slot::SlotCounts;
@@ -54,12 +54,13 @@ impl<R: Clone + PartialEq> Node<R> {
         Self { outgoing, incoming: incoming.map(Incoming::new), settled_version: core.slots.version(), core }
     }
 
-    /// A message arrived at one of our ports.
-    pub fn handle_message(&mut self, now: Instant, port: Port, from: R, message: Message) {
+    /// A message arrived at one of our ports. At the rendezvous port receivers ask the outgoing half; at all others senders ask the
+    /// incoming one.
+    pub fn handle_port_message(&mut self, now: Instant, port: Port, from: R, message: Message) {
         if port == Port::Rendezvous {
             return self.in_outgoing(now, |half, core| half.handle_rendezvous(core, from, message));
         }
-        self.in_incoming(now, |half, core| half.handle_message(core, port, from, message));
+        self.in_incoming(now, |half, core| half.handle_port_message(core, port, from, message));
     }
 
     /// The connection that messages from `route` came through is gone.
@@ -75,12 +76,12 @@ impl<R: Clone + PartialEq> Node<R> {
         self.in_outgoing(now, |half, core| half.handle_peer_opened(core, peer, lmcache_mode));
     }
 
-    /// A message arrived from a receiver, or from a source.
-    pub fn handle_peer_message(&mut self, now: Instant, peer: PeerId, port: Port, message: Message) {
+    /// A message arrived through a connection that we made, from a receiver, or from a source at its rendezvous port.
+    pub fn handle_connection_message(&mut self, now: Instant, peer: PeerId, port: Port, message: Message) {
         if port == Port::Rendezvous {
             return self.in_incoming(now, |half, core| half.handle_source_message(core, peer, message));
         }
-        self.in_outgoing(now, |half, core| half.handle_message(core, peer, port, message));
+        self.in_outgoing(now, |half, core| half.handle_connection_message(core, peer, port, message));
     }
 
     /// The connections to a receiver, or to a source, are gone, or could not be made.
@@ -333,8 +334,8 @@ impl<R: Clone + PartialEq> Node<R> {
     }
 
     /// The receivers that the configuration names, in that order, and how far the node has come with each.
-    pub fn receivers(&self) -> impl Iterator<Item = (&PeerAddress, &ConnectState)> {
-        self.outgoing.iter().flat_map(Outgoing::receivers)
+    pub fn configured_receivers(&self) -> impl Iterator<Item = (&ReceiverAddress, &ConnectState)> {
+        self.outgoing.iter().flat_map(Outgoing::configured_receivers)
     }
 
     /// Where the receivers that are connected may be asked for what they have parked themselves.

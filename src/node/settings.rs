@@ -6,7 +6,7 @@ use super::ChunkShape;
 #[cfg(feature = "mutants")]
 use super::Safeguard;
 use crate::address::AddressManager;
-use crate::ids::{ChecksumMode, HostList, Pages, PeerAddress};
+use crate::ids::{ChecksumMode, HostList, Pages, ReceiverAddress};
 use crate::wire::message::Hello;
 
 /// What a node is told at start. It has the halves whose settings are given.
@@ -64,7 +64,7 @@ pub struct OutgoingSettings {
     /// so, and has as long again from then on.
     pub commit_timeout: Duration,
     /// Receivers to connect to at start, and to keep; no two are the same.
-    pub receivers: Vec<PeerAddress>,
+    pub receivers: Vec<ReceiverAddress>,
     /// Whether a proxy wants to know.
     pub notify_proxy: bool,
     /// Whether chunks can be parked: they take a part of a buffer that serves both halves.
@@ -89,5 +89,5 @@ pub struct IncomingSettings {
     /// Hosts that are asked for parked chunks; none: any.
     pub prefill_hosts: Option<HostList>,
     /// Where senders reach this half, as they are told when they are asked for parked chunks; none if that is not known.
-    pub advertised: Option<PeerAddress>,
+    pub advertised: Option<ReceiverAddress>,
 }

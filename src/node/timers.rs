@@ -18,12 +18,12 @@ impl<K: Ord + Clone> Timers<K> {
     /// Sets or moves a deadline.
     pub(super) fn set(&mut self, key: impl Into<K>, at: Instant) {
         let key = key.into();
-        self.cancel(key.clone());
+        self.unset(key.clone());
         self.by_time.insert((at, key.clone()));
         self.by_key.insert(key, at);
     }
 
-    pub(super) fn cancel(&mut self, key: impl Into<K>) {
+    pub(super) fn unset(&mut self, key: impl Into<K>) {
         let key = key.into();
         if let Some(at) = self.by_key.remove(&key) {
             self.by_time.remove(&(at, key));
@@ -64,7 +64,7 @@ mod tests {
         timers.set("b", at(20));
         timers.set("a", at(30));
         timers.set("c", at(5));
-        timers.cancel("c");
+        timers.unset("c");
         assert_eq!(timers.next(), Some(at(20)));
         assert_eq!(timers.pop_due(at(19)), None);
         assert_eq!(timers.pop_due(at(40)), Some((at(20), "b")));

@@ -8,7 +8,7 @@ use crate::ids::{ByteCopy, ConnectionId, Failure, FailureKind, IpcHandle, Transf
 
 /// How long a process's last writes may take after its connection has ended: its context goes with the process, and
 /// that is a moment later.
-pub(super) const WRITER_GONE_AFTER: Duration = Duration::from_secs(1);
+pub(super) const CLIENT_WRITES_OVER_AFTER: Duration = Duration::from_secs(1);
 
 /// How many events are asked for at a time: each question costs about a microsecond of the thread that moves
 /// everything.
@@ -83,12 +83,12 @@ impl AwaitingEvent {
     }
 
     /// A transfer that has been posted already is past being abandoned.
-    pub(super) fn abandon(&mut self, transfer: TransferId, writer_gone: bool, now: Instant) {
+    pub(super) fn abandon(&mut self, transfer: TransferId, client_gone: bool, now: Instant) {
         let is_it = |entry: &&mut AwaitingItem| matches!(&entry.item, Item::Transfer(one) if one.transfer == transfer);
         for entry in self.waiting.iter_mut().filter(is_it) {
             entry.abandoned = true;
-            if writer_gone {
-                entry.until.get_or_insert(now + WRITER_GONE_AFTER);
+            if client_gone {
+                entry.until.get_or_insert(now + CLIENT_WRITES_OVER_AFTER);
             }
         }
     }

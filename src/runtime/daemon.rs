@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc::{Sender, UnboundedSender};
 
-use super::awaiting_event::WRITER_GONE_AFTER;
+use super::awaiting_event::CLIENT_WRITES_OVER_AFTER;
 use super::clients::Clients;
 use super::deferred::{Deferred, no_event_here};
 use super::driver::{self, Driven as _, Inbox, OUTPUTS_AT_ONCE};
@@ -13,12 +13,12 @@ use super::engine_work::{EngineCommand, EngineEvent};
 use super::health::{HealthResponder, Phase, health_probe};
 use super::http::HttpServer;
 use super::lifecycle::{self, Stop};
+use super::message_budget::MessageBudget;
 use super::notes::Notes;
 use super::peer_links::{LinkEvent, PeerLinks};
 use super::ports::{PortEvent, Ports, RouteKey};
 use super::probe::Probe;
 use super::proxy::Proxy;
-use super::room::Room;
 use super::setup::MemoryAndEngine;
 use super::watches::Watches;
 use super::witness::{HaveEnded, Witness};
@@ -49,7 +49,7 @@ pub(super) enum DaemonEvent {
     Process(ProcessEnded),
     Looked(HaveEnded),
     /// A client whose connection ended a while ago writes to no slot any more.
-    WriterGone(ClientId),
+    ClientWritesOver(ClientId),
     Stop(Stop),
 }
 
@@ -67,7 +67,7 @@ struct Daemon {
     /// Messages that wait for a GPU.
     deferred: Deferred,
     /// Of the message from a peer whose outputs are being done.
-    room: Option<Room>,
+    budget: Option<MessageBudget>,
     ports: Ports,
     links: PeerLinks<DaemonEvent>,
     clients: Clients,
@@ -136,7 +136,7 @@ pub(super) async fn serve(
         node,
         engine,
         deferred: Deferred::default(),
-        room: None,
+        budget: None,
         ports,
         links,
         clients,
@@ -165,9 +165,9 @@ impl driver::Driven for Daemon {
 
     fn handle(&mut self, now: Instant, event: DaemonEvent) -> Option<Stop> {
         match event {
-            DaemonEvent::Port(PortEvent::Message { port, from, message, room }) => {
-                self.room = Some(room);
-                self.node.handle_message(now, port, from, *message);
+            DaemonEvent::Port(PortEvent::Message { port, from, message, budget }) => {
+                self.budget = Some(budget);
+                self.node.handle_port_message(now, port, from, *message);
             }
             DaemonEvent::Port(PortEvent::Unreadable) => self.notes.count_unreadable(),
             DaemonEvent::Port(PortEvent::Gone { route }) => self.node.handle_route_gone(now, &route),
@@ -177,9 +177,9 @@ impl driver::Driven for Daemon {
                     self.node.handle_peer_opened(now, peer, lmcache_mode);
                 }
             }
-            DaemonEvent::Link(LinkEvent::Message { peer, port, message, room }) => {
-                self.room = Some(room);
-                self.node.handle_peer_message(now, peer, port, *message);
+            DaemonEvent::Link(LinkEvent::Message { peer, port, message, budget }) => {
+                self.budget = Some(budget);
+                self.node.handle_connection_message(now, peer, port, *message);
             }
             DaemonEvent::Link(LinkEvent::Closed { peer, failure }) => {
                 self.links.close(peer);
@@ -198,7 +198,7 @@ impl driver::Driven for Daemon {
                 self.on_message(now, client, request)
             }
             DaemonEvent::Connector(ConnectorEvent::Gone { client }) => self.on_client_gone(now, client),
-            DaemonEvent::WriterGone(client) => self.forget_client(now, client),
+            DaemonEvent::ClientWritesOver(client) => self.forget_client(now, client),
             // Said by whoever refused it.
             DaemonEvent::Connector(ConnectorEvent::Refused { .. }) => {}
             DaemonEvent::Stop(stop) => return Some(stop),
@@ -217,7 +217,7 @@ impl driver::Driven for Daemon {
     fn perform(&mut self) -> Result<bool, RuntimeError> {
         for _ in 0..OUTPUTS_AT_ONCE {
             let Some(output) = self.node.poll_output() else {
-                self.room = None;
+                self.budget = None;
                 return Ok(false);
             };
             self.do_output(output)?;
@@ -267,14 +267,14 @@ impl Daemon {
                 self.ports.send(port, &route, &message);
             }
             Output::LoadPeer { remote, agent_name, metadata } => {
-                self.engine.send_with(EngineCommand::LoadPeer { remote, agent_name, metadata }, self.room.take())?;
+                self.engine.send_with(EngineCommand::LoadPeer { remote, agent_name, metadata }, self.budget.take())?;
             }
             Output::ConnectPeer { peer, connection, memory } => {
-                self.engine.send_with(EngineCommand::Connect { peer, connection, memory }, self.room.take())?;
+                self.engine.send_with(EngineCommand::Connect { peer, connection, memory }, self.budget.take())?;
             }
             Output::UpdatePeer { peer, connection, metadata, descriptors } => {
                 let command = EngineCommand::UpdatePeer { peer, connection, metadata, descriptors };
-                self.engine.send_with(command, self.room.take())?;
+                self.engine.send_with(command, self.budget.take())?;
             }
             Output::ForgetPeer(connection) => self.engine.send(EngineCommand::Forget(connection))?,
             Output::GrowBuffer => self.engine.grow()?,
@@ -300,8 +300,8 @@ impl Daemon {
                     after,
                 })?;
             }
-            Output::Abandon { transfer, writer_gone } => {
-                self.engine.send(EngineCommand::Abandon { transfer, writer_gone })?;
+            Output::Abandon { transfer, client_gone } => {
+                self.engine.send(EngineCommand::Abandon { transfer, client_gone })?;
             }
             Output::Verify { request, grant, chunks } => {
                 self.engine.send(EngineCommand::Verify { request, grant, chunks })?;
@@ -365,9 +365,9 @@ impl Daemon {
             Memory::Cuda(_) if self.config.role.sends() => {
                 let events = self.events.clone();
                 tokio::spawn(async move {
-                    tokio::time::sleep(WRITER_GONE_AFTER).await;
+                    tokio::time::sleep(CLIENT_WRITES_OVER_AFTER).await;
                     // A daemon that has stopped meanwhile has no slots to give to anybody.
-                    drop(events.send(DaemonEvent::WriterGone(client)));
+                    drop(events.send(DaemonEvent::ClientWritesOver(client)));
                 });
             }
             Memory::Cuda(_) | Memory::Host(_) => self.forget_client(now, client),
@@ -473,7 +473,7 @@ impl Daemon {
             draining: self.draining,
             failures: self.notes.tally().failures(),
             engine_silent_ms,
-            receivers: self.node.receivers().map(translate::receiver).collect(),
+            receivers: self.node.configured_receivers().map(translate::receiver).collect(),
             sources: self.node.sources().cloned().collect(),
         }
     }

@@ -42,7 +42,7 @@ impl Deferred {
         }
         self.tickets += 1;
         self.messages.insert(self.tickets, (client, message));
-        note_end(engine.send(EngineCommand::Await { ticket: self.tickets, after }));
+        note_end(engine.send(EngineCommand::AwaitForMessage { ticket: self.tickets, after }));
         Ok(None)
     }
 

@@ -206,9 +206,9 @@ impl<'a, E: From<EngineEvent>> Server<'a, E> {
     fn take(&mut self, work: Work) -> Result<(), DriverGone> {
         match work {
             Work::EngineCommand(command) => self.execute(command),
-            Work::FromPeer(command, room) => {
+            Work::FromPeer(command, budget) => {
                 let executed = self.execute(command);
-                drop(room);
+                drop(budget);
                 executed
             }
             Work::Extend { step, reply } => {
@@ -260,7 +260,7 @@ impl<'a, E: From<EngineEvent>> Server<'a, E> {
                 self.awaiting.push(after, Item::Transfer(Waiting { transfer, connection, copies, summed }));
                 Ok(())
             }
-            EngineCommand::Await { ticket, after } => {
+            EngineCommand::AwaitForMessage { ticket, after } => {
                 self.awaiting.push(after, Item::Message(ticket));
                 Ok(())
             }
@@ -268,8 +268,8 @@ impl<'a, E: From<EngineEvent>> Server<'a, E> {
                 self.awaiting.forget(ticket);
                 Ok(())
             }
-            EngineCommand::Abandon { transfer, writer_gone } => {
-                self.awaiting.abandon(transfer, writer_gone, Instant::now());
+            EngineCommand::Abandon { transfer, client_gone } => {
+                self.awaiting.abandon(transfer, client_gone, Instant::now());
                 if !self.summing.abandon_transfer(transfer) {
                     return Ok(());
                 }
@@ -445,7 +445,7 @@ mod tests {
         let commands = vec![
             verify(1),
             post(1, 0, CHECKED_LEN_BYTES, true),
-            EngineCommand::Abandon { transfer: TransferId(1), writer_gone: false },
+            EngineCommand::Abandon { transfer: TransferId(1), client_gone: false },
             EngineCommand::AbandonVerification(GrantId(1)),
             verify(2),
         ];

@@ -10,8 +10,8 @@ use tokio::sync::mpsc::UnboundedSender;
 use super::engine_server::{DriverGone, Server};
 use super::engine_work::{EngineCommand, EngineEvent, Work};
 use super::error::RuntimeError;
+use super::message_budget::MessageBudget;
 use super::probe::{Probe, Prober};
-use super::room::Room;
 use crate::buffer::MemoryManager;
 use crate::ids::Pages;
 use crate::node::Grown;
@@ -95,9 +95,9 @@ impl EngineThread {
         self.queue(Work::EngineCommand(command))
     }
 
-    /// As [`send`](Self::send), with what a peer has said in the command, and the room that it takes.
-    pub(super) fn send_with(&self, command: EngineCommand, room: Option<Room>) -> Result<(), RuntimeError> {
-        self.queue(Work::FromPeer(command, room))
+    /// As [`send`](Self::send), with what a peer has said in the command, and the part of the budget that it takes.
+    pub(super) fn send_with(&self, command: EngineCommand, budget: Option<MessageBudget>) -> Result<(), RuntimeError> {
+        self.queue(Work::FromPeer(command, budget))
     }
 
     /// The way to keep the thread busy.

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::mpsc;
 
-use super::room::Room;
+use super::message_budget::MessageBudget;
 use crate::ids::{ByteCopy, Checksum, ConnectionId, Failure, GrantId, IpcHandle, PeerId, RequestId, TransferId};
 use crate::node::Grown;
 use crate::node::incoming::ExpectedChunk;
@@ -44,10 +44,10 @@ pub(super) enum EngineCommand {
     /// A transfer that waits for an event, or for its checksums, is not posted any more.
     Abandon {
         transfer: TransferId,
-        writer_gone: bool,
+        client_gone: bool,
     },
     /// A message that the driver defers until an event has been passed.
-    Await {
+    AwaitForMessage {
         ticket: u64,
         after: IpcHandle,
     },
@@ -68,8 +68,8 @@ pub(super) enum EngineCommand {
 /// What reaches the thread.
 pub(super) enum Work {
     EngineCommand(EngineCommand),
-    /// What a peer's message has led to. Its room is free when that is done.
-    FromPeer(EngineCommand, Option<Room>),
+    /// What a peer's message has led to. Its part of the budget is free when that is done.
+    FromPeer(EngineCommand, Option<MessageBudget>),
     /// The pages of a step are there: it is to be registered.
     Extend {
         step: Range<u64>,

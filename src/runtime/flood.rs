@@ -18,7 +18,7 @@ use super::{RunOptions, daemon, driver, identity, lifecycle, setup};
 use crate::config::{Config, Role, fuzzing};
 use crate::connector::Client;
 use crate::connector::message::{CONNECTOR_API_VERSION, Reply, Request};
-use crate::ids::{ChunkKey, METADATA_LEN_BYTES_MAX, PeerAddress, RequestId, Seq};
+use crate::ids::{ChunkKey, METADATA_LEN_BYTES_MAX, ReceiverAddress, RequestId, Seq};
 use crate::wire::message::{InitExtension, InitRequest};
 use crate::wire::{Message, encode};
 
@@ -160,7 +160,7 @@ impl Engine {
             req_id: RequestId::new(format!("{}-{id}", self.sender.child.id())).unwrap(),
             keys: vec![ChunkKey::new(format!("{}-{id}", self.sender.child.id())).unwrap()],
             last_chunk_tokens: 1,
-            receiver: PeerAddress { host: "127.0.0.1".into(), init_port, alloc_port },
+            receiver: ReceiverAddress { host: "127.0.0.1".into(), init_port, alloc_port },
             wait_ms: None,
             groups: Vec::new(),
             stage: false,

@@ -7,7 +7,7 @@ use super::ports::Ports;
 use super::process;
 use crate::address::AddressManager;
 use crate::config::Config;
-use crate::ids::{ChecksumMode, PeerAddress, SourceAddress, stands_for_all};
+use crate::ids::{ChecksumMode, ReceiverAddress, SourceAddress, stands_for_all};
 use crate::kv_layout::KvGroup;
 use crate::node::{ChunkShape, IncomingSettings, NodeSettings, OutgoingSettings, Port};
 use crate::wire::message::{
@@ -66,13 +66,13 @@ fn chunk_shape(config: &Config) -> ChunkShape {
 }
 
 /// Where senders reach the incoming half. An address that stands for all of them is none.
-fn advertised(config: &Config, ports: &Ports) -> Option<PeerAddress> {
+fn advertised(config: &Config, ports: &Ports) -> Option<ReceiverAddress> {
     let host = config.advertise_host.as_ref().unwrap_or(&config.bind_host);
     if stands_for_all(host) {
         return None;
     }
     let (init_port, alloc_port) = (ports.number(Port::Init)?, ports.number(Port::Alloc)?);
-    Some(PeerAddress { host: host.clone(), init_port, alloc_port })
+    Some(ReceiverAddress { host: host.clone(), init_port, alloc_port })
 }
 
 /// What the node is told at start.

@@ -1,7 +1,7 @@
 //! The daemons: the only place with tasks, threads, a clock and signals.
 //!
 //! One driver task per daemon owns the node and everything that must be done in order. Around it: one task for
-//! each bound port and one for each receiver's two sockets, one thread for the transfer engine, one watcher for each signal, parent and peer process. They talk to
+//! each bound port and one for the sockets to each receiver or source, one thread for the transfer engine, one watcher for each signal, parent and peer process. They talk to
 //! the driver through two queues, a bounded one for sockets and one for everything else, so the node sees one event
 //! after the other.
 //!
@@ -12,7 +12,7 @@
 //! | `setup`, `identity`, `ready` | before the loop: memory, engine, who we are, the ready line |
 //! | `engine_thread`, `engine_server`, `engine_work`, `probe` | the thread that owns the transfer engine, its loop, what it is told and tells, and whether it is at work |
 //! | `awaiting_event`, `deferred`, `summing`, `sum_queue` | what waits there for a GPU, or for checksums |
-//! | `ports`, `peer_links`, `room`, `proxy` | our ports, our connections to receivers, what waits of what they hear, the way to the router |
+//! | `ports`, `peer_links`, `message_budget`, `proxy` | our ports, our connections to receivers, what waits of what they hear, the way to the router |
 //! | `clients`, `translate` | the connector API: who is attached, and its words for the node's words |
 //! | `lifecycle`, `process`, `watches`, `witness` | signals, the parent, the ends of peers' processes |
 //! | `notes`, `error` | log lines, and why a daemon could not go on |
@@ -33,6 +33,7 @@ mod health;
 mod http;
 mod identity;
 mod lifecycle;
+mod message_budget;
 mod notes;
 mod peer_links;
 #[cfg(test)]
@@ -42,7 +43,6 @@ mod probe;
 mod process;
 mod proxy;
 mod ready;
-mod room;
 mod setup;
 mod sum_queue;
 mod summing;

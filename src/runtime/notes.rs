@@ -7,7 +7,7 @@ use tracing::{debug, error, info, warn};
 
 use super::ports::RouteKey;
 use crate::config::Role;
-use crate::ids::{FailureKind, PeerAddress};
+use crate::ids::{FailureKind, ReceiverAddress};
 use crate::metrics::Tally;
 use crate::node::{Note, Port, incoming, outgoing};
 use crate::side_channel::RateLimited;
@@ -76,7 +76,7 @@ fn log_grown(result: Result<u64, String>) {
 #[derive(Debug, Default)]
 struct Log {
     limits: BTreeMap<LineKind, RateLimited>,
-    receivers: BTreeMap<PeerAddress, LostReceiver>,
+    receivers: BTreeMap<ReceiverAddress, LostReceiver>,
 }
 
 /// A receiver that was given up. It may come and go for as long as it is configured wrongly: the same reason is a line a
@@ -176,7 +176,7 @@ impl Log {
 
     /// A receiver is given up. As [`permit`](Self::permit). A receiver that the configuration does not name may be anything that
     /// was asked for at the rendezvous port: all of those together are limited as well.
-    fn permit_loss(&mut self, address: &PeerAddress, reason: FailureKind, configured: bool) -> Option<u64> {
+    fn permit_loss(&mut self, address: &ReceiverAddress, reason: FailureKind, configured: bool) -> Option<u64> {
         if self.receivers.len() >= RECEIVERS_MAX && !self.receivers.contains_key(address) {
             self.receivers.clear();
         }

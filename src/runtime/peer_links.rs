@@ -6,9 +6,9 @@ use std::time::{Duration, Instant};
 use tokio::sync::mpsc::Sender;
 use tokio::task::JoinHandle;
 
+use super::message_budget::{MessageBudget, MessageBudgets};
 use super::ports::channel;
-use super::room::{Room, Rooms};
-use crate::ids::{Failure, FailureKind, PeerAddress, PeerId, SharedSecret, SourceAddress, truncate};
+use crate::ids::{Failure, FailureKind, PeerId, ReceiverAddress, SharedSecret, SourceAddress, truncate};
 use crate::node::Port;
 use crate::side_channel::{Access, Dealer, DealerReceiver, DealerSender, RateLimited, SideChannelError, tcp_address};
 use crate::wire::{LmcacheMode, Message, encode};
@@ -18,8 +18,8 @@ use crate::wire::{LmcacheMode, Message, encode};
 pub(super) enum LinkEvent {
     /// All sockets are connected.
     Opened { peer: PeerId, links: Box<Links> },
-    /// A message arrived. It takes its room until it is dealt with.
-    Message { peer: PeerId, port: Port, message: Box<Message>, room: Room },
+    /// A message arrived. It takes its part of the budget until it is dealt with.
+    Message { peer: PeerId, port: Port, message: Box<Message>, budget: MessageBudget },
     /// The connections could not be made, or are gone.
     Closed { peer: PeerId, failure: Failure },
 }
@@ -39,19 +39,19 @@ pub(super) struct PeerLinks<E> {
     tasks: BTreeMap<PeerId, JoinHandle<()>>,
     events: Sender<E>,
     /// For the handshakes of all links, and for what else they bring.
-    rooms: [Rooms; 2],
+    budgets: [MessageBudgets; 2],
     secret: Option<SharedSecret>,
     timeout: Duration,
 }
 
 impl<E: From<LinkEvent> + Send + 'static> PeerLinks<E> {
     pub(super) fn new(events: Sender<E>, secret: Option<SharedSecret>, timeout: Duration) -> Self {
-        let rooms = [Rooms::for_handshakes(), Rooms::for_messages()];
-        Self { links: BTreeMap::new(), tasks: BTreeMap::new(), events, rooms, secret, timeout }
+        let budgets = [MessageBudgets::for_handshakes(), MessageBudgets::for_messages()];
+        Self { links: BTreeMap::new(), tasks: BTreeMap::new(), events, budgets, secret, timeout }
     }
 
     /// Begins to connect; [`LinkEvent::Opened`] or [`LinkEvent::Closed`] follows.
-    pub(super) fn open(&mut self, peer: PeerId, address: &PeerAddress) {
+    pub(super) fn open(&mut self, peer: PeerId, address: &ReceiverAddress) {
         let ports = [(Port::Init, address.init_port), (Port::Alloc, address.alloc_port)];
         self.open_ports(peer, format!("receiver {address}"), &address.host, &ports);
     }
@@ -64,7 +64,7 @@ impl<E: From<LinkEvent> + Send + 'static> PeerLinks<E> {
     fn open_ports(&mut self, peer: PeerId, name: String, host: &str, ports: &[(Port, u16)]) {
         let access = |port| Access { channel: channel(port), secret: self.secret.clone(), timeout: self.timeout };
         let ends = ports.iter().map(|&(port, number)| (port, tcp_address(host, number), access(port))).collect();
-        let task = tokio::spawn(run_links(peer, name, ends, self.rooms.clone(), self.events.clone()));
+        let task = tokio::spawn(run_links(peer, name, ends, self.budgets.clone(), self.events.clone()));
         self.tasks.insert(peer, task);
     }
 
@@ -104,7 +104,7 @@ async fn run_links<E: From<LinkEvent> + Send + 'static>(
     peer: PeerId,
     name: String,
     ends: Vec<End>,
-    rooms: [Rooms; 2],
+    budgets: [MessageBudgets; 2],
     events: Sender<E>,
 ) {
     let failure = match connect(&ends).await {
@@ -112,10 +112,10 @@ async fn run_links<E: From<LinkEvent> + Send + 'static>(
             if events.send(LinkEvent::Opened { peer, links: Box::new(links) }.into()).await.is_err() {
                 return;
             }
-            let [for_handshakes, for_messages] = &rooms;
+            let [for_handshakes, for_messages] = &budgets;
             let reads = inboxes.into_iter().map(|(port, inbox)| {
-                let rooms = if port == Port::Init { for_handshakes } else { for_messages };
-                Box::pin(read(peer, port, inbox, rooms, &events))
+                let budgets = if port == Port::Init { for_handshakes } else { for_messages };
+                Box::pin(read(peer, port, inbox, budgets, &events))
             });
             // Reading is cancel-safe here: whichever ends, the others are dropped with their connections.
             futures::future::select_all(reads).await.0
@@ -155,7 +155,7 @@ async fn read<E: From<LinkEvent>>(
     peer: PeerId,
     port: Port,
     mut socket: DealerReceiver,
-    rooms: &Rooms,
+    budgets: &MessageBudgets,
     events: &Sender<E>,
 ) -> Failure {
     let mut unreadable = RateLimited::default();
@@ -164,9 +164,9 @@ async fn read<E: From<LinkEvent>>(
             Ok(payload) => payload,
             Err(error) => return link_failure(FailureKind::PeerLost, &error),
         };
-        match rooms.decode(&payload).await {
-            Ok((message, room)) => {
-                let event = LinkEvent::Message { peer, port, message: Box::new(message), room };
+        match budgets.decode(&payload).await {
+            Ok((message, budget)) => {
+                let event = LinkEvent::Message { peer, port, message: Box::new(message), budget };
                 if events.send(event.into()).await.is_err() {
                     return Failure::new(FailureKind::ShuttingDown, "this sender is shutting down");
                 }
@@ -199,7 +199,7 @@ mod tests {
         let (events, mut inbox) = mpsc::channel::<LinkEvent>(1024);
         let mut links = PeerLinks::new(events, None, Duration::from_secs(60));
         for peer in 0..LINKS {
-            let address = PeerAddress { host: "127.0.0.1".into(), init_port: port, alloc_port: port };
+            let address = ReceiverAddress { host: "127.0.0.1".into(), init_port: port, alloc_port: port };
             links.open(PeerId(peer), &address);
         }
         // All of them have ended, or wait to say so.

@@ -8,7 +8,7 @@ use std::time::Instant;
 use tokio::sync::mpsc::Sender;
 
 use super::error::RuntimeError;
-use super::room::{Room, Rooms};
+use super::message_budget::{MessageBudget, MessageBudgets};
 use crate::config::Config;
 use crate::ids::truncate;
 use crate::node::Port;
@@ -44,8 +44,8 @@ impl PartialEq for RouteKey {
 /// What the ports tell the driver.
 #[derive(Debug)]
 pub(super) enum PortEvent {
-    /// A message arrived, which takes its room until it is dealt with.
-    Message { port: Port, from: RouteKey, message: Box<Message>, room: Room },
+    /// A message arrived, which takes its part of the budget until it is dealt with.
+    Message { port: Port, from: RouteKey, message: Box<Message>, budget: MessageBudget },
     /// A message arrived that cannot be read. It has been answered, if it was a request of LMCache's.
     Unreadable,
     /// A connection is gone.
@@ -138,15 +138,15 @@ pub(super) const fn channel(port: Port) -> Channel {
 
 async fn read<E: From<PortEvent>>(port: Port, mut receiver: RouterReceiver, answers: RouterSender, events: Sender<E>) {
     // Each port has its own, so that a flood at one of them holds up no other.
-    let rooms = if port == Port::Init { Rooms::for_handshakes() } else { Rooms::for_messages() };
+    let budgets = if port == Port::Init { MessageBudgets::for_handshakes() } else { MessageBudgets::for_messages() };
     let mut unreadable = RateLimited::default();
     while let Some(event) = receiver.recv().await {
         let event = match event {
-            RouterEvent::Message { peer: route, payload } => match rooms.decode(&payload).await {
-                Ok((message, room)) => {
+            RouterEvent::Message { peer: route, payload } => match budgets.decode(&payload).await {
+                Ok((message, budget)) => {
                     let address = receiver.address(route.peer()).into();
                     let from = RouteKey { port, tag: route.peer().clone(), address, route: Some(route) };
-                    PortEvent::Message { port, from, message: Box::new(message), room }
+                    PortEvent::Message { port, from, message: Box::new(message), budget }
                 }
                 Err(error) => {
                     let refusal = unreadable_refusal(&payload);

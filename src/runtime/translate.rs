@@ -7,7 +7,7 @@ use crate::buffer::{Memory, MemoryManager};
 use crate::config::Config;
 use crate::connector::message::CONNECTOR_API_VERSION;
 use crate::connector::message::{BufferHandle, BufferUsage, Group, ReceiverState, ReceiverStatus, Reply, Timings};
-use crate::ids::{Failure, PeerAddress, Seq};
+use crate::ids::{Failure, ReceiverAddress, Seq};
 use crate::node::{Answer, outgoing};
 
 pub(super) fn error(id: Seq, failure: Failure, peer: Option<String>) -> Reply {
@@ -81,7 +81,7 @@ pub(super) fn wait(wait_ms: Option<u64>) -> Option<Duration> {
     wait_ms.map(Duration::from_millis)
 }
 
-pub(super) fn receiver((address, state): (&PeerAddress, &outgoing::ConnectState)) -> ReceiverStatus {
+pub(super) fn receiver((address, state): (&ReceiverAddress, &outgoing::ConnectState)) -> ReceiverStatus {
     use outgoing::ConnectState::{Connected, Connecting, Refused, Unreachable};
     let (state, failure) = match state {
         Connecting => (ReceiverState::Connecting, None),

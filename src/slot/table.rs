@@ -1,8 +1,8 @@
 //! What a node knows of every slot.
 //!
 //! ```text
-//! Free -> Staged -> Free                           outgoing: filled by the local engine, and sent
-//!         Staged -> Ready(key) -> Free             parked: filled by the local engine, and kept for whoever asks
+//! Free -> Staged -> Free                           outgoing: filled by our own worker, and sent
+//!         Staged -> Ready(key) -> Free             parked: filled by our own worker, and kept for a receiver that asks
 //! Free -> Reserved(grant) -> Ready(key) -> Free    incoming: granted to a peer, committed by it
 //!         Reserved -> Quarantined(grant) -> Free
 //! ```
@@ -25,7 +25,7 @@ use crate::ids::{ChunkKey, GrantId, GroupIndex, SlotIndex};
 pub enum SlotState {
     /// Nothing; it can be staged or reserved.
     Free,
-    /// Our own engine fills it, or it is being sent.
+    /// Our own worker fills it, or it is being sent.
     Staged,
     /// A peer fills it.
     Reserved(GrantId),
@@ -391,8 +391,8 @@ impl SlotTable {
         }
     }
 
-    /// The writer of a reserved or quarantined slot has stopped: the slot is free.
-    pub fn writer_stopped(&mut self, slot: SlotIndex, grant: GrantId) {
+    /// Frees a reserved or quarantined slot of this grant: its writer has stopped, or has never begun.
+    pub fn free_granted(&mut self, slot: SlotIndex, grant: GrantId) {
         match self.state(slot) {
             Some(SlotState::Reserved(owner)) if *owner == grant => self.counts.reserved -= 1,
             Some(SlotState::Quarantined(owner)) if *owner == grant => self.counts.quarantined -= 1,

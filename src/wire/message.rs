@@ -7,7 +7,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::ids::{
-    Checksum, ChunkKey, Failure, GrantId, GroupIndex, PeerAddress, Registration, RequestId, Seq, SourceAddress,
+    Checksum, ChunkKey, Failure, GrantId, GroupIndex, ReceiverAddress, Registration, RequestId, Seq, SourceAddress,
 };
 
 /// The protocol version that this build speaks, and the oldest that it still understands.
@@ -259,7 +259,7 @@ pub struct AllocRequest {
     pub shape: Vec<u64>,
     /// Element type as torch calls it, without the `torch.`: `bfloat16`.
     pub dtype: String,
-    /// Tokens in the last chunk of `keys`.
+    /// Tokens in the last chunk of each group in `keys`.
     pub last_chunk_toks: u64,
     /// Absent from LMCache's synchronous backend.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -359,7 +359,7 @@ pub struct MemoryUpdate {
     pub descriptors: Vec<u8>,
 }
 
-/// `CancelNotif`.
+/// The sender ends the request, for whatever reason: the reason does not travel.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct CancelNotif {
     /// Which request.
@@ -510,7 +510,7 @@ pub struct Register {
     pub keys: Vec<ChunkKey>,
     /// Where the chunks are to go, now. None: they are to be kept, for decode waits its turn.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub receiver: Option<PeerAddress>,
+    pub receiver: Option<ReceiverAddress>,
     /// How long a request that the sender does not know yet may be awaited, in milliseconds. 0: prefill has ended already.
     #[serde(default)]
     pub wait_ms: u64,

@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use pd_backend::ids::{
-    ChunkKey, ClientId, ConnectionId, Failure, FailureKind, GrantId, PeerAddress, PeerId, RequestId, Seq,
+    ChunkKey, ClientId, ConnectionId, Failure, FailureKind, GrantId, PeerId, ReceiverAddress, RequestId, Seq,
     SourceAddress, StagedSlot,
 };
 use pd_backend::node::outgoing::{Event, OpenRequest};
@@ -66,7 +66,7 @@ impl Bench {
 
     /// The sender says something.
     fn hear(&mut self, port: Port, message: Message) {
-        self.node.handle_message(self.now, port, "s", message);
+        self.node.handle_port_message(self.now, port, "s", message);
         self.pump();
     }
 
@@ -113,12 +113,12 @@ impl Bench {
             Message::AllocRequest(alloc) => return self.asked.push(alloc.pd.unwrap().seq),
             _ => return,
         };
-        self.node.handle_peer_message(self.now, self.receiver.unwrap(), Port::Init, answer);
+        self.node.handle_connection_message(self.now, self.receiver.unwrap(), Port::Init, answer);
     }
 
     /// A request is opened, and its receiver has room.
     fn open(&mut self, request: &str, chunks: u32) {
-        let receiver = PeerAddress { host: "r".into(), init_port: 1, alloc_port: 2 };
+        let receiver = ReceiverAddress { host: "r".into(), init_port: 1, alloc_port: 2 };
         let (id, keys) = (name(request), keys(request, chunks));
         let open = OpenRequest { id, keys, groups: vec![], last_chunk_tokens: 4, receiver, wait: None, stage: false };
         self.node.handle_open(self.now, CLIENT, Seq(1), open);
@@ -137,7 +137,7 @@ impl Bench {
     }
 
     fn hear_of_receiver(&mut self, message: Message) {
-        self.node.handle_peer_message(self.now, self.receiver.unwrap(), Port::Alloc, message);
+        self.node.handle_connection_message(self.now, self.receiver.unwrap(), Port::Alloc, message);
         self.pump();
     }
 

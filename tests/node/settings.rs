@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use pd_backend::address::AddressManager;
-use pd_backend::ids::{ChecksumMode, PeerAddress};
+use pd_backend::ids::{ChecksumMode, ReceiverAddress};
 use pd_backend::node::{ChunkShape, IncomingSettings, NodeSettings, OutgoingSettings};
 use pd_backend::wire::message::{CAPABILITY_COMMIT, CAPABILITY_HEARTBEAT, Hello};
 
@@ -74,7 +74,7 @@ pub fn outgoing() -> OutgoingSettings {
 pub fn incoming() -> IncomingSettings {
     IncomingSettings {
         prefill_hosts: None,
-        advertised: Some(PeerAddress { host: "127.0.0.1".into(), init_port: 1, alloc_port: 2 }),
+        advertised: Some(ReceiverAddress { host: "127.0.0.1".into(), init_port: 1, alloc_port: 2 }),
         wait_timeout: Duration::from_secs(10),
         retention: Duration::from_secs(100),
         peer_requests_max: 1000,

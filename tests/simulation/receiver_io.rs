@@ -59,11 +59,11 @@ impl World {
         let node = &mut self.daemons.receiver(at.index).node;
         match news {
             WorldEvent::ToReceiver(route, message) if route.port == Port::Rendezvous => {
-                node.handle_peer_message(now, route.peer, route.port, *message);
+                node.handle_connection_message(now, route.peer, route.port, *message);
             }
             WorldEvent::SourceOpened(_, peer) => node.handle_peer_opened(now, peer, LmcacheMode::Async),
             WorldEvent::SourceClosed(_, peer) => node.handle_peer_closed(now, peer, Self::link_failure()),
-            WorldEvent::ToReceiver(route, message) => node.handle_message(now, route.port, route, *message),
+            WorldEvent::ToReceiver(route, message) => node.handle_port_message(now, route.port, route, *message),
             WorldEvent::Verifying(_) => node.handle_verifying(now),
             WorldEvent::RouteGone(route) => node.handle_route_gone(now, &route),
             WorldEvent::ProcessEnded(_, instance) => {

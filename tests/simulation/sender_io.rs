@@ -1,6 +1,6 @@
 //! A sender's session and what it asks of the world.
 
-use pd_backend::ids::{Failure, FailureKind, PeerAddress, PeerId};
+use pd_backend::ids::{Failure, FailureKind, PeerId, ReceiverAddress};
 use pd_backend::node::{Output, PeerMemory, Port, Remote, To};
 use pd_backend::wire::message::ProcessIdentity;
 use pd_backend::wire::{LmcacheMode, Message};
@@ -16,11 +16,11 @@ fn len_in(descriptors: &[u8]) -> u64 {
 }
 
 /// Where a receiver listens, whichever life it is in.
-pub fn address(receiver: usize) -> PeerAddress {
-    PeerAddress { host: format!("r{receiver}"), init_port: 1, alloc_port: 2 }
+pub fn address(receiver: usize) -> ReceiverAddress {
+    ReceiverAddress { host: format!("r{receiver}"), init_port: 1, alloc_port: 2 }
 }
 
-fn receiver_index(address: &PeerAddress) -> usize {
+fn receiver_index(address: &ReceiverAddress) -> usize {
     address.host[1..].parse().unwrap()
 }
 
@@ -65,10 +65,10 @@ impl World {
             WorldEvent::Opened(_, peer) => node.handle_peer_opened(now, peer, lmcache_mode),
             WorldEvent::Closed(_, peer) => node.handle_peer_closed(now, peer, Self::link_failure()),
             WorldEvent::ToSender(route, message) if route.port == Port::Rendezvous => {
-                node.handle_message(now, route.port, route, *message);
+                node.handle_port_message(now, route.port, route, *message);
             }
             WorldEvent::ToSender(route, message) if open => {
-                node.handle_peer_message(now, route.peer, route.port, *message)
+                node.handle_connection_message(now, route.peer, route.port, *message)
             }
             WorldEvent::Done(_, transfer, good) => {
                 let sums = sums.unwrap_or_default();

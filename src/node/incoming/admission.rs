@@ -1,4 +1,7 @@
 //! Who gets slots, and when: whole requests, in the order of their arrival, with bounded overtaking.
+//!
+//! `on_alloc` checks and queues a request; `admit` takes those whose turn it is; `try_grant` asks for all their slots
+//! (`dialect::reserve`), and `grant` enters what they got, which `dialect::tell_granted` sends.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -29,7 +32,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
         }
         self.use_peer(core.now, &extension.instance, &from);
         // What the network delivers twice is asked once: its answer is on its way, or was taken back meanwhile.
-        let seen = self.peers.get_mut(&extension.instance).is_some_and(|peer| !peer.allocs.insert(extension.seq));
+        let seen = self.senders.get_mut(&extension.instance).is_some_and(|peer| !peer.allocs.insert(extension.seq));
         if seen {
             return core.note(IncomingNote::Unexpected { from, port: Port::Alloc, message: "AllocRequest, twice" });
         }
@@ -258,7 +261,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
             return Err(Failure::new(FailureKind::Limit, text));
         }
         match self.requests.get(&id) {
-            Some(open) if !open.is_ready() && !self.is_abandoned(open) => {
+            Some(open) if !open.is_ready() && !self.lmcache_sender_is_gone(open) => {
                 bad(format!("{id} is open already, or its last attempt is still ending"))
             }
             _ => {
@@ -311,7 +314,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
         true
     }
 
-    /// Tells a sender that it may write `own`; `shared` is held for it.
+    /// Enters that a sender may write `own`, and has it told; `shared` is held for it.
     pub(super) fn grant(
         &mut self,
         core: &mut Core<R>,
@@ -334,7 +337,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
             request.since = core.now;
             request.stage = IncomingStage::Granted { grant, own, shared };
         }
-        core.timers.cancel(IncomingTimer::Allocation(id.clone()));
+        core.timers.unset(IncomingTimer::Allocation(id.clone()));
         self.tell_granted(core, id);
     }
 }

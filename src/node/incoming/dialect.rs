@@ -102,7 +102,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
     pub(super) fn free_spare_slots(&mut self, core: &mut Core<R>, id: &RequestId, request: &IncomingRequest<R>) {
         if let Some(grant) = request.stage.grant() {
             for &slot in request.origin.spare_slots() {
-                core.slots.writer_stopped(slot, grant);
+                core.slots.free_granted(slot, grant);
             }
         }
         self.lmcache.forget_granted(&request.keys, id);
@@ -116,8 +116,9 @@ impl<R: Clone + PartialEq> Incoming<R> {
         core.note(IncomingNote::Unexpected { from, port, message: message.type_name() });
     }
 
-    /// Whether a request's sender is gone for good, so that another may ask for what it had.
-    pub(super) fn is_abandoned(&self, request: &IncomingRequest<R>) -> bool {
+    /// Whether an LMCache request's sender is gone for good, so that another may ask for what it had. A pd-sender's end is
+    /// `process_ended`.
+    pub(super) fn lmcache_sender_is_gone(&self, request: &IncomingRequest<R>) -> bool {
         match request.origin {
             Origin::Pd => false,
             Origin::Lmcache(_) => !self.lmcache.is_connected(&request.instance),

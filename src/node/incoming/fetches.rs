@@ -301,7 +301,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
     /// A question comes to nothing: whoever asked is told.
     pub(super) fn fetch_failed(&mut self, core: &mut Core<R>, id: &RequestId, failure: Failure, instance: &str) {
         let Some(fetch) = self.fetches.remove(id) else { return };
-        core.timers.cancel(IncomingTimer::Ask(id.clone()));
+        core.timers.unset(IncomingTimer::Ask(id.clone()));
         core.note(IncomingNote::FetchFailed {
             request: id.clone(),
             instance: truncate(instance),
@@ -320,7 +320,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
     /// A question is over: it was answered by what was asked for, or nobody wants it.
     pub(super) fn end_fetch(&mut self, core: &mut Core<R>, id: &RequestId) {
         if self.fetches.remove(id).is_some() {
-            core.timers.cancel(IncomingTimer::Ask(id.clone()));
+            core.timers.unset(IncomingTimer::Ask(id.clone()));
         }
     }
 

@@ -71,7 +71,7 @@ use crate::wire::message::{AllocRequest, CancelNotif, InitRequest, MemRegRequest
 pub(super) struct Incoming<R> {
     settings: IncomingSettings,
     /// By [`Hello::instance`](crate::wire::message::Hello::instance).
-    peers: BTreeMap<String, Sender<R>>,
+    senders: BTreeMap<String, Sender<R>>,
     /// LMCache's senders.
     lmcache: Senders<R>,
     lost: LostPeers,
@@ -107,7 +107,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
     pub(super) fn new(settings: IncomingSettings) -> Self {
         Self {
             settings,
-            peers: BTreeMap::new(),
+            senders: BTreeMap::new(),
             lmcache: Senders::default(),
             lost: LostPeers::default(),
             requests: BTreeMap::new(),
@@ -130,7 +130,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
     }
 
     /// A message arrived at one of our ports.
-    pub(super) fn handle_message(&mut self, core: &mut Core<R>, port: Port, from: R, message: Message) {
+    pub(super) fn handle_port_message(&mut self, core: &mut Core<R>, port: Port, from: R, message: Message) {
         match (port, message) {
             (Port::Init, Message::NixlInitRequest(InitRequest { pd: Some(extension), local_meta_bytes })) => {
                 self.on_init(core, from, extension, local_meta_bytes);
@@ -160,7 +160,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
         if self.on_lmcache_route_gone(core, route) {
             return;
         }
-        let lost = self.peers.iter().find(|(_, peer)| peer.alloc_route.as_ref() == Some(route));
+        let lost = self.senders.iter().find(|(_, peer)| peer.alloc_route.as_ref() == Some(route));
         if let Some(instance) = lost.map(|(instance, _)| instance.clone()) {
             self.lose_peer(core, &instance, "closed its connection");
         }
@@ -241,7 +241,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
             requests_active: self.requests.len(),
             requests_waiting: self.waiting.len(),
             readers_waiting: self.waiters.len(),
-            peers: self.peers.len() + self.lmcache.len(),
+            peers: self.senders.len() + self.lmcache.len(),
             leases: self.leases.len(),
             fetches: self.fetches.len(),
             sources: self.sources_open(),

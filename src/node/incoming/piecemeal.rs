@@ -41,7 +41,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
     /// A request that waits no longer gives back what it held.
     pub(super) fn let_go(&mut self, core: &mut Core<R>, id: &RequestId) {
         if let Some((grant, slots)) = self.piecemeal.remove(id) {
-            slots.into_iter().for_each(|slot| core.slots.writer_stopped(slot, grant));
+            slots.into_iter().for_each(|slot| core.slots.free_granted(slot, grant));
         }
     }
 }

@@ -238,7 +238,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
     }
 
     fn end_wait(&mut self, core: &mut Core<R>, client: ClientId, id: Seq) -> Option<Waiter> {
-        core.timers.cancel(IncomingTimer::Wait(client, id));
+        core.timers.unset(IncomingTimer::Wait(client, id));
         self.waiters.remove(client, id)
     }
 

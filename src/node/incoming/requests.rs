@@ -62,7 +62,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
     pub(super) fn on_cancel(&mut self, core: &mut Core<R>, from: R, id: &RequestId, extension: CancelExtension) {
         self.touch_peer(core.now, &extension.instance, extension.seq);
         // The allocation that is taken back here may yet arrive.
-        if let (Some(seq), Some(peer)) = (extension.alloc_seq, self.peers.get_mut(&extension.instance)) {
+        if let (Some(seq), Some(peer)) = (extension.alloc_seq, self.senders.get_mut(&extension.instance)) {
             peer.allocs.insert(seq);
         }
         let any_grant = !core.settings.keeps(Safeguard::GrantCheck);
@@ -122,7 +122,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
     pub(super) fn revoke_again(&mut self, core: &mut Core<R>, grant: GrantId) {
         let Some(closing) = self.closing.get(&grant) else { return };
         // A writer that is not connected says so with its next handshake.
-        let Some(to) = self.peers.get(&closing.instance).and_then(|peer| peer.alloc_route.clone()) else { return };
+        let Some(to) = self.senders.get(&closing.instance).and_then(|peer| peer.alloc_route.clone()) else { return };
         let message = closing.revoke(grant);
         core.send(To::Route(to), Port::Alloc, message);
         core.timers.set(IncomingTimer::Revoke(grant), core.now + core.settings.peer_timeout);
@@ -143,7 +143,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
 
     /// Lets go of a ready request that was sent again, or fetched.
     pub(super) fn drop_ready(&mut self, core: &mut Core<R>, id: &RequestId) {
-        core.timers.cancel(IncomingTimer::Retention(id.clone()));
+        core.timers.unset(IncomingTimer::Retention(id.clone()));
         if let Some(IncomingRequest { stage: IncomingStage::Ready { slots, .. }, .. }) = self.requests.remove(id) {
             for slot in slots {
                 core.slots.unpin(core.now, slot);
@@ -154,9 +154,9 @@ impl<R: Clone + PartialEq> Incoming<R> {
     /// Frees the slots of a grant whose writer has stopped.
     pub(super) fn free_closing(&mut self, core: &mut Core<R>, grant: GrantId) {
         let Some(closing) = self.closing.remove(&grant) else { return };
-        core.timers.cancel(IncomingTimer::Revoke(grant));
+        core.timers.unset(IncomingTimer::Revoke(grant));
         for &slot in &closing.slots {
-            core.slots.writer_stopped(slot, grant);
+            core.slots.free_granted(slot, grant);
         }
         self.unwatch_unless_needed(core, &closing.instance);
         core.note(IncomingNote::Unquarantined { instance: closing.instance, slots: closing.slots.len() });
@@ -199,7 +199,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
             self.committed.pop_first();
         }
         self.lmcache.forget_granted(&request.keys, id);
-        core.timers.cancel(IncomingTimer::Write(id.clone()));
+        core.timers.unset(IncomingTimer::Write(id.clone()));
         self.counts.bytes += bytes;
         if ahead {
             return self.arrived_ahead(core, id, bytes);
@@ -239,7 +239,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
             IncomingTimer::Write(id.clone()),
             IncomingTimer::Retention(id.clone()),
         ] {
-            core.timers.cancel(timer);
+            core.timers.unset(timer);
         }
         let mut quarantined = 0;
         let grant = request.stage.grant();
@@ -247,7 +247,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
         if let IncomingStage::Waiting { .. } = request.stage {
             self.refuse_waiting(core, id, &request, failure, tell_sender);
         }
-        let (commits, abandoned) = (request.origin.commits(), self.is_abandoned(&request));
+        let (commits, abandoned) = (request.origin.commits(), self.lmcache_sender_is_gone(&request));
         match request.stage {
             IncomingStage::Waiting { .. } => {
                 #[cfg(feature = "mutants")]
@@ -267,7 +267,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
                     if quarantine {
                         core.slots.quarantine(slot, grant);
                     } else {
-                        core.slots.writer_stopped(slot, grant);
+                        core.slots.free_granted(slot, grant);
                     }
                 }
                 let (instance, seq) = (request.instance.clone(), request.seq);

@@ -86,17 +86,17 @@ impl<R: Clone + PartialEq> Incoming<R> {
             return self.refuse_peer(core, from, extension.seq, instance, Failure::new(FailureKind::BadRequest, text));
         }
         let seq = extension.seq;
-        if self.peers.get(&instance).is_some_and(|peer| peer.init_seq == seq) {
+        if self.senders.get(&instance).is_some_and(|peer| peer.init_seq == seq) {
             return core.note(IncomingNote::Unexpected { from, port: Port::Init, message: "NixlInitRequest, twice" });
         }
         // A handshake says that nothing is in flight of what was granted before it was sent. One that arrives after
         // later words of the same sender is late, or comes from a second connection: it says nothing.
-        let last_seq = self.peers.get(&instance).map(|peer| peer.last_seq).or_else(|| self.lost.last_seq(&instance));
+        let last_seq = self.senders.get(&instance).map(|peer| peer.last_seq).or_else(|| self.lost.last_seq(&instance));
         if last_seq.is_some_and(|last_seq| last_seq >= seq) {
             let text = "this handshake was overtaken by later messages of the same sender; try again";
             return self.refuse_peer(core, from, seq, instance, Failure::new(FailureKind::BadRequest, text));
         }
-        if let Some(peer) = self.peers.get_mut(&instance)
+        if let Some(peer) = self.senders.get_mut(&instance)
             && matches!(peer.state, SenderProgress::Loading { .. })
         {
             // The sender has given the earlier handshake up. What the engine reads serves this one as well.
@@ -105,14 +105,14 @@ impl<R: Clone + PartialEq> Incoming<R> {
             peer.allocs = SeenSeqs::above(seq);
             return self.free_closing_of(core, &instance, seq);
         }
-        if self.peers.contains_key(&instance) {
+        if self.senders.contains_key(&instance) {
             self.lose_peer(core, &instance, "connects again");
         }
         self.free_closing_of(core, &instance, seq);
-        if self.peers.len() >= core.settings.peers_max && !self.evict_peer(core) {
+        if self.senders.len() >= core.settings.peers_max && !self.evict_peer(core) {
             let text = format!(
                 "{} peers are connected and busy or connecting, the limit; raise pd_max_peers or use another receiver",
-                self.peers.len()
+                self.senders.len()
             );
             return self.refuse_peer(core, from, extension.seq, instance, Failure::new(FailureKind::Limit, text));
         }
@@ -130,7 +130,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
             heard: Heard::at(core.now),
             last_used: core.now,
         };
-        self.peers.insert(instance.clone(), peer);
+        self.senders.insert(instance.clone(), peer);
         core.outputs.push_back(Output::LoadPeer {
             remote: Remote::Sender(instance),
             agent_name: Some(extension.agent_name),
@@ -147,7 +147,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
         if self.on_lmcache_loaded(core, instance, &result) {
             return;
         }
-        let Some(peer) = self.peers.get_mut(instance) else {
+        let Some(peer) = self.senders.get_mut(instance) else {
             if let Ok(connection) = result {
                 core.outputs.push_back(Output::ForgetPeer(connection));
             }
@@ -165,7 +165,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
         let connection = match result {
             Ok(connection) => connection,
             Err(failure) => {
-                self.peers.remove(instance);
+                self.senders.remove(instance);
                 return self.refuse_peer(core, to, seq, instance.to_owned(), failure);
             }
         };
@@ -208,7 +208,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
 
     /// Whether this peer has made its handshake, and did so before it sent message `seq`; notes that it was heard of.
     pub(super) fn touch_peer(&mut self, now: Instant, instance: &str, seq: Seq) -> bool {
-        match self.peers.get_mut(instance) {
+        match self.senders.get_mut(instance) {
             Some(peer) if matches!(peer.state, SenderProgress::Connected(_)) && seq > peer.init_seq => {
                 peer.heard = Heard::at(now);
                 peer.last_seq = peer.last_seq.max(seq);
@@ -220,7 +220,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
 
     /// Notes where a peer's allocations come from, and that it wants something.
     pub(super) fn use_peer(&mut self, now: Instant, instance: &str, route: &R) {
-        if let Some(peer) = self.peers.get_mut(instance) {
+        if let Some(peer) = self.senders.get_mut(instance) {
             peer.last_used = now;
             if peer.alloc_route.as_ref() != Some(route) {
                 peer.alloc_route = Some(route.clone());
@@ -231,7 +231,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
     pub(super) fn on_ping(&mut self, core: &mut Core<R>, from: R, ping: Ping) {
         let known = self.touch_peer(core.now, &ping.instance, ping.seq);
         // So that the end of its connection is noticed before it has asked for anything.
-        if let Some(peer) = self.peers.get_mut(&ping.instance).filter(|peer| known && peer.alloc_route.is_none()) {
+        if let Some(peer) = self.senders.get_mut(&ping.instance).filter(|peer| known && peer.alloc_route.is_none()) {
             peer.alloc_route = Some(from.clone());
         }
         let refusal = self.check_addressee(core, &ping.instance, known, &ping.receiver).err();
@@ -271,7 +271,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
 
     /// A peer says which processes on its host have ended. Returns those that it is asked about next.
     fn take_ended(&mut self, core: &mut Core<R>, ping: &Ping) -> Vec<ProcessIdentity> {
-        let Some(witness) = self.peers.get(&ping.instance).and_then(|peer| peer.process.clone()) else {
+        let Some(witness) = self.senders.get(&ping.instance).and_then(|peer| peer.process.clone()) else {
             return Vec::new();
         };
         // What can be seen from here need not be asked.
@@ -281,7 +281,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
         let mut ended = BTreeSet::new();
         for closing in self.closing.values() {
             // One that is connected speaks for itself.
-            let lost = self.lost.process(&closing.instance).filter(|_| !self.peers.contains_key(&closing.instance));
+            let lost = self.lost.process(&closing.instance).filter(|_| !self.senders.contains_key(&closing.instance));
             match lost {
                 Some(process) if !witness.sees(process) || seen_from_here(process) => {}
                 Some(process) if ping.ended.contains(process) => drop(ended.insert(closing.instance.clone())),
@@ -307,7 +307,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
     /// Gives a peer up that has been silent for too long.
     pub(super) fn check_silence(&mut self, core: &mut Core<R>, due: Instant, instance: &str) {
         let (interval, timeout) = (core.settings.heartbeat_interval, core.settings.peer_timeout);
-        let Some(peer) = self.peers.get_mut(instance) else { return };
+        let Some(peer) = self.senders.get_mut(instance) else { return };
         let silent = peer.heard.silence(core.now, due, interval);
         if silent < timeout {
             let at = peer.heard.silent_for(timeout);
@@ -319,8 +319,8 @@ impl<R: Clone + PartialEq> Incoming<R> {
 
     /// Fails everything that a peer had begun, and forgets it.
     pub(super) fn lose_peer(&mut self, core: &mut Core<R>, instance: &str, reason: &str) {
-        let Some(peer) = self.peers.remove(instance) else { return };
-        core.timers.cancel(IncomingTimer::Silence(instance.to_owned()));
+        let Some(peer) = self.senders.remove(instance) else { return };
+        core.timers.unset(IncomingTimer::Silence(instance.to_owned()));
         self.lost.remember(instance, peer.last_seq, peer.process);
         if let SenderProgress::Connected(connection) = peer.state {
             core.outputs.push_back(Output::ForgetPeer(connection));
@@ -343,7 +343,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
     /// The end of a process matters as long as its peer is connected, or may still be writing.
     pub(super) fn unwatch_unless_needed(&mut self, core: &mut Core<R>, instance: &str) {
         let may_write = || self.closing.values().any(|closing| closing.instance == instance);
-        if !self.peers.contains_key(instance) && !may_write() {
+        if !self.senders.contains_key(instance) && !may_write() {
             core.outputs.push_back(Output::UnwatchProcess { instance: instance.to_owned() });
         }
     }
@@ -394,16 +394,16 @@ impl<R: Clone + PartialEq> Incoming<R> {
                 || self.closing.values().any(|closing| closing.instance == instance)
         };
         let idle = self
-            .peers
+            .senders
             .iter()
             .filter(|(instance, peer)| matches!(peer.state, SenderProgress::Connected(_)) && !busy(instance.as_str()));
         let Some(oldest) = idle.min_by_key(|(_, peer)| peer.last_used).map(|(instance, _)| instance.clone()) else {
             return false;
         };
         if let Some(Sender { state: SenderProgress::Connected(connection), last_seq, process, .. }) =
-            self.peers.remove(&oldest)
+            self.senders.remove(&oldest)
         {
-            core.timers.cancel(IncomingTimer::Silence(oldest.clone()));
+            core.timers.unset(IncomingTimer::Silence(oldest.clone()));
             self.lost.remember(&oldest, last_seq, process);
             core.outputs.push_back(Output::ForgetPeer(connection));
         }

@@ -15,7 +15,7 @@ pub(in crate::node) enum IncomingTimer {
     Wait(ClientId, Seq),
     /// A peer may have been silent for too long.
     Silence(String),
-    /// Nothing of a process that has ended is under way any more.
+    /// What a process had posted before it ended has had its time to arrive: its slots are freed.
     Linger(String),
     /// The lease of an LMCache query is over; those of clients have no deadline.
     Lease(ClientId, LeaseId),

@@ -57,7 +57,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
         let grant = *grant;
         request.verifying = Some(Verification { to: from.clone(), seq: *seq, since: core.now });
         // Everything is written: what it takes from here on is our time, and not its sender's.
-        core.timers.cancel(IncomingTimer::Write(id.clone()));
+        core.timers.unset(IncomingTimer::Write(id.clone()));
         core.outputs.push_back(Output::Verify { request: id.clone(), grant, chunks });
         Ok(true)
     }
@@ -66,7 +66,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
     fn tell_verifying(&mut self, core: &mut Core<R>, to: &R, commit: &Commit, since: Instant) {
         let got_on_at = self.summed_at.map_or(since, |at| at.max(since));
         let gets_on = core.now.saturating_duration_since(got_on_at) < core.settings.peer_timeout;
-        if gets_on && self.peers.get(&commit.instance).is_some_and(|peer| peer.waits_for_verifying) {
+        if gets_on && self.senders.get(&commit.instance).is_some_and(|peer| peer.waits_for_verifying) {
             let verifying = Verifying { seq: commit.seq, req_id: commit.req_id.clone() };
             core.send(To::Route(to.clone()), Port::Alloc, Message::PdVerifying(verifying));
         }

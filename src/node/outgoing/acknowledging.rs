@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::quiesce::{ACK_TRIES_MAX, TRANSMISSIONS, Unanswered};
 use super::{Outgoing, OutgoingTimer, Port};
-use crate::ids::{Failure, FailureKind, GrantId, PeerAddress, PeerId, RequestId, Seq};
+use crate::ids::{Failure, FailureKind, GrantId, PeerId, ReceiverAddress, RequestId, Seq};
 use crate::node::core::Core;
 use crate::node::output::To;
 use crate::wire::Message;
@@ -25,7 +25,7 @@ impl<R: Clone> Outgoing<R> {
         let instance = core.settings.hello.instance.clone();
         let pd = Some(CancelExtension { seq, instance, grant, alloc_seq, writer_stopped });
         let cancel = CancelNotif { req_id: request, keys: Vec::new(), pd };
-        if writer_stopped && self.peers.contains_key(&peer) {
+        if writer_stopped && self.receivers.contains_key(&peer) {
             self.quiesce.sent(seq, peer, cancel.clone());
             core.timers.set(OutgoingTimer::Retransmit(seq), core.now + self.retransmit_after());
         }
@@ -56,7 +56,7 @@ impl<R: Clone> Outgoing<R> {
     pub(super) fn ack_answered(&mut self, core: &mut Core<R>, peer: PeerId, seq: Seq) -> bool {
         let answered = self.quiesce.answered(peer, seq);
         if answered {
-            core.timers.cancel(OutgoingTimer::Retransmit(seq));
+            core.timers.unset(OutgoingTimer::Retransmit(seq));
         }
         answered
     }
@@ -74,7 +74,7 @@ impl<R: Clone> Outgoing<R> {
 
     /// Remembers that a receiver which is being lost is owed an acknowledgement, if it may hold grants of ours.
     pub(super) fn note_owed_ack(&mut self, core: &mut Core<R>, peer: PeerId) {
-        let Some(record) = self.peers.get(&peer).filter(|record| record.link.takes_quiesce_ack()) else { return };
+        let Some(record) = self.receivers.get(&peer).filter(|record| record.link.takes_quiesce_ack()) else { return };
         let address = record.address.clone();
         let has_grant = self.requests.values().any(|request| request.peer == peer && request.may_have_grant());
         if (has_grant || self.quiesce.is_pending(peer)) && self.quiesce.owe(&address) {
@@ -82,25 +82,25 @@ impl<R: Clone> Outgoing<R> {
         }
     }
 
-    pub(super) fn forget_owed_ack(&mut self, core: &mut Core<R>, address: &PeerAddress) {
+    pub(super) fn forget_owed_ack(&mut self, core: &mut Core<R>, address: &ReceiverAddress) {
         self.quiesce.paid(address);
-        core.timers.cancel(OutgoingTimer::Seek(address.clone()));
+        core.timers.unset(OutgoingTimer::Seek(address.clone()));
     }
 
     /// A receiver is gone.
     pub(super) fn forget_pending_acks(&mut self, core: &mut Core<R>, peer: PeerId) {
         for seq in self.quiesce.forget_pending(peer) {
-            core.timers.cancel(OutgoingTimer::Retransmit(seq));
+            core.timers.unset(OutgoingTimer::Retransmit(seq));
         }
     }
 
     /// Connects to a lost receiver: the handshake tells it that nothing is written any more.
-    pub(super) fn seek(&mut self, core: &mut Core<R>, address: &PeerAddress) {
+    pub(super) fn seek(&mut self, core: &mut Core<R>, address: &ReceiverAddress) {
         if core.draining || !self.quiesce.wants_try(address) {
             return self.forget_owed_ack(core, address);
         }
         // Not counted when a request is connecting to it already, or when the receivers that may be known are all busy.
-        let tried = !self.peer_by_address.contains_key(address) && self.peer_for(core, address).is_ok();
+        let tried = !self.receiver_by_address.contains_key(address) && self.peer_for(core, address).is_ok();
         let pause = self.quiesce.pause_after(address, tried, core.settings.peer_timeout);
         core.timers.set(OutgoingTimer::Seek(address.clone()), core.now + pause);
     }

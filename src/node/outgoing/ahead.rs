@@ -10,7 +10,7 @@ use std::time::Duration;
 use super::requests::{OutgoingRequest, OutgoingStage};
 use super::uid::{RegistrationId, Uid};
 use super::{Outgoing, OutgoingNote};
-use crate::ids::{ChunkKey, Failure, FailureKind, PeerAddress, PeerId, RequestId};
+use crate::ids::{ChunkKey, Failure, FailureKind, PeerId, ReceiverAddress, RequestId};
 use crate::node::core::Core;
 
 /// One part in so many of the requests that may be open can be guesses, and these take no place of the others.
@@ -19,26 +19,29 @@ const GUESSES: usize = 4;
 /// Who was sent parked chunks because they asked for them.
 #[derive(Debug, Default)]
 pub(super) struct Guess {
-    latest: Option<PeerAddress>,
+    latest: Option<ReceiverAddress>,
     /// The one before, which may be the same.
-    earlier: Option<PeerAddress>,
+    earlier: Option<ReceiverAddress>,
 }
 
 /// The receiver that a parked request is pushed to, by the key of its last chunk.
 #[derive(Debug)]
 pub(super) struct Guessed {
-    receiver: PeerAddress,
+    receiver: ReceiverAddress,
     parked: Uid,
 }
 
 impl Guess {
     /// This receiver has asked for something, and got it.
-    pub(super) fn was_sent(&mut self, receiver: &PeerAddress) {
+    pub(super) fn was_sent(&mut self, receiver: &ReceiverAddress) {
         self.earlier = self.latest.replace(receiver.clone());
     }
 
     /// Who will ask next. Where the last two are not the same, receivers take turns: that is not guessed.
-    fn receiver<'a>(&'a self, mut configured: impl Iterator<Item = &'a PeerAddress>) -> Option<&'a PeerAddress> {
+    fn receiver<'a>(
+        &'a self,
+        mut configured: impl Iterator<Item = &'a ReceiverAddress>,
+    ) -> Option<&'a ReceiverAddress> {
         match (&self.latest, &self.earlier) {
             (Some(latest), Some(earlier)) => Some(latest).filter(|latest| *latest == earlier),
             (Some(latest), None) => Some(latest),
@@ -49,12 +52,12 @@ impl Guess {
 
 impl<R: Clone> Outgoing<R> {
     /// The receiver that is likely to ask for what is parked next, if something can be pushed to it now.
-    pub(super) fn guessed_receiver(&self, core: &Core<R>) -> Option<PeerAddress> {
+    pub(super) fn guessed_receiver(&self, core: &Core<R>) -> Option<ReceiverAddress> {
         if !self.settings.push_ahead || core.draining || self.aheads() >= core.settings.requests_max.div_ceil(GUESSES) {
             return None;
         }
-        let receiver = self.guess.receiver(self.receivers().map(|(address, _)| address))?;
-        let record = self.peers.get(self.peer_by_address.get(receiver)?)?;
+        let receiver = self.guess.receiver(self.configured_receivers().map(|(address, _)| address))?;
+        let record = self.receivers.get(self.receiver_by_address.get(receiver)?)?;
         (record.takes_ahead && record.connection().is_some()).then(|| receiver.clone())
     }
 
@@ -154,7 +157,7 @@ impl<R: Clone> Outgoing<R> {
         core: &mut Core<R>,
         id: &RegistrationId,
         keys: &[ChunkKey],
-        receiver: &PeerAddress,
+        receiver: &ReceiverAddress,
     ) {
         for key in keys {
             let Some(Guessed { receiver: guessed, parked }) = self.guessed.remove(key) else { continue };

@@ -16,7 +16,7 @@ use crate::wire::message::{MemRegExtension, MemRegRequest, MemRegResponse};
 
 impl<R: Clone> Outgoing<R> {
     fn link_of(&self, peer: PeerId) -> &Link {
-        self.peers.get(&peer).map_or(&Link::Pd, |record| &record.link)
+        self.receivers.get(&peer).map_or(&Link::Pd, |record| &record.link)
     }
 
     /// A message from a receiver at its port for allocations.
@@ -35,7 +35,7 @@ impl<R: Clone> Outgoing<R> {
     }
 
     /// The engine has loaded a receiver: asks where its memory is, and tells an LMCache receiver where ours is.
-    pub(super) fn register(&mut self, core: &mut Core<R>, peer: PeerId, seq: Seq) {
+    pub(super) fn ask_memory(&mut self, core: &mut Core<R>, peer: PeerId, seq: Seq) {
         let request = match self.link_of(peer) {
             Link::Lmcache(receiver) => self.lmcache_registration(core, receiver),
             Link::Pd => {
@@ -52,7 +52,7 @@ impl<R: Clone> Outgoing<R> {
     }
 
     /// A receiver has said where its memory is.
-    pub(super) fn on_registered(
+    pub(super) fn on_memory_told(
         &mut self,
         core: &mut Core<R>,
         peer: PeerId,
@@ -108,7 +108,8 @@ impl<R: Clone> Outgoing<R> {
         }
     }
 
-    /// A request has failed and transfers of it are in flight: decode need not wait for their end to learn of it.
+    /// A request has failed and transfers of it are in flight: decode need not wait for their end to learn of it. Sends a `CancelNotif`
+    /// without `writer_stopped`, after which the receiver quarantines the slots.
     pub(super) fn tell_failed(
         &mut self,
         core: &mut Core<R>,
@@ -117,7 +118,7 @@ impl<R: Clone> Outgoing<R> {
         grant: Option<GrantId>,
         alloc_seq: Option<Seq>,
     ) {
-        if self.peers.contains_key(&peer) && self.link_of(peer).takes_quiesce_ack() {
+        if self.receivers.contains_key(&peer) && self.link_of(peer).takes_quiesce_ack() {
             self.acknowledge_quiesce(core, peer, id, grant, alloc_seq, false);
         }
     }
@@ -131,8 +132,8 @@ impl<R: Clone> Outgoing<R> {
         grant: Option<GrantId>,
         alloc_seq: Option<Seq>,
     ) {
-        if !self.peers.contains_key(&peer) {
-            return;
+        if !self.receivers.contains_key(&peer) {
+            return; // It is lost: the next handshake says it, see `note_owed_ack`.
         }
         match self.link_of(peer) {
             Link::Pd => self.acknowledge_quiesce(core, peer, id, grant, alloc_seq, true),

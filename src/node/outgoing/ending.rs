@@ -11,7 +11,7 @@ use crate::node::safeguards::Safeguard;
 use crate::wire::message::Revoke;
 
 impl<R: Clone> Outgoing<R> {
-    /// Whether this client has opened a request of this name, or still has slots of one that has failed.
+    /// Whether this client has opened a request of this name, still has slots of one that has failed, or has one that is closing.
     pub(in crate::node) fn knows(&self, client: ClientId, request: &RequestId) -> bool {
         self.find_request(client, request).is_ok()
             || self.unacknowledged.contains_key(&(client, request.clone()))
@@ -51,6 +51,7 @@ impl<R: Clone> Outgoing<R> {
         core.slots.forget_ready();
     }
 
+    /// A receiver takes a grant back: its request fails, and once nothing is written for it the quiesce acknowledgement is sent.
     pub(super) fn on_revoke(&mut self, core: &mut Core<R>, peer: PeerId, revoke: Revoke) {
         let of_grant = |request: &OutgoingRequest| match &request.stage {
             OutgoingStage::Open { grant, .. } | OutgoingStage::Committing { grant } => {
@@ -64,7 +65,8 @@ impl<R: Clone> Outgoing<R> {
             Some((_, OutgoingStage::Closing { .. })) => {}
             Some((uid, _)) => self.fail(core, uid, truncated(revoke.reason)),
             None => {
-                // It may have overtaken the grant itself, which nobody may take then.
+                // Nothing is in flight for this grant: no request has it, and those of an earlier connection had ended before this
+                // one could begin. The revoke may have overtaken the grant itself, which nobody may take then.
                 let asks = |request: &OutgoingRequest| match request.stage {
                     OutgoingStage::Allocating { seq, .. } => {
                         request.peer == peer
@@ -93,7 +95,7 @@ impl<R: Clone> Outgoing<R> {
             return;
         }
         let (peer, has_receiver) = (request.peer, request.address.is_some());
-        core.timers.cancel(OutgoingTimer::Cancel(uid));
+        core.timers.unset(OutgoingTimer::Cancel(uid));
         let Some(request) = self.remove(core, uid) else { return };
         if has_receiver {
             self.give_back(core, peer, (request.id.clone(), request.keys), grant, alloc_seq);
@@ -117,7 +119,8 @@ impl<R: Clone> Outgoing<R> {
         core.refuse(client, id, Failure::new(FailureKind::Deadline, text), Some(peer));
     }
 
-    /// The one place where a request ends without having been sent.
+    /// The one place where a request begins to end without having been sent. With transfers in flight the receiver is told that it
+    /// is (`tell_failed`); once the last of them has ended, `finish_closing` removes the request and gives its grant back.
     pub(super) fn end(&mut self, core: &mut Core<R>, uid: Uid, failure: Failure, cancel: Option<(ClientId, Seq)>) {
         let Some(request) = self.requests.get_mut(&uid) else { return };
         let names = match &mut request.stage {
@@ -140,7 +143,7 @@ impl<R: Clone> Outgoing<R> {
         request.stage = OutgoingStage::Closing { grant, alloc_seq, cancel };
         let (id, receiver, client, in_flight, request_peer) =
             (request.id.clone(), request.receiver(), request.client, request.in_flight, request.peer);
-        self.cancel_timers(core, uid);
+        self.forget_deadlines(core, uid);
         if self.request_by_name.get(&id) == Some(&uid) {
             self.request_by_name.remove(&id);
         }
@@ -199,7 +202,7 @@ impl<R: Clone> Outgoing<R> {
         if self.request_by_name.get(&request.id) == Some(&uid) {
             self.request_by_name.remove(&request.id);
         }
-        self.cancel_timers(core, uid);
+        self.forget_deadlines(core, uid);
         self.let_go_of_parked(core, uid, &request);
         for (&slot, &chunk) in &request.staged {
             let filling = request.told_by_event

@@ -38,7 +38,7 @@ impl<R: Clone> Outgoing<R> {
             self.given_up.0.insert(name.clone(), (core.now, failure.clone()));
         }
         for id in self.registrants.waiting_under(&names) {
-            core.timers.cancel(OutgoingTimer::Registration(id.clone()));
+            core.timers.unset(OutgoingTimer::Registration(id.clone()));
             let ended = self.registrants.end(&id, Registration::Failed, Some(failure.clone()));
             if let Some(Registrant { route, seq, .. }) = ended {
                 self.answer_registration(core, route, seq, id.1, Registration::Failed, Some(failure.clone()));

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::ids::{ChunkKey, Failure, GroupIndex, IpcHandle, PeerAddress, Registration, RequestId, SlotPart};
+use crate::ids::{ChunkKey, Failure, GroupIndex, IpcHandle, ReceiverAddress, Registration, RequestId, SlotPart};
 
 /// How far a sender has come with a receiver that its configuration names.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -29,7 +29,7 @@ pub struct OpenRequest {
     /// Tokens in the last chunk of each group.
     pub last_chunk_tokens: u32,
     /// Where to.
-    pub receiver: PeerAddress,
+    pub receiver: ReceiverAddress,
     /// How long to wait for slots, if not as configured.
     pub wait: Option<Duration>,
     /// Whether to stage every chunk to send as soon as it is granted, if there are local slots at that moment.
@@ -117,7 +117,7 @@ pub enum OutgoingNote {
     /// A receiver has answered the handshake, and the engine is connected to its memory.
     PeerUp {
         /// Where.
-        address: PeerAddress,
+        address: ReceiverAddress,
         /// Its name for itself.
         instance: String,
         /// Length of its buffer, in bytes.
@@ -129,7 +129,7 @@ pub enum OutgoingNote {
     /// try.
     PeerDown {
         /// Where.
-        address: PeerAddress,
+        address: ReceiverAddress,
         /// Whether the configuration names it; else a request did, or a receiver that asked for parked chunks.
         configured: bool,
         /// Why.
@@ -138,7 +138,7 @@ pub enum OutgoingNote {
     /// A receiver that the configuration names, and one of the two refuses the other; once for each reason.
     Refused {
         /// Where.
-        address: PeerAddress,
+        address: ReceiverAddress,
         /// Why.
         failure: Failure,
     },
@@ -245,7 +245,7 @@ pub enum OutgoingNote {
     /// A message that a receiver should not have sent.
     Unexpected {
         /// From where.
-        address: PeerAddress,
+        address: ReceiverAddress,
         /// Its type.
         message: &'static str,
     },

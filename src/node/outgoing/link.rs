@@ -1,4 +1,4 @@
-//! What a receiver speaks.
+//! Which dialect a receiver speaks. The sockets to it are `runtime::peer_links`.
 
 use super::lmcache::receiver::LmcacheReceiver;
 

@@ -4,7 +4,7 @@
 //! |---|---|
 //! | `io` | what goes in and comes out: requests, events, notes, counts |
 //! | `receivers` | handshakes with receivers, and losing them |
-//! | `reconnects` | receivers that the configuration names: connected before any request, and again when they are lost |
+//! | `configured` | receivers that the configuration names: connected before any request, and again when they are lost |
 //! | `quiesce`, `acknowledging` | what receivers must still be told: that nothing writes to their slots any more |
 //! | `requests` | a request from `open` to its acknowledged commit |
 //! | `ending` | how a request ends otherwise |
@@ -19,6 +19,7 @@
 
 mod acknowledging;
 mod ahead;
+mod configured;
 mod coverage;
 mod dialect;
 mod ending;
@@ -33,7 +34,6 @@ mod lmcache;
 mod parking;
 mod quiesce;
 mod receivers;
-mod reconnects;
 mod registrants;
 mod registrations;
 mod requests;
@@ -48,12 +48,12 @@ use std::time::Instant;
 pub use io::{ConnectState, Event, OpenRequest, OutgoingCounts, OutgoingNote, ParkRequest, Phases, Sending};
 
 use self::ahead::{Guess, Guessed};
+use self::configured::{AfterLoss, ConfiguredReceivers};
 use self::given_up::GivenUp;
 use self::lmcache::RememberedReceivers;
 use self::parking::ParkLease;
 use self::quiesce::Quiesce;
 use self::receivers::Receiver;
-use self::reconnects::{AfterLoss, Reconnects};
 use self::registrants::Registrants;
 use self::requests::{OutgoingRequest, OutgoingStage, WRITE_DEADLINE_PASSED};
 use self::staging::Staging;
@@ -63,8 +63,8 @@ use self::uid::Uid;
 use super::Port;
 use super::settings::OutgoingSettings;
 use crate::ids::{
-    ChunkKey, ClientId, ConnectionId, Failure, FailureKind, GrantId, PeerAddress, PeerId, RequestId, Seq, SlotIndex,
-    SourceAddress, TransferId,
+    ChunkKey, ClientId, ConnectionId, Failure, FailureKind, GrantId, PeerId, ReceiverAddress, RequestId, Seq,
+    SlotIndex, SourceAddress, TransferId,
 };
 use crate::node::core::Core;
 use crate::node::tries::PAUSE_MAX;
@@ -75,8 +75,8 @@ use crate::wire::message::Commit;
 #[derive(Debug)]
 pub(super) struct Outgoing<R> {
     settings: OutgoingSettings,
-    peers: BTreeMap<PeerId, Receiver>,
-    peer_by_address: BTreeMap<PeerAddress, PeerId>,
+    receivers: BTreeMap<PeerId, Receiver>,
+    receiver_by_address: BTreeMap<ReceiverAddress, PeerId>,
     requests: BTreeMap<Uid, OutgoingRequest>,
     /// Requests that have not ended as far as their clients know.
     request_by_name: BTreeMap<RequestId, Uid>,
@@ -88,7 +88,7 @@ pub(super) struct Outgoing<R> {
     commits: BTreeMap<Uid, Commit>,
     quiesce: Quiesce,
     /// The receivers that the configuration names.
-    reconnects: Reconnects,
+    configured: ConfiguredReceivers,
     /// What LMCache receivers that were lost hold of ours.
     lmcache: RememberedReceivers,
     transfers: BTreeMap<TransferId, Transfer>,
@@ -119,15 +119,15 @@ impl<R: Clone> Outgoing<R> {
         }
         Self {
             settings,
-            peers: BTreeMap::new(),
-            peer_by_address: BTreeMap::new(),
+            receivers: BTreeMap::new(),
+            receiver_by_address: BTreeMap::new(),
             requests: BTreeMap::new(),
             request_by_name: BTreeMap::new(),
             awaited: BTreeMap::new(),
             asked: BTreeMap::new(),
             commits: BTreeMap::new(),
             quiesce: Quiesce::default(),
-            reconnects: Reconnects::new(core.now, receivers),
+            configured: ConfiguredReceivers::new(core.now, receivers),
             lmcache: RememberedReceivers::default(),
             transfers: BTreeMap::new(),
             unacknowledged: BTreeMap::new(),
@@ -144,7 +144,7 @@ impl<R: Clone> Outgoing<R> {
     }
 
     /// A message arrived from a receiver.
-    pub(super) fn handle_message(&mut self, core: &mut Core<R>, peer: PeerId, port: Port, message: Message) {
+    pub(super) fn handle_connection_message(&mut self, core: &mut Core<R>, peer: PeerId, port: Port, message: Message) {
         self.hear_of(core.now, peer);
         match (port, message) {
             (Port::Init, Message::NixlInitResponse(response)) => self.on_init_response(core, peer, response),
@@ -236,7 +236,7 @@ impl<R: Clone> Outgoing<R> {
             requests_active: self.requests.len(),
             requests_waiting: self.requests.values().filter(|request| request.waits()).count(),
             stages_waiting: self.staging.len(),
-            peers: self.peers.values().filter(|peer| peer.connection().is_some()).count(),
+            peers: self.receivers.values().filter(|peer| peer.connection().is_some()).count(),
             transfers_in_flight: self.transfers.len(),
             park_leases: self.park_leases.len(),
             registrations: self.registrants.len(),
@@ -255,7 +255,7 @@ impl<R: Clone> Outgoing<R> {
     /// # Errors
     /// What does not.
     pub(super) fn check_invariants(&self, core: &Core<R>) -> Result<(), String> {
-        self.check_reconnects(core)?;
+        self.check_configured(core)?;
         self.check_parked()?;
         self.check_aheads()?;
         self.registrants.check()?;
@@ -273,7 +273,7 @@ impl<R: Clone> Outgoing<R> {
                 return Err(format!("{name} names a request that is not there"));
             }
         }
-        if let Some(peer) = self.quiesce.pending_peers().find(|peer| !self.peers.contains_key(peer)) {
+        if let Some(peer) = self.quiesce.pending_peers().find(|peer| !self.receivers.contains_key(peer)) {
             return Err(format!("a quiesce acknowledgement goes to peer {peer}, which is not there"));
         }
         if let Some(uid) = self.commits.keys().find(|uid| !self.requests.contains_key(uid)) {
@@ -288,37 +288,37 @@ impl<R: Clone> Outgoing<R> {
     }
 
     /// The receivers that the configuration names, in that order, and how far the sender has come with each.
-    pub(super) fn receivers(&self) -> impl Iterator<Item = (&PeerAddress, &ConnectState)> {
-        self.reconnects.iter()
+    pub(super) fn configured_receivers(&self) -> impl Iterator<Item = (&ReceiverAddress, &ConnectState)> {
+        self.configured.iter()
     }
 
     /// Where the receivers that are connected may be asked for what they have parked themselves.
     pub(super) fn sources(&self) -> impl Iterator<Item = &SourceAddress> {
-        let connected = self.peers.values().filter(|peer| peer.connection().is_some());
+        let connected = self.receivers.values().filter(|peer| peer.connection().is_some());
         connected.filter_map(|peer| peer.rendezvous.as_ref())
     }
 
     /// Tries to connect to a receiver that the configuration names.
-    fn connect_configured(&mut self, core: &mut Core<R>, address: &PeerAddress) {
+    fn connect_configured(&mut self, core: &mut Core<R>, address: &ReceiverAddress) {
         // If it is being connected already, `note_connected` or `note_lost` follows.
-        if core.draining || self.peer_by_address.contains_key(address) {
+        if core.draining || self.receiver_by_address.contains_key(address) {
             return;
         }
-        let room = self.peers.len() < core.settings.peers_max || self.evict_peer(core, false);
+        let room = self.receivers.len() < core.settings.peers_max || self.evict_peer(core, false);
         if !room || self.peer_for(core, address).is_err() {
             core.timers.set(OutgoingTimer::Connect(address.clone()), core.now + PAUSE_MAX);
         }
     }
 
     /// A receiver can be written to.
-    fn note_connected(&mut self, core: &mut Core<R>, address: &PeerAddress) {
-        core.timers.cancel(OutgoingTimer::Connect(address.clone()));
-        self.reconnects.connected(core.now, address);
+    fn note_connected(&mut self, core: &mut Core<R>, address: &ReceiverAddress) {
+        core.timers.unset(OutgoingTimer::Connect(address.clone()));
+        self.configured.connected(core.now, address);
     }
 
     /// A receiver was lost, or could not be connected. It is tried again later if the configuration names it.
-    fn note_lost(&mut self, core: &mut Core<R>, address: &PeerAddress, failure: &Failure) {
-        let note = match self.reconnects.lost(core.now, address, failure) {
+    fn note_lost(&mut self, core: &mut Core<R>, address: &ReceiverAddress, failure: &Failure) {
+        let note = match self.configured.lost(core.now, address, failure) {
             None => {
                 Some(OutgoingNote::PeerDown { address: address.clone(), configured: false, failure: failure.clone() })
             }
@@ -335,16 +335,16 @@ impl<R: Clone> Outgoing<R> {
     }
 
     /// A receiver had to go, so that another could be connected.
-    fn postpone_connecting(&mut self, core: &mut Core<R>, address: &PeerAddress) {
-        if self.reconnects.postponed(core.now, address) {
+    fn postpone_connecting(&mut self, core: &mut Core<R>, address: &ReceiverAddress) {
+        if self.configured.postponed(core.now, address) {
             core.timers.set(OutgoingTimer::Connect(address.clone()), core.now + PAUSE_MAX);
         }
     }
 
     /// Checks that each receiver of the configuration is connected, connecting, or about to be.
-    fn check_reconnects(&self, core: &Core<R>) -> Result<(), String> {
-        for (address, state) in self.reconnects.iter() {
-            let peer = self.peer_by_address.get(address);
+    fn check_configured(&self, core: &Core<R>) -> Result<(), String> {
+        for (address, state) in self.configured.iter() {
+            let peer = self.receiver_by_address.get(address);
             let connected = peer.is_some_and(|peer| self.connection_of(*peer).is_some());
             if connected != (*state == ConnectState::Connected) {
                 return Err(format!("receiver {address} is said to be {state:?}, and connected: {connected}"));
@@ -357,12 +357,12 @@ impl<R: Clone> Outgoing<R> {
     }
 
     fn note_unexpected(&mut self, core: &mut Core<R>, peer: PeerId, message: &'static str) {
-        if let Some(address) = self.peers.get(&peer).map(|peer| peer.address.clone()) {
+        if let Some(address) = self.receivers.get(&peer).map(|peer| peer.address.clone()) {
             core.note(OutgoingNote::Unexpected { address, message });
         }
     }
 
     fn connection_of(&self, peer: PeerId) -> Option<ConnectionId> {
-        self.peers.get(&peer)?.connection()
+        self.receivers.get(&peer)?.connection()
     }
 }

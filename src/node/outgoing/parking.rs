@@ -157,7 +157,7 @@ impl<R: Clone> Outgoing<R> {
     /// What a lease kept makes room from now on.
     pub(super) fn end_park_lease(&mut self, core: &mut Core<R>, lease: Uid, released: bool) {
         let Some(ParkLease { slots, .. }) = self.park_leases.remove(&lease) else { return };
-        core.timers.cancel(OutgoingTimer::Lease(lease));
+        core.timers.unset(OutgoingTimer::Lease(lease));
         let chunks = slots.len();
         slots.into_iter().for_each(|slot| core.slots.unpark(core.now, slot));
         self.drop_ahead_of(core, lease);

@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use crate::ids::{PeerAddress, PeerId, Seq};
+use crate::ids::{PeerId, ReceiverAddress, Seq};
 use crate::wire::message::CancelNotif;
 
 /// How often a commit is sent within its timeout. A quiesce acknowledgement is sent as often in the same time.
@@ -29,7 +29,7 @@ pub(super) struct Quiesce {
     /// Acknowledgements that their receivers have not answered yet.
     pending: BTreeMap<Seq, PendingAck>,
     /// Lost receivers that are owed an acknowledgement, and how often connecting to them was tried.
-    owed: BTreeMap<PeerAddress, u32>,
+    owed: BTreeMap<ReceiverAddress, u32>,
 }
 
 #[derive(Debug)]
@@ -92,7 +92,7 @@ impl Quiesce {
 
     /// A lost receiver is owed an acknowledgement. False: it is known already, or too many are; beyond the limit a receiver is
     /// told by the handshake of the next request to it.
-    pub(super) fn owe(&mut self, address: &PeerAddress) -> bool {
+    pub(super) fn owe(&mut self, address: &ReceiverAddress) -> bool {
         let new = !self.owed.contains_key(address) && self.owed.len() < OWED_ACKS_MAX;
         if new {
             self.owed.insert(address.clone(), 0);
@@ -101,17 +101,17 @@ impl Quiesce {
     }
 
     /// A receiver has been told by a handshake.
-    pub(super) fn paid(&mut self, address: &PeerAddress) {
+    pub(super) fn paid(&mut self, address: &ReceiverAddress) {
         self.owed.remove(address);
     }
 
     /// Whether to try once more to connect to a lost receiver.
-    pub(super) fn wants_try(&self, address: &PeerAddress) -> bool {
+    pub(super) fn wants_try(&self, address: &ReceiverAddress) -> bool {
         self.owed.get(address).is_some_and(|&tries| tries < SEEK_TRIES_MAX)
     }
 
     /// How long to wait for the next try. `tried`: connecting has begun.
-    pub(super) fn pause_after(&mut self, address: &PeerAddress, tried: bool, pause_min: Duration) -> Duration {
+    pub(super) fn pause_after(&mut self, address: &ReceiverAddress, tried: bool, pause_min: Duration) -> Duration {
         let tries = self.owed.entry(address.clone()).or_default();
         *tries += u32::from(tried);
         pause_min.saturating_mul(1 << (*tries).min(8)).min(SEEK_PAUSE_MAX)

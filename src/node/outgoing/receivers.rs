@@ -7,7 +7,7 @@ use super::link::{LMCACHE_INSTANCE, Link};
 use super::requests::{OutgoingStage, truncated};
 use super::uid::Uid;
 use super::{Outgoing, OutgoingNote, OutgoingTimer, Port};
-use crate::ids::{ConnectionId, Failure, FailureKind, PeerAddress, PeerId, Seq, SourceAddress, truncate};
+use crate::ids::{ConnectionId, Failure, FailureKind, PeerId, ReceiverAddress, Seq, SourceAddress, truncate};
 use crate::node::Output;
 use crate::node::PeerMemory;
 use crate::node::core::Core;
@@ -24,7 +24,7 @@ use crate::wire::{LmcacheMode, Message};
 /// A receiver, from the first request to it until it is lost.
 #[derive(Debug)]
 pub(super) struct Receiver {
-    pub(super) address: PeerAddress,
+    pub(super) address: ReceiverAddress,
     state: ReceiverProgress,
     since: Instant,
     /// Its name for itself, once it has said.
@@ -90,15 +90,16 @@ impl Receiver {
 
 impl<R: Clone> Outgoing<R> {
     /// The peer at `address`, as it is or begun now.
-    pub(super) fn peer_for(&mut self, core: &mut Core<R>, address: &PeerAddress) -> Result<PeerId, Failure> {
-        if let Some(&peer) = self.peer_by_address.get(address) {
-            if let Some(record) = self.peers.get_mut(&peer) {
+    pub(super) fn peer_for(&mut self, core: &mut Core<R>, address: &ReceiverAddress) -> Result<PeerId, Failure> {
+        if let Some(&peer) = self.receiver_by_address.get(address) {
+            if let Some(record) = self.receivers.get_mut(&peer) {
                 record.last_used = core.now;
             }
             return Ok(peer);
         }
-        if self.peers.len() >= core.settings.peers_max && !self.evict_peer(core, true) {
-            let text = format!("{} receivers are connected and busy, the limit; raise pd_max_peers", self.peers.len());
+        if self.receivers.len() >= core.settings.peers_max && !self.evict_peer(core, true) {
+            let text =
+                format!("{} receivers are connected and busy, the limit; raise pd_max_peers", self.receivers.len());
             return Err(Failure::new(FailureKind::Limit, text));
         }
         let peer = PeerId(core.fresh());
@@ -116,8 +117,8 @@ impl<R: Clone> Outgoing<R> {
             takes_ahead: false,
             heard: Heard::at(core.now),
         };
-        self.peers.insert(peer, record);
-        self.peer_by_address.insert(address.clone(), peer);
+        self.receivers.insert(peer, record);
+        self.receiver_by_address.insert(address.clone(), peer);
         core.timers.set(OutgoingTimer::Handshake(peer), core.now + self.settings.handshake_timeout);
         self.connect_when_drained(core, peer);
         Ok(peer)
@@ -125,7 +126,7 @@ impl<R: Clone> Outgoing<R> {
 
     /// Starts connecting once nothing is in flight to an earlier peer at the same address.
     fn connect_when_drained(&mut self, core: &mut Core<R>, peer: PeerId) {
-        let Some(record) = self.peers.get_mut(&peer) else { return };
+        let Some(record) = self.receivers.get_mut(&peer) else { return };
         if !matches!(record.state, ReceiverProgress::AwaitingOldWrites)
             || self
                 .transfers
@@ -140,8 +141,8 @@ impl<R: Clone> Outgoing<R> {
     }
 
     /// A transfer to `address` has ended: a peer that waits for it may connect.
-    pub(super) fn drained_at(&mut self, core: &mut Core<R>, address: &PeerAddress) {
-        if let Some(&peer) = self.peer_by_address.get(address) {
+    pub(super) fn drained_at(&mut self, core: &mut Core<R>, address: &ReceiverAddress) {
+        if let Some(&peer) = self.receiver_by_address.get(address) {
             self.connect_when_drained(core, peer);
         }
     }
@@ -149,7 +150,7 @@ impl<R: Clone> Outgoing<R> {
     /// The sockets to a receiver are connected. If it turns out to be LMCache's, it runs in this mode.
     pub(in crate::node) fn handle_peer_opened(&mut self, core: &mut Core<R>, peer: PeerId, lmcache_mode: LmcacheMode) {
         let seq = Seq(core.fresh());
-        let Some(record) = self.peers.get_mut(&peer) else { return };
+        let Some(record) = self.receivers.get_mut(&peer) else { return };
         if !matches!(record.state, ReceiverProgress::Connecting) {
             return;
         }
@@ -179,14 +180,14 @@ impl<R: Clone> Outgoing<R> {
 
     /// Receivers that we are connected to, or still write to.
     fn connected_instances(&self) -> Vec<String> {
-        let held = self.peers.values().filter(|record| !record.instance.is_empty()).map(|record| &record.instance);
+        let held = self.receivers.values().filter(|record| !record.instance.is_empty()).map(|record| &record.instance);
         let written = self.transfers.values().map(|transfer| &transfer.instance).filter(|name| !name.is_empty());
         let instances: BTreeSet<&String> = held.chain(written).collect();
         instances.into_iter().cloned().collect()
     }
 
     pub(super) fn on_init_response(&mut self, core: &mut Core<R>, peer: PeerId, response: InitResponse) {
-        let Some(record) = self.peers.get_mut(&peer) else { return };
+        let Some(record) = self.receivers.get_mut(&peer) else { return };
         let ReceiverProgress::Introducing(seq) = record.state else {
             return self.note_unexpected(core, peer, "NixlInitResponse");
         };
@@ -218,7 +219,7 @@ impl<R: Clone> Outgoing<R> {
         agent_name: Option<String>,
         metadata: Vec<u8>,
     ) {
-        let Some(record) = self.peers.get_mut(&peer) else { return };
+        let Some(record) = self.receivers.get_mut(&peer) else { return };
         record.link = link;
         record.state = ReceiverProgress::Loading;
         // Our handshake has told a receiver of ours that nothing is in flight. Where an LMCache receiver is now, there is
@@ -236,24 +237,24 @@ impl<R: Clone> Outgoing<R> {
         result: Result<ConnectionId, Failure>,
     ) {
         let seq = Seq(core.fresh());
-        let loading = self.peers.get_mut(&peer).filter(|record| matches!(record.state, ReceiverProgress::Loading));
+        let loading = self.receivers.get_mut(&peer).filter(|record| matches!(record.state, ReceiverProgress::Loading));
         match (loading, result) {
             (None, Ok(connection)) => core.outputs.push_back(Output::ForgetPeer(connection)),
             (None, Err(_)) => {}
             (Some(record), Ok(connection)) => {
                 record.state = ReceiverProgress::Registering(seq, connection);
-                self.register(core, peer, seq);
+                self.ask_memory(core, peer, seq);
             }
             (Some(_), Err(failure)) => self.peer_failed(core, peer, failure),
         }
     }
 
     pub(super) fn on_mem_reg_response(&mut self, core: &mut Core<R>, peer: PeerId, response: MemRegResponse) {
-        let Some(record) = self.peers.get(&peer) else { return };
+        let Some(record) = self.receivers.get(&peer) else { return };
         let ReceiverProgress::Registering(seq, connection) = record.state else {
             return self.note_unexpected(core, peer, "NixlMemRegResponse");
         };
-        self.on_registered(core, peer, (seq, connection), response);
+        self.on_memory_told(core, peer, (seq, connection), response);
     }
 
     /// A receiver has said where its memory is.
@@ -265,7 +266,7 @@ impl<R: Clone> Outgoing<R> {
         len_bytes: u64,
         memory: PeerMemory,
     ) {
-        let Some(record) = self.peers.get_mut(&peer) else { return };
+        let Some(record) = self.receivers.get_mut(&peer) else { return };
         record.len_bytes = len_bytes;
         record.state = ReceiverProgress::Warming(connection, core.now.saturating_duration_since(record.since));
         core.outputs.push_back(Output::ConnectPeer { peer, connection, memory });
@@ -273,7 +274,7 @@ impl<R: Clone> Outgoing<R> {
 
     /// A receiver's buffer has grown. Nothing is granted beyond what the sender was told of, so it is told with a grant.
     pub(super) fn on_memory_update(&mut self, core: &mut Core<R>, peer: PeerId, update: MemoryUpdate) {
-        let Some(record) = self.peers.get_mut(&peer) else { return };
+        let Some(record) = self.receivers.get_mut(&peer) else { return };
         // Two grants may carry the same update.
         if let ReceiverProgress::Up(connection) = record.state
             && update.len_bytes > record.len_bytes
@@ -306,7 +307,7 @@ impl<R: Clone> Outgoing<R> {
         peer: PeerId,
         result: Result<(), String>,
     ) {
-        let Some(record) = self.peers.get_mut(&peer) else { return };
+        let Some(record) = self.receivers.get_mut(&peer) else { return };
         let ReceiverProgress::Warming(connection, took) = record.state else { return };
         match result {
             Ok(()) => {
@@ -314,7 +315,7 @@ impl<R: Clone> Outgoing<R> {
                 record.heard = Heard::at(core.now);
                 let heartbeat = record.heartbeat;
                 let (address, instance, len_bytes) = (record.address.clone(), record.name(), record.len_bytes);
-                core.timers.cancel(OutgoingTimer::Handshake(peer));
+                core.timers.unset(OutgoingTimer::Handshake(peer));
                 self.note_connected(core, &address);
                 core.note(OutgoingNote::PeerUp { address, instance, len_bytes, took });
                 // At once, so that a port for allocations that is not this receiver's is noticed before it is used.
@@ -336,17 +337,18 @@ impl<R: Clone> Outgoing<R> {
 
     /// Gives a receiver up: closes its connections, fails its requests.
     pub(super) fn peer_failed(&mut self, core: &mut Core<R>, peer: PeerId, failure: Failure) {
-        if self.peers.contains_key(&peer) {
-            // Requests first: their cancels can still be sent.
+        if self.receivers.contains_key(&peer) {
+            // Requests first: their cancels can still be sent. Where the connection itself has ended (`handle_peer_closed`), they go nowhere.
             self.drop_peer(core, peer, failure);
             core.outputs.push_back(Output::ClosePeer(peer));
         }
     }
 
     fn drop_peer(&mut self, core: &mut Core<R>, peer: PeerId, failure: Failure) {
-        let Some(record) = self.peers.get(&peer) else { return };
+        let Some(record) = self.receivers.get(&peer) else { return };
         let address = record.address.clone();
         let connection = record.held();
+        // Before the requests fail: afterwards none of them has a grant any more.
         self.note_owed_ack(core, peer);
         self.end_lmcache(core, peer);
         self.note_lost(core, &address, &failure);
@@ -358,11 +360,11 @@ impl<R: Clone> Outgoing<R> {
         for uid in self.requests_of(peer) {
             self.fail(core, uid, told.clone());
         }
-        core.timers.cancel(OutgoingTimer::Handshake(peer));
-        core.timers.cancel(OutgoingTimer::Ping(peer));
+        core.timers.unset(OutgoingTimer::Handshake(peer));
+        core.timers.unset(OutgoingTimer::Ping(peer));
         self.forget_pending_acks(core, peer);
-        self.peer_by_address.remove(&address);
-        if let Some(record) = self.peers.remove(&peer) {
+        self.receiver_by_address.remove(&address);
+        if let Some(record) = self.receivers.remove(&peer) {
             self.remember_lmcache(core, record);
         }
         if let Some(connection) = connection {
@@ -373,7 +375,7 @@ impl<R: Clone> Outgoing<R> {
     pub(super) fn handshake_timed_out(&mut self, core: &mut Core<R>, peer: PeerId) {
         let limit_ms = self.settings.handshake_timeout.as_millis();
         let draining =
-            self.peers.get(&peer).is_some_and(|record| matches!(record.state, ReceiverProgress::AwaitingOldWrites));
+            self.receivers.get(&peer).is_some_and(|record| matches!(record.state, ReceiverProgress::AwaitingOldWrites));
         let why = if draining { ": transfers to it from before have not ended yet" } else { "" };
         let text = format!("no handshake within {limit_ms} ms (pd_handshake_timeout_sec){why}");
         self.peer_failed(core, peer, Failure::new(FailureKind::PeerUnreachable, text));
@@ -381,7 +383,7 @@ impl<R: Clone> Outgoing<R> {
 
     /// Something arrived from a receiver.
     pub(super) fn hear_of(&mut self, now: Instant, peer: PeerId) {
-        if let Some(record) = self.peers.get_mut(&peer) {
+        if let Some(record) = self.receivers.get_mut(&peer) {
             record.heard = Heard::at(now);
         }
     }
@@ -390,7 +392,7 @@ impl<R: Clone> Outgoing<R> {
     pub(super) fn ping(&mut self, core: &mut Core<R>, due: Instant, peer: PeerId) {
         let (interval, timeout) = (core.settings.heartbeat_interval, core.settings.peer_timeout);
         let seq = Seq(core.fresh());
-        let Some(record) = self.peers.get_mut(&peer) else { return };
+        let Some(record) = self.receivers.get_mut(&peer) else { return };
         let silent = record.heard.silence(core.now, due, interval);
         if silent >= timeout {
             let text = format!(
@@ -431,7 +433,7 @@ impl<R: Clone> Outgoing<R> {
         peer: PeerId,
         ended: Vec<ProcessIdentity>,
     ) {
-        let Some(record) = self.peers.get(&peer).filter(|record| record.connection().is_some()) else { return };
+        let Some(record) = self.receivers.get(&peer).filter(|record| record.connection().is_some()) else { return };
         if !ended.is_empty() {
             let receiver = record.instance.clone();
             let (seq, instance) = (Seq(core.fresh()), core.settings.hello.instance.clone());
@@ -442,7 +444,7 @@ impl<R: Clone> Outgoing<R> {
     /// The receiver does not know us: it has given us up, has forgotten us in favour of another, or was restarted
     /// behind the same connection. Requests without slots ask again, once; the others have lost theirs.
     pub(super) fn reconnect(&mut self, core: &mut Core<R>, peer: PeerId, refusal: Failure) {
-        let Some(record) = self.peers.get(&peer) else { return };
+        let Some(record) = self.receivers.get(&peer) else { return };
         let address = record.address.clone();
         let mut again = Vec::new();
         for uid in self.requests_of(peer) {
@@ -460,7 +462,7 @@ impl<R: Clone> Outgoing<R> {
             if let Some(seq) = asked {
                 self.awaited.remove(&seq);
             }
-            core.timers.cancel(OutgoingTimer::Allocation(uid));
+            core.timers.unset(OutgoingTimer::Allocation(uid));
             again.push(uid);
         }
         let text = format!("receiver {address} has forgotten this sender: {}", refusal.text);
@@ -469,7 +471,7 @@ impl<R: Clone> Outgoing<R> {
     }
 
     /// Requests that were set aside wait for a new handshake.
-    pub(super) fn take_up(&mut self, core: &mut Core<R>, address: &PeerAddress, requests: Vec<Uid>) {
+    pub(super) fn take_up(&mut self, core: &mut Core<R>, address: &ReceiverAddress, requests: Vec<Uid>) {
         for uid in requests {
             match self.peer_for(core, address) {
                 Ok(peer) => {
@@ -493,22 +495,22 @@ impl<R: Clone> Outgoing<R> {
     /// Forgets the receiver that was used longest ago, of those with nothing under way. One that the configuration names goes
     /// last, and only with `configured_too`.
     pub(super) fn evict_peer(&mut self, core: &mut Core<R>, configured_too: bool) -> bool {
-        let idle = self.peers.iter().filter(|(peer, record)| {
-            let configured = self.reconnects.contains(&record.address);
+        let idle = self.receivers.iter().filter(|(peer, record)| {
+            let configured = self.configured.contains(&record.address);
             // One that is connecting because the configuration names it has nothing under way either.
             (if configured { configured_too } else { record.connection().is_some() })
                 && !self.requests.values().any(|request| request.peer == **peer)
                 && !self.quiesce.is_pending(**peer)
                 && !record.link.is_busy()
         });
-        let last = idle.min_by_key(|(_, record)| (self.reconnects.contains(&record.address), record.last_used));
+        let last = idle.min_by_key(|(_, record)| (self.configured.contains(&record.address), record.last_used));
         let Some((&peer, record)) = last else { return false };
         let (address, connection) = (record.address.clone(), record.held());
-        core.timers.cancel(OutgoingTimer::Handshake(peer));
-        core.timers.cancel(OutgoingTimer::Ping(peer));
+        core.timers.unset(OutgoingTimer::Handshake(peer));
+        core.timers.unset(OutgoingTimer::Ping(peer));
         self.postpone_connecting(core, &address);
-        self.peer_by_address.remove(&address);
-        if let Some(record) = self.peers.remove(&peer) {
+        self.receiver_by_address.remove(&address);
+        if let Some(record) = self.receivers.remove(&peer) {
             self.remember_lmcache(core, record);
         }
         core.outputs.push_back(Output::ClosePeer(peer));

@@ -12,8 +12,8 @@ use super::transfers::Checked;
 use super::uid::{RegistrationId, Uid};
 use super::{Outgoing, OutgoingNote, OutgoingTimer, Port};
 use crate::ids::{
-    ByteCopy, ChunkKey, Failure, FailureKind, GroupIndex, PeerAddress, REQUEST_IDS_MAX, Registration, RequestId, Seq,
-    SlotIndex, truncate,
+    ByteCopy, ChunkKey, Failure, FailureKind, GroupIndex, REQUEST_IDS_MAX, ReceiverAddress, Registration, RequestId,
+    Seq, SlotIndex, truncate,
 };
 use crate::node::chunks::ChunkSize;
 use crate::node::core::Core;
@@ -94,7 +94,7 @@ impl<R: Clone> Outgoing<R> {
         let found = self.find_parked(core, &register.keys);
         let chunks = found.len();
         let before = self.registrants.remove(&id);
-        core.timers.cancel(OutgoingTimer::Registration(id.clone()));
+        core.timers.unset(OutgoingTimer::Registration(id.clone()));
         let wait = Duration::from_millis(register.wait_ms).min(WAIT_MAX);
         let (seq, receiver) = (register.seq, register.receiver.clone());
         let given_up = if found.is_empty() { self.given_up(core, &register.ids) } else { None };
@@ -189,7 +189,7 @@ impl<R: Clone> Outgoing<R> {
         }
         let id = (instance, req_id);
         if !self.registrants.is_late(&id, seq) {
-            core.timers.cancel(OutgoingTimer::Registration(id.clone()));
+            core.timers.unset(OutgoingTimer::Registration(id.clone()));
             let ended = self.registrants.remove(&id);
             self.registrants.remember(&id, RegistrationEnd { seq, state: Registration::Released, failure: None });
             match ended.map(|registrant| registrant.state) {
@@ -308,7 +308,7 @@ impl<R: Clone> Outgoing<R> {
         &mut self,
         core: &mut Core<R>,
         id: &RegistrationId,
-        address: PeerAddress,
+        address: ReceiverAddress,
         found: Vec<Found>,
     ) -> Result<Uid, Failure> {
         // As many places as receivers may take are left to this side's own requests.
@@ -331,7 +331,7 @@ impl<R: Clone> Outgoing<R> {
         &mut self,
         core: &mut Core<R>,
         name: RequestId,
-        address: PeerAddress,
+        address: ReceiverAddress,
         mut found: Vec<Found>,
         wait: Duration,
     ) -> Result<Uid, Failure> {

@@ -8,7 +8,7 @@ use super::coverage::Coverage;
 use super::uid::{RegistrationId, Uid};
 use super::{Event, OpenRequest, Outgoing, OutgoingNote, OutgoingTimer, Phases, Port};
 use crate::ids::{
-    Checksum, ChunkKey, ClientId, Failure, FailureKind, GrantId, GroupIndex, PeerAddress, PeerId, RequestId, Seq,
+    Checksum, ChunkKey, ClientId, Failure, FailureKind, GrantId, GroupIndex, PeerId, ReceiverAddress, RequestId, Seq,
     SlotIndex, truncate,
 };
 use crate::node::Answer;
@@ -39,7 +39,7 @@ pub(super) struct OutgoingRequest {
     pub(super) client: Option<ClientId>,
     pub(super) peer: PeerId,
     /// Where it goes; none of one that is being parked.
-    pub(super) address: Option<PeerAddress>,
+    pub(super) address: Option<ReceiverAddress>,
     /// Whose registration it serves, with chunks that are parked; none of one whose client stages its chunks.
     pub(super) registration: Option<RegistrationId>,
     /// Of which parked request it pushes the chunks ahead; none of one that somebody asked for.
@@ -81,7 +81,8 @@ pub(super) struct RequestChunks {
 #[derive(Debug)]
 pub(super) struct Chunk {
     pub(super) len_bytes: u64,
-    /// Where it goes in the receiver's buffer, in bytes from its start, and 0 if it is parked; none when it is there already.
+    /// Where it goes in the receiver's buffer, in bytes from its start, once that is granted, and 0 if it is parked; none when it is there
+    /// already.
     pub(super) remote: Option<u64>,
     /// Its local slot, while it is staged, or pinned to be sent.
     pub(super) local: Option<SlotIndex>,
@@ -105,7 +106,8 @@ pub(super) enum OutgoingStage {
     Committing { grant: GrantId },
     /// Its chunks are kept here, for whoever registers for them.
     Parking { ids: Vec<RequestId>, open_id: Option<Seq>, last: bool, released: bool, unsolicited: bool },
-    /// It has failed, and transfers of it have not ended. Then the receiver is told that nothing writes any more.
+    /// It has ended without having been sent. Once its last transfer has ended too, the receiver is told that nothing writes any more, and
+    /// `cancel`, the client that has cancelled it, that it is over.
     Closing { grant: Option<GrantId>, alloc_seq: Option<Seq>, cancel: Option<(ClientId, Seq)> },
 }
 
@@ -192,7 +194,7 @@ impl OutgoingRequest {
 
     /// Its receiver, for an answer or a log line; empty of one that is parked.
     pub(super) fn receiver(&self) -> String {
-        self.address.as_ref().map(PeerAddress::to_string).unwrap_or_default()
+        self.address.as_ref().map(ReceiverAddress::to_string).unwrap_or_default()
     }
 
     pub(super) fn group_of(&self, chunk: usize) -> GroupIndex {
@@ -290,8 +292,8 @@ impl<R: Clone> Outgoing<R> {
             instance: core.settings.hello.instance.clone(),
             wait_ms: wait.as_millis() as u64,
             groups: request.groups.clone(),
-            known_len_bytes: self.peers.get(&request.peer).map_or(0, |peer| peer.len_bytes),
-            receiver: self.peers.get(&request.peer).map(|peer| peer.instance.clone()).unwrap_or_default(),
+            known_len_bytes: self.receivers.get(&request.peer).map_or(0, |peer| peer.len_bytes),
+            receiver: self.receivers.get(&request.peer).map(|peer| peer.instance.clone()).unwrap_or_default(),
             ahead: request.ahead.is_some(),
         });
         let peer = request.peer;
@@ -330,14 +332,14 @@ impl<R: Clone> Outgoing<R> {
         if let Some(update) = extension.memory {
             self.on_memory_update(core, peer, update);
         }
-        let len_bytes = self.peers.get(&peer).map_or(0, |peer| peer.len_bytes);
+        let len_bytes = self.receivers.get(&peer).map_or(0, |peer| peer.len_bytes);
         let Some(request) = self.requests.get_mut(&uid).filter(|request| request.peer == peer) else { return };
         let OutgoingStage::Allocating { open_id, seq, .. } = request.stage else { return };
         if seq != extension.seq {
             return;
         }
         self.awaited.remove(&seq);
-        core.timers.cancel(OutgoingTimer::Allocation(uid));
+        core.timers.unset(OutgoingTimer::Allocation(uid));
         let Some(grant) = extension.grant.filter(|_| extension.refusal.is_none()) else {
             let failure = extension.refusal.map(truncated).unwrap_or_else(|| {
                 Failure::new(FailureKind::Other, "the receiver granted nothing and did not say why")
@@ -377,7 +379,7 @@ impl<R: Clone> Outgoing<R> {
         write_until: Instant,
         already_sent: Vec<u32>,
     ) {
-        core.timers.cancel(OutgoingTimer::Allocation(uid));
+        core.timers.unset(OutgoingTimer::Allocation(uid));
         let Some(request) = self.requests.get_mut(&uid) else { return };
         request.phases.alloc = core.now.saturating_duration_since(request.opened_at);
         request.since = core.now;
@@ -414,12 +416,13 @@ impl<R: Clone> Outgoing<R> {
         }
         let instance = core.settings.hello.instance.clone();
         let commit = Commit { seq, instance, req_id: request.id.clone(), grant, checksums };
+        // Only a mutant of the simulation notifies before the commit is acknowledged.
         if self.settings.notify_proxy && !core.settings.keeps(Safeguard::CommitBeforeNotify) {
             core.outputs.push_back(Output::NotifyProxy { request: commit.req_id.clone() });
         }
         self.awaited.insert(seq, uid);
         self.commits.insert(uid, commit.clone());
-        core.timers.cancel(OutgoingTimer::Write(uid));
+        core.timers.unset(OutgoingTimer::Write(uid));
         core.timers.set(OutgoingTimer::Commit(uid), core.now + self.settings.commit_timeout);
         core.timers.set(OutgoingTimer::Recommit(uid), core.now + self.retransmit_after());
         core.send(To::Peer(peer), Port::Alloc, Message::PdCommit(commit));
@@ -485,14 +488,14 @@ impl<R: Clone> Outgoing<R> {
         core.note(OutgoingNote::Sent { request: request.id, receiver, chunks, bytes, phases });
     }
 
-    pub(super) fn cancel_timers(&mut self, core: &mut Core<R>, uid: Uid) {
+    pub(super) fn forget_deadlines(&mut self, core: &mut Core<R>, uid: Uid) {
         for timer in [
             OutgoingTimer::Allocation(uid),
             OutgoingTimer::Write(uid),
             OutgoingTimer::Commit(uid),
             OutgoingTimer::Recommit(uid),
         ] {
-            core.timers.cancel(timer);
+            core.timers.unset(timer);
         }
         self.commits.remove(&uid);
     }
@@ -550,7 +553,7 @@ impl<R: Clone> Outgoing<R> {
 ///
 /// # Errors
 /// What is wrong with it.
-pub(super) fn check_receiver(id: &RequestId, receiver: &PeerAddress) -> Result<(), Failure> {
+pub(super) fn check_receiver(id: &RequestId, receiver: &ReceiverAddress) -> Result<(), Failure> {
     receiver.check().map_err(|text| Failure::new(FailureKind::BadRequest, format!("{id} goes to {text}")))
 }
 

@@ -101,7 +101,7 @@ impl<R: Clone> Outgoing<R> {
         let staged = if to_park { core.slots.stage_to_park(lens_bytes) } else { core.slots.stage(lens_bytes) };
         let Ok(slots) = staged else { return false };
         let Some(staging) = self.staging.remove(at) else { return false };
-        core.timers.cancel(OutgoingTimer::Stage(staging.client, staging.id));
+        core.timers.unset(OutgoingTimer::Stage(staging.client, staging.id));
         if let Some(slots) = self.fill(core, staging.uid, &staging.chunks, slots) {
             if to_park {
                 self.parking_opened(core, staging.uid, slots);
@@ -175,7 +175,7 @@ impl<R: Clone> Outgoing<R> {
             self.staging.drain(..).partition(|staging| core.slots.asked_bytes(&staging.lens_bytes) > most_bytes);
         self.staging = kept;
         for Staging { client, id, uid, lens_bytes, .. } in refused {
-            core.timers.cancel(OutgoingTimer::Stage(client, id));
+            core.timers.unset(OutgoingTimer::Stage(client, id));
             let (asked_bytes, note) = (core.slots.asked_bytes(&lens_bytes), core.growth.failure_note());
             let text = format!("{asked_bytes} bytes are wanted, the sender's buffer has {most_bytes}{share}{note}");
             let failure = Failure::new(FailureKind::NoSlots, text);
@@ -191,7 +191,7 @@ impl<R: Clone> Outgoing<R> {
         self.staging.retain(|waiting| {
             let keep = waiting.client != client;
             if !keep {
-                core.timers.cancel(OutgoingTimer::Stage(waiting.client, waiting.id));
+                core.timers.unset(OutgoingTimer::Stage(waiting.client, waiting.id));
             }
             keep
         });
@@ -208,7 +208,7 @@ impl<R: Clone> Outgoing<R> {
             .collect();
         self.staging.retain(|staging| staging.uid != uid);
         for (client, id) in ended {
-            core.timers.cancel(OutgoingTimer::Stage(client, id));
+            core.timers.unset(OutgoingTimer::Stage(client, id));
             if !parks {
                 core.refuse(client, id, failure.clone(), None);
             }

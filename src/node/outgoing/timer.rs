@@ -1,7 +1,7 @@
 //! What the half that sends waits for, by name.
 
 use super::uid::{RegistrationId, Uid};
-use crate::ids::{ClientId, PeerAddress, PeerId, Seq};
+use crate::ids::{ClientId, PeerId, ReceiverAddress, Seq};
 
 /// A deadline.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -25,7 +25,7 @@ pub(in crate::node) enum OutgoingTimer {
     /// A quiesce acknowledgement is sent again.
     Retransmit(Seq),
     /// A lost receiver that is owed a quiesce acknowledgement is connected to again.
-    Seek(PeerAddress),
+    Seek(ReceiverAddress),
     /// An LMCache receiver has not answered for too long.
     Answer(PeerId),
     /// Parked chunks have been kept for long enough.
@@ -33,5 +33,5 @@ pub(in crate::node) enum OutgoingTimer {
     /// A registration has waited long enough for a request that is not known.
     Registration(RegistrationId),
     /// A receiver of the configuration is connected to, or connected to again.
-    Connect(PeerAddress),
+    Connect(ReceiverAddress),
 }

@@ -8,7 +8,7 @@ use super::requests::{OutgoingStage, WRITE_DEADLINE_PASSED};
 use super::uid::Uid;
 use super::{Outgoing, Sending};
 use crate::ids::{
-    ByteCopy, Checksum, ClientId, Failure, FailureKind, IpcHandle, PeerAddress, PeerId, RequestId, Seq, SlotPart,
+    ByteCopy, Checksum, ClientId, Failure, FailureKind, IpcHandle, PeerId, ReceiverAddress, RequestId, Seq, SlotPart,
     TransferId, truncate,
 };
 use crate::node::Answer;
@@ -21,7 +21,7 @@ pub(super) struct Transfer {
     pub(super) uid: Uid,
     pub(super) peer: PeerId,
     /// None of what is parked.
-    pub(super) address: Option<PeerAddress>,
+    pub(super) address: Option<ReceiverAddress>,
     /// The receiver's name for itself.
     pub(super) instance: String,
     parts: Vec<PostedPart>,
@@ -121,7 +121,7 @@ impl<R: Clone> Outgoing<R> {
     ) -> Result<(), Failure> {
         let Some(record) = self.requests.get_mut(&uid) else { return Ok(()) };
         let (peer, address) = (record.peer, record.address.clone());
-        let connection = self.peers.get(&peer).and_then(Receiver::connection);
+        let connection = self.receivers.get(&peer).and_then(Receiver::connection);
         let (Some(connection), Some(address)) = (connection, address) else {
             // A request whose peer is gone has ended, so this cannot be; if it is, it must not hang.
             let text = format!("{} is open to {}, which is not connected", record.id, record.receiver());
@@ -132,7 +132,7 @@ impl<R: Clone> Outgoing<R> {
         let parts = posted_parts(&checked, |chunk| checksum.covers(uid, chunk));
         let summed: Vec<u32> = (0u32..).zip(&parts).filter(|(_, part)| part.summed).map(|(at, _)| at).collect();
         let delayed = after.is_some() || !summed.is_empty();
-        let instance = self.peers.get(&peer).map(|peer| peer.instance.clone()).unwrap_or_default();
+        let instance = self.receivers.get(&peer).map(|peer| peer.instance.clone()).unwrap_or_default();
         let (transfer, address) = (TransferId(core.fresh()), Some(address));
         self.transfers.insert(transfer, Transfer { uid, peer, address, instance, parts, delayed });
         let copies = checked.into_iter().map(|part| part.copy).collect();
@@ -211,8 +211,8 @@ impl<R: Clone> Outgoing<R> {
             }
         }
         if let Some(Failure { kind, text }) = connection_lost {
-            let name = self.peers.get(&peer).map(Receiver::name).unwrap_or_default();
-            let address = address.as_ref().map(PeerAddress::to_string).unwrap_or_default();
+            let name = self.receivers.get(&peer).map(Receiver::name).unwrap_or_default();
+            let address = address.as_ref().map(ReceiverAddress::to_string).unwrap_or_default();
             let text = format!("receiver {address} ({}): {text}", truncate(&name));
             self.peer_failed(core, peer, Failure::new(kind, text));
         }
@@ -224,10 +224,10 @@ impl<R: Clone> Outgoing<R> {
     }
 
     /// What of a request may not have been posted yet is not to be written any more.
-    pub(super) fn abandon_delayed(&mut self, core: &mut Core<R>, uid: Uid, writer_gone: bool) {
+    pub(super) fn abandon_delayed(&mut self, core: &mut Core<R>, uid: Uid, client_gone: bool) {
         let delayed = self.transfers.iter().filter(|(_, transfer)| transfer.uid == uid && transfer.delayed);
         let abandoned: Vec<TransferId> = delayed.map(|(&transfer, _)| transfer).collect();
-        core.outputs.extend(abandoned.into_iter().map(|transfer| Output::Abandon { transfer, writer_gone }));
+        core.outputs.extend(abandoned.into_iter().map(|transfer| Output::Abandon { transfer, client_gone }));
     }
 
     pub(super) fn commit_if_written(&mut self, core: &mut Core<R>, uid: Uid) {

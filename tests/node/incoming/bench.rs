@@ -94,7 +94,7 @@ impl Bench {
     }
 
     pub fn say(&mut self, port: Port, from: &'static str, message: Message) -> Vec<(&'static str, Message)> {
-        self.session.handle_message(self.now, port, from, message);
+        self.session.handle_port_message(self.now, port, from, message);
         self.drain()
     }
 

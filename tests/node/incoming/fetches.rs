@@ -178,7 +178,7 @@ fn an_address_where_nobody_answers_is_not_tried_for_each_request() {
         lease_ms: 0,
         failure: None,
     };
-    bench.session.handle_peer_message(bench.now, peer, Port::Rendezvous, Message::PdRegistered(registered));
+    bench.session.handle_connection_message(bench.now, peer, Port::Rendezvous, Message::PdRegistered(registered));
     close(&mut bench, peer);
     assert_eq!(ask(&mut bench, fetch("f7", at("h", 1))).opened.len(), 1);
 }
@@ -200,7 +200,7 @@ fn a_connection_that_left_something_unanswered_is_not_used_again() {
         lease_ms: 0,
         failure: None,
     };
-    bench.session.handle_peer_message(bench.now, peer, Port::Rendezvous, Message::PdRegistered(unknown));
+    bench.session.handle_connection_message(bench.now, peer, Port::Rendezvous, Message::PdRegistered(unknown));
     pump(&mut bench);
     // It answers, so it is used again.
     assert_eq!(release(&mut bench, fetch("r", at("h", 1))).opened, []);

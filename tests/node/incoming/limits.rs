@@ -26,7 +26,7 @@ fn init(name: Option<&str>, metadata_len_bytes: usize, layout: Vec<(String, Stri
 
 /// What a session whose engine reads nothing says at once, and how many bytes of metadata its engine is to read.
 fn busy(bench: &mut Bench, route: &'static str, message: Message) -> (Option<InitResponse>, usize) {
-    bench.session.handle_message(bench.now, Port::Init, route, message);
+    bench.session.handle_port_message(bench.now, Port::Init, route, message);
     let (mut said, mut loading_bytes) = (None, 0);
     while let Some(output) = bench.session.poll_output() {
         match output {

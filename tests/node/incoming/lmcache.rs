@@ -383,7 +383,7 @@ fn a_reader_goes_on_waiting_when_its_request_is_asked_for_again() {
         if route == "m" {
             bench.session.handle_route_gone(bench.now, &"l");
         }
-        bench.session.handle_message(bench.now, Port::Alloc, route, named.message());
+        bench.session.handle_port_message(bench.now, Port::Alloc, route, named.message());
         assert_eq!(answer_of(&mut bench, 50), None, "{route} asks for it");
     }
     bench.session.handle_wait(bench.now, ClientId(2), Seq(51), RequestId::new("r").unwrap(), None, true);
@@ -494,7 +494,7 @@ fn what_comes_to_another_port_is_refused_there() {
         ([Port::Init, Port::Alloc], query),
     ] {
         for port in ports {
-            bench.session.handle_message(bench.now, port, "l", message());
+            bench.session.handle_port_message(bench.now, port, "l", message());
             let mut answers = Vec::new();
             let mut noted = Vec::new();
             while let Some(output) = bench.session.poll_output() {

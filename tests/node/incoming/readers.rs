@@ -14,7 +14,7 @@ fn give_up(bench: &mut Bench, request: &str, grant: GrantId) {
     let (seq, grant) = (bench.next_seq(), Some(grant));
     let pd = Some(CancelExtension { seq, instance: "a".into(), grant, alloc_seq: None, writer_stopped: true });
     let cancel = CancelNotif { req_id: RequestId::new(request).unwrap(), keys: Vec::new(), pd };
-    bench.session.handle_message(bench.now, Port::Alloc, "a", Message::CancelNotif(cancel));
+    bench.session.handle_port_message(bench.now, Port::Alloc, "a", Message::CancelNotif(cancel));
 }
 
 fn attempt_that_fails(bench: &mut Bench, request: &str) {
@@ -27,7 +27,7 @@ fn send(bench: &mut Bench, request: &str, key: &str) {
     let grant = grant_of(&bench.alloc("b", request, &[key]).1);
     let (seq, req_id) = (bench.next_seq(), RequestId::new(request).unwrap());
     let commit = Commit { seq, instance: "b".into(), req_id, grant, checksums: Vec::new() };
-    bench.session.handle_message(bench.now, Port::Alloc, "b", Message::PdCommit(commit));
+    bench.session.handle_port_message(bench.now, Port::Alloc, "b", Message::PdCommit(commit));
 }
 
 /// An attempt that succeeds, and what the reader that asked as `id` is told then.

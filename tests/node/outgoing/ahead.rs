@@ -1,7 +1,7 @@
 //! Parked chunks that are pushed to a receiver before it asks: to whom, when not, and who comes first.
 
 use pd_backend::ids::{
-    ChunkKey, Failure, FailureKind, GrantId, PeerAddress, PeerId, Registration, Seq, SlotPart, StagedSlot,
+    ChunkKey, Failure, FailureKind, GrantId, PeerId, ReceiverAddress, Registration, Seq, SlotPart, StagedSlot,
 };
 use pd_backend::node::outgoing::{Event, OutgoingNote, ParkRequest, Sending};
 use pd_backend::node::{Answer, Port};
@@ -13,8 +13,8 @@ use pd_backend::wire::message::{
 use super::bench::{Bench, CLIENT, request, settings};
 use crate::settings::hello;
 
-fn address(host: &str) -> PeerAddress {
-    PeerAddress { host: host.into(), init_port: 1, alloc_port: 2 }
+fn address(host: &str) -> ReceiverAddress {
+    ReceiverAddress { host: host.into(), init_port: 1, alloc_port: 2 }
 }
 
 fn keys(names: &[&str]) -> Vec<ChunkKey> {
@@ -91,7 +91,7 @@ fn is_ahead(alloc: &AllocRequest) -> bool {
 }
 
 fn hear(bench: &mut Bench, peer: PeerId, message: Message) {
-    bench.session.handle_peer_message(bench.now, peer, Port::Alloc, message);
+    bench.session.handle_connection_message(bench.now, peer, Port::Alloc, message);
     bench.pump();
 }
 
@@ -157,7 +157,7 @@ fn register(bench: &mut Bench, host: &str, name: &str, names: &[&str]) -> Regist
         receiver: Some(address(host)),
         wait_ms: 0,
     };
-    bench.session.handle_message(bench.now, Port::Rendezvous, (), Message::PdRegister(register));
+    bench.session.handle_port_message(bench.now, Port::Rendezvous, (), Message::PdRegister(register));
     bench.pump();
     let answer = bench.answered.pop();
     let Some(Message::PdRegistered(Registered { state, .. })) = answer else { panic!("{answer:?}") };

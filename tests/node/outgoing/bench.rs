@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use pd_backend::ids::{
-    ChunkKey, ClientId, ConnectionId, Failure, FailureKind, GrantId, PeerAddress, PeerId, RequestId, Seq, SlotPart,
+    ChunkKey, ClientId, ConnectionId, Failure, FailureKind, GrantId, PeerId, ReceiverAddress, RequestId, Seq, SlotPart,
     StagedSlot, TransferId,
 };
 use pd_backend::node::outgoing::{Event, OpenRequest, OutgoingNote, Sending};
@@ -110,7 +110,7 @@ impl Bench {
                 Output::Send { to: To::Peer(peer), message, .. } => self.on_send(peer, message),
                 Output::Send { to: To::Route(()), message, .. } => self.answered.push(message),
                 Output::Post { transfer, .. } => self.posts.push(transfer),
-                Output::Abandon { transfer, writer_gone } => self.abandoned.push((transfer, writer_gone)),
+                Output::Abandon { transfer, client_gone } => self.abandoned.push((transfer, client_gone)),
                 Output::Answer { id, answer, .. } => self.answers.push((id, answer)),
                 Output::Event { event, .. } => self.events.push(event),
                 Output::NotifyProxy { .. } => self.proxy += 1,
@@ -140,7 +140,7 @@ impl Bench {
                     refusal: None,
                 };
                 let response = InitResponse { remote_agent_name: vec![], remote_meta_bytes: vec![2], pd: Some(pd) };
-                self.session.handle_peer_message(self.now, peer, Port::Init, Message::NixlInitResponse(response));
+                self.session.handle_connection_message(self.now, peer, Port::Init, Message::NixlInitResponse(response));
             }
             Message::NixlMemRegRequest(register) => {
                 let seq = register.pd.unwrap().seq;
@@ -148,7 +148,12 @@ impl Bench {
                     .then(|| Failure::new(FailureKind::HandshakeRefused, "it has not shaken hands"));
                 let pd = MemRegReplyExtension { seq, descriptors: vec![3], len_bytes: 1024, refusal };
                 let response = MemRegResponse { remote_xfer_dlist_bytes: vec![], pd: Some(pd) };
-                self.session.handle_peer_message(self.now, peer, Port::Init, Message::NixlMemRegResponse(response));
+                self.session.handle_connection_message(
+                    self.now,
+                    peer,
+                    Port::Init,
+                    Message::NixlMemRegResponse(response),
+                );
             }
             other => {
                 if matches!(other, Message::PdPing(_)) {
@@ -172,7 +177,7 @@ impl Bench {
 
     pub fn hear(&mut self, message: Message) {
         let peer = *self.opened.last().unwrap();
-        self.session.handle_peer_message(self.now, peer, Port::Alloc, message);
+        self.session.handle_connection_message(self.now, peer, Port::Alloc, message);
         self.pump();
     }
 
@@ -191,7 +196,7 @@ impl Bench {
             keys: (0..chunks).map(|chunk| ChunkKey::new(format!("k{chunk}")).unwrap()).collect(),
             groups: Vec::new(),
             last_chunk_tokens: 4,
-            receiver: PeerAddress { host: host.into(), init_port: 1, alloc_port: 2 },
+            receiver: ReceiverAddress { host: host.into(), init_port: 1, alloc_port: 2 },
             wait: None,
             stage,
         };
@@ -281,7 +286,7 @@ impl Bench {
             for peer in std::mem::take(&mut self.pinged) {
                 if answers_pings {
                     let pong = Message::PdPong(Pong { seq: Seq(0), refusal: None, have_ended: Vec::new() });
-                    self.session.handle_peer_message(self.now, peer, Port::Alloc, pong);
+                    self.session.handle_connection_message(self.now, peer, Port::Alloc, pong);
                     self.pump();
                 }
             }

@@ -1,6 +1,6 @@
 //! The sender's session with a receiver of LMCache's, in both of its modes.
 
-use pd_backend::ids::{ChunkKey, Failure, FailureKind, PeerAddress, Seq};
+use pd_backend::ids::{ChunkKey, Failure, FailureKind, ReceiverAddress, Seq};
 use pd_backend::node::Port;
 use pd_backend::node::outgoing::{Event, OpenRequest};
 use pd_backend::node::{Answer, NodeSettings, PeerMemory};
@@ -59,7 +59,7 @@ fn it_is_asked_in_lmcaches_words() {
         keys: vec![ChunkKey::new("m@1@0@xyz@half").unwrap()],
         groups: Vec::new(),
         last_chunk_tokens: 4,
-        receiver: PeerAddress { host: "r".into(), init_port: 1, alloc_port: 2 },
+        receiver: ReceiverAddress { host: "r".into(), init_port: 1, alloc_port: 2 },
         wait: None,
         stage: false,
     };
@@ -132,7 +132,7 @@ fn questions_are_asked_one_at_a_time_in_their_order() {
     }
     // An answer that nobody waits for changes nothing.
     bench.hear(AllocResponse { already_sent_indexes: vec![], remote_indexes: vec![5], pd: None });
-    bench.session.handle_peer_message(
+    bench.session.handle_connection_message(
         bench.now,
         bench.opened[0],
         Port::Alloc,

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use pd_backend::ids::{
-    ByteCopy, ChecksumMode, ChunkKey, ClientId, ConnectionId, Failure, FailureKind, Pages, PeerAddress, PeerId,
+    ByteCopy, ChecksumMode, ChunkKey, ClientId, ConnectionId, Failure, FailureKind, Pages, PeerId, ReceiverAddress,
     RequestId, Seq, SlotPart, TransferId,
 };
 use pd_backend::node::outgoing::{Event, OpenRequest, Sending};
@@ -202,7 +202,7 @@ impl Bench {
                     remote_meta_bytes: self.lmcache.metadata.clone(),
                     pd: None,
                 };
-                self.session.handle_peer_message(self.now, peer, Port::Init, Message::NixlInitResponse(response));
+                self.session.handle_connection_message(self.now, peer, Port::Init, Message::NixlInitResponse(response));
             }
             Message::NixlMemRegRequest(register) => {
                 assert_eq!((register.remote_agent_name.as_slice(), register.pd), (&b"agent"[..], None));
@@ -210,7 +210,12 @@ impl Bench {
                 assert_eq!(Some(ours), settings().pages);
                 let list = descriptor_list::encode("nixl_cu12._bindings", &self.lmcache.pages);
                 let response = MemRegResponse { remote_xfer_dlist_bytes: list, pd: None };
-                self.session.handle_peer_message(self.now, peer, Port::Init, Message::NixlMemRegResponse(response));
+                self.session.handle_connection_message(
+                    self.now,
+                    peer,
+                    Port::Init,
+                    Message::NixlMemRegResponse(response),
+                );
             }
             Message::AllocRequest(AllocRequest { pd: None, .. }) => self.lmcache.asked.push_back(message),
             Message::CancelNotif(ref cancel) => {
@@ -234,7 +239,7 @@ impl Bench {
 
     pub fn hear(&mut self, response: AllocResponse) {
         let peer = *self.opened.last().unwrap();
-        self.session.handle_peer_message(self.now, peer, Port::Alloc, Message::AllocResponse(response));
+        self.session.handle_connection_message(self.now, peer, Port::Alloc, Message::AllocResponse(response));
         self.pump();
     }
 
@@ -268,7 +273,7 @@ impl Bench {
             keys: keys.iter().copied().map(key).collect(),
             groups: Vec::new(),
             last_chunk_tokens: 4,
-            receiver: PeerAddress { host: "r".into(), init_port: 1, alloc_port: 2 },
+            receiver: ReceiverAddress { host: "r".into(), init_port: 1, alloc_port: 2 },
             wait: None,
             stage: false,
         };

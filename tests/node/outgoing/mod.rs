@@ -10,11 +10,11 @@ use pd_backend::wire::message::{AllocReplyExtension, AllocResponse, CommitAck, P
 
 mod ahead;
 mod bench;
+mod configured;
 #[cfg(feature = "lmcache")]
 mod lmcache;
 #[cfg(feature = "lmcache")]
 mod lmcache_bench;
-mod reconnects;
 mod registrations;
 
 use bench::*;

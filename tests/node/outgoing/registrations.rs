@@ -1,6 +1,6 @@
 //! A stranger, or a receiver that asks for very much, at the rendezvous port.
 
-use pd_backend::ids::{ChunkKey, FailureKind, PeerAddress, Registration, RequestId, Seq, SlotPart};
+use pd_backend::ids::{ChunkKey, FailureKind, ReceiverAddress, Registration, RequestId, Seq, SlotPart};
 use pd_backend::node::outgoing::{OutgoingNote, ParkRequest, Sending};
 use pd_backend::node::{Answer, Port};
 use pd_backend::wire::Message;
@@ -54,7 +54,7 @@ fn key(name: &str) -> ChunkKey {
 }
 
 fn hear(bench: &mut Bench, message: Message) -> Option<Message> {
-    bench.session.handle_message(bench.now, Port::Rendezvous, (), message);
+    bench.session.handle_port_message(bench.now, Port::Rendezvous, (), message);
     bench.pump();
     bench.answered.pop()
 }
@@ -89,7 +89,7 @@ fn hold(name: &str, chunk: &str) -> Register {
 
 /// Of one that wants it sent.
 fn fetch(name: &str, chunk: &str) -> Register {
-    let receiver = Some(PeerAddress { host: "r".into(), init_port: 1, alloc_port: 2 });
+    let receiver = Some(ReceiverAddress { host: "r".into(), init_port: 1, alloc_port: 2 });
     Register { receiver, ..hold(name, chunk) }
 }
 
@@ -195,7 +195,7 @@ fn a_park_beside_many_that_wait() {
         let name = format!("w{number}");
         let keys = (0..KEYS).map(|chunk| key(&format!("{name}-{chunk}"))).collect();
         let register = Message::PdRegister(Register { keys, ..wait(&name) });
-        bench.session.handle_message(bench.now, Port::Rendezvous, (), register);
+        bench.session.handle_port_message(bench.now, Port::Rendezvous, (), register);
     }
     assert_eq!(bench.session.counts().outgoing.unwrap().registrations, WAITING);
     let park = |name: &str| ParkRequest {

@@ -127,7 +127,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
         is_whole(id, request, total)?;
         match self.requests.get(id) {
             // That sender is gone, and whoever asks has taken its place. A pd-sender's request is not pushed aside.
-            Some(open) if self.is_abandoned(open) => Ok(sizes),
+            Some(open) if self.lmcache_sender_is_gone(open) => Ok(sizes),
             Some(open) if open.instance != instance && (!open.is_ready() || open.origin.commits()) => {
                 refuse(FailureKind::BadRequest, format!("{id} is open already, for {}", open.instance))
             }
@@ -230,7 +230,7 @@ impl<R: Clone + PartialEq> Incoming<R> {
         request.sizes.extend(sizes);
         request.route = from;
         for slot in unneeded {
-            core.slots.writer_stopped(slot, grant);
+            core.slots.free_granted(slot, grant);
         }
         let already_sent = shared.iter().map(|&(index, _)| index).collect();
         self.answer_pages(core, &id, &fresh, already_sent);

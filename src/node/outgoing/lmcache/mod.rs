@@ -27,7 +27,7 @@ use super::receivers::Receiver;
 use super::requests::{OutgoingRequest, OutgoingStage};
 use super::uid::Uid;
 use super::{Outgoing, OutgoingTimer, Port};
-use crate::ids::{ChunkKey, Failure, FailureKind, GrantId, Pages, PeerAddress, PeerId, RequestId, Seq};
+use crate::ids::{ChunkKey, Failure, FailureKind, GrantId, Pages, PeerId, ReceiverAddress, RequestId, Seq};
 use crate::node::core::Core;
 use crate::node::output::To;
 use crate::node::safeguards::Safeguard;
@@ -53,11 +53,11 @@ struct Remembered {
 
 /// What LMCache receivers that were lost hold of ours, by their addresses.
 #[derive(Debug, Default)]
-pub(super) struct RememberedReceivers(BTreeMap<PeerAddress, Remembered>);
+pub(super) struct RememberedReceivers(BTreeMap<ReceiverAddress, Remembered>);
 
 impl<R: Clone> Outgoing<R> {
     fn lmcache_mut(&mut self, peer: PeerId) -> Option<&mut LmcacheReceiver> {
-        self.peers.get_mut(&peer)?.link.lmcache_mut()
+        self.receivers.get_mut(&peer)?.link.lmcache_mut()
     }
 
     /// A message from an LMCache receiver at its port for allocations.
@@ -70,7 +70,7 @@ impl<R: Clone> Outgoing<R> {
 
     /// A receiver has answered a handshake without `pd`: it is LMCache's.
     pub(super) fn on_lmcache_init_response(&mut self, core: &mut Core<R>, peer: PeerId, response: InitResponse) {
-        let Some(record) = self.peers.get(&peer) else { return };
+        let Some(record) = self.receivers.get(&peer) else { return };
         let (address, mode) = (record.address.clone(), record.lmcache_mode);
         let checked = handshake::check_metadata(&response.remote_meta_bytes);
         match checked.and_then(|()| self.check_lmcache(core, &address, &response)) {
@@ -87,7 +87,7 @@ impl<R: Clone> Outgoing<R> {
     fn check_lmcache(
         &self,
         core: &Core<R>,
-        address: &PeerAddress,
+        address: &ReceiverAddress,
         response: &InitResponse,
     ) -> Result<Vec<u8>, Failure> {
         let refuse = |text: String| Err(Failure::new(FailureKind::HandshakeRefused, text));
@@ -134,7 +134,7 @@ impl<R: Clone> Outgoing<R> {
         response: &MemRegResponse,
     ) -> Result<Pages, Failure> {
         let slot_bytes = core.settings.chunk.slot_bytes;
-        let Some(record) = self.peers.get_mut(&peer) else {
+        let Some(record) = self.receivers.get_mut(&peer) else {
             return Err(Failure::new(FailureKind::Internal, "pages of a peer that is not there"));
         };
         let address = record.address.clone();
@@ -214,7 +214,7 @@ impl<R: Clone> Outgoing<R> {
         let Some(request) = self.requests.get_mut(&uid).filter(|request| request.peer == peer) else { return };
         let OutgoingStage::Connecting { open_id, wait } = request.stage else { return };
         let (id, keys) = (request.id.clone(), request.keys.clone());
-        let Some(receiver) = self.peers.get_mut(&peer).and_then(|record| record.link.lmcache_mut()) else { return };
+        let Some(receiver) = self.receivers.get_mut(&peer).and_then(|record| record.link.lmcache_mut()) else { return };
         if receiver.unwritten.len() + keys.len() > receiver.unwritten_max() {
             let text = format!(
                 "receiver {} (LMCache) holds {} chunks of this sender that were never written, and takes no word that they \
@@ -238,7 +238,7 @@ impl<R: Clone> Outgoing<R> {
     /// Why a request has waited for its slots in vain, or none when its receiver is ours.
     pub(super) fn lmcache_allocation_timed_out(&self, core: &Core<R>, uid: Uid) -> Option<Failure> {
         let request = self.requests.get(&uid)?;
-        let receiver = self.peers.get(&request.peer)?.link.lmcache()?;
+        let receiver = self.receivers.get(&request.peer)?.link.lmcache()?;
         let address = request.receiver();
         let since = receiver.silent_since()?;
         let silent_ms = core.now.saturating_duration_since(since).as_millis();
@@ -269,7 +269,7 @@ impl<R: Clone> Outgoing<R> {
             keys.iter().filter(|key| !asked.contains(key)).for_each(|key| receiver.unwritten.given_back(key));
         }
         if receiver.silent_since().is_none() {
-            core.timers.cancel(OutgoingTimer::Answer(peer));
+            core.timers.unset(OutgoingTimer::Answer(peer));
         }
         match asked {
             Some(Asked { uid, seq, request, keys, .. }) => {
@@ -294,7 +294,7 @@ impl<R: Clone> Outgoing<R> {
     ) {
         let waits = |request: &&OutgoingRequest| matches!(request.stage, OutgoingStage::Allocating { seq: asked, .. } if asked == seq);
         let waits = self.requests.get(&uid).filter(waits).is_some();
-        let Some(record) = self.peers.get_mut(&peer) else { return };
+        let Some(record) = self.receivers.get_mut(&peer) else { return };
         let address = record.address.clone();
         let Some(receiver) = record.link.lmcache_mut() else { return };
         let Some(pages) = receiver.pages else { return };
@@ -404,7 +404,7 @@ impl<R: Clone> Outgoing<R> {
 
     /// A question has gone unanswered for too long. Who waits behind it is asked about anew, over another connection.
     pub(super) fn answer_timed_out(&mut self, core: &mut Core<R>, peer: PeerId) {
-        let Some(record) = self.peers.get(&peer) else { return };
+        let Some(record) = self.receivers.get(&peer) else { return };
         let address = record.address.clone();
         let Some(since) = record.link.lmcache().and_then(LmcacheReceiver::silent_since) else { return };
         let text = format!(
@@ -416,7 +416,7 @@ impl<R: Clone> Outgoing<R> {
             let Some(request) = self.requests.get_mut(&uid) else { continue };
             let OutgoingStage::Connecting { open_id, wait } = request.stage else { continue };
             request.set_aside(core.now, open_id, wait);
-            core.timers.cancel(OutgoingTimer::Allocation(uid));
+            core.timers.unset(OutgoingTimer::Allocation(uid));
             again.push(uid);
         }
         self.peer_failed(core, peer, Failure::new(FailureKind::PeerLost, text));
@@ -430,7 +430,7 @@ impl<R: Clone> Outgoing<R> {
             if let Some(Asked { keys, .. }) = receiver.asked.take() {
                 receiver.unwritten.orphaned(&keys);
             }
-            core.timers.cancel(OutgoingTimer::Answer(peer));
+            core.timers.unset(OutgoingTimer::Answer(peer));
         }
     }
 

@@ -1,7 +1,7 @@
-//! Room for what peers have sent, in bytes: what waits for the driver, and what waits for the engine's thread.
+//! MessageBudget for what peers have sent, in bytes: what waits for the driver, and what waits for the engine's thread.
 //!
-//! A queue of messages is bounded by their number, and a message may have 20 MiB. So each message also takes room for what
-//! it costs once it is decoded, and gives it back when it is dealt with. Where there is no room, the task that reads the
+//! A queue of messages is bounded by their number, and a message may have 20 MiB. So each message also takes bytes of a budget for what
+//! it costs once it is decoded, and gives it back when it is dealt with. Where there are none left, the task that reads the
 //! port waits, and its peers wait in the kernel.
 
 use std::sync::Arc;
@@ -17,16 +17,16 @@ const MESSAGES_LEN_BYTES_MAX: u32 = 64 * 1024 * 1024;
 
 /// What some sockets share.
 #[derive(Debug, Clone)]
-pub(super) struct Rooms {
+pub(super) struct MessageBudgets {
     free: Arc<Semaphore>,
     len_bytes_max: u32,
 }
 
 /// What one message takes, until it is dropped.
 #[derive(Debug)]
-pub(super) struct Room(#[expect(dead_code, reason = "held, and given back by its drop")] OwnedSemaphorePermit);
+pub(super) struct MessageBudget(#[expect(dead_code, reason = "held, and given back by its drop")] OwnedSemaphorePermit);
 
-impl Rooms {
+impl MessageBudgets {
     /// For handshakes.
     pub(super) fn for_handshakes() -> Self {
         Self::new(HANDSHAKES_LEN_BYTES_MAX)
@@ -41,10 +41,10 @@ impl Rooms {
         Self { free: Arc::new(Semaphore::new(len_bytes_max as usize)), len_bytes_max }
     }
 
-    /// Decodes a message as soon as there is room for it. Whoever waits longest is next.
-    pub(super) async fn decode(&self, payload: &[u8]) -> Result<(Message, Room), DecodeError> {
+    /// Decodes a message as soon as the budget has room for it. Whoever waits longest is next.
+    pub(super) async fn decode(&self, payload: &[u8]) -> Result<(Message, MessageBudget), DecodeError> {
         let wanted = u32::try_from(decoded_len_bytes(payload)?).unwrap_or(u32::MAX).min(self.len_bytes_max);
-        let room = Arc::clone(&self.free).acquire_many_owned(wanted).await.expect("it is never closed");
-        Ok((decode(payload)?, Room(room)))
+        let taken = Arc::clone(&self.free).acquire_many_owned(wanted).await.expect("it is never closed");
+        Ok((decode(payload)?, MessageBudget(taken)))
     }
 }

@@ -5,19 +5,19 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use super::{ConnectState, OutgoingNote};
-use crate::ids::{Failure, PeerAddress};
+use crate::ids::{Failure, ReceiverAddress};
 use crate::node::tries::{PAUSE_MAX, Tries, is_refusal};
 
 /// How far the sender has come with each of them.
 #[derive(Debug)]
-pub(super) struct Reconnects {
+pub(super) struct ConfiguredReceivers {
     /// As the configuration has them.
-    order: Vec<PeerAddress>,
-    by_address: BTreeMap<PeerAddress, Reconnect>,
+    order: Vec<ReceiverAddress>,
+    by_address: BTreeMap<ReceiverAddress, ConfiguredReceiver>,
 }
 
 #[derive(Debug)]
-struct Reconnect {
+struct ConfiguredReceiver {
     state: ConnectState,
     /// When that state began.
     since: Instant,
@@ -33,40 +33,43 @@ pub(super) struct AfterLoss {
     pub(super) note: Option<OutgoingNote>,
 }
 
-impl Reconnects {
-    pub(super) fn new(now: Instant, addresses: Vec<PeerAddress>) -> Self {
-        let new = |address: &PeerAddress| {
-            (address.clone(), Reconnect { state: ConnectState::Connecting, since: now, tries: Tries::default() })
+impl ConfiguredReceivers {
+    pub(super) fn new(now: Instant, addresses: Vec<ReceiverAddress>) -> Self {
+        let new = |address: &ReceiverAddress| {
+            (
+                address.clone(),
+                ConfiguredReceiver { state: ConnectState::Connecting, since: now, tries: Tries::default() },
+            )
         };
         Self { by_address: addresses.iter().map(new).collect(), order: addresses }
     }
 
     /// In the order of the configuration.
-    pub(super) fn iter(&self) -> impl Iterator<Item = (&PeerAddress, &ConnectState)> {
+    pub(super) fn iter(&self) -> impl Iterator<Item = (&ReceiverAddress, &ConnectState)> {
         self.order.iter().filter_map(|address| Some((address, &self.by_address.get(address)?.state)))
     }
 
     /// Whether the configuration names this receiver.
-    pub(super) fn contains(&self, address: &PeerAddress) -> bool {
+    pub(super) fn contains(&self, address: &ReceiverAddress) -> bool {
         self.by_address.contains_key(address)
     }
 
     /// A receiver can be written to.
-    pub(super) fn connected(&mut self, now: Instant, address: &PeerAddress) {
+    pub(super) fn connected(&mut self, now: Instant, address: &ReceiverAddress) {
         if let Some(reconnect) = self.by_address.get_mut(address) {
             (reconnect.state, reconnect.since) = (ConnectState::Connected, now);
         }
     }
 
     /// A receiver had to go, so that another could be connected. False: the configuration does not name it.
-    pub(super) fn postponed(&mut self, now: Instant, address: &PeerAddress) -> bool {
+    pub(super) fn postponed(&mut self, now: Instant, address: &ReceiverAddress) -> bool {
         let Some(reconnect) = self.by_address.get_mut(address) else { return false };
         (reconnect.state, reconnect.since) = (ConnectState::Connecting, now);
         true
     }
 
     /// A receiver was lost, or could not be connected. None: the configuration does not name it.
-    pub(super) fn lost(&mut self, now: Instant, address: &PeerAddress, failure: &Failure) -> Option<AfterLoss> {
+    pub(super) fn lost(&mut self, now: Instant, address: &ReceiverAddress, failure: &Failure) -> Option<AfterLoss> {
         let reconnect = self.by_address.get_mut(address)?;
         // Its address stands beside it wherever it is shown.
         let text = failure.text.strip_prefix(&format!("receiver {address}: ")).unwrap_or(&failure.text);

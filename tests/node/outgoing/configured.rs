@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use pd_backend::ids::{ChunkKey, Failure, FailureKind, PeerAddress, Seq};
+use pd_backend::ids::{ChunkKey, Failure, FailureKind, ReceiverAddress, Seq};
 use pd_backend::node::NodeSettings;
 use pd_backend::node::Port;
 use pd_backend::node::outgoing::{ConnectState, OpenRequest, OutgoingNote};
@@ -11,8 +11,8 @@ use pd_backend::wire::message::{AllocReplyExtension, AllocResponse, CommitAck, P
 
 use super::bench::{Bench, CLIENT, request, settings};
 
-fn at(host: &str) -> PeerAddress {
-    PeerAddress { host: host.into(), init_port: 1, alloc_port: 2 }
+fn at(host: &str) -> ReceiverAddress {
+    ReceiverAddress { host: host.into(), init_port: 1, alloc_port: 2 }
 }
 
 fn told_of(hosts: &[&str]) -> NodeSettings {
@@ -24,7 +24,11 @@ fn told_of(hosts: &[&str]) -> NodeSettings {
 impl Bench {
     fn state(&self, host: &str) -> ConnectState {
         let address = at(host);
-        self.session.receivers().find(|(known, _)| **known == address).map(|(_, state)| state.clone()).unwrap()
+        self.session
+            .configured_receivers()
+            .find(|(known, _)| **known == address)
+            .map(|(_, state)| state.clone())
+            .unwrap()
     }
 
     /// Time begins to pass.
@@ -51,7 +55,8 @@ fn receivers_are_met_before_any_request_in_the_order_given() {
     assert_eq!(bench.state("r"), ConnectState::Connecting);
     assert!(bench.opened.is_empty(), "a session that is being made asks for nothing");
     bench.start();
-    let states: Vec<_> = bench.session.receivers().map(|(address, state)| (address.host.as_str(), state)).collect();
+    let states: Vec<_> =
+        bench.session.configured_receivers().map(|(address, state)| (address.host.as_str(), state)).collect();
     assert_eq!(states, [("r", &ConnectState::Connected), ("a", &ConnectState::Connected)]);
     assert_eq!(bench.session.counts().outgoing.unwrap().peers, 2);
     // A request goes over the connection that there is.
@@ -204,7 +209,7 @@ fn receivers_that_were_named_make_room_last() {
         let answer = AllocResponse { already_sent_indexes: vec![], remote_indexes: vec![], pd };
         for peer in bench.opened.clone() {
             let said = Message::AllocResponse(answer.clone());
-            bench.session.handle_peer_message(bench.now, peer, Port::Alloc, said);
+            bench.session.handle_connection_message(bench.now, peer, Port::Alloc, said);
         }
     }
     bench.later(3, true);
