@@ -335,7 +335,7 @@ class ConsumerWorker:
                         f"chunk {index} has {chunk.len_bytes} bytes, expected {len_bytes}: {len(piece.blocks)} blocks"
                     )
                 block_ids = groups.block_ids(piece, tables, first)
-                if NULL_BLOCK in block_ids:
+                if not group.keeps_all and NULL_BLOCK in block_ids:
                     raise LoadError(f"vLLM keeps no KV of chunk {index}: its blocks are skipped")
                 paged.scatter(
                     block_ids,

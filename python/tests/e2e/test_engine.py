@@ -119,7 +119,11 @@ def test_layers_that_keep_something_else_are_refused_by_name(spec: Any, said: st
         assert "disable-hybrid" not in str(refused.value) and "chunk_size" not in str(refused.value)
 
 
-@pytest.mark.parametrize("specs", [(FULL,), (SLIDING,), (FULL, SLIDING), (FULL, LOCAL), (FULL, SLIDING, LOCAL), (FULL, STATE)], ids=str)
+def _names(specs: Any) -> str:
+    return " ".join(type(spec).__name__ for spec in specs)
+
+
+@pytest.mark.parametrize("specs", [(FULL,), (SLIDING,), (FULL, SLIDING), (FULL, LOCAL), (FULL, SLIDING, LOCAL), (FULL, STATE)], ids=_names)
 @pytest.mark.parametrize("tokens", [2, 128, 129, 256, 257, 384, 385, 513, 640, 1025, 1500, 2049])
 def test_vllms_own_tables_have_the_blocks_that_are_needed(specs: tuple[Any, ...], tokens: int) -> None:
     # Broken in production: what vLLM skips is sent, or what it attends to is not; at prefill or at decode, with a hit or without.
@@ -154,6 +158,7 @@ def test_vllms_own_tables_have_the_blocks_that_are_needed(specs: tuple[Any, ...]
     exact = True
     decode = manager()
     for name in ("loaded", "hit"):
+        decode.new_step_starts()
         one = request(name)
         blocks, computed = decode.get_computed_blocks(one)[:2]
         if name == "hit" and sent - computed <= 0:
@@ -169,6 +174,7 @@ def test_vllms_own_tables_have_the_blocks_that_are_needed(specs: tuple[Any, ...]
     prefill = manager()
     count = sent if groups.has_states else tokens
     for name in ("computed", "hit"):
+        prefill.new_step_starts()
         one = request(name, count)
         blocks, computed = prefill.get_computed_blocks(one)[:2]
         while computed < count:

@@ -172,7 +172,7 @@ def test_the_tokens_of_one_instance(pair: Pair, status_of: StatusOf) -> None:
     # Broken in production: at some length a block that decode attends to is not sent, or a skipped one is; the answer is wrong.
     sent, needed = status_of(pair.decode).bytes, 0
     for tokens in sorted({*_LENGTHS, *pair.family.lengths}):
-        prompt, right = pair.prompt("first", tokens)
+        prompt, right = pair.prompt(f"first {tokens}", tokens)
         assert pair.complete(prompt) == right, f"a prompt of {tokens} tokens"
         needed += pair.family.needed_bytes(tokens)
     # Only what windows still touch, and every chunk once.
