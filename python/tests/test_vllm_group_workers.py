@@ -19,7 +19,7 @@ GROUPS = Groups(
     [
         Group(BLOCK, (0,), name="full"),
         Group(BLOCK, (1, 2), window_tokens=12, name="window12"),
-        Group(2 * BLOCK, (3,), is_state=True, name="state"),
+        Group(2 * BLOCK, (3,), window_tokens=2, name="window2"),
     ],
     CHUNK,
 )
@@ -51,7 +51,7 @@ class Several:
 TOKENS = list(range(41))
 SOURCE = ([1, 2, 3, 4, 5], [0, 0, 0, 6, 7], [0, 0, 0, 8, 9], [0, 0, 3])
 TARGET = ([5, 4, 3, 2, 1], [0, 0, 0, 11, 12], [0, 0, 0, 13, 14], [0, 0, 7])
-#: Bytes of what is needed: full blocks, two blocks of two members, a state.
+#: Bytes of what is needed: full blocks, two blocks of two members, and a longer one.
 NEEDED = 5 * BYTES + 2 * 2 * BYTES + BYTES
 
 

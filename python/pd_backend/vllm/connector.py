@@ -412,8 +412,6 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
         return is_sent(request.kv_transfer_params, self._own_hosts, self._daemons.init_ports() or ())
 
     def on_new_request(self, request: Any) -> None:
-        if self._producer_scheduler is not None and self._prefills(request):
-            self._producer_scheduler.arrived(request)
         if self._consumer_scheduler is None:
             return
         if not self._prefills(request):

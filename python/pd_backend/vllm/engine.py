@@ -15,7 +15,6 @@ from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
     FullAttentionSpec,
     KVCacheSpec,
-    MambaSpec,
     SlidingWindowSpec,
     UniformTypeKVCacheSpecs,
 )
@@ -65,7 +64,7 @@ def _name(group: Group) -> str:
         return f"window{group.window_tokens}"
     if group.stretch_tokens is not None:
         return f"local{group.stretch_tokens}"
-    return "state" if group.is_state else "full"
+    return "full"
 
 
 def _group(spec: KVCacheSpec) -> Group:
@@ -85,18 +84,11 @@ def _group(spec: KVCacheSpec) -> Group:
         return Group(spec.block_size, stretch_tokens=spec.attention_chunk_size)
     if isinstance(spec, FullAttentionSpec):
         return Group(spec.block_size)
-    if isinstance(spec, MambaSpec):
-        if spec.num_speculative_blocks:
-            raise ValueError(
-                f"the model has layers that keep MambaSpec with {spec.num_speculative_blocks} blocks for drafts: it is not known "
-                "which of them has the state; start it without speculative decoding"
-            )
-        return Group(spec.block_size, is_state=True)
     raise ValueError(f"the model has layers that keep {type(spec).__name__}: {_MOVED}")
 
 
 #: vLLM offers nothing that makes another kind of these.
-_MOVED = "PdConnector moves the KV of attention to all tokens, to a window or within chunks, and states; prefill and decode in one server"
+_MOVED = "PdConnector moves the KV of attention to all tokens, to a window or within chunks; prefill and decode in one server"
 
 
 def one_of_several(vllm_config: VllmConfig) -> bool:
@@ -179,7 +171,7 @@ def engine_facts(
     instruction_sets = {str(getattr(context.get(name), "isa", "")) for name in layers} - {""}
     shapes = dict.fromkeys("x".join(str(count) for count, _ in paged.shape.inner) for paged in parts)
     model, device = vllm_config.model_config, parts[0].device
-    windows = [str(group.window_tokens or group.stretch_tokens) for group in groups if not (group.keeps_all or group.is_state)]
+    windows = [str(group.window_tokens or group.stretch_tokens) for group in groups if not group.keeps_all]
     backends = dict.fromkeys(backend.get_name() for backend in get_current_attn_backends(vllm_config, layers))
     facts = {
         "vllm": vllm.__version__,

@@ -30,15 +30,13 @@ class Group:
     window_tokens: int | None = None
     #: A token sees those of its own stretch of so many tokens, and no earlier one; those are not kept. None: it is not so.
     stretch_tokens: int | None = None
-    #: Its layers keep no KV but a state, which every token changes: that behind the last token is in that token's block.
-    is_state: bool = False
     #: Both ends must call it the same. Empty where it is the only one.
     name: str = ""
 
     @property
     def keeps_all(self) -> bool:
         """Whether every token's KV is kept to the end."""
-        return self.window_tokens is None and self.stretch_tokens is None and not self.is_state
+        return self.window_tokens is None and self.stretch_tokens is None
 
     def first_seen(self, computed: int) -> int:
         """The first token that the one behind `computed` tokens sees, or any later one."""
@@ -46,7 +44,7 @@ class Group:
             return max(0, computed - self.window_tokens + 1)
         if self.stretch_tokens is not None:
             return computed // self.stretch_tokens * self.stretch_tokens
-        return max(0, computed - 1) if self.is_state else 0
+        return 0
 
     def needed(self, computed: int) -> range:
         """Positions in a block table: the blocks that whoever goes on behind `computed` tokens needs. All others are skipped."""
@@ -75,8 +73,6 @@ class Groups:
         self.chunk_tokens = chunk_tokens
         #: Every layer keeps the KV of every token, and all have one block table.
         self.is_plain = len(self._groups) == 1 and self._groups[0].keeps_all and self._groups[0].members == (0,)
-        #: There is a state behind so many tokens only where a step of the engine ends there.
-        self.has_states = any(group.is_state for group in self._groups)
         blocks = [group.block_tokens for group in self._groups if group.keeps_all]
         #: The last chunk of a group that keeps all of its tokens has a multiple of so many.
         self.last_chunk_step = step = math.lcm(*blocks)
@@ -105,7 +101,7 @@ class Groups:
         """Of so many tokens of a prompt, how many prefill sends and decode takes as computed.
 
         vLLM computes the last token again where all are loaded. A window has moved on by then, and what that token sees would be
-        skipped; a state would have that token in it twice. So all but the last one are loaded where there are such groups.
+        skipped: so all but the last one are loaded where there are windows.
         """
         return tokens if self.is_plain else tokens - 1
 

@@ -81,31 +81,9 @@ class ProducerScheduler:
         self._unnamed: dict[str, str] = {}
         #: Ended at the engine, under way at the workers.
         self._draining: dict[str, _Sending] = {}
-        #: Requests whose prompts end before their last token here: their states are those that decode goes on from.
-        self._shortened: set[str] = set()
         #: What is under way, by the router's names.
         self._by_req_id: dict[str, str] = {}
         self._step = ProducerStep()
-
-    def arrived(self, request: Any) -> None:
-        """A new request, of which nothing is computed. Where the model keeps states, what is sent is all that is computed of it:
-        the token that it answers with is not that of the prompt.
-        """
-        if not self._groups.has_states or request.get_skip_reading_prefix_cache():
-            return  # Decode takes nothing as computed of a prompt whose log probabilities are asked for.
-        try:
-            spec = prefill_spec(request.kv_transfer_params, self._tp_size)
-            spec = spec or park_spec(request.kv_transfer_params, request.request_id)
-            if spec is None:
-                return
-            self._naming.name(request, request.num_prompt_tokens)
-        except (SpecError, Unnamed):
-            return  # It is refused once it is computed.
-        # As vLLM's own connectors do it.
-        del request.prompt_token_ids[-1:], request._all_token_ids[-1:]
-        request.num_prompt_tokens -= 1
-        request.max_tokens = 1
-        self._shortened.add(request.request_id)
 
     def allocated(self, request: Any) -> None:
         """The engine has given the request its first blocks: it is going to be computed."""
@@ -125,20 +103,14 @@ class ProducerScheduler:
             spec = unsolicited_spec(request.kv_transfer_params, request_id, request.max_tokens)
         if spec is None:
             return
-        shortened = request_id in self._shortened
-        if self._groups.has_states and not shortened and self._is_unsolicited(spec):
-            return  # Its answer may be wanted.
         try:
-            named = self._naming.name(request, request.num_prompt_tokens + shortened)
+            named = self._naming.name(request, request.num_prompt_tokens)
         except Unnamed as unnamed:
             if not self._is_unsolicited(spec):
                 self._unnamed[request_id] = str(unnamed)
             return
         tokens = list(request.prompt_token_ids)
-        if self._groups.has_states and not shortened:
-            self._unnamed[request_id] = "the state behind its last token but one is not kept, as log probabilities of it are asked for"
-            return
-        tokens = tokens if shortened else tokens[: self._groups.sent_tokens(len(tokens))]
+        tokens = tokens[: self._groups.sent_tokens(len(tokens))]
         pieces = self._groups.pieces(len(tokens))
         hashes = self._groups.names(tokens, pieces, named.context)
         other = self._of(self._by_req_id.get(spec.req_id))
@@ -206,8 +178,7 @@ class ProducerScheduler:
             if NULL_BLOCK in block_ids:
                 self._give_up(step, sending, f"vLLM keeps no KV of chunk {sending.told}: its blocks are skipped")
                 return
-            group = self._groups[piece.group]
-            if not group.keeps_all and not group.is_state:  # A state is its request's last block, which is kept with the others.
+            if not self._groups[piece.group].keeps_all:
                 self._pins.pin(block_ids)
                 sending.pinned += block_ids
             step.chunks.append(ChunkBlocks(request_id, sending.told, block_ids, piece.group))
@@ -239,16 +210,14 @@ class ProducerScheduler:
         """Whether the engine has to keep the request's blocks until the workers report it, and what its response says.
         """
         request_id = request.request_id
-        shortened = request_id in self._shortened
-        self._shortened.discard(request_id)
         refused = self._refused.pop(request_id, None)
         if refused is not None:
-            return False, self._response(request, refused, shortened)
+            return False, self._response(request, refused)
         unnamed = self._unnamed.pop(request_id, None)
         if unnamed is not None and park_spec(request.kv_transfer_params, request_id) is not None:
             return False, None  # Its router asks decode without any, which computes it.
         if unnamed is not None:
-            return False, self._response(request, None, shortened) | {"not_sent": unnamed}
+            return False, self._response(request, None) | {"not_sent": unnamed}
         sending = self._sending.pop(request_id, None)
         if sending is None:
             return False, None
@@ -263,13 +232,13 @@ class ProducerScheduler:
         if sending.error is not None and sending.ended >= self._tp_size:
             self._step.dropped.append(request_id)
             self._forget(sending)
-            return False, self._answer(request, sending, block_ids, shortened) or None
+            return False, self._answer(request, sending, block_ids) or None
         self._step.finishing.append(request_id)
         if sending.ended < self._tp_size:
             self._draining[request_id] = sending
         else:
             self._forget(sending)
-        return True, self._answer(request, sending, block_ids, shortened) or None
+        return True, self._answer(request, sending, block_ids) or None
 
     def keep(self, request: Any, block_ids: Sequence[int]) -> tuple[bool, dict[str, Any] | None]:
         """Parks the whole chunks of a request that was decoded here, for the next turn of its conversation. As `finished`."""
@@ -334,12 +303,10 @@ class ProducerScheduler:
         self._unpin(sending)
         self._by_req_id.pop(sending.plan.spec.req_id, None)
 
-    def _answer(
-        self, request: Any, sending: _Sending, block_ids: Sequence[int], shortened: bool
-    ) -> dict[str, Any]:
+    def _answer(self, request: Any, sending: _Sending, block_ids: Sequence[int]) -> dict[str, Any]:
         spec = sending.plan.spec
         if not isinstance(spec, ParkSpec):
-            return self._response(request, sending.error, shortened)
+            return self._response(request, sending.error)
         at = self._rendezvous() if spec.is_answered else None
         # Where there is nothing to ask for, a router of NIXL's dialect has to be told nothing: decode computes it.
         if sending.error is not None or at is None:
@@ -350,12 +317,10 @@ class ProducerScheduler:
         return answer if transfer_id is None else answer | {"transfer_id": transfer_id}
 
     @staticmethod
-    def _response(request: Any, error: str | None, shortened: bool) -> dict[str, Any]:
-        """`kv_transfer_params` of the response: what LMCache's proxies ask for, and what went wrong. There is no first token where
-        the prompt was `shortened`.
-        """
+    def _response(request: Any, error: str | None) -> dict[str, Any]:
+        """`kv_transfer_params` of the response: what LMCache's proxies ask for, and what went wrong."""
         response: dict[str, Any] = {}
-        if (request.kv_transfer_params or {}).get("ret_first_tok") and request.output_token_ids and not shortened:
+        if (request.kv_transfer_params or {}).get("ret_first_tok") and request.output_token_ids:
             response["first_tok"] = request.output_token_ids[0]
         if error is not None:
             response["error"] = error

@@ -13,15 +13,13 @@ import zlib
 _LOADER = "vllm.model_executor.model_loader.dummy_loader"
 
 
-def _spread(name, tensor, is_gemma):
+def _spread(name, tensor):
     """Standard deviation of a weight, or None where all its elements are `_constant`."""
     import math
 
     if tensor.dim() < 2:
         return None
-    # Gemma multiplies embeddings by as much; otherwise nothing that layers add would count beside them.
-    embedding = 1 if is_gemma else 16
-    scale = embedding if "embed" in name else 4 if "lm_head" in name else 2
+    scale = 16 if "embed" in name else 4 if "lm_head" in name else 2
     return scale / math.sqrt(tensor.shape[-1])
 
 
@@ -40,7 +38,7 @@ def _load_weights(self, model, model_config):
         for path, module in model.named_modules():
             for name, tensor in module.named_parameters(recurse=False):
                 full = f"{path}.{name}"
-                spread = _spread(full, tensor, type(model).__name__.startswith("Gemma"))
+                spread = _spread(full, tensor)
                 if not torch.is_floating_point(tensor):
                     continue
                 if spread is None:
