@@ -77,6 +77,11 @@ E2E ?=
 e2e: e2e-built ## two real vLLM servers with the connector, tokens compared, after fetching vLLM for CPU (5.3 GB in .deps)
 	$(E2E_PYTEST) python/tests/e2e --ignore=python/tests/e2e/test_router_failures.py $(E2E)
 
+# Half an hour: a pair of servers for each family of models.
+.PHONY: e2e-models
+e2e-models: e2e-built ## models that keep KV by groups (windows, chunked attention, states, MLA), each as prefill and decode (E2E='-k gemma3')
+	PD_E2E_MODELS=all $(E2E_PYTEST) python/tests/e2e/test_models.py $(E2E)
+
 .PHONY: routers
 routers: e2e-built ## routers of other people and ours in front of such servers, and what goes wrong there (E2E='-k toy')
 	$(E2E_PYTEST) python/tests/e2e/test_proxy.py python/tests/e2e/test_routers.py python/tests/e2e/test_router_failures.py $(E2E)

@@ -154,6 +154,11 @@ class PagedKv:
         else:
             raise PagedLayoutError(f"KV tensors on {self.device}: only cpu and cuda can be copied")
 
+    @property
+    def groups(self) -> "tuple[PagedKv]":
+        """As `PagedGroups` has them: all layers are one group."""
+        return (self,)
+
     def layer_bytes(self, blocks: int) -> int:
         """Bytes of one layer in the slot of a chunk of so many blocks."""
         return blocks * self.block_bytes

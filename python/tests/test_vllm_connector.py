@@ -22,6 +22,7 @@ from free_ports import free_ports
 from pd_backend.errors import PdError
 from pd_backend.vllm import attachment
 from pd_backend.vllm.adapters import LoadedAdapters
+from pd_backend.vllm.groups import Groups
 from pd_backend.vllm.whereabouts import DaemonAt
 from vllm_pair import BLOCK, Memory
 
@@ -49,6 +50,7 @@ def connector(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
         setattr(played, f"KVConnector{name}Metadata", type(f"KVConnector{name}Metadata", (), {}))
     for name, value in {
         "KVConnectorBase_V1": Base,
+        "KVConnectorTransferResults": SimpleNamespace,
         "SupportsHMA": type("SupportsHMA", (), {}),
         "KVConnectorRole": SimpleNamespace(SCHEDULER=0, WORKER=1),
     }.items():
@@ -67,7 +69,7 @@ def connector(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
         one_of_several=lambda _: False,
         running_model=lambda _: None,
         watch_adapter_loads=lambda: True,
-        window_tokens=lambda _: None,
+        groups_of=lambda config, chunk: Groups.plain(chunk, config.kv_cache_groups[0].kv_cache_spec.block_size),
     )
     monkeypatch.setitem(sys.modules, "pd_backend.vllm.engine", engine)
     for name in ("connector", "metrics"):

@@ -18,6 +18,7 @@ from pd_backend.vllm.metaserver import Metaservers, Post, metaserver_of
 from pd_backend.vllm.naming import Naming
 from pd_backend.vllm.options import Options
 from pd_backend.vllm.consumer_scheduler import ConsumerScheduler
+from pd_backend.vllm.groups import Groups
 from pd_backend.vllm.spec import DisaggSpec, SpecError, prefill_spec
 from test_vllm_scheduler import BLOCK, CHUNK, output, request
 from waiting import eventually
@@ -197,7 +198,7 @@ class Played:
 
 class TestDecode:
     def scheduler(self, servers: Played) -> ConsumerScheduler:
-        return ConsumerScheduler(CHUNK, BLOCK, 1000, 1, None, Naming(), metaservers=servers)  # type: ignore
+        return ConsumerScheduler(Groups.plain(CHUNK, BLOCK), 1000, 1, None, Naming(), metaservers=servers)  # type: ignore
 
     def test_chunks_are_waited_for_without_blocks(self) -> None:
         # Broken in production: decode computes the prompt meanwhile, or holds blocks for what never comes.
@@ -211,7 +212,7 @@ class TestDecode:
         # They come before the router has heard that prefill has ended, or after.
         scheduler.here(["a"])
         assert scheduler.matched(one, 0) == (700, True)
-        scheduler.allocated(one, [4, 5, 6, 7, 8, 9], 700)
+        scheduler.allocated(one, ([4, 5, 6, 7, 8, 9],), 700)
         (load,) = scheduler.build(output()).loads
         assert (load.req_id, load.remote) == ("layerwise a", None)
         scheduler.received(["a"], ())
@@ -245,7 +246,7 @@ class TestDecode:
         one = request(256, dict(ASKED))
         scheduler.arrived(one)
         assert scheduler.matched(one, 256) == (0, False)
-        scheduler.allocated(one, [1, 2], 0)
+        scheduler.allocated(one, ([1, 2],), 0)
         assert scheduler.build(output()).unneeded == ["a"]
 
     def test_nothing_is_posted_for_what_is_not_computed_elsewhere(self) -> None:

@@ -19,6 +19,7 @@ from pd_backend import messages as m
 from pd_backend._silence import Silence
 from pd_backend.vllm.attachment import Attachment
 from pd_backend.vllm.consumer import ConsumerWorker
+from pd_backend.vllm.groups import Groups
 from pd_backend.vllm.keys import chunk_hashes
 from pd_backend.vllm.naming import Naming
 from pd_backend.vllm.producer import ProducerWorker, requests_of
@@ -70,7 +71,7 @@ def test_a_sender_that_is_stopped_fails_what_it_had_accepted_and_serves_again(pa
     # use its name no more.
     both = pair()
     pid = both.sender.ready.pid
-    scheduler = ProducerScheduler(CHUNK, BLOCK, 1, Naming())
+    scheduler = ProducerScheduler(Groups.plain(CHUNK, BLOCK), 1, Naming())
     ready = both.receiver.ready
     params = {
         "disagg_spec": {

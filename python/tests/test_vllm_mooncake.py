@@ -25,6 +25,7 @@ from pd_backend.vllm.naming import Naming
 from pd_backend.vllm.options import OptionError, Options
 from pd_backend.vllm.prefill_servers import PrefillServers
 from pd_backend.vllm.consumer_scheduler import ConsumerScheduler
+from pd_backend.vllm.groups import Groups
 from pd_backend.vllm.producer_scheduler import ProducerScheduler
 from pd_backend.vllm.spec import RemoteSpec, Rendezvous, SpecError, park_spec
 from pd_backend.vllm.transfer_id import TransferSpec, transfer_spec
@@ -466,7 +467,7 @@ REMOTE = RemoteSpec("10.0.0.1", (5600,), ("xfer",), in_turn=False)
 
 class TestDecode:
     def scheduler(self, servers: Played) -> ConsumerScheduler:
-        return ConsumerScheduler(CHUNK, BLOCK, 1000, 1, None, Naming(), prefill_servers=servers)  # type: ignore
+        return ConsumerScheduler(Groups.plain(CHUNK, BLOCK), 1000, 1, None, Naming(), prefill_servers=servers)  # type: ignore
 
     def test_a_request_waits_until_its_prefill_server_has_said_where(self) -> None:
         # Broken in production: a step of the engine waits for HTTP, or decode computes the prompt meanwhile.
@@ -481,7 +482,7 @@ class TestDecode:
         (hold,) = scheduler.build(output()).holds
         assert (hold.request_id, hold.remote) == ("a", REMOTE)
         assert scheduler.matched(one, 0) == (700, True)
-        scheduler.allocated(one, [4, 5, 6, 7, 8, 9], 700)
+        scheduler.allocated(one, ([4, 5, 6, 7, 8, 9],), 700)
         step = scheduler.build(output())
         assert [load.remote for load in step.loads] == [REMOTE] and step.holds == []
         assert one.kv_transfer_params["do_remote_prefill"] is False
@@ -496,7 +497,7 @@ class TestDecode:
         scheduler = self.scheduler(servers)
         one = request(700, dict(MOONCAKE))
         scheduler.matched(one, 0)
-        scheduler.allocated(one, [4, 5, 6, 7, 8, 9], 700)
+        scheduler.allocated(one, ([4, 5, 6, 7, 8, 9],), 700)
         # As vLLM has it: the request ends, and only then the connector is told which blocks were not loaded.
         scheduler.finished(one)
         scheduler.received(["a"], {4, 5, 6, 7, 8, 9})
@@ -524,7 +525,7 @@ class TestDecode:
             servers.error = "why"
             assert scheduler.matched(one, 0) == (0, False)
         assert [record.getMessage() for record in caplog.records] == ["request a is computed here: why"]
-        scheduler.allocated(one, [1, 2, 3, 4, 5, 6], 0)
+        scheduler.allocated(one, ([1, 2, 3, 4, 5, 6],), 0)
         scheduler.finished(one)
         step = scheduler.build(output())
         assert (step.holds, step.released, step.dropped, scheduler.pending()) == ([], [], [], False)
@@ -552,14 +553,14 @@ class TestDecode:
         servers = Played()
         own = Rendezvous("10.0.0.1", (5600,), "e0", "pull")
         scheduler = ConsumerScheduler(
-            CHUNK, BLOCK, 1000, 1, None, Naming(), lambda: own, prefill_servers=servers  # type: ignore[arg-type]
+            Groups.plain(CHUNK, BLOCK), 1000, 1, None, Naming(), lambda: own, prefill_servers=servers  # type: ignore[arg-type]
         )
         one = request(700, dict(MOONCAKE))
         scheduler.arrived(one)
         servers.remote = replace(REMOTE, engine=own.engine_id)
         assert scheduler.build(output()).holds == [] and not scheduler.pending()
         assert scheduler.matched(one, 512) == (0, False)
-        scheduler.allocated(one, [1, 2, 3, 4, 5, 6], 0)
+        scheduler.allocated(one, ([1, 2, 3, 4, 5, 6],), 0)
         scheduler.finished(one)
         step = scheduler.build(output())
         assert step.released == [ReleasePlan("a", servers.remote, LAST)] and step.dropped == []
@@ -591,7 +592,7 @@ class TestDecode:
 class TestPrefill:
     def finished(self, params: dict[str, Any]) -> tuple[bool, dict[str, Any] | None]:
         at = Rendezvous("10.0.0.1", (5600,), "e0", "pull")
-        scheduler = ProducerScheduler(CHUNK, BLOCK, 1, Naming(), lambda: at)
+        scheduler = ProducerScheduler(Groups.plain(CHUNK, BLOCK), 1, Naming(), lambda: at)
         one = request(100, params)
         scheduler.allocated(one)
         assert len(scheduler.build(output(new=[("a", [1], 0, 100)])).plans) == 1

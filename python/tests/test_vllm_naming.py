@@ -13,57 +13,21 @@ from pd_backend.vllm.adapters import Adapters, LoadedAdapters
 from pd_backend.vllm.keys import chunk_hashes
 from pd_backend.vllm.naming import NULL_BLOCK, Naming, Unnamed
 from pd_backend.vllm.consumer_scheduler import ConsumerScheduler
+from pd_backend.vllm.groups import Groups
 from pd_backend.vllm.producer_scheduler import ProducerScheduler
 from test_vllm_scheduler import BLOCK, CHUNK, SPEC, Shelf, output, request, told
 
-WINDOW = 512
 
 
 def producer(naming: Naming) -> ProducerScheduler:
-    return ProducerScheduler(CHUNK, BLOCK, 1, naming)
+    return ProducerScheduler(Groups.plain(CHUNK, BLOCK), 1, naming)
 
 
 def consumer(naming: Naming, shelf: Shelf | None = None) -> ConsumerScheduler:
-    return ConsumerScheduler(CHUNK, BLOCK, 1000, 1, shelf, naming)
+    return ConsumerScheduler(Groups.plain(CHUNK, BLOCK), 1000, 1, shelf, naming)
 
 
-class TestWindows:
-    def test_a_prompt_as_long_as_the_window_is_computed_at_decode(self) -> None:
-        # Broken in production: blocks behind the window are freed, and another request's KV is sent in their place.
-        for tokens, sent in ((WINDOW - 1, True), (WINDOW, False), (3 * WINDOW, False)):
-            one = request(tokens, output=[7])
-            shelf = Shelf(range(9999))
-            prefill, decode = producer(Naming(window_tokens=WINDOW)), consumer(Naming(window_tokens=WINDOW), shelf)
-            prefill.allocated(one)
-            blocks = list(range(1, 1 + -(-tokens // BLOCK)))
-            step = prefill.build(output(new=[("a", blocks, 0, tokens)]))
-            assert bool(step.plans) == bool(step.chunks) == sent
-            keep, response = prefill.finished(one)
-            assert keep == sent and ("not_sent" in (response or {})) == (not sent)
-            decode.arrived(one)
-            assert decode.matched(one, 0) == ((tokens, True) if sent else (0, False))
-            assert bool(decode.build(output()).announced) == sent
-            decode.allocated(one, blocks, tokens if sent else 0)
-            assert decode.build(output()).unneeded == []
-
-    def test_an_answer_that_leaves_the_window_frees_blocks_too(self) -> None:
-        # Broken in production: prefill that answers many tokens frees blocks whose chunks wait for slots.
-        one = request(WINDOW - 1)
-        one.max_tokens = 2
-        prefill = producer(Naming(window_tokens=WINDOW))
-        prefill.allocated(one)
-        assert prefill.build(output(new=[("a", [1, 2, 3, 4], 0, WINDOW - 1)])).plans == []
-
-    def test_a_request_that_has_grown_out_of_the_window_is_not_looked_up(self) -> None:
-        # Broken in production: after a preemption, chunks are loaded into blocks that vLLM has left out.
-        naming, shelf = Naming(window_tokens=WINDOW), Shelf(range(WINDOW - 1), range(WINDOW), range(300), range(9999))
-        assert consumer(naming, shelf).matched(request(WINDOW - 1, {}), 0) == (WINDOW - 1, True)
-        decode = consumer(naming, shelf)
-        # Its prompt alone is inside.
-        grown = request(300, {}, output=list(range(300, 300 + WINDOW)))
-        assert decode.matched(grown, 0) == (300, True)
-        assert decode.matched(request(WINDOW, {}, "b"), 0) == (0, False)
-
+class TestSkippedBlocks:
     @pytest.mark.parametrize("blocks", [[0, 1, 2, 3, 4, 5], [1, 2, 0, 3, 4, 5]])
     def test_a_null_block_is_never_put_under_a_key(self, blocks: list[int]) -> None:
         # Broken in production: a block that the engine has skipped is sent as the KV of real tokens.
@@ -178,7 +142,7 @@ class TestAdapters:
         # Broken in production: decode loads what prefill computed with another adapter.
         decode = consumer(naming_adapters())
         assert decode.matched(with_adapter(ad), 0) == (300, True)
-        decode.allocated(with_adapter(ad), [1, 2, 3], 300)
+        decode.allocated(with_adapter(ad), ([1, 2, 3],), 300)
         (plan,) = decode.build(output()).loads
         assert plan.hashes == chunk_hashes(list(range(300)), CHUNK, naming_adapters().name(with_adapter(ad), 300).context)
         assert plan.adapter is not None and plan.adapter.lora_id == 1
@@ -187,7 +151,7 @@ class TestAdapters:
         decode.arrived(late)
         (ad / "adapter_config.json").unlink()
         assert decode.matched(late, 0) == (0, False)
-        decode.allocated(late, [4, 5, 6], 0)
+        decode.allocated(late, ([4, 5, 6],), 0)
         assert decode.build(output()).unneeded == ["b"]
 
 
@@ -208,7 +172,7 @@ def test_images_that_are_counted_are_computed_at_decode() -> None:
 
 def test_each_reason_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     # Broken in production: nobody learns why decode computes prompts, or a line for each request fills the disk.
-    naming = Naming(window_tokens=WINDOW)
+    naming = Naming(last_is_computed=True)
 
     def refused(one: Any) -> str:
         with pytest.raises(Unnamed) as unnamed:
@@ -219,7 +183,7 @@ def test_each_reason_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     embeddings.prompt_embeds = object()
     with caplog.at_level(logging.WARNING, "vllm.pd_backend"):
         for _ in range(2):
-            assert "600 tokens are not all inside the window of 512" in refused(request(600))
+            assert "this one has no other" in refused(request(1))
             assert "embeddings" in refused(embeddings)
     assert len(caplog.records) == 2
     assert all("computed where it arrived" in record.getMessage() for record in caplog.records)

@@ -11,7 +11,7 @@ import pytest
 from pd_backend.vllm.keys import chunk_hashes
 from pd_backend.vllm.naming import Naming
 from pd_backend.vllm.consumer_scheduler import ConsumerScheduler
-from pd_backend.vllm.layout import blocks_of
+from pd_backend.vllm.groups import Groups
 from pd_backend.vllm.producer_scheduler import ProducerScheduler
 from pd_backend.vllm.spec import ParkSpec, RemoteSpec, Rendezvous, parked_answer
 from pd_backend.vllm.step import SendOutcomes
@@ -68,16 +68,9 @@ def told(step: Any) -> list[tuple[int, list[int]]]:
     return [(chunk.chunk, chunk.block_ids) for chunk in step.chunks]
 
 
-def test_blocks_of_a_chunk() -> None:
-    # Broken in production: a chunk is cut at the wrong block.
-    assert [blocks_of(chunk, 256, 128, 700) for chunk in range(3)] == [range(0, 2), range(2, 4), range(4, 6)]
-    assert blocks_of(0, 256, 128, 1) == range(0, 1)
-    assert blocks_of(1, 256, 128, 300) == range(2, 3)
-
-
 class TestProducer:
     def scheduler(self, tp_size: int = 1) -> ProducerScheduler:
-        return ProducerScheduler(CHUNK, BLOCK, tp_size, Naming())
+        return ProducerScheduler(Groups.plain(CHUNK, BLOCK), tp_size, Naming())
 
     def test_chunks_are_told_as_soon_as_they_are_computed(self) -> None:
         # Broken in production: with chunked prefill, nothing crosses before the whole prompt is computed.
@@ -265,7 +258,7 @@ class TestProducer:
     def test_decode_keeps_the_whole_chunks_of_what_it_has_answered(self) -> None:
         # Broken in production: the next turn computes the answer again; or is given KV of a token that was not computed.
         at = Rendezvous("h", (1,), "me", "pull")
-        scheduler = ProducerScheduler(CHUNK, BLOCK, 1, Naming(), lambda: at)
+        scheduler = ProducerScheduler(Groups.plain(CHUNK, BLOCK), 1, Naming(), lambda: at)
         one = request(500, {}, output=range(13))
         one.num_computed_tokens = 512
         keep, params = scheduler.keep(one, [1, 2, 3, 4, 5])
@@ -336,7 +329,7 @@ class TestProducer:
         assert scheduler.build(output()).dropped == ["a"]
 
     def unsolicited(self) -> ProducerScheduler:
-        return ProducerScheduler(CHUNK, BLOCK, 1, Naming(), unsolicited=True)
+        return ProducerScheduler(Groups.plain(CHUNK, BLOCK), 1, Naming(), unsolicited=True)
 
 
 class Shelf:
@@ -360,11 +353,11 @@ class Shelf:
 
 class TestConsumer:
     def scheduler(self, shelf: Shelf | None = None, tp_size: int = 1, num_blocks: int = 1000) -> ConsumerScheduler:
-        return ConsumerScheduler(CHUNK, BLOCK, num_blocks, tp_size, shelf, Naming())
+        return ConsumerScheduler(Groups.plain(CHUNK, BLOCK), num_blocks, tp_size, shelf, Naming())
 
     def test_a_step_that_computes_nothing_says_so(self) -> None:
         # Broken in production: workers wait for chunks while they should compute, or never wait and load a step later.
-        for scheduler in (self.scheduler(), ProducerScheduler(CHUNK, BLOCK, 1, Naming())):
+        for scheduler in (self.scheduler(), ProducerScheduler(Groups.plain(CHUNK, BLOCK), 1, Naming())):
             assert scheduler.build(output()).idle
             assert not scheduler.build(output(new=[("z", [1], 0, 10)])).idle
 
@@ -375,12 +368,12 @@ class TestConsumer:
         scheduler.arrived(one)
         assert scheduler.build(output()).announced == [("a", "router-1")]
         assert scheduler.matched(one, 0) == scheduler.matched(one, 0) == (700, True)
-        scheduler.allocated(one, [4, 5, 6, 7, 8, 9], 700)
+        scheduler.allocated(one, ([4, 5, 6, 7, 8, 9],), 700)
         (load,) = scheduler.build(output()).loads
         assert (load.req_id, load.tokens, load.first_block, load.block_ids) == ("router-1", 700, 0, [4, 5, 6, 7, 8, 9])
         # vLLM calls again once it is loaded, with nothing external.
         scheduler.received(["a"], ())
-        scheduler.allocated(one, [4, 5, 6, 7, 8, 9], 0)
+        scheduler.allocated(one, ([4, 5, 6, 7, 8, 9],), 0)
         assert scheduler.build(output()).unneeded == []
         scheduler.finished(one)
         assert not scheduler.pending() and scheduler.build(output()).dropped == []
@@ -391,7 +384,7 @@ class TestConsumer:
         # what another rank would be sent for its own.
         shelf = Shelf(range(512))
         scheduler = ConsumerScheduler(
-            CHUNK, BLOCK, 1000, 1, shelf, Naming(), own_ports=lambda: [9] if known else None
+            Groups.plain(CHUNK, BLOCK), 1000, 1, shelf, Naming(), own_ports=lambda: [9] if known else None
         )
         one = request(700)
         scheduler.arrived(one)
@@ -428,10 +421,10 @@ class TestConsumer:
         scheduler = self.scheduler(tp_size=2, num_blocks=16)
         first, second, third = (request(256, request_id=name) for name in "abc")
         assert scheduler.matched(first, 0) == (256, True)
-        scheduler.allocated(first, [0, 1], 256)
+        scheduler.allocated(first, ([0, 1],), 256)
         # Two of four: there is room for one more.
         assert scheduler.matched(second, 0) == (256, True)
-        scheduler.allocated(second, [2, 3], 256)
+        scheduler.allocated(second, ([2, 3],), 256)
         assert scheduler.matched(third, 0) == (None, False)
         assert [plan.request_id for plan in scheduler.build(output()).loads] == ["a", "b"]
         # What is cached here needs no blocks, and no waiting.
@@ -441,19 +434,19 @@ class TestConsumer:
         assert scheduler.matched(third, 0) == (None, False)
         scheduler.here(["c"])
         assert scheduler.matched(third, 0) == (256, True)
-        scheduler.allocated(third, [4, 5], 256)
+        scheduler.allocated(third, ([4, 5],), 256)
         assert [plan.request_id for plan in scheduler.build(output()).loads] == ["c"]
         fourth, fifth, sixth = (request(256, request_id=name) for name in "def")
         assert scheduler.matched(fourth, 0) == (None, False)
         # Loaded, or given up: its place is another's.
         scheduler.received(["a"], ())
         assert scheduler.matched(fourth, 0) == (256, True)
-        scheduler.allocated(fourth, [6, 7], 256)
+        scheduler.allocated(fourth, ([6, 7],), 256)
         assert scheduler.matched(fifth, 0) == (None, False)
         scheduler.finished(second)
         assert scheduler.matched(fifth, 0) == (256, True)
         # One that lost its blocks waits for nobody: it is looked up, or computed.
-        scheduler.allocated(fifth, [8, 9], 256)
+        scheduler.allocated(fifth, ([8, 9],), 256)
         scheduler.received(["e"], ())
         scheduler.build(output(preempted=["e"]))
         assert scheduler.matched(fifth, 0) == (0, False)
@@ -487,11 +480,11 @@ class TestConsumer:
         scheduler = self.scheduler(Shelf(range(1)))
         one = request(1)
         assert scheduler.matched(one, 0) == (1, True)
-        scheduler.allocated(one, [4], 1)
+        scheduler.allocated(one, ([4],), 1)
         scheduler.build(output())
         scheduler.received(["a"], ())
         assert scheduler.matched(one, 0) == (0, False)
-        scheduler.allocated(one, [4], 0)
+        scheduler.allocated(one, ([4],), 0)
         assert (scheduler.build(output()).loads, scheduler.pending()) == ([], False)
 
     def test_prompts_of_one_list_are_each_asked_for(self) -> None:
@@ -502,7 +495,7 @@ class TestConsumer:
         for name in ("a", "b"):
             asked = request(300, params, request_id=name)
             assert scheduler.matched(asked, 0) == (300, True)
-            scheduler.allocated(asked, [1, 2, 3], 300)
+            scheduler.allocated(asked, ([1, 2, 3],), 300)
             (plan,) = scheduler.build(output()).loads
             assert plan.remote is not None and plan.remote.ids == ("cmpl-1",)
             # vLLM itself reads this.
@@ -513,7 +506,7 @@ class TestConsumer:
         scheduler = self.scheduler()
         one = request(700)
         assert scheduler.matched(one, 384) == (316, True)
-        scheduler.allocated(one, [1, 2, 3, 7, 8, 9], 316)
+        scheduler.allocated(one, ([1, 2, 3, 7, 8, 9],), 316)
         (load,) = scheduler.build(output()).loads
         assert (load.first_block, load.block_ids) == (3, [1, 2, 3, 7, 8, 9])
 
@@ -523,7 +516,7 @@ class TestConsumer:
         one = request(256)
         scheduler.arrived(one)
         assert scheduler.matched(one, 256) == (0, False)
-        scheduler.allocated(one, [1, 2], 0)
+        scheduler.allocated(one, ([1, 2],), 0)
         assert scheduler.pending()
         assert scheduler.build(output()).unneeded == ["a"]
         scheduler.finished(one)
@@ -534,7 +527,7 @@ class TestConsumer:
         scheduler = self.scheduler(tp_size=2)
         one = request(256)
         scheduler.arrived(one)
-        scheduler.allocated(one, [1, 2], 0)
+        scheduler.allocated(one, ([1, 2],), 0)
         scheduler.build(output())
         scheduler.finished(one)
         for _ in range(2):
@@ -550,7 +543,7 @@ class TestConsumer:
             scheduler.arrived(one)
             scheduler.matched(one, 0)
             if loading:
-                scheduler.allocated(one, [4, 5, 6, 7, 8, 9], 700)
+                scheduler.allocated(one, ([4, 5, 6, 7, 8, 9],), 700)
             scheduler.build(output())
             scheduler.finished(one)
             assert scheduler.pending()
@@ -563,7 +556,7 @@ class TestConsumer:
         one = request(600, {})
         assert scheduler.matched(one, 0) == scheduler.matched(one, 0) == (600, True)
         assert shelf.asked == 1 and shelf.held == {"a"}
-        scheduler.allocated(one, [1, 2, 3, 4, 5], 600)
+        scheduler.allocated(one, ([1, 2, 3, 4, 5],), 600)
         (load,) = scheduler.build(output()).loads
         assert (load.req_id, load.hashes) == (None, chunk_hashes(list(range(600)), CHUNK))
         scheduler.received(["a"], ())
@@ -603,7 +596,7 @@ class TestConsumer:
         scheduler = self.scheduler(shelf)
         one = request(512)
         scheduler.matched(one, 0)
-        scheduler.allocated(one, [1, 2, 3, 4], 512)
+        scheduler.allocated(one, ([1, 2, 3, 4],), 512)
         scheduler.build(output())
         scheduler.received(["a"], ())
         scheduler.build(output(preempted=["a"]))
@@ -621,7 +614,7 @@ class TestConsumer:
         scheduler = self.scheduler(shelf)
         one = request(512)
         scheduler.matched(one, 0)
-        scheduler.allocated(one, [1, 2, 3, 4], 512)
+        scheduler.allocated(one, ([1, 2, 3, 4],), 512)
         scheduler.build(output())
         for request_ids, failed_blocks in news:
             scheduler.received(request_ids, failed_blocks)
@@ -633,14 +626,14 @@ class TestConsumer:
     def test_what_this_very_server_has_prefilled_is_looked_up_and_released_at_the_end(self) -> None:
         # Broken in production: a router chooses one server of kv_both for both parts, and it waits for itself to send.
         shelf, at = Shelf(range(600)), Rendezvous("h", (1,), "me", "pull")
-        scheduler = ConsumerScheduler(CHUNK, BLOCK, 1000, 1, shelf, Naming(), lambda: at)
+        scheduler = ConsumerScheduler(Groups.plain(CHUNK, BLOCK), 1000, 1, shelf, Naming(), lambda: at)
         params = parked_answer("cmpl-1", at, [7], 600)
         one, other = request(600, dict(params)), request(600, params | {"remote_engine_id": "pd1:you:1"}, "b")
         for each in (one, other):
             scheduler.arrived(each)
         assert [hold.request_id for hold in scheduler.build(output()).holds] == ["b"]
         assert scheduler.matched(one, 0) == (600, True) and shelf.asked == 1
-        scheduler.allocated(one, [1, 2, 3, 4, 5], 600)
+        scheduler.allocated(one, ([1, 2, 3, 4, 5],), 600)
         step = scheduler.build(output())
         assert (step.loads[0].req_id, step.loads[0].remote, step.released) == (None, None, [])
         # As vLLM wants it of a request that has had its transfer.
@@ -653,7 +646,7 @@ class TestConsumer:
     def test_the_turn_before_is_asked_for_if_enough_is_missing(self) -> None:
         # Broken in production: prefill computes what decode has, or waits for chunks that it computes sooner.
         shelf = Shelf(range(768))
-        scheduler = ConsumerScheduler(CHUNK, BLOCK, 1000, 2, shelf, Naming(), next_turn_tokens=512)
+        scheduler = ConsumerScheduler(Groups.plain(CHUNK, BLOCK), 1000, 2, shelf, Naming(), next_turn_tokens=512)
         asked = {"do_remote_decode": True, "do_remote_prefill": False}
         long, cached, short = (request(tokens, asked, name) for tokens, name in ((1000, "a"), (1000, "b"), (500, "c")))
         for each in (long, cached, short):
@@ -677,7 +670,7 @@ class TestConsumer:
         shelf.ready.add(hashes[0])
         assert scheduler.matched(long, 0) == scheduler.matched(long, 0) == (768, True)
         assert scheduler.build(output()).turns_over == ["b", "a"] and shelf.held == {"a"}
-        scheduler.allocated(long, [1, 2, 3, 4, 5, 6, 7, 8], 768)
+        scheduler.allocated(long, ([1, 2, 3, 4, 5, 6, 7, 8],), 768)
         (load,) = scheduler.build(output()).loads
         assert (load.req_id, load.remote, load.hashes) == (None, None, hashes[:3])
         scheduler.received(["a"], ())
@@ -691,7 +684,7 @@ class TestConsumer:
 
     def test_who_asks_for_no_turn_is_not_known(self) -> None:
         # Broken in production: a prefill server looks chunks up that it was told to compute.
-        for scheduler in (self.scheduler(Shelf()), ConsumerScheduler(CHUNK, BLOCK, 9, 1, None, Naming(), next_turn_tokens=1)):
+        for scheduler in (self.scheduler(Shelf()), ConsumerScheduler(Groups.plain(CHUNK, BLOCK), 9, 1, None, Naming(), next_turn_tokens=1)):
             scheduler.arrived_to_be_prefilled(request(1000, {"do_remote_decode": True}))
             assert not scheduler.knows("a")
 

@@ -40,6 +40,8 @@ class Memory:
         self.layers = LAYERS
         self.layer_index = {name: index for index, name in enumerate(NAMES)}
         self.gathered: list[range] = []
+        #: All layers are one group.
+        self.groups = (self,)
 
     @staticmethod
     def memory(array: np.ndarray) -> np.ndarray:
@@ -51,7 +53,7 @@ class Memory:
     def chunk_bytes(self, blocks: int) -> int:
         return LAYERS * blocks * BLOCK_BYTES
 
-    def gather(self, block_ids: Sequence[int], slot: np.ndarray, *, layers: range) -> None:
+    def gather(self, block_ids: Sequence[int], slot: np.ndarray, *, layers: range = range(LAYERS)) -> None:
         self.gathered.append(layers)
         shaped = slot.reshape(LAYERS, len(block_ids), BLOCK_BYTES)
         shaped[layers.start : layers.stop] = self.kv[layers.start : layers.stop, list(block_ids)]
@@ -72,16 +74,19 @@ class Pair:
         receive_wait_s: float = PATIENCE_S,
         consumer_weights: Weights | None = None,
         told: bool = False,
+        layout: EngineLayout = LAYOUT,
+        memory: Callable[[int], Any] = Memory,
         **options: Any,
     ) -> None:
-        """`told`: the sender parks, and knows the receiver in advance."""
+        """`told`: the sender parks, and knows the receiver in advance. `memory` makes each end's, of another seed."""
+        self.layout = layout
 
         def supervisor(name: str, client: type[Client], slots: int, *sets: str) -> Supervisor[Any]:
             arguments = []
-            for key in ("transfer_channel=local", f"pd_buffer_size={slots * LAYOUT.chunk_bytes}", *DEADLINES, *sets):
+            for key in ("transfer_channel=local", f"pd_buffer_size={slots * layout.chunk_bytes}", *DEADLINES, *sets):
                 arguments += ["--set", key]
             watched = Supervisor(
-                binary(name), arguments, LAYOUT.json(), client, echo_log=False, restarts_max=2, restart_window_s=3600
+                binary(name), arguments, layout.json(), client, echo_log=False, restarts_max=2, restart_window_s=3600
             )
             stack.callback(watched.close)
             return watched
@@ -92,11 +97,11 @@ class Pair:
         named = ("pd_rendezvous_port=0", f"pd_receivers=[127.0.0.1:{init_port}:{alloc_port}]") if told else ()
         self.receiver = supervisor("pd-receiver", ReceiverClient, receiver_slots, *ports)
         self.sender = supervisor("pd-sender", SenderClient, sender_slots, *named)
-        self.source, self.target = Memory(1), Memory(2)
-        self.producer = ProducerWorker(Attachment(self.sender, self.source), LAYOUT, "uint8", **options)
+        self.source, self.target = memory(1), memory(2)
+        self.producer = ProducerWorker(Attachment(self.sender, self.source), layout, "uint8", **options)
         self.consumer = ConsumerWorker(
             Attachment(self.receiver, self.target),
-            LAYOUT,
+            layout,
             "uint8",
             receive_wait_s=receive_wait_s,
             weights=consumer_weights,

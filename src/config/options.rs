@@ -44,7 +44,8 @@ pub struct Options {
     ///
     /// A JSON file: {"model": "m", "dtype": "bfloat16", "layers": 32, "kv_heads": 8, "head_size": 128, "kv_planes": 2},
     /// with the KV heads of this rank; or {"model": "m", "chunk_bytes": 33554432, "chunk_tokens": 256}. A hybrid model has
-    /// "groups": [{"name": "full", "layers": 8}, {"name": "sliding", "layers": 24}], with what they share at the top.
+    /// "groups": [{"name": "full", "layers": 8}, {"name": "sliding", "layers": 24}], with what they share at the top. A group
+    /// of which every chunk has its whole length, the last one as well, says "whole": true.
     #[arg(long, value_name = "LAYOUT.JSON")]
     pub kv_layout: Option<PathBuf>,
 

@@ -15,7 +15,7 @@ impl KvLayout {
         }
         for group in &self.groups {
             let prefix = if self.groups.len() > 1 { format!("{}.", group.name) } else { String::new() };
-            fields.extend(group.fingerprint().map(|(name, value)| (format!("{prefix}{name}"), value)));
+            fields.extend(group.fingerprint().into_iter().map(|(name, value)| (format!("{prefix}{name}"), value)));
         }
         let whole = [
             ("chunk_tokens", self.chunk_tokens.to_string()),
@@ -52,6 +52,7 @@ mod tests {
             (|l| l.groups[0].kv_heads = 4, "kv_heads"),
             (|l| l.groups[0].head_size = 64, "head_size"),
             (|l| l.groups[0].kv_planes = 1, "planes"),
+            (|l| l.groups[0].whole = true, "chunks"),
             (|l| l.chunk_tokens = 128, "chunk_tokens"),
             (|l| l.tp_rank = 1, "tp_rank"),
             (|l| l.tp_size = 2, "tp_size"),

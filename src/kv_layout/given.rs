@@ -11,7 +11,8 @@
 //! A hybrid model has `groups`: a list of objects with a `name` and the fields of that group's layers (or its
 //! `chunk_bytes`); what a group leaves out is taken from the top.
 //! `{"model": "m", "dtype": "bfloat16", "kv_heads": 8, "head_size": 128, "kv_planes": 2, "chunk_tokens": 256, "groups":
-//! [{"name": "full", "layers": 8}, {"name": "sliding", "layers": 24}]}`.
+//! [{"name": "full", "layers": 8}, {"name": "sliding", "layers": 24}]}`. A group with `"whole": true` has no short chunks:
+//! its last one is as long as all others.
 
 use std::collections::BTreeMap;
 
@@ -53,7 +54,7 @@ const FIELDS: &[&str] = &[
 ];
 /// Fields that a group has, besides its name and what it takes from the top.
 const GROUP_FIELDS: &[&str] =
-    &["name", "dtype", "dtype_bytes", "layers", "kv_heads", "head_size", "kv_planes", "chunk_bytes"];
+    &["name", "dtype", "dtype_bytes", "layers", "kv_heads", "head_size", "kv_planes", "chunk_bytes", "whole"];
 /// Fields that an opaque layout cannot have besides `chunk_bytes`.
 const SHAPE_FIELDS: &[&str] = &["dtype_bytes", "layers", "kv_heads", "head_size", "kv_planes"];
 
@@ -138,10 +139,11 @@ fn named_groups(groups: &Value, top: &Map<String, Value>, chunk_tokens: u32) -> 
 
 fn group(name: String, given: &Given<'_>, chunk_tokens: u32) -> Result<KvGroup, LayoutError> {
     let chunk_bytes = given.bytes("chunk_bytes")?;
-    let group = match chunk_bytes {
+    let mut group = match chunk_bytes {
         Some(chunk_bytes) if !given.has_shape() => opaque_group(name, chunk_bytes, chunk_tokens)?,
         _ => group_of_fields(name, given)?,
     };
+    group.whole = given.read("whole", "true or false", Value::as_bool)?.unwrap_or(false);
     agree("chunk_bytes", chunk_bytes, "the other fields", Some(group.partial_bytes(chunk_tokens)))?;
     Ok(group)
 }
@@ -169,6 +171,7 @@ fn opaque_group(name: String, chunk_bytes: u64, chunk_tokens: u32) -> Result<KvG
             kv_heads: 1,
             head_size,
             kv_planes: 1,
+            whole: false,
         }),
         _ => Err(LayoutError::Conflict {
             first: format!("chunk_bytes = {chunk_bytes}"),
@@ -208,6 +211,7 @@ fn group_of_fields(name: String, given: &Given<'_>) -> Result<KvGroup, LayoutErr
         kv_heads: required("kv_heads")?,
         head_size: required("head_size")?,
         kv_planes: required("kv_planes")?,
+        whole: false,
     })
 }
 
@@ -366,14 +370,21 @@ mod tests {
             {"name": "full", "layers": 8},
             {"name": "sliding", "layers": 24, "kv_heads": 2, "dtype": "float8_e4m3fn"},
             {"name": "draft", "chunk_bytes": 256 * 100},
+            {"name": "state", "chunk_bytes": 256 * 7, "whole": true},
         ]);
         json.as_object_mut().unwrap().remove("layers");
         let hybrid = layout(&json).unwrap();
         let token_bytes: Vec<u64> = hybrid.groups.iter().map(KvGroup::token_bytes).collect();
-        assert_eq!(token_bytes, [2 * 8 * 8 * 128 * 2, 2 * 24 * 2 * 128, 100]);
+        assert_eq!(token_bytes, [2 * 8 * 8 * 128 * 2, 2 * 24 * 2 * 128, 100, 7]);
+        assert_eq!(hybrid.groups.iter().map(|group| group.whole).collect::<Vec<_>>(), [false, false, false, true]);
         assert_eq!(hybrid.chunk_bytes(), token_bytes[0] * 256);
         let fingerprint = hybrid.fingerprint();
-        for field in [("groups", "full,sliding,draft"), ("sliding.layers", "24"), ("draft.format", "opaque")] {
+        for field in [
+            ("groups", "full,sliding,draft,state"),
+            ("sliding.layers", "24"),
+            ("draft.format", "opaque"),
+            ("state.chunks", "whole"),
+        ] {
             assert!(fingerprint.contains(&(field.0.to_owned(), field.1.to_owned())), "{field:?} in {fingerprint:?}");
         }
         for (groups, text) in [
@@ -388,7 +399,7 @@ mod tests {
             ),
             (
                 json!([{"name": "a", "layer": 1}]),
-                "field `layer` is not a field of a layout; did you mean `layers`?; the fields are name, dtype, dtype_bytes, layers, kv_heads, head_size, kv_planes, chunk_bytes",
+                "field `layer` is not a field of a layout; did you mean `layers`?; the fields are name, dtype, dtype_bytes, layers, kv_heads, head_size, kv_planes, chunk_bytes, whole",
             ),
             (
                 json!([{"name": "a", "layers": 1, "chunk_bytes": 5}]),

@@ -28,6 +28,9 @@ pub struct KvGroup {
     pub head_size: u32,
     /// 2 where keys and values are kept apart, 1 for MLA's compressed KV.
     pub kv_planes: u32,
+    /// Whether every chunk of the group has its whole length, the last one as well: blocks inside a window and states
+    /// are such chunks, whose number does not follow from the prompt's length alone.
+    pub whole: bool,
 }
 
 impl KvGroup {
@@ -72,20 +75,25 @@ impl KvGroup {
     }
 
     /// Its fields by name, as the handshake compares them.
-    pub(super) fn fingerprint(&self) -> [(&'static str, String); 6] {
+    pub(super) fn fingerprint(&self) -> Vec<(&'static str, String)> {
         let format = match (self.is_opaque(), self.kv_planes) {
             (true, _) => "opaque",
             (false, 1) => "KV_MLA_FMT",
             (false, _) => "KV_2LTD",
         };
-        [
+        let mut fields = vec![
             ("dtype", self.dtype.clone()),
             ("layers", self.layers.to_string()),
             ("kv_heads", self.kv_heads.to_string()),
             ("head_size", self.head_size.to_string()),
             ("planes", self.kv_planes.to_string()),
             ("format", format.to_owned()),
-        ]
+        ];
+        // Daemons that know no such groups agree on all the others.
+        if self.whole {
+            fields.push(("chunks", "whole".to_owned()));
+        }
+        fields
     }
 
     /// Checks every number, so that all the sizes above are exact and none is 0.

@@ -134,6 +134,7 @@ pub(crate) mod tests {
                 kv_heads: 8,
                 head_size: 128,
                 kv_planes: 2,
+                whole: false,
             }],
             engine: BTreeMap::new(),
         }

@@ -83,6 +83,7 @@ pub fn from_model_config(json: &str, options: &ModelOptions) -> Result<KvLayout,
             kv_heads,
             head_size,
             kv_planes,
+            whole: false,
         }],
         engine: BTreeMap::new(),
     };

@@ -11,6 +11,8 @@ pub struct ChunkShape {
     pub chunk_tokens: u32,
     /// Bytes of one token, for each group of layers.
     pub token_bytes: Vec<u64>,
+    /// For each group, whether its chunks are whole, the last one as well.
+    pub whole: Vec<bool>,
     /// LMCache's number of the memory format, of the first group.
     pub wire_format: i64,
     /// Shape of a whole chunk of the first group on LMCache's wire.
@@ -27,8 +29,8 @@ pub(super) struct ChunkSize {
 }
 
 impl ChunkShape {
-    /// The chunks of a request: whole ones, but for the last of each group, which has `last_tokens` tokens. Without
-    /// `groups` all are of the first.
+    /// The chunks of a request: whole ones, but for the last of each group that has short ones, which has `last_tokens` tokens.
+    /// Without `groups` all are of the first.
     ///
     /// # Errors
     /// Numbers that do not go together, as a failure that names them.
@@ -61,12 +63,28 @@ impl ChunkShape {
             .map(|index| {
                 let group = group_of(index);
                 let is_last = !std::mem::replace(&mut last_seen[usize::from(group.0)], true);
-                let tokens = if is_last { last_tokens } else { u64::from(self.chunk_tokens) };
+                let tokens = if is_last && !self.is_whole(group) { last_tokens } else { u64::from(self.chunk_tokens) };
                 ChunkSize { group, len_bytes: self.token_bytes[usize::from(group.0)] * tokens }
             })
             .collect();
         sizes.reverse();
         Ok(sizes)
+    }
+
+    /// Whether this group has no short chunks.
+    pub(super) fn is_whole(&self, group: GroupIndex) -> bool {
+        self.whole.get(usize::from(group.0)).copied().unwrap_or(false)
+    }
+
+    /// Why LMCache's wire cannot describe these chunks: it knows one group, whose last chunk may be short. None where it can.
+    pub(super) fn beyond_lmcache(&self) -> Option<&'static str> {
+        match (self.token_bytes.len(), self.is_whole(GroupIndex::default())) {
+            (1, false) => None,
+            (1, true) => {
+                Some("the layout's chunks are blocks inside a window or states, and LMCache's are ranges of tokens")
+            }
+            _ => Some("the layout has several groups of layers, and LMCache's wire has one"),
+        }
     }
 }
 
@@ -78,7 +96,8 @@ mod tests {
         let shape = ChunkShape {
             slot_bytes: 80,
             chunk_tokens: 8,
-            token_bytes: vec![10, 3],
+            token_bytes: vec![10, 3, 2],
+            whole: vec![false, false, true],
             wire_format: 1,
             wire_shape: vec![],
             dtype: "bfloat16".into(),
@@ -95,6 +114,8 @@ mod tests {
         assert_eq!(sizes(1, &[1], 8).unwrap(), [24]);
         assert_eq!(sizes(4, &[0, 1, 0, 1], 1).unwrap(), [80, 24, 10, 3]);
         assert_eq!(sizes(3, &[1, 0, 0], 5).unwrap(), [15, 80, 50]);
+        // But for groups of which every chunk is whole.
+        assert_eq!(sizes(4, &[2, 0, 2, 0], 5).unwrap(), [16, 80, 16, 50]);
     }
 
     #[test]
@@ -104,6 +125,6 @@ mod tests {
         assert_eq!(sizes(1, &[], 9).unwrap_err(), "r has 9 tokens in its last chunk; expected 1 to 8");
         assert_eq!(sizes(1, &[], 0).unwrap_err(), "r has 0 tokens in its last chunk; expected 1 to 8");
         assert_eq!(sizes(2, &[0], 1).unwrap_err(), "r has 2 chunks and 1 groups; name the group of each chunk");
-        assert_eq!(sizes(1, &[2], 1).unwrap_err(), "r has a chunk of group 2; the layout has 2, counted from 0");
+        assert_eq!(sizes(1, &[3], 1).unwrap_err(), "r has a chunk of group 3; the layout has 3, counted from 0");
     }
 }

@@ -57,7 +57,7 @@ pub(super) fn check(ours: &Hello, theirs: &Hello) -> Result<(), Failure> {
 pub(super) const NAME_LEN_BYTES_MAX: usize = 256;
 /// Longest name or value of a layout field, in bytes. The names of all groups together are the longest.
 const VALUE_LEN_BYTES_MAX: usize = 1024;
-/// Most layout fields or capabilities. A layout with as many groups and facts of its serving engine as there may be has 86.
+/// Most layout fields or capabilities. A layout with as many groups and facts of its serving engine as there may be has 94.
 const FIELDS_MAX: usize = 128;
 
 /// Most receivers that a handshake names: as many as can be connected, and as many again that are lost and still written to.

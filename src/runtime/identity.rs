@@ -58,6 +58,7 @@ fn chunk_shape(config: &Config) -> ChunkShape {
         slot_bytes: layout.chunk_bytes(),
         chunk_tokens: layout.chunk_tokens,
         token_bytes: layout.groups.iter().map(KvGroup::token_bytes).collect(),
+        whole: layout.groups.iter().map(|group| group.whole).collect(),
         wire_format: first.wire_format(),
         wire_shape: first.wire_shape(layout.chunk_tokens),
         dtype: first.wire_dtype().to_owned(),

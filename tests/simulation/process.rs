@@ -121,6 +121,7 @@ fn chunk_shape(plan: &Plan) -> ChunkShape {
     ChunkShape {
         slot_bytes: CHUNK_BYTES,
         token_bytes: TOKEN_BYTES[..groups].to_vec(),
+        whole: vec![false; groups],
         chunk_tokens: TOKENS,
         wire_format: 1,
         wire_shape: vec![2, 1, u64::from(TOKENS), 2],

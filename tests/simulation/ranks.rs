@@ -97,6 +97,7 @@ fn settings(name: &str, slots: u64) -> NodeSettings {
         chunk: ChunkShape {
             slot_bytes: CHUNK_BYTES,
             token_bytes: vec![4],
+            whole: vec![false],
             chunk_tokens: 4,
             wire_format: 1,
             wire_shape: vec![2, 1, 4, 2],

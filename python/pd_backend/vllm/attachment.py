@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, Protocol, TypeVar
 
 from ..client import Client
 from ..errors import DaemonGone, PdError
-from ..paged import PagedKv
 from .supervisor import Supervisor
 
 C = TypeVar("C", bound=Client)
+
+
+class Memory(Protocol):
+    """The engine's KV memory: a `PagedKv`, or a `PagedGroups`."""
+
+    @property
+    def groups(self) -> Sequence[Any]:
+        """What copies the blocks of each group of layers."""
+
+    def memory(self, buffer: Any) -> Any:
+        """A daemon's buffer, as its copies take parts of it."""
 
 
 class Attachment(Generic[C]):
@@ -19,10 +29,11 @@ class Attachment(Generic[C]):
     A client that one of them loses is lost to the other as well, before it is closed: they share its buffer.
     """
 
-    def __init__(self, supervisor: Supervisor[C], paged: PagedKv) -> None:
+    def __init__(self, supervisor: Supervisor[C], memory: Memory) -> None:
         self._supervisor = supervisor
-        #: The engine's memory, from which and into which the buffer's chunks are copied.
-        self.paged = paged
+        self._memory = memory
+        #: From which and into which the buffer's chunks are copied.
+        self.groups = memory.groups
         #: None while there is no daemon, or none that was looked for.
         self.client: C | None = None
         self.buffer: Any = None
@@ -47,7 +58,7 @@ class Attachment(Generic[C]):
         if client is not self.client:
             self.let_go(DaemonGone("the daemon that had its chunks has ended; another one was started since"))
             self.client = client
-            self.buffer = self.paged.memory(client.buffer.range(0, client.buffer.len_bytes))
+            self.buffer = self._memory.memory(client.buffer.range(0, client.buffer.len_bytes))
         return client
 
     def let_go(self, why: PdError) -> None:

@@ -17,6 +17,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorHandshakeMetadata,
     KVConnectorMetadata,
     KVConnectorRole,
+    KVConnectorTransferResults,
     KVConnectorWorkerMetadata,
     SupportsHMA,
 )
@@ -39,17 +40,18 @@ from .engine import (
     adapter_folder,
     dtype_name,
     engine_facts,
+    groups_of,
     images_by_count,
     one_of_several,
     running_model,
     watch_adapter_loads,
-    window_tokens,
 )
 from .finder import ReceiverFinder
 from .halves import is_sent, own_hosts
 from .hosts import HostList
 from .keys import chunk_key
 from .layout import EngineLayout
+from .memory import block_strides, memory_of
 from .metaserver import Metaservers
 from .metrics import PdPromMetrics, PdStats
 from .naming import Naming
@@ -57,6 +59,7 @@ from .observations import DaemonFigures, Observations
 from .options import Options
 from .pairing import connect_receivers
 from .prefill_servers import PrefillServers
+from .pins import BlockPins
 from .producer import ProducerWorker
 from .rank import Rank
 from .consumer_scheduler import ConsumerScheduler
@@ -160,16 +163,8 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
                     f"{option} = {size}; with it the ranks share out the tokens of a prompt, and PdConnector moves all tokens of "
                     "a rank's heads: use tensor parallelism alone"
                 )
-        groups = kv_cache_config.kv_cache_groups
-        if len(groups) != 1:
-            raise ValueError(
-                f"the model keeps {len(groups)} groups of layers with KV of their own; PdConnector moves models with "
-                "one (full attention in every layer); --disable-hybrid-kv-cache-manager makes one of them where vLLM "
-                "can"
-            )
         self._tp_size = parallel.tensor_parallel_size
-        self._block_tokens = groups[0].kv_cache_spec.block_size
-        self._chunk_tokens = self._options.chunk_tokens()
+        self._groups = groups = groups_of(kv_cache_config, self._options.chunk_tokens())
         self._model = self._options.model(vllm_config.model_config.model)
         self._dtype = dtype_name(vllm_config)
 
@@ -191,7 +186,7 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
         self._engine_cache: Any = None
         adapters_are_seen = vllm_config.lora_config is not None and watch_adapter_loads()
         self._naming = naming = Naming(
-            window_tokens=window_tokens(groups[0].kv_cache_spec),
+            last_is_computed=not groups.is_plain,
             images_by_count=images_by_count(vllm_config),
             adapters=Adapters(adapter_folder) if adapters_are_seen else None,
         )
@@ -200,13 +195,13 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
             return
         if self._sends:
             self._producer_scheduler = ProducerScheduler(
-                self._chunk_tokens,
-                self._block_tokens,
+                groups,
                 self._tp_size,
                 naming,
                 self._rendezvous,
                 # A server of both roles cannot tell a prompt that is to be prefilled from one of a single token.
                 self._options.unsolicited and kv_role == "kv_producer",
+                BlockPins(lambda: self._kv_cache_manager.block_pool),
             )
             self._bootstrap = self._start_bootstrap()
         if self._receives:
@@ -215,8 +210,7 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
             said = self._options.prefill_hosts()
             hosts = None if said is None else HostList(said)
             self._consumer_scheduler = ConsumerScheduler(
-                self._chunk_tokens,
-                self._block_tokens,
+                groups,
                 kv_cache_config.num_blocks,
                 self._tp_size,
                 self._finder,
@@ -241,20 +235,22 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
         options = self._options
         identity = options.weights_id or checkpoint.identity(self._vllm_config, psutil.Process().create_time())
         weights = Weights(identity, running_model(self._vllm_config))
-        paged = self.make_paged(kv_caches)
+        memory = memory_of(kv_caches, self._kv_cache_config, self._groups, self.make_paged)
         layout = EngineLayout(
             model=self._model,
-            chunk_tokens=self._chunk_tokens,
-            block_tokens=self._block_tokens,
-            block_bytes=paged.block_bytes,
-            layers=paged.layers,
+            chunk_tokens=self._groups.chunk_tokens,
+            block_tokens=self._groups[0].block_tokens,
+            block_bytes=memory.parts[0].block_bytes,
+            layers=memory.parts[0].layers,
             tp_rank=tensor,
             tp_size=self._tp_size,
             engine=engine_facts(
-                self._vllm_config, self._kv_cache_config, paged, identity, options.vllm_version
+                self._vllm_config, self._kv_cache_config, memory.parts, self._groups, identity, options.vllm_version
             ),
+            several=self._groups if memory.group_bytes else None,
+            group_bytes=memory.group_bytes,
         )
-        arguments = options.daemon_args(str(paged.device), rank, both=self._sends and self._receives)
+        arguments = options.daemon_args(str(memory.parts[0].device), rank, both=self._sends and self._receives)
         arguments += options.rendezvous_args(rank) if self._sends else []
         limits: dict[str, Any] = {
             "ready_timeout_s": options.ready_timeout_s,
@@ -267,10 +263,12 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
         }
         binary = find_binary(self._program, options.binary_dir)
         logger.info("starting %s of %s: chunks of %s", binary, rank, layout)
+        if layout.several is not None:
+            logger.info("groups of layers: %s; %s", layout.json()["groups"], layout.json()["engine"])
         with ExitStack() as undo:  # Whatever is raised from here on: the daemon is not left behind.
             supervisor: Supervisor[Any] = Supervisor(binary, arguments, layout.json(), self._client_type, **limits)
             undo.callback(supervisor.close)
-            daemon = self._attachment = Attachment(supervisor, paged)
+            daemon = self._attachment = Attachment(supervisor, memory.kv)
             self._supervisor, self._observations = supervisor, Observations(tensor)
             self._figures = DaemonFigures(self._observations)
             known: dict[str, Any] = {"adapters": LOADED_ADAPTERS, "weights": weights, "observations": self._observations}
@@ -298,13 +296,9 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
             undo.pop_all()
 
     def make_paged(self, kv_caches: dict[str, torch.Tensor]) -> PagedKv:
-        """The engine's KV memory as blocks. A subclass may copy otherwise."""
-        strides = {}
-        for tensor in self._kv_cache_config.kv_cache_tensors:
-            stride = getattr(tensor, "block_stride", None)  # Older releases leave it to the tensors.
-            if stride:
-                strides.update(dict.fromkeys(tensor.layers, stride))
-        return PagedKv(kv_caches, num_blocks=self._kv_cache_config.num_blocks, block_strides_bytes=strides)
+        """Layers that keep blocks of one shape under one block table. A subclass may copy otherwise."""
+        config = self._kv_cache_config
+        return PagedKv(kv_caches, num_blocks=config.num_blocks, block_strides_bytes=block_strides(config))
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
         return self._handshake
@@ -339,6 +333,12 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
         loaded, failed = self._consumer.progress()
         self._failed_blocks |= failed
         return sent or None, loaded or None
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        results = super().get_transfer_results(finished_req_ids)
+        if self._consumer is not None:
+            results.failed_recving |= self._consumer.failed_requests()
+        return results
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         failed, self._failed_blocks = self._failed_blocks, set()
@@ -477,6 +477,10 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
         assert self._consumer_scheduler is not None
         return self._consumer_scheduler.matched(request, num_computed_tokens)
 
+    def get_loaded_kv_cache_group_ids(self, request: Any) -> tuple[int, ...]:
+        """All that are loaded at all: none of their blocks is to be cleared meanwhile."""
+        return tuple(sorted(member for group in self._groups for member in group.members))
+
     def _is_loaded(self, request: Any) -> bool:
         """Whether KV of the request may come from elsewhere."""
         scheduler = self._consumer_scheduler
@@ -487,7 +491,7 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
             self._producer_scheduler.allocated(request)
         if self._is_loaded(request):
             assert self._consumer_scheduler is not None
-            self._consumer_scheduler.allocated(request, blocks.get_block_ids()[0], num_external_tokens)
+            self._consumer_scheduler.allocated(request, blocks.get_block_ids(), num_external_tokens)
             if num_external_tokens > 0 and not self._prefills(request):
                 prompt_tokens.transferred_are_not_cached(request)
 
@@ -513,7 +517,9 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
                 self._daemon_is(at)
         if self._consumer_scheduler is not None:
             self._consumer_scheduler.received(
-                connector_output.finished_recving or (), connector_output.invalid_block_ids or ()
+                connector_output.finished_recving or (),
+                connector_output.invalid_block_ids or (),
+                getattr(connector_output, "failed_recving", None) or (),
             )
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ..client import Pending
@@ -14,7 +14,7 @@ from .adapters import LoadedAdapters
 from .attachment import Attachment
 from .keys import chunk_key
 from .layout import EngineLayout
-from .layout import blocks_of
+from .naming import NULL_BLOCK
 from .observations import Observations
 from .spec import RemoteSpec
 from .step import ConsumerStep, HoldPlan, ReceivePlan, ReleasePlan, idle_wait_s
@@ -43,8 +43,8 @@ class _Request:
     request_id: str
     req_id: str | None
     began: float
-    #: The first chunk that is asked for.
-    first_chunk: int = 0
+    #: Chunks that are asked for; None: all.
+    wanted: Sequence[int] | None = None
     plan: ReceivePlan | None = None
     #: Whether the scheduler was told that there is nothing to wait for any more.
     told: bool = False
@@ -82,13 +82,14 @@ class ConsumerWorker:
         self._observations = observations or Observations(layout.tp_rank)
         self._weights = weights or Weights("", None)
         self._adapters = adapters or LoadedAdapters()
-        self._paged = daemon.paged
+        self._paged = daemon.groups
         self._layout = layout
         self._dtype = dtype
         self._receive_wait_s = receive_wait_s
         self._requests: dict[str, _Request] = {}
         self._finished: set[str] = set()
         self._failed_blocks: set[int] = set()
+        self._failed_requests: set[str] = set()
         #: Of requests that need nothing of it any more: what has not come yet is given back when it comes.
         self._returning: dict[str, _Request] = {}
         self._returned: list[str] = []
@@ -160,6 +161,11 @@ class ConsumerWorker:
         failed, self._failed_blocks = self._failed_blocks, set()
         return finished, failed
 
+    def failed_requests(self) -> set[str]:
+        """Requests of which nothing was loaded, since the last call, where blocks of an engine do not say whose they are."""
+        failed, self._failed_requests = self._failed_requests, set()
+        return failed
+
     def here(self) -> list[str]:
         """Announced requests whose chunks are here, or are not going to come, since the last call: once they have blocks,
         nothing of them waits for anybody.
@@ -219,9 +225,8 @@ class ConsumerWorker:
                         request.req_id, wait_s=wait_s, uncommitted=request.sent, until_announced=not request.sent
                     )
                 elif request.plan is not None:
-                    request.first_chunk = request.plan.first_chunk
-                    keys = self._keys(request.plan.hashes)[request.first_chunk :]
-                    request.arriving = client.start_lookup(keys, fetch=True)
+                    request.wanted = range(request.plan.first_chunk, len(request.plan.hashes))
+                    request.arriving = client.start_lookup(self._wanted_keys(request, request.plan), fetch=True)
             except DaemonLost as lost:
                 self._daemon.let_go(lost)
                 raise
@@ -235,12 +240,16 @@ class ConsumerWorker:
         self, client: ReceiverClient, request: _Request, plan: ReceivePlan, remote: RemoteSpec
     ) -> Pending[Lease]:
         """Asks for those of its chunks that are not here yet."""
-        layout = self._layout
-        request.first_chunk = plan.first_block * layout.block_tokens // layout.chunk_tokens
+        groups, computed = self._layout.groups, plan.first_block * self._layout.groups[0].block_tokens
+        request.wanted = [
+            chunk
+            for chunk, piece in enumerate(groups.pieces(plan.tokens))
+            if piece.blocks.stop > computed // groups[piece.group].block_tokens
+        ]
         return client.start_fetch(
             plan.request_id,
-            remote.source(layout.tp_rank),
-            self._keys(plan.hashes)[request.first_chunk :],
+            remote.source(self._layout.tp_rank),
+            self._wanted_keys(request, plan),
             ids=remote.ids,
             wait_s=self._receive_wait_s,
             register_wait_s=0.0 if remote.in_turn else _REGISTER_WAIT_S,
@@ -323,12 +332,16 @@ class ConsumerWorker:
         layout, weights = self._layout, self._weights.identity()
         return [chunk_key(layout.model, layout.tp_size, layout.tp_rank, weights, name, self._dtype) for name in hashes]
 
+    def _wanted_keys(self, request: _Request, plan: ReceivePlan) -> list[str]:
+        hashes = plan.hashes
+        return self._keys(hashes if request.wanted is None else [hashes[chunk] for chunk in request.wanted])
+
     def _load(self, request: _Request, plan: ReceivePlan, lease: Lease) -> None:
         """Copies the chunks of a lease, as far as they are not here yet, and releases it."""
-        came, len_bytes = time.monotonic(), 0
+        began, moved_bytes = time.monotonic(), 0
         try:
             chunks = lease.chunks
-            keys = self._keys(plan.hashes)[request.first_chunk :]
+            keys = self._wanted_keys(request, plan)
             if [chunk.key for chunk in chunks if chunk is not None] != keys:
                 came = [None if chunk is None else chunk.key for chunk in chunks]
                 at = next((i for i, (a, b) in enumerate(zip(came, keys)) if a != b), min(len(came), len(keys)))
@@ -340,39 +353,49 @@ class ConsumerWorker:
                 )
             if not self._adapters.may_be(plan.adapter):
                 raise LoadError("the files of its LoRA adapter have changed since it was loaded; load it anew")
-            for index, chunk in enumerate(chunks, request.first_chunk):
+            groups = self._layout.groups
+            pieces = groups.pieces(plan.tokens)
+            tables, computed = (plan.block_ids, *plan.more_block_ids), plan.first_block * groups[0].block_tokens
+            for index, chunk in zip(range(len(pieces)) if request.wanted is None else request.wanted, chunks, strict=True):
                 assert chunk is not None
-                where = blocks_of(index, self._layout.chunk_tokens, self._layout.block_tokens, plan.tokens)
-                if where.stop <= plan.first_block:
+                piece = pieces[index]
+                group, paged = groups[piece.group], self._paged[piece.group]
+                first = max(piece.blocks.start, computed // group.block_tokens)
+                if piece.blocks.stop <= first:
                     continue
-                if chunk.len_bytes != self._paged.chunk_bytes(len(where)):
+                len_bytes = paged.chunk_bytes(len(piece.blocks) * len(group.members))
+                if chunk.len_bytes != len_bytes:
                     raise LoadError(
-                        f"chunk {index} has {chunk.len_bytes} bytes, expected {self._paged.chunk_bytes(len(where))}: "
-                        f"{len(where)} blocks"
+                        f"chunk {index} has {chunk.len_bytes} bytes, expected {len_bytes}: {len(piece.blocks)} blocks"
                     )
-                len_bytes += chunk.len_bytes
-                first = max(where.start, plan.first_block)
-                self._paged.scatter(
-                    plan.block_ids[first : where.stop],
+                moved_bytes += chunk.len_bytes
+                block_ids = groups.block_ids(piece, tables, first)
+                if not group.keeps_all and NULL_BLOCK in block_ids:
+                    raise LoadError(f"vLLM keeps no KV of chunk {index}: its blocks are skipped")
+                paged.scatter(
+                    block_ids,
                     self._daemon.buffer[chunk.offset_bytes : chunk.offset_bytes + chunk.len_bytes],
-                    first_block=first - where.start,
+                    first_block=first - piece.blocks.start,
                 )
         finally:
             try:
                 lease.start_release()
             except PdError as error:
                 logger.warning("the lease of request %s could not be released: %s", request.req_id, error)
-        self._observations.took("wait", came - request.began)
-        self._observations.took("load", time.monotonic() - came)
+        self._observations.took("wait", began - request.began)
+        self._observations.took("load", time.monotonic() - began)
         tokens = plan.tokens - plan.first_block * self._layout.block_tokens
-        self._observations.moved("received", tokens, len_bytes)
+        self._observations.moved("received", tokens, moved_bytes)
 
     # ---- ends of requests -------------------------------------------------------------------------------------------------
 
     def _fail(self, request: _Request, plan: ReceivePlan, error: Exception) -> None:
         logger.error("request %s was not loaded: %s", request.req_id or request.request_id, error)
         self._observations.failed("received", error)
-        self._failed_blocks.update(plan.block_ids[plan.first_block :])
+        if self._layout.groups.is_plain:
+            self._failed_blocks.update(plan.block_ids[plan.first_block :])
+        else:
+            self._failed_requests.add(request.request_id)
 
     def _refused(self, request: _Request, refused: RequestRefused) -> None:
         """A name's failure is told once: it is that of other samples of the request, too. What comes after a deadline is unwanted."""

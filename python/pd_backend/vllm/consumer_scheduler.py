@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from .adapters import Adapter
-from .keys import chunk_hashes
+from .groups import Groups
 from .metaserver import Metaservers, Post, metaserver_of
 from .naming import Naming, Unnamed
 from .prefill_servers import PrefillServers
@@ -95,8 +95,7 @@ class ConsumerScheduler:
 
     def __init__(
         self,
-        chunk_tokens: int,
-        block_tokens: int,
+        groups: Groups,
         num_blocks: int,
         tp_size: int,
         finder: Finder | None,
@@ -126,8 +125,7 @@ class ConsumerScheduler:
         self._early_blocks_max = num_blocks // 4
         #: What they hold, by request.
         self._early_blocks: dict[str, int] = {}
-        self._chunk_tokens = chunk_tokens
-        self._block_tokens = block_tokens
+        self._groups = groups
         self._finder = finder
         self._naming = naming
         self._receiving: dict[str, _Receiving] = {}
@@ -234,7 +232,9 @@ class ConsumerScheduler:
 
     def arrived_to_be_prefilled(self, request: Any) -> None:
         """A new request, whose KV this server computes and sends: what another server has of it may be fetched first."""
-        if self._next_turn_tokens and self._finder is not None and request.request_id not in self._receiving:
+        # Where windows have moved on, of the turn before only its end is anywhere.
+        may_ask = self._next_turn_tokens and self._finder is not None and self._groups.is_plain
+        if may_ask and request.request_id not in self._receiving:
             self._receiving[request.request_id] = _Receiving(None, may_ask=True)
 
     def knows(self, request_id: str) -> bool:
@@ -273,14 +273,14 @@ class ConsumerScheduler:
             if not receiving.hashes and not receiving.failed:
                 try:
                     receiving.hashes, receiving.adapter = self._hashes(request, request.num_prompt_tokens)
-                    receiving.tokens = request.num_prompt_tokens
+                    receiving.tokens = self._groups.sent_tokens(request.num_prompt_tokens)
                 except Unnamed:  # It could be when it came. What was announced of it is given back.
                     receiving.failed = True
         elif receiving.failed or self._finder is None:
             receiving.tokens, receiving.hashes = 0, []
-        elif receiving.lookup_of != request.num_tokens or computed < receiving.first_chunk * self._chunk_tokens:
+        elif receiving.lookup_of != request.num_tokens or computed < receiving.first_chunk * self._groups.chunk_tokens:
             receiving.lookup_of = request.num_tokens
-            first = receiving.first_chunk = min(receiving.first_chunk, computed // self._chunk_tokens)
+            first = receiving.first_chunk = min(receiving.first_chunk, computed // self._groups.chunk_tokens)
             found, comes = self._look_up(self._finder, request, computed, first)
             if comes and self._waits(receiving):
                 receiving.lookup_of = -1
@@ -294,7 +294,7 @@ class ConsumerScheduler:
         if more <= 0:
             return 0, False
         if receiving.req_id is not None and not receiving.used and not self._is_here(receiving):
-            held = sum(self._early_blocks.values()) + self._blocks(more)
+            held = sum(self._early_blocks.values()) + self._blocks(computed, receiving.tokens)
             if held > self._early_blocks_max:
                 return None, False
         return more, True
@@ -302,9 +302,10 @@ class ConsumerScheduler:
     def _ask(self, request: Any, receiving: _Receiving, computed: int) -> None:
         """Has the workers ask for the turn before, if enough of the prompt is missing; otherwise it is computed."""
         receiving.may_ask = False
-        first, whole = computed // self._chunk_tokens, request.num_prompt_tokens // self._chunk_tokens
+        size = self._groups.chunk_tokens
+        first, whole = computed // size, request.num_prompt_tokens // size
         try:
-            hashes = self._hashes(request, whole * self._chunk_tokens)[0][first:]
+            hashes = self._hashes(request, whole * size)[0][first:]
         except Unnamed:
             hashes = []
         if not hashes or request.num_prompt_tokens - computed < self._next_turn_tokens:
@@ -314,33 +315,34 @@ class ConsumerScheduler:
         receiving.asked, receiving.here, receiving.first_chunk = True, 0, first
         self._step.turns.append(TurnPlan(request.request_id, hashes, remote))
 
-    def allocated(self, request: Any, block_ids: list[int], external_tokens: int) -> None:
-        """The engine has given the request its blocks, and expects so many tokens from us."""
+    def allocated(self, request: Any, tables: Sequence[list[int]], external_tokens: int) -> None:
+        """The engine has given the request its blocks, a table for each of its groups, and expects so many tokens from us."""
         receiving = self._receiving.get(request.request_id)
         if receiving is None or receiving.loading:
             return
         named = receiving.req_id if not receiving.used else None
         if external_tokens > 0:
             computed = receiving.tokens - external_tokens
-            blocks = self._blocks(receiving.tokens)
             if named is not None and not self._is_here(receiving):
-                self._early_blocks[request.request_id] = self._blocks(external_tokens)
+                self._early_blocks[request.request_id] = self._blocks(computed, receiving.tokens)
+            block_ids, *more_block_ids = self._tables(receiving.tokens, tables)
             self._step.loads.append(
                 ReceivePlan(
                     request.request_id,
                     named,
                     receiving.hashes,
                     receiving.tokens,
-                    computed // self._block_tokens,
-                    block_ids[:blocks],
+                    computed // self._groups[0].block_tokens,
+                    block_ids,
                     receiving.adapter,
                     receiving.remote if named is not None else None,
                     receiving.first_chunk,
                     receiving.not_sent if named is not None else None,
+                    tuple(more_block_ids),
                 )
             )
             receiving.loading = True
-            receiving.block_ids = block_ids[:blocks]
+            receiving.block_ids = block_ids
         elif named is not None and receiving.remote is not None:
             self._release(receiving, request, receiving.remote)
         elif named is not None:
@@ -365,12 +367,14 @@ class ConsumerScheduler:
                 receiving.lookup_of = -1
         return step
 
-    def received(self, request_ids: Iterable[str], failed_block_ids: Collection[int]) -> None:
-        """All workers have loaded these requests, or given up; these blocks are not what they should be, which one
-        worker may say steps before the last one is through.
+    def received(
+        self, request_ids: Iterable[str], failed_block_ids: Collection[int], failed_request_ids: Collection[str] = ()
+    ) -> None:
+        """All workers have loaded these requests, or given up; these blocks, or all those of these requests, are not what they
+        should be, which one worker may say steps before the last one is through.
         """
-        for receiving in self._receiving.values() if failed_block_ids else ():
-            if any(block in failed_block_ids for block in receiving.block_ids):
+        for request_id, receiving in self._receiving.items() if failed_block_ids or failed_request_ids else ():
+            if request_id in failed_request_ids or any(block in failed_block_ids for block in receiving.block_ids):
                 receiving.failed = True
                 if receiving.transfer is not None:
                     self._prefill_servers.failed(receiving.transfer)
@@ -440,12 +444,27 @@ class ConsumerScheduler:
         """Whether no worker waits for its chunks any more. Of what has blocks the workers say only that it is loaded."""
         return receiving.remote is not None or receiving.here >= self._tp_size
 
-    def _blocks(self, tokens: int) -> int:
-        return -(-tokens // self._block_tokens)
+    def _blocks(self, computed: int, sent: int) -> int:
+        """Blocks that are loaded into, of a request of which the engine has `computed` tokens."""
+        count = 0
+        for group in self._groups:
+            needed = group.needed(sent)
+            count += max(0, needed.stop - max(needed.start, computed // group.block_tokens)) * len(group.members)
+        return count
+
+    def _tables(self, sent: int, tables: Sequence[list[int]]) -> list[list[int]]:
+        """As far as the tokens that are sent take them."""
+        block_tokens = {member: group.block_tokens for group in self._groups for member in group.members}
+        return [
+            table[: -(-sent // block_tokens[member])] if member in block_tokens else []
+            for member, table in enumerate(tables)
+        ]
 
     def _hashes(self, request: Any, tokens: int) -> tuple[list[str], Adapter | None]:
+        """Of what is sent of the request's first `tokens` tokens."""
         named = self._naming.name(request, tokens)
-        return chunk_hashes(request.all_token_ids[:tokens], self._chunk_tokens, named.context), named.adapter
+        sent = self._groups.sent_tokens(tokens)
+        return self._groups.names(request.all_token_ids[:sent], self._groups.pieces(sent), named.context), named.adapter
 
     def _forget(self, request_id: str) -> None:
         if self._finder is not None:
@@ -471,7 +490,8 @@ class ConsumerScheduler:
         best: tuple[int, list[str], Adapter | None] = (0, [], None)
         comes = False
         for length in sorted({tokens, tokens - 1, request.num_prompt_tokens}, reverse=True):
-            if length <= max(computed, best[0]):
+            sent = self._groups.sent_tokens(length)
+            if sent <= max(computed, best[0]):
                 continue
             try:
                 hashes, adapter = self._hashes(request, length)
@@ -480,7 +500,9 @@ class ConsumerScheduler:
             found, more = finder.find(request.request_id, hashes[first_chunk:])
             found += first_chunk
             comes |= more
-            covered = length if found == len(hashes) else found * self._chunk_tokens
+            # A beginning is of use only where every token is kept.
+            beginning = found * self._groups.chunk_tokens if self._groups.is_plain else 0
+            covered = sent if found == len(hashes) else beginning
             if covered > best[0]:
                 best = (covered, hashes[:found], adapter)
             if found == len(hashes):

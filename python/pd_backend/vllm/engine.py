@@ -5,6 +5,9 @@ from __future__ import annotations
 import logging
 import platform
 import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import vllm
@@ -18,6 +21,7 @@ from vllm.v1.kv_cache_interface import (
 
 from ..paged import PagedKv
 from .adapters import LoadedAdapters
+from .groups import Group, Groups
 
 logger = logging.getLogger("vllm.pd_backend")
 
@@ -30,25 +34,61 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
 
-def window_tokens(spec: KVCacheSpec) -> int | None:
-    """How many tokens a layer sees at most, outside of which vLLM keeps no KV; None where it keeps all.
+#: Most groups that the daemons tell apart.
+GROUPS_MAX = 8
 
-    Raises `ValueError` for layers whose blocks do not hold the KV of one token after the other.
+
+def groups_of(kv_cache_config: KVCacheConfig, chunk_tokens: int) -> Groups:
+    """The engine's groups, those as one of which the same tokens are needed.
+
+    Raises `ValueError` for layers that keep something else than the KV of one token after another, by the name of what they
+    keep.
     """
+    found: dict[Group, list[int]] = {}
+    for table, given in enumerate(kv_cache_config.kv_cache_groups):
+        # Older releases move every group.
+        if getattr(given, "enable_kv_transfer", True):
+            found.setdefault(_group(given.kv_cache_spec), []).append(table)
+    if len(found) > GROUPS_MAX:
+        raise ValueError(f"the model keeps {len(found)} kinds of KV ({', '.join(map(_name, found))}); expected {GROUPS_MAX} at most")
+    names = Counter(_name(group) for group in found)
+    groups = []
+    for group, members in found.items():
+        name = _name(group) + (f"-b{group.block_tokens}" if names[_name(group)] > 1 else "")
+        groups.append(replace(group, members=tuple(members), name=name))
+    return Groups(groups, chunk_tokens)
+
+
+def _name(group: Group) -> str:
+    if group.window_tokens is not None:
+        return f"window{group.window_tokens}"
+    if group.stretch_tokens is not None:
+        return f"local{group.stretch_tokens}"
+    return "full"
+
+
+def _group(spec: KVCacheSpec) -> Group:
+    """What is needed of a group of layers that keep this."""
     if isinstance(spec, UniformTypeKVCacheSpecs):
-        windows = [window_tokens(layer) for layer in spec.kv_cache_specs.values()]
-        return min((window for window in windows if window is not None), default=None)
-    if isinstance(spec, SlidingWindowSpec):
-        return spec.sliding_window
-    if isinstance(spec, ChunkedLocalAttentionSpec):
-        return spec.attention_chunk_size
-    if not isinstance(spec, FullAttentionSpec):
-        raise ValueError(
-            f"the model's layers keep {type(spec).__name__}; PdConnector moves the KV of attention over tokens"
-        )
+        kinds = [_group(layer) for layer in spec.kv_cache_specs.values()]
+        if any(kind != kinds[0] for kind in kinds):
+            names = sorted({type(layer).__name__ for layer in spec.kv_cache_specs.values()})
+            raise ValueError(f"the model has layers in one group that keep different tokens ({', '.join(names)}): {_MOVED}")
+        return kinds[0]
     if getattr(spec, "non_causal", False):
         raise ValueError("the model's attention is not causal: KV of a token depends on later ones, and keys do not")
-    return None
+    if type(spec) is SlidingWindowSpec or (isinstance(spec, SlidingWindowSpec) and spec.prefix_cacheable):
+        # vLLM keeps some tokens more for draft layers that compute the last ones again.
+        return Group(spec.block_size, window_tokens=spec.sliding_window + getattr(spec, "extra_retained_tokens", 0))
+    if isinstance(spec, ChunkedLocalAttentionSpec):
+        return Group(spec.block_size, stretch_tokens=spec.attention_chunk_size)
+    if isinstance(spec, FullAttentionSpec):
+        return Group(spec.block_size)
+    raise ValueError(f"the model has layers that keep {type(spec).__name__}: {_MOVED}")
+
+
+#: vLLM offers nothing that makes another kind of these.
+_MOVED = "PdConnector moves the KV of attention to all tokens, to a window or within chunks; prefill and decode in one server"
 
 
 def one_of_several(vllm_config: VllmConfig) -> bool:
@@ -121,26 +161,33 @@ def running_model(vllm_config: VllmConfig) -> torch.nn.Module | None:
 
 
 def engine_facts(
-    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, paged: PagedKv, weights: str, version: str | None = None
+    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, parts: Sequence[PagedKv], groups: Groups, weights: str,
+    version: str | None = None,
 ) -> dict[str, str]:
-    """What the bytes of a block depend on, besides their number. `version`: what to say instead of vLLM's own."""
-    from vllm.distributed.kv_transfer.kv_connector.utils import get_current_attn_backend
+    """What the bytes of a block depend on, besides their number. `parts`: all that blocks are copied from. `version`: what to say
+    instead of vLLM's own.
+    """
+    from vllm.distributed.kv_transfer.kv_connector.utils import get_current_attn_backends
 
     context = vllm_config.compilation_config.static_forward_context
-    instruction_sets = {str(getattr(context.get(name), "isa", "")) for name in paged.layer_index} - {""}
-    model = vllm_config.model_config
+    layers = [name for paged in parts for name in paged.layer_index]
+    instruction_sets = {str(getattr(context.get(name), "isa", "")) for name in layers} - {""}
+    shapes = dict.fromkeys("x".join(str(count) for count, _ in paged.shape.inner) for paged in parts)
+    model, device = vllm_config.model_config, parts[0].device
+    windows = [str(group.window_tokens or group.stretch_tokens) for group in groups if not group.keeps_all]
+    backends = dict.fromkeys(backend.get_name() for backend in get_current_attn_backends(vllm_config, layers))
     facts = {
         "vllm": version or vllm.__version__,
         "dtype": dtype_name(vllm_config),
-        "attention": get_current_attn_backend(vllm_config, list(paged.layer_index)).get_name(),
-        "block_shape": "x".join(str(count) for count, _ in paged.shape.inner),
-        "device": paged.device.type if paged.device.type != "cpu" else f"cpu {platform.machine()}",
+        "attention": ", ".join(backends),
+        "block_shape": ", ".join(shapes),
+        "device": device.type if device.type != "cpu" else f"cpu {platform.machine()}",
         "cache_layout": str(getattr(kv_cache_config, "kv_cache_layout", None) or ""),
         # The packing of a block on a CPU depends on the instructions that read it.
         "instruction_set": ",".join(sorted(instruction_sets)),
         "revision": str(getattr(model, "revision", None) or ""),
         "quantization": str(getattr(model, "quantization", None) or ""),
         "weights": weights,
-        "window": str(window_tokens(kv_cache_config.kv_cache_groups[0].kv_cache_spec) or ""),
+        "window": ", ".join(windows),
     }
     return {name: value[:256] for name, value in facts.items() if value}

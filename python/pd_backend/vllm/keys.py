@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 _DIGEST_BYTES = 16
@@ -38,22 +38,49 @@ class Context:
 
 def chunk_hashes(token_ids: Sequence[int], chunk_tokens: int, context: Context = Context()) -> list[str]:
     """One hash for each chunk of the prompt, in hexadecimal digits; the last chunk may be short."""
-    running = _digest(_SEED, chunk_tokens.to_bytes(8, "little"), _text(context.adapter), _text(context.salt))
+    running = _start(chunk_tokens, context)
     hashes = []
     for first in range(0, len(token_ids), chunk_tokens):
-        tokens = token_ids[first : first + chunk_tokens]
-        parts = [running, len(tokens).to_bytes(8, "little"), array("Q", tokens).tobytes()]
-        for item in context.items:
-            if first <= item.offset < first + chunk_tokens:
-                parts += [item.offset.to_bytes(8, "little"), _text(item.identifier)]
-        running = _digest(*parts)
+        running = _chained(running, token_ids[first : first + chunk_tokens], first, context)
         hashes.append(_hexadecimal(running))
     return hashes
+
+
+def prefix_hashes(
+    token_ids: Sequence[int], ends: Iterable[int], chunk_tokens: int, context: Context = Context()
+) -> dict[int, str]:
+    """For each of `ends`, the hash of the prompt's first `end` tokens: that of their last chunk, which may be short."""
+    hashes: dict[int, str] = {}
+    running, first = _start(chunk_tokens, context), 0
+    for end in sorted(ends):
+        while first + chunk_tokens < end:
+            running = _chained(running, token_ids[first : first + chunk_tokens], first, context)
+            first += chunk_tokens
+        hashes[end] = _hexadecimal(_chained(running, token_ids[first:end], first, context))
+    return hashes
+
+
+def grouped_name(group: str, prefix_hash: str) -> str:
+    """The hash of what one group of layers keeps of these tokens."""
+    return _hexadecimal(_digest(_text(group), _text(prefix_hash)))
 
 
 def chunk_key(model: str, tp_size: int, tp_rank: int, weights: str, chunk_hash: str, dtype: str) -> str:
     """The key as it goes over the wire, in LMCache's form: a rank's chunks are its own, and those of its weights."""
     return f"{model}@{tp_size}@{tp_rank}@{_hexadecimal(_digest(_text(weights), _text(chunk_hash)))}@{dtype}"
+
+
+def _start(chunk_tokens: int, context: Context) -> bytes:
+    return _digest(_SEED, chunk_tokens.to_bytes(8, "little"), _text(context.adapter), _text(context.salt))
+
+
+def _chained(running: bytes, tokens: Sequence[int], first: int, context: Context) -> bytes:
+    """The digest of a chunk that begins at token `first`, from that of the one before it."""
+    parts = [running, len(tokens).to_bytes(8, "little"), array("Q", tokens).tobytes()]
+    for item in context.items:
+        if first <= item.offset < first + len(tokens):
+            parts += [item.offset.to_bytes(8, "little"), _text(item.identifier)]
+    return _digest(*parts)
 
 
 def _hexadecimal(digest: bytes) -> str:

@@ -44,13 +44,13 @@ class Naming:
     """What a server's requests are called, for its scheduler."""
 
     def __init__(
-        self, *, window_tokens: int | None = None, images_by_count: bool = False, adapters: Adapters | None = None
+        self, *, last_is_computed: bool = False, images_by_count: bool = False, adapters: Adapters | None = None
     ) -> None:
-        """`window_tokens`: no layer sees more tokens than these; None where every layer sees all. `images_by_count`: the
+        """`last_is_computed`: the last token of a prompt is not sent, and decode computes it. `images_by_count`: the
         engine calls multimodal inputs by a counter of its process, not by what they are. `adapters`: None where it is not
         known which the workers have loaded.
         """
-        self._window_tokens = window_tokens
+        self._last_is_computed = last_is_computed
         self._images_by_count = images_by_count
         self._adapters = adapters
         #: By vLLM's number: what the workers have said.
@@ -85,12 +85,8 @@ class Naming:
     def _name(self, request: Any, tokens: int) -> Named:
         if not request.prompt_token_ids or getattr(request, "prompt_embeds", None) is not None:
             raise Unnamed("embeddings", "prompts given as embeddings have no names for their chunks")
-        window = self._window_tokens
-        if window is not None and tokens >= window:
-            raise Unnamed(
-                "window",
-                f"the prompt's {tokens} tokens are not all inside the window of {window}, and vLLM keeps no KV outside it",
-            )
+        if self._last_is_computed and tokens < 2:
+            raise Unnamed("one token", "decode computes the last token of a prompt, and this one has no other")
         features = getattr(request, "mm_features", None) or ()
         if features and self._images_by_count:
             raise Unnamed(

@@ -38,6 +38,7 @@ class _Chunk:
     """A chunk whose tokens are computed, or are by the end of this step, and that is not sent yet."""
 
     block_ids: list[int]
+    group: int = 0
     slot: StagedSlot | None = None
     #: Layers, from the first on, that are in the slot and told to be sent.
     layers: int = 0
@@ -96,12 +97,15 @@ class ProducerWorker:
         #: They have changed since the engine's own cache was emptied: that may have KV of the former ones.
         self._cache_is_stale = False
         self._adapters = adapters or LoadedAdapters()
-        self._paged = paged = daemon.paged
+        #: By group.
+        self._paged = daemon.groups
+        #: Layers that are pushed one after the other: those of the only group.
+        self._layers = self._paged[0].layers if len(self._paged) == 1 else 1
         self._layout = layout
         self._dtype = dtype
         self._slot_wait_s = slot_wait_s
         #: Layers that are pushed together.
-        self._push_layers = -(-paged.layers // max(1, layer_pushes))
+        self._push_layers = -(-self._layers // max(1, layer_pushes))
         self._requests: dict[str, _Request] = {}
         #: By the name that both sides have for it.
         self._by_req_id: dict[str, _Request] = {}
@@ -159,7 +163,7 @@ class ProducerWorker:
             if request is None or request.ended or told.chunk in request.sent or told.chunk in request.chunks:
                 continue
             chunk = request.spare.pop(told.chunk, None) or _Chunk([])
-            chunk.block_ids = told.block_ids
+            chunk.block_ids, chunk.group = told.block_ids, told.group
             request.chunks[told.chunk] = chunk
             if request not in self._current:
                 self._current.append(request)
@@ -197,14 +201,14 @@ class ProducerWorker:
 
     def layer_computed(self, layer_name: str) -> None:
         """Within the forward: this layer's KV is written. Pushes layers of the chunks that this step completes."""
-        if not self._current or self._push_layers >= self._paged.layers:
+        if not self._current or self._push_layers >= self._layers:
             return
-        index = self._paged.layer_index.get(layer_name)
+        index = self._paged[0].layer_index.get(layer_name)
         # Only as far as every earlier layer was seen: an engine that skips hooks gets the rest at the end of the step.
         if index != self._computed_layers:
             return
         self._computed_layers += 1
-        if self._computed_layers % self._push_layers or self._computed_layers == self._paged.layers:
+        if self._computed_layers % self._push_layers or self._computed_layers == self._layers:
             return
         self._poll()
         for request in self._current:
@@ -218,7 +222,7 @@ class ProducerWorker:
             return
         self._poll(self._idle_wait_s() if self._idle else 0.0)
         for request in list(self._requests.values()):
-            self._push(request, self._paged.layers)
+            self._push(request, self._layers)
 
     def finished_sending(self) -> set[str]:
         """Requests whose blocks the engine kept for us, and may free now."""
@@ -229,7 +233,7 @@ class ProducerWorker:
         for request_id, request in list(self._requests.items()):
             # With speculative decoding the engine asks before the draft's layers are computed.
             if not request.ended and not self._stepping:
-                self._push(request, self._paged.layers)
+                self._push(request, self._layers)
             if request.finishing and (request.complete or request.ended):
                 done.add(request_id)
                 request.finishing = False
@@ -275,6 +279,7 @@ class ProducerWorker:
                     spec.req_id,
                     keys,
                     last_chunk_tokens=last_chunk_tokens,
+                    groups=plan.groups,
                     ids=spec.ids,
                     wait_s=wait_s,
                     unsolicited=spec.unsolicited,
@@ -286,6 +291,7 @@ class ProducerWorker:
                     spec.req_id,
                     keys,
                     last_chunk_tokens=last_chunk_tokens,
+                    groups=plan.groups,
                     receiver=spec.receiver(layout.tp_rank),
                     wait_s=self._slot_wait_s,
                 )
@@ -409,13 +415,14 @@ class ProducerWorker:
             if slot is None or not chunk.block_ids or chunk.layers >= layers:
                 continue
             view = self._daemon.buffer[slot.offset_bytes : slot.offset_bytes + slot.len_bytes]
-            self._paged.gather(chunk.block_ids, view, layers=range(chunk.layers, layers))
-            per_layer = self._paged.layer_bytes(len(chunk.block_ids))
+            paged = self._paged[chunk.group]
+            paged.gather(chunk.block_ids, view, layers=range(chunk.layers, layers))
+            per_layer = paged.layer_bytes(len(chunk.block_ids))
             parts.append(
                 SendPart(slot.slot, chunk.layers * per_layer, (layers - chunk.layers) * per_layer)
             )
             chunk.layers = layers
-            if layers == self._paged.layers:
+            if layers == self._layers:
                 request.sent.add(index)
                 del request.chunks[index]
         if parts:

@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .keys import chunk_hashes
-from .layout import blocks_of
+from .groups import Groups, Piece
 from .naming import NULL_BLOCK, Naming, Unnamed
+from .pins import NoPins, Pins
 from .spec import (
     DisaggSpec,
     ParkSpec,
@@ -40,10 +40,15 @@ class _Sending:
     plan: SendPlan
     #: The engine's own cache may have other KV under the request's name.
     stale_hits: bool = False
+    #: What each of its chunks is.
+    pieces: list[Piece] = field(default_factory=list)
     planned: bool = False
-    block_ids: list[int] = field(default_factory=list)
+    #: By the engine's groups.
+    tables: list[list[int]] = field(default_factory=list)
     #: Chunks that the workers have been told of.
     told: int = 0
+    #: Blocks of chunks that the engine would give away while the request is computed, or once it has ended.
+    pinned: list[int] = field(default_factory=list)
     error: str | None = None
     #: Workers that have said how it ended.
     ended: int = 0
@@ -56,19 +61,19 @@ class ProducerScheduler:
 
     def __init__(
         self,
-        chunk_tokens: int,
-        block_tokens: int,
+        groups: Groups,
         tp_size: int,
         naming: Naming,
         rendezvous: Callable[[], Rendezvous | None] = lambda: None,
         unsolicited: bool = False,
+        pins: Pins | None = None,
     ) -> None:
         """`rendezvous`: where what is parked here is asked for, once that is known. `unsolicited`: whether requests of one token
-        whose router says nothing are pushed to a receiver that is guessed."""
+        whose router says nothing are pushed to a receiver that is guessed. `pins`: keeps blocks that a window has left."""
+        self._groups = groups
+        self._pins = pins or NoPins()
         self._rendezvous = rendezvous
         self._unsolicited = unsolicited
-        self._chunk_tokens = chunk_tokens
-        self._block_tokens = block_tokens
         self._tp_size = tp_size
         self._naming = naming
         self._sending: dict[str, _Sending] = {}
@@ -115,15 +120,16 @@ class ProducerScheduler:
         if spec is None:
             return
         try:
-            # The last token of the answer is not computed.
-            named = self._naming.name(request, request.num_prompt_tokens + request.max_tokens - 1)
+            named = self._naming.name(request, request.num_prompt_tokens)
         except Unnamed as unnamed:
             if not self._is_unsolicited(spec):
                 self._unnamed[request_id] = str(unnamed)
             self._expect_no_more(request_id)
             return
         tokens = list(request.prompt_token_ids)
-        hashes = chunk_hashes(tokens, self._chunk_tokens, named.context)
+        tokens = tokens[: self._groups.sent_tokens(len(tokens))]
+        pieces = self._groups.pieces(len(tokens))
+        hashes = self._groups.names(tokens, pieces, named.context)
         other = self._of(self._by_req_id.get(spec.req_id))
         if other is not None:
             # Another sample of the same request: its chunks are sent already.
@@ -131,8 +137,9 @@ class ProducerScheduler:
                 self._refused[request_id] = f"disagg_spec.req_id = {spec.req_id!r} is that of another prompt under way"
             return
         self._by_req_id[spec.req_id] = request_id
-        plan = SendPlan(request_id, spec, hashes, len(tokens), named.adapter)
-        self._sending[request_id] = _Sending(plan, named.stale_hits)
+        groups = () if self._groups.is_plain else tuple(piece.group for piece in pieces)
+        plan = SendPlan(request_id, spec, hashes, len(tokens), named.adapter, groups)
+        self._sending[request_id] = _Sending(plan, named.stale_hits, pieces)
 
     @staticmethod
     def _is_unsolicited(spec: DisaggSpec | ParkSpec) -> bool:
@@ -146,8 +153,7 @@ class ProducerScheduler:
         for request_id in getattr(output, "preempted_req_ids", None) or ():
             sending = self._sending.get(request_id)
             if sending is not None:
-                sending.told = 0
-                sending.block_ids = []
+                self._start_over(sending)
                 step.preempted.append(request_id)
         for new in output.scheduled_new_reqs:
             self._advance(step, new.req_id, new.block_ids, True, new.num_computed_tokens, output)
@@ -166,32 +172,44 @@ class ProducerScheduler:
         if sending is None:
             return
         if anew:
-            sending.block_ids, sending.told = [], 0
+            self._start_over(sending)
             if computed and sending.stale_hits:
                 self._give_up(
                     step, sending, "vLLM's own cache may have KV of another adapter of this name; /reset_prefix_cache"
                 )
                 return
         if blocks is not None:
-            sending.block_ids.extend(blocks[0])
+            sending.tables = sending.tables or [[] for _ in blocks]
+            for table, added in zip(sending.tables, blocks, strict=True):
+                table.extend(added)
         if not sending.planned:
             sending.planned = True
             sending.plan = replace(sending.plan, cached=computed > 0)
             sending.cached_tokens = computed
             step.plans.append(sending.plan)
-        tokens = sending.plan.tokens
-        after = min(computed + output.num_scheduled_tokens[request_id], tokens)
-        while sending.told < len(sending.plan.hashes):
-            end = min((sending.told + 1) * self._chunk_tokens, tokens)
-            if end > after:
+        after = computed + output.num_scheduled_tokens[request_id]
+        while sending.told < len(sending.pieces):
+            piece = sending.pieces[sending.told]
+            if piece.end > after:
                 break
-            where = blocks_of(sending.told, self._chunk_tokens, self._block_tokens, tokens)
-            block_ids = sending.block_ids[where.start : where.stop]
+            block_ids = self._groups.block_ids(piece, sending.tables)
             if NULL_BLOCK in block_ids:
                 self._give_up(step, sending, f"vLLM keeps no KV of chunk {sending.told}: its blocks are skipped")
                 return
-            step.chunks.append(ChunkBlocks(request_id, sending.told, block_ids))
+            if not self._groups[piece.group].keeps_all:
+                self._pins.pin(block_ids)
+                sending.pinned += block_ids
+            step.chunks.append(ChunkBlocks(request_id, sending.told, block_ids, piece.group))
             sending.told += 1
+
+    def _start_over(self, sending: _Sending) -> None:
+        """Its blocks are others from now on, or none."""
+        sending.tables, sending.told = [], 0
+        self._unpin(sending)
+
+    def _unpin(self, sending: _Sending) -> None:
+        pinned, sending.pinned = sending.pinned, []
+        self._pins.unpin(pinned)
 
     def _give_up(self, step: ProducerStep, sending: _Sending, why: str) -> None:
         """The request is computed, and not sent: decode computes it as well."""
@@ -245,30 +263,34 @@ class ProducerScheduler:
 
     def keep(self, request: Any, block_ids: Sequence[int]) -> tuple[bool, dict[str, Any] | None]:
         """Parks the whole chunks of a request that was decoded here, for the next turn of its conversation. As `finished`."""
+        if not self._groups.is_plain:
+            return False, None  # The next turn needs what windows have left by now.
         at, request_id = self._rendezvous(), request.request_id
         complete = getattr(request.status, "name", str(request.status)) in _COMPLETE
         # The last token of the answer is not computed.
         computed = min(request.num_tokens - 1, request.num_computed_tokens)
-        chunks = computed // self._chunk_tokens
+        chunk_tokens, block_tokens = self._groups.chunk_tokens, self._groups[0].block_tokens
+        chunks = computed // chunk_tokens
         if at is None or not complete or not chunks or request_id in self._draining:
             return False, None
-        tokens = chunks * self._chunk_tokens
-        blocks = list(block_ids[: tokens // self._block_tokens])
+        tokens = chunks * chunk_tokens
+        blocks = list(block_ids[: tokens // block_tokens])
         try:
             named = self._naming.name(request, request.num_tokens)
         except Unnamed:
             return False, None
-        if named.stale_hits or NULL_BLOCK in blocks or len(blocks) * self._block_tokens < tokens:
+        if named.stale_hits or NULL_BLOCK in blocks or len(blocks) * block_tokens < tokens:
             return False, None
-        hashes = chunk_hashes(request.all_token_ids[:tokens], self._chunk_tokens, named.context)
+        pieces = self._groups.pieces(tokens)
+        hashes = self._groups.names(request.all_token_ids[:tokens], pieces, named.context)
         spec = kept_spec(request_id)
         own = RemoteSpec(at.host, at.ports, spec.ids, in_turn=True)
         plan = SendPlan(request_id, spec, hashes, tokens, named.adapter, cached=True, kept=own)
         self._draining[request_id] = _Sending(plan, planned=True, told=chunks)
-        step, per_chunk = self._step, self._chunk_tokens // self._block_tokens
+        step = self._step
         step.plans.append(plan)
-        for chunk in range(chunks):
-            step.chunks.append(ChunkBlocks(request_id, chunk, blocks[chunk * per_chunk : (chunk + 1) * per_chunk]))
+        for chunk, piece in enumerate(pieces):
+            step.chunks.append(ChunkBlocks(request_id, chunk, self._groups.block_ids(piece, [blocks])))
         step.finishing.append(request_id)
         return True, parked_answer(request_id, at, blocks, tokens)
 
@@ -305,6 +327,7 @@ class ProducerScheduler:
         return self._sending.get(request_id) or self._draining.get(request_id)
 
     def _forget(self, sending: _Sending) -> None:
+        self._unpin(sending)
         self._by_req_id.pop(sending.plan.spec.req_id, None)
 
     def _answer(self, request: Any, sending: _Sending, block_ids: Sequence[int]) -> dict[str, Any]:

@@ -26,10 +26,14 @@ class SendPlan:
 
     request_id: str
     spec: DisaggSpec | ParkSpec
+    #: Of its chunks.
     hashes: list[str]
+    #: Tokens whose KV is sent.
     tokens: int
     #: What has to be loaded for the hashes to be true.
     adapter: Adapter | None = None
+    #: The group of each chunk; empty where there is one.
+    groups: tuple[int, ...] = ()
     #: Whether its beginning comes from the engine's own cache.
     cached: bool = False
     #: Set where decode keeps it for the conversation's next turn, if there is room for it now: where this very server is asked.
@@ -38,11 +42,12 @@ class SendPlan:
 
 @dataclass(frozen=True)
 class ChunkBlocks:
-    """A chunk that is computed once this step has run, and the blocks that hold it."""
+    """A chunk that is computed once this step has run, and the blocks that hold it, in the order of `Groups.block_ids`."""
 
     request_id: str
     chunk: int
     block_ids: list[int]
+    group: int = 0
 
 
 @dataclass
@@ -93,6 +98,8 @@ class ReceivePlan:
     first_chunk: int = 0
     #: Why they do not come, where that is known: then nobody is asked for them.
     not_sent: str | None = None
+    #: What `block_ids` is in the first of the engine's block tables, in the others.
+    more_block_ids: tuple[list[int], ...] = ()
 
 
 @dataclass(frozen=True)

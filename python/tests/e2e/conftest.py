@@ -232,7 +232,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items[:] = [item for item in items if not _is_beyond_its_router(item)]
     if harness.MISPLACED:
         items[:] = [item for item in items if not item.name.endswith("[1]")]
-    order = ["test_paged_copies", "test_engine", "test_tensor_parallel", "test_variants", "test_names", "test_router_failures", "test_tokens", "test_parked", "test_ahead", "test_data_parallel", "test_mooncake", "test_moriio", "test_layerwise", "test_hosts", "test_routers", "test_requests", "test_busy", "test_both", "test_overload", "test_refused", "test_unhealthy"]
+    order = ["test_paged_copies", "test_engine", "test_tensor_parallel", "test_variants", "test_models", "test_names", "test_router_failures", "test_tokens", "test_parked", "test_ahead", "test_data_parallel", "test_mooncake", "test_moriio", "test_layerwise", "test_hosts", "test_routers", "test_requests", "test_busy", "test_both", "test_overload", "test_refused", "test_unhealthy"]
     items.sort(key=lambda item: order.index(Path(str(item.path)).stem) if Path(str(item.path)).stem in order else 1)
 
 

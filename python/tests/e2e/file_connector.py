@@ -14,7 +14,7 @@ import numpy as np
 
 from pd_backend.paged import PagedKv
 from pd_backend.vllm.connector import PdConnector
-from pd_backend.vllm.layout import blocks_of
+from pd_backend.vllm.groups import Groups
 from pd_backend.vllm.step import ConsumerStep, ProducerStep, ReceivePlan, SendOutcomes
 
 
@@ -33,7 +33,7 @@ class FileConnector(PdConnector):
         if self._produces:
             self._producer = _Producer(paged, self._folder)
         else:
-            self._consumer = _Consumer(paged, self._folder, self._chunk_tokens, self._block_tokens)
+            self._consumer = _Consumer(paged, self._folder, self._groups)
 
 
 class _Producer:
@@ -74,9 +74,8 @@ class _Producer:
 
 
 class _Consumer:
-    def __init__(self, paged: PagedKv, folder: Path, chunk_tokens: int, block_tokens: int) -> None:
-        self._paged, self._folder = paged, folder
-        self._chunk_tokens, self._block_tokens = chunk_tokens, block_tokens
+    def __init__(self, paged: PagedKv, folder: Path, groups: Groups) -> None:
+        self._paged, self._folder, self._groups = paged, folder, groups
         self._plans: dict[str, ReceivePlan] = {}
         self._here: list[str] = []
         self._returned: list[str] = []
@@ -92,13 +91,15 @@ class _Consumer:
             files = [self._folder / f"{plan.req_id}-{chunk}" for chunk in range(len(plan.hashes))]
             if not all(file.exists() for file in files):
                 continue
-            for chunk, file in enumerate(files):
-                where = blocks_of(chunk, self._chunk_tokens, self._block_tokens, plan.tokens)
-                self._paged.scatter(plan.block_ids[where.start : where.stop], np.fromfile(file, dtype=np.uint8))
+            for piece, file in zip(self._groups.pieces(plan.tokens), files, strict=True):
+                self._paged.scatter(self._groups.block_ids(piece, [plan.block_ids]), np.fromfile(file, dtype=np.uint8))
                 file.unlink()
             del self._plans[request_id]
             done.add(request_id)
         return done, set()
+
+    def failed_requests(self) -> set[str]:
+        return set()
 
     def here(self) -> list[str]:
         here, self._here = self._here, []

@@ -203,9 +203,10 @@ class Server(Process):
         self, name: str, folder: Path, model: Path, *, kv: dict[str, Any] | None = None, args: Sequence[str] = (),
         env: dict[str, str] | None = None, tensor_parallel: int = 1, eager: bool = True, dtype: str = "float32",
         package: Path = TOP / "python", tokenizer: bool = False, host: str = "127.0.0.1", inside: Sequence[str] = (),
+        random_weights: bool = False,
     ) -> None:
         """`package`: the folder that has `pd_backend`. `tokenizer`: the model has one, and clients may ask in text. `host`: what it
-        binds, `inside` the command that runs it where that address is.
+        binds, `inside` the command that runs it where that address is. `random_weights`: the model is a configuration alone.
         """
         self.name = name
         (self.port,) = free_ports(1)
@@ -222,6 +223,9 @@ class Server(Process):
             command += ["--kv-transfer-config", json.dumps(kv)]
         python_path = [str(package), str(TOP / "python" / "tests" / "e2e")]
         environment = {**os.environ, **ENVIRONMENT, **(env or {})}
+        if random_weights:
+            command += ["--load-format", "dummy"]
+            python_path.insert(0, str(TOP / "python" / "tests" / "e2e" / "random_weights"))
         if "PD_E2E_ISA" in environment:
             python_path.append(str(TOP / "python" / "tests" / "e2e" / "older_processor"))
             environment |= _OLDER_PROCESSOR[environment["PD_E2E_ISA"]]

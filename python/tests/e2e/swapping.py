@@ -14,6 +14,8 @@ from pd_backend.vllm.step import ReceivePlan
 EXCHANGED = "exchanged"
 #: How the salt begins of a request to which prefill answers that it pulls.
 PULLED = "pull"
+#: How the salt begins of a request of which a group is not sent from its place: the group's number follows.
+BLANKED = "blanked "
 
 _CHUNK_BLOCKS = 2
 #: A block that vLLM gives to no request.
@@ -21,6 +23,8 @@ _NULL_BLOCK = 0
 
 #: The scheduler and the only worker are in one process.
 _exchanged: set[str] = set()
+#: Requests, and which of their groups.
+_blanked: dict[str, int] = {}
 
 
 class SwappingConnector(PdConnector):
@@ -66,3 +70,23 @@ def _swapped(plan: ReceivePlan) -> ReceivePlan:
     first, second, others = blocks[:_CHUNK_BLOCKS], blocks[_CHUNK_BLOCKS : 2 * _CHUNK_BLOCKS], blocks[2 * _CHUNK_BLOCKS :]
     count = len(second)
     return replace(plan, block_ids=[*second, *first[count:], *first[:count], *others])
+
+
+class BlankingConnector(PdConnector):
+    """Prefill: in place of the blocks of one group of some requests, whose salt names it, vLLM's null block is sent."""
+
+    def on_new_request(self, request: Any) -> None:
+        said = (request.cache_salt or "").partition(BLANKED)
+        if said[1]:
+            _blanked[request.request_id] = int(said[2])
+        super().on_new_request(request)
+
+    def bind_connector_metadata(self, connector_metadata: PdMetadata) -> None:
+        step = connector_metadata.sends
+        if step is not None:
+            step.chunks = [
+                replace(told, block_ids=[_NULL_BLOCK] * len(told.block_ids))
+                if told.group == _blanked.get(told.request_id) else told
+                for told in step.chunks
+            ]
+        super().bind_connector_metadata(connector_metadata)

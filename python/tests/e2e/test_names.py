@@ -135,20 +135,20 @@ class TestWindow:
         for prompt in (long, beginning):
             assert pair.complete(prompt) == pair.by_itself(pair.prefill, prompt)
             sent.append(status_of(pair.decode).bytes)
-        # Nothing of the first is sent, all of the second.
-        assert sent[0] == sent[1] < sent[2]
+        # The window's blocks of the first, and all of the second.
+        assert sent[0] < sent[1] < sent[2]
 
-    @pytest.mark.parametrize("count", [WINDOW - 1, WINDOW, WINDOW + 300])
+    @pytest.mark.parametrize("count", [WINDOW - 1, WINDOW, WINDOW + 1, WINDOW + 300])
     def test_prompts_around_the_window(self, pair: Pair, status_of: StatusOf, count: int) -> None:
         # Broken in production: a prompt at the edge of the window is loaded into blocks that decode has left out.
         prompt = prompts.tokens(f"window {count}", count)
         before = status_of(pair.decode).bytes
         assert pair.complete(prompt) == pair.by_itself(pair.prefill, prompt)
-        assert (status_of(pair.decode).bytes > before) == (count < WINDOW)
+        assert status_of(pair.decode).bytes > before
 
     @pytest.mark.parametrize("option", [(), ("--overlap",)], ids=["in turn", "overlap"])
     def test_the_proxy_asks_decode_for_what_is_not_sent(self, pair: Pair, option: tuple[str, ...]) -> None:
-        # Broken in production: the proxy waits for KV that nobody sends, and answers long prompts with an error.
+        # Broken in production: the proxy waits for KV that nobody sends, and answers such prompts with an error.
         notify_port, port = free_ports(2)
         ready = pair.decode.daemon_ready()
         decode = f"{pair.decode.url},127.0.0.1,{ready['init_port']},{ready['alloc_port']}"
@@ -159,16 +159,17 @@ class TestWindow:
         try:
             url = f"http://127.0.0.1:{port}"
             proxy.wait_healthy(url, 60)
-            prompt = prompts.tokens(f"through the proxy {option}", WINDOW + 10)
+            # Decode computes the last token, and this prompt has no other.
+            prompt = prompts.tokens(f"through the proxy {option}", 1)
             answer = harness.post(url + "/v1/completions", harness.completion_body(prompt, prompts.MAX_TOKENS))
             assert harness.tokens_of(answer) == pair.by_itself(pair.prefill, prompt)
         finally:
             proxy.close()
 
     def test_the_log_says_so_once(self, pair: Pair) -> None:
-        # Broken in production: nobody learns why decode computes every long prompt.
+        # Broken in production: nobody learns why decode computes a prompt.
         for server in pair.servers:
-            assert server.log().count("not all inside the window of 1024") == 1
+            assert server.log().count("this one has no other") == 1
 
 
 class TestAdapters:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pd_backend.paged import PagedKv, PagedLayoutError
+from pd_backend.paged_groups import PagedGroup, PagedGroups, of_one_shape
 
 LAYERS, BLOCKS = 5, 12
 
@@ -180,3 +181,35 @@ def test_layers_of_different_shape_are_refused() -> None:
     kv = {"a.0": torch.zeros(BLOCKS, 4), "a.1": torch.zeros(BLOCKS, 8)}
     with pytest.raises(PagedLayoutError, match="layer a.1 keeps 32 bytes a block"):
         PagedKv(kv, num_blocks=BLOCKS)
+
+
+def test_groups_share_memory_and_are_copied_apart() -> None:
+    # Broken in production: layers of another group lie at the same address and are left out; members' blocks are exchanged.
+    torch.manual_seed(2)
+    memory = one_storage((4, 16, 8), torch.bfloat16, 0, "layer")
+    names = sorted(memory)
+    # Two members of the same layers' memory, in blocks of other numbers, and layers of another shape beside one.
+    wide = separate((BLOCKS, 16, 2, 24), torch.float16)
+    first, second = PagedKv(memory, num_blocks=BLOCKS), PagedKv(memory, num_blocks=BLOCKS)
+    assert [list(part) for part in of_one_shape(memory | {"z": wide[names[0]]}, BLOCKS, {})] == [names, ["z"]]
+    other = PagedKv({"z": wide[names[0]]}, num_blocks=BLOCKS)
+    group = PagedGroup([(0, first), (0, other), (1, second)], 2, step_bytes=1 << 12)
+    both = PagedGroups([PagedGroup([(0, first)], 1), group])
+    assert both.groups[1] is group and both.device == first.device
+    ids = [3, 5, 7, 2, 9, 4]
+    parts = [naive_slot(memory, ids[:3]), wide[names[0]][ids[:3]].contiguous().view(torch.uint8).flatten(), naive_slot(memory, ids[3:])]
+    expected = torch.cat(parts)
+    assert expected.numel() == 3 * group.block_bytes < group.chunk_bytes(6) and group.chunk_bytes(6) % (1 << 12) == 0
+    slot = torch.zeros(group.chunk_bytes(6), dtype=torch.uint8)
+    group.gather(ids, slot)
+    assert torch.equal(slot[: expected.numel()], expected)
+    # Back into others of the engine's blocks, the last two of each member.
+    group.scatter([1, 6, 8, 10], slot, first_block=1)
+    assert torch.equal(naive_slot(memory, [1, 6]), naive_slot(memory, [5, 7]))
+    assert torch.equal(naive_slot(memory, [8, 10]), naive_slot(memory, [9, 4]))
+    assert torch.equal(*(wide[names[0]][ids].view(torch.int16) for ids in ([1, 6], [5, 7])))
+    with pytest.raises(ValueError, match="5 blocks of 2 block tables"):
+        group.gather(ids[:5], slot)
+    with pytest.raises(PagedLayoutError, match="expected a multiple of 16"):
+        narrow = PagedKv(one_storage((3, 7), torch.uint8, 2, "layer"), num_blocks=BLOCKS)
+        PagedGroup([(0, narrow), (1, narrow)], 2)

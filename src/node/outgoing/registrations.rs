@@ -431,8 +431,8 @@ impl<R: Clone> Outgoing<R> {
     }
 }
 
-/// An allocation says how many tokens the last chunk of every group has, and that the others are whole: leaves out what that
-/// does not describe.
+/// An allocation says how many tokens the last chunk of every group with short ones has, and that the others are whole: leaves out
+/// what that does not describe.
 fn expressible<R>(core: &Core<R>, mut found: Vec<Found>) -> (Vec<Found>, u32) {
     let shape = &core.settings.chunk;
     let tokens_of = |size: ChunkSize| {
@@ -440,12 +440,15 @@ fn expressible<R>(core: &Core<R>, mut found: Vec<Found>) -> (Vec<Found>, u32) {
         (size.len_bytes / token_bytes) as u32
     };
     let mut lasts: BTreeMap<GroupIndex, usize> = BTreeMap::new();
-    for (at, found) in found.iter().enumerate() {
+    for (at, found) in found.iter().enumerate().filter(|(_, found)| !shape.is_whole(found.size.group)) {
         lasts.insert(found.size.group, at);
     }
     let mut tokens: Vec<u32> = lasts.values().map(|&at| tokens_of(found[at].size)).collect();
     tokens.dedup();
     let whole = |at: usize| lasts.values().any(|&last| last == at) || tokens_of(found[at].size) == shape.chunk_tokens;
+    if tokens.is_empty() {
+        return (found, shape.chunk_tokens);
+    }
     if let [last_tokens] = tokens[..]
         && (0..found.len()).all(whole)
     {

@@ -89,6 +89,7 @@ fn the_largest_layout_that_is_accepted_can_shake_hands() {
         kv_heads: 2,
         head_size: 8,
         kv_planes: 2,
+        whole: true,
     };
     let fact = |number: usize| format!("{number:0width$}", width = ENGINE_FACT_LEN_BYTES_MAX);
     let layout = KvLayout {

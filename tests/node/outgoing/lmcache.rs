@@ -92,10 +92,13 @@ fn a_receiver_that_means_something_else_by_a_chunk_is_refused() {
     assert_eq!(failure.kind, FailureKind::HandshakeRefused);
     assert!(failure.text.contains("moves bytes with local; set transfer_channel: nixl"), "{failure}");
     let mut grouped = settings();
-    grouped.chunk.token_bytes = vec![4, 2];
+    (grouped.chunk.token_bytes, grouped.chunk.whole) = (vec![4, 2], vec![false, false]);
     let failure = refused(grouped, 16);
     assert_eq!(failure.kind, FailureKind::LayoutMismatch);
-    assert!(failure.text.contains("2 groups of layers"), "{failure}");
+    assert!(failure.text.contains("several groups of layers"), "{failure}");
+    let mut windowed = settings();
+    windowed.chunk.whole = vec![true];
+    assert!(refused(windowed, 16).text.contains("the layout's chunks are blocks inside a window or states"));
     let mut strange = settings();
     strange.chunk.dtype = "float4".into();
     assert!(refused(strange, 16).text.contains("no element type float4"));

@@ -65,6 +65,7 @@ pub fn settings() -> NodeSettings {
         chunk: ChunkShape {
             slot_bytes: PAGE_BYTES,
             token_bytes: vec![4],
+            whole: vec![false],
             chunk_tokens: 4,
             wire_format: 1,
             wire_shape: vec![2, 1, 4, 1],

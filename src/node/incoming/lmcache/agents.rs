@@ -36,8 +36,8 @@ impl<R: Clone + PartialEq> Incoming<R> {
         if core.settings.pages.is_none() {
             return refuse("LMCache's senders write through NIXL alone; set transfer_channel: nixl");
         }
-        if core.settings.chunk.token_bytes.len() > 1 {
-            return refuse("the layout has several groups of layers, and LMCache's wire has one; use pd-sender");
+        if let Some(why) = core.settings.chunk.beyond_lmcache() {
+            return refuse(&format!("{why}; use pd-sender"));
         }
         if core.draining {
             return Err(Failure::new(FailureKind::ShuttingDown, "this receiver is shutting down; use another"));

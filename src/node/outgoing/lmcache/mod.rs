@@ -98,12 +98,8 @@ impl<R: Clone> Outgoing<R> {
                 core.settings.hello.engine
             ));
         }
-        let groups = core.settings.chunk.token_bytes.len();
-        if groups > 1 {
-            let text = format!(
-                "receiver {address} is an LMCache receiver, whose chunks are all of one shape, and this layout has {groups} \
-                 groups of layers; start pd-receiver there"
-            );
+        if let Some(why) = core.settings.chunk.beyond_lmcache() {
+            let text = format!("receiver {address} is an LMCache receiver: {why}; start pd-receiver there");
             return Err(Failure::new(FailureKind::LayoutMismatch, text));
         }
         lmcache_terms::dtype(&core.settings.chunk.dtype)?;
