@@ -278,7 +278,8 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
                 sends=self._sends,
                 receives=self._receives,
             )
-            if long is not None and tensor == 0:
+            # Of windows less is sent than the groups hold of a whole prompt.
+            if long is not None and tensor == 0 and self._groups.is_plain:
                 logger.warning("%s", long)
             if self._sends:
                 connect_receivers(supervisor.client())
