@@ -77,6 +77,7 @@ impl ChunkShape {
     }
 
     /// Why LMCache's wire cannot describe these chunks: it knows one group, whose last chunk may be short. None where it can.
+    #[cfg(feature = "lmcache")]
     pub(super) fn beyond_lmcache(&self) -> Option<&'static str> {
         match (self.token_bytes.len(), self.is_whole(GroupIndex::default())) {
             (1, false) => None,
