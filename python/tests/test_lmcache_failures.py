@@ -111,8 +111,9 @@ def test_retry_of_the_same_keys_after_that_failure(start_pair, engine):
         assert pair.sender.wait_sent("lost", 30).chunks == 3
         check_arrived(pair, "lost", data)
         ship(pair, "next", content(4, 1, 1))
-        told = [msgspec.msgpack.decode(proxy.recv())["req_id"] for _ in range(3) if proxy.poll(PATIENCE_S * 1000)]
-        assert told == ["other", "lost", "next"]
+        told = [msgspec.msgpack.decode(proxy.recv()) for _ in range(4) if proxy.poll(PATIENCE_S * 1000)]
+        ends = [(one["req_id"], one.get("pd", {}).get("failure", {}).get("kind")) for one in told]
+        assert ends == [("lost", "peer_lost"), ("other", None), ("lost", None), ("next", None)]
 
 
 def test_two_senders_with_the_same_keys_at_once(start_pair, engine):

@@ -89,7 +89,7 @@ def config(role: str) -> Any:
         parallel_config=SimpleNamespace(
             pipeline_parallel_size=1, tensor_parallel_size=1, data_parallel_index=0, enable_dbo=False
         ),
-        model_config=SimpleNamespace(model="tests/tiny"),
+        model_config=SimpleNamespace(model="tests/tiny", max_model_len=16),
         lora_config=None,
     )
 

@@ -14,6 +14,7 @@ from pd_backend.vllm.keys import Context, Item, chunk_hashes
 from pd_backend.vllm.naming import Naming
 from pd_backend.vllm.pins import BlockPins
 from pd_backend.vllm.producer_scheduler import ProducerScheduler
+from pd_backend.vllm.step import SendOutcomes
 from test_vllm_scheduler import Shelf, output, request
 
 #: As vLLM has Gemma 3: full, and two of sliding layers that need the same.
@@ -161,7 +162,7 @@ class TestProducer:
         assert scheduler.finished(one)[0]
         # Kept until the worker has copied them: vLLM frees what its window has left by then.
         assert pool.held
-        scheduler.update(SimpleNamespace(ended={"a": [None]}))
+        scheduler.update(SendOutcomes(ended={"a": [None]}))
         assert pool.held == []
 
     def test_a_preempted_request_lets_go_of_its_blocks(self) -> None:

@@ -403,7 +403,7 @@ class TestConsumer:
             one = request(512, why, request_id)
             scheduler.arrived(one)
             assert scheduler.matched(one, 0) == (512, True)
-            scheduler.allocated(one, [0, 1, 2, 3], 512)
+            scheduler.allocated(one, ([0, 1, 2, 3],), 512)
             step = scheduler.build(output())
             assert (step.announced, [load.not_sent for load in step.loads]) == ([], ["too_large: 5 chunks"])
         # It cannot be loaded, and the engine computes it.

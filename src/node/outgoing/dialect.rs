@@ -19,6 +19,11 @@ impl<R: Clone> Outgoing<R> {
         self.receivers.get(&peer).map_or(&Link::Pd, |record| &record.link)
     }
 
+    /// Whether a receiver makes chunks readable with a commit, and not before.
+    pub(super) fn takes_commits(&self, peer: PeerId) -> bool {
+        matches!(self.link_of(peer), Link::Pd)
+    }
+
     /// A message from a receiver at its port for allocations.
     pub(super) fn on_alloc_message(&mut self, core: &mut Core<R>, peer: PeerId, message: Message) {
         if let Link::Lmcache(_) = self.link_of(peer) {

@@ -159,7 +159,8 @@ impl<R: Clone> Outgoing<R> {
         self.staging_request_ended(core, uid, &failure, is_parking);
         self.counts.requests_failed += u64::from(ahead.is_none());
         let peer = receiver.clone();
-        if !is_parking && !registered && ahead.is_none() {
+        // Decode of LMCache takes any notification for all pages being written.
+        if !is_parking && !registered && ahead.is_none() && self.takes_commits(request_peer) {
             self.tell_proxy_of_failure(core, &id, &failure);
         }
         let mut told_by_event = false;

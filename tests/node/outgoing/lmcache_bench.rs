@@ -185,7 +185,7 @@ impl Bench {
                 Output::Post { transfer, copies, .. } => self.posts.push((transfer, copies)),
                 Output::Answer { id, answer, .. } => self.answers.push((id, answer)),
                 Output::Event { event, .. } => self.events.push(event),
-                Output::NotifyProxy { request, failure: None } => self.proxy.push(request),
+                Output::NotifyProxy { request, .. } => self.proxy.push(request),
                 _ => {}
             }
         }
