@@ -22,8 +22,8 @@ import prompts
 from answers import assert_right, right_answer
 from conftest import TOP, StatusOf, wait_until_nothing_is_left
 from free_ports import free_ports_in_a_row
-from harness import BLOCK_TOKENS, HttpError, Process, Server, hang_up, runs, until
-from pd_backend import Daemon, ReceiverClient, find_binary
+from harness import BLOCK_TOKENS, Process, Server, hang_up, runs, until
+from pd_backend import Daemon, find_binary
 from pd_backend.vllm.layout import EngineLayout
 from test_parked import ASKED
 from test_tokens import metric
@@ -188,24 +188,19 @@ def test_clients_through_the_proxy(pair: Pair, proxy: Callable[..., str]) -> Non
     assert (pair.loaded_tokens() - loaded, pair.failed_loads() - failed) == (sum(map(len, asked)), 0)
 
 
-def test_the_proxy_waits_for_every_rank(pair: Pair, proxy: Callable[..., str]) -> None:
-    # Broken in production: a request goes on to decode when the first rank's KV is across, and the other's never is.
+def test_a_prompt_of_which_one_rank_sends_nothing_is_computed(pair: Pair, proxy: Callable[..., str]) -> None:
+    # Broken in production: a request goes on to decode as if it was across, when the first rank's KV is and the other's never will be.
     init_ports, alloc_ports = pair.ports
     # The second rank's sender is led to the first rank's receiver, which refuses it.
-    url = proxy([init_ports[0]] * 2, [alloc_ports[0]] * 2, notify_timeout_s=5)
-    before = pair.prefill.log().count("was not sent")
-    with pytest.raises(HttpError) as failed:
-        prompt = prompts.tokens("tensor parallel, half across", 300)
-        harness.post(url + "/v1/completions", harness.completion_body(prompt, prompts.MAX_TOKENS))
-    # Whether prefill knew by the time of its answer, or nothing was heard of one rank.
-    assert failed.value.status in (502, 504), failed.value.text
+    url = proxy([init_ports[0]] * 2, [alloc_ports[0]] * 2, notify_timeout_s=60)
+    before, external = pair.prefill.log().count("was not sent"), pair.decode.external_tokens()
+    prompt = prompts.tokens("tensor parallel, half across", 300)
+    answer = harness.post(url + "/v1/completions", harness.completion_body(prompt, prompts.MAX_TOKENS))
+    assert_right([harness.tokens_of(answer)], [pair.expected(prompt)])
+    assert pair.decode.external_tokens() == external, "it was taken for sent"
     until(lambda: pair.prefill.log().count("was not sent") > before, "nothing was refused")
     said = pair.prefill.log().rsplit("was not sent", 1)[1]
     assert re.search(r"layout_mismatch: receiver \S+: tp_rank is 1 at \S+ and 0 at ", said), said
-    # What is across stays for a router that has more patience, until pd_retention_sec.
-    (req_id,) = set(re.findall(r"request (proxy-\w+)", failed.value.text))
-    with ReceiverClient(pair.decode.daemon_ready(0)["connector"], name="e2e test", map_buffer=False) as client:
-        client.cancel(req_id)
 
 
 def test_ports_in_the_wrong_order_are_refused(pair: Pair) -> None:

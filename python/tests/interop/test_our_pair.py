@@ -116,6 +116,7 @@ def test_a_cancel_gives_every_slot_back(pair: OurPair) -> None:
     for _ in range(3):
         pair.senders[0].open("cancelled", keys, last_chunk_tokens=CHUNK_TOKENS, receiver=pair.at)
         pair.senders[0].cancel("cancelled")
+        assert pair.proxy.next()[0] == "cancelled", "the router does not wait for it"
     assert pair.start("whole", keys, CHUNK_TOKENS) == []
     assert pair.proxy.next()[0] == "whole"
     pair.check("whole", keys, CHUNK_TOKENS)
