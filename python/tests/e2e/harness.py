@@ -36,6 +36,8 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
+    # Some routers ask over a connection that the server is just closing, and their client or their decode server hears of it alone.
+    "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600",
     "VLLM_HOST_IP": "127.0.0.1",
     "GLOO_SOCKET_IFNAME": "lo",
     "VLLM_LOGGING_LEVEL": "INFO",
